@@ -1,0 +1,5 @@
+"""One OpenAI-compatible address in front of many vLLM processes. Start with ARCHITECTURE.md beside this file."""
+
+from importlib.metadata import version
+
+__version__ = version("vllm-proxy")

@@ -1,0 +1,60 @@
+"""Who may see and change models, until there are keys: contract section 3. Inference is open to whoever can connect."""
+
+import ipaddress
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from vllm_proxy.domain.config import Server
+from vllm_proxy.errors import RequestError
+
+_LOOPBACK_NAMES = frozenset({"localhost", "ip6-localhost"})
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() in _LOOPBACK_NAMES or host.lower().endswith(".localhost")
+
+
+class Access:
+    """The rules for one set of listening addresses."""
+
+    def __init__(self, server: Server, addresses: Collection[str]) -> None:
+        self._server = server
+        self._local = all(is_loopback(address) for address in addresses)
+        self._hosts = {host.lower() for host in (*server.allowed_hosts, server.host, *addresses)}
+
+    def check(self, request: web.Request, *, public: bool) -> None:
+        """Let a request of section 3 pass. `public`: one of the routes that answer from everywhere.
+
+        Raises:
+            RequestError: `remote_admin_disabled`, `host_not_allowed`, `origin_not_allowed`.
+
+        """
+        if not self._local:
+            if not public and not self._server.allow_remote_admin:
+                msg = "cannot administer over the network: set server.allow_remote_admin, or listen on 127.0.0.1"
+                raise RequestError("remote_admin_disabled", msg)
+            return
+        host = _host_of(request.headers.get("Host", ""))
+        if not is_loopback(host) and host not in self._hosts:  # a page that points its own name at this machine
+            msg = f"cannot answer for host {host!r}: add it to server.allowed_hosts"
+            raise RequestError("host_not_allowed", msg)
+        origin = request.headers.get("Origin")
+        if origin and origin not in self._server.cors_origins and "*" not in self._server.cors_origins:
+            own = f"{request.scheme}://{request.headers.get('Host', '')}"
+            if origin != own:
+                msg = f"cannot answer a page of {origin!r}: add it to server.cors_origins"
+                raise RequestError("origin_not_allowed", msg)
+
+
+def _host_of(header: str) -> str:
+    """The name in a Host header, without port and brackets."""
+    try:
+        return (urlsplit(f"//{header}").hostname or "").lower()
+    except ValueError:
+        return ""

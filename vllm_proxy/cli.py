@@ -1,0 +1,116 @@
+"""Commands and exit statuses. Its one rule: what a person must read is never in a traceback."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import uvloop
+
+from vllm_proxy import __version__, daemon, demo, logsetup, settings
+from vllm_proxy.errors import ConfigError, StartupError
+from vllm_proxy.settings import Settings
+
+OK, FAILED, CONFIG_INVALID = 0, 1, os.EX_CONFIG
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit status of contract section 1."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.command(options)
+    except ConfigError as error:
+        _print_problems(error, as_json=getattr(options, "json", False))
+        return CONFIG_INVALID
+    except StartupError as error:
+        print(f"vllm-proxy: {error}", file=sys.stderr)
+        return FAILED
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-proxy", description="One OpenAI-compatible address in front of many vLLM processes."
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-proxy {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    config = argparse.ArgumentParser(add_help=False)
+    config.add_argument("-c", "--config", metavar="FILE",
+                        help="default: $VLLM_PROXY_CONFIG, ./models.toml, /etc/vllm-proxy/models.toml")  # fmt: skip
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print JSON")
+    running = argparse.ArgumentParser(add_help=False)
+    running.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    running.add_argument("--port", type=int, help="port to listen on (default: 8000)")
+    running.add_argument("--state-dir", metavar="DIR", help="where logs and the record of engines are kept")
+    running.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    running.add_argument("--log-format", default="auto", choices=["auto", "text", "json", "journal"])
+
+    def add(name: str, command: object, parents: list[argparse.ArgumentParser], explanation: str) -> None:
+        sub = commands.add_parser(name, parents=parents, help=explanation, description=explanation)
+        sub.set_defaults(command=command)
+
+    add("serve", _serve, [config, running], "run the daemon in the foreground")
+    add("check", _check, [config, as_json], "validate the configuration and print every problem")
+    add("init", _init, [config, as_json], "write a first configuration with comments")
+    add("demo", _demo, [running], "run the daemon with two small real models on this machine's CPU")
+    return parser
+
+
+def _load(options: argparse.Namespace) -> Settings:
+    names = ("config", "host", "port", "state_dir")
+    return settings.load(os.environ, {name: getattr(options, name, None) for name in names})
+
+
+def _serve(options: argparse.Namespace) -> int:
+    loaded = _load(options)
+    config = daemon.read_config(loaded)
+    logsetup.set_up(options.log_level, options.log_format, os.environ)
+    uvloop.run(daemon.serve(loaded, config))
+    return OK
+
+
+def _check(options: argparse.Namespace) -> int:
+    loaded = _load(options)
+    config = daemon.read_config(loaded)
+    file = str(loaded.config_file)
+    if options.json:
+        print(json.dumps({"file": file, "revision": config.revision, "models": list(config.models), "problems": []}))
+    else:
+        print(f"{file}: valid, {len(config.models)} model{'' if len(config.models) == 1 else 's'}")
+    return OK
+
+
+def _init(options: argparse.Namespace) -> int:
+    chosen = options.config or os.environ.get("VLLM_PROXY_CONFIG") or "models.toml"
+    file = Path(chosen).absolute()
+    try:
+        with file.open("x", encoding="utf-8") as target:
+            target.write(files("vllm_proxy").joinpath("first_models.toml").read_text(encoding="utf-8"))
+    except FileExistsError:
+        msg = f"cannot write {file}: it exists already; choose another place with --config"
+        raise StartupError(msg) from None
+    except OSError as error:
+        msg = f"cannot write {file}: {error.strerror}"
+        raise StartupError(msg) from error
+    print(json.dumps({"file": str(file)}) if options.json else f"wrote {file}")
+    return OK
+
+
+def _demo(options: argparse.Namespace) -> int:
+    logsetup.set_up(options.log_level, options.log_format, os.environ)
+    loaded = demo.prepare(os.environ, {name: getattr(options, name) for name in ("host", "port", "state_dir")})
+    uvloop.run(daemon.serve(loaded, daemon.read_config(loaded), demo.watch))
+    return OK
+
+
+def _print_problems(error: ConfigError, *, as_json: bool) -> None:
+    if as_json:
+        problems = [{"line": item.line, "path": item.path, "message": item.message} for item in error.problems]
+        print(json.dumps({"file": error.file, "problems": problems}))
+        return
+    for line in error.lines():
+        print(line, file=sys.stderr)

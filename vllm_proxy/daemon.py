@@ -1,0 +1,207 @@
+"""The composition root: opens everything in order, closes it in reverse, and listens to signals."""
+
+import asyncio
+import contextlib
+import resource
+import shutil
+import signal
+import socket
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import aiohttp
+import structlog
+from aiohttp import web
+
+from vllm_proxy.api import app, relay
+from vllm_proxy.api.access import Access
+from vllm_proxy.domain.config import Config, Server
+from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.domain.parse import parse_config
+from vllm_proxy.engine.find import find_vllm, has_gpus
+from vllm_proxy.engine.gate import DeviceGate
+from vllm_proxy.engine.launch import Launcher
+from vllm_proxy.engine.ports import Ports
+from vllm_proxy.engine.probe import HttpProbe
+from vllm_proxy.engine.process import adopt_orphans
+from vllm_proxy.engine.reconciler import Reconciler, end_orphans
+from vllm_proxy.engine.registry import Registry
+from vllm_proxy.engine.state import StateDirectory
+from vllm_proxy.engine.supervisor import Surroundings
+from vllm_proxy.errors import ConfigError, Problem, StartupError
+from vllm_proxy.settings import Settings
+from vllm_proxy.systemd import Systemd
+
+log = structlog.get_logger()
+
+_BACKLOG = 4096  # connections that wait to be accepted: a burst of clients must not wait for a retransmission
+_LAST_WORDS_SECONDS = 2.0  # for handlers to end once the engines are gone
+
+
+def read_config(settings: Settings) -> Config:
+    """The configuration file, settings from outside applied.
+
+    Raises:
+        ConfigError: when it is missing, unreadable or invalid.
+
+    """
+    file = settings.config_file
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        hint = "; `vllm-proxy init` writes a first one" if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(str(file), [Problem(0, "", f"cannot read it: {error.strerror}{hint}")]) from None
+    return parse_config(data, str(file), settings.overrides)
+
+
+async def serve(settings: Settings, config: Config, watch: Callable[[Reconciler, str], None] | None = None) -> None:
+    """Run until SIGTERM or SIGINT. `watch` is shown the reconciler and the address once it listens.
+
+    Raises:
+        StartupError: when the port or the state directory is taken.
+
+    """
+    for warning in settings.warnings:
+        log.warning("setting ignored", why=warning)
+    _raise_open_files()
+    adopt_orphans()
+    async with contextlib.AsyncExitStack() as stack:
+        state = stack.enter_context(StateDirectory(settings.state_dir))
+        sockets = _listen(config.server)
+        for listener in sockets:
+            stack.callback(listener.close)
+        await _clear_up(state)
+        reconciler = Reconciler(config, _surroundings(settings, config, state, sockets, stack), datetime.now(UTC))
+        await _run(reconciler, sockets, stack, watch)
+
+
+async def _run(
+    reconciler: Reconciler,
+    sockets: list[socket.socket],
+    stack: contextlib.AsyncExitStack,
+    watch: Callable[[Reconciler, str], None] | None,
+) -> None:
+    server = reconciler.config.server
+    session = await stack.enter_async_context(relay.open_session())
+    access = Access(server, [listener.getsockname()[0] for listener in sockets])
+    systemd = Systemd()
+    stopping = _catch_signals(reconciler)
+    reconciler.listen(lambda: systemd.status(sentence(reconciler)))
+    reconciler.start()
+    application = app.build(reconciler, reconciler.registry, session, access)
+    runner = web.AppRunner(application, access_log=None, handler_cancellation=True, handle_signals=False,
+                           keepalive_timeout=75, shutdown_timeout=_LAST_WORDS_SECONDS)  # fmt: skip
+    await runner.setup()
+    for listener in sockets:
+        await web.SockSite(runner, listener, backlog=_BACKLOG).start()
+    systemd.status(sentence(reconciler))
+    systemd.ready()
+    log.info("listening", address=address_of(sockets[0]), models=len(reconciler.config.models))
+    if watch:
+        watch(reconciler, address_of(sockets[0]))
+    try:
+        await stopping.wait()
+    finally:
+        systemd.stopping()
+        systemd.status("stopping")
+        log.info("stopping")
+        for site in list(runner.sites):
+            await site.stop()
+        await reconciler.stop()
+        await runner.cleanup()
+        log.info("stopped")
+
+
+def sentence(reconciler: Reconciler) -> str:
+    """The fleet in one sentence: "2 of 3 models ready; loading: chat; error: old"."""
+    enabled = [status for status in reconciler.models() if status.spec.policy.enabled]
+    text = f"{sum(status.state is State.READY for status in enabled)} of {len(enabled)} models ready"
+    for state in (State.LOADING, State.UNLOADING, State.ERROR):
+        if names := [status.spec.id for status in enabled if status.state is state]:
+            text += f"; {state}: {', '.join(names)}"
+    return text
+
+
+def address_of(listener: socket.socket) -> str:
+    """The URL of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _surroundings(
+    settings: Settings,
+    config: Config,
+    state: StateDirectory,
+    sockets: list[socket.socket],
+    stack: contextlib.AsyncExitStack,
+) -> Surroundings:
+    # A connection of its own for each question: one that is kept alive would outlive the engine's readiness.
+    questions = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), trust_env=False)
+    stack.push_async_callback(questions.close)
+    reserved = [listener.getsockname()[1] for listener in sockets]
+    launcher = Launcher(
+        folder=settings.config_file.parent,
+        inherited=settings.engine_environment,
+        scratch=settings.scratch,
+        found_command=find_vllm(settings.engine_environment),
+        has_gpus=has_gpus(),
+        ports=Ports(config.engine.port_start, config.engine.port_end, reserved),
+        state=state,
+    )
+    return Surroundings(launcher, DeviceGate(), Registry(), HttpProbe(questions), asyncio.Event())
+
+
+async def _clear_up(state: StateDirectory) -> None:
+    """End what an earlier daemon left, before its ports and its memory are used again."""
+    records = state.left_behind()
+    await end_orphans(records)
+    for record in records:
+        shutil.rmtree(record.folder, ignore_errors=True)
+
+
+def _listen(server: Server) -> list[socket.socket]:
+    try:
+        found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        sockets = [_bound(family, address) for family, _, _, _, address in dict.fromkeys(found)]
+    except OSError as error:
+        hint = "choose another with --port, APP_PORT or server.port"
+        msg = f"cannot listen on {server.host} port {server.port}: {error.strerror or error}; {hint}"
+        raise StartupError(msg) from error
+    return sockets
+
+
+def _bound(family: int, address: tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _catch_signals(reconciler: Reconciler) -> asyncio.Event:
+    """Set on the first SIGTERM or SIGINT; a second one skips the wait for requests."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        if stopping.is_set():
+            log.warning("a second signal: not waiting for requests any more")
+            reconciler.hurry()
+        stopping.set()
+        loop.call_later(reconciler.config.server.shutdown_timeout, reconciler.hurry)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    return stopping
+
+
+def _raise_open_files() -> None:
+    """A stream takes two descriptors; the usual soft limit is 1,024."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,43 @@
+"""What a person at the terminal sees while the demo starts: what it waits for, then a command to try."""
+
+import sys
+import time
+
+from vllm_proxy.daemon import sentence
+from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.engine.reconciler import Reconciler
+
+
+def watch(reconciler: Reconciler, address: str) -> None:
+    """Print the fleet's state at each change, and a `curl` line once all models are ready."""
+    start = time.monotonic()
+    said = ""
+
+    def changed() -> None:
+        nonlocal said
+        now = sentence(reconciler)
+        if now == said:
+            return
+        said = now
+        print(f"[{time.monotonic() - start:4.0f} s] {now}", file=sys.stderr, flush=True)
+        if all(status.state is State.READY for status in reconciler.models()):
+            print(_invitation(address), flush=True)
+
+    print(
+        "Starting vLLM twice; on two cores this takes one to three minutes. Ctrl-C stops everything.", file=sys.stderr
+    )
+    reconciler.listen(changed)
+    changed()
+
+
+def _invitation(address: str) -> str:
+    base = address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")  # noqa: S104 - shown, not listened on
+    return f"""
+Ready: {base}/v1 speaks the OpenAI API, with models "chat" and "embed". Try:
+
+curl -s {base}/v1/chat/completions -H 'Content-Type: application/json' \\
+  -d '{{"model": "chat", "messages": [{{"role": "user", "content": "Say hello."}}], "max_tokens": 32}}'
+
+curl -s {base}/v1/embeddings -H 'Content-Type: application/json' \\
+  -d '{{"model": "embed", "input": "Hello"}}'
+"""

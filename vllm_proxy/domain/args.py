@@ -1,0 +1,114 @@
+"""`[models.ID.args]`: any option of `vllm serve`, checked here without vLLM and rendered as command-line tokens.
+
+Source of the rules: vLLM 0.32's parser (argparse with BooleanOptionalAction, prefix abbreviations allowed).
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vllm_proxy.domain.config import EngineSpec
+from vllm_proxy.domain.units import show
+
+# Options that the daemon decides, since it listens, routes and stops through them.
+OWNED = frozenset(
+    "model served-model-name host port uds api-key config root-path headless grpc middleware shutdown-timeout "
+    "allowed-origins enable-sleep-mode data-parallel-multi-port-external-lb".split()
+)
+OWNED_PREFIX = "ssl-"
+# Options that have a key of their own outside `args`, with vLLM's second name for one of them.
+OWN_KEYS = {
+    name.replace("_", "-"): name
+    for name in EngineSpec.model_fields
+    if name not in {"command", "env", "args", "devices"}
+} | {"device-memory-utilization": "gpu_memory_utilization"}
+# Flags with no `--no-` form, and options whose list is one JSON token (of those not owned).
+STORE_TRUE = frozenset({"disable-log-stats", "aggregate-engine-logging"})
+JSON_LISTS = frozenset({"allowed-methods", "allowed-headers"})
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]*(\.[A-Za-z0-9_.-]+)?")
+
+
+def option_name(key: str) -> str:
+    """`enable_prefix_caching` and `enable-prefix-caching` are one option; behind a dot the case and `_` are kept."""
+    head, dot, rest = key.partition(".")
+    return head.replace("_", "-") + dot + rest
+
+
+def problems_of(args: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, message) for each option that cannot be passed on. The keys are as written."""
+    seen: dict[str, str] = {}
+    for key, value in args.items():
+        name = option_name(key)
+        if name in seen:
+            yield key, f"the same option as {show(seen[name])}; keep one of them"
+        seen[name] = key
+        if message := _name_problem(name) or _value_problem(value):
+            yield key, message
+
+
+def tokens(args: Mapping[str, Any]) -> list[str]:
+    """Command-line tokens of options that `problems_of` found nothing wrong with, in the file's order."""
+    result: list[str] = []
+    for name, value in args.items():
+        result += _tokens(option_name(name), value)
+    return result
+
+
+def _tokens(name: str, value: Any) -> list[str]:  # noqa: ANN401 - a TOML value
+    option = f"--{name}"
+    if value is True:
+        return [option]
+    if value is False:
+        return [] if name in STORE_TRUE else [f"--no-{name}"]
+    if isinstance(value, Mapping) or (isinstance(value, list) and name in JSON_LISTS):
+        return [option, json.dumps(value)]
+    if isinstance(value, list):
+        return [option, *(json.dumps(item) if isinstance(item, Mapping) else _scalar(item) for item in value)]
+    return [f"{option}={_scalar(value)}"]
+
+
+def _scalar(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _name_problem(name: str) -> str | None:
+    if not _NAME.fullmatch(name):
+        return f"expected the name of a vLLM option without its dashes, got {show(name)}"
+    base = name.partition(".")[0].removeprefix("no-")
+    if base in OWN_KEYS:
+        return f"has a key of its own: write {OWN_KEYS[base]} outside args"
+    if base in OWNED or base.startswith(OWNED_PREFIX):
+        return f"--{base} belongs to the daemon and cannot be set"
+    for full in sorted([*OWNED, *OWN_KEYS, OWNED_PREFIX]):
+        if full.startswith(base):  # argparse would take it for the full name
+            return f"vLLM would read this as an abbreviation of --{full}, which cannot be set here"
+    return None
+
+
+def _value_problem(value: object) -> str | None:
+    if isinstance(value, list):
+        if not value:
+            return "expected at least one item"
+        for item in value:
+            if isinstance(item, list):
+                return "expected a list of plain values or tables, got a list inside a list"
+            if isinstance(item, str) and item.startswith("-"):
+                return f"cannot pass {show(item)} inside a list: vLLM would take it for an option"
+    return _leaf_problem(value)
+
+
+def _leaf_problem(value: object) -> str | None:
+    if isinstance(value, Mapping):
+        return next((message for item in value.values() if (message := _leaf_problem(item))), None)
+    if isinstance(value, list):
+        return next((message for item in value if (message := _leaf_problem(item))), None)
+    if isinstance(value, str):
+        return "expected text without NUL characters" if "\0" in value else None
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"expected a finite number, got {value}"
+    if not isinstance(value, bool | int | float):
+        return f"expected a string, number, boolean, list or table, got {show(value)}"
+    return None

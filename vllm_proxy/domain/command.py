@@ -1,0 +1,99 @@
+"""`EngineSpec` + place -> the command line and the environment of one engine.
+
+Source of what is set and scrubbed: vLLM 0.32, its `envs.py` and argument parser.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vllm_proxy.domain import args
+from vllm_proxy.domain.config import EngineSpec
+
+# vLLM's own: seconds that a stopping engine may take for its teardown (workers need 5 + 4).
+ENGINE_SHUTDOWN_SECONDS = 10
+# Longer than any pooled connection of ours stays idle, so that the engine never closes one as a request leaves.
+ENGINE_KEEPALIVE_SECONDS = 75
+
+_MODEL_PLACE = "{model}"
+_API_SERVER = "api_server"
+_OPTIONS = tuple(name for name in args.OWN_KEYS.values() if name != "model")
+# What would mislead an engine: the daemon's own settings and systemd's letters to it, leftovers of another launcher.
+_SCRUBBED = re.compile(
+    r"VLLM_PROXY_.*|NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*|VLLM_PORT|VLLM_HOST_IP|VLLM_DP_.*|MASTER_.*"
+    r"|RANK|LOCAL_RANK|WORLD_SIZE|PROMETHEUS_MULTIPROC_DIR"
+)
+# Ours unless the user says otherwise.
+_DEFAULTS = {
+    "VLLM_LOGGING_COLOR": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENGINE_READY_TIMEOUT_S": "86400",  # the daemon alone decides when a start has taken too long
+    "PYTHONUNBUFFERED": "1",
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # device 0 is then the same for vLLM and for nvidia-smi
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one engine runs and how it is known. `folder` is its private temporary folder."""
+
+    instance: str  # "chat/0"
+    own_name: str  # a name that only this engine's model list holds
+    port: int
+    credential: str
+    folder: str
+
+
+def argv(model_id: str, spec: EngineSpec, command: Sequence[str], place: Place) -> list[str]:
+    """The command line: command, model, the daemon's options, the spec's keys, then `args`."""
+    if any(_MODEL_PLACE in token for token in command):
+        start = [token.replace(_MODEL_PLACE, spec.model) for token in command]
+    elif command[-1].endswith(_API_SERVER):
+        start = [*command, "--model", spec.model]
+    else:
+        start = [*command, spec.model]
+    return [
+        *start,
+        "--host=127.0.0.1",
+        f"--port={place.port}",
+        "--served-model-name",
+        model_id,
+        place.own_name,
+        f"--shutdown-timeout={ENGINE_SHUTDOWN_SECONDS}",
+        *_own_options(spec),
+        *args.tokens({"disable-access-log-for-endpoints": "/health,/metrics,/v1/models", **spec.args}),
+    ]
+
+
+def _own_options(spec: EngineSpec) -> list[str]:
+    given = {name: value for name in _OPTIONS if (value := getattr(spec, name)) is not None}
+    return args.tokens(given)
+
+
+def environment(inherited: Mapping[str, str], spec: EngineSpec, place: Place) -> dict[str, str]:
+    """The environment: the inherited one scrubbed, defaults, the user's `env`, then what only the daemon may say."""
+    env = {name: value for name, value in inherited.items() if not _SCRUBBED.fullmatch(name)}
+    env = {**_DEFAULTS, **env, "TMPDIR": place.folder, **spec.env}
+    if spec.devices is not None:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(device) for device in spec.devices)
+    return env | {
+        "VLLM_RPC_BASE_PATH": place.folder,  # sockets: removed with the folder, short enough for AF_UNIX
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(ENGINE_KEEPALIVE_SECONDS),
+        "VLLM_API_KEY": place.credential,
+        "ENGINE_INSTANCE": place.instance,  # for people who look at processes; must not start with VLLM
+    }
+
+
+def devices_of(spec: EngineSpec, inherited: Mapping[str, str]) -> frozenset[str]:
+    """The GPUs an engine will use on a machine that has some: what engines may not start on at the same time.
+
+    vLLM takes the first `tensor_parallel_size * pipeline_parallel_size` of the visible ones.
+    """
+    if spec.devices is not None:
+        return frozenset(str(device) for device in spec.devices)
+    count = (spec.tensor_parallel_size or 1) * (spec.pipeline_parallel_size or 1)
+    visible = spec.env.get("CUDA_VISIBLE_DEVICES", inherited.get("CUDA_VISIBLE_DEVICES"))
+    if visible is None:
+        return frozenset(str(index) for index in range(count))
+    named = [name.strip() for name in visible.split(",") if name.strip()]
+    return frozenset(named[:count])

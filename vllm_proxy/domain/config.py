@@ -1,0 +1,179 @@
+"""What a valid models.toml means: frozen values, every key of the contract with its type and its default.
+
+Its one rule: what a change costs is written in the types. A change in an `EngineSpec` replaces the engine, a change
+in a `Policy` is applied live. How text becomes these values, and how problems are told, is `parse.py`'s business.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+from vllm_proxy.domain.units import Bytes, Seconds, show
+
+type TomlTable = Mapping[str, Any]  # a table as tomllib reads it: str, int, float, bool, dates, lists, tables
+
+_MAX_MODEL_LEN = re.compile(r"auto|\d+(\.\d+)?[kKmMgG]?")
+_ENV_NAME = re.compile(r"[^=\0]+")
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        msg = "expected text without NUL characters, which no command line or environment can hold"
+        raise ValueError(msg)
+    return text
+
+
+def _max_model_len(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    if isinstance(value, str) and _MAX_MODEL_LEN.fullmatch(value):
+        return value
+    msg = f'expected a number of tokens such as 8192, "8k" or "auto", got {show(value)}'
+    raise ValueError(msg)
+
+
+def _device(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, str) and value and not set(value) & set(", \0"):
+        return value
+    msg = f"expected a GPU index or UUID, got {show(value)}"
+    raise ValueError(msg)
+
+
+def _environment(value: object) -> object:
+    """Numbers are accepted as values, since people write `OMP_NUM_THREADS = 1`."""
+    if not isinstance(value, Mapping):
+        return value
+    for name in value:
+        if not _ENV_NAME.fullmatch(name):
+            msg = f"cannot name an environment variable {show(name)}"
+            raise ValueError(msg)
+    return {
+        name: str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item
+        for name, item in value.items()
+    }
+
+
+Text = Annotated[str, AfterValidator(_no_nul)]
+NonEmptyText = Annotated[Text, Field(min_length=1)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+MaxModelLen = Annotated[int | str, BeforeValidator(_max_model_len)]
+Device = Annotated[int | str, BeforeValidator(_device)]
+Devices = Annotated[tuple[Device, ...], Strict(strict=False)]
+Texts = Annotated[tuple[Text, ...], Strict(strict=False)]
+Command = Annotated[tuple[NonEmptyText, ...], Strict(strict=False), Field(min_length=1)]
+Environment = Annotated[dict[str, Text], BeforeValidator(_environment)]
+Dtype = Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
+
+
+class Table(BaseModel):
+    """A TOML table: no key but the known ones, no value of another type turned into the right one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Server(Table):
+    """`[server]`: how the daemon itself listens and behaves. All of it live, `host` and `port` aside."""
+
+    host: NonEmptyText = "127.0.0.1"
+    port: Port = 8000
+    cors_origins: Texts = ()
+    allowed_hosts: Texts = ()
+    allow_remote_admin: bool = False
+    max_body_size: Bytes = 64 * 2**20
+    shutdown_timeout: Seconds = 30.0
+    on_exit: Literal["stop", "keep"] = "stop"
+
+
+class EngineDefaults(Table):
+    """`[engine]`: how vLLM is started. `command` and `env` count as engine keys of every model."""
+
+    command: Command | None = None
+    port_start: Port = 8001
+    port_end: Port = 8899
+    env: Environment = {}
+
+
+class Restart(Table):
+    """`[models.ID.restart]`: what happens after an engine died by itself."""
+
+    max_failures: Count = 5
+    backoff: Seconds = 1.0
+    max_backoff: Seconds = 60.0
+
+
+class EngineSpec(Table):
+    """The engine keys: on vLLM's command line or in its environment, so a change replaces the engine.
+
+    None is "not given": vLLM decides.
+    """
+
+    model: NonEmptyText
+    tensor_parallel_size: Count | None = None
+    pipeline_parallel_size: Count | None = None
+    max_model_len: MaxModelLen | None = None
+    dtype: Dtype | None = None
+    quantization: NonEmptyText | None = None
+    trust_remote_code: bool | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_num_seqs: Count | None = None
+    devices: Devices | None = None
+    command: Command | None = None
+    env: Environment = {}
+    args: dict[str, Any] = {}  # names in kebab-case; checked by args.py
+
+
+class Policy(Table):
+    """The policy keys: the daemon's own, so a change is applied live and no engine notices."""
+
+    description: Text = ""
+    metadata: dict[str, Any] = {}
+    aliases: Texts = ()
+    enabled: bool = True
+    replicas: Count = 1
+    start: Literal["always", "on-demand"] = "always"
+    idle_timeout: Seconds = 15 * 60.0
+    startup_timeout: Seconds = 10 * 60.0
+    drain_timeout: Seconds = 60.0
+    stop_timeout: Seconds = 30.0
+    stall_timeout: Seconds = 5 * 60.0
+    replace: Literal["auto", "surge", "drain"] = "auto"
+    request_timeout: Seconds = 0.0
+    max_in_flight: CountOrZero = 0
+    queue_size: CountOrZero = 512
+    queue_timeout: Seconds = 10 * 60.0
+    restart: Restart = Restart()
+
+
+class ModelTable(Policy, EngineSpec):
+    """`[models.ID]` with `[defaults]` merged in, as one flat table."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What the file asks for one model."""
+
+    id: str
+    engine: EngineSpec
+    policy: Policy
+    written: TomlTable  # the keys as they stand in the file, defaults not merged in
+
+    def effective(self) -> dict[str, Any]:
+        """All keys flat, defaults merged in, durations in seconds; engine keys not given are None."""
+        return {**self.engine.model_dump(mode="json"), **self.policy.model_dump(mode="json")}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A whole valid file."""
+
+    revision: str  # hash of the file's bytes
+    server: Server
+    engine: EngineDefaults
+    models: Mapping[str, ModelSpec]  # in the file's order

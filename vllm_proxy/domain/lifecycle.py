@@ -1,0 +1,88 @@
+"""The life of one instance as a table: states, events, and nothing else that could change a state.
+
+Its one rule: a pair that is not in the table is a bug and raises.
+"""
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+
+class State(StrEnum):
+    """What an instance, and a model, is. The values are those of the REST API."""
+
+    STOPPED = "stopped"
+    LOADING = "loading"
+    READY = "ready"
+    UNLOADING = "unloading"
+    ERROR = "error"
+
+
+class Event(StrEnum):
+    """What can happen to an instance."""
+
+    START = "start"  # somebody wants it to run
+    LISTENING = "listening"  # the engine proved that it serves this instance's own name
+    DIED = "died"  # any exit nobody asked for, whatever its code
+    GAVE_UP = "gave up"  # too many failures in a row, or one that no retry can mend
+    STOP = "stop"  # somebody wants it gone
+    GONE = "gone"  # the last process of the engine was reaped
+
+
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.STOPPED, Event.START): State.LOADING,
+    (State.LOADING, Event.LISTENING): State.READY,
+    (State.LOADING, Event.DIED): State.LOADING,  # waits in phase "backoff"
+    (State.LOADING, Event.GAVE_UP): State.ERROR,
+    (State.LOADING, Event.STOP): State.UNLOADING,
+    (State.READY, Event.DIED): State.LOADING,
+    (State.READY, Event.STOP): State.UNLOADING,
+    (State.ERROR, Event.START): State.LOADING,
+    (State.ERROR, Event.STOP): State.UNLOADING,
+    (State.UNLOADING, Event.GONE): State.STOPPED,
+}
+
+
+class Phase(StrEnum):
+    """How far an instance is within its state."""
+
+    QUEUED = "queued"  # waits for another engine on its GPUs
+    SERVING = "serving"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    BACKOFF = "backoff"
+
+
+class Reason(StrEnum):
+    """Why an instance is not ready; stable codes, each shown with a sentence."""
+
+    INVALID_ARGUMENTS = "invalid_arguments"
+    COMMAND_NOT_FOUND = "command_not_found"
+    STARTUP_TIMEOUT = "startup_timeout"
+    PORT_IN_USE = "port_in_use"
+    CRASHED = "crashed"
+    KILLED = "killed"
+
+
+# What no retry can mend before somebody changes the spec.
+FINAL = frozenset({Reason.INVALID_ARGUMENTS, Reason.COMMAND_NOT_FOUND})
+
+
+def after(state: State, event: Event) -> State:
+    """The state that follows."""
+    try:
+        return TRANSITIONS[state, event]
+    except KeyError:
+        msg = f"no transition from {state} on {event}"
+        raise AssertionError(msg) from None
+
+
+def best(states: Iterable[State]) -> State:
+    """A model is as good as its best instance."""
+    order = (State.READY, State.LOADING, State.UNLOADING, State.ERROR, State.STOPPED)
+    return min(states, key=order.index, default=State.STOPPED)
+
+
+def backoff_seconds(failures: int, first: float, longest: float, jitter: float) -> float:
+    """The wait before the next start after so many failures in a row; `jitter` in 0..1 takes off up to a quarter."""
+    doubled: float = first * 2.0 ** min(failures - 1, 32)
+    return min(doubled, longest) * (1 - jitter / 4)

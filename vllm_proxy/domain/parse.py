@@ -1,0 +1,286 @@
+"""TOML text -> `Config`, or every problem in it at once, each with its line and key path.
+
+Its one rule: nothing is accepted that would only fail later, and nothing is guessed.
+"""
+
+import difflib
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from vllm_proxy.domain import args
+from vllm_proxy.domain.config import (
+    Config,
+    EngineDefaults,
+    EngineSpec,
+    ModelSpec,
+    ModelTable,
+    Policy,
+    Server,
+    TomlTable,
+)
+from vllm_proxy.domain.locate import KeyPath, key_lines, line_of
+from vllm_proxy.domain.units import show
+from vllm_proxy.errors import ConfigError, Problem
+
+type Found = tuple[KeyPath, str]  # where, what
+
+_TABLES = ("server", "engine", "defaults", "models")
+_ID = re.compile(r"[A-Za-z0-9._:@/-]{1,200}")
+_ACTIONS = frozenset({"start", "stop", "restart", "sleep", "wake", "logs"})
+_SYNTAX_PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "tuple_type": "a list",
+    "too_short": "at least one item",
+    "string_too_short": "a string that is not empty",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "one of {expected}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """A `[server]` value that comes from outside the file and is stronger than it."""
+
+    value: Any
+    source: str  # "VLLM_PROXY_PORT", "--port"
+
+
+def revision_of(data: bytes) -> str:
+    """The revision of a file: a hash of its bytes, the ETag without its quotes."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def parse_config(data: bytes, file: str, overrides: Mapping[str, Override] | None = None) -> Config:
+    """The meaning of a file's bytes. `file` is only named in messages.
+
+    Raises:
+        ConfigError: with every problem found.
+
+    """
+    text, document = _read(data, file)
+    overrides = overrides or {}
+    found: list[Found] = [((key,), _unknown(key, _TABLES)) for key in document if key not in _TABLES]
+    server_table = {**_table(document, "server", found), **{key: item.value for key, item in overrides.items()}}
+    server = _validate(Server, server_table, ("server",), found)
+    engine = _validate(EngineDefaults, _table(document, "engine", found), ("engine",), found)
+    models = _models(document, engine or EngineDefaults(), found)
+    found += _cross_checks(engine, models, _table(document, "models", []))
+    if found or server is None or engine is None:
+        raise ConfigError(file, _problems(found, text, overrides))
+    return Config(revision_of(data), server, engine, {model.id: model for model in models})
+
+
+def _read(data: bytes, file: str) -> tuple[str, TomlTable]:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(file, [Problem(line, "", "expected UTF-8, got other bytes")]) from None
+    try:
+        return text, tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message = str(error)
+        place = _SYNTAX_PLACE.search(message)
+        line = int(place[1]) if place and place[1] else text.count("\n") + 1
+        what = _SYNTAX_PLACE.sub("", message)
+        raise ConfigError(file, [Problem(line, "", f"this is no TOML: {what}")]) from None
+    except RecursionError:
+        raise ConfigError(file, [Problem(0, "", "cannot read this TOML: nested too deeply")]) from None
+
+
+def _problems(found: Iterable[Found], text: str, overrides: Mapping[str, Override]) -> list[Problem]:
+    lines = key_lines(text)
+    problems = []
+    for path, message in found:
+        if len(path) > 1 and path[0] == "server" and path[1] in overrides:
+            problems.append(Problem(0, overrides[path[1]].source, message))
+        else:
+            problems.append(Problem(line_of(lines, path), dotted(path), message))
+    return problems
+
+
+def dotted(path: KeyPath) -> str:
+    """A key path as TOML spells it: `models."org/chat".args`."""
+    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else f'"{part}"' for part in path)
+
+
+def _table(document: TomlTable, name: str, found: list[Found]) -> TomlTable:
+    value = document.get(name, {})
+    if isinstance(value, Mapping):
+        return value
+    found.append(((name,), f"expected a table, got {show(value)}"))
+    return {}
+
+
+def _models(document: TomlTable, engine: EngineDefaults, found: list[Found]) -> list[ModelSpec]:
+    defaults = _table(document, "defaults", found)
+    before = len(found)
+    _model("", {}, {"model": "any", **defaults}, engine, found)  # a wrong default is a problem with no model too
+    models = []
+    for model_id, table in _table(document, "models", found).items():
+        path = ("models", model_id)
+        if message := _id_problem(model_id):
+            found.append((path, message))
+        if not isinstance(table, Mapping):
+            found.append((path, f'expected a table: write [models.{model_id}] with model = "..."'))
+            continue
+        if model := _model(model_id, table, defaults, engine, found):
+            models.append(model)
+    found[before:] = dict.fromkeys(found[before:])  # a wrong default was found once a model
+    return models
+
+
+def _model(
+    model_id: str, table: TomlTable, defaults: TomlTable, engine: EngineDefaults, found: list[Found]
+) -> ModelSpec | None:
+    original, spelling = table, _spelling(defaults) | _spelling(table)
+    table, defaults = _canonical(table), _canonical(defaults)
+    merged = merge(defaults, table)
+    own = ("models", model_id)
+    mine: list[Found] = []
+    valid = _validate(ModelTable, merged, own, mine)
+    options = merged.get("args")
+    if isinstance(options, Mapping):
+        mine += [((*own, "args", spelling.get(key, key)), message) for key, message in args.problems_of(options)]
+    # What the model itself does not say, the defaults do: there it is to be mended.
+    found += [(path if _holds(original, path[2:]) else ("defaults", *path[2:]), message) for path, message in mine]
+    if valid is None or mine:
+        return None
+    spec = EngineSpec.model_construct(**{name: getattr(valid, name) for name in EngineSpec.model_fields})
+    spec = spec.model_copy(update={"command": spec.command or engine.command, "env": {**engine.env, **spec.env}})
+    policy = Policy.model_construct(**{name: getattr(valid, name) for name in Policy.model_fields})
+    return ModelSpec(model_id, spec, policy, original)
+
+
+def _canonical(table: TomlTable) -> TomlTable:
+    """`args` in kebab-case, so that a model's spelling overrides the other spelling in the defaults."""
+    options = table.get("args")
+    if not isinstance(options, Mapping):
+        return table
+    names = [args.option_name(key) for key in options]
+    if len(set(names)) < len(names):  # the same option twice: kept as written, to be reported
+        return table
+    return {**table, "args": dict(zip(names, options.values(), strict=True))}
+
+
+def _spelling(table: TomlTable) -> dict[str, str]:
+    """How the file spells each option."""
+    options = table.get("args")
+    return {args.option_name(key): key for key in options} if isinstance(options, Mapping) else {}
+
+
+def merge(base: TomlTable, over: TomlTable) -> dict[str, Any]:
+    """`over` wins; tables merge key by key, at every depth."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _holds(table: TomlTable, path: KeyPath) -> bool:
+    """Whether the model's own table says anything at `path`. A missing key belongs to the model."""
+    if len(path) == 1 and path[0] == "model" and "model" not in table:
+        return True
+    value: Any = table
+    for part in path:
+        if isinstance(value, list):
+            return True
+        if not isinstance(value, Mapping) or part not in value:
+            return not path
+        value = value[part]
+    return True
+
+
+def _validate[T: BaseModel](table: type[T], value: TomlTable, at: KeyPath, found: list[Found]) -> T | None:
+    try:
+        return table.model_validate(value)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            path = (*at, *(str(part) for part in detail["loc"]))
+            found.append((path, _message(table, detail)))
+        return None
+
+
+def _message(table: type[BaseModel], detail: ErrorDetails) -> str:
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        return _unknown(str(detail["loc"][-1]), _known_keys(table, detail["loc"]), in_model=table is ModelTable)
+    if kind == "missing":
+        return 'missing: every model needs model = "a Hugging Face id, path or URL"'
+    if kind == "value_error":
+        return str(detail["ctx"]["error"])
+    if kind not in _EXPECTED:
+        return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {show(detail['input'])}"
+    context = dict(detail.get("ctx", {}))
+    if kind == "literal_error":
+        context["expected"] = context["expected"].replace("'", '"').replace(" or ", ", ")
+    return f"expected {_EXPECTED[kind].format(**context)}, got {show(detail['input'])}"
+
+
+def _known_keys(table: type[BaseModel], location: tuple[int | str, ...]) -> Iterable[str]:
+    for part in location[:-1]:
+        field = table.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            break
+        table = field.annotation
+    return table.model_fields
+
+
+def _unknown(key: str, known: Iterable[str], *, in_model: bool = False) -> str:
+    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+    if near:
+        return f"unknown key; did you mean {near[0]}?"
+    if in_model:
+        return "unknown key; an option of vLLM itself goes into args"
+    return f"unknown key; expected one of {', '.join(known)}"
+
+
+def _id_problem(model_id: str) -> str | None:
+    segments = model_id.split("/")
+    if not _ID.fullmatch(model_id):
+        return "expected an id of 1 to 200 letters, digits and . _ : @ / -"
+    if {"", ".", ".."} & set(segments):
+        return 'expected an id with no empty, "." or ".." part between its slashes'
+    if segments[-1] in _ACTIONS:
+        return f"an id may not end in {show(segments[-1])}, which is an action of the REST API"
+    return None
+
+
+def _cross_checks(engine: EngineDefaults | None, models: list[ModelSpec], ids: Iterable[str]) -> Iterator[Found]:
+    taken = {model_id: model_id for model_id in ids}
+    for model in models:
+        path = ("models", model.id, "aliases")
+        for alias in model.policy.aliases:
+            if message := _id_problem(alias):
+                yield path, f"{show(alias)}: {message}"
+            elif alias in taken:
+                yield path, f"{show(alias)} is taken by model {show(taken[alias])}"
+            taken.setdefault(alias, model.id)
+        devices = [str(device) for device in model.engine.devices or ()]
+        if len(set(devices)) < len(devices):
+            yield ("models", model.id, "devices"), "expected each device once"
+    if engine is None:
+        return
+    if engine.port_end < engine.port_start:
+        yield ("engine", "port_end"), f"expected at least port_start ({engine.port_start}), got {engine.port_end}"
+        return
+    wanted = sum(model.policy.replicas for model in models if model.policy.enabled)
+    if wanted > (ports := engine.port_end - engine.port_start + 1):
+        where = "port_end" if "port_end" in engine.model_fields_set else "port_start"
+        yield ("engine", where), f"expected a port for each of {wanted} instances, got {ports} ports"

@@ -1,0 +1,58 @@
+"""Durations and sizes as people write them. Inside the program: seconds as float, bytes as int."""
+
+import math
+import re
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?")
+_SIZE_UNITS = {
+    "B": 1,
+    "kB": 10**3,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+
+
+def parse_duration(value: object) -> float:
+    """Seconds, from a number of seconds or a string such as "90s", "5m", "1h30m", "250ms"."""
+    seconds: float | None = None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    elif isinstance(value, str) and value and (match := _DURATION.fullmatch(value)):
+        hours, minutes, secs, millis = (float(part or 0) for part in match.groups())
+        seconds = hours * 3600 + minutes * 60 + secs + millis / 1000
+    if seconds is None or not math.isfinite(seconds) or seconds < 0:
+        msg = f'expected a duration such as 90, "90s", "5m" or "1h30m", got {show(value)}'
+        raise ValueError(msg)
+    return seconds
+
+
+def parse_size(value: object) -> int:
+    """Bytes, from a whole number of bytes or a string such as "64MiB" or "10GB"."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+        return int(float(match[1]) * _SIZE_UNITS[match[2] or "B"])
+    msg = f'expected a size such as 1048576 or "64MiB", got {show(value)}'
+    raise ValueError(msg)
+
+
+def show(value: object) -> str:
+    """A value as TOML would spell it, short enough for a message."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = f'"{value}"' if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+Seconds = Annotated[float, BeforeValidator(parse_duration)]
+Bytes = Annotated[int, BeforeValidator(parse_size)]

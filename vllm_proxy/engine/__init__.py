@@ -1,0 +1,1 @@
+"""Effects: processes, files, sockets and time. `api` sees `reconciler` and `registry` alone."""

@@ -1,0 +1,38 @@
+"""Starts that share a GPU go one after another: vLLM measures the whole device while it loads."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class DeviceGate:
+    """First come, first served, for each set of devices."""
+
+    def __init__(self) -> None:
+        self._line: list[tuple[frozenset[str], asyncio.Event]] = []  # holders and waiters, in the order they came
+
+    @asynccontextmanager
+    async def hold(self, devices: frozenset[str]) -> AsyncIterator[None]:
+        """Wait until nobody who came earlier shares a device, then keep the others waiting."""
+        place = (devices, asyncio.Event())
+        self._line.append(place)
+        try:
+            self._admit()
+            await place[1].wait()
+            yield
+        finally:
+            self._line.remove(place)
+            self._admit()
+
+    def _admit(self) -> None:
+        for position, (devices, admitted) in enumerate(self._line):
+            if not any(_overlap(devices, earlier) for earlier, _ in self._line[:position]):
+                admitted.set()
+
+
+def _overlap(one: frozenset[str], other: frozenset[str]) -> bool:
+    """Whether two sets may name the same GPU. An index and a UUID may: nothing here can tell."""
+    if not one or not other:
+        return False
+    mixed = all(name.isdigit() for name in one) != all(name.isdigit() for name in other)
+    return mixed or bool(one & other)

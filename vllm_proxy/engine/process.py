@@ -1,0 +1,185 @@
+"""One engine's processes: started in a session of their own, watched, and ended to the last one.
+
+Its one rule: nothing that was started here is left unburied. vLLM's first process (the API server) starts others
+that outlive it; all of them stay in the session that the first one leads, which is how they are found.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from vllm_proxy.domain.diagnose import Exit
+
+log = structlog.get_logger()
+
+_PR_SET_CHILD_SUBREAPER = 36
+_SWEEP_SECONDS = 0.02
+_KILL_SECONDS = 15.0  # a process that survives SIGKILL for this long hangs in the kernel
+# The engine waits for one line before it becomes the engine, so that it is on record before it does anything:
+# a daemon that is killed in between leaves a shell that ends by itself.
+_GATE = 'read -r go && exec "$0" "$@" </dev/null'
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One line of /proc. `started` is in clock ticks since boot, which with the pid names a process for good."""
+
+    pid: int
+    alive: bool  # false: a zombie, waiting to be reaped
+    session: int
+    started: int
+
+
+def boot_id() -> str:
+    """The kernel's name of this boot: pids mean nothing beyond it."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def look_up(pid: int) -> Process | None:
+    """The process with this pid, None where there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat[stat.rindex(")") + 2 :].split()  # the command in front may hold spaces and parentheses
+    return Process(pid, fields[0] not in "ZX", int(fields[3]), int(fields[19]))
+
+
+def members(session: int, started: int) -> list[Process]:
+    """Every process of the session that `session` led when it started at `started`, zombies included.
+
+    A pid is not given away while a session bears it, so a leader with another start time means a later session.
+    """
+    leader = look_up(session)
+    if leader is not None and leader.started != started:
+        return []
+    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    found = (look_up(pid) for pid in pids)
+    return [process for process in found if process and process.session == session and process.started >= started]
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every process whose own parent dies below this one, to be able to reap it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "cannot become a subreaper")
+
+
+async def end_session(session: int, started: int, grace_seconds: float) -> bool:
+    """End every process of a session: SIGTERM to its leader, after the grace SIGKILL to all. True when none is left.
+
+    vLLM's workers die at once on a SIGTERM of their own, so only the leader gets one.
+    """
+    loop = asyncio.get_running_loop()
+    if _signal(session, started, signal.SIGTERM):
+        deadline = loop.time() + grace_seconds
+        while loop.time() < deadline and _is_alive(session, started):  # noqa: ASYNC110 - the kernel tells nobody
+            await asyncio.sleep(_SWEEP_SECONDS)
+    deadline = loop.time() + _KILL_SECONDS
+    while left := await asyncio.to_thread(members, session, started):
+        for process in left:
+            if process.alive:
+                _signal(process.pid, process.started, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):  # somebody else's child: init reaps it
+                os.waitpid(process.pid, os.WNOHANG)  # noqa: ASYNC222 - does not wait
+        if not any(process.alive for process in left):
+            return True
+        if loop.time() > deadline:
+            log.error("processes do not die", pids=[process.pid for process in left if process.alive])
+            return False
+        await asyncio.sleep(_SWEEP_SECONDS)
+    return True
+
+
+def _is_alive(pid: int, started: int) -> bool:
+    process = look_up(pid)
+    return process is not None and process.alive and process.started == started
+
+
+def _signal(pid: int, started: int, number: signal.Signals) -> bool:
+    """Send a signal to exactly this process; False when it is gone."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        # Behind the open: the descriptor and the line speak of the same process.
+        if not _is_alive(pid, started):
+            return False
+        signal.pidfd_send_signal(fd, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+class EngineProcess:
+    """The first process of an engine. It does nothing before `release`."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = child
+        self.pid = child.pid
+        stat = look_up(child.pid)
+        assert stat is not None, "a child is there until it is reaped"
+        self.started = stat.started
+        loop = asyncio.get_running_loop()
+        self.exited: asyncio.Future[Exit] = loop.create_future()
+        self._pidfd = os.pidfd_open(child.pid)
+        loop.add_reader(self._pidfd, self._reap)
+
+    @classmethod
+    def spawn(cls, argv: Sequence[str], env: Mapping[str, str], folder: Path, log_file: Path) -> "EngineProcess":
+        """Start `argv` in `folder`, held at the gate, output appended to `log_file` (mode 0600).
+
+        Raises:
+            OSError: when the log cannot be opened or no process can be made.
+
+        """
+        output = os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            return cls(
+                subprocess.Popen(
+                    ["/bin/sh", "-c", _GATE, *argv],
+                    env=env,
+                    cwd=folder,
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+        finally:
+            os.close(output)
+
+    def release(self) -> None:
+        """Let it become the engine."""
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died at the gate: `exited` tells
+            self._child.stdin.write(b"\n")
+            self._child.stdin.close()
+
+    async def end(self, grace_seconds: float) -> bool:
+        """End it with all that it started, and reap; True when nothing is left."""
+        if self._child.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._child.stdin.close()
+        emptied = await end_session(self.pid, self.started, grace_seconds)
+        if emptied:
+            await self.exited
+        return emptied
+
+    def _reap(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        code = self._child.wait()  # returns at once: the descriptor says that it ended
+        if not self.exited.done():
+            self.exited.set_result(Exit(code, None) if code >= 0 else Exit(None, -code))

@@ -1,0 +1,216 @@
+"""Who serves which name now: endpoints, leases, and the requests that wait for one.
+
+Its one rule: a permit is counted in the same step that hands it out, and given back exactly once, whatever ends the
+request. Everything here runs on the event loop, and no method but `acquire` and `wait_idle` waits.
+"""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Self
+
+from vllm_proxy.domain.config import ModelSpec
+from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.errors import RequestError
+
+
+class Endpoint:
+    """One ready engine, as requests see it."""
+
+    def __init__(self, instance: str, port: int, credential: str, max_model_len: int | None) -> None:
+        self.instance = instance  # "chat/0"
+        self.port = port
+        self.credential = credential
+        self.max_model_len = max_model_len  # tokens, as the engine says
+        self.in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Until no request is in flight here."""
+        await self._idle.wait()
+
+    def _add(self, count: int) -> None:
+        self.in_flight += count
+        assert self.in_flight >= 0, "a permit was given back twice"
+        if self.in_flight:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+
+@dataclass(slots=True)
+class Route:
+    """One model, as requests see it."""
+
+    spec: ModelSpec
+    state: State
+    message: str | None  # why it is not ready
+    endpoints: list[Endpoint] = field(default_factory=list)
+    waiting: deque[asyncio.Future[Endpoint]] = field(default_factory=deque)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that hold an endpoint of this model."""
+        return sum(endpoint.in_flight for endpoint in self.endpoints)
+
+
+class Lease:
+    """One request's hold on one instance. `with lease:` gives it back."""
+
+    def __init__(self, registry: "Registry", route: Route, endpoint: Endpoint) -> None:
+        self._registry = registry
+        self._route = route
+        self.endpoint = endpoint
+        self.model_id = route.spec.id
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._registry.give_back(self._route, self.endpoint)
+
+
+class Registry:
+    """All routes, by model id and by alias."""
+
+    def __init__(self) -> None:
+        self._routes: dict[str, Route] = {}
+        self._aliases: dict[str, str] = {}
+        self._closing = False
+
+    # What the reconciler and its supervisors say
+
+    def declare(self, specs: Iterable[ModelSpec]) -> None:
+        """The models there are, enabled or not."""
+        for spec in specs:
+            self._routes[spec.id] = Route(spec, State.STOPPED, None)
+            self._aliases |= dict.fromkeys(spec.policy.aliases, spec.id)
+
+    def report(self, model_id: str, state: State, message: str | None) -> None:
+        """A model's state changed. One that will not come by itself fails whoever waits for it."""
+        route = self._routes[model_id]
+        route.state, route.message = state, message
+        if state in {State.ERROR, State.STOPPED}:
+            self._fail_waiting(route)
+
+    def open(self, model_id: str, endpoint: Endpoint) -> None:
+        """An instance is ready."""
+        route = self._routes[model_id]
+        route.endpoints.append(endpoint)
+        self._serve_waiting(route)
+
+    def withdraw(self, model_id: str, endpoint: Endpoint) -> None:
+        """No new request for this instance; those in flight keep their lease."""
+        self._routes[model_id].endpoints.remove(endpoint)
+
+    def close(self) -> None:
+        """No new request for anyone: the daemon stops."""
+        self._closing = True
+        for route in self._routes.values():
+            self._fail_waiting(route)
+
+    # What requests ask
+
+    def names(self) -> dict[str, Route]:
+        """Every name that clients may send, with its route: ids first, aliases behind; disabled models left out."""
+        enabled = {name: route for name, route in self._routes.items() if route.spec.policy.enabled}
+        return enabled | {alias: enabled[name] for alias, name in self._aliases.items() if name in enabled}
+
+    def find(self, name: str) -> Route:
+        """The route of an id or alias.
+
+        Raises:
+            RequestError: `model_not_found`.
+
+        """
+        route = self._routes.get(self._aliases.get(name, name))
+        if route is None:
+            raise RequestError("model_not_found", f"cannot serve {name!r}: there is no such model", param="model")
+        return route
+
+    def counts(self, model_id: str) -> tuple[int, int]:
+        """Requests in flight and requests waiting, of one model."""
+        route = self._routes[model_id]
+        return route.in_flight, sum(not future.done() for future in route.waiting)
+
+    async def acquire(self, name: str) -> Lease:
+        """Hold an instance that serves `name`: at once, or when one becomes ready or free.
+
+        Raises:
+            RequestError: when none will, the queue is full or the wait too long.
+
+        """
+        route = self.find(name)
+        self._refuse(route)
+        endpoint = _least_loaded(route)
+        if endpoint is None or any(not future.done() for future in route.waiting):
+            endpoint = await self._queue(route)
+        else:
+            endpoint._add(1)  # noqa: SLF001 - the counter is this module's
+        return Lease(self, route, endpoint)
+
+    def give_back(self, route: Route, endpoint: Endpoint) -> None:
+        """A request has ended: its place is free."""
+        endpoint._add(-1)  # noqa: SLF001 - as above
+        self._serve_waiting(route)
+
+    def _refuse(self, route: Route) -> None:
+        name = route.spec.id
+        if self._closing:
+            raise RequestError("shutting_down", "cannot take requests: the daemon is stopping", retry_after=5)
+        if not route.spec.policy.enabled:
+            raise RequestError("model_disabled", f"cannot serve {name}: it is disabled in the configuration")
+        if route.state is State.ERROR:
+            raise RequestError("model_error", f"cannot serve {name}: {route.message}")
+        if route.state is State.STOPPED:
+            raise RequestError("model_stopped", f"cannot serve {name}: it is stopped")
+
+    async def _queue(self, route: Route) -> Endpoint:
+        policy = route.spec.policy
+        if sum(not future.done() for future in route.waiting) >= policy.queue_size:
+            msg = f"cannot serve {route.spec.id}: {policy.queue_size} requests wait already"
+            raise RequestError("queue_full", msg, retry_after=1)
+        future: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
+        route.waiting.append(future)
+        try:
+            async with asyncio.timeout(policy.queue_timeout):
+                return await future
+        except BaseException as error:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self.give_back(route, future.result())  # it came in the very moment we left
+            if isinstance(error, TimeoutError):
+                msg = f"cannot serve {route.spec.id}: it was not ready or free within {policy.queue_timeout:g} s"
+                raise RequestError("queue_timeout", msg) from None
+            raise
+        finally:
+            if future in route.waiting:
+                route.waiting.remove(future)
+
+    def _serve_waiting(self, route: Route) -> None:
+        while route.waiting and (endpoint := _least_loaded(route)):
+            future = route.waiting.popleft()
+            if not future.done():
+                endpoint._add(1)  # noqa: SLF001 - as above
+                future.set_result(endpoint)
+
+    def _fail_waiting(self, route: Route) -> None:
+        while route.waiting:
+            future = route.waiting.popleft()
+            if not future.done():
+                try:
+                    self._refuse(route)
+                except RequestError as error:
+                    future.set_exception(error)
+
+
+def _least_loaded(route: Route) -> Endpoint | None:
+    """The endpoint with the fewest requests in flight, any of them where several have; None when all are full."""
+    most = route.spec.policy.max_in_flight
+    free = [endpoint for endpoint in route.endpoints if not most or endpoint.in_flight < most]
+    if len(free) <= 1:
+        return free[0] if free else None
+    least = min(endpoint.in_flight for endpoint in free)
+    return random.choice([endpoint for endpoint in free if endpoint.in_flight == least])  # noqa: S311 - no secret

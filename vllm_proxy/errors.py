@@ -1,0 +1,87 @@
+"""Every error that this program raises on purpose. Its one rule: a message says "cannot X: why" and what to do.
+
+A `RequestError` becomes an HTTP answer in one place, `api.envelope`; anything else that reaches a request is a bug.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class VllmProxyError(Exception):
+    """The root of all of them."""
+
+
+class StartupError(VllmProxyError):
+    """The daemon cannot start; exit status 1."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Problem:
+    """One thing wrong with a configuration.
+
+    `line` counts from 1, 0 where it cannot be known; `path` is the dotted key, "" for the file as a whole.
+    """
+
+    line: int
+    path: str
+    message: str
+
+    def render(self, file: str) -> str:
+        """`FILE:LINE: key.path: message`, as compilers print it, so that editors can jump there."""
+        place = f"{file}:{self.line}: " if self.line else f"{file}: "
+        return place + (f"{self.path}: {self.message}" if self.path else self.message)
+
+
+class ConfigError(VllmProxyError):
+    """A configuration that cannot be used, with every problem in it; exit status 78."""
+
+    def __init__(self, file: str, problems: Sequence[Problem]) -> None:
+        super().__init__(f"cannot use {file}: {len(problems)} problem(s)")
+        self.file = file
+        self.problems = tuple(sorted(set(problems)))
+
+    def lines(self) -> list[str]:
+        """The problems, one a line."""
+        return [problem.render(self.file) for problem in self.problems]
+
+
+class RequestError(VllmProxyError):
+    """A request that cannot be served. `code` is one of contract section 5; `STATUS` gives its HTTP status."""
+
+    def __init__(self, code: str, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after  # seconds
+
+    @property
+    def status(self) -> int:
+        """The HTTP status of the code."""
+        return STATUS[self.code]
+
+
+STATUS = {
+    "invalid_json": 400,
+    "missing_model": 400,
+    "bad_request": 400,
+    "host_not_allowed": 403,
+    "origin_not_allowed": 403,
+    "remote_admin_disabled": 403,
+    "model_not_found": 404,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "request_timeout": 408,
+    "request_too_large": 413,
+    "unsupported_media_type": 415,
+    "headers_too_large": 431,
+    "internal_error": 500,
+    "unsupported_endpoint": 501,
+    "engine_failed": 502,
+    "model_error": 503,
+    "model_disabled": 503,
+    "model_stopped": 503,
+    "queue_full": 503,
+    "shutting_down": 503,
+    "queue_timeout": 504,
+}

@@ -1,0 +1,58 @@
+"""How the daemon's log looks: text for people, JSON for collectors, prefixed lines for the systemd journal."""
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from typing import Literal
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+Format = Literal["auto", "text", "json", "journal"]
+_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+
+
+def set_up(level: str, chosen: Format, environ: Mapping[str, str]) -> None:
+    """Configure structlog; everything goes to stderr. `auto` is journal where stderr is the journal, else text."""
+    if chosen == "auto":
+        chosen = "journal" if _is_journal(environ) else "text"
+    processors: list[Processor] = [structlog.processors.add_log_level, structlog.processors.StackInfoRenderer()]
+    if chosen == "json":
+        processors += [
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.dict_tracebacks,
+            structlog.processors.JSONRenderer(),
+        ]
+    elif chosen == "journal":
+        processors += [structlog.processors.format_exc_info, _journal]
+    else:
+        processors += [
+            structlog.processors.TimeStamper(fmt="%Y-%m-%dT%H:%M:%SZ", utc=True),
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0),
+        ]
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def _is_journal(environ: Mapping[str, str]) -> bool:
+    """systemd names device and inode of the stream it connected."""
+    try:
+        stat = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
+
+
+def _journal(_logger: WrappedLogger, _name: str, event: EventDict) -> str:
+    """sd-daemon's "<N>" on every line: the journal takes each line of a traceback for an entry of its own."""
+    prefix = f"<{_PRIORITIES.get(event.pop('level', 'info'), 6)}>"
+    trace = event.pop("exception", "")
+    message = str(event.pop("event"))
+    fields = " ".join(f"{key}={value!r}" for key, value in event.items())
+    lines = " ".join(part for part in (message, fields) if part).splitlines() + str(trace).splitlines()
+    return "\n".join(prefix + line for line in lines)

@@ -1,0 +1,99 @@
+"""What comes from outside the file: flags, environment, `.env`. Its one rule: the stronger layer wins whole.
+
+Strongest first: flag, environment, a `.env` file in the working directory, `[server]` in the file, the default.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import dotenv
+
+from vllm_proxy.domain.config import Server
+from vllm_proxy.domain.parse import Override
+
+PREFIX = "VLLM_PROXY_"
+_LISTS = frozenset({"cors_origins", "allowed_hosts"})
+_WEAKER_NAMES = {"port": "APP_PORT"}
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://")
+_NUMBER = re.compile(r"\d+")
+_CONFIG_PLACES = (Path("models.toml"), Path("/etc/vllm-proxy/models.toml"))
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where the file and the state are, and what is stronger than the file."""
+
+    config_file: Path
+    state_dir: Path
+    scratch: Path  # for the engines' temporary folders: short, since sockets lie there
+    overrides: Mapping[str, Override]
+    engine_environment: Mapping[str, str]  # the daemon's own, `.env` merged in
+    warnings: tuple[str, ...]
+
+
+def load(
+    environ: Mapping[str, str], flags: Mapping[str, str | int | None], dotenv_file: Path = Path(".env")
+) -> Settings:
+    """Settings from the process environment and the flags `config`, `state_dir`, `host`, `port` (None: not given)."""
+    from_file = {name: value for name, value in dotenv.dotenv_values(dotenv_file).items() if value is not None}
+    env = {**from_file, **environ}
+    warnings: list[str] = []
+    overrides = {
+        key: override
+        for key in Server.model_fields
+        if (override := _override(key, flags, (environ, from_file), warnings)) is not None
+    }
+    runtime = env.get("RUNTIME_DIRECTORY", "").split(":")[0]
+    return Settings(
+        config_file=_config_file(flags.get("config"), env),
+        state_dir=_state_dir(flags.get("state_dir"), env),
+        scratch=Path(runtime or "/tmp"),  # noqa: S108 - TMPDIR may be too long for a socket's path
+        overrides=overrides,
+        engine_environment=env,
+        warnings=tuple(warnings),
+    )
+
+
+def _override(
+    key: str,
+    flags: Mapping[str, str | int | None],
+    layers: tuple[Mapping[str, str], ...],
+    warnings: list[str],
+) -> Override | None:
+    if (flag := flags.get(key)) is not None:
+        return Override(flag, f"--{key}")
+    names = [PREFIX + key.upper(), *([_WEAKER_NAMES[key]] if key in _WEAKER_NAMES else [])]
+    for layer in layers:
+        for name in names:
+            value = layer.get(name)
+            if value is None:
+                continue
+            if key not in _LISTS and _URL.match(value):  # Kubernetes injects NAME_PORT=tcp://... for its services
+                warnings.append(f"{name} looks like a URL and is ignored: {value}")
+                continue
+            return Override(_typed(key, value), name)
+    return None
+
+
+def _typed(key: str, value: str) -> object:
+    """An environment variable as TOML would have it; what is wrong with it, the configuration's types say."""
+    if key in _LISTS:
+        return [item.strip() for item in value.split(",") if item.strip()]
+    if value.lower() in {"true", "false"}:
+        return value.lower() == "true"
+    return int(value) if _NUMBER.fullmatch(value) else value
+
+
+def _config_file(flag: str | int | None, env: Mapping[str, str]) -> Path:
+    if chosen := flag or env.get(PREFIX + "CONFIG"):
+        return Path(str(chosen)).absolute()
+    return next((place for place in _CONFIG_PLACES if place.exists()), _CONFIG_PLACES[0]).absolute()
+
+
+def _state_dir(flag: str | int | None, env: Mapping[str, str]) -> Path:
+    if chosen := flag or env.get(PREFIX + "STATE_DIR") or env.get("STATE_DIRECTORY", "").split(":")[0]:
+        return Path(str(chosen)).absolute()
+    base = env.get("XDG_STATE_HOME") or str(Path(env.get("HOME", "/"), ".local/state"))
+    return Path(base, "vllm-proxy").absolute()
