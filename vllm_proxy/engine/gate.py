@@ -32,7 +32,4 @@ class DeviceGate:
 
 def _overlap(one: frozenset[str], other: frozenset[str]) -> bool:
     """Whether two sets may name the same GPU. An index and a UUID may: nothing here can tell."""
-    if not one or not other:
-        return False
-    mixed = all(name.isdigit() for name in one) != all(name.isdigit() for name in other)
-    return mixed or bool(one & other)
+    return any(a == b or a.isdigit() != b.isdigit() for a in one for b in other)

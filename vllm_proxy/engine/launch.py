@@ -20,7 +20,7 @@ from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.engine import logs
 from vllm_proxy.engine.ports import NoPortError, Ports
-from vllm_proxy.engine.process import EngineProcess
+from vllm_proxy.engine.process import EngineProcess, to_the_end
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 from vllm_proxy.errors import VllmProxyError
 
@@ -99,7 +99,9 @@ class Launcher:
 
     def devices(self, spec: EngineSpec) -> frozenset[str]:
         """The GPUs that an engine measures while it loads."""
-        return command.devices_of(spec, self.inherited) if self.has_gpus else frozenset()
+        if not self.has_gpus and spec.devices is None:
+            return frozenset()
+        return command.devices_of(spec, self.inherited)
 
     @contextlib.asynccontextmanager
     async def running(self, model: ModelSpec, instance: str) -> AsyncIterator[Engine]:
@@ -115,7 +117,8 @@ class Launcher:
             argv = command.argv(model.id, model.engine, start, place)
             env = command.environment(self.inherited, model.engine, place)
             engine = self._spawn(argv, env, place)
-            stack.push_async_callback(self._end, engine, model.policy.stop_timeout)
+            # A stop that comes while the engine is ended already must not leave the rest of it alive.
+            stack.push_async_callback(to_the_end, self._end, engine, model.policy.stop_timeout)
             self.state.record(_record(engine))
             engine.process.release()
             log.info("engine started", instance=instance, pid=engine.pid, port=place.port, log=str(engine.log_file))

@@ -22,4 +22,4 @@ def last_lines(log_file: Path, count: int, since: int = 0) -> tuple[str, ...]:
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return ()
-    return tuple(text.splitlines()[-count:])
+    return tuple(text.splitlines()[-count:]) if count > 0 else ()

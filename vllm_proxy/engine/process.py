@@ -7,10 +7,11 @@ that outlive it; all of them stay in the session that the first one leads, which
 import asyncio
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ log = structlog.get_logger()
 
 _PR_SET_CHILD_SUBREAPER = 36
 _SWEEP_SECONDS = 0.02
+_NO_PROCESS = {errno.ESRCH, errno.EINVAL, errno.ENOENT}  # the latter: the number is a thread's now
 _KILL_SECONDS = 15.0  # a process that survives SIGKILL for this long hangs in the kernel
 # The engine waits for one line before it becomes the engine, so that it is on record before it does anything:
 # a daemon that is killed in between leaves a shell that ends by itself.
@@ -50,7 +52,9 @@ def look_up(pid: int) -> Process | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = stat[stat.rindex(")") + 2 :].split()  # the command in front may hold spaces and parentheses
-    return Process(pid, fields[0] not in "ZX", int(fields[3]), int(fields[19]))
+    # A first thread that is dead while others live makes no dead process: the memory, on GPUs too, is still taken.
+    alive = fields[0] not in "ZX" or int(fields[17]) > 1
+    return Process(pid, alive, int(fields[3]), int(fields[19]))
 
 
 def members(session: int, started: int) -> list[Process]:
@@ -73,6 +77,20 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "cannot become a subreaper")
 
 
+async def to_the_end[**P, T](work: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Await `work(...)` to its end whatever is cancelled meanwhile; the cancellation is raised behind it."""
+    task = asyncio.ensure_future(work(*args, **kwargs))
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    return task.result()
+
+
 async def end_session(session: int, started: int, grace_seconds: float) -> bool:
     """End every process of a session: SIGTERM to its leader, after the grace SIGKILL to all. True when none is left.
 
@@ -88,8 +106,9 @@ async def end_session(session: int, started: int, grace_seconds: float) -> bool:
         for process in left:
             if process.alive:
                 _signal(process.pid, process.started, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):  # somebody else's child: init reaps it
-                os.waitpid(process.pid, os.WNOHANG)  # noqa: ASYNC222 - does not wait
+            elif process.pid != session:  # the leader's exit code belongs to who started it
+                with contextlib.suppress(ChildProcessError):  # somebody else's child: init reaps it
+                    os.waitpid(process.pid, os.WNOHANG)  # noqa: ASYNC222 - does not wait
         if not any(process.alive for process in left):
             return True
         if loop.time() > deadline:
@@ -108,8 +127,10 @@ def _signal(pid: int, started: int, number: signal.Signals) -> bool:
     """Send a signal to exactly this process; False when it is gone."""
     try:
         fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return False
+    except OSError as error:
+        if error.errno in _NO_PROCESS:
+            return False
+        raise
     try:
         # Behind the open: the descriptor and the line speak of the same process.
         if not _is_alive(pid, started):

@@ -50,11 +50,11 @@ class Route:
     message: str | None  # why it is not ready
     endpoints: list[Endpoint] = field(default_factory=list)
     waiting: deque[asyncio.Future[Endpoint]] = field(default_factory=deque)
+    in_flight: int = 0  # requests that hold an endpoint of this model, a withdrawn one included
 
-    @property
-    def in_flight(self) -> int:
-        """Requests that hold an endpoint of this model."""
-        return sum(endpoint.in_flight for endpoint in self.endpoints)
+    def _add(self, endpoint: Endpoint, count: int) -> None:
+        endpoint._add(count)  # noqa: SLF001 - the counters are this module's
+        self.in_flight += count
 
 
 class Lease:
@@ -149,12 +149,12 @@ class Registry:
         if endpoint is None or any(not future.done() for future in route.waiting):
             endpoint = await self._queue(route)
         else:
-            endpoint._add(1)  # noqa: SLF001 - the counter is this module's
+            route._add(endpoint, 1)  # noqa: SLF001 - as above
         return Lease(self, route, endpoint)
 
     def give_back(self, route: Route, endpoint: Endpoint) -> None:
         """A request has ended: its place is free."""
-        endpoint._add(-1)  # noqa: SLF001 - as above
+        route._add(endpoint, -1)  # noqa: SLF001 - as above
         self._serve_waiting(route)
 
     def _refuse(self, route: Route) -> None:
@@ -193,7 +193,7 @@ class Registry:
         while route.waiting and (endpoint := _least_loaded(route)):
             future = route.waiting.popleft()
             if not future.done():
-                endpoint._add(1)  # noqa: SLF001 - as above
+                route._add(endpoint, 1)  # noqa: SLF001 - as above
                 future.set_result(endpoint)
 
     def _fail_waiting(self, route: Route) -> None:

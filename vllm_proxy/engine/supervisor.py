@@ -8,7 +8,7 @@ import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import structlog
@@ -90,6 +90,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Begin to run. Returns at once."""
+        self._failures = 0
         self._move(Event.START)
         self._task = asyncio.create_task(self._run(), name=f"supervisor of {self.name}")
 
@@ -98,8 +99,7 @@ class Supervisor:
         assert self._task is not None, "stop follows start"
         self._move(Event.STOP, Phase.DRAINING)
         self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await asyncio.wait({self._task})  # not the task itself: to cancel this wait must not cut the end of the engine
         self._move(Event.GONE)
 
     def _move(self, event: Event, phase: Phase | None = None) -> None:
@@ -121,7 +121,10 @@ class Supervisor:
         except Exception:  # a bug in here must not take the other models along
             log.exception("the supervisor failed", instance=self.name)
             self.diagnosis = Diagnosis(Reason.CRASHED, "a fault of the daemon itself: see its log")
-            self._move(Event.GAVE_UP)
+            if self.state is State.READY:
+                self._move(Event.DIED)
+            if self.state is State.LOADING:  # else it is stopped just now, which goes on
+                self._move(Event.GAVE_UP)
 
     async def _may_try_again(self, diagnosis: Diagnosis) -> bool:
         """Wait out the backoff; False when the instance rests in `error`."""
@@ -176,9 +179,9 @@ class Supervisor:
 
     async def _serve(self, engine: Engine, ready: Ready) -> Diagnosis:
         """Let requests in until the engine ends; when stopped, wait for those in flight."""
-        place, registry = engine.place, self._around.registry
+        loop, place, registry = asyncio.get_running_loop(), engine.place, self._around.registry
         endpoint = Endpoint(self.name, place.port, place.credential, ready.max_model_len)
-        self.ready_at = datetime.now(UTC)
+        self.ready_at, since = datetime.now(UTC), loop.time()
         self._move(Event.LISTENING, Phase.SERVING)
         log.info("engine ready", instance=self.name, seconds=self._seconds_to_ready())
         registry.open(self.spec.id, endpoint)
@@ -191,7 +194,7 @@ class Supervisor:
             raise
         else:
             registry.withdraw(self.spec.id, endpoint)  # before anything else, and before anyone is told
-            if datetime.now(UTC) - self.ready_at > timedelta(seconds=self.spec.policy.restart.max_backoff):
+            if loop.time() - since > self.spec.policy.restart.max_backoff:
                 self._failures = 0  # it served for a while: what came before is forgiven
             return self._examine(engine, was_ready=True)
         finally:
@@ -202,9 +205,11 @@ class Supervisor:
         idle = asyncio.ensure_future(endpoint.wait_idle())
         hurry = asyncio.ensure_future(self._around.hurry.wait())
         waits: set[asyncio.Future[Any]] = {idle, hurry, engine.exited}
-        await asyncio.wait(waits, timeout=self.spec.policy.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
-        idle.cancel()
-        hurry.cancel()
+        try:
+            await asyncio.wait(waits, timeout=self.spec.policy.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            idle.cancel()
+            hurry.cancel()
         if endpoint.in_flight:
             log.warning("requests did not end in time", instance=self.name, in_flight=endpoint.in_flight)
         self._show(Phase.STOPPING)

@@ -1,0 +1,185 @@
+"""Starts the daemon as a real process, the way systemd does, and waits for what it says instead of sleeping."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+import textwrap
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from yarl import URL
+
+from vllm_proxy.engine.process import look_up
+
+FAKE = Path(__file__).parent / "fakes" / "fake_vllm.py"
+WAIT_SECONDS = 60.0
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def fake_engines(port_start: int) -> str:
+    """An `[engine]` table that starts the fake. Two hundred ports are its own."""
+    command = [sys.executable, "-S", str(FAKE), "serve"]
+    return f"[engine]\ncommand = {command!r}\nport_start = {port_start}\nport_end = {port_start + 199}\n"
+
+
+class Daemon:
+    """A running `vllm-proxy`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int, folder: Path, notes: "Notes") -> None:
+        self.process = process
+        self.port = port
+        self.folder = folder
+        self.notes = notes
+        self.url = f"http://127.0.0.1:{port}"
+        self.session = aiohttp.ClientSession(self.url)  # its URLs are normalised, those of get and post are not
+
+    @property
+    def state_dir(self) -> Path:
+        """Where it keeps its state."""
+        return self.folder / "state"
+
+    def log(self) -> str:
+        """What it logged so far."""
+        return (self.folder / "daemon.log").read_text(encoding="utf-8")
+
+    async def until(self, wanted: str | Callable[[str], bool], seconds: float = WAIT_SECONDS) -> None:
+        """Wait until its STATUS is, or fulfils, what is wanted."""
+        await self.notes.until(wanted, self.process, seconds)
+
+    async def get(self, path: str, status: int = 200) -> Any:  # noqa: ANN401 - JSON
+        """A JSON answer, its status checked."""
+        async with self.session.get(URL(self.url + path, encoded=True)) as answer:
+            assert answer.status == status, await answer.text()
+            return await answer.json()
+
+    async def post(self, path: str, body: object, status: int = 200) -> Any:  # noqa: ANN401 - JSON
+        """The JSON answer to a JSON body (bytes: sent as they are), its status checked."""
+        data = {"data": body} if isinstance(body, bytes) else {"json": body}
+        url = URL(self.url + path, encoded=True)
+        async with self.session.post(url, headers={"Content-Type": "application/json"}, **data) as answer:
+            assert answer.status == status, await answer.text()
+            return await answer.json()
+
+    async def eventually(self, path: str, holds: Callable[[Any], bool], status: int = 200) -> Any:  # noqa: ANN401 - JSON
+        """Ask again and again, until the answer fulfils what is wanted; returns it."""
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not holds(answer := await self.get(path, status)):
+                pass
+        return answer
+
+    async def pids(self, model: str) -> list[int]:
+        """The first processes of a model's engines."""
+        resource = await self.get(f"/models/{model}")
+        return [instance["pid"] for instance in resource["status"]["instances"]]
+
+    async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end; returns the exit status."""
+        if self.process.returncode is None:
+            self.process.send_signal(number)
+        async with asyncio.timeout(WAIT_SECONDS):
+            return await self.process.wait()
+
+
+class Notes(asyncio.DatagramProtocol):
+    """What the daemon tells systemd."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.changed = asyncio.Event()
+
+    def datagram_received(self, data: bytes, addr: object) -> None:  # noqa: ARG002 - the signature is asyncio's
+        """Remember one message."""
+        self.messages.append(data.decode())
+        self.changed.set()
+
+    @property
+    def status(self) -> str:
+        """The last STATUS."""
+        found = [message for message in self.messages if message.startswith("STATUS=")]
+        return found[-1].removeprefix("STATUS=") if found else ""
+
+    async def until(
+        self, wanted: str | Callable[[str], bool], process: asyncio.subprocess.Process, seconds: float
+    ) -> None:
+        """Wait for a STATUS, or for READY=1 itself; an early end of the daemon is an error."""
+        ended = asyncio.ensure_future(process.wait())
+        try:
+            async with asyncio.timeout(seconds):
+                while not self._holds(wanted):
+                    self.changed.clear()
+                    change = asyncio.ensure_future(self.changed.wait())
+                    await asyncio.wait({change, ended}, return_when=asyncio.FIRST_COMPLETED)
+                    change.cancel()
+                    assert not ended.done() or self._holds(wanted), f"the daemon ended with {ended.result()}"
+        except TimeoutError:
+            message = f"no {wanted} within {seconds} s, but {self.messages[-3:]}"
+            raise AssertionError(message) from None
+        finally:
+            ended.cancel()
+
+    def _holds(self, wanted: str | Callable[[str], bool]) -> bool:
+        if callable(wanted):
+            return wanted(self.status)
+        return self.status == wanted or wanted in self.messages
+
+
+def daemon(
+    config: str, folder: Path, *flags: str, env: dict[str, str] | None = None
+) -> contextlib.AbstractAsyncContextManager[Daemon]:
+    """`vllm-proxy serve` with this configuration, ready for requests."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "models.toml").write_text(textwrap.dedent(config), encoding="utf-8")
+    return running_command(folder, "serve", "--config", str(folder / "models.toml"), *flags, env=env)
+
+
+@contextlib.asynccontextmanager
+async def running_command(
+    folder: Path, command: str, *flags: str, env: dict[str, str] | None = None, seconds: float = WAIT_SECONDS
+) -> AsyncIterator[Daemon]:
+    """A command that is a daemon, once it listens; it is stopped when the block ends."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as short:
+        loop = asyncio.get_running_loop()
+        notes = Notes()
+        transport, _ = await loop.create_datagram_endpoint(
+            lambda: notes, family=socket.AF_UNIX, local_addr=f"{short}/notify"
+        )
+        with (folder / "daemon.log").open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "vllm_proxy", command,
+                "--port", str(port), "--state-dir", str(folder / "state"), *flags,
+                env={**clean_environment(), "NOTIFY_SOCKET": f"{short}/notify", **(env or {})},
+                cwd=folder, stdout=log, stderr=log,
+            )  # fmt: skip
+        running = Daemon(process, port, folder, notes)
+        try:
+            await running.until("READY=1", seconds)
+            yield running
+        finally:
+            await running.session.close()
+            await running.stop()
+            transport.close()
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what would configure a daemon."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("VLLM", "APP_PORT", "STATE_DIR"))}
+
+
+def session_of(pid: int) -> set[int]:
+    """The live processes of the session that `pid` leads or led."""
+    found = (look_up(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return {process.pid for process in found if process and process.session == pid and process.alive}

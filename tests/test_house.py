@@ -1,0 +1,102 @@
+"""The rules of the house that a program can check."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vllm_proxy import errors
+from vllm_proxy.domain import lifecycle
+from vllm_proxy.domain.config import EngineDefaults, ModelTable, Restart, Server
+from vllm_proxy.domain.parse import parse_config
+from vllm_proxy.domain.units import parse_duration, parse_size
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "vllm_proxy"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_and_functions_stay_small(module: Path) -> None:
+    """No module has more than 400 lines, no function more than 60; each module says what it owns."""
+    text = module.read_text()
+    tree = ast.parse(text)
+    assert text.count("\n") <= 400
+    assert ast.get_docstring(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_the_top_level_holds_what_the_user_fixed() -> None:
+    """Nothing stands beside the agreed names but dot files."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = {line.split("/")[0] for line in listed.splitlines()}
+    agreed = (
+        "vllm_proxy tests packaging examples pyproject.toml uv.lock models.toml.example README.md LICENSE CHANGELOG.md"
+    )
+    assert {name for name in top if not name.startswith(".")} <= set(agreed.split())
+    assert ".python-version" not in top
+
+
+def test_the_example_shows_every_key_with_its_default() -> None:
+    """models.toml.example parses, names every key of every table, and shows the real default of each policy key."""
+    data = (ROOT / "models.toml.example").read_bytes()
+    config = parse_config(data, "models.toml.example")
+    text = data.decode()
+    for table in (Server, EngineDefaults, ModelTable, Restart):
+        for key in table.model_fields:
+            assert re.search(rf"^({key} = |\[.*\b{key}\])", text, re.MULTILINE), key
+    assert config.server == Server()
+    for name, default in Restart().model_dump().items():
+        assert getattr(config.models["chat"].policy.restart, name) == default
+    shown = {"description", "metadata", "aliases"}
+    defaults = parse_config(b'[models.x]\nmodel = "x"', "").models["x"].policy.model_dump()
+    chat = config.models["chat"].policy.model_dump()
+    assert {key: chat[key] for key in chat if key not in shown} == {
+        key: defaults[key] for key in chat if key not in shown
+    }
+
+
+def test_every_error_code_that_is_raised_has_a_status() -> None:
+    """A RequestError with an unknown code would become a fault of the daemon."""
+    raised = {code for module in MODULES for code in codes_raised(ast.parse(module.read_text()))}
+    assert raised
+    assert raised <= set(errors.STATUS)
+
+
+def codes_raised(tree: ast.AST) -> Iterator[str]:
+    """The first argument of each RequestError(...)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "RequestError":
+            assert isinstance(node.args[0], ast.Constant)
+            yield str(node.args[0].value)
+
+
+def test_the_state_diagram_is_the_table() -> None:
+    """The diagram in ARCHITECTURE.md is generated from the lifecycle's table, line by line."""
+    text = (PACKAGE / "ARCHITECTURE.md").read_text()
+    assert lifecycle.diagram() in text
+    assert text.count("\n") <= 150
+
+
+def test_the_readme_lists_every_key_with_its_default() -> None:
+    """The README's table of keys is complete and its defaults are those of the code."""
+    text = (ROOT / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `([a-z_.]+)` \|([^|]*)\|", text, re.MULTILINE))
+    for prefix, table in (("server.", Server), ("engine.", EngineDefaults), ("", ModelTable), ("restart.", Restart)):
+        for key, field in table.model_fields.items():
+            if key == "restart":  # a table: its keys are listed
+                continue
+            assert prefix + key in rows, prefix + key
+            shown = rows[prefix + key].strip().strip("`").strip('"')
+            if isinstance(field.default, str | bool):
+                assert shown == str(field.default).lower() or shown == field.default, key
+            elif isinstance(field.default, float) and shown:
+                assert parse_duration(int(shown) if shown.isdigit() else shown) == field.default, key
+            elif isinstance(field.default, int):
+                assert parse_size(int(shown) if shown.isdigit() else shown) == field.default, key
