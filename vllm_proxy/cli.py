@@ -68,9 +68,15 @@ def _load(options: argparse.Namespace) -> Settings:
 def _serve(options: argparse.Namespace) -> int:
     loaded = _load(options)
     config = daemon.read_config(loaded)
-    logsetup.set_up(options.log_level, options.log_format, os.environ)
-    uvloop.run(daemon.serve(loaded, config))
+    uvloop.run(daemon.serve(loaded, config, _set_up_log(options)))
     return OK
+
+
+def _set_up_log(options: argparse.Namespace) -> logsetup.Form | None:
+    """The form of the access log, None where the level leaves it out."""
+    form = logsetup.resolve(options.log_format, os.environ)
+    logsetup.set_up(options.log_level, form)
+    return form if options.log_level in {"debug", "info"} else None
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -101,9 +107,9 @@ def _init(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    logsetup.set_up(options.log_level, options.log_format, os.environ)
+    form = _set_up_log(options)
     loaded, config = demo.prepare(os.environ, {name: getattr(options, name) for name in ("host", "port", "state_dir")})
-    uvloop.run(daemon.serve(loaded, config, demo.watch))
+    uvloop.run(daemon.serve(loaded, config, form, demo.watch))
     return OK
 
 

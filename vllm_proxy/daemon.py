@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -13,8 +14,9 @@ import aiohttp
 import structlog
 from aiohttp import web
 
-from vllm_proxy.api import app, relay
+from vllm_proxy.api import access_log, app
 from vllm_proxy.api.access import Access
+from vllm_proxy.api.access_log import AccessLog
 from vllm_proxy.domain.config import Config, Server
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.domain.parse import parse_config
@@ -54,8 +56,15 @@ def read_config(settings: Settings) -> Config:
     return parse_config(data, str(file), settings.overrides)
 
 
-async def serve(settings: Settings, config: Config, watch: Callable[[Reconciler, str], None] | None = None) -> None:
+async def serve(
+    settings: Settings,
+    config: Config,
+    access_log_form: access_log.Form | None = None,
+    watch: Callable[[Reconciler, str], None] | None = None,
+) -> None:
     """Run until SIGTERM or SIGINT. `watch` is shown the reconciler and the address once it listens.
+
+    `access_log_form` None: no access log.
 
     Raises:
         StartupError: when the port or the state directory is taken.
@@ -72,25 +81,29 @@ async def serve(settings: Settings, config: Config, watch: Callable[[Reconciler,
             stack.callback(listener.close)
         await _clear_up(state)
         reconciler = Reconciler(config, _surroundings(settings, config, state, sockets, stack), datetime.now(UTC))
-        await _run(reconciler, sockets, stack, watch)
+        lines = (
+            AccessLog(sys.stderr, access_log_form, asyncio.get_running_loop().call_later) if access_log_form else None
+        )
+        await _run(reconciler, sockets, stack, lines, watch)
 
 
 async def _run(
     reconciler: Reconciler,
     sockets: list[socket.socket],
     stack: contextlib.AsyncExitStack,
+    lines: AccessLog | None,
     watch: Callable[[Reconciler, str], None] | None,
 ) -> None:
     server = reconciler.config.server
-    session = await stack.enter_async_context(relay.open_session())
+    engines = aiohttp.ClientSession(trust_env=False)
+    stack.push_async_callback(engines.close)
     access = Access(server, [listener.getsockname()[0] for listener in sockets])
     systemd = Systemd()
     stopping = _catch_signals(reconciler)
     reconciler.listen(lambda: systemd.status(sentence(reconciler)))
     reconciler.start()
-    application = app.build(reconciler, reconciler.registry, session, access)
-    runner = web.AppRunner(application, access_log=None, handler_cancellation=True, handle_signals=False,
-                           keepalive_timeout=75, shutdown_timeout=_LAST_WORDS_SECONDS)  # fmt: skip
+    parts = app.Parts(reconciler, reconciler.registry, engines, access, lines)
+    runner = app.build(parts, _LAST_WORDS_SECONDS)
     await runner.setup()
     for listener in sockets:
         await web.SockSite(runner, listener, backlog=_BACKLOG).start()
@@ -109,6 +122,8 @@ async def _run(
             await site.stop()
         await reconciler.stop()
         await runner.cleanup()
+        if lines is not None:
+            lines.flush()
         log.info("stopped")
 
 

@@ -61,6 +61,13 @@ class RequestError(VllmProxyError):
         return STATUS[self.code]
 
 
+class EngineFailedError(RequestError):
+    """An engine gave no answer, and none of it was passed on."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("engine_failed", message)
+
+
 STATUS = {
     "invalid_json": 400,
     "missing_model": 400,
@@ -71,7 +78,6 @@ STATUS = {
     "model_not_found": 404,
     "not_found": 404,
     "method_not_allowed": 405,
-    "request_timeout": 408,
     "request_too_large": 413,
     "unsupported_media_type": 415,
     "headers_too_large": 431,
@@ -84,4 +90,5 @@ STATUS = {
     "queue_full": 503,
     "shutting_down": 503,
     "queue_timeout": 504,
+    "request_timeout": 504,
 }

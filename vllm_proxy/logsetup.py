@@ -10,21 +10,27 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 Format = Literal["auto", "text", "json", "journal"]
+Form = Literal["text", "json", "journal"]
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
 
-def set_up(level: str, chosen: Format, environ: Mapping[str, str]) -> None:
-    """Configure structlog; everything goes to stderr. `auto` is journal where stderr is the journal, else text."""
+def resolve(chosen: Format, environ: Mapping[str, str]) -> Form:
+    """What `auto` means here: journal where stderr is the journal, else text."""
     if chosen == "auto":
-        chosen = "journal" if _is_journal(environ) else "text"
+        return "journal" if _is_journal(environ) else "text"
+    return chosen
+
+
+def set_up(level: str, form: Form) -> None:
+    """Configure structlog; everything goes to stderr."""
     processors: list[Processor] = [structlog.processors.add_log_level, structlog.processors.StackInfoRenderer()]
-    if chosen == "json":
+    if form == "json":
         processors += [
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.dict_tracebacks,
             structlog.processors.JSONRenderer(),
         ]
-    elif chosen == "journal":
+    elif form == "journal":
         processors += [structlog.processors.format_exc_info, _journal]
     else:
         processors += [

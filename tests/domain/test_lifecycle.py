@@ -22,7 +22,7 @@ LISTED = {
 }
 
 
-@pytest.mark.parametrize(("state", "event"), product(State, Event))
+@pytest.mark.parametrize(("state", "event"), list(product(State, Event)))
 def test_only_listed_pairs_change_a_state(state: State, event: Event) -> None:
     """A listed pair leads where the table says; any other is a bug and raises."""
     if (expected := LISTED.get((state.value, event.value))) is not None:

@@ -31,6 +31,8 @@ list = [ # [x]
   "]", # ]
   1, [2,
   { x = "}" } ],
+  [3],
+  ["""a"""", "[b"],
 ]
 
 [models.chat]  # comment
@@ -54,15 +56,15 @@ LINES = {
     ("text",): 8,
     ("raw",): 12,
     ("list",): 15,
-    ("models", "chat"): 21,
-    ("models", "chat", "model"): 22,
-    ("models",): 21,
-    ("models", "org/chat"): 24,
-    ("models", "org/chat", "args"): 24,
-    ("models", "org/chat", "args", "indented"): 25,
-    ("many",): 26,
-    ("many", "one"): 27,
-    ("many", "two"): 29,
+    ("models", "chat"): 23,
+    ("models", "chat", "model"): 24,
+    ("models",): 23,
+    ("models", "org/chat"): 26,
+    ("models", "org/chat", "args"): 26,
+    ("models", "org/chat", "args", "indented"): 27,
+    ("many",): 28,
+    ("many", "one"): 29,
+    ("many", "two"): 31,
 }
 
 keys = st.text(st.characters(codec="utf-8"), max_size=6) | st.sampled_from(["models", "a.b", "[x]", "#", '"', "'", "="])
@@ -155,8 +157,23 @@ def test_the_line_of_what_is_not_there_is_that_of_what_is_around_it() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "\n", "# only a comment", "a = 1 # no newline", 'a = """x"""', 'a = """"""', "a = ''''''", 'a = """""x"""""']
-    + ["a=[\n\n]", "\r\n\r\na=1", "[a]", "a.b.c=[[],[[]]]", 'a = """\\\n  b = 1\n"""', "a = [ # ]\n]", "a='''\n'b'''"],
+    [
+        "",
+        "\n",
+        "# only a comment",
+        "a = 1 # no newline",
+        'a = """x"""',
+        'a = """"""',
+        "a = ''''''",
+        'a = """""x"""""',
+        "a=[\n\n]",
+        "\r\n\r\na=1",
+        "[a]",
+        "a.b.c=[[],[[]]]",
+        'a = """\\\n  b = 1\n"""',
+        "a = [ # ]\n]",
+        "a='''\n'b'''",
+    ],
 )
 def test_odd_texts_are_walked_to_their_end(text: str) -> None:
     """What tomllib accepts is never too odd: each of its top keys has a line within the text."""

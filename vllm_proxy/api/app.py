@@ -1,45 +1,109 @@
 """All routes in one table. Its one rule: a path that is not in the table does not reach an engine."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import aiohttp
 from aiohttp import web
 
 from vllm_proxy.api import models, openai
 from vllm_proxy.api.access import Access
+from vllm_proxy.api.access_log import AccessLog
+from vllm_proxy.api.call import Call, observed
 from vllm_proxy.api.envelope import Handler, envelope
+from vllm_proxy.api.front import Direct, FrontRunner
+from vllm_proxy.api.metrics import Metrics
+from vllm_proxy.api.realtime import realtime
+from vllm_proxy.domain.config import Server
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
 
-_BY_JSON_MODEL = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+BY_JSON_MODEL = (
+    "/v1/chat/completions /v1/completions /v1/embeddings /v1/responses /v1/messages /v1/messages/count_tokens "
+    "/v1/rerank /rerank /v2/rerank /v1/score /score /classify /pooling /tokenize /detokenize /v2/embed"
+).split()
+BY_FORM_MODEL = ("/v1/audio/transcriptions", "/v1/audio/translations")
+UNSUPPORTED = (
+    "/v1/moderations /v1/images /v1/audio/speech /v1/assistants /v1/threads /v1/fine_tuning /v1/files /v1/batches "
+    "/v1/uploads /v1/vector_stores"
+).split()
+_MODEL_ID = "{model_id:.+}"
 
 
-def build(
-    reconciler: Reconciler, registry: Registry, session: aiohttp.ClientSession, access: Access
-) -> web.Application:
-    """The application; `session` holds the connections to engines and is closed by its owner."""
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the routes are made of. `engines` holds WebSocket sessions with engines and is closed by its owner."""
 
-    def guarded(handler: Handler, *, public: bool = False) -> Handler:
-        async def handle(request: web.Request) -> web.StreamResponse:
-            access.check(request, public=public)
-            return await handler(request)
+    reconciler: Reconciler
+    registry: Registry
+    engines: aiohttp.ClientSession
+    access: Access
+    access_log: AccessLog | None
 
-        return handle
+    def server(self) -> Server:
+        """The `[server]` table now."""
+        return self.reconciler.config.server
 
-    inference = openai.by_json_model(registry, session)
-    model_id = "{model_id:.+}"
-    table: list[tuple[str, str, Handler]] = [
-        *(("POST", path, inference) for path in _BY_JSON_MODEL),
-        ("GET", "/v1/models", openai.list_models(registry, reconciler)),
-        ("GET", f"/v1/models/{model_id}", openai.retrieve_model(registry, reconciler)),
-        ("GET", "/models", guarded(models.list_models(reconciler, registry))),
-        ("GET", f"/models/{model_id}", guarded(models.get_model(reconciler, registry))),
-        ("GET", "/health", guarded(models.health(reconciler), public=True)),
-        ("GET", "/ready", guarded(models.ready(reconciler), public=True)),
-    ]
-    endpoints = ["GET /", *(f"{method} {path.replace(':.+', '')}" for method, path, _ in table)]
-    table.append(("GET", "/", guarded(models.root(endpoints), public=True)))
-    app = web.Application(middlewares=[envelope], client_max_size=reconciler.config.server.max_body_size)
+
+def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
+    """The server, ready to be given sockets."""
+    metrics = Metrics(parts.reconciler, parts.registry)
+
+    def observe(call: Call) -> None:
+        metrics.count(call)
+        if parts.access_log is not None:
+            parts.access_log.write(call)
+
+    direct, inference = _inference(parts, observe)
+    table = [*inference, *_administration(parts, metrics)]
+    offered = ["GET /", *(f"{method} {path.replace(':.+', '')}" for method, path, _ in table)]
+    table.append(("GET", "/", _guarded(parts, models.root(offered), public=True)))
+    app = web.Application(middlewares=[envelope])
     for method, path, handler in table:
         app.router.add_route(method, path, handler)
-        if method == "GET":
+        if method == "GET" and path != "/v1/realtime":
             app.router.add_route("HEAD", path, handler)
-    return app
+    for path in UNSUPPORTED:
+        app.router.add_route("*", path, openai.unsupported)
+        app.router.add_route("*", path + "/{rest:.*}", openai.unsupported)
+    return FrontRunner(app, direct, keepalive_timeout=75, shutdown_timeout=shutdown_seconds)
+
+
+def _inference(
+    parts: Parts, observe: Callable[[Call], None]
+) -> tuple[dict[tuple[str, str], Direct], list[tuple[str, str, Handler]]]:
+    """The inference routes: those with a fixed path, past the router; and all of them, for the router."""
+    by_json = openai.by_json_model(parts.registry, parts.server)
+    by_form = openai.by_form_model(parts.registry, parts.server)
+    by_asking = openai.by_asking(parts.registry, parts.server)
+    direct = {("POST", path): observed(path, by_json, observe) for path in BY_JSON_MODEL}
+    direct |= {("POST", path): observed(path, by_form, observe) for path in BY_FORM_MODEL}
+    sessions = realtime(parts.registry, parts.engines, parts.server)
+    table: list[tuple[str, str, Handler]] = [(method, path, handler) for (method, path), handler in direct.items()]
+    table += [
+        ("GET", "/v1/responses/{id}", observed("/v1/responses/{id}", by_asking, observe)),
+        ("POST", "/v1/responses/{id}/cancel", observed("/v1/responses/{id}/cancel", by_asking, observe)),
+        ("GET", "/v1/realtime", observed("/v1/realtime", sessions, observe)),
+        ("GET", "/v1/models", openai.list_models(parts.registry, parts.reconciler)),
+        ("GET", f"/v1/models/{_MODEL_ID}", openai.retrieve_model(parts.registry, parts.reconciler)),
+    ]
+    return direct, table
+
+
+def _administration(parts: Parts, metrics: Metrics) -> list[tuple[str, str, Handler]]:
+    reconciler, registry = parts.reconciler, parts.registry
+    return [
+        ("GET", "/models", _guarded(parts, models.list_models(reconciler, registry))),
+        ("GET", f"/models/{_MODEL_ID}", _guarded(parts, models.get_model(reconciler, registry))),
+        ("GET", "/health", _guarded(parts, models.health(reconciler), public=True)),
+        ("GET", "/ready", _guarded(parts, models.ready(reconciler), public=True)),
+        ("GET", "/metrics", _guarded(parts, models.exposition(metrics), public=True)),
+    ]
+
+
+def _guarded(parts: Parts, handler: Handler, *, public: bool = False) -> Handler:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        parts.access.check(request, public=public)
+        return await handler(request)
+
+    return handle

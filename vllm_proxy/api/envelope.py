@@ -13,12 +13,26 @@ log = structlog.get_logger()
 
 type Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+# Source: Anthropic's API reference, "Errors".
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
-def error_response(error: RequestError) -> web.Response:
-    """`{"error": {"message", "type", "param", "code"}}` with the status of its code."""
+def error_response(error: RequestError, *, anthropic: bool = False) -> web.Response:
+    """`{"error": {"message", "type", "param", "code"}}` with the status of its code, or Anthropic's envelope."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if anthropic:
+        kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
+        body = {"type": "error", "error": {"type": kind, "message": error.message, "code": error.code}}
+        return json_response(body, status=error.status, headers=headers)
     return _response(error.status, error.message, error.code, error.param, headers)
 
 

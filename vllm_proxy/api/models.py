@@ -8,6 +8,7 @@ from aiohttp import web
 
 from vllm_proxy import __version__
 from vllm_proxy.api.envelope import Handler, json_response
+from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.engine.reconciler import ModelStatus, Reconciler
 from vllm_proxy.engine.registry import Registry
@@ -57,6 +58,16 @@ def ready(reconciler: Reconciler) -> Handler:
         }
         answer = {"status": "waiting" if missing else "ready", "not_ready": missing}
         return json_response(answer, status=503 if missing else 200)
+
+    return handle
+
+
+def exposition(metrics: Metrics) -> Handler:
+    """`GET /metrics`: Prometheus text."""
+
+    async def handle(_request: web.Request) -> web.Response:
+        kind, text = metrics.text()
+        return web.Response(body=text, headers={"Content-Type": kind})
 
     return handle
 

@@ -1,65 +1,85 @@
-"""The OpenAI routes: which model a request means, and the list of models."""
+"""The inference routes: which model a request means, and the list of models."""
 
+import contextlib
+import time
+from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
-import aiohttp
-import msgspec
 from aiohttp import web
 
+from vllm_proxy.api.body import model_name, read_body, with_model
+from vllm_proxy.api.call import Call, Work
 from vllm_proxy.api.envelope import Handler, json_response
-from vllm_proxy.api.relay import relay
+from vllm_proxy.api.multipart import Upload
+from vllm_proxy.api.relay import Body, carry
+from vllm_proxy.domain.config import Server
 from vllm_proxy.engine.reconciler import Reconciler
-from vllm_proxy.engine.registry import Registry, Route
-from vllm_proxy.errors import RequestError
+from vllm_proxy.engine.registry import Lease, Registry, Route
+from vllm_proxy.errors import EngineFailedError, RequestError
+
+type Settings = Callable[[], Server]  # the `[server]` table now
 
 
-class _Named(msgspec.Struct):
-    """The one field of a body that decides anything here; the others are skipped, not decoded."""
-
-    model: Any = None
-
-
-_named = msgspec.json.Decoder(_Named)
-_raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
-
-
-def model_name(body: bytes) -> str:
-    """The `model` of a JSON body.
-
-    Raises:
-        RequestError: `invalid_json` or `missing_model`.
-
-    """
-    try:
-        name = _named.decode(body).model
-    except msgspec.ValidationError:
-        name = None  # JSON, but no object
-    except msgspec.DecodeError as error:
-        raise RequestError("invalid_json", f"cannot read the body: it is no JSON: {error}") from None
-    if not isinstance(name, str) or not name:
-        msg = "cannot route this request: its body names no model; GET /v1/models lists them"
-        raise RequestError("missing_model", msg, param="model")
-    return name
+async def _acquire(call: Call, registry: Registry, name: str) -> Lease:
+    route = registry.find(name)
+    call.model = route.spec.id
+    began = time.monotonic()
+    lease = await registry.acquire(name)
+    call.queue_seconds = time.monotonic() - began
+    return lease
 
 
-def with_model(body: bytes, model_id: str) -> bytes:
-    """The body with another `model`; every other value keeps its bytes."""
-    fields = _raw_fields.decode(body)
-    return msgspec.json.encode(fields | {"model": msgspec.Raw(msgspec.json.encode(model_id))})
+async def _answer(call: Call, lease: Lease, body: bytes | Body) -> web.StreamResponse:
+    answer = await carry(call, lease, body)
+    assert answer is not None, "nothing declines"
+    return answer
 
 
-def by_json_model(registry: Registry, session: aiohttp.ClientSession) -> Handler:
-    """A handler for the routes whose JSON body names the model."""
+def by_json_model(registry: Registry, settings: Settings) -> Work:
+    """The routes whose JSON body names the model."""
 
-    async def handle(request: web.Request) -> web.StreamResponse:
-        body = await request.read()
-        name = model_name(body)
-        with await registry.acquire(name) as lease:
+    async def work(call: Call) -> web.StreamResponse:
+        body = await read_body(call.request, settings().max_body_size)
+        name = await model_name(body)
+        with await _acquire(call, registry, name) as lease:
             if name != lease.model_id:
                 body = with_model(body, lease.model_id)
-            return await relay(session, request, body, lease)
+            return await _answer(call, lease, body)
 
-    return handle
+    return work
+
+
+def by_form_model(registry: Registry, settings: Settings) -> Work:
+    """The routes whose multipart form names the model."""
+
+    async def work(call: Call) -> web.StreamResponse:
+        with await Upload.receive(call.request, settings().max_body_size) as upload:
+            name = upload.model
+            with await _acquire(call, registry, name) as lease:
+                return await _answer(call, lease, upload if name == lease.model_id else upload.renamed(lease.model_id))
+
+    return work
+
+
+def by_asking(registry: Registry, settings: Settings) -> Work:
+    """The routes of a stored response, which lives in the memory of one instance: the first that knows it answers."""
+
+    async def work(call: Call) -> web.StreamResponse:
+        body = await read_body(call.request, settings().max_body_size)
+        for lease in registry.every_instance():
+            with lease, contextlib.suppress(EngineFailedError):
+                answer = await carry(call, lease, body, on_head=_knows)
+                if answer is not None:
+                    return answer
+        call.model = call.instance = ""
+        raise RequestError("not_found", "cannot find this response: no ready instance knows it")
+
+    return work
+
+
+def _knows(status: int) -> bool:
+    return status != HTTPStatus.NOT_FOUND
 
 
 def list_models(registry: Registry, reconciler: Reconciler) -> Handler:
@@ -83,6 +103,11 @@ def retrieve_model(registry: Registry, reconciler: Reconciler) -> Handler:
         return json_response(_card(name, route, reconciler))
 
     return handle
+
+
+async def unsupported(request: web.Request) -> web.StreamResponse:
+    """The OpenAI routes that no vLLM and no daemon serves."""
+    raise RequestError("unsupported_endpoint", f"cannot {request.method} {request.path}: it is not offered here")
 
 
 def _card(name: str, route: Route, reconciler: Reconciler) -> dict[str, Any]:

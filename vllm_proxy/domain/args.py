@@ -14,7 +14,7 @@ from vllm_proxy.domain.units import show
 
 # Options that the daemon decides, since it listens, routes and stops through them.
 OWNED = frozenset(
-    "model served-model-name host port uds api-key config root-path headless grpc middleware shutdown-timeout "
+    "help model served-model-name host port uds api-key config root-path headless grpc middleware shutdown-timeout "
     "allowed-origins enable-sleep-mode data-parallel-multi-port-external-lb".split()
 )
 OWNED_PREFIX = "ssl-"

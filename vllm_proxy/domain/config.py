@@ -92,7 +92,7 @@ def _env_value(value: object) -> object:
 
 
 Text = Annotated[str, AfterValidator(_no_nul)]
-NonEmptyText = Annotated[Text, Field(min_length=1)]
+NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]

@@ -33,7 +33,6 @@ def line_of(lines: dict[KeyPath, int], path: KeyPath) -> int:
 
 def key_lines(text: str) -> dict[KeyPath, int]:
     """Each table and key of a valid TOML text with the line (from 1) where it first stands."""
-    text = text.replace("\r\n", "\n")
     lines: dict[KeyPath, int] = {}
     implied: dict[KeyPath, int] = {}  # tables that only a deeper header names: [models.chat.args] without [models.chat]
     table: KeyPath = ()

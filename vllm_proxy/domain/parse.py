@@ -153,7 +153,6 @@ def _table(document: TomlTable, name: str, found: list[Found]) -> TomlTable:
 
 def _models(document: TomlTable, engine: EngineDefaults, found: list[Found]) -> list[ModelSpec]:
     defaults = _table(document, "defaults", found)
-    before = len(found)
     _model("", {}, {"model": "any", **defaults}, engine, found)  # a wrong default is a problem with no model too
     found += _repeated(("defaults",), defaults)
     models = []
@@ -167,7 +166,6 @@ def _models(document: TomlTable, engine: EngineDefaults, found: list[Found]) -> 
         found += _repeated(path, table)
         if model := _model(model_id, table, defaults, engine, found):
             models.append(model)
-    found[before:] = dict.fromkeys(found[before:])  # a wrong default was found once a model
     return models
 
 

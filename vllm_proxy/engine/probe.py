@@ -31,7 +31,7 @@ class HttpProbe:
             async with self._session.get(f"{base}/v1/models", headers=headers, timeout=_TIMEOUT) as answer:
                 cards = (await answer.json())["data"] if answer.status == 200 else []
             mine = next((card for card in cards if card["id"] == own_name), None)
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError):
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError, RecursionError):
             return None  # not listening yet, or something that is no vLLM
         if mine is None:
             return None

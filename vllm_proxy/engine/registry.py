@@ -7,12 +7,13 @@ request. Everything here runs on the event loop, and no method but `acquire` and
 import asyncio
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from vllm_proxy.domain.config import ModelSpec
+from vllm_proxy.domain.config import ModelSpec, Policy
 from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.engine.wire import Pool
 from vllm_proxy.errors import RequestError
 
 
@@ -25,12 +26,20 @@ class Endpoint:
         self.credential = credential
         self.max_model_len = max_model_len  # tokens, as the engine says
         self.in_flight = 0
+        self.failures = 0  # connections in a row that gave no answer
+        self.ejected = False  # gets nothing until its health is good again
+        self.pool = Pool(port)
+        self.own_headers = f"Host: 127.0.0.1:{port}\r\nAuthorization: Bearer {credential}\r\n".encode()
         self._idle = asyncio.Event()
         self._idle.set()
 
     async def wait_idle(self) -> None:
         """Until no request is in flight here."""
         await self._idle.wait()
+
+    def failed(self) -> None:
+        """A connection to this engine gave no answer."""
+        self.failures += 1
 
     def _add(self, count: int) -> None:
         self.in_flight += count
@@ -63,8 +72,30 @@ class Lease:
     def __init__(self, registry: "Registry", route: Route, endpoint: Endpoint) -> None:
         self._registry = registry
         self._route = route
+        self._tried = [endpoint]
         self.endpoint = endpoint
         self.model_id = route.spec.id
+
+    @property
+    def policy(self) -> Policy:
+        """The model's policy now: it may change while a request runs."""
+        return self._route.spec.policy
+
+    @property
+    def closing(self) -> bool:
+        """Whether the daemon is stopping, so that clients should not keep their connection."""
+        return self._registry.closing
+
+    def move(self) -> bool:
+        """Give the instance up for one that was not tried yet; False, and nothing changed, where there is none."""
+        other = _least_loaded(self._route, self._tried)
+        if other is None:
+            return False
+        other._add(1)  # noqa: SLF001 - the counter is this module's
+        self._registry.give_back(self._route, self.endpoint)
+        self._tried.append(other)
+        self.endpoint = other
+        return True
 
     def __enter__(self) -> Self:
         return self
@@ -79,7 +110,7 @@ class Registry:
     def __init__(self) -> None:
         self._routes: dict[str, Route] = {}
         self._aliases: dict[str, str] = {}
-        self._closing = False
+        self.closing = False
 
     # What the reconciler and its supervisors say
 
@@ -108,7 +139,7 @@ class Registry:
 
     def close(self) -> None:
         """No new request for anyone: the daemon stops."""
-        self._closing = True
+        self.closing = True
         for route in self._routes.values():
             self._fail_waiting(route)
 
@@ -152,6 +183,13 @@ class Registry:
             route._add(endpoint, 1)  # noqa: SLF001 - as above
         return Lease(self, route, endpoint)
 
+    def every_instance(self) -> Iterator[Lease]:
+        """A lease on each ready instance in turn, for what only one of them knows."""
+        for route in list(self._routes.values()):
+            for endpoint in list(route.endpoints):
+                endpoint._add(1)  # noqa: SLF001 - as above
+                yield Lease(self, route, endpoint)
+
     def give_back(self, route: Route, endpoint: Endpoint) -> None:
         """A request has ended: its place is free."""
         route._add(endpoint, -1)  # noqa: SLF001 - as above
@@ -159,7 +197,7 @@ class Registry:
 
     def _refuse(self, route: Route) -> None:
         name = route.spec.id
-        if self._closing:
+        if self.closing:
             raise RequestError("shutting_down", "cannot take requests: the daemon is stopping", retry_after=5)
         if not route.spec.policy.enabled:
             raise RequestError("model_disabled", f"cannot serve {name}: it is disabled in the configuration")
@@ -206,10 +244,14 @@ class Registry:
                     future.set_exception(error)
 
 
-def _least_loaded(route: Route) -> Endpoint | None:
-    """The endpoint with the fewest requests in flight, any of them where several have; None when all are full."""
+def _least_loaded(route: Route, without: Sequence[Endpoint] = ()) -> Endpoint | None:
+    """The endpoint with the fewest requests in flight, any of them where several have; None when all are full.
+
+    Ejected ones are left out, unless there is no other.
+    """
     most = route.spec.policy.max_in_flight
-    free = [endpoint for endpoint in route.endpoints if not most or endpoint.in_flight < most]
+    usable = [endpoint for endpoint in route.endpoints if not endpoint.ejected] or route.endpoints
+    free = [endpoint for endpoint in usable if (not most or endpoint.in_flight < most) and endpoint not in without]
     if len(free) <= 1:
         return free[0] if free else None
     least = min(endpoint.in_flight for endpoint in free)

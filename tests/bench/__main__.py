@@ -1,0 +1,155 @@
+"""`python -m tests.bench`: what vllm-proxy costs, beside other proxies, on this machine.
+
+The figure of merit is the processor time of the proxy for each request or event: rates and tails at saturation say
+more about the machine, which the load generator and the mock engine share with it.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bench import build, cases, hazards, peers, proc, report
+
+SINGLE = ("memory", "departed", "slow", "bigbody", "models")
+NAMES = (*cases.CASES, *SINGLE)
+_OUTPUT = Path(".bench") / "result.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to measure, and for how long."""
+
+    names: Sequence[str] = NAMES
+    peers: Sequence[str] = ("nginx", "vllm-router")
+    rounds: int = 3
+    seconds: float = 4.0
+    streams: int = 5000
+    tries: int = 5
+    models: int = 1000
+
+
+def _listed(text: str, known: Sequence[str]) -> list[str]:
+    if text in ("all", "none"):
+        return list(known) if text == "all" else []
+    names = [name for name in text.split(",") if name]
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {', '.join(known)}, all or none")
+    return names
+
+
+def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=(__doc__ or "").split("\n\n")[0])
+    known = Options()
+    add = parser.add_argument
+    add("--rounds", type=int, help=f"default {known.rounds}")
+    add("--seconds", type=float, help=f"of each window, default {known.seconds:g}")
+    add("--only", type=lambda text: _listed(text, NAMES), help=f"some of {','.join(NAMES)}")
+    add(
+        "--peers",
+        type=lambda text: _listed(text, peers.KNOWN),
+        help="default nginx,vllm-router; all adds litellm; none",
+    )
+    add("--install-peers", action="store_true", help="install those from PyPI that are missing, in the cache folder")
+    add("--quick", action="store_true", help="one round of one second, fewer streams and tries: under a minute")
+    add("--json", type=Path, default=_OUTPUT, metavar="FILE", help=f"default {_OUTPUT}")
+    flags = parser.parse_args(arguments)
+    options = dataclasses.replace(known, rounds=1, seconds=1.0, streams=500, tries=1) if flags.quick else known
+    given = {"rounds": flags.rounds, "seconds": flags.seconds, "names": flags.only, "peers": flags.peers}
+    return flags, dataclasses.replace(options, **{name: value for name, value in given.items() if value is not None})
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _available(wanted: Sequence[str], *, install: bool) -> list[str]:
+    """Those of the peers that can be started here; says what is missing and how to get it."""
+    found = []
+    for name in wanted:
+        trouble = build.install(name) if install and name in build.PACKAGES and not build.find(name) else None
+        if build.find(name):
+            found.append(name)
+        elif name in build.PACKAGES:
+            _say(f"{name} is not here: {trouble or '--install-peers gets it from PyPI'}")
+        else:
+            _say(f"{name} is not here: install it with the system's packages")
+    return found
+
+
+def _singles(programs: build.Programs, names: Sequence[str], options: Options, folder: Path) -> report.Findings:
+    """The cases that look at one proxy at a time, each started fresh."""
+    findings = report.Findings()
+    with peers.engine(programs, folder) as engine_port:
+        for name in names if "memory" in options.names else ():
+            place = folder / f"memory-{name}"
+            place.mkdir()
+            with peers.peer(name, programs, engine_port, place) as peer:
+                findings.memory[name] = found = hazards.memory(programs, peer, options.streams)
+            _say(f"memory: {name}: {found.kib_per_stream:.1f} KiB a stream")
+    if {"departed", "slow", "bigbody"} & set(options.names):
+        with peers.ours(programs, folder) as peer:
+            if "departed" in options.names:
+                findings.departures[peer.name] = hazards.departures(peer, options.tries)
+            if "slow" in options.names:
+                findings.slow_mb[peer.name] = hazards.reads_nothing(peer, options.seconds)
+            if "bigbody" in options.names:
+                findings.big_body[peer.name] = hazards.big_body(programs, peer, max(2.0, options.seconds))
+    return findings
+
+
+def run(options: Options, available: Sequence[str], folder: Path) -> report.Findings:
+    """Measure everything asked for. `folder` is for programs, configurations and logs."""
+    files = proc.open_files_limit()
+    programs = build.compile_programs(folder)
+    chosen = [peers.OURS, *available]
+    single = folder / "single"
+    single.mkdir()
+    findings = _singles(programs, chosen, options, single)
+    if rounds := [name for name in options.names if name in cases.CASES]:
+        with contextlib.ExitStack() as stack:
+            engine_port = stack.enter_context(peers.engine(programs, folder))
+            names = [peers.DIRECT, *chosen]
+            running = [stack.enter_context(peers.peer(name, programs, engine_port, folder)) for name in names]
+            findings.results = cases.run_rounds(programs, running, rounds, options.rounds, options.seconds, _say)
+    if "models" in options.names:
+        findings.models = hazards.many_models(programs, folder, options.models, options.rounds, options.seconds, _say)
+    findings.conditions = {
+        "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "load average": " ".join(f"{value:.1f}" for value in os.getloadavg()),
+        "rounds": f"{options.rounds} of {options.seconds:g} s",
+        "open files limit": files,
+        "peers": ", ".join(build.PACKAGES.get(name, name) for name in available) or "none",
+    }
+    return findings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the report, write the figures."""
+    flags, options = _parse(arguments)
+    available = _available(options.peers, install=flags.install_peers)
+    with tempfile.TemporaryDirectory(prefix="vllm-proxy-bench-") as folder:
+        findings = run(options, available, Path(folder))
+    print(report.render(findings))
+    figures = dataclasses.asdict(findings) | {"targets": [_as_json(target) for target in report.targets(findings)]}
+    flags.json.parent.mkdir(parents=True, exist_ok=True)
+    flags.json.write_text(json.dumps(figures, indent=1, default=str) + "\n", encoding="utf-8")
+    _say(f"figures: {flags.json}")
+    return 0
+
+
+def _as_json(target: report.Target) -> dict[str, object]:
+    return dataclasses.asdict(target) | {"verdict": target.verdict}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""Tables, and the targets with their verdicts."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tests.bench import cases, client, hazards
+from tests.bench.peers import DIRECT, OURS
+
+
+@dataclass(slots=True)
+class Findings:
+    """All that a run found out."""
+
+    conditions: dict[str, object] = field(default_factory=dict)
+    results: cases.Results = field(default_factory=cases.Results)
+    memory: dict[str, hazards.Memory] = field(default_factory=dict)
+    departures: dict[str, hazards.Departures] = field(default_factory=dict)
+    slow_mb: dict[str, float] = field(default_factory=dict)
+    big_body: dict[str, hazards.BigBody] = field(default_factory=dict)
+    models: cases.Results = field(default_factory=cases.Results)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One line of the verdict; `value` None: not measured."""
+
+    name: str
+    must: float
+    aim: float | None
+    unit: str
+    value: float | None
+
+    @property
+    def verdict(self) -> str:
+        """What became of it."""
+        if self.value is None:
+            return "not measured"
+        if self.value > self.must:
+            return "missed"
+        return "met" if self.aim is None or self.value <= self.aim else "met, not the aim"
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Median and range."""
+    if not values:
+        return "-"
+    middle = statistics.median(values)
+    if len(values) == 1:
+        return f"{middle:.{digits}f}"
+    return f"{middle:.{digits}f} ({min(values):.{digits}f}..{max(values):.{digits}f})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+    yield ""
+
+
+def _rounds_table(
+    title: str, results: cases.Results, cell: Callable[[str, str], str], names: Sequence[str]
+) -> Iterator[str]:
+    found = [case for case in results.rounds if any(results.get(case, name) for name in names)]
+    if found:
+        yield f"**{title}**"
+        yield ""
+        yield from _table(["proxy", *found], [[name, *(cell(case, name) for case in found)] for name in names])
+
+
+def _added(results: cases.Results, case: str, name: str, value: Callable[[client.Figures], float]) -> list[float]:
+    """Differences to direct, round by round."""
+    return [
+        value(figures) - value(direct)
+        for figures, direct in zip(results.get(case, name), results.get(case, DIRECT), strict=False)
+    ]
+
+
+def _ratios(
+    results: cases.Results, case: str, name: str, other: str, value: Callable[[client.Figures], float]
+) -> list[float]:
+    """Quotients, round by round; rounds in which nothing came through are left out."""
+    return [
+        value(figures) / value(peer)
+        for figures, peer in zip(results.get(case, name), results.get(case, other), strict=False)
+        if figures.count and peer.count
+    ]
+
+
+def _cpu(figures: client.Figures) -> float:
+    return figures.cpu_us
+
+
+def _p50(figures: client.Figures) -> float:
+    return figures.p50_us
+
+
+def _p99(figures: client.Figures) -> float:
+    return figures.p99_us
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def targets(findings: Findings) -> list[Target]:
+    """Every target with what was measured."""
+    results = findings.results
+    models = list(findings.models.rounds.get("json32", {}))
+
+    def cpu(case: str, other: str) -> float | None:
+        return _median(_ratios(results, case, OURS, other, _cpu))
+
+    def more(case: str) -> float | None:
+        if len(models) != 2:
+            return None
+        ratio = _median(_ratios(findings.models, case, models[1], models[0], _cpu))
+        return None if ratio is None else (ratio - 1) * 100
+
+    sequential = _median(_added(results, "json1", OURS, _p50))
+    tail = _median(_added(results, "sse1024", OURS, _p99))
+    memory = findings.memory.get(OURS)
+    departed = findings.departures.get(OURS)
+    big = findings.big_body.get(OURS)
+    return [
+        Target("CPU per JSON request, 32 connections, vs vllm-router", 1.0, 0.6, "x", cpu("json32", "vllm-router")),
+        Target("CPU per event, 256 streams, vs vllm-router", 1.1, 0.85, "x", cpu("sse256", "vllm-router")),
+        Target("CPU per event, 256 streams, vs nginx", 2.2, 1.6, "x", cpu("sse256", "nginx")),
+        Target("added to a sequential JSON request, p50", 100, 60, "us", sequential),
+        Target("memory of an idle stream", 20, None, "KiB", memory.kib_per_stream if memory else None),
+        Target("added delay of an event, 1,024 streams, p99", 20, None, "ms", None if tail is None else tail / 1000),
+        Target(
+            "client gone: seen by the engine, worst of four states",
+            50,
+            None,
+            "ms",
+            departed.worst if departed else None,
+        ),
+        Target("memory growth for a client that reads nothing", 5, None, "MB", findings.slow_mb.get(OURS)),
+        Target("longest delay of an event beside a 50 MB body", 100, None, "ms", big.stall_ms if big else None),
+        Target("CPU per JSON request with 1,000 models, more by", 5, None, "%", more("json32")),
+        Target("CPU per event with 1,000 models, more by", 5, None, "%", more("sse256")),
+    ]
+
+
+def _hazard_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
+    for name, found in findings.memory.items():
+        text = f"{found.kib_per_stream:.1f} KiB at {found.streams:,} (base {found.base_kib / 1024:.0f} MiB,"
+        yield "memory of an idle stream", name, f"{text} open files limit {found.files_limit:,})"
+    for name, gone in findings.departures.items():
+        for state, values in gone.found.items():
+            shown = ["never (4 s)" if ms is None else f"{ms:.1f}" for ms in values]
+            yield f"client gone, {state}: ms", name, ", ".join(shown)
+    for name, growth in findings.slow_mb.items():
+        yield "client reads nothing: growth", name, f"{growth:.1f} MB"
+    for name, big in findings.big_body.items():
+        text = f"{big.status} in {big.seconds:.2f} s, {big.cpu_ms:.0f} ms CPU, longest delay {big.stall_ms:.1f} ms"
+        yield "50 MB body beside 64 streams", name, f"{text} ({big.stall_without_ms:.1f} without)"
+
+
+def render(findings: Findings) -> str:
+    """The whole report, Markdown."""
+    lines = [f"- {name}: {value}" for name, value in findings.conditions.items()]
+    lines.append("")
+    results = findings.results
+    names = list(dict.fromkeys(name for found in results.rounds.values() for name in found))
+    proxies = [name for name in names if name != DIRECT]
+
+    def delays(case: str, name: str) -> str:
+        p50, p99 = (statistics.median(value(found) for found in results.get(case, name)) for value in (_p50, _p99))
+        if name == DIRECT:
+            return f"{p50:.0f} / {p99:.0f} in all"
+        more = [statistics.median(_added(results, case, name, value) or [math.nan]) for value in (_p50, _p99)]
+        return f"{more[0]:.0f} / {more[1]:.0f}"
+
+    def rate(case: str, name: str) -> str:
+        found = results.get(case, name)
+        text = spread([figures.count / figures.seconds for figures in found], 0)
+        failed = sum(figures.errors for figures in found)
+        short = min(figures.connections for figures in found) < cases.CASES[case].connections
+        return text + (f", {failed} errors" if failed else "") + (", too few connections" if short else "")
+
+    def cpu(case: str, name: str) -> str:
+        return spread([_cpu(figures) for figures in results.get(case, name)])
+
+    lines += _rounds_table("CPU us of the proxy for each request or event: median (range)", results, cpu, proxies)
+    lines += _rounds_table("Delay added to direct, us: p50 / p99", results, delays, names)
+    lines += _rounds_table("Requests or events a second", results, rate, names)
+    if findings.models.rounds:
+        shown = list(findings.models.rounds["json32"])
+        lines += _rounds_table(
+            "CPU us with many models declared",
+            findings.models,
+            lambda case, name: spread([_cpu(figures) for figures in findings.models.get(case, name)]),
+            shown,
+        )
+    if rows := list(_hazard_rows(findings)):
+        lines += _table(["case", "proxy", "found"], rows)
+    verdicts = []
+    for target in targets(findings):
+        value = "-" if target.value is None else f"{target.value:.2f} {target.unit}"
+        aim = "" if target.aim is None else f"{target.aim:g}"
+        verdicts.append([target.name, f"{target.must:g} {target.unit}", aim, value, target.verdict])
+    lines += _table(["target", "at most", "aim", "found", "verdict"], verdicts)
+    return "\n".join(lines)

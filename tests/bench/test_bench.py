@@ -1,0 +1,38 @@
+"""The benchmark itself works; what it measures is nothing for a test."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.bench import __main__ as bench
+from tests.bench import build, cases, client, peers
+
+PROXY = (peers.OURS, peers.DIRECT)
+
+
+@pytest.mark.skipif(not build.compiler(), reason="no C compiler")
+def test_a_short_run_gives_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without peers and with windows of a fraction of a second each asked figure is there, and nothing failed."""
+    file = tmp_path / "result.json"
+    wanted = "json32,sse256,departed"
+    assert bench.main(["--quick", "--seconds", "0.3", "--only", wanted, "--peers", "none", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    for case in ("json32", "sse256"):
+        for name in PROXY:
+            (figures,) = found["results"]["rounds"][case][name]
+            assert figures["connections"] == cases.CASES[case].connections
+            assert figures["count"] > 0
+            assert figures["errors"] == 0
+            assert 0 < figures["p50_us"] <= figures["p99_us"] <= figures["max_us"]
+            assert (figures["cpu_us"] > 0) == (name == peers.OURS)
+    assert all(len(tries) == 1 for tries in found["departures"][peers.OURS]["found"].values())
+    assert {target["verdict"] for target in found["targets"]} <= {"met", "met, not the aim", "missed", "not measured"}
+    assert "| target | at most |" in capsys.readouterr().out
+
+
+def test_a_request_says_how_long_it_is() -> None:
+    """The head's Content-Length is that of the body in bytes."""
+    head, body = client.request(1, "é").split(b"\r\n\r\n")
+    assert b"Content-Length: 2" in head
+    assert body == "é".encode()

@@ -1,0 +1,216 @@
+"""A clock that moves only when nothing else can happen, and what stands around a supervisor, as fakes.
+
+A test of hours takes milliseconds, and one in which nothing can happen any more fails instead of hanging.
+"""
+
+import asyncio
+import contextlib
+import functools
+import selectors
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+from vllm_proxy.domain.command import Place
+from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
+from vllm_proxy.domain.diagnose import Exit
+from vllm_proxy.domain.lifecycle import Phase, State
+from vllm_proxy.engine.gate import DeviceGate
+from vllm_proxy.engine.launch import LaunchError
+from vllm_proxy.engine.probe import Ready
+from vllm_proxy.engine.process import to_the_end
+from vllm_proxy.engine.registry import Registry
+from vllm_proxy.engine.supervisor import Supervisor, Surroundings
+
+
+class _Jumping(selectors.SelectSelector):
+    """Where another selector would wait, the clock jumps."""
+
+    def __init__(self, jump: Callable[[float], None]) -> None:
+        super().__init__()
+        self._jump = jump
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready:
+            assert timeout is not None, "nothing is left that could happen"
+            self._jump(timeout)
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time starts at 0 and jumps to the next timer. Not for threads, nor for real input."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        super().__init__(_Jumping(self._jump))
+
+    def time(self) -> float:
+        """Seconds since the loop was made."""
+        return self._now
+
+    def _jump(self, seconds: float) -> None:
+        self._now += seconds
+
+
+def virtual[**P](test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Make a test of a coroutine function: it runs in virtual time."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+            runner.run(test(*args, **kwargs))
+
+    return run
+
+
+def now() -> float:
+    """Virtual seconds."""
+    return asyncio.get_running_loop().time()
+
+
+async def passes(seconds: float) -> None:
+    """Virtual time passes."""
+    await asyncio.sleep(seconds)
+
+
+async def settle() -> None:
+    """Everything that can happen now happens."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def model(model_id: str = "chat", devices: tuple[int | str, ...] | None = None, **policy: object) -> ModelSpec:
+    """A model; `policy` are policy keys."""
+    return ModelSpec(model_id, EngineSpec(model="some/model", devices=devices), Policy.model_validate(policy), {})
+
+
+class FakeEngine:
+    """An engine that does what the test says."""
+
+    def __init__(self, place: Place) -> None:
+        self.pid = 4242
+        self.place = place
+        self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        self.serves = False
+        self.lines: list[str] = []
+        self.born = now()
+        self.buried: float | None = None
+
+    def output_size(self) -> int:
+        """Bytes it has written so far."""
+        return sum(len(line) + 1 for line in self.lines)
+
+    def tail(self, lines: int) -> tuple[str, ...]:
+        """The last lines that it wrote."""
+        return tuple(self.lines[-lines:])
+
+    def die(self, code: int | None = 1, signal: int | None = None) -> None:
+        """Its first process ends."""
+        self.serves = False
+        self.exited.set_result(Exit(code, signal))
+
+
+class FakeLauncher:
+    """Starts fake engines; like the real one it ends them to the last, whatever is cancelled meanwhile."""
+
+    def __init__(self) -> None:
+        self.engines: list[FakeEngine] = []
+        self.refusal: LaunchError | None = None
+        self.teardown_seconds = 0.0
+        self.teardown_error: Exception | None = None
+
+    def devices(self, spec: EngineSpec) -> frozenset[str]:
+        """The GPUs that an engine measures while it loads."""
+        return frozenset(str(device) for device in spec.devices or ())
+
+    @contextlib.asynccontextmanager
+    async def running(self, _model: ModelSpec, instance: str) -> AsyncIterator[FakeEngine]:
+        """An engine that runs inside the block."""
+        if self.refusal:
+            raise self.refusal
+        number = len(self.engines)
+        engine = FakeEngine(Place(instance, f"engine-{number}", 9000 + number, "secret", "/nowhere"))
+        self.engines.append(engine)
+        try:
+            yield engine
+        finally:
+            await to_the_end(self._end, engine)
+
+    async def _end(self, engine: FakeEngine) -> None:
+        await asyncio.sleep(self.teardown_seconds)
+        if not engine.exited.done():
+            engine.die(0)
+        engine.buried = now()
+        if self.teardown_error:
+            raise self.teardown_error
+
+
+class FakeProbe:
+    """Answers for the fake engines."""
+
+    def __init__(self, launcher: FakeLauncher) -> None:
+        self._launcher = launcher
+        self.error: Exception | None = None
+
+    async def ready(self, port: int, own_name: str, credential: str) -> Ready | None:
+        """What the engine on this port says of itself."""
+        await asyncio.sleep(0)
+        if self.error:
+            raise self.error
+        place = next(engine for engine in self._launcher.engines if engine.place.port == port)
+        assert (own_name, credential) == (place.place.own_name, "secret")
+        return Ready(8192) if place.serves else None
+
+
+type Moment = tuple[State, Phase | None, int]  # what a supervisor shows, and how many endpoints its model has then
+
+
+class Stage:
+    """What every supervisor shares, and a record of what they showed."""
+
+    def __init__(self) -> None:
+        self.launcher = FakeLauncher()
+        self.probe = FakeProbe(self.launcher)
+        self.registry = Registry()
+        self.around = Surroundings(self.launcher, DeviceGate(), self.registry, self.probe, asyncio.Event())
+        self.shown: list[Moment] = []
+        self._moved = asyncio.Event()
+
+    def supervisor(self, spec: ModelSpec) -> Supervisor:
+        """The only instance of a model, not started yet."""
+
+        def changed() -> None:
+            message = supervisor.diagnosis.message if supervisor.diagnosis else None
+            route = self.registry.find(spec.id)
+            self.shown.append((supervisor.state, supervisor.phase, len(route.endpoints)))
+            self.registry.report(spec.id, supervisor.state, message)
+            self.moved()
+
+        self.registry.declare([spec])
+        supervisor = Supervisor(spec, 0, self.around, changed)
+        return supervisor
+
+    def moved(self) -> None:
+        """Something changed: look again whether it is what somebody waits for."""
+        self._moved.set()
+
+    async def until(self, fact: Callable[[], bool]) -> None:
+        """Wait for a fact, looked at after every change of what a supervisor shows."""
+        async with asyncio.timeout(2000):
+            while not fact():
+                self._moved.clear()
+                await self._moved.wait()
+
+    async def engine(self, count: int = 1) -> FakeEngine:
+        """The engine that was started as number `count`, once it is."""
+        await self.until(lambda: len(self.launcher.engines) >= count)
+        return self.launcher.engines[count - 1]
+
+    async def serving(self, supervisor: Supervisor) -> FakeEngine:
+        """Bring a started supervisor to `ready`."""
+        await self.until(lambda: supervisor.engine is not None)
+        engine = self.launcher.engines[-1]
+        engine.serves = True
+        await self.until(lambda: supervisor.state is State.READY)
+        await settle()
+        return engine

@@ -1,0 +1,205 @@
+"""`check`, `init` and `--help`."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from vllm_proxy.cli import run
+from vllm_proxy.domain.config import Server
+
+VALID = '[models.a]\nmodel = "x"\n[models.b]\nmodel = "y"\n'
+WRONG = "[server]\nprot = 1\n[models.a]\nreplicas = 0\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory and no setting in the environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in ["VLLM_PROXY_CONFIG", "APP_PORT", *(f"VLLM_PROXY_{key.upper()}" for key in Server.model_fields)]:
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_check_says_that_a_file_is_valid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 0 and one line with the number of models."""
+    file = folder / "models.toml"
+    file.write_text(VALID)
+    assert run(["check"]) == 0
+    assert capsys.readouterr() == (f"{file}: valid, 2 models\n", "")
+
+
+def test_check_counts_one_model_in_the_singular(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """People read it."""
+    (folder / "other.toml").write_text('[models.a]\nmodel = "x"\n')
+    assert run(["check", "-c", "other.toml"]) == 0
+    assert capsys.readouterr().out == f"{folder}/other.toml: valid, 1 model\n"
+
+
+def test_check_prints_every_problem_on_a_line_of_its_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 78 and FILE:LINE: path: message for each, so that editors can jump there."""
+    file = folder / "models.toml"
+    file.write_text(WRONG)
+    assert run(["check", "--config", str(file)]) == 78
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).splitlines() == [
+        f"{file}:2: server.prot: unknown key; did you mean port?",
+        f'{file}:3: models.a.model: missing: every model needs model = "a Hugging Face id, path or URL"',
+        f"{file}:4: models.a.replicas: expected at least 1, got 0",
+    ]
+
+
+def test_check_answers_in_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A valid file: its revision and its models, and no problems."""
+    (folder / "models.toml").write_text(VALID)
+    assert run(["check", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer.pop("revision")
+    assert answer == {"file": str(folder / "models.toml"), "models": ["a", "b"], "problems": []}
+
+
+def test_check_tells_problems_in_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same problems with the same exit status, for programs."""
+    (folder / "models.toml").write_text(WRONG)
+    assert run(["check", "--json"]) == 78
+    answer = json.loads(capsys.readouterr().out)
+    assert [(problem["line"], problem["path"]) for problem in answer["problems"]] == [
+        (2, "server.prot"),
+        (3, "models.a.model"),
+        (4, "models.a.replicas"),
+    ]
+    assert answer["problems"][2]["message"] == "expected at least 1, got 0"
+
+
+def test_check_of_a_missing_file_says_how_to_get_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 78, the whole path and the command that writes a first file."""
+    assert run(["check", "-c", "none.toml"]) == 78
+    assert capsys.readouterr().err == (
+        f"{folder}/none.toml: cannot read it: No such file or directory; `vllm-proxy init` writes a first one\n"
+    )
+
+
+def test_check_of_a_folder_is_a_problem_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What cannot be read as a file is no traceback."""
+    assert run(["check", "-c", str(folder)]) == 78
+    assert capsys.readouterr().err == f"{folder}: cannot read it: Is a directory\n"
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"\xef\xbb\xbf", b"\0", b"a = " + b"[" * 5000, b"a = " + b"9" * 5000])
+def test_check_of_anything_at_all_is_78(folder: Path, data: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the bytes, one line says what is wrong."""
+    (folder / "models.toml").write_bytes(data)
+    assert run(["check"]) == 78
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_check_tells_a_wrong_variable(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What would stop the daemon is found before, by its name."""
+    (folder / "models.toml").write_text(VALID)
+    monkeypatch.setenv("VLLM_PROXY_PORT", "x")
+    assert run(["check"]) == 78
+    assert 'VLLM_PROXY_PORT: expected a whole number, got "x"' in capsys.readouterr().err
+
+
+def test_check_tells_a_dotenv_that_cannot_be_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The `.env` file of the working directory is part of the configuration."""
+    (folder / "models.toml").write_text(VALID)
+    (folder / ".env").write_bytes(b"A=\xff")
+    assert run(["check"]) == 78
+    assert ".env: cannot read it" in capsys.readouterr().err
+
+
+def test_check_finds_the_file_that_the_environment_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """$VLLM_PROXY_CONFIG beats ./models.toml."""
+    (folder / "models.toml").write_text(WRONG)
+    (folder / "named.toml").write_text(VALID)
+    monkeypatch.setenv("VLLM_PROXY_CONFIG", "named.toml")
+    assert run(["check"]) == 0
+
+
+def test_init_writes_a_file_with_comments_that_check_accepts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever starts has a valid file that explains itself."""
+    assert run(["init"]) == 0
+    assert capsys.readouterr().out == f"wrote {folder}/models.toml\n"
+    text = (folder / "models.toml").read_text()
+    assert "#" in text
+    assert tomllib.loads(text)["models"]
+    assert run(["check"]) == 0
+
+
+def test_the_commented_part_of_the_first_file_is_valid_too(folder: Path) -> None:
+    """Removing the hashes of the example at its end gives a valid file."""
+    assert run(["init"]) == 0
+    file = folder / "models.toml"
+    head, mark, example = file.read_text().partition("# [models.")
+    assert mark
+    file.write_text(head + "\n".join(line.removeprefix("#").removeprefix(" ") for line in (mark + example).split("\n")))
+    assert len(tomllib.loads(file.read_text())["models"]) > len(tomllib.loads(head)["models"])
+    assert run(["check"]) == 0
+
+
+@pytest.mark.parametrize("existing", ["mine", ""])
+def test_init_never_writes_over_a_file(folder: Path, existing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 1, and the file is as it was, even an empty one."""
+    (folder / "models.toml").write_text(existing)
+    assert run(["init"]) == 1
+    assert (folder / "models.toml").read_text() == existing
+    assert "it exists already" in capsys.readouterr().err
+
+
+def test_init_does_not_write_through_a_link(folder: Path) -> None:
+    """A link that leads nowhere yet is something that exists."""
+    (folder / "models.toml").symlink_to(folder / "target")
+    assert run(["init"]) == 1
+    assert not (folder / "target").exists()
+
+
+def test_init_where_no_file_can_be_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 1 and the reason of the system."""
+    assert run(["init", "-c", "no/such/folder/x.toml"]) == 1
+    assert capsys.readouterr().err == (
+        f"vllm-proxy: cannot write {folder}/no/such/folder/x.toml: No such file or directory\n"
+    )
+
+
+def test_init_says_in_json_where_the_file_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For programs; `-c` chooses the place."""
+    assert run(["init", "--json", "-c", "first.toml"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"file": str(folder / "first.toml")}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["check", "--help"], ["init", "-h"], ["serve", "-h"], ["demo", "-h"]]
+)
+def test_help_is_printed_for_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 0, and the text goes to the standard output."""
+    with pytest.raises(SystemExit) as ended:
+        run(arguments)
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: vllm-proxy ")
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with a sentence."""
+    with pytest.raises(SystemExit):
+        run(["--help"])
+    words = capsys.readouterr().out.split()
+    assert {"serve", "check", "init", "demo"} <= set(words)
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such"], ["check", "--no-such"], ["serve", "--port", "x"]])
+def test_a_wrong_command_line_is_told_with_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The exit status is argparse's 2, which is none of ours."""
+    with pytest.raises(SystemExit) as ended:
+        run(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: vllm-proxy ")
+
+
+def test_serve_without_a_file_is_78(capsys: pytest.CaptureFixture[str]) -> None:
+    """The daemon does not start on a configuration that is not there."""
+    assert run(["serve", "-c", "none.toml"]) == 78
+    assert "cannot read it" in capsys.readouterr().err

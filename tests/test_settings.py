@@ -1,0 +1,167 @@
+"""What comes from outside the file."""
+
+from pathlib import Path
+
+import pytest
+
+from vllm_proxy import settings
+from vllm_proxy.domain.config import Server
+from vllm_proxy.domain.parse import Override, parse_config
+from vllm_proxy.errors import ConfigError
+from vllm_proxy.settings import Settings
+
+NO_DOTENV = Path("/nonexistent/.env")
+
+
+def load(env: dict[str, str] | None = None, dotenv: Path = NO_DOTENV, **flags: str | int | None) -> Settings:
+    """Settings from an environment, a `.env` file and flags."""
+    return settings.load(env or {}, flags, dotenv)
+
+
+def dotenv(folder: Path, text: str) -> Path:
+    """A `.env` file."""
+    file = folder / ".env"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_nothing_from_outside_overrides_nothing() -> None:
+    """With no flag and no variable the file decides alone."""
+    loaded = load()
+    assert loaded.overrides == {}
+    assert loaded.warnings == ()
+    assert loaded.engine_environment == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "in_dotenv", "port", "source"),
+    [
+        ({"port": 1}, {"VLLM_PROXY_PORT": "2", "APP_PORT": "3"}, "VLLM_PROXY_PORT=4\nAPP_PORT=5", 1, "--port"),
+        ({}, {"VLLM_PROXY_PORT": "2", "APP_PORT": "3"}, "VLLM_PROXY_PORT=4\nAPP_PORT=5", 2, "VLLM_PROXY_PORT"),
+        ({"port": None}, {"APP_PORT": "3"}, "VLLM_PROXY_PORT=4\nAPP_PORT=5", 3, "APP_PORT"),
+        ({}, {}, "VLLM_PROXY_PORT=4\nAPP_PORT=5", 4, "VLLM_PROXY_PORT"),
+        ({}, {}, "APP_PORT=5", 5, "APP_PORT"),
+    ],
+)
+def test_the_stronger_place_wins(
+    tmp_path: Path, flags: dict[str, int | None], environ: dict[str, str], in_dotenv: str, port: int, source: str
+) -> None:
+    """Flag, environment, `.env`; within one of them APP_PORT is the weaker name."""
+    loaded = load(environ, dotenv(tmp_path, in_dotenv), **flags)
+    assert loaded.overrides["port"] == Override(port, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meaning"),
+    [
+        ("HOST", "0.0.0.0", "0.0.0.0"),
+        ("HOST", "1234", "1234"),
+        ("HOST", "true", "true"),
+        ("PORT", "9000", 9000),
+        ("CORS_ORIGINS", "https://a.example, http://b:1 ,", ("https://a.example", "http://b:1")),
+        ("CORS_ORIGINS", "*", ("*",)),
+        ("ALLOWED_HOSTS", "", ()),
+        ("ALLOW_REMOTE_ADMIN", "true", True),
+        ("ALLOW_REMOTE_ADMIN", "False", False),
+        ("MAX_BODY_SIZE", "1MiB", 2**20),
+        ("MAX_BODY_SIZE", "4096", 4096),
+        ("SHUTDOWN_TIMEOUT", "1m", 60.0),
+        ("SHUTDOWN_TIMEOUT", "90", 90.0),
+        ("SHUTDOWN_TIMEOUT", "1.5", 1.5),
+        ("ON_EXIT", "keep", "keep"),
+    ],
+)
+def test_every_server_key_has_a_variable(name: str, value: str, meaning: object) -> None:
+    """The variable's text means what the same value means in the file; lists are separated by commas."""
+    loaded = load({f"VLLM_PROXY_{name}": value})
+    server = parse_config(b"", "f", loaded.overrides).server
+    assert getattr(server, name.lower()) == meaning
+
+
+def test_no_server_key_is_without_a_test_of_its_variable() -> None:
+    """Every key of `[server]` is listed above."""
+    marks = test_every_server_key_has_a_variable.pytestmark  # type: ignore[attr-defined]
+    assert {case[0].lower() for case in marks[0].args[1]} == set(Server.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("VLLM_PROXY_PORT", "eighty", 'expected a whole number, got "eighty"'),
+        ("VLLM_PROXY_PORT", "", 'expected a whole number, got ""'),
+        ("VLLM_PROXY_PORT", "80.5", "expected a whole number, got 80.5"),
+        ("VLLM_PROXY_PORT", "9" * 5000, "expected a whole number, got "),
+        ("APP_PORT", "70000", "expected at most 65535, got 70000"),
+        ("VLLM_PROXY_ALLOW_REMOTE_ADMIN", "yes", 'expected true or false, got "yes"'),
+        ("VLLM_PROXY_ON_EXIT", "true", 'expected one of "stop", "keep", got "true"'),
+    ],
+)
+def test_a_wrong_variable_is_named_with_what_was_expected(name: str, value: str, message: str) -> None:
+    """The message names the variable, not a line of the file that does not hold the value."""
+    with pytest.raises(ConfigError) as raised:
+        parse_config(b"[server]\nport = 1\n", "f", load({name: value}).overrides)
+    (line,) = raised.value.lines()
+    assert line.startswith(f"f: {name}: {message}")
+
+
+def test_a_url_that_kubernetes_injects_is_ignored_with_a_warning() -> None:
+    """A Service called vllm-proxy sets VLLM_PROXY_PORT for every pod; the next name counts instead."""
+    loaded = load({"VLLM_PROXY_PORT": "tcp://10.0.0.1:80", "APP_PORT": "9000", "VLLM_PROXY_HOST": "udp://x"})
+    assert loaded.overrides == {"port": Override(9000, "APP_PORT")}
+    assert len(loaded.warnings) == 2
+    assert any("VLLM_PROXY_PORT" in warning and "tcp://10.0.0.1:80" in warning for warning in loaded.warnings)
+
+
+def test_other_variables_of_dotenv_reach_the_engines(tmp_path: Path) -> None:
+    """As if they had been exported, though the real environment is stronger."""
+    loaded = load({"A": "real"}, dotenv(tmp_path, "A=file\nHF_TOKEN='hf_x'\nexport B=2\n# C=3\nD\n"))
+    assert loaded.engine_environment == {"A": "real", "HF_TOKEN": "hf_x", "B": "2"}
+
+
+def test_a_dotenv_that_is_no_text_is_an_error_that_names_it(tmp_path: Path) -> None:
+    """Not a traceback, and not silence."""
+    file = tmp_path / ".env"
+    file.write_bytes(b"A=\xff\n")
+    with pytest.raises(ConfigError) as raised:
+        load(dotenv=file)
+    assert raised.value.lines() == [f"{file}: cannot read it: expected UTF-8, got other bytes"]
+
+
+def test_the_file_is_the_flags_then_the_variables_then_the_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`-c`, $VLLM_PROXY_CONFIG, ./models.toml; always absolute, so that a change of folder changes nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models.toml").touch()
+    assert load().config_file == tmp_path / "models.toml"
+    assert load({"VLLM_PROXY_CONFIG": "sub/e.toml"}).config_file == tmp_path / "sub/e.toml"
+    assert load({"VLLM_PROXY_CONFIG": "e.toml"}, config="/x/c.toml").config_file == Path("/x/c.toml")
+    assert load({"VLLM_PROXY_CONFIG": ""}).config_file == tmp_path / "models.toml"
+    assert load({}, dotenv(tmp_path, "VLLM_PROXY_CONFIG=d.toml")).config_file == tmp_path / "d.toml"
+
+
+@pytest.mark.parametrize(
+    ("flag", "environ", "expected"),
+    [
+        ("/f", {"VLLM_PROXY_STATE_DIR": "/v"}, "/f"),
+        (None, {"VLLM_PROXY_STATE_DIR": "/v", "STATE_DIRECTORY": "/s"}, "/v"),
+        (None, {"STATE_DIRECTORY": "/s:/second", "XDG_STATE_HOME": "/x"}, "/s"),
+        (None, {"XDG_STATE_HOME": "/x", "HOME": "/h"}, "/x/vllm-proxy"),
+        (None, {"HOME": "/h"}, "/h/.local/state/vllm-proxy"),
+        (None, {"STATE_DIRECTORY": "", "XDG_STATE_HOME": "", "HOME": "/h"}, "/h/.local/state/vllm-proxy"),
+    ],
+)
+def test_the_state_directory_is_found_in_the_order_of_the_contract(
+    flag: str | None, environ: dict[str, str], expected: str
+) -> None:
+    """Flag, own variable, systemd's, XDG's, home; of several that systemd names the first."""
+    assert load(environ, state_dir=flag).state_dir == Path(expected)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [({}, "/tmp"), ({"TMPDIR": "/long"}, "/tmp"), ({"RUNTIME_DIRECTORY": "/run/v:/w"}, "/run/v")],
+)
+def test_scratch_is_short(environ: dict[str, str], expected: str) -> None:
+    """Sockets lie there, whose paths may have 107 bytes: never under a TMPDIR of unknown length."""
+    assert load(environ).scratch == Path(expected)

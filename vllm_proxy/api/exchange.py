@@ -1,0 +1,327 @@
+"""One answer of an engine on its way to a client: parsed for its framing, passed on byte for byte.
+
+Its one rule: an answer that broke off never looks whole. llhttp (through httptools) follows the framing, chunks
+included, so the bytes behind the head go to the client's transport as they came, in one write for each read.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from enum import Enum
+from typing import Protocol
+
+import httptools
+
+from vllm_proxy.engine.wire import EngineConnection
+
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding"
+    b" upgrade".split()
+)
+_HEAD_LIMIT = 64 * 1024
+_BOUNDARIES = (b"\n\n", b"\r\n\r\n", b"\r\r")
+_LAST_CHUNK = b"0\r\n\r\n"
+_DONE = b"data: [DONE]"
+
+
+class Ending(Enum):
+    """How an exchange ended."""
+
+    WHOLE = "whole"  # the client has all of it
+    REFUSED = "refused"  # no connection was to be had
+    UNANSWERED = "unanswered"  # not one byte came: the request may be sent elsewhere
+    BROKEN_HEAD = "broken head"  # bytes came, but no head that could be passed on
+    BROKEN = "broken"  # the client has a part, and can tell
+    DECLINED = "declined"  # a whole head came that the caller did not want
+
+
+class Client(Protocol):
+    """Where the answer goes: a client's transport."""
+
+    def write(self, data: bytes) -> None:
+        """Send bytes."""
+
+    def abort(self) -> None:
+        """Cut the connection."""
+
+
+class Exchange:
+    """One request's answer. `ended` tells how it went; a client that is slow calls `pause` and `resume`."""
+
+    __slots__ = (
+        "_buffer",
+        "_chunked",
+        "_client",
+        "_complete",
+        "_connection_names",
+        "_event_error",
+        "_extra",
+        "_garbage",
+        "_headers",
+        "_in_chunk",
+        "_interim",
+        "_last",
+        "_length_known",
+        "_on_head",
+        "_parser",
+        "_reason",
+        "_started",
+        "body_bytes",
+        "close",
+        "connection",
+        "decoded",
+        "ended",
+        "first_byte_at",
+        "http10",
+        "no_body",
+        "sending",
+        "status",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        client: Client,
+        extra_headers: bytes,
+        event_error: bytes,
+        *,
+        http10: bool,
+        no_body: bool,
+        close: bool,
+        on_head: Callable[[int], bool] | None = None,
+    ) -> None:
+        """`extra_headers`: whole lines for the client. `event_error`: the event that ends a broken event stream.
+
+        `on_head` may decline an answer by its status. `close`: the client's connection ends behind this answer.
+        """
+        self._client = client
+        self._extra = extra_headers
+        self._event_error = event_error
+        self.http10 = http10
+        self.no_body = no_body
+        self.close = close
+        self._on_head = on_head
+        self.connection: EngineConnection | None = None
+        self.ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        self.status = 0
+        self.first_byte_at = 0.0  # time.monotonic()
+        self.sending = False  # whether some of the request is still to be sent
+        self.body_bytes = 0  # on the wire, chunk framing included
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(
+            _Decoding(self) if http10 else self
+        )
+        self.decoded = b""  # the body without its chunks, for a client that knows none
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._reason = b""
+        self._buffer = b""
+        self._last = b""  # the end of what was passed on, to know where a stream broke
+        self._interim = 0  # 1xx answers in front of the real one
+        self._connection_names: set[bytes] = set()
+        self._started = self._complete = self._garbage = self._in_chunk = False
+        self._chunked = self._length_known = False
+
+    @property
+    def passed_status(self) -> int:
+        """The status that the client has been sent, 0 while it has none."""
+        return self.status if self._started else 0
+
+    # httptools calls these
+
+    def on_message_begin(self) -> None:
+        """A head begins; behind a complete answer it is garbage."""
+        if self._complete:
+            self._garbage = True
+
+    def on_status(self, reason: bytes) -> None:
+        """The reason phrase."""
+        self._reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header."""
+        low = name.lower()
+        if low == b"connection":
+            self._connection_names |= {part.strip().lower() for part in value.split(b",")}
+        elif low == b"transfer-encoding":
+            self._chunked = True
+        else:
+            self._length_known = self._length_known or low == b"content-length"
+            self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """The head is whole."""
+        assert self._parser is not None
+        self.status = self._parser.get_status_code()
+
+    def on_chunk_header(self) -> None:
+        """A chunk's size line is through: what follows belongs to the chunk."""
+        self._in_chunk = True
+
+    def on_chunk_complete(self) -> None:
+        """A chunk's last byte is through."""
+        self._in_chunk = False
+
+    def on_message_complete(self) -> None:
+        """The answer is whole, unless it was an interim one."""
+        if self.status < 200:
+            self._interim += 1
+            self._headers.clear()
+            self._reason = b""
+            self._connection_names.clear()
+            self._chunked = self._length_known = False
+        elif self._length_known or self._chunked or self.status in {204, 304}:
+            self._complete = True
+
+    # The engine connection calls these
+
+    def feed(self, data: bytes) -> None:
+        """Bytes from the engine."""
+        if not self.first_byte_at:
+            self.first_byte_at = time.monotonic()
+        assert self._parser is not None, "an exchange that ended has given its connection away"
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self._garbage = True
+        if self._garbage:
+            self._break()
+        elif self._started:
+            self._pass_on(data)
+        else:
+            self._head(data)
+
+    def lost(self, error: Exception | None) -> None:
+        """The engine's connection ended before the answer was known to be whole."""
+        if self.ended.done():
+            return
+        if not self.first_byte_at:
+            self._end(Ending.UNANSWERED)
+        elif self._started and error is None and not (self._chunked or self._length_known):
+            self._end(Ending.WHOLE)  # an answer that is framed by the connection's end
+        else:
+            self._break()
+
+    # The client's side calls these
+
+    def pause(self) -> None:
+        """The client's buffer is full."""
+        if self.connection is not None:
+            self.connection.pause_reading()
+
+    def resume(self) -> None:
+        """The client's buffer has room."""
+        if self.connection is not None:
+            self.connection.resume_reading()
+
+    def abandon(self) -> None:
+        """Nobody wants the answer any more: the engine is to stop working on it."""
+        if self.connection is not None:
+            self.connection.abort()
+            self.connection = None
+
+    def _head(self, data: bytes) -> None:
+        self._buffer += data
+        if self.status < 200:
+            if len(self._buffer) > _HEAD_LIMIT:
+                self._break()
+            return
+        end = -4
+        for _ in range(self._interim + 1):
+            end = self._buffer.find(b"\r\n\r\n", end + 4)
+        if end < 0 or (self._on_head is not None and not self._on_head(self.status)):
+            self.abandon()
+            self._end(Ending.BROKEN_HEAD if end < 0 else Ending.DECLINED)
+            return
+        body, self._buffer = self._buffer[end + 4 :], b""
+        self._started = True
+        if self.no_body:  # an answer to HEAD: its length tells of a body that does not come
+            self._complete = True
+            self.abandon()
+            body = b""
+        self._pass_on(self._client_head(), body)
+
+    def _client_head(self) -> bytes:
+        if not (self._chunked or self._length_known or self.no_body or self.status in {204, 304}) or (
+            self.http10 and self._chunked
+        ):
+            self.close = True  # framed by the end of the connection
+        lines = [b"HTTP/1.1 %d %s\r\n" % (self.status, self._reason)]
+        for name, value in self._headers:
+            low = name.lower()
+            if low not in HOP_BY_HOP and low not in self._connection_names and low != b"x-request-id":
+                lines.append(b"%s: %s\r\n" % (name, value))
+        if self._chunked and not self.http10:
+            lines.append(b"Transfer-Encoding: chunked\r\n")
+        if self.close:
+            lines.append(b"Connection: close\r\n")
+        elif self.http10:
+            lines.append(b"Connection: keep-alive\r\n")
+        lines += (self._extra, b"\r\n")
+        return b"".join(lines)
+
+    def _pass_on(self, data: bytes, body: bytes | None = None) -> None:
+        """Write to the client: `data` as it came, or a head with the beginning of its body."""
+        payload = data if body is None else body
+        self.body_bytes += len(payload)
+        if payload:
+            self._last = (self._last[-64:] + payload)[-64:] if len(payload) < 64 else payload[-64:]
+        if self.http10 and self._chunked:
+            decoded, self.decoded = self.decoded, b""
+            self._client.write(decoded if body is None else data + decoded)
+        else:
+            self._client.write(data if body is None else data + body)
+        if self._complete:
+            self._finish()
+
+    def _finish(self) -> None:
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            if self._parser is not None and self._parser.should_keep_alive() and not self.sending:
+                connection.release()
+            else:
+                connection.abort()
+        self._end(Ending.WHOLE)
+
+    def _break(self) -> None:
+        """The answer cannot become whole: say so inside an event stream, where that is possible, else cut it."""
+        self.abandon()
+        if not self._started:
+            self._end(Ending.BROKEN_HEAD)
+            return
+        self.close = True
+        if self._can_say_so():
+            event = self._event_error
+            framed = event if self.http10 else b"%x\r\n%s\r\n" % (len(event), event) + _LAST_CHUNK
+            self._client.write(framed)
+        else:
+            self._client.abort()
+        self._end(Ending.BROKEN)
+
+    def _can_say_so(self) -> bool:
+        """Whether an event stream stands at an event's boundary, with a framing that takes one more, before [DONE]."""
+        kinds = [value for name, value in self._headers if name.lower() == b"content-type"]
+        if not kinds or not kinds[0].lower().startswith(b"text/event-stream"):
+            return False
+        if any(name.lower() == b"content-encoding" for name, _ in self._headers):
+            return False
+        if not self._chunked or self._in_chunk or self._garbage:
+            return False
+        sent = self._last.removesuffix(b"\r\n")  # the end of the chunk
+        return not self._last or (sent.endswith(_BOUNDARIES) and _DONE not in sent)
+
+    def _end(self, ending: Ending) -> None:
+        self._parser = None  # it refers back to this object: without the cycle both go at once
+        if not self.ended.done():
+            self.ended.set_result(ending)
+
+
+class _Decoding:
+    """What httptools calls where the client, of HTTP/1.0, knows no chunks: the exchange, with the body decoded."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._exchange, name)
+
+    def on_body(self, data: bytes) -> None:
+        """A piece of the body without its framing."""
+        self._exchange.decoded += data

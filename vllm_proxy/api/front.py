@@ -1,0 +1,153 @@
+"""The seam to aiohttp's server: everything that touches its inside is in this file, and tests pin it.
+
+What it adds to `aiohttp.web`: routes that are found without the router and answer by writing to the client's
+transport; a slow client that slows its engine; errors of the HTTP parser in the envelope; request shapes that
+aiohttp's parser lets pass and that a proxy must not.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, cast
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_parser import RawRequestMessage
+from aiohttp.streams import StreamReader
+from aiohttp.web_protocol import RequestHandler
+
+from vllm_proxy.api.envelope import error_response
+from vllm_proxy.api.exchange import Exchange
+from vllm_proxy.errors import RequestError
+
+type Direct = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class ClientConnection(RequestHandler):
+    """One client's connection. `exchange` is the answer that is being written to it."""
+
+    __slots__ = ("exchange",)
+
+    def __init__(self, manager: web.Server, *, loop: asyncio.AbstractEventLoop, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's options
+        super().__init__(manager, loop=loop, **kwargs)
+        self.exchange: Exchange | None = None
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than its engine writes."""
+        super().pause_writing()
+        if self.exchange is not None:
+            self.exchange.pause()
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        super().resume_writing()
+        if self.exchange is not None:
+            self.exchange.resume()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """A request that the parser refused, or a fault that no handler caught, in the envelope."""
+        if status >= 500 or request.writer.output_size > 0:
+            return super().handle_error(request, status, exc, message)
+        if isinstance(exc, LineTooLong):
+            error = RequestError("headers_too_large", "cannot read the request: its head is too large")
+        else:
+            reason = (message or "it is no HTTP/1.1").strip().splitlines()[0].rstrip(":")
+            error = RequestError("bad_request", f"cannot read the request: {reason}")
+        response = error_response(error)
+        response.force_close()
+        return response
+
+
+class Front(web.Server):
+    """aiohttp's server with a short way for some routes."""
+
+    def __call__(self) -> RequestHandler:
+        """A protocol for one more connection."""
+        return ClientConnection(self, loop=self._loop, **self._kwargs)
+
+
+class FrontRunner(web.AppRunner):
+    """Runs an application whose `direct` routes, exact (method, path) pairs, go past its router and middlewares."""
+
+    __slots__ = ("_direct",)
+
+    def __init__(self, app: web.Application, direct: Mapping[tuple[str, str], Direct], **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's options
+        super().__init__(app, access_log=None, handle_signals=False, handler_cancellation=True,
+                         auto_decompress=False, **kwargs)  # fmt: skip
+        self._direct = direct
+
+    async def _make_server(self) -> web.Server:
+        inner = await super()._make_server()
+        routes, app_handler, app_request = self._direct, inner.request_handler, inner.request_factory
+
+        def make_request(
+            message: RawRequestMessage,
+            payload: StreamReader,
+            protocol: RequestHandler,
+            writer: AbstractStreamWriter,
+            task: "asyncio.Task[None]",
+        ) -> web.BaseRequest:
+            if (message.method, message.path) in routes:
+                return web.BaseRequest(message, payload, protocol, writer, task, inner._loop)  # noqa: SLF001 - the seam
+            return app_request(message, payload, protocol, writer, task)
+
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            if refusal := _refusal(request):
+                response = error_response(refusal)
+                response.force_close()
+                return response
+            if type(request) is web.BaseRequest and (route := routes.get((request.method, request.raw_path))):
+                return await route(request)
+            return await app_handler(request)
+
+        return Front(handle, request_factory=make_request, handler_cancellation=True, loop=inner._loop, **inner._kwargs)  # noqa: SLF001 - the seam
+
+
+def _refusal(request: web.BaseRequest) -> RequestError | None:
+    """What a request may not carry through a proxy: a framing that the next server could read in another way."""
+    coding = request.headers.get("Transfer-Encoding")
+    if coding is not None and coding.strip().lower() != "chunked":
+        return RequestError("bad_request", f"cannot read a body of transfer-encoding {coding!r}: only chunked")
+    content = request.headers.get("Content-Encoding")
+    if content is not None and content.strip().lower() not in {"", "identity"}:
+        return RequestError(
+            "unsupported_media_type", f"cannot take a body of content-encoding {content!r}: send it plain"
+        )
+    return None
+
+
+class Written(web.StreamResponse):
+    """Stands for an answer whose bytes are on the wire already."""
+
+    def __init__(self, *, keep_alive: bool) -> None:
+        super().__init__()
+        self._keep_alive = keep_alive
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Nothing is left to send."""
+
+    async def write_eof(self, data: bytes = b"") -> None:  # noqa: ARG002 - aiohttp's signature
+        """Nothing is left to send."""
+        self._eof_sent = True
+
+
+def client_of(request: web.BaseRequest) -> ClientConnection:
+    """The connection that a request came on."""
+    return cast("ClientConnection", request.protocol)
+
+
+def client_is_slow(request: web.BaseRequest) -> bool:
+    """Whether bytes of an earlier answer still wait for this client to read them."""
+    return client_of(request).writing_paused
+
+
+def ask_for_body(request: web.BaseRequest) -> None:
+    """Tell a client that sent `Expect: 100-continue` to go on. The router does this for its own routes."""
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

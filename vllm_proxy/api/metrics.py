@@ -1,0 +1,155 @@
+"""`/metrics`: what is known of requests afterwards. Its one rule: labels are configured names alone.
+
+Counting must cost next to nothing, so the numbers are plain ones here; prometheus-client turns them into text when
+somebody asks.
+"""
+
+import time
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from vllm_proxy.api.call import Call
+from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.engine.reconciler import Reconciler
+from vllm_proxy.engine.registry import Registry
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_SMALL_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0)
+
+
+class Histogram:
+    """Counts by upper bound."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        """One more observation, in seconds."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """As prometheus-client wants them: cumulative, with "+Inf" last."""
+        running, result = 0, []
+        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
+            running += count
+            result.append((bound, float(running)))
+        return result
+
+
+@dataclass(slots=True)
+class Numbers:
+    """What was counted for one model."""
+
+    requests: dict[tuple[str, int], int] = field(default_factory=dict)  # by route and status
+    durations: dict[str, Histogram] = field(default_factory=dict)  # by route
+    first_bytes: dict[str, Histogram] = field(default_factory=dict)  # by route
+    queue: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
+    retries: int = 0
+
+
+class Metrics(Collector):
+    """All series of contract section 7 that requests and models give."""
+
+    def __init__(self, reconciler: Reconciler, registry: Registry) -> None:
+        self._reconciler = reconciler
+        self._registry = registry
+        self._models: dict[str, Numbers] = {}
+        self._overhead = Histogram(_SMALL_SECONDS)
+        self._prometheus = CollectorRegistry()
+        self._prometheus.register(self)
+
+    def count(self, call: Call) -> None:
+        """One request has ended."""
+        now = time.monotonic()
+        numbers = self._models.get(call.model)
+        if numbers is None:
+            numbers = self._models[call.model] = Numbers()
+        key = (call.route, call.status)
+        numbers.requests[key] = numbers.requests.get(key, 0) + 1
+        _histogram(numbers.durations, call.route).add(now - call.started_at)
+        if call.first_byte_at:
+            _histogram(numbers.first_bytes, call.route).add(call.first_byte_at - call.started_at)
+        if call.sent_at:
+            self._overhead.add(max(call.sent_at - call.started_at - call.queue_seconds, 0.0))
+            numbers.queue.add(call.queue_seconds)
+        numbers.retries += call.retries
+
+    def text(self) -> tuple[str, bytes]:
+        """(content type, exposition)."""
+        for model_id in [name for name in self._models if name and name not in self._reconciler.config.models]:
+            del self._models[model_id]  # the series of a removed model disappear
+        return CONTENT_TYPE_LATEST, generate_latest(self._prometheus)
+
+    def collect(self) -> Iterable[Metric]:
+        """Called by prometheus-client."""
+        yield from self._of_requests()
+        yield from self._of_models()
+
+    def _of_requests(self) -> Iterable[Metric]:
+        requests = CounterMetricFamily(
+            "vllm_proxy_requests", "Inference requests.", labels=["model", "route", "status"]
+        )
+        durations = HistogramMetricFamily(
+            "vllm_proxy_request_duration_seconds",
+            "From the request's head to the last byte of its answer.",
+            labels=["model", "route"],
+        )
+        first = HistogramMetricFamily(
+            "vllm_proxy_time_to_first_byte_seconds",
+            "From the request's head to the first byte of its answer.",
+            labels=["model", "route"],
+        )
+        queue = HistogramMetricFamily("vllm_proxy_queue_seconds", "Waiting for an instance.", labels=["model"])
+        retries = CounterMetricFamily(
+            "vllm_proxy_retries", "Requests sent again to another instance.", labels=["model"]
+        )
+        for model, numbers in self._models.items():
+            for (route, status), count in numbers.requests.items():
+                requests.add_metric([model, route, str(status)], count)
+            for family, by_route in ((durations, numbers.durations), (first, numbers.first_bytes)):
+                for route, histogram in by_route.items():
+                    family.add_metric([model, route], histogram.buckets(), histogram.total)
+            queue.add_metric([model], numbers.queue.buckets(), numbers.queue.total)
+            retries.add_metric([model], numbers.retries)
+        overhead = HistogramMetricFamily(
+            "vllm_proxy_overhead_seconds", "Time in the daemon itself before the engine was sent the request."
+        )
+        overhead.add_metric([], self._overhead.buckets(), self._overhead.total)
+        return requests, durations, first, queue, retries, overhead
+
+    def _of_models(self) -> Iterable[Metric]:
+        in_flight = GaugeMetricFamily("vllm_proxy_in_flight", "Requests in flight.", labels=["model", "instance"])
+        queued = GaugeMetricFamily("vllm_proxy_queued", "Requests that wait for an instance.", labels=["model"])
+        states = GaugeMetricFamily(
+            "vllm_proxy_instance_state",
+            "1 for the state that the instance is in.",
+            labels=["model", "instance", "state"],
+        )
+        info = GaugeMetricFamily("vllm_proxy_config_info", "The configuration that is applied.", labels=["revision"])
+        for status in self._reconciler.models():
+            model = status.spec.id
+            queued.add_metric([model], self._registry.counts(model)[1])
+            for instance in status.instances:
+                busy = instance.endpoint.in_flight if instance.endpoint else 0
+                in_flight.add_metric([model, instance.name], busy)
+                for state in State:
+                    states.add_metric([model, instance.name, state], instance.state is state)
+        info.add_metric([self._reconciler.config.revision], 1)
+        return in_flight, queued, states, info
+
+
+def _histogram(by_route: dict[str, Histogram], route: str) -> Histogram:
+    histogram = by_route.get(route)
+    if histogram is None:
+        histogram = by_route[route] = Histogram(_SECONDS)
+    return histogram

@@ -1,0 +1,140 @@
+"""WebSocket `/v1/realtime`: the model comes as `?model=` or in the first `session.update`.
+
+vLLM greets with `session.created` before it knows the model, and clients wait for that greeting; so where the address
+names no model, the daemon greets, and drops the engine's own greeting later.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+import msgspec
+from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
+
+from vllm_proxy.api.call import Call, Work
+from vllm_proxy.domain.config import Server
+from vllm_proxy.engine.registry import Lease, Registry
+from vllm_proxy.errors import EngineFailedError, RequestError
+
+_GREETING = "session.created"
+_DATA = frozenset({WSMsgType.TEXT, WSMsgType.BINARY})
+
+
+def realtime(registry: Registry, session: aiohttp.ClientSession, settings: Callable[[], Server]) -> Work:
+    """The route. `session` holds the connections to engines."""
+
+    async def work(call: Call) -> web.StreamResponse:
+        assert isinstance(call.request, web.Request)
+        name = call.request.query.get("model")
+        if name:
+            registry.find(name)  # an unknown model is a 404, before anything is upgraded
+        client = web.WebSocketResponse(max_msg_size=settings().max_body_size, compress=False)
+        if not client.can_prepare(call.request):
+            raise RequestError("bad_request", "cannot speak here without a WebSocket upgrade")
+        await client.prepare(call.request)
+        call.status = 101
+        try:
+            await _converse(call, registry, session, client, name)
+        except RequestError as error:
+            call.status = error.status
+            await client.send_str(_event("error", error={"message": error.message, "code": error.code}).decode())
+            await client.close(code=WSCloseCode.POLICY_VIOLATION, message=error.code.encode())
+        return client
+
+    return work
+
+
+async def _converse(
+    call: Call, registry: Registry, session: aiohttp.ClientSession, client: web.WebSocketResponse, name: str | None
+) -> None:
+    first: WSMessage | None = None
+    if name is None:
+        await client.send_str(_event(_GREETING, id=f"sess-{secrets.token_hex(8)}", created=int(time.time())).decode())
+        first = await client.receive()
+        if first.type not in _DATA:
+            return
+        name = _model_of(first)
+        if name is None:
+            msg = "cannot route this session: name the model as ?model= or in a first session.update"
+            raise RequestError("missing_model", msg, param="model")
+    with await registry.acquire(name) as lease:
+        call.model, call.instance = lease.model_id, lease.endpoint.instance
+        headers = {"Authorization": f"Bearer {lease.endpoint.credential}", "X-Request-Id": call.request_id}
+        address = f"http://127.0.0.1:{lease.endpoint.port}/v1/realtime"
+        try:
+            async with session.ws_connect(address, headers=headers, max_msg_size=0) as engine:
+                if first is not None:
+                    await _greeted(engine)
+                    await _pass_on(first, engine, lease)
+                await _both_ways(client, engine, lease)
+        except (aiohttp.ClientError, OSError) as error:
+            msg = f"cannot open a session with {lease.endpoint.instance}: {error}"
+            raise EngineFailedError(msg) from error
+
+
+async def _greeted(engine: aiohttp.ClientWebSocketResponse) -> None:
+    """Take the engine's greeting: the client has had one."""
+    message = await engine.receive()
+    if message.type is not WSMsgType.TEXT or _field(message, "type") != _GREETING:
+        raise EngineFailedError("cannot open a session: the engine did not greet")
+
+
+async def _both_ways(client: web.WebSocketResponse, engine: aiohttp.ClientWebSocketResponse, lease: Lease) -> None:
+    """Pass messages until either side closes; then the other is closed the same way."""
+
+    async def upwards() -> None:
+        async for message in client:
+            await _pass_on(message, engine, lease)
+
+    async def downwards() -> None:
+        async for message in engine:
+            await _pass_on(message, client, lease)
+
+    tasks = {asyncio.create_task(upwards()), asyncio.create_task(downwards())}
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    broken = engine.close_code in {None, WSCloseCode.ABNORMAL_CLOSURE} and engine.closed
+    code = WSCloseCode.INTERNAL_ERROR if broken else engine.close_code or WSCloseCode.OK
+    await engine.close(code=client.close_code or WSCloseCode.OK)
+    await client.close(code=code)
+
+
+async def _pass_on(
+    message: WSMessage, to: web.WebSocketResponse | aiohttp.ClientWebSocketResponse, lease: Lease
+) -> None:
+    if message.type is WSMsgType.BINARY:
+        await to.send_bytes(message.data)
+    elif message.type is WSMsgType.TEXT:
+        named = _model_of(message) if isinstance(to, aiohttp.ClientWebSocketResponse) else None
+        if named is None or named == lease.model_id:
+            await to.send_str(message.data)
+        else:  # an alias: the engine knows the id alone
+            event = msgspec.json.decode(message.data)
+            await to.send_str(msgspec.json.encode(event | {"model": lease.model_id}).decode())
+
+
+def _model_of(message: WSMessage) -> str | None:
+    """The model that a `session.update` names."""
+    if message.type is not WSMsgType.TEXT or "session.update" not in message.data:
+        return None
+    model = _field(message, "model")
+    return model if isinstance(model, str) and _field(message, "type") == "session.update" else None
+
+
+def _field(message: WSMessage, name: str) -> Any:  # noqa: ANN401 - JSON
+    try:
+        event = msgspec.json.decode(message.data)
+    except msgspec.DecodeError:
+        return None
+    return event.get(name) if isinstance(event, dict) else None
+
+
+def _event(kind: str, **fields: object) -> bytes:
+    return msgspec.json.encode({"type": kind, **fields})

@@ -1,0 +1,79 @@
+"""Find one member of a large JSON object without decoding it, in steps short enough for an event loop."""
+
+import re
+from collections.abc import Generator, Iterator
+
+_STEP = 128 * 1024  # bytes looked at between two steps, about
+_STEP_TURNS = 2_000  # or turns of the loop, one for each string, comma and bracket
+_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # possessive: nothing is kept to go back to
+_PLAIN = re.compile(rb'[^"\[\]{},:]*+')
+_PLAIN_INSIDE = re.compile(rb'[^"\[\]{}]*+')  # in a deeper value no comma and no colon means anything
+_OPENING, _CLOSING = b"[{", b"]}"
+
+
+def find_member(text: bytes, name: bytes) -> Iterator[tuple[int, int] | None]:  # noqa: C901 - one state machine
+    """Yield often; the last yield is the span of the last value of member `name` of the outermost object, or None.
+
+    Only members of that object count, not those inside other values, and not text inside strings. A text that is no
+    JSON gives some answer or None: whoever parses it will say so.
+    """
+    found: tuple[int, int] | None = None
+    position, depth, turns, stepped_at = 0, 0, 0, 0
+    key: bytes | None = None  # of the member that is being read, once its colon was seen
+    string: bytes | None = None  # the last string at depth 1
+    begin = 0  # of the value that is being read
+    while position < len(text):
+        turns += 1
+        if turns >= _STEP_TURNS or position - stepped_at >= _STEP:
+            turns, stepped_at = 0, position
+            yield found
+        plain = _PLAIN if depth <= 1 else _PLAIN_INSIDE
+        end = plain.match(text, position, position + _STEP).end()  # type: ignore[union-attr] # matches the empty string
+        if end >= len(text):
+            break
+        if end == position + _STEP:
+            position = end
+            continue
+        byte = text[end]
+        position = end + 1
+        if byte == 0x22:  # "
+            close = yield from _string_end(text, position, found)
+            if depth == 1 and key is None:
+                string = text[position:close] if close - position <= 6 * len(name) else None
+            position = close + 1
+        elif byte in _OPENING:
+            depth += 1
+        elif byte == 0x3A and depth == 1 and key is None:  # :
+            key, begin = string, position
+        elif byte in _CLOSING or byte == 0x2C:
+            if depth == 1:
+                if key is not None and _unescaped(key) == name:
+                    found = (begin, end)
+                key = string = None
+            depth -= byte in _CLOSING
+            if depth == 0:
+                break
+    yield found
+
+
+def _string_end(
+    text: bytes, position: int, found: tuple[int, int] | None
+) -> Generator[tuple[int, int] | None, None, int]:
+    """The index of the quote that ends the string which begins at `position`, or the text's length."""
+    while True:
+        end = _STRING.match(text, position, position + _STEP).end()  # type: ignore[union-attr] # as above
+        if end >= len(text):
+            return len(text)
+        if text[end] == 0x22 and end < position + _STEP:
+            return end
+        if end == position:  # a backslash with nothing behind it
+            return len(text)
+        position = end
+        yield found
+
+
+def _unescaped(key: bytes) -> bytes:
+    """A key as it is meant: JSON may spell any letter as an escape."""
+    if b"\\" not in key:
+        return key
+    return re.sub(rb"\\u00([0-7][0-9A-Fa-f])", lambda match: bytes([int(match[1], 16)]), key)
