@@ -8,7 +8,8 @@ import socket
 import sys
 import tempfile
 import textwrap
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,25 @@ class Daemon:
             while not holds(answer := await self.get(path, status)):
                 pass
         return answer
+
+    async def ports(self, model: str) -> list[int]:
+        """The ports of a model's engines."""
+        resource = await self.get(f"/models/{model}")
+        return [instance["port"] for instance in resource["status"]["instances"]]
+
+    async def seen(self, request_id: str, model: str = "chat") -> list[dict[str, Any]]:
+        """What the fake engines of a model tell of the requests with this id, in no order."""
+        found: list[dict[str, Any]] = []
+        for port in await self.ports(model):
+            async with self.session.get(f"http://127.0.0.1:{port}/fake/seen") as answer:
+                found += [seen for seen in await answer.json() if ["X-Request-Id", request_id] in seen["headers"]]
+        return found
+
+    async def metrics(self) -> dict[str, float]:
+        """The exposition: value by series, labels as they are written."""
+        async with self.session.get("/metrics") as answer:
+            lines = [line for line in (await answer.text()).splitlines() if line and not line.startswith("#")]
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
     async def pids(self, model: str) -> list[int]:
         """The first processes of a model's engines."""
@@ -183,3 +203,110 @@ def session_of(pid: int) -> set[int]:
     """The live processes of the session that `pid` leads or led."""
     found = (look_up(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit())
     return {process.pid for process in found if process and process.session == pid and process.alive}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP answer as it came over the wire. `whole` is False where the connection ended inside it."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+    whole: bool
+
+    def all(self, name: str) -> list[str]:
+        """Every value of a header."""
+        return [value for key, value in self.headers if key.lower() == name.lower()]
+
+
+class Client:
+    """A client that sends what it is told to, byte for byte."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self._writer = writer
+
+    async def send(self, data: bytes) -> None:
+        """Send bytes."""
+        self._writer.write(data)
+        await self._writer.drain()
+
+    async def answer(self, *, head: bool = False) -> Answer:
+        """The next answer; `head`: to a HEAD request."""
+        lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        headers = [(name, value) for name, _, value in (line.partition(": ") for line in lines[1:] if line)]
+        found = {name.lower(): value for name, value in headers}
+        status = int(lines[0].split(" ")[1])
+        body, whole = b"", True
+        if not head and status >= 200 and status not in {204, 304}:
+            body, whole = await self._body(found)
+        return Answer(status, headers, body, whole)
+
+    async def _body(self, headers: dict[str, str]) -> tuple[bytes, bool]:
+        parts: list[bytes] = []
+        try:
+            if "chunked" in headers.get("transfer-encoding", ""):
+                while size := int(await self.reader.readuntil(b"\r\n"), 16):
+                    parts.append(await self.reader.readexactly(size))
+                    assert await self.reader.readexactly(2) == b"\r\n"
+                await self.reader.readexactly(2)
+            elif "content-length" in headers:
+                parts.append(await self.reader.readexactly(int(headers["content-length"])))
+            else:
+                parts.append(await self.reader.read())
+        except (asyncio.IncompleteReadError, ConnectionResetError) as error:
+            partial = error.partial if isinstance(error, asyncio.IncompleteReadError) else b""
+            return b"".join([*parts, partial]), False
+        return b"".join(parts), True
+
+    async def closed(self) -> bool:
+        """Whether the daemon ends the connection, with nothing more in it."""
+        async with asyncio.timeout(WAIT_SECONDS):
+            try:
+                return await self.reader.read(1) == b""
+            except ConnectionResetError:
+                return True
+
+    def leave(self) -> None:
+        """Be gone at once."""
+        self._writer.transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def connected(port: int, *, receive_buffer: int | None = None, limit: int = 2**26) -> AsyncIterator[Client]:
+    """A connection to the daemon. `receive_buffer`, `limit`: bytes that are taken in without being asked for."""
+    connection = socket.socket()
+    if receive_buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port))
+    reader, writer = await asyncio.open_connection(sock=connection, limit=limit)
+    try:
+        yield Client(reader, writer)
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+def request(path: str, body: bytes, *lines: str, method: str = "POST", version: str = "1.1") -> bytes:
+    """A request in bytes, with a length unless `lines` (more headers) say how the body is framed."""
+    framed = any(line.lower().startswith(("content-length", "transfer-encoding")) for line in lines)
+    head = [f"{method} {path} HTTP/{version}", "Host: localhost", "Content-Type: application/json", *lines]
+    if not framed:
+        head.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*head, "", ""]).encode("latin-1") + body
+
+
+async def until[T](ask: Callable[[], Awaitable[T]], holds: Callable[[T], bool]) -> T:
+    """Ask again and again, until the answer fulfils what is wanted; returns it."""
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not holds(answer := await ask()):
+            pass
+    return answer
+
+
+def memory(pid: int, field: str = "VmRSS") -> int:
+    """A process's memory in bytes, as the kernel tells it. `VmHWM`: the most it ever was."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field + ":")).split()[1]) * 1024

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import sys
@@ -85,6 +86,21 @@ def _available(wanted: Sequence[str], *, install: bool) -> list[str]:
     return found
 
 
+def _started(
+    stack: contextlib.ExitStack, names: Sequence[str], programs: build.Programs, engine_port: int, folder: Path
+) -> list[peers.Peer]:
+    """Those that start; a peer that does not is left out, vllm-proxy that does not is an error."""
+    running = []
+    for name in names:
+        try:
+            running.append(stack.enter_context(peers.peer(name, programs, engine_port, folder)))
+        except RuntimeError as error:
+            if name == peers.OURS:
+                raise
+            _say(f"left out: {error}")
+    return running
+
+
 def _singles(programs: build.Programs, names: Sequence[str], options: Options, folder: Path) -> report.Findings:
     """The cases that look at one proxy at a time, each started fresh."""
     findings = report.Findings()
@@ -92,9 +108,10 @@ def _singles(programs: build.Programs, names: Sequence[str], options: Options, f
         for name in names if "memory" in options.names else ():
             place = folder / f"memory-{name}"
             place.mkdir()
-            with peers.peer(name, programs, engine_port, place) as peer:
-                findings.memory[name] = found = hazards.memory(programs, peer, options.streams)
-            _say(f"memory: {name}: {found.kib_per_stream:.1f} KiB a stream")
+            with contextlib.ExitStack() as stack:
+                for peer in _started(stack, [name], programs, engine_port, place):
+                    findings.memory[name] = found = hazards.memory(programs, peer, options.streams)
+                    _say(f"memory: {name}: {found.kib_per_stream:.1f} KiB a stream")
     if {"departed", "slow", "bigbody"} & set(options.names):
         with peers.ours(programs, folder) as peer:
             if "departed" in options.names:
@@ -118,7 +135,7 @@ def run(options: Options, available: Sequence[str], folder: Path) -> report.Find
         with contextlib.ExitStack() as stack:
             engine_port = stack.enter_context(peers.engine(programs, folder))
             names = [peers.DIRECT, *chosen]
-            running = [stack.enter_context(peers.peer(name, programs, engine_port, folder)) for name in names]
+            running = _started(stack, names, programs, engine_port, folder)
             findings.results = cases.run_rounds(programs, running, rounds, options.rounds, options.seconds, _say)
     if "models" in options.names:
         findings.models = hazards.many_models(programs, folder, options.models, options.rounds, options.seconds, _say)
@@ -148,7 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _as_json(target: report.Target) -> dict[str, object]:
-    return dataclasses.asdict(target) | {"verdict": target.verdict}
+    value = target.value if target.value is None or math.isfinite(target.value) else None
+    return dataclasses.asdict(target) | {"value": value, "verdict": target.verdict}
 
 
 if __name__ == "__main__":

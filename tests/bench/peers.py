@@ -45,6 +45,14 @@ litellm_settings: {{num_retries: 0, telemetry: false}}
 """
 
 
+# It listens on loopback for a minute, in front of a mock: no key, and no cost of checking one.
+_LITELLM_ENV = {
+    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else it fetches one
+    "NO_PROXY": "127.0.0.1",
+}
+
+
 @dataclass(slots=True)
 class Peer:
     """A running proxy: where it listens, where its engine does, and the processes that count as it."""
@@ -133,7 +141,7 @@ def peer(name: str, programs: build.Programs, engine_port: int, folder: Path) ->
     place = folder / name
     place.mkdir()
     port = free_port()
-    env = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_PROXY": "127.0.0.1"} if name == "litellm" else {}
+    env = _LITELLM_ENV if name == "litellm" else {}
     with process(_command(name, place, port, engine_port), place, port, name, **env) as pid:
         yield Peer(name, port, engine_port, pid, children=True)
 

@@ -42,6 +42,10 @@ class Target:
         return "met" if self.aim is None or self.value <= self.aim else "met, not the aim"
 
 
+def _shown(value: float, unit: str) -> str:
+    return f"{value:.2f} {unit}" if math.isfinite(value) else "never"
+
+
 def spread(values: Sequence[float], digits: int = 1) -> str:
     """Median and range."""
     if not values:
@@ -200,7 +204,7 @@ def render(findings: Findings) -> str:
         lines += _table(["case", "proxy", "found"], rows)
     verdicts = []
     for target in targets(findings):
-        value = "-" if target.value is None else f"{target.value:.2f} {target.unit}"
+        value = "-" if target.value is None else _shown(target.value, target.unit)
         aim = "" if target.aim is None else f"{target.aim:g}"
         verdicts.append([target.name, f"{target.must:g} {target.unit}", aim, value, target.verdict])
     lines += _table(["target", "at most", "aim", "found", "verdict"], verdicts)

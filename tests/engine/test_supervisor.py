@@ -109,6 +109,19 @@ async def test_an_exit_with_code_zero_is_a_failure_too() -> None:
     assert reason(chat) is Reason.CRASHED
 
 
+@pytest.mark.parametrize("code", [2, 127])
+@virtual
+async def test_an_exit_code_that_means_a_wrong_start_means_a_crash_later(code: int) -> None:
+    """An engine that served once had good options: it is started again."""
+    stage = Stage()
+    chat = stage.supervisor(model())
+    chat.start()
+    (await stage.serving(chat)).die(code)
+    await stage.until(lambda: chat.phase is Phase.BACKOFF)
+    assert reason(chat) is Reason.CRASHED
+    await stage.serving(chat)
+
+
 @virtual
 async def test_the_backoff_doubles_up_to_its_maximum() -> None:
     """1, 2, 4, 8, then 10 seconds, less at most a quarter of jitter."""
@@ -206,6 +219,7 @@ async def test_failures_are_not_forgiven_for_a_short_stretch() -> None:
     await passes(9.5)
     engine.die()
     await stage.until(lambda: chat.state is State.ERROR)
+    assert len(stage.launcher.engines) == 2
 
 
 @virtual
@@ -474,6 +488,8 @@ async def test_a_bug_in_the_clean_up_of_a_stop_does_not_keep_it_from_stopping() 
     with capture_logs():
         await chat.stop()
     assert chat.state is State.STOPPED
+    assert chat._task is not None
+    assert chat._task.exception() is None, "the bug is in the log, and does not surface a second time"
 
 
 @virtual

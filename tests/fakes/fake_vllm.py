@@ -2,16 +2,22 @@
 
 Kept from the real one: it binds at once and listens late; its engine core is a process of its own that survives a
 SIGKILL of the server; `/health` says little; `/v1` wants the key of VLLM_API_KEY; SIGTERM freezes streams and then
-waits without limit for open connections; exit codes (0 when its engine dies, 1 on a failed start, 2 on bad options).
-Faults: by `--fake-...` options at start, and by a `"fake"` object in a request's body.
+waits without limit for open connections; exit codes (0 when its engine dies, 1 on a failed start, 2 on bad options); a
+request whose client has left is given up at once.
+Faults: by `--fake-...` options at start, and by a `"fake"` object in a request's body (a form: a field with JSON), whose
+keys `pause`, `stream` and `raw` explain. What it saw of each request is told at `/fake/seen`.
 """
 
 import argparse
 import asyncio
+import collections
+import hashlib
 import json
 import os
+import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -48,6 +54,24 @@ def parse() -> argparse.Namespace:
     return parser.parse_args(sys.argv[2:] if sys.argv[1:2] == ["serve"] else sys.argv[1:])
 
 
+class Reader(asyncio.StreamReader):
+    """A connection's input, which also says when the other side has gone."""
+
+    def __init__(self) -> None:
+        super().__init__(limit=2**26)
+        self.gone = asyncio.Event()
+
+    def feed_eof(self) -> None:
+        """An orderly end."""
+        super().feed_eof()
+        self.gone.set()
+
+    def set_exception(self, exc: Exception) -> None:  # type: ignore[override] # asyncio gives exceptions alone
+        """A reset."""
+        super().set_exception(exc)
+        self.gone.set()
+
+
 class Fake:
     """The server."""
 
@@ -58,13 +82,18 @@ class Fake:
         self.stopping = asyncio.Event()
         self.connections: set[asyncio.StreamWriter] = set()
         self.key = os.environ.get("VLLM_API_KEY")
+        self.seen: collections.deque[dict[str, Any]] = collections.deque(maxlen=1000)
+        self.responses: list[str] = []
+        self.server: asyncio.Server | None = None
 
     async def serve(self, listener: socket.socket) -> None:
         """Listen until SIGTERM, then wait for every connection, without limit, as uvicorn does."""
         loop = asyncio.get_running_loop()
         if not self.options.fake_ignore_sigterm:
             loop.add_signal_handler(signal.SIGTERM, self.stopping.set)
-        server = await asyncio.start_server(self.connection, sock=listener, limit=2**26)
+        server = self.server = await loop.create_server(
+            lambda: asyncio.StreamReaderProtocol(Reader(), self.connection), sock=listener
+        )
         print("INFO:     Application startup complete.", file=sys.stderr)
         await self.stopping.wait()
         if not self.options.shutdown_timeout:
@@ -80,9 +109,10 @@ class Fake:
 
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Requests of one connection, one after another."""
+        assert isinstance(reader, Reader)
         self.connections.add(writer)
         try:
-            while not self.stopping.is_set():
+            while not self.stopping.is_set() and not writer.is_closing():
                 writer.idle = True  # type: ignore[attr-defined]
                 head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), KEEPALIVE)
                 writer.idle = False  # type: ignore[attr-defined]
@@ -91,12 +121,50 @@ class Fake:
                 headers = [tuple(line.split(": ", 1)) for line in lines[1:] if line]
                 found = {name.lower(): value for name, value in headers}
                 body = await self.body(reader, found)
-                await self.answer(writer, method, path, headers, found, body)
+                seen = self.note(method, path, headers, body)
+                writer.seen = seen  # type: ignore[attr-defined]
+                if path == "/v1/realtime" and "upgrade" in found and self.allowed(path, found):
+                    return await self.realtime(reader, writer, found, seen)
+                await self.unless_gone(reader, self.answer(writer, method, path, headers, found, body), seen)
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
             self.connections.discard(writer)
             writer.close()
+
+    def note(self, method: str, path: str, headers: list[Any], body: bytes) -> dict[str, Any]:
+        """Remember a request. Its `state` becomes "answered" or "gone", the client having left before that."""
+        seen: dict[str, Any] = {
+            "method": method, "path": path, "headers": headers, "size": len(body), "state": "open", "written": 0,
+            "body": body.decode("latin-1") if len(body) < 2**18 else None, "sha256": hashlib.sha256(body).hexdigest(),
+            "pid": os.getpid(), "messages": [],
+        }  # fmt: skip
+        if not path.startswith("/fake/"):
+            self.seen.append(seen)
+        return seen
+
+    async def unless_gone(self, reader: Reader, answer: Any, seen: dict[str, Any]) -> None:  # noqa: ANN401 - a coroutine
+        """Answer; give up where the client leaves before the end."""
+        answering, gone = asyncio.ensure_future(answer), asyncio.ensure_future(reader.gone.wait())
+        await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if answering.done():
+            seen["state"] = "answered"
+            return answering.result()
+        seen["state"] = "gone"
+        answering.cancel()
+        raise ConnectionResetError("the client has left")
+
+    async def realtime(self, reader: Reader, writer: asyncio.StreamWriter, found: Any, seen: Any) -> None:  # noqa: ANN401 - headers
+        """A WebSocket session."""
+        import fake_realtime  # type: ignore[import-not-found] # beside this script
+
+        await fake_realtime.serve(reader, writer, found, self.options.served_model_name, seen["messages"])
+        seen["state"] = "gone"
+
+    def allowed(self, path: str, found: dict[str, str]) -> bool:
+        """Whether the request carries the key that `/v1` wants."""
+        return not (path.startswith("/v1") and self.key and found.get("authorization") != f"Bearer {self.key}")
 
     async def body(self, reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
         """The request's body, whole."""
@@ -122,7 +190,9 @@ class Fake:
         names = ["somebody-else"] if self.options.fake_foreign else self.options.served_model_name
         if path == "/health":
             return await self.send(writer, 503 if self.options.fake_unhealthy else 200, b"", "text/plain")
-        if path.startswith("/v1") and self.key and found.get("authorization") != f"Bearer {self.key}":
+        if path.startswith("/fake/"):
+            return await self.control(writer, path)
+        if not self.allowed(path, found):
             return await self.json(writer, 401, {"error": "Unauthorized"})
         if path == "/v1/models":
             length = self.options.max_model_len
@@ -130,8 +200,15 @@ class Fake:
             return await self.json(writer, 200, {"object": "list", "data": cards})
         if path == "/secret":
             return await self.json(writer, 200, {"secret": True})
+        if method == "HEAD":  # FastAPI gives its GET routes none
+            writer.write(b"HTTP/1.1 405 X\r\nserver: uvicorn\r\nallow: GET\r\ncontent-length: 31\r\n\r\n")
+            return await writer.drain()
+        if stored := re.fullmatch(r"/v1/responses/([^/]+)(/cancel)?", path):
+            known = stored[1] in self.responses
+            answer = {"id": stored[1], "status": "cancelled" if stored[2] else "completed", "pid": os.getpid()}
+            return await self.json(writer, 200 if known else 404, answer if known else {"error": {"message": "?"}})
         try:
-            asked = json.loads(body)
+            asked = form(body, found) if "multipart" in found.get("content-type", "") else json.loads(body)
         except ValueError:
             return await self.json(writer, 400, {"error": {"message": "bad json"}})
         if asked.get("model") not in names:
@@ -139,9 +216,17 @@ class Fake:
             error = {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
             return await self.json(writer, 404, {"error": error})
         fault = asked.get("fake") or {}
+        if "once" in fault and not first(fault["once"]):
+            fault = {}
         if fault.get("echo"):
-            seen = {"method": method, "path": path, "headers": headers, "body": body.decode(), "pid": os.getpid()}
+            text = body.decode(errors="replace")
+            seen = {"method": method, "path": path, "headers": headers, "body": text, "pid": os.getpid()}
             return await self.json(writer, 200, seen)
+        if "raw" in fault:
+            return await self.raw(writer, fault)
+        if path == "/v1/responses":
+            self.responses.append(f"resp_{os.getpid()}_{len(self.responses)}")
+            return await self.json(writer, 200, {"id": self.responses[-1], "object": "response"})
         if path == "/v1/embeddings":
             return await self.json(writer, 200, embeddings(asked))
         if asked.get("stream"):
@@ -149,8 +234,57 @@ class Fake:
         await self.pause(fault)
         return await self.json(writer, fault.get("status", 200), completion(asked))
 
+    async def control(self, writer: asyncio.StreamWriter, path: str) -> None:
+        """What only tests ask for, on the engine's own port."""
+        if path == "/fake/deaf":  # the process lives, its port is closed
+            assert self.server is not None
+            self.server.close()
+            for other in self.connections - {writer}:
+                other.close()
+            await self.json(writer, 200, {})
+            return writer.close()
+        return await self.json(writer, 200, list(self.seen))
+
+    async def raw(self, writer: asyncio.StreamWriter, fault: dict[str, Any]) -> None:
+        """The very bytes in `raw`, null standing for a wait until the file `hold` exists; `flood` bytes in chunks.
+
+        Then `end`: "keep" the connection, "close" it, "reset" it or "hang".
+        """
+        for piece in fault["raw"]:
+            if piece is None:
+                await self.hold(fault)
+            else:
+                await self.write(writer, piece.encode("latin-1"))
+        for start in range(0, fault.get("flood", 0), 2**16):
+            size = min(2**16, fault["flood"] - start)
+            await self.write(writer, b"%x\r\n" % size + bytes([65 + start // 2**16 % 26]) * size + b"\r\n")
+        if fault.get("flood"):
+            await self.write(writer, b"0\r\n\r\n")
+        end = fault.get("end", "close")
+        if end == "hang":
+            await asyncio.Event().wait()
+        elif end == "reset":
+            connection = writer.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+        elif end == "close":
+            writer.close()
+
+    async def write(self, writer: asyncio.StreamWriter, data: bytes) -> None:
+        """Bytes of an answer, counted once the system has taken them."""
+        writer.write(data)
+        await writer.drain()
+        writer.seen["written"] += len(data)  # type: ignore[attr-defined]
+
+    async def hold(self, fault: dict[str, Any]) -> None:
+        """Wait until the test says so by a file."""
+        while not os.path.exists(fault["hold"]):  # noqa: PTH110 - imports nothing
+            await asyncio.sleep(0.01)
+
     async def pause(self, fault: dict[str, Any]) -> None:
-        """Hang or die before the first byte, where asked to."""
+        """Before the first byte: `die` or `hang` there ("before"), or wait until the file `hold` exists."""
+        if "hold" in fault:
+            await self.hold(fault)
         if fault.get("die") == "before":
             die()
         if fault.get("hang") == "before":
@@ -192,6 +326,26 @@ def die() -> NoReturn:
     """The engine core died: vLLM's server ends with exit code 0."""
     print("ERROR: EngineCore encountered a fatal error.", flush=True)
     os._exit(0)
+
+
+def first(path: str) -> bool:
+    """Whether nobody has asked so before, of whatever process."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def form(body: bytes, headers: dict[str, str]) -> dict[str, Any]:
+    """The fields of a multipart form, the last of a name, as Starlette reads them; `fake` holds JSON."""
+    boundary = headers["content-type"].split("boundary=")[1].strip('"').encode()
+    fields: dict[str, Any] = {}
+    for part in body.split(b"--" + boundary)[1:-1]:
+        head, _, value = part.partition(b"\r\n\r\n")
+        if name := re.search(rb'name="?(\w+)', head):
+            fields[name[1].decode()] = value[:-2].decode(errors="replace")
+    return fields | {"fake": json.loads(fields.get("fake", "{}"))}
 
 
 def write_event(writer: asyncio.StreamWriter, model: str, **fields: object) -> None:

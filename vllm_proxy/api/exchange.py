@@ -44,6 +44,9 @@ class Client(Protocol):
     def abort(self) -> None:
         """Cut the connection."""
 
+    def is_closing(self) -> bool:
+        """Whether nothing can be sent any more."""
+
 
 class Exchange:
     """One request's answer. `ended` tells how it went; a client that is slow calls `pause` and `resume`."""
@@ -65,6 +68,7 @@ class Exchange:
         "_on_head",
         "_parser",
         "_reason",
+        "_reusable",
         "_started",
         "body_bytes",
         "close",
@@ -117,7 +121,7 @@ class Exchange:
         self._interim = 0  # 1xx answers in front of the real one
         self._connection_names: set[bytes] = set()
         self._started = self._complete = self._garbage = self._in_chunk = False
-        self._chunked = self._length_known = False
+        self._chunked = self._length_known = self._reusable = False
 
     @property
     def passed_status(self) -> int:
@@ -150,6 +154,7 @@ class Exchange:
         """The head is whole."""
         assert self._parser is not None
         self.status = self._parser.get_status_code()
+        self._reusable = self._parser.should_keep_alive()  # llhttp has forgotten it once the answer is complete
 
     def on_chunk_header(self) -> None:
         """A chunk's size line is through: what follows belongs to the chunk."""
@@ -259,6 +264,9 @@ class Exchange:
 
     def _pass_on(self, data: bytes, body: bytes | None = None) -> None:
         """Write to the client: `data` as it came, or a head with the beginning of its body."""
+        if self._client.is_closing():  # it has left; the handler's cancellation is on its way
+            self.abandon()
+            return
         payload = data if body is None else body
         self.body_bytes += len(payload)
         if payload:
@@ -274,7 +282,7 @@ class Exchange:
     def _finish(self) -> None:
         connection, self.connection = self.connection, None
         if connection is not None:
-            if self._parser is not None and self._parser.should_keep_alive() and not self.sending:
+            if self._reusable and not self.sending:
                 connection.release()
             else:
                 connection.abort()

@@ -44,6 +44,12 @@ class ClientConnection(RequestHandler):
         if self.exchange is not None:
             self.exchange.resume()
 
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The client has left: its engine stops now, not when the handler's cancellation gets its turn."""
+        if self.exchange is not None:
+            self.exchange.abandon()
+        super().connection_lost(exc)
+
     def handle_error(
         self,
         request: web.BaseRequest,

@@ -187,8 +187,9 @@ class Registry:
         """A lease on each ready instance in turn, for what only one of them knows."""
         for route in list(self._routes.values()):
             for endpoint in list(route.endpoints):
-                endpoint._add(1)  # noqa: SLF001 - as above
-                yield Lease(self, route, endpoint)
+                if endpoint in route.endpoints:  # not withdrawn while another one was asked
+                    route._add(endpoint, 1)  # noqa: SLF001 - as above
+                    yield Lease(self, route, endpoint)
 
     def give_back(self, route: Route, endpoint: Endpoint) -> None:
         """A request has ended: its place is free."""
