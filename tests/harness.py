@@ -278,7 +278,7 @@ async def connected(port: int, *, receive_buffer: int | None = None, limit: int 
     connection = socket.socket()
     if receive_buffer is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    connection.setblocking(False)
+    connection.settimeout(0)
     await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port))
     reader, writer = await asyncio.open_connection(sock=connection, limit=limit)
     try:

@@ -25,7 +25,7 @@ def written(
     capsys: pytest.CaptureFixture[str], chosen: Format, environ: dict[str, str] | None = None, level: str = "debug"
 ) -> list[str]:
     """The lines of three entries on stderr, one of them with a traceback."""
-    logsetup.set_up(level, chosen, environ or {})
+    logsetup.set_up(level, logsetup.resolve(chosen, environ or {}))
     log = structlog.get_logger()
     log.debug("engine found", path="a b")
     log.warning("two\nlines", count=1)

@@ -25,7 +25,7 @@ def telling() -> Iterator[Systemd]:
     """The daemon's end, which lives as long as the daemon."""
     systemd = Systemd()
     yield systemd
-    if systemd._notifier.socket:
+    if systemd._notifier and systemd._notifier.socket:
         systemd._notifier.socket.close()
 
 

@@ -169,7 +169,8 @@ def _surroundings(
 async def _clear_up(state: StateDirectory) -> None:
     """End what an earlier daemon left, before its ports and its memory are used again."""
     records = state.left_behind()
-    await end_orphans(records)
+    for stubborn in await end_orphans(records):
+        state.record(stubborn)  # for the next daemon
     for record in records:
         shutil.rmtree(record.folder, ignore_errors=True)
 

@@ -151,6 +151,11 @@ class FakeProbe:
     def __init__(self, launcher: FakeLauncher) -> None:
         self._launcher = launcher
         self.error: Exception | None = None
+        self.health = True
+
+    async def healthy(self, port: int) -> bool:  # noqa: ARG002 - one answer for all
+        """Whether `/health` answers 200."""
+        return self.health
 
     async def ready(self, port: int, own_name: str, credential: str) -> Ready | None:
         """What the engine on this port says of itself."""

@@ -29,7 +29,7 @@ async def serve(
         f"HTTP/1.1 101 X\r\nupgrade: websocket\r\nconnection: Upgrade\r\nsec-websocket-accept: {proof}\r\n\r\n".encode()
     )
     say(writer, type="session.created", id="sess-fake")
-    checked, words = False, 0
+    session = Session(writer, names)
     while True:
         kind, data = await frame(reader)
         if kind == _CLOSE:
@@ -38,25 +38,38 @@ async def serve(
         if kind == _BINARY:
             messages.append(f"binary {data.decode()}")
             return send(writer, _CLOSE, struct.pack("!H", 1000))
-        if kind != _TEXT:
-            continue
-        messages.append(data.decode())
-        event = json.loads(data)
-        if event["type"] == "session.update":
-            checked = event.get("model") in names
-            if not checked:
-                say(writer, type="error", error="no such model", code="model_not_found")
-        elif event["type"] == "input_audio_buffer.append":
-            words += 1
-        elif event["type"] == "input_audio_buffer.commit" and checked:
-            for _ in range(words):
-                say(writer, type="transcription.delta", delta="word ")
-            say(writer, type="transcription.done", text="word " * words)
-        elif event["type"] == "fake":
-            if fault(writer, event):
+        if kind == _TEXT:
+            messages.append(data.decode())
+            event = json.loads(data)
+            if event["type"] == "fake" and fault(writer, event):
                 return None
-        else:
-            say(writer, type="error", error="no", code="model_not_validated" if not checked else "unknown_event")
+            session.handle(event)
+
+
+class Session:
+    """What vLLM knows of a session."""
+
+    def __init__(self, writer: asyncio.StreamWriter, names: list[str]) -> None:
+        self.writer = writer
+        self.names = names
+        self.checked = False
+        self.words = 0
+
+    def handle(self, event: dict[str, Any]) -> None:
+        """One event of the client."""
+        kind = event["type"]
+        if kind == "session.update":
+            self.checked = event.get("model") in self.names
+            if not self.checked:
+                say(self.writer, type="error", error="no such model", code="model_not_found")
+        elif kind == "input_audio_buffer.append":
+            self.words += 1
+        elif kind == "input_audio_buffer.commit" and self.checked:
+            for _ in range(self.words):
+                say(self.writer, type="transcription.delta", delta="word ")
+            say(self.writer, type="transcription.done", text="word " * self.words)
+        elif kind != "fake":
+            say(self.writer, type="error", error="no", code="unknown_event" if self.checked else "model_not_validated")
 
 
 def fault(writer: asyncio.StreamWriter, event: dict[str, Any]) -> bool:

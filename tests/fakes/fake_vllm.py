@@ -4,8 +4,8 @@ Kept from the real one: it binds at once and listens late; its engine core is a 
 SIGKILL of the server; `/health` says little; `/v1` wants the key of VLLM_API_KEY; SIGTERM freezes streams and then
 waits without limit for open connections; exit codes (0 when its engine dies, 1 on a failed start, 2 on bad options); a
 request whose client has left is given up at once.
-Faults: by `--fake-...` options at start, and by a `"fake"` object in a request's body (a form: a field with JSON), whose
-keys `pause`, `stream` and `raw` explain. What it saw of each request is told at `/fake/seen`.
+Faults: by `--fake-...` options at start, and by a `"fake"` object in a request's body (a form:
+a field with JSON), whose keys `pause`, `stream` and `raw` explain. What it saw of each request is told at `/fake/seen`.
 """
 
 import argparse
@@ -22,6 +22,9 @@ import subprocess
 import sys
 import time
 from typing import Any, NoReturn
+
+import fake_answers  # type: ignore[import-not-found] # beside this script
+import fake_realtime  # type: ignore[import-not-found] # as above
 
 KEEPALIVE = float(os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "5"))
 
@@ -66,7 +69,7 @@ class Reader(asyncio.StreamReader):
         super().feed_eof()
         self.gone.set()
 
-    def set_exception(self, exc: Exception) -> None:  # type: ignore[override] # asyncio gives exceptions alone
+    def set_exception(self, exc: Exception) -> None:
         """A reset."""
         super().set_exception(exc)
         self.gone.set()
@@ -150,15 +153,16 @@ class Fake:
         gone.cancel()
         if answering.done():
             seen["state"] = "answered"
-            return answering.result()
+            answering.result()
+            return
         seen["state"] = "gone"
         answering.cancel()
         raise ConnectionResetError("the client has left")
 
-    async def realtime(self, reader: Reader, writer: asyncio.StreamWriter, found: Any, seen: Any) -> None:  # noqa: ANN401 - headers
+    async def realtime(
+        self, reader: Reader, writer: asyncio.StreamWriter, found: dict[str, str], seen: dict[str, Any]
+    ) -> None:
         """A WebSocket session."""
-        import fake_realtime  # type: ignore[import-not-found] # beside this script
-
         await fake_realtime.serve(reader, writer, found, self.options.served_model_name, seen["messages"])
         seen["state"] = "gone"
 
@@ -187,7 +191,6 @@ class Fake:
         body: bytes,
     ) -> None:
         """Route one request."""
-        names = ["somebody-else"] if self.options.fake_foreign else self.options.served_model_name
         if path == "/health":
             return await self.send(writer, 503 if self.options.fake_unhealthy else 200, b"", "text/plain")
         if path.startswith("/fake/"):
@@ -195,7 +198,7 @@ class Fake:
         if not self.allowed(path, found):
             return await self.json(writer, 401, {"error": "Unauthorized"})
         if path == "/v1/models":
-            length = self.options.max_model_len
+            length, names = self.options.max_model_len, self.names
             cards = [{"id": name, "object": "model", "owned_by": "vllm", "max_model_len": length} for name in names]
             return await self.json(writer, 200, {"object": "list", "data": cards})
         if path == "/secret":
@@ -207,16 +210,33 @@ class Fake:
             known = stored[1] in self.responses
             answer = {"id": stored[1], "status": "cancelled" if stored[2] else "completed", "pid": os.getpid()}
             return await self.json(writer, 200 if known else 404, answer if known else {"error": {"message": "?"}})
+        return await self.infer(writer, method, path, headers, found, body)
+
+    @property
+    def names(self) -> list[str]:
+        """The models that it says it serves."""
+        return ["somebody-else"] if self.options.fake_foreign else self.options.served_model_name
+
+    async def infer(
+        self,
+        writer: asyncio.StreamWriter,
+        method: str,
+        path: str,
+        headers: list[Any],
+        found: dict[str, str],
+        body: bytes,
+    ) -> None:
+        """A request that names a model."""
         try:
-            asked = form(body, found) if "multipart" in found.get("content-type", "") else json.loads(body)
+            asked = fake_answers.form(body, found) if "multipart" in found.get("content-type", "") else json.loads(body)
         except ValueError:
             return await self.json(writer, 400, {"error": {"message": "bad json"}})
-        if asked.get("model") not in names:
+        if asked.get("model") not in self.names:
             message = f"The model `{asked.get('model')}` does not exist."
             error = {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
             return await self.json(writer, 404, {"error": error})
         fault = asked.get("fake") or {}
-        if "once" in fault and not first(fault["once"]):
+        if "once" in fault and not fake_answers.first(fault["once"]):
             fault = {}
         if fault.get("echo"):
             text = body.decode(errors="replace")
@@ -228,11 +248,11 @@ class Fake:
             self.responses.append(f"resp_{os.getpid()}_{len(self.responses)}")
             return await self.json(writer, 200, {"id": self.responses[-1], "object": "response"})
         if path == "/v1/embeddings":
-            return await self.json(writer, 200, embeddings(asked))
+            return await self.json(writer, 200, fake_answers.embeddings(asked))
         if asked.get("stream"):
             return await self.stream(writer, asked, fault)
         await self.pause(fault)
-        return await self.json(writer, fault.get("status", 200), completion(asked))
+        return await self.json(writer, fault.get("status", 200), fake_answers.completion(asked))
 
     async def control(self, writer: asyncio.StreamWriter, path: str) -> None:
         """What only tests ask for, on the engine's own port."""
@@ -303,11 +323,13 @@ class Fake:
             if fault.get("die") == number:
                 await writer.drain()
                 die()
-            write_event(writer, asked["model"], choices=[{"index": 0, "delta": {"content": f"t{number} "}}])
+            fake_answers.write_event(
+                writer, asked["model"], choices=[{"index": 0, "delta": {"content": f"t{number} "}}]
+            )
             await writer.drain()
             await asyncio.sleep(fault.get("interval", 0))
         usage = {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
-        write_event(writer, asked["model"], choices=[], usage=usage)
+        fake_answers.write_event(writer, asked["model"], choices=[], usage=usage)
         writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
         await writer.drain()
 
@@ -326,52 +348,6 @@ def die() -> NoReturn:
     """The engine core died: vLLM's server ends with exit code 0."""
     print("ERROR: EngineCore encountered a fatal error.", flush=True)
     os._exit(0)
-
-
-def first(path: str) -> bool:
-    """Whether nobody has asked so before, of whatever process."""
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
-
-
-def form(body: bytes, headers: dict[str, str]) -> dict[str, Any]:
-    """The fields of a multipart form, the last of a name, as Starlette reads them; `fake` holds JSON."""
-    boundary = headers["content-type"].split("boundary=")[1].strip('"').encode()
-    fields: dict[str, Any] = {}
-    for part in body.split(b"--" + boundary)[1:-1]:
-        head, _, value = part.partition(b"\r\n\r\n")
-        if name := re.search(rb'name="?(\w+)', head):
-            fields[name[1].decode()] = value[:-2].decode(errors="replace")
-    return fields | {"fake": json.loads(fields.get("fake", "{}"))}
-
-
-def write_event(writer: asyncio.StreamWriter, model: str, **fields: object) -> None:
-    """One event in one chunk."""
-    value = {"id": "chatcmpl-fake", "object": "chat.completion.chunk", "created": 1, "model": model, **fields}
-    data = f"data: {json.dumps(value)}\n\n".encode()
-    writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-
-
-def completion(asked: dict[str, Any]) -> dict[str, Any]:
-    """A chat or text completion that says how many messages there were."""
-    text = "echo: " + str(asked.get("messages", [{}])[-1].get("content", asked.get("prompt")))
-    return {
-        "id": "chatcmpl-fake",
-        "object": "chat.completion",
-        "created": 1,
-        "model": asked["model"],
-        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
-    }
-
-
-def embeddings(asked: dict[str, Any]) -> dict[str, Any]:
-    """One small vector."""
-    data = [{"object": "embedding", "index": 0, "embedding": [0.25, 0.5]}]
-    return {"object": "list", "model": asked["model"], "data": data, "usage": {"prompt_tokens": 1, "total_tokens": 1}}
 
 
 def fail(options: argparse.Namespace) -> NoReturn:

@@ -16,7 +16,7 @@ from vllm_proxy.domain.units import Bytes, Seconds, show
 type TomlTable = Mapping[str, Any]  # a table as tomllib reads it: str, int, float, bool, dates, lists, tables
 
 _MAX_MODEL_LEN = re.compile(r"auto|\d+(\.\d+)?[kKmMgG]?")
-_ENV_NAME = re.compile(r"[^=\0]+")
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # shells drop others on the way to a program
 _ID = re.compile(r"[A-Za-z0-9._:@/-]{1,200}")
 _ACTIONS = frozenset({"start", "stop", "restart", "sleep", "wake", "logs"})
 

@@ -32,14 +32,22 @@ class ModelStatus:
     instances: tuple[Supervisor, ...]
 
 
-async def end_orphans(records: list[EngineRecord]) -> None:
-    """End what an earlier daemon left behind: every live process of each recorded session, its leader dead or not."""
+async def end_orphans(records: list[EngineRecord]) -> list[EngineRecord]:
+    """End what an earlier daemon left behind: every live process of each recorded session, its leader dead or not.
 
-    async def end(record: EngineRecord) -> None:
+    Returns those that could not be ended.
+    """
+
+    async def end(record: EngineRecord) -> bool:
         log.warning("ending an engine that an earlier daemon left", instance=record.instance, pid=record.pid)
-        await end_session(record.pid, record.started, _ORPHAN_GRACE_SECONDS)
+        try:
+            return await end_session(record.pid, record.started, _ORPHAN_GRACE_SECONDS)
+        except OSError as error:  # not ours to signal
+            log.error("the engine cannot be ended", instance=record.instance, pid=record.pid, error=str(error))
+            return False
 
-    await asyncio.gather(*(end(record) for record in records))
+    ended = await asyncio.gather(*(end(record) for record in records))
+    return [record for record, gone in zip(records, ended, strict=True) if not gone]
 
 
 class Reconciler:
@@ -91,7 +99,8 @@ class Reconciler:
         spec = self.config.models[model_id]
         instances = self._supervisors.get(model_id, ())
         state = lifecycle.best(instance.state for instance in instances)
-        speaker = next((instance for instance in instances if instance.state is state), None)
+        speakers = [instance for instance in instances if instance.state is state]
+        speaker = next((instance for instance in speakers if instance.diagnosis), None)
         updated_at = max((instance.updated_at for instance in instances), default=self._started_at)
         diagnosis = speaker.diagnosis if speaker and state in {State.LOADING, State.ERROR} else None
         return ModelStatus(spec, state, diagnosis, self._started_at, updated_at, instances)

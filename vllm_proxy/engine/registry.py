@@ -16,6 +16,8 @@ from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.engine.wire import Pool
 from vllm_proxy.errors import RequestError
 
+_SUSPECT_FAILURES = 3
+
 
 class Endpoint:
     """One ready engine, as requests see it."""
@@ -30,6 +32,7 @@ class Endpoint:
         self.ejected = False  # gets nothing until its health is good again
         self.pool = Pool(port)
         self.own_headers = f"Host: 127.0.0.1:{port}\r\nAuthorization: Bearer {credential}\r\n".encode()
+        self.suspect = asyncio.Event()  # so many failures that its health is in question
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -40,6 +43,8 @@ class Endpoint:
     def failed(self) -> None:
         """A connection to this engine gave no answer."""
         self.failures += 1
+        if self.failures >= _SUSPECT_FAILURES:
+            self.suspect.set()
 
     def _add(self, count: int) -> None:
         self.in_flight += count
@@ -91,7 +96,7 @@ class Lease:
         other = _least_loaded(self._route, self._tried)
         if other is None:
             return False
-        other._add(1)  # noqa: SLF001 - the counter is this module's
+        self._route._add(other, 1)  # noqa: SLF001 - the counters are this module's
         self._registry.give_back(self._route, self.endpoint)
         self._tried.append(other)
         self.endpoint = other
@@ -136,6 +141,10 @@ class Registry:
     def withdraw(self, model_id: str, endpoint: Endpoint) -> None:
         """No new request for this instance; those in flight keep their lease."""
         self._routes[model_id].endpoints.remove(endpoint)
+
+    def readmit(self, model_id: str) -> None:
+        """An ejected instance takes requests again."""
+        self._serve_waiting(self._routes[model_id])
 
     def close(self) -> None:
         """No new request for anyone: the daemon stops."""

@@ -5,6 +5,7 @@ written is logged and the engine runs all the same: a full disk must not take mo
 """
 
 import fcntl
+import hashlib
 import os
 import tomllib
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import quote
 
+import msgspec
 import structlog
 import tomli_w
 
@@ -19,6 +21,8 @@ from vllm_proxy.engine.process import boot_id
 from vllm_proxy.errors import StartupError
 
 log = structlog.get_logger()
+
+_NAME_LIMIT = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,10 @@ class StateDirectory:
 
     def log_file(self, instance: str) -> Path:
         """Where the output of an instance goes."""
-        return self.path / "logs" / f"{quote(instance, safe='')}.log"
+        name = quote(instance, safe="")
+        if len(name) > _NAME_LIMIT:  # a file's name has at most 255 bytes
+            name = f"{name[:100]}~{hashlib.sha256(instance.encode()).hexdigest()[:16]}"
+        return self.path / "logs" / f"{name}.log"
 
     def left_behind(self) -> list[EngineRecord]:
         """The engines that an earlier daemon had on record in this boot."""
@@ -74,10 +81,17 @@ class StateDirectory:
             document = tomllib.loads(self._file.read_text(encoding="utf-8"))
             if document["boot_id"] != boot_id():
                 return []
-            return [EngineRecord(**table) for table in document["engines"]]
+            return msgspec.convert(document["engines"], list[EngineRecord])
         except FileNotFoundError:
             return []
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        except (
+            OSError,
+            UnicodeDecodeError,
+            tomllib.TOMLDecodeError,
+            KeyError,
+            TypeError,
+            msgspec.ValidationError,
+        ) as error:
             log.error("the record of engines cannot be read; engines of an earlier daemon may be left",
                       file=str(self._file), error=str(error))  # fmt: skip
             return []

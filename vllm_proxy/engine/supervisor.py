@@ -17,6 +17,7 @@ from vllm_proxy.domain import lifecycle
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.diagnose import Diagnosis, Exit, diagnose
 from vllm_proxy.domain.lifecycle import Event, Phase, Reason, State
+from vllm_proxy.engine.ejection import mind
 from vllm_proxy.engine.gate import DeviceGate
 from vllm_proxy.engine.launch import Engine, LaunchError
 from vllm_proxy.engine.probe import Ready
@@ -43,6 +44,9 @@ class Probe(Protocol):
 
     async def ready(self, port: int, own_name: str, credential: str) -> Ready | None:
         """What the engine on this port says of itself, None while it is not ready or not ours."""
+
+    async def healthy(self, port: int) -> bool:
+        """Whether `/health` answers 200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +177,7 @@ class Supervisor:
                 written, progress = size, loop.time()
             if loop.time() - progress > policy.startup_timeout:
                 message = f"nothing happened for {policy.startup_timeout:g} s; see its log, or raise startup_timeout"
-                return Diagnosis(Reason.STARTUP_TIMEOUT, message)
+                return self._failed(engine, Diagnosis(Reason.STARTUP_TIMEOUT, message), Exit(None, None))
             await asyncio.wait({engine.exited}, timeout=_POLL_SECONDS)
         return self._examine(engine, was_ready=False)
 
@@ -186,6 +190,7 @@ class Supervisor:
         log.info("engine ready", instance=self.name, seconds=self._seconds_to_ready())
         registry.open(self.spec.id, endpoint)
         self.endpoint = endpoint
+        minding = asyncio.create_task(mind(endpoint, self._around.probe, lambda: registry.readmit(self.spec.id)))
         try:
             await asyncio.wait({engine.exited})
         except asyncio.CancelledError:
@@ -198,6 +203,7 @@ class Supervisor:
                 self._failures = 0  # it served for a while: what came before is forgiven
             return self._examine(engine, was_ready=True)
         finally:
+            minding.cancel()
             self.endpoint = None
 
     async def _drain(self, endpoint: Endpoint, engine: Engine) -> None:
@@ -212,12 +218,15 @@ class Supervisor:
             hurry.cancel()
         if endpoint.in_flight:
             log.warning("requests did not end in time", instance=self.name, in_flight=endpoint.in_flight)
+        endpoint.pool.close()  # vLLM waits for open connections without limit
         self._show(Phase.STOPPING)
 
     def _examine(self, engine: Engine, *, was_ready: bool) -> Diagnosis:
-        tail, ended = engine.tail(_TAIL_LINES), engine.exited.result()
-        diagnosis = diagnose(ended, tail, was_ready=was_ready)
-        self.last_exit = LastExit(diagnosis, ended, datetime.now(UTC), tail)
+        ended = engine.exited.result()
+        return self._failed(engine, diagnose(ended, engine.tail(_TAIL_LINES), was_ready=was_ready), ended)
+
+    def _failed(self, engine: Engine, diagnosis: Diagnosis, ended: Exit) -> Diagnosis:
+        self.last_exit = LastExit(diagnosis, ended, datetime.now(UTC), engine.tail(_TAIL_LINES))
         self.diagnosis = diagnosis
         self._move(Event.DIED, Phase.STOPPING)  # the rest of its processes
         return diagnosis

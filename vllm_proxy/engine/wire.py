@@ -58,6 +58,8 @@ class EngineConnection(asyncio.Protocol):
             self._drained.set_exception(exc or ConnectionResetError("the engine closed the connection"))
         if self._receiver is not None:
             receiver, self._receiver = self._receiver, None
+            if exc is None and self._pool.closed:
+                exc = ConnectionAbortedError("the engine is being stopped")
             receiver.lost(exc)
 
     def pause_writing(self) -> None:
@@ -128,7 +130,7 @@ class Pool:
         self._port = port
         self._idle: list[EngineConnection] = []
         self._busy: set[EngineConnection] = set()
-        self._closed = False
+        self.closed = False
 
     async def connect(self) -> EngineConnection:
         """An idle connection, else a new one.
@@ -153,7 +155,7 @@ class Pool:
     def keep(self, connection: EngineConnection) -> None:
         """A connection has done its work."""
         self._busy.discard(connection)
-        if self._closed or not connection.open:
+        if self.closed or not connection.open:
             connection.abort()
             return
         connection.used = True
@@ -168,7 +170,7 @@ class Pool:
 
     def close(self) -> None:
         """End all of them, those that carry requests too: the engine is about to go."""
-        self._closed = True
+        self.closed = True
         for connection in [*self._idle, *self._busy]:
             if connection._transport is not None:  # noqa: SLF001 - its own pool
                 connection._transport.abort()  # noqa: SLF001 - its receiver hears of it

@@ -1,0 +1,53 @@
+"""What the fake reads and says, as values: forms in, completions, vectors and events out."""
+
+import asyncio
+import json
+import os
+import re
+from typing import Any
+
+
+def first(path: str) -> bool:
+    """Whether nobody has asked so before, of whatever process."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def form(body: bytes, headers: dict[str, str]) -> dict[str, Any]:
+    """The fields of a multipart form, the last of a name, as Starlette reads them; `fake` holds JSON."""
+    boundary = headers["content-type"].split("boundary=")[1].strip('"').encode()
+    fields: dict[str, Any] = {}
+    for part in body.split(b"--" + boundary)[1:-1]:
+        head, _, value = part.partition(b"\r\n\r\n")
+        if name := re.search(rb'name="?(\w+)', head):
+            fields[name[1].decode()] = value[:-2].decode(errors="replace")
+    return fields | {"fake": json.loads(fields.get("fake", "{}"))}
+
+
+def write_event(writer: asyncio.StreamWriter, model: str, **fields: object) -> None:
+    """One event in one chunk."""
+    value = {"id": "chatcmpl-fake", "object": "chat.completion.chunk", "created": 1, "model": model, **fields}
+    data = f"data: {json.dumps(value)}\n\n".encode()
+    writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+
+
+def completion(asked: dict[str, Any]) -> dict[str, Any]:
+    """A chat or text completion that says how many messages there were."""
+    text = "echo: " + str(asked.get("messages", [{}])[-1].get("content", asked.get("prompt")))
+    return {
+        "id": "chatcmpl-fake",
+        "object": "chat.completion",
+        "created": 1,
+        "model": asked["model"],
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+    }
+
+
+def embeddings(asked: dict[str, Any]) -> dict[str, Any]:
+    """One small vector."""
+    data = [{"object": "embedding", "index": 0, "embedding": [0.25, 0.5]}]
+    return {"object": "list", "model": asked["model"], "data": data, "usage": {"prompt_tokens": 1, "total_tokens": 1}}
