@@ -81,6 +81,14 @@ class Daemon:
                 pass
         return answer
 
+    async def all_ready(self) -> None:
+        """Wait until every instance of every model serves."""
+
+        def ready(found: Any) -> bool:  # noqa: ANN401 - JSON
+            return all(one["state"] == "ready" for model in found["models"] for one in model["status"]["instances"])
+
+        await self.eventually("/models", ready)
+
     async def ports(self, model: str) -> list[int]:
         """The ports of a model's engines."""
         resource = await self.get(f"/models/{model}")
@@ -230,6 +238,11 @@ class Client:
         """Send bytes."""
         self._writer.write(data)
         await self._writer.drain()
+
+    async def peek(self, wanted: bytes) -> None:
+        """Wait until this has come, and leave it there."""
+        found = await self.reader.readuntil(wanted)
+        self.reader._buffer[:0] = found  # type: ignore[attr-defined] # what a second reader would do
 
     async def answer(self, *, head: bool = False) -> Answer:
         """The next answer; `head`: to a HEAD request."""

@@ -75,7 +75,7 @@ def test_check_tells_problems_in_json(folder: Path, capsys: pytest.CaptureFixtur
 def test_check_of_a_missing_file_says_how_to_get_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit status 78, the whole path and the command that writes a first file."""
     assert run(["check", "-c", "none.toml"]) == 78
-    assert capsys.readouterr().err == (
+    assert capsys.readouterr().out == (
         f"{folder}/none.toml: cannot read it: No such file or directory; `vllm-proxy init` writes a first one\n"
     )
 
@@ -83,7 +83,7 @@ def test_check_of_a_missing_file_says_how_to_get_one(folder: Path, capsys: pytes
 def test_check_of_a_folder_is_a_problem_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What cannot be read as a file is no traceback."""
     assert run(["check", "-c", str(folder)]) == 78
-    assert capsys.readouterr().err == f"{folder}: cannot read it: Is a directory\n"
+    assert capsys.readouterr().out == f"{folder}: cannot read it: Is a directory\n"
 
 
 @pytest.mark.parametrize("data", [b"\xff", b"\xef\xbb\xbf", b"\0", b"a = " + b"[" * 5000, b"a = " + b"9" * 5000])
@@ -91,7 +91,7 @@ def test_check_of_anything_at_all_is_78(folder: Path, data: bytes, capsys: pytes
     """Whatever the bytes, one line says what is wrong."""
     (folder / "models.toml").write_bytes(data)
     assert run(["check"]) == 78
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_check_tells_a_wrong_variable(
@@ -101,7 +101,7 @@ def test_check_tells_a_wrong_variable(
     (folder / "models.toml").write_text(VALID)
     monkeypatch.setenv("VLLM_PROXY_PORT", "x")
     assert run(["check"]) == 78
-    assert 'VLLM_PROXY_PORT: expected a whole number, got "x"' in capsys.readouterr().err
+    assert 'VLLM_PROXY_PORT: expected a whole number, got "x"' in capsys.readouterr().out
 
 
 def test_check_tells_a_dotenv_that_cannot_be_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +109,7 @@ def test_check_tells_a_dotenv_that_cannot_be_read(folder: Path, capsys: pytest.C
     (folder / "models.toml").write_text(VALID)
     (folder / ".env").write_bytes(b"A=\xff")
     assert run(["check"]) == 78
-    assert ".env: cannot read it" in capsys.readouterr().err
+    assert ".env: cannot read it" in capsys.readouterr().out
 
 
 def test_check_finds_the_file_that_the_environment_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status: int = options.command(options)
     except ConfigError as error:
-        _print_problems(error, as_json=getattr(options, "json", False))
+        _print_problems(error, options)
         return CONFIG_INVALID
     except StartupError as error:
         print(f"vllm-proxy: {error}", file=sys.stderr)
@@ -113,10 +113,11 @@ def _demo(options: argparse.Namespace) -> int:
     return OK
 
 
-def _print_problems(error: ConfigError, *, as_json: bool) -> None:
-    if as_json:
+def _print_problems(error: ConfigError, options: argparse.Namespace) -> None:
+    """What was asked for, the verdict of `check`, goes to stdout; a reason why something does not run, to stderr."""
+    if getattr(options, "json", False):
         problems = [{"line": item.line, "path": item.path, "message": item.message} for item in error.problems]
         print(json.dumps({"file": error.file, "problems": problems}))
         return
     for line in error.lines():
-        print(line, file=sys.stderr)
+        print(line, file=sys.stdout if options.command is _check else sys.stderr)

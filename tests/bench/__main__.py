@@ -143,6 +143,9 @@ def run(options: Options, available: Sequence[str], folder: Path) -> report.Find
         "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "load average": " ".join(f"{value:.1f}" for value in os.getloadavg()),
+        "cores that others kept busy before each round": ", ".join(
+            f"{cores:.1f}" for cores in findings.results.foreign
+        ),
         "rounds": f"{options.rounds} of {options.seconds:g} s",
         "open files limit": files,
         "peers": ", ".join(build.PACKAGES.get(name, name) for name in available) or "none",

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tests.bench import build, client, peers
+from tests.bench import build, client, peers, proc
 
 _ENDLESS = 100_000_000
 
@@ -38,6 +38,7 @@ class Results:
     """Figures by case and proxy, one a round; rounds correspond by index."""
 
     rounds: dict[str, dict[str, list[client.Figures]]] = field(default_factory=dict)
+    foreign: list[float] = field(default_factory=list)  # cores that others kept busy as each round began
 
     def add(self, case: str, name: str, figures: client.Figures) -> None:
         """One more round's."""
@@ -66,6 +67,7 @@ def run_rounds(
     results = Results()
     for number in range(rounds):
         first = number % len(running)
+        results.foreign.append(proc.busy_cores(0.5))
         for name in names:
             for peer in [*running[first:], *running[:first]]:
                 with peers.alone(peer, running):

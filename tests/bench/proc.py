@@ -73,3 +73,19 @@ def wait_until(holds: Callable[[], bool], seconds: float, pause: float = 0.005) 
             return False
         time.sleep(pause)
     return True
+
+
+def busy_cores(seconds: float) -> float:
+    """How many cores the machine keeps busy now; what runs beside the benchmark, when it itself is idle."""
+
+    def busy() -> int:
+        user, nice, system, _idle, _waits, *rest = (int(part) for part in _stat_line().split()[1:9])
+        return user + nice + system + sum(rest)
+
+    before = busy()
+    time.sleep(seconds)
+    return (busy() - before) / os.sysconf("SC_CLK_TCK") / seconds
+
+
+def _stat_line() -> str:
+    return Path("/proc/stat").read_text().splitlines()[0]

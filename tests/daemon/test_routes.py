@@ -48,7 +48,7 @@ UNSUPPORTED = (
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One daemon for all of them."""
     async with daemon(fake_engines(31_800) + MODELS, tmp_path_factory.mktemp("routes")) as running:
-        await running.until("2 of 2 models ready")
+        await running.all_ready()
         yield running
 
 

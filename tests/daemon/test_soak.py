@@ -80,7 +80,7 @@ def judged(data: bytes, *, stream: bool) -> str:
     return "said to be broken"
 
 
-async def kill_engines(running: Daemon, clients: "asyncio.Future[object]") -> int:
+async def kill_engines(running: Daemon, clients: "asyncio.Future[list[None]]") -> int:
     """Kill the server or the whole engine of random instances while the clients run."""
     choose = random.Random(7)
     killed = 0

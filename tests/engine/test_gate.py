@@ -52,8 +52,9 @@ async def test_only_sets_that_cannot_name_the_same_device_start_together(
 ) -> None:
     """No devices at all never conflict; an index and a UUID may be the same GPU."""
     gate = DeviceGate()
-    Start(gate, *one)
+    first = Start(gate, *one)
     await settle()
+    assert first.admitted
     second = Start(gate, *other)
     await settle()
     assert second.admitted is together

@@ -152,7 +152,7 @@ class Fake:
         await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
         if answering.done():
-            seen["state"] = "answered"
+            seen["state"] = "gone" if isinstance(answering.exception(), ConnectionError) else "answered"
             answering.result()
             return
         seen["state"] = "gone"
@@ -256,11 +256,11 @@ class Fake:
 
     async def control(self, writer: asyncio.StreamWriter, path: str) -> None:
         """What only tests ask for, on the engine's own port."""
-        if path == "/fake/deaf":  # the process lives, its port is closed
-            assert self.server is not None
-            self.server.close()
+        if path in {"/fake/deaf", "/fake/hang-up"}:  # the process lives, its connections, or also its port, do not
             for other in self.connections - {writer}:
                 other.close()
+            if path == "/fake/deaf" and self.server is not None:
+                self.server.close()
             await self.json(writer, 200, {})
             return writer.close()
         return await self.json(writer, 200, list(self.seen))

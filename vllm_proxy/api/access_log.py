@@ -39,7 +39,7 @@ class AccessLog:
             return
         head = "<6>" if self._form == "journal" else f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} [info     ] "
         self._lines.append(
-            f"{head}request id={call.request_id} {call.request.method} {call.route} model={call.model or '-'} "
+            f"{head}request id={call.request_id.decode()} {call.request.method} {call.route} model={call.model or '-'} "
             f"instance={call.instance or '-'} status={call.status} bytes={call.bytes_out} seconds={seconds:.4f} "
             f"first_byte={'-' if first is None else f'{first:.4f}'}\n"
         )
@@ -57,7 +57,7 @@ def _json(call: Call, seconds: float, first: float | None) -> str:
         "event": "request",
         "level": "info",
         "timestamp": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}",
-        "id": call.request_id,
+        "id": call.request_id.decode(),
         "method": call.request.method,
         "route": call.route,
         "model": call.model or None,

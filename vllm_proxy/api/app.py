@@ -76,14 +76,14 @@ def _inference(
     by_json = openai.by_json_model(parts.registry, parts.server)
     by_form = openai.by_form_model(parts.registry, parts.server)
     by_asking = openai.by_asking(parts.registry, parts.server)
-    direct = {("POST", path): observed(path, by_json, observe) for path in BY_JSON_MODEL}
-    direct |= {("POST", path): observed(path, by_form, observe) for path in BY_FORM_MODEL}
+    direct = {("POST", path): observed("POST", path, by_json, observe) for path in BY_JSON_MODEL}
+    direct |= {("POST", path): observed("POST", path, by_form, observe) for path in BY_FORM_MODEL}
     sessions = realtime(parts.registry, parts.engines, parts.server)
     table: list[tuple[str, str, Handler]] = [(method, path, handler) for (method, path), handler in direct.items()]
     table += [
-        ("GET", "/v1/responses/{id}", observed("/v1/responses/{id}", by_asking, observe)),
-        ("POST", "/v1/responses/{id}/cancel", observed("/v1/responses/{id}/cancel", by_asking, observe)),
-        ("GET", "/v1/realtime", observed("/v1/realtime", sessions, observe)),
+        ("GET", "/v1/responses/{id}", observed("GET", "/v1/responses/{id}", by_asking, observe)),
+        ("POST", "/v1/responses/{id}/cancel", observed("POST", "/v1/responses/{id}/cancel", by_asking, observe)),
+        ("GET", "/v1/realtime", observed("GET", "/v1/realtime", sessions, observe)),
         ("GET", "/v1/models", openai.list_models(parts.registry, parts.reconciler)),
         ("GET", f"/v1/models/{_MODEL_ID}", openai.retrieve_model(parts.registry, parts.reconciler)),
     ]

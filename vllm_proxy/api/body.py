@@ -4,13 +4,13 @@ import asyncio
 from typing import Any
 
 import msgspec
-from aiohttp import web
 
-from vllm_proxy.api.front import ask_for_body
+from vllm_proxy.api.call import Call
+from vllm_proxy.api.front import ask_for_body, check_codings
 from vllm_proxy.domain.scan import find_member
 from vllm_proxy.errors import RequestError
 
-_LARGE = 1024 * 1024  # from here on a body is searched in slices, so that other streams go on
+LARGE = 1024 * 1024  # from here on a body is searched in slices, so that other streams go on
 
 
 class _Named(msgspec.Struct):
@@ -23,15 +23,24 @@ _named = msgspec.json.Decoder(_Named)
 _raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def check_length(request: web.BaseRequest, limit: int) -> None:
-    """Refuse a body that is declared too large, before any of it is read.
+def check_head(call: Call, limit: int) -> None:
+    """Refuse a body that cannot be taken before any of it is read, and ask for one that waits to be asked for.
 
     Raises:
-        RequestError: `request_too_large`.
+        RequestError: `request_too_large`, `unsupported_media_type` or `bad_request`.
 
     """
-    if (request.content_length or 0) > limit:
+    head = call.head
+    length = head.get(b"content-length")
+    if length is not None and int(length) > limit:
         raise too_large(limit)
+    if b"transfer-encoding" in head or b"content-encoding" in head:
+        check_codings(
+            head.get(b"transfer-encoding", b"chunked").decode("latin-1"),
+            head.get(b"content-encoding", b"").decode("latin-1"),
+        )
+    if head.get(b"expect", b"").lower() == b"100-continue":
+        ask_for_body(call.request)
 
 
 def too_large(limit: int) -> RequestError:
@@ -40,22 +49,25 @@ def too_large(limit: int) -> RequestError:
     return RequestError("request_too_large", msg)
 
 
-async def read_body(request: web.BaseRequest, limit: int) -> bytes:
+def body_at_hand(call: Call, limit: int) -> bytes:
+    """A body that came together with its head, as small ones do; b"" where there is more to wait for."""
+    content = call.request.content
+    if not content.is_eof() or b"expect" in call.head:
+        return b""
+    check_head(call, limit)
+    return content.read_nowait()
+
+
+async def read_body(call: Call, limit: int) -> bytes:
     """The whole body.
 
     Raises:
-        RequestError: `request_too_large`.
+        RequestError: as `check_head`.
 
     """
-    check_length(request, limit)
-    ask_for_body(request)
-    content = request.content
-    data = await content.readany()
-    if content.at_eof():
-        if len(data) > limit:
-            raise too_large(limit)
-        return data
-    parts, size = [data], len(data)
+    check_head(call, limit)
+    content = call.request.content
+    parts, size = [], 0
     while not content.at_eof():
         part = await content.readany()
         parts.append(part)
@@ -65,7 +77,7 @@ async def read_body(request: web.BaseRequest, limit: int) -> bytes:
     return b"".join(parts)
 
 
-async def model_name(body: bytes) -> str:
+def model_name(body: bytes) -> str:
     """The `model` of a JSON body.
 
     Raises:
@@ -73,23 +85,34 @@ async def model_name(body: bytes) -> str:
 
     """
     try:
-        name = _named.decode(body).model if len(body) < _LARGE else await _search(body)
+        name = _named.decode(body).model
     except msgspec.ValidationError:
         name = None  # JSON, but no object
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RequestError("invalid_json", f"cannot read the body: it is no JSON: {error}") from None
-    if not isinstance(name, str) or not name:
-        msg = "cannot route this request: its body names no model; GET /v1/models lists them"
-        raise RequestError("missing_model", msg, param="model")
-    return name
+        raise _no_json(error) from None
+    return _usable(name)
 
 
-async def _search(body: bytes) -> object:
-    """As `_named`, for a large body: a slice at a time, the event loop in between."""
+async def model_name_of_large(body: bytes) -> str:
+    """As `model_name`, a slice at a time with the event loop in between."""
     span: tuple[int, int] | None = None
     for span in find_member(body, b"model"):  # noqa: B007 - the last one counts
         await asyncio.sleep(0)
-    return None if span is None else msgspec.json.decode(body[span[0] : span[1]])
+    try:
+        return _usable(None if span is None else msgspec.json.decode(body[span[0] : span[1]]))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _no_json(error) from None
+
+
+def _no_json(error: Exception) -> RequestError:
+    return RequestError("invalid_json", f"cannot read the body: it is no JSON: {error}")
+
+
+def _usable(name: object) -> str:
+    if isinstance(name, str) and name:
+        return name
+    msg = "cannot route this request: its body names no model; GET /v1/models lists them"
+    raise RequestError("missing_model", msg, param="model")
 
 
 def with_model(body: bytes, model_id: str) -> bytes:

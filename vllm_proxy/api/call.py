@@ -6,44 +6,44 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable
-from http import HTTPStatus
 
 import structlog
 from aiohttp import web
 
 from vllm_proxy.api.envelope import error_response
+from vllm_proxy.api.head import read_head
 from vllm_proxy.errors import RequestError
 
 log = structlog.get_logger()
 
 CLIENT_GONE = 499  # nginx's status for a client that left before its answer was complete; only ever logged
-_USABLE_ID = re.compile(r"[!-~]{1,200}")
-_boot = os.urandom(8).hex()
+_USABLE_ID = re.compile(rb"[!-+\-.-~]{1,200}")  # printable, no comma: that would be two
+_boot = os.urandom(8).hex().encode()
 _numbers = itertools.count()
 
 
 class Call:
     """A request for inference. `route` is the path of the route table, never what the client sent."""
 
-    __slots__ = (
-        "bytes_out", "first_byte_at", "instance", "model", "queue_seconds", "request", "request_id", "retries", "route",
-        "sent_at", "started_at", "status",
-    )  # fmt: skip
+    # Defaults stand on the class: a call is made for every request, and sets only what differs.
+    sent_at = 0.0  # when the engine was sent the request
+    first_byte_at = 0.0
+    queue_seconds = 0.0
+    model = ""  # the configured id, once it is known
+    instance = ""
+    status = 0
+    bytes_out = 0
+    retries = 0
 
-    def __init__(self, request: web.BaseRequest, route: str) -> None:
+    def __init__(self, request: web.BaseRequest, route: str, start_line: bytes) -> None:
         self.request = request
         self.route = route
-        given = request.headers.get("X-Request-Id", "")
-        self.request_id = given if _USABLE_ID.fullmatch(given) else f"{_boot}{next(_numbers):x}"
+        self.start_line = start_line if request.raw_path == route else _start_line(request)
+        self.head, self.forwarded = read_head(request.raw_headers)
+        given = self.head.get(b"x-request-id")
+        usable = given is not None and _USABLE_ID.fullmatch(given) is not None
+        self.request_id = given if given and usable else b"%s%x" % (_boot, next(_numbers))
         self.started_at = time.monotonic()
-        self.sent_at = 0.0  # when the engine was sent the request
-        self.first_byte_at = 0.0
-        self.queue_seconds = 0.0
-        self.model = ""  # the configured id, once it is known
-        self.instance = ""
-        self.status = 0
-        self.bytes_out = 0
-        self.retries = 0
 
     @property
     def is_anthropic(self) -> bool:
@@ -55,11 +55,14 @@ type Observer = Callable[[Call], None]
 type Work = Callable[[Call], Awaitable[web.StreamResponse]]
 
 
-def observed(route: str, work: Work, observe: Observer) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
+def observed(
+    method: str, route: str, work: Work, observe: Observer
+) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
     """A handler that does `work`, answers its errors in the envelope of the route, and tells `observe` the end."""
+    start_line = f"{method} {route} HTTP/1.1\r\n".encode()
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
-        call = Call(request, route)
+        call = Call(request, route, start_line)
         try:
             return await work(call)
         except RequestError as error:
@@ -68,7 +71,7 @@ def observed(route: str, work: Work, observe: Observer) -> Callable[[web.BaseReq
             call.status = call.status or CLIENT_GONE
             raise
         except Exception:
-            log.exception("a request failed by a fault of the daemon", path=route, request_id=call.request_id)
+            log.exception("a request failed by a fault of the daemon", path=route, request_id=call.request_id.decode())
             return _refuse(call, RequestError("internal_error", "cannot answer: a fault of the daemon, see its log"))
         finally:
             observe(call)
@@ -76,12 +79,17 @@ def observed(route: str, work: Work, observe: Observer) -> Callable[[web.BaseReq
     return handle
 
 
+def _start_line(request: web.BaseRequest) -> bytes:
+    target = request.raw_path if request.raw_path.startswith("/") else request.rel_url.raw_path_qs
+    return f"{request.method} {target} HTTP/1.1\r\n".encode()
+
+
 def _refuse(call: Call, error: RequestError) -> web.StreamResponse:
     call.status = error.status
     response = error_response(error, anthropic=call.is_anthropic)
-    response.headers["X-Request-Id"] = call.request_id
+    response.headers["X-Request-Id"] = call.request_id.decode()
     if call.model:
         response.headers["X-Vllm-Proxy-Model"] = call.model
-    if error.status in {HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNSUPPORTED_MEDIA_TYPE}:
+    if error.code in {"request_too_large", "unsupported_media_type", "bad_request"}:
         response.force_close()  # the rest of the body is not worth reading
     return response

@@ -5,6 +5,7 @@ included, so the bytes behind the head go to the client's transport as they came
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from enum import Enum
@@ -12,16 +13,14 @@ from typing import Protocol
 
 import httptools
 
+from vllm_proxy.api.head import AnswerHead, passes_as_it_is
 from vllm_proxy.engine.wire import EngineConnection
 
-HOP_BY_HOP = frozenset(
-    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding"
-    b" upgrade".split()
-)
 _HEAD_LIMIT = 64 * 1024
 _BOUNDARIES = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _LAST_CHUNK = b"0\r\n\r\n"
 _DONE = b"data: [DONE]"
+_CHUNK_SIZE = re.compile(rb"(?:^|\r\n)[0-9A-Fa-f]+(?:;[^\r\n]*)?\r\n")
 
 
 class Ending(Enum):
@@ -51,36 +50,18 @@ class Client(Protocol):
 class Exchange:
     """One request's answer. `ended` tells how it went; a client that is slow calls `pause` and `resume`."""
 
-    __slots__ = (
-        "_buffer",
-        "_chunked",
-        "_client",
-        "_complete",
-        "_connection_names",
-        "_event_error",
-        "_extra",
-        "_garbage",
-        "_headers",
-        "_in_chunk",
-        "_interim",
-        "_last",
-        "_length_known",
-        "_on_head",
-        "_parser",
-        "_reason",
-        "_reusable",
-        "_started",
-        "body_bytes",
-        "close",
-        "connection",
-        "decoded",
-        "ended",
-        "first_byte_at",
-        "http10",
-        "no_body",
-        "sending",
-        "status",
-    )  # fmt: skip
+    # Defaults stand on the class: an exchange is made for every request, and sets only what differs.
+    connection: EngineConnection | None = None
+    status = 0
+    first_byte_at = 0.0  # time.monotonic()
+    sending = False  # whether some of the request is still to be sent
+    body_bytes = 0  # on the wire, chunk framing included
+    decoded = b""  # the body without its chunks, for a client that knows none
+    _raw_head = b""
+    _buffer = b""
+    _last = b""  # the end of what was passed on, to know where a stream broke
+    _interim = 0  # 1xx answers in front of the real one
+    _started = _complete = _garbage = _in_chunk = _reusable = _dechunk = False
 
     def __init__(
         self,
@@ -104,24 +85,10 @@ class Exchange:
         self.no_body = no_body
         self.close = close
         self._on_head = on_head
-        self.connection: EngineConnection | None = None
         self.ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
-        self.status = 0
-        self.first_byte_at = 0.0  # time.monotonic()
-        self.sending = False  # whether some of the request is still to be sent
-        self.body_bytes = 0  # on the wire, chunk framing included
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(
             _Decoding(self) if http10 else self
         )
-        self.decoded = b""  # the body without its chunks, for a client that knows none
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._reason = b""
-        self._buffer = b""
-        self._last = b""  # the end of what was passed on, to know where a stream broke
-        self._interim = 0  # 1xx answers in front of the real one
-        self._connection_names: set[bytes] = set()
-        self._started = self._complete = self._garbage = self._in_chunk = False
-        self._chunked = self._length_known = self._reusable = False
 
     @property
     def passed_status(self) -> int:
@@ -134,21 +101,6 @@ class Exchange:
         """A head begins; behind a complete answer it is garbage."""
         if self._complete:
             self._garbage = True
-
-    def on_status(self, reason: bytes) -> None:
-        """The reason phrase."""
-        self._reason += reason
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """One header."""
-        low = name.lower()
-        if low == b"connection":
-            self._connection_names |= {part.strip().lower() for part in value.split(b",")}
-        elif low == b"transfer-encoding":
-            self._chunked = True
-        else:
-            self._length_known = self._length_known or low == b"content-length"
-            self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The head is whole."""
@@ -168,11 +120,7 @@ class Exchange:
         """The answer is whole, unless it was an interim one."""
         if self.status < 200:
             self._interim += 1
-            self._headers.clear()
-            self._reason = b""
-            self._connection_names.clear()
-            self._chunked = self._length_known = False
-        elif self._length_known or self._chunked or self.status in {204, 304}:
+        else:
             self._complete = True
 
     # The engine connection calls these
@@ -199,8 +147,8 @@ class Exchange:
             return
         if not self.first_byte_at:
             self._end(Ending.UNANSWERED)
-        elif self._started and error is None and not (self._chunked or self._length_known):
-            self._end(Ending.WHOLE)  # an answer that is framed by the connection's end
+        elif self._started and error is None and not self._is_framed():
+            self._end(Ending.WHOLE)  # by the connection's end
         else:
             self._break()
 
@@ -235,32 +183,45 @@ class Exchange:
             self.abandon()
             self._end(Ending.BROKEN_HEAD if end < 0 else Ending.DECLINED)
             return
+        begin = 0 if not self._interim else self._buffer.rfind(b"\r\n\r\n", 0, end) + 4
+        self._raw_head = self._buffer[begin : end + 2]
         body, self._buffer = self._buffer[end + 4 :], b""
+        head = self._client_head()
+        if head is None:
+            self._break()
+            return
         self._started = True
         if self.no_body:  # an answer to HEAD: its length tells of a body that does not come
             self._complete = True
             self.abandon()
             body = b""
-        self._pass_on(self._client_head(), body)
+        self._pass_on(head, body)
 
-    def _client_head(self) -> bytes:
-        if not (self._chunked or self._length_known or self.no_body or self.status in {204, 304}) or (
-            self.http10 and self._chunked
-        ):
-            self.close = True  # framed by the end of the connection
-        lines = [b"HTTP/1.1 %d %s\r\n" % (self.status, self._reason)]
-        for name, value in self._headers:
-            low = name.lower()
-            if low not in HOP_BY_HOP and low not in self._connection_names and low != b"x-request-id":
-                lines.append(b"%s: %s\r\n" % (name, value))
-        if self._chunked and not self.http10:
+    def _client_head(self) -> bytes | None:
+        """The head for the client: the engine's with some lines added, taken apart only where it must be."""
+        if self._reusable and not (self.close or self.http10 or self.no_body) and passes_as_it_is(self._raw_head):
+            return b"%s%s\r\n" % (self._raw_head, self._extra)
+        head = AnswerHead.of(self._raw_head)
+        if head is None:
+            return None
+        if self.http10 and head.has(b"transfer-encoding"):
+            self._dechunk = self.close = True
+        elif not (self.no_body or self._is_framed()):
+            self.close = True
+        lines = [self._extra]
+        if head.has(b"transfer-encoding") and not self.http10:
             lines.append(b"Transfer-Encoding: chunked\r\n")
         if self.close:
             lines.append(b"Connection: close\r\n")
         elif self.http10:
             lines.append(b"Connection: keep-alive\r\n")
-        lines += (self._extra, b"\r\n")
-        return b"".join(lines)
+        return head.rewritten(*lines)
+
+    def _is_framed(self) -> bool:
+        """Whether the answer says itself where it ends."""
+        head = AnswerHead.of(self._raw_head)
+        assert head is not None, "checked before anything is passed on"
+        return self.status in {204, 304} or head.has(b"content-length") or head.has(b"transfer-encoding")
 
     def _pass_on(self, data: bytes, body: bytes | None = None) -> None:
         """Write to the client: `data` as it came, or a head with the beginning of its body."""
@@ -271,7 +232,7 @@ class Exchange:
         self.body_bytes += len(payload)
         if payload:
             self._last = (self._last[-64:] + payload)[-64:] if len(payload) < 64 else payload[-64:]
-        if self.http10 and self._chunked:
+        if self._dechunk:
             decoded, self.decoded = self.decoded, b""
             self._client.write(decoded if body is None else data + decoded)
         else:
@@ -297,7 +258,7 @@ class Exchange:
         self.close = True
         if self._can_say_so():
             event = self._event_error
-            framed = event if self.http10 else b"%x\r\n%s\r\n" % (len(event), event) + _LAST_CHUNK
+            framed = event if self._dechunk else b"%x\r\n%s\r\n" % (len(event), event) + _LAST_CHUNK
             self._client.write(framed)
         else:
             self._client.abort()
@@ -305,14 +266,12 @@ class Exchange:
 
     def _can_say_so(self) -> bool:
         """Whether an event stream stands at an event's boundary, with a framing that takes one more, before [DONE]."""
-        kinds = [value for name, value in self._headers if name.lower() == b"content-type"]
-        if not kinds or not kinds[0].lower().startswith(b"text/event-stream"):
+        head = AnswerHead.of(self._raw_head)
+        if head is None or not head.value(b"content-type").startswith(b"text/event-stream"):
             return False
-        if any(name.lower() == b"content-encoding" for name, _ in self._headers):
+        if head.has(b"content-encoding") or not head.has(b"transfer-encoding") or self._in_chunk or self._garbage:
             return False
-        if not self._chunked or self._in_chunk or self._garbage:
-            return False
-        sent = self._last.removesuffix(b"\r\n")  # the end of the chunk
+        sent = _CHUNK_SIZE.sub(b"", self._last.removesuffix(b"\r\n"))  # the end of the last chunks, without framing
         return not self._last or (sent.endswith(_BOUNDARIES) and _DONE not in sent)
 
     def _end(self, ending: Ending) -> None:

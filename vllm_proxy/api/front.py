@@ -60,7 +60,7 @@ class ClientConnection(RequestHandler):
         """A request that the parser refused, or a fault that no handler caught, in the envelope."""
         if status >= 500 or request.writer.output_size > 0:
             return super().handle_error(request, status, exc, message)
-        if isinstance(exc, LineTooLong):
+        if isinstance(exc, LineTooLong) or (message or "").startswith("Too many headers"):
             error = RequestError("headers_too_large", "cannot read the request: its head is too large")
         else:
             reason = (message or "it is no HTTP/1.1").strip().splitlines()[0].rstrip(":")
@@ -91,6 +91,7 @@ class FrontRunner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         inner = await super()._make_server()
         routes, app_handler, app_request = self._direct, inner.request_handler, inner.request_factory
+        loop = inner._loop  # noqa: SLF001 - the seam
 
         def make_request(
             message: RawRequestMessage,
@@ -99,48 +100,67 @@ class FrontRunner(web.AppRunner):
             writer: AbstractStreamWriter,
             task: "asyncio.Task[None]",
         ) -> web.BaseRequest:
-            if (message.method, message.path) in routes:
-                return web.BaseRequest(message, payload, protocol, writer, task, inner._loop)  # noqa: SLF001 - the seam
-            return app_request(message, payload, protocol, writer, task)
+            route = routes.get((message.method, message.path))
+            if route is None:
+                return app_request(message, payload, protocol, writer, task)
+            request = DirectRequest(message, payload, protocol, writer, task, loop)
+            request.route = route
+            return request
 
-        async def handle(request: web.BaseRequest) -> web.StreamResponse:
-            if refusal := _refusal(request):
-                response = error_response(refusal)
-                response.force_close()
-                return response
-            if type(request) is web.BaseRequest and (route := routes.get((request.method, request.raw_path))):
-                return await route(request)
-            return await app_handler(request)
+        def handle(request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
+            if type(request) is DirectRequest:
+                return request.route(request)
+            return _checked(request, app_handler)
 
-        return Front(handle, request_factory=make_request, handler_cancellation=True, loop=inner._loop, **inner._kwargs)  # noqa: SLF001 - the seam
+        return Front(handle, request_factory=make_request, handler_cancellation=True, loop=loop, **inner._kwargs)  # noqa: SLF001 - the seam
 
 
-def _refusal(request: web.BaseRequest) -> RequestError | None:
-    """What a request may not carry through a proxy: a framing that the next server could read in another way."""
-    coding = request.headers.get("Transfer-Encoding")
-    if coding is not None and coding.strip().lower() != "chunked":
-        return RequestError("bad_request", f"cannot read a body of transfer-encoding {coding!r}: only chunked")
-    content = request.headers.get("Content-Encoding")
-    if content is not None and content.strip().lower() not in {"", "identity"}:
-        return RequestError(
+class DirectRequest(web.BaseRequest):
+    """A request for a direct route."""
+
+    route: Direct
+
+
+async def _checked(
+    request: web.BaseRequest, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        check_codings(
+            request.headers.get("Transfer-Encoding", "chunked"), request.headers.get("Content-Encoding", "identity")
+        )
+    except RequestError as error:
+        response = error_response(error)
+        response.force_close()
+        return response
+    return await handler(request)
+
+
+def check_codings(transfer: str, content: str) -> None:
+    """What a body may not come in: a framing that the next server could read in another way, or compressed.
+
+    Raises:
+        RequestError: `bad_request` or `unsupported_media_type`.
+
+    """
+    if transfer.strip().lower() != "chunked":
+        raise RequestError("bad_request", f"cannot read a body of transfer-encoding {transfer!r}: only chunked")
+    if content.strip().lower() not in {"", "identity"}:
+        raise RequestError(
             "unsupported_media_type", f"cannot take a body of content-encoding {content!r}: send it plain"
         )
-    return None
 
 
 class Written(web.StreamResponse):
-    """Stands for an answer whose bytes are on the wire already."""
+    """Stands for an answer whose bytes are on the wire already: of a response it has what the server asks for."""
 
-    def __init__(self, *, keep_alive: bool) -> None:
-        super().__init__()
+    def __init__(self, *, keep_alive: bool) -> None:  # not aiohttp's: headers and cookies would be made for nobody
         self._keep_alive = keep_alive
 
     async def prepare(self, request: web.BaseRequest) -> None:
         """Nothing is left to send."""
 
-    async def write_eof(self, data: bytes = b"") -> None:  # noqa: ARG002 - aiohttp's signature
+    async def write_eof(self, data: bytes = b"") -> None:
         """Nothing is left to send."""
-        self._eof_sent = True
 
 
 def client_of(request: web.BaseRequest) -> ClientConnection:
@@ -154,6 +174,6 @@ def client_is_slow(request: web.BaseRequest) -> bool:
 
 
 def ask_for_body(request: web.BaseRequest) -> None:
-    """Tell a client that sent `Expect: 100-continue` to go on. The router does this for its own routes."""
-    if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
+    """Tell a client that sent `Expect: 100-continue` to go on. The router has done this for its own routes."""
+    if type(request) is DirectRequest and request.version >= (1, 1) and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

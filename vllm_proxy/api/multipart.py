@@ -9,8 +9,8 @@ from aiohttp import web
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from vllm_proxy.api.body import check_length, too_large
-from vllm_proxy.api.front import ask_for_body
+from vllm_proxy.api.body import check_head, too_large
+from vllm_proxy.api.call import Call
 from vllm_proxy.errors import RequestError
 
 _IN_MEMORY = 1024 * 1024  # larger uploads go to a file
@@ -28,18 +28,18 @@ class Upload:
         self.model = model
 
     @classmethod
-    async def receive(cls, request: web.BaseRequest, limit: int) -> Self:
+    async def receive(cls, call: Call, limit: int) -> Self:
         """Read a form to its end.
 
         Raises:
             RequestError: `request_too_large`, `bad_request` or `missing_model`.
 
         """
-        check_length(request, limit)
+        check_head(call, limit)
+        request = call.request
         finder = _Finder(request.headers.get("Content-Type", ""))
         file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - closed by __exit__, or below
         try:
-            ask_for_body(request)
             size = await _spool(request, file, finder, limit)
             model, span = finder.result()
             _check_span(file, span, model)

@@ -8,11 +8,11 @@ from typing import Any
 
 from aiohttp import web
 
-from vllm_proxy.api.body import model_name, read_body, with_model
+from vllm_proxy.api.body import LARGE, body_at_hand, model_name, model_name_of_large, read_body, with_model
 from vllm_proxy.api.call import Call, Work
 from vllm_proxy.api.envelope import Handler, json_response
 from vllm_proxy.api.multipart import Upload
-from vllm_proxy.api.relay import Body, carry
+from vllm_proxy.api.relay import carry
 from vllm_proxy.domain.config import Server
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Lease, Registry, Route
@@ -24,14 +24,17 @@ type Settings = Callable[[], Server]  # the `[server]` table now
 async def _acquire(call: Call, registry: Registry, name: str) -> Lease:
     route = registry.find(name)
     call.model = route.spec.id
-    began = time.monotonic()
-    lease = await registry.acquire(name)
-    call.queue_seconds = time.monotonic() - began
+    lease = registry.lease(route)
+    if lease is None:
+        began = time.monotonic()
+        try:
+            lease = await registry.wait(route)
+        finally:
+            call.queue_seconds = time.monotonic() - began
     return lease
 
 
-async def _answer(call: Call, lease: Lease, body: bytes | Body) -> web.StreamResponse:
-    answer = await carry(call, lease, body)
+def _passed_on(answer: web.StreamResponse | None) -> web.StreamResponse:
     assert answer is not None, "nothing declines"
     return answer
 
@@ -40,12 +43,13 @@ def by_json_model(registry: Registry, settings: Settings) -> Work:
     """The routes whose JSON body names the model."""
 
     async def work(call: Call) -> web.StreamResponse:
-        body = await read_body(call.request, settings().max_body_size)
-        name = await model_name(body)
+        limit = settings().max_body_size
+        body = body_at_hand(call, limit) or await read_body(call, limit)
+        name = model_name(body) if len(body) < LARGE else await model_name_of_large(body)
         with await _acquire(call, registry, name) as lease:
             if name != lease.model_id:
                 body = with_model(body, lease.model_id)
-            return await _answer(call, lease, body)
+            return _passed_on(await carry(call, lease, body))
 
     return work
 
@@ -54,10 +58,11 @@ def by_form_model(registry: Registry, settings: Settings) -> Work:
     """The routes whose multipart form names the model."""
 
     async def work(call: Call) -> web.StreamResponse:
-        with await Upload.receive(call.request, settings().max_body_size) as upload:
+        with await Upload.receive(call, settings().max_body_size) as upload:
             name = upload.model
             with await _acquire(call, registry, name) as lease:
-                return await _answer(call, lease, upload if name == lease.model_id else upload.renamed(lease.model_id))
+                form = upload if name == lease.model_id else upload.renamed(lease.model_id)
+                return _passed_on(await carry(call, lease, form))
 
     return work
 
@@ -66,7 +71,7 @@ def by_asking(registry: Registry, settings: Settings) -> Work:
     """The routes of a stored response, which lives in the memory of one instance: the first that knows it answers."""
 
     async def work(call: Call) -> web.StreamResponse:
-        body = await read_body(call.request, settings().max_body_size)
+        body = await read_body(call, settings().max_body_size)
         for lease in registry.every_instance():
             with lease, contextlib.suppress(EngineFailedError):
                 answer = await carry(call, lease, body, on_head=_knows)

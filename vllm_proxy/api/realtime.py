@@ -31,7 +31,8 @@ def realtime(registry: Registry, session: aiohttp.ClientSession, settings: Calla
         name = call.request.query.get("model")
         if name:
             registry.find(name)  # an unknown model is a 404, before anything is upgraded
-        client = web.WebSocketResponse(max_msg_size=settings().max_body_size, compress=False)
+        # Closed by hand: aiohttp would cut the connection, and with it this handler, before the engine has the code.
+        client = web.WebSocketResponse(max_msg_size=settings().max_body_size, compress=False, autoclose=False)
         if not client.can_prepare(call.request):
             raise RequestError("bad_request", "cannot speak here without a WebSocket upgrade")
         await client.prepare(call.request)
@@ -62,7 +63,7 @@ async def _converse(
             raise RequestError("missing_model", msg, param="model")
     with await registry.acquire(name) as lease:
         call.model, call.instance = lease.model_id, lease.endpoint.instance
-        headers = {"Authorization": f"Bearer {lease.endpoint.credential}", "X-Request-Id": call.request_id}
+        headers = {"Authorization": f"Bearer {lease.endpoint.credential}", "X-Request-Id": call.request_id.decode()}
         address = f"http://127.0.0.1:{lease.endpoint.port}/v1/realtime"
         try:
             async with session.ws_connect(address, headers=headers, max_msg_size=0) as engine:

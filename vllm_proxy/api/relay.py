@@ -13,7 +13,7 @@ import structlog
 from aiohttp import web
 
 from vllm_proxy.api.call import Call
-from vllm_proxy.api.exchange import HOP_BY_HOP, Ending, Exchange
+from vllm_proxy.api.exchange import Ending, Exchange
 from vllm_proxy.api.front import Written, client_is_slow, client_of
 from vllm_proxy.engine.registry import Lease
 from vllm_proxy.engine.wire import EngineConnection
@@ -23,10 +23,6 @@ log = structlog.get_logger()
 
 _PIECE = 256 * 1024
 _ONE_WRITE = 64 * 1024
-# Of a client's head: what ends here, and what the daemon says itself.
-_DROPPED = HOP_BY_HOP | frozenset(
-    b"host content-length authorization x-api-key api-key expect x-request-id".split()
-)  # fmt: skip
 
 
 class Body(Protocol):
@@ -71,19 +67,18 @@ async def _carry(
     fresh_breaks = 0
     if client_is_slow(call.request):
         await call.request.writer.drain()
+    call.model = lease.model_id
     while True:
+        call.instance = lease.endpoint.instance
         exchange = _exchange(call, lease, on_head)
-        call.model, call.instance = lease.model_id, lease.endpoint.instance
         ending, was_used = await _attempt(call, lease, exchange, body)
-        if ending in {Ending.WHOLE, Ending.BROKEN}:
+        if ending is Ending.WHOLE or ending is Ending.BROKEN:
             lease.endpoint.failures = 0
-            call.status, call.bytes_out, call.first_byte_at = (
-                exchange.status,
-                exchange.body_bytes,
-                exchange.first_byte_at,
-            )
+            call.status = exchange.status
+            call.bytes_out = exchange.body_bytes
+            call.first_byte_at = exchange.first_byte_at
             if ending is Ending.BROKEN:
-                log.warning("the engine broke off its answer", instance=call.instance, request_id=call.request_id)
+                log.warning("the engine broke off its answer", instance=call.instance, id=call.request_id.decode())
             return Written(keep_alive=not exchange.close)
         if ending is Ending.DECLINED:
             return None
@@ -104,31 +99,36 @@ _WHY = {
 
 async def _attempt(call: Call, lease: Lease, exchange: Exchange, body: bytes | Body) -> tuple[Ending, bool]:
     """One try on one instance: how it ended, and whether its connection had been used before."""
-    try:
-        connection = await lease.endpoint.pool.connect()
-    except (OSError, TimeoutError):
-        return Ending.REFUSED, False
+    pool = lease.endpoint.pool
+    connection = pool.take()
+    if connection is None:
+        try:
+            connection = await pool.connect()
+        except (OSError, TimeoutError):
+            return Ending.REFUSED, False
     was_used = connection.used
     client = client_of(call.request)
     client.exchange, exchange.connection = exchange, connection
+    head = _request_head(call, lease, len(body))
+    call.sent_at = time.monotonic()
     try:
-        await _send(call, lease, exchange, connection, body)
+        if isinstance(body, bytes) and len(body) <= _ONE_WRITE:
+            connection.start(head + body, exchange)
+        else:
+            await _send(head, body, exchange, connection)
         return await exchange.ended, was_used
     except ConnectionError:  # while sending: `lost` has told the exchange
         return await exchange.ended, was_used
     finally:
         client.exchange = None
-        if not exchange.ended.done():  # the client has left, or took too long
+        if not exchange.ended.done() or exchange.ended.cancelled():  # the client has left, or it took too long
             call.status = call.status or exchange.passed_status
+            call.bytes_out, call.first_byte_at = exchange.body_bytes, exchange.first_byte_at
             exchange.abandon()
 
 
-async def _send(call: Call, lease: Lease, exchange: Exchange, connection: EngineConnection, body: bytes | Body) -> None:
-    head = _request_head(call, lease, len(body))
-    call.sent_at = time.monotonic()
-    if isinstance(body, bytes) and len(body) <= _ONE_WRITE:
-        connection.start(head + body, exchange)
-        return
+async def _send(head: bytes, body: bytes | Body, exchange: Exchange, connection: EngineConnection) -> None:
+    """A large body, no faster than the engine takes it."""
     exchange.sending = True
     connection.start(head, exchange)
     for piece in _pieces_of(body):
@@ -146,21 +146,9 @@ def _pieces_of(body: bytes | Body) -> Iterator[bytes]:
 
 def _request_head(call: Call, lease: Lease, length: int) -> bytes:
     """The client's head as the engine gets it."""
-    request = call.request
-    target = request.raw_path if request.raw_path.startswith("/") else request.rel_url.raw_path_qs
-    lines = [f"{request.method} {target} HTTP/1.1\r\n".encode(), lease.endpoint.own_headers]
-    dropped = _DROPPED
-    if "Connection" in request.headers:
-        named = ",".join(request.headers.getall("Connection")).lower().split(",")
-        dropped = _DROPPED | {name.strip().encode() for name in named}
-    for name, value in request.raw_headers:
-        if name.lower() not in dropped:
-            lines.append(b"%s: %s\r\n" % (name, value))
-    lines.append(f"X-Request-Id: {call.request_id}\r\n".encode())
-    if length or request.method != "GET":
-        lines.append(b"Content-Length: %d\r\n" % length)
-    lines.append(b"\r\n")
-    return b"".join(lines)
+    framing = b"Content-Length: %d\r\n" % length if length or call.request.method != "GET" else b""
+    own = lease.endpoint.own_headers
+    return b"%s%s%s%sX-Request-Id: %s\r\n\r\n" % (call.start_line, own, framing, call.forwarded, call.request_id)
 
 
 def _exchange(call: Call, lease: Lease, on_head: Callable[[int], bool] | None) -> Exchange:
@@ -168,16 +156,16 @@ def _exchange(call: Call, lease: Lease, on_head: Callable[[int], bool] | None) -
     assert request.transport is not None
     return Exchange(
         request.transport,
-        f"X-Request-Id: {call.request_id}\r\nX-Vllm-Proxy-Model: {lease.model_id}\r\n"
-        f"X-Vllm-Proxy-Instance: {lease.endpoint.instance}\r\n".encode(),
+        b"X-Request-Id: %s\r\n%s" % (call.request_id, lease.endpoint.answer_headers),
         _ANTHROPIC_EVENT if call.is_anthropic else _OPENAI_EVENT,
-        http10=request.version < (1, 1),
+        http10=request.version < _HTTP_11,
         no_body=request.method == "HEAD",
         close=not request.keep_alive or lease.closing,
         on_head=on_head,
     )
 
 
+_HTTP_11 = (1, 1)
 _FAILED = "the engine ended before its answer was complete"
 _OPENAI_EVENT = b"data: %s\n\n" % msgspec.json.encode(
     {"error": {"message": _FAILED, "type": "server_error", "param": None, "code": "engine_failed"}}

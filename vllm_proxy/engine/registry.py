@@ -31,14 +31,18 @@ class Endpoint:
         self.failures = 0  # connections in a row that gave no answer
         self.ejected = False  # gets nothing until its health is good again
         self.pool = Pool(port)
+        model_id = instance.rpartition("/")[0]
+        self.answer_headers = f"X-Vllm-Proxy-Model: {model_id}\r\nX-Vllm-Proxy-Instance: {instance}\r\n".encode()
         self.own_headers = f"Host: 127.0.0.1:{port}\r\nAuthorization: Bearer {credential}\r\n".encode()
         self.suspect = asyncio.Event()  # so many failures that its health is in question
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._idle: asyncio.Future[None] | None = None  # made where somebody waits
 
     async def wait_idle(self) -> None:
         """Until no request is in flight here."""
-        await self._idle.wait()
+        if self.in_flight:
+            if self._idle is None:
+                self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._idle)
 
     def failed(self) -> None:
         """A connection to this engine gave no answer."""
@@ -49,10 +53,9 @@ class Endpoint:
     def _add(self, count: int) -> None:
         self.in_flight += count
         assert self.in_flight >= 0, "a permit was given back twice"
-        if self.in_flight:
-            self._idle.clear()
-        else:
-            self._idle.set()
+        if not self.in_flight and self._idle is not None:
+            self._idle.set_result(None)
+            self._idle = None
 
 
 @dataclass(slots=True)
@@ -184,13 +187,30 @@ class Registry:
 
         """
         route = self.find(name)
+        return self.lease(route) or await self.wait(route)
+
+    def lease(self, route: Route) -> Lease | None:
+        """Hold an instance now; None where the request must wait for one.
+
+        Raises:
+            RequestError: when none will come.
+
+        """
         self._refuse(route)
         endpoint = _least_loaded(route)
-        if endpoint is None or any(not future.done() for future in route.waiting):
-            endpoint = await self._queue(route)
-        else:
-            route._add(endpoint, 1)  # noqa: SLF001 - as above
+        if endpoint is None or (route.waiting and any(not future.done() for future in route.waiting)):
+            return None
+        route._add(endpoint, 1)  # noqa: SLF001 - as above
         return Lease(self, route, endpoint)
+
+    async def wait(self, route: Route) -> Lease:
+        """Hold an instance when one becomes ready or free.
+
+        Raises:
+            RequestError: when none will, the queue is full or the wait too long.
+
+        """
+        return Lease(self, route, await self._queue(route))
 
     def every_instance(self) -> Iterator[Lease]:
         """A lease on each ready instance in turn, for what only one of them knows."""
@@ -203,7 +223,8 @@ class Registry:
     def give_back(self, route: Route, endpoint: Endpoint) -> None:
         """A request has ended: its place is free."""
         route._add(endpoint, -1)  # noqa: SLF001 - as above
-        self._serve_waiting(route)
+        if route.waiting:
+            self._serve_waiting(route)
 
     def _refuse(self, route: Route) -> None:
         name = route.spec.id
@@ -260,6 +281,9 @@ def _least_loaded(route: Route, without: Sequence[Endpoint] = ()) -> Endpoint | 
     Ejected ones are left out, unless there is no other.
     """
     most = route.spec.policy.max_in_flight
+    if len(route.endpoints) == 1 and not without:
+        only = route.endpoints[0]
+        return only if not most or only.in_flight < most else None
     usable = [endpoint for endpoint in route.endpoints if not endpoint.ejected] or route.endpoints
     free = [endpoint for endpoint in usable if (not most or endpoint.in_flight < most) and endpoint not in without]
     if len(free) <= 1:

@@ -132,20 +132,24 @@ class Pool:
         self._busy: set[EngineConnection] = set()
         self.closed = False
 
-    async def connect(self) -> EngineConnection:
-        """An idle connection, else a new one.
-
-        Raises:
-            OSError: when the engine does not accept.
-
-        """
-        now = time.monotonic()
+    def take(self) -> EngineConnection | None:
+        """An idle connection, None where there is none."""
         while self._idle:
             connection = self._idle.pop()
-            if connection.open and now - connection.idle_since < _IDLE_SECONDS:
+            if connection.open and time.monotonic() - connection.idle_since < _IDLE_SECONDS:
                 self._busy.add(connection)
                 return connection
             connection.abort()
+        return None
+
+    async def connect(self) -> EngineConnection:
+        """A new connection.
+
+        Raises:
+            OSError: when the engine does not accept.
+            TimeoutError: when it does not answer at all.
+
+        """
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(_CONNECT_SECONDS):
             _, connection = await loop.create_connection(lambda: EngineConnection(self), "127.0.0.1", self._port)
