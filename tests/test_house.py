@@ -62,6 +62,17 @@ def test_the_example_shows_every_key_with_its_default() -> None:
     }
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
+def test_the_examples_are_valid(file: Path) -> None:
+    """Each file in examples/ is a configuration that the daemon takes."""
+    assert parse_config(file.read_bytes(), file.name).models
+
+
+def test_the_file_that_init_writes_is_valid() -> None:
+    """`vllm-proxy init` gives a configuration that the daemon takes."""
+    assert parse_config((PACKAGE / "first_models.toml").read_bytes(), "models.toml").models
+
+
 def test_every_error_code_that_is_raised_has_a_status() -> None:
     """A RequestError with an unknown code would become a fault of the daemon."""
     raised = {code for module in MODULES for code in codes_raised(ast.parse(module.read_text()))}

@@ -1,6 +1,7 @@
 """One answer on its way from an engine to a client, fed by hand: whatever the pieces, what comes out is the same."""
 
 import asyncio
+import itertools
 from typing import cast
 
 import pytest
@@ -30,6 +31,10 @@ class Client:
         """Bytes for the client."""
         assert not self.cut
         self.got += data
+
+    def is_closing(self) -> bool:
+        """Whether it was cut."""
+        return self.cut
 
     def abort(self) -> None:
         """The connection is cut."""
@@ -99,7 +104,7 @@ class Run:
 def cut_at(data: bytes, places: list[int]) -> list[bytes]:
     """The same bytes in pieces."""
     edges = [0, *sorted({place % (len(data) + 1) for place in places}), len(data)]
-    return [data[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [data[start:end] for start, end in itertools.pairwise(edges)]
 
 
 PLACES = st.lists(st.integers(0, 400), max_size=8)
@@ -108,7 +113,8 @@ PLACES = st.lists(st.integers(0, 400), max_size=8)
 @pytest.mark.parametrize(
     "answer",
     [CHUNKED + EVENTS + DONE + LAST, LENGTH, EARLY + EARLY + LENGTH, b"HTTP/1.1 204 No Content\r\n\r\n",
-     b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", CHUNKED + LAST, EARLY + CHUNKED + EVENTS + b"0\r\nTrailer: x\r\n\r\n",
+     b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", CHUNKED + LAST,
+     EARLY + CHUNKED + EVENTS + b"0\r\nTrailer: x\r\n\r\n",
      b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nhi", b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n"],
     ids="stream length early no-content empty no-chunks trailer http10 not-modified".split(),
 )  # fmt: skip
@@ -145,7 +151,7 @@ def is_boundary(body: bytes) -> bool:
 
 
 @pytest.mark.parametrize("cut", range(len(EVENTS + DONE + LAST)))
-@given(places=PLACES)
+@pytest.mark.parametrize("places", [[], [*range(100)], [*range(0, 100, 7)]], ids=["at once", "bytewise", "sevens"])
 def test_a_stream_cut_anywhere_never_looks_whole(cut: int, places: list[int]) -> None:
     """At an event's boundary it says so and ends properly, elsewhere the connection is cut; [DONE] is never made up."""
     body = (EVENTS + DONE + LAST)[:cut]
@@ -255,9 +261,8 @@ def test_the_head_keeps_what_is_the_engines_and_drops_what_is_the_connections() 
         b"HTTP/1.1 299 Odd\r\nX-Named: 1\r\nSet-Cookie: a\r\nSet-Cookie: b\r\nKeep-Alive: 5\r\nX-Request-Id: other\r\n"
         b"Content-Length: 0\r\nConnection: x-named, keep-alive\r\n\r\n"
     )
-    assert run.head == [
-        b"HTTP/1.1 299 Odd", b"Set-Cookie: a", b"Set-Cookie: b", b"Content-Length: 0", b"Connection: close", b"X-Extra: 1",
-    ]  # fmt: skip
+    assert run.head[:4] == [b"HTTP/1.1 299 Odd", b"Set-Cookie: a", b"Set-Cookie: b", b"Content-Length: 0"]
+    assert sorted(run.head[4:]) == [b"Connection: close", b"X-Extra: 1"]
 
 
 @pytest.mark.parametrize(
