@@ -332,6 +332,24 @@ async def test_bytes_behind_a_whole_answer_are_nobodys(shared: Daemon) -> None:
             assert b"evil" not in (await client.answer()).body
 
 
+@pytest.mark.parametrize(
+    ("told", "status", "kind"),
+    [
+        (b"{", 400, "invalid_request_error"),
+        (b'{"model": "nobody"}', 404, "not_found_error"),
+        (body(raw=["garbage"]), 502, "api_error"),
+    ],
+)
+async def test_on_messages_the_daemons_own_errors_are_anthropics(
+    shared: Daemon, told: bytes, status: int, kind: str
+) -> None:
+    """`{"type": "error", "error": {"type", "message"}}`, which its clients understand."""
+    answer, _ = await ask(shared, told, "/v1/messages")
+    found = json.loads(answer.body)
+    assert (answer.status, found["type"], found["error"]["type"]) == (status, "error", kind)
+    assert found["error"]["message"].startswith("cannot ")
+
+
 # The client leaves
 
 

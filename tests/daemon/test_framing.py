@@ -16,7 +16,7 @@ HIDDEN = b'POST /v1/completions HTTP/1.1\r\nX-Request-Id: %s\r\nContent-Length: 
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One daemon for all of them."""
-    config = fake_engines(32_200) + '[models.chat]\nmodel = "org/chat"\n'
+    config = '[server]\nmax_body_size = "2KiB"\n' + fake_engines(32_200) + '[models.chat]\nmodel = "org/chat"\n'
     async with daemon(config, tmp_path_factory.mktemp("framing")) as running:
         await running.until("1 of 1 models ready")
         yield running
@@ -167,6 +167,23 @@ async def test_a_chunks_size_is_a_plain_hexadecimal_number(shared: Daemon, body:
 async def test_a_chunk_ends_where_its_size_says(shared: Daemon, body: bytes) -> None:
     """A bare LF behind a size, bytes behind a chunk and bad trailers are refused."""
     await refused(shared, request(PATH, body % BODY, "Transfer-Encoding: chunked"))
+
+
+@pytest.mark.parametrize("path", [PATH, PATH + "?a=b"])
+@pytest.mark.parametrize("pieces", [1, 40])
+async def test_a_chunked_body_over_the_limit_is_413(shared: Daemon, path: str, pieces: int) -> None:
+    """Also where all of it comes together with its head; no engine sees any of it."""
+    request_id = uuid.uuid4().hex
+    text = b'{"model": "chat", "pad": "%s"}' % (b"x" * 3_000)
+    size = -(-len(text) // pieces)
+    parts = [text[start : start + size] for start in range(0, len(text), size)]
+    data = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+    async with connected(shared.port) as client:
+        await client.send(request(path, data, "Transfer-Encoding: chunked", f"X-Request-Id: {request_id}"))
+        answer = await client.answer()
+        assert (answer.status, json.loads(answer.body)["error"]["code"]) == (413, "request_too_large")
+        client.leave()
+    assert await shared.seen(request_id) == []
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/models", "/nowhere"])

@@ -34,7 +34,7 @@ type Socket = aiohttp.ClientWebSocketResponse
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One daemon for all of them; at its end no session is counted anywhere."""
-    async with daemon(fake_engines(32_600) + MODELS, tmp_path_factory.mktemp("realtime")) as running:
+    async with daemon(fake_engines(11_400) + MODELS, tmp_path_factory.mktemp("realtime")) as running:
         await running.until("2 of 2 models ready")
         yield running
         await free(running)

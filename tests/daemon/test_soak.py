@@ -99,6 +99,12 @@ def open_files(running: Daemon) -> int:
     return len(list(Path(f"/proc/{running.process.pid}/fd").iterdir()))
 
 
+async def count_of_tasks(running: Daemon) -> float:
+    """The tasks of its event loop."""
+    text = await (await running.session.get("/metrics")).text()
+    return next(float(line.split()[1]) for line in text.splitlines() if line.startswith("vllm_proxy_tasks "))
+
+
 def all_ready(listing: dict[str, list[dict[str, dict[str, list[dict[str, str]]]]]]) -> bool:
     """Whether every instance of every model is ready."""
     return all(item["state"] == "ready" for model in listing["models"] for item in model["status"]["instances"])
@@ -111,7 +117,7 @@ async def test_nothing_leaks_and_every_answer_is_honest(tmp_path: Path, port_sta
         await running.eventually("/models", all_ready)
         await running.session.close()
         running.session = aiohttp.ClientSession(running.url, connector=aiohttp.TCPConnector(force_close=True))
-        before = open_files(running)
+        before, tasks = open_files(running), await count_of_tasks(running)
         outcomes: Counter[str] = Counter()
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(running.url, connector=connector) as session:
@@ -128,6 +134,7 @@ async def test_nothing_leaks_and_every_answer_is_honest(tmp_path: Path, port_sta
             assert (model["status"]["in_flight"], model["status"]["queued"]) == (0, 0)
         # Idle connections to engines stay, at most one for each request that an instance may have.
         await running.eventually("/health", lambda _: open_files(running) <= before + 4 * 40)
+        assert await count_of_tasks(running) <= tasks + 1
         text = await (await running.session.get("/metrics")).text()
         for line in text.splitlines():
             if line.startswith(("vllm_proxy_in_flight{", "vllm_proxy_queued{")):

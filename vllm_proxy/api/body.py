@@ -50,12 +50,20 @@ def too_large(limit: int) -> RequestError:
 
 
 def body_at_hand(call: Call, limit: int) -> bytes:
-    """A body that came together with its head, as small ones do; b"" where there is more to wait for."""
+    """A body that came together with its head, as small ones do; b"" where there is more to wait for.
+
+    Raises:
+        RequestError: as `check_head`.
+
+    """
     content = call.request.content
     if not content.is_eof() or b"expect" in call.head:
         return b""
     check_head(call, limit)
-    return content.read_nowait()
+    data = content.read_nowait()
+    if len(data) > limit:  # in chunks, which declare no length
+        raise too_large(limit)
+    return data
 
 
 async def read_body(call: Call, limit: int) -> bytes:
@@ -93,13 +101,15 @@ def model_name(body: bytes) -> str:
     return _usable(name)
 
 
-async def model_name_of_large(body: bytes) -> str:
-    """As `model_name`, a slice at a time with the event loop in between."""
+async def model_name_of_large(body: bytes) -> tuple[str, slice]:
+    """As `model_name`, a slice at a time with the event loop in between; and where the name stands."""
     span: tuple[int, int] | None = None
     for span in find_member(body, b"model"):  # noqa: B007 - the last one counts
         await asyncio.sleep(0)
+    if span is None:
+        return _usable(None), slice(0)
     try:
-        return _usable(None if span is None else msgspec.json.decode(body[span[0] : span[1]]))
+        return _usable(msgspec.json.decode(body[span[0] : span[1]])), slice(*span)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _no_json(error) from None
 
@@ -115,7 +125,9 @@ def _usable(name: object) -> str:
     raise RequestError("missing_model", msg, param="model")
 
 
-def with_model(body: bytes, model_id: str) -> bytes:
-    """The body with another `model`; every other value keeps its bytes."""
-    fields = _raw_fields.decode(body)
-    return msgspec.json.encode(fields | {"model": msgspec.Raw(msgspec.json.encode(model_id))})
+def with_model(body: bytes, model_id: str, place: slice | None = None) -> bytes:
+    """The body with another `model`; every other value keeps its bytes. `place`: where the name is known to stand."""
+    name = msgspec.json.encode(model_id)
+    if place is not None:
+        return b"".join((body[: place.start], name, body[place.stop :]))
+    return msgspec.json.encode(_raw_fields.decode(body) | {"model": msgspec.Raw(name)})

@@ -65,6 +65,7 @@ class Metrics(Collector):
         self._registry = registry
         self._models: dict[str, Numbers] = {}
         self._overhead = Histogram(_SMALL_SECONDS)
+        self._tasks = 0
         self._prometheus = CollectorRegistry()
         self._prometheus.register(self)
 
@@ -84,8 +85,9 @@ class Metrics(Collector):
             numbers.queue.add(call.queue_seconds)
         numbers.retries += call.retries
 
-    def text(self) -> tuple[str, bytes]:
-        """(content type, exposition)."""
+    def text(self, tasks: int) -> tuple[str, bytes]:
+        """(content type, exposition). `tasks` is the number of the event loop's tasks."""
+        self._tasks = tasks
         for model_id in [name for name in self._models if name and name not in self._reconciler.config.models]:
             del self._models[model_id]  # the series of a removed model disappear
         return CONTENT_TYPE_LATEST, generate_latest(self._prometheus)
@@ -145,7 +147,9 @@ class Metrics(Collector):
                 for state in State:
                     states.add_metric([model, instance.name, state], instance.state is state)
         info.add_metric([self._reconciler.config.revision], 1)
-        return in_flight, queued, states, info
+        tasks = GaugeMetricFamily("vllm_proxy_tasks", "Tasks of the event loop: about one for each open connection.")
+        tasks.add_metric([], self._tasks)
+        return in_flight, queued, states, info, tasks
 
 
 def _histogram(by_route: dict[str, Histogram], route: str) -> Histogram:

@@ -1,5 +1,6 @@
 """`/models`, `/`, `/health`, `/ready`: what is asked for and what is, as JSON."""
 
+import asyncio
 from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
@@ -66,7 +67,7 @@ def exposition(metrics: Metrics) -> Handler:
     """`GET /metrics`: Prometheus text."""
 
     async def handle(_request: web.Request) -> web.Response:
-        kind, text = metrics.text()
+        kind, text = metrics.text(len(asyncio.all_tasks()))
         return web.Response(body=text, headers={"Content-Type": kind})
 
     return handle

@@ -45,10 +45,13 @@ def by_json_model(registry: Registry, settings: Settings) -> Work:
     async def work(call: Call) -> web.StreamResponse:
         limit = settings().max_body_size
         body = body_at_hand(call, limit) or await read_body(call, limit)
-        name = model_name(body) if len(body) < LARGE else await model_name_of_large(body)
+        if len(body) < LARGE:
+            name, place = model_name(body), None
+        else:
+            name, place = await model_name_of_large(body)
         with await _acquire(call, registry, name) as lease:
             if name != lease.model_id:
-                body = with_model(body, lease.model_id)
+                body = with_model(body, lease.model_id, place)
             return _passed_on(await carry(call, lease, body))
 
     return work

@@ -1,0 +1,141 @@
+"""The numbers of `/metrics`, counted by hand."""
+
+import re
+import time
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_proxy.api.call import Call
+from vllm_proxy.api.metrics import Histogram, Metrics
+from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.engine.reconciler import Reconciler
+from vllm_proxy.engine.registry import Registry
+
+ROUTE = "/v1/completions"
+
+
+class Fleet:
+    """What the metrics ask the reconciler and the registry."""
+
+    def __init__(self, *models: str) -> None:
+        self.config = SimpleNamespace(models=dict.fromkeys(models), revision="r1")
+
+    def models(self) -> list[Any]:
+        """One instance each, ready, with two requests."""
+        endpoint = SimpleNamespace(in_flight=2)
+        return [
+            SimpleNamespace(
+                spec=SimpleNamespace(id=name),
+                instances=[SimpleNamespace(name=f"{name}/0", endpoint=endpoint, state=State.READY)],
+            )
+            for name in self.config.models
+        ]
+
+    def counts(self, _model: str) -> tuple[int, int]:
+        """In flight, queued."""
+        return 2, 3
+
+
+def metrics_of(fleet: Fleet) -> Metrics:
+    """The metrics of a fleet."""
+    return Metrics(cast("Reconciler", fleet), cast("Registry", fleet))
+
+
+def call(model: str = "chat", status: int = 200, **times: float) -> Call:
+    """A request that has ended: `took`, `first`, `sent`, `queued` in seconds, and `retries`."""
+    began = time.monotonic() - times.get("took", 1.0)
+    ended: Any = SimpleNamespace(
+        model=model, route=ROUTE, status=status, started_at=began, retries=int(times.get("retries", 0)),
+        first_byte_at=began + times["first"] if "first" in times else 0.0,
+        sent_at=began + times["sent"] if "sent" in times else 0.0, queue_seconds=times.get("queued", 0.0),
+    )  # fmt: skip
+    return cast("Call", ended)
+
+
+def series(metrics: Metrics) -> dict[str, float]:
+    """Value by series."""
+    _, text = metrics.text(3)
+    lines = [line for line in text.decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+@given(values=st.lists(st.floats(0, 20)))
+def test_a_histogram_counts_each_value_once_and_cumulates(values: list[float]) -> None:
+    """Each bucket holds what is at most its bound; the last one holds everything."""
+    histogram = Histogram((0.5, 1.0, 10.0))
+    for value in values:
+        histogram.add(value)
+    buckets = dict(histogram.buckets())
+    assert list(buckets) == ["0.5", "1.0", "10.0", "+Inf"]
+    for bound in (0.5, 1.0, 10.0):
+        assert buckets[str(bound)] == sum(value <= bound for value in values)
+    assert buckets["+Inf"] == len(values)
+    assert histogram.total == pytest.approx(sum(values))
+
+
+def test_a_request_is_counted_with_its_times() -> None:
+    """Duration, first byte, time in the queue, and the time in the daemon itself without the queue's."""
+    metrics = metrics_of(Fleet("chat"))
+    metrics.count(call(took=4.0, first=2.0, sent=1.5, queued=1.25, retries=2))
+    found = series(metrics)
+    labels = f'model="chat",route="{ROUTE}"'
+    assert found[f'vllm_proxy_requests_total{{{labels},status="200"}}'] == 1
+    assert found[f"vllm_proxy_request_duration_seconds_sum{{{labels}}}"] == pytest.approx(4.0, abs=0.5)
+    assert found[f"vllm_proxy_time_to_first_byte_seconds_sum{{{labels}}}"] == pytest.approx(2.0)
+    assert found['vllm_proxy_queue_seconds_sum{model="chat"}'] == pytest.approx(1.25)
+    assert found["vllm_proxy_overhead_seconds_sum"] == pytest.approx(0.25)
+    assert found['vllm_proxy_retries_total{model="chat"}'] == 2
+
+
+def test_a_request_that_no_engine_was_sent_has_neither_a_first_byte_nor_an_overhead() -> None:
+    """It is counted all the same."""
+    metrics = metrics_of(Fleet("chat"))
+    metrics.count(call(status=503))
+    found = series(metrics)
+    assert found[f'vllm_proxy_requests_total{{model="chat",route="{ROUTE}",status="503"}}'] == 1
+    assert found["vllm_proxy_overhead_seconds_count"] == 0
+    assert not any(name.startswith("vllm_proxy_time_to_first_byte_seconds_count") for name in found)
+
+
+def test_the_series_of_a_removed_model_disappear() -> None:
+    """And come back from 0 when it does; those of requests for no model stay."""
+    fleet = Fleet("chat", "other")
+    metrics = metrics_of(fleet)
+    for model in ("chat", "other", ""):
+        metrics.count(call(model))
+    assert any('model="other"' in name for name in series(metrics))
+    del fleet.config.models["other"]
+    found = series(metrics)
+    assert not any('"other' in name for name in found)
+    assert any('model=""' in name for name in found)
+    fleet.config.models["other"] = None
+    assert not any("requests_total" in name and 'model="other"' in name for name in series(metrics))
+
+
+def test_what_is_now_is_asked_when_somebody_looks() -> None:
+    """Requests in flight and queued, the one state of each instance, and the revision."""
+    found = series(metrics_of(Fleet("chat")))
+    assert found['vllm_proxy_in_flight{instance="chat/0",model="chat"}'] == 2
+    assert found['vllm_proxy_queued{model="chat"}'] == 3
+    states = {name: value for name, value in found.items() if name.startswith("vllm_proxy_instance_state")}
+    assert [name for name, value in states.items() if value] == [
+        'vllm_proxy_instance_state{instance="chat/0",model="chat",state="ready"}'
+    ]
+    assert len(states) == len(State)
+    assert found['vllm_proxy_config_info{revision="r1"}'] == 1
+
+
+def test_every_series_is_the_daemons_own_and_explained() -> None:
+    """The prefix is `vllm_proxy_`, never vLLM's; each family has a help and a type."""
+    metrics = metrics_of(Fleet("chat"))
+    metrics.count(call(first=0.5, sent=0.1))
+    kind, text = metrics.text(3)
+    assert kind.startswith("text/plain")
+    helped = set(re.findall(r"^# HELP (\S+) \S", text.decode(), re.MULTILINE))
+    typed = set(re.findall(r"^# TYPE (\S+) \S", text.decode(), re.MULTILINE))
+    assert helped == typed
+    assert all(name.startswith("vllm_proxy_") for name in helped | set(series(metrics)))
