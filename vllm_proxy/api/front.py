@@ -163,6 +163,9 @@ class Written(web.StreamResponse):
         """Nothing is left to send."""
 
 
+WRITTEN, WRITTEN_LAST = Written(keep_alive=True), Written(keep_alive=False)  # the connection goes on, or ends
+
+
 def client_of(request: web.BaseRequest) -> ClientConnection:
     """The connection that a request came on."""
     return cast("ClientConnection", request.protocol)

@@ -5,8 +5,8 @@ Its one rule: what a client sent is sent again only where the engine cannot have
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -14,7 +14,7 @@ from aiohttp import web
 
 from vllm_proxy.api.call import Call
 from vllm_proxy.api.exchange import Ending, Exchange
-from vllm_proxy.api.front import Written, client_is_slow, client_of
+from vllm_proxy.api.front import WRITTEN, WRITTEN_LAST, client_is_slow, client_of
 from vllm_proxy.engine.registry import Lease
 from vllm_proxy.engine.wire import EngineConnection
 from vllm_proxy.errors import EngineFailedError, RequestError
@@ -35,9 +35,9 @@ class Body(Protocol):
         """All of it, from the beginning, in pieces of at most `size` bytes."""
 
 
-async def carry(
+def carry(
     call: Call, lease: Lease, body: bytes | Body, on_head: Callable[[int], bool] | None = None
-) -> web.StreamResponse | None:
+) -> Coroutine[Any, Any, web.StreamResponse | None]:
     """Send the request to the leased instance, or to others where contract section 5 says so, and pass the answer on.
 
     None when `on_head` declined the answer by its status.
@@ -48,11 +48,16 @@ async def carry(
 
     """
     seconds = lease.policy.request_timeout
-    if not seconds:
-        return await _carry(call, lease, body, on_head)
+    carried = _carry(call, lease, body, on_head)
+    return _within(seconds, call, carried) if seconds else carried
+
+
+async def _within(
+    seconds: float, call: Call, carried: Coroutine[Any, Any, web.StreamResponse | None]
+) -> web.StreamResponse | None:
     try:
         async with asyncio.timeout(seconds):
-            return await _carry(call, lease, body, on_head)
+            return await carried
     except TimeoutError:
         if call.status:  # the answer has begun: cut it
             if call.request.transport is not None:
@@ -79,7 +84,7 @@ async def _carry(
             call.first_byte_at = exchange.first_byte_at
             if ending is Ending.BROKEN:
                 log.warning("the engine broke off its answer", instance=call.instance, id=call.request_id.decode())
-            return Written(keep_alive=not exchange.close)
+            return WRITTEN_LAST if exchange.close else WRITTEN
         if ending is Ending.DECLINED:
             return None
         lease.endpoint.failed()
