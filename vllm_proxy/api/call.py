@@ -17,6 +17,7 @@ from vllm_proxy.errors import RequestError
 log = structlog.get_logger()
 
 CLIENT_GONE = 499  # nginx's status for a client that left before its answer was complete; only ever logged
+ANTHROPIC = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 _USABLE_ID = re.compile(rb"[!-+\-.-~]{1,200}")  # printable, no comma: that would be two
 _boot = os.urandom(8).hex().encode()
 _numbers = itertools.count()
@@ -48,7 +49,7 @@ class Call:
     @property
     def is_anthropic(self) -> bool:
         """Whether the client speaks Anthropic's API, which has an envelope of its own."""
-        return self.route.startswith("/v1/messages")
+        return self.route in ANTHROPIC
 
 
 type Observer = Callable[[Call], None]

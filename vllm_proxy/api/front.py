@@ -6,7 +6,7 @@ aiohttp's parser lets pass and that a proxy must not.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, cast
 
 from aiohttp import web
@@ -150,17 +150,29 @@ def check_codings(transfer: str, content: str) -> None:
         )
 
 
+class _Done:
+    """What can be awaited and is done already, without a coroutine for it."""
+
+    def __await__(self) -> Iterator[None]:
+        return iter(())
+
+
+_DONE = _Done()
+
+
 class Written(web.StreamResponse):
     """Stands for an answer whose bytes are on the wire already: of a response it has what the server asks for."""
 
     def __init__(self, *, keep_alive: bool) -> None:  # not aiohttp's: headers and cookies would be made for nobody
         self._keep_alive = keep_alive
 
-    async def prepare(self, request: web.BaseRequest) -> None:
+    def prepare(self, request: web.BaseRequest) -> "_Done":  # type: ignore[override]  # noqa: ARG002 - aiohttp's signature
         """Nothing is left to send."""
+        return _DONE
 
-    async def write_eof(self, data: bytes = b"") -> None:
+    def write_eof(self, data: bytes = b"") -> "_Done":  # type: ignore[override]  # noqa: ARG002 - as above
         """Nothing is left to send."""
+        return _DONE
 
 
 WRITTEN, WRITTEN_LAST = Written(keep_alive=True), Written(keep_alive=False)  # the connection goes on, or ends

@@ -51,8 +51,7 @@ class Numbers:
     """What was counted for one model."""
 
     requests: dict[tuple[str, int], int] = field(default_factory=dict)  # by route and status
-    durations: dict[str, Histogram] = field(default_factory=dict)  # by route
-    first_bytes: dict[str, Histogram] = field(default_factory=dict)  # by route
+    times: dict[str, tuple[Histogram, Histogram]] = field(default_factory=dict)  # by route: whole, to the first byte
     queue: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
     retries: int = 0
 
@@ -77,9 +76,12 @@ class Metrics(Collector):
             numbers = self._models[call.model] = Numbers()
         key = (call.route, call.status)
         numbers.requests[key] = numbers.requests.get(key, 0) + 1
-        _histogram(numbers.durations, call.route).add(now - call.started_at)
+        times = numbers.times.get(call.route)
+        if times is None:
+            times = numbers.times[call.route] = (Histogram(_SECONDS), Histogram(_SECONDS))
+        times[0].add(now - call.started_at)
         if call.first_byte_at:
-            _histogram(numbers.first_bytes, call.route).add(call.first_byte_at - call.started_at)
+            times[1].add(call.first_byte_at - call.started_at)
         if call.sent_at:
             self._overhead.add(max(call.sent_at - call.started_at - call.queue_seconds, 0.0))
             numbers.queue.add(call.queue_seconds)
@@ -118,9 +120,10 @@ class Metrics(Collector):
         for model, numbers in self._models.items():
             for (route, status), count in numbers.requests.items():
                 requests.add_metric([model, route, str(status)], count)
-            for family, by_route in ((durations, numbers.durations), (first, numbers.first_bytes)):
-                for route, histogram in by_route.items():
-                    family.add_metric([model, route], histogram.buckets(), histogram.total)
+            for route, (whole, to_first) in numbers.times.items():
+                durations.add_metric([model, route], whole.buckets(), whole.total)
+                if sum(to_first.counts):
+                    first.add_metric([model, route], to_first.buckets(), to_first.total)
             queue.add_metric([model], numbers.queue.buckets(), numbers.queue.total)
             retries.add_metric([model], numbers.retries)
         overhead = HistogramMetricFamily(
@@ -150,10 +153,3 @@ class Metrics(Collector):
         tasks = GaugeMetricFamily("vllm_proxy_tasks", "Tasks of the event loop: about one for each open connection.")
         tasks.add_metric([], self._tasks)
         return in_flight, queued, states, info, tasks
-
-
-def _histogram(by_route: dict[str, Histogram], route: str) -> Histogram:
-    histogram = by_route.get(route)
-    if histogram is None:
-        histogram = by_route[route] = Histogram(_SECONDS)
-    return histogram

@@ -21,17 +21,17 @@ from vllm_proxy.errors import EngineFailedError, RequestError
 type Settings = Callable[[], Server]  # the `[server]` table now
 
 
-async def _acquire(call: Call, registry: Registry, name: str) -> Lease:
-    route = registry.find(name)
+def _lease_now(call: Call, registry: Registry, route: Route) -> Lease | None:
     call.model = route.spec.id
-    lease = registry.lease(route)
-    if lease is None:
-        began = time.monotonic()
-        try:
-            lease = await registry.wait(route)
-        finally:
-            call.queue_seconds = time.monotonic() - began
-    return lease
+    return registry.lease(route)
+
+
+async def _wait(call: Call, registry: Registry, route: Route) -> Lease:
+    began = time.monotonic()
+    try:
+        return await registry.wait(route)
+    finally:
+        call.queue_seconds = time.monotonic() - began
 
 
 def _passed_on(answer: web.StreamResponse | None) -> web.StreamResponse:
@@ -49,7 +49,8 @@ def by_json_model(registry: Registry, settings: Settings) -> Work:
             name, place = model_name(body), None
         else:
             name, place = await model_name_of_large(body)
-        with await _acquire(call, registry, name) as lease:
+        route = registry.find(name)
+        with _lease_now(call, registry, route) or await _wait(call, registry, route) as lease:
             if name != lease.model_id:
                 body = with_model(body, lease.model_id, place)
             return _passed_on(await carry(call, lease, body))
@@ -63,7 +64,8 @@ def by_form_model(registry: Registry, settings: Settings) -> Work:
     async def work(call: Call) -> web.StreamResponse:
         with await Upload.receive(call, settings().max_body_size) as upload:
             name = upload.model
-            with await _acquire(call, registry, name) as lease:
+            route = registry.find(name)
+            with _lease_now(call, registry, route) or await _wait(call, registry, route) as lease:
                 form = upload if name == lease.model_id else upload.renamed(lease.model_id)
                 return _passed_on(await carry(call, lease, form))
 

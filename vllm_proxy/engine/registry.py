@@ -196,7 +196,8 @@ class Registry:
             RequestError: when none will come.
 
         """
-        self._refuse(route)
+        if self.closing or route.state is not State.READY or not route.spec.policy.enabled:
+            self._refuse(route)
         endpoint = _least_loaded(route)
         if endpoint is None or (route.waiting and any(not future.done() for future in route.waiting)):
             return None

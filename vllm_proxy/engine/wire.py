@@ -136,7 +136,9 @@ class Pool:
         """An idle connection, None where there is none."""
         while self._idle:
             connection = self._idle.pop()
-            if connection.open and time.monotonic() - connection.idle_since < _IDLE_SECONDS:
+            transport = connection._transport  # noqa: SLF001 - its own pool
+            fresh = time.monotonic() - connection.idle_since < _IDLE_SECONDS
+            if fresh and transport is not None and not transport.is_closing():
                 self._busy.add(connection)
                 return connection
             connection.abort()
