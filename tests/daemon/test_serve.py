@@ -128,6 +128,17 @@ async def test_health_ready_and_root(tmp_path: Path, port_start: int) -> None:
         assert "POST /v1/chat/completions" in (await running.get("/"))["endpoints"]
 
 
+async def test_every_answer_has_a_request_id(tmp_path: Path, port_start: int) -> None:
+    """The daemon's own answers and errors too: the client's where it is usable, else a new one."""
+    async with daemon(fake_engines(port_start) + TWO_MODELS, tmp_path) as running:
+        for path in ("/health", "/models", "/v1/models", "/nowhere", "/models/nobody"):
+            async with running.session.get(path, headers={"X-Request-Id": "mine-1"}) as answer:
+                assert answer.headers["X-Request-Id"] == "mine-1", path
+            async with running.session.get(path, headers={"X-Request-Id": "a, b"}) as answer:
+                assert len(answer.headers.getall("X-Request-Id")) == 1
+                assert "," not in answer.headers["X-Request-Id"], path
+
+
 async def test_a_request_for_a_loading_model_waits_for_it(tmp_path: Path, port_start: int) -> None:
     """Clients need not know that a model is still loading."""
     gate = tmp_path / "go"

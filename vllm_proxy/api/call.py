@@ -1,9 +1,6 @@
 """One inference request: its id, its times, what it became. Written down once, when it ends, whatever ends it."""
 
 import asyncio
-import itertools
-import os
-import re
 import time
 from collections.abc import Awaitable, Callable
 
@@ -11,16 +8,13 @@ import structlog
 from aiohttp import web
 
 from vllm_proxy.api.envelope import error_response
-from vllm_proxy.api.head import read_head
+from vllm_proxy.api.head import read_head, request_id
 from vllm_proxy.errors import RequestError
 
 log = structlog.get_logger()
 
 CLIENT_GONE = 499  # nginx's status for a client that left before its answer was complete; only ever logged
 ANTHROPIC = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
-_USABLE_ID = re.compile(rb"[!-+\-.-~]{1,200}")  # printable, no comma: that would be two
-_boot = os.urandom(8).hex().encode()
-_numbers = itertools.count()
 
 
 class Call:
@@ -41,9 +35,7 @@ class Call:
         self.route = route
         self.start_line = start_line if request.raw_path == route else _start_line(request)
         self.head, self.forwarded = read_head(request.raw_headers)
-        given = self.head.get(b"x-request-id")
-        usable = given is not None and _USABLE_ID.fullmatch(given) is not None
-        self.request_id = given if given and usable else b"%s%x" % (_boot, next(_numbers))
+        self.request_id = request_id(self.head.get(b"x-request-id"))
         self.started_at = time.monotonic()
 
     @property

@@ -7,6 +7,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from vllm_proxy.api.head import request_id
 from vllm_proxy.errors import RequestError
 
 log = structlog.get_logger()
@@ -50,7 +51,15 @@ def json_response(value: object, *, status: int = 200, headers: dict[str, str] |
 
 @web.middleware
 async def envelope(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every error into an answer. One that comes after the answer has begun cuts the connection instead."""
+    """Turn every error into an answer, and give every answer its X-Request-Id."""
+    response = await _answer(request, handler)
+    if isinstance(response, web.Response) and "X-Request-Id" not in response.headers:
+        given = request.headers.get("X-Request-Id", "").encode("utf-8", "surrogateescape")
+        response.headers["X-Request-Id"] = request_id(given).decode()
+    return response
+
+
+async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except RequestError as error:

@@ -1,5 +1,7 @@
 """Heads: a client's, read once; an engine's, rewritten for a client. Hop-by-hop headers stop here, both ways."""
 
+import itertools
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,18 @@ _SAID_ANEW = b"x-request-id"  # of an engine's head
 _REWRITE = re.compile(
     rb"\n(?:connection|keep-alive|proxy-[a-z]+|te|trailer|upgrade|x-request-id)[ \t]*:|\n[ \t]", re.IGNORECASE
 )
+
+
+_USABLE_ID = re.compile(rb"[!-+\-.-~]{1,200}")  # printable, no comma: that would be two
+_boot = os.urandom(8).hex().encode()
+_numbers = itertools.count()
+
+
+def request_id(given: bytes | None) -> bytes:
+    """What a client sent as X-Request-Id, a new one where it is missing or unusable."""
+    if given is not None and _USABLE_ID.fullmatch(given):
+        return given
+    return b"%s%x" % (_boot, next(_numbers))
 
 
 def read_head(raw_headers: Sequence[tuple[bytes, bytes]]) -> tuple[dict[bytes, bytes], bytes]:
