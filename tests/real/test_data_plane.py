@@ -69,6 +69,9 @@ async def test_a_client_that_leaves_aborts_its_request_in_vllm(demo: Daemon, eng
         )
         await engine.until_running(1, 60)
         asked.cancel()
+        (answer,) = await asyncio.gather(asked, return_exceptions=True)
+        if isinstance(answer, aiohttp.ClientResponse):  # its head was there already
+            answer.close()
     await engine.until_running(0, 20)
 
 
