@@ -15,6 +15,7 @@ LISTED = {
     ("loading", "gave up"): "error",
     ("loading", "stop"): "unloading",
     ("ready", "died"): "loading",
+    ("ready", "stalled"): "loading",
     ("ready", "stop"): "unloading",
     ("error", "start"): "loading",
     ("error", "stop"): "unloading",

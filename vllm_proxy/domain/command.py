@@ -3,6 +3,8 @@
 Source of what is set and scrubbed: vLLM 0.32, its `envs.py` and argument parser.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,6 +84,16 @@ def environment(inherited: Mapping[str, str], spec: EngineSpec, place: Place) ->
         "VLLM_API_KEY": place.credential,
         "ENGINE_INSTANCE": place.instance,  # for people who look at processes; must not start with VLLM
     }
+
+
+def fingerprint(spec: EngineSpec, folder: str) -> str:
+    """A hash of what an engine is started for: the engine keys that are given, and where relative paths begin.
+
+    Keys that are not given leave no trace, so a later version that knows more keys comes to the same.
+    """
+    given = spec.model_dump(mode="json", exclude_none=True)
+    text = json.dumps([folder, {key: value for key, value in given.items() if value not in ({}, [])}], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def devices_of(spec: EngineSpec, inherited: Mapping[str, str]) -> frozenset[str]:

@@ -1,14 +1,30 @@
-"""How an engine ended -> a stable reason and a sentence that says what to do."""
+"""How an engine ended -> a stable reason and a sentence that says what to do.
 
+Its one rule: the cause is told, not its last echo. vLLM's last words are most often those of a process that merely
+noticed the death of another. The patterns are of vLLM 0.32 and what it stands on.
+"""
+
+import difflib
+import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from vllm_proxy.domain.causes import CAUSES, Cause
 from vllm_proxy.domain.lifecycle import Reason
 
 _ARGPARSE_EXIT = 2
 _NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # what a shell answers for a command it cannot run
-_PORT_TAKEN = "address already in use"
+_MOST_CHARACTERS = 400
+_LINES_OF_A_DEATH = 300  # of an engine that served: what stands above is of the life before
+_PREFIX = re.compile(
+    r"^(?:\([^()]*pid=\d+\) )?(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?)?"
+)
+_ERROR = re.compile(r"^(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Failure)\b(?:: |$)|\b[Ff]atal\b")
+# Of who noticed, not of who died.
+_ECHO = re.compile(r"Engine core initialization failed|EngineDeadError|See root cause above|WorkerProc initialization")
+_UNKNOWN = re.compile(r"unrecognized arguments: (?P<options>.*)")
+_ARGPARSE = re.compile(r"^[^\n]*?: error: (?P<what>[^\n]*)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,21 +44,77 @@ class Exit:
 
     def __str__(self) -> str:
         if self.signal is not None:
-            return f"signal {signal.Signals(self.signal).name}" if self.signal in set(signal.Signals) else "a signal"
+            known = self.signal in set(signal.Signals)
+            return f"signal {signal.Signals(self.signal).name}" if known else "a signal"
         return "exit code unknown" if self.code is None else f"exit code {self.code}"
 
 
-def diagnose(ended: Exit, tail: Sequence[str], *, was_ready: bool) -> Diagnosis:
-    """Read exit status and last lines. Any exit that nobody asked for is a failure: vLLM exits 0 when it dies."""
-    last = next((line.strip() for line in reversed(tail) if line.strip()), "")
-    if ended.code in {_NOT_EXECUTABLE, _NOT_FOUND} and not was_ready:
-        return Diagnosis(Reason.COMMAND_NOT_FOUND, f"cannot run the engine's command: {last or ended}")
-    if ended.code == _ARGPARSE_EXIT and not was_ready:
-        return Diagnosis(Reason.INVALID_ARGUMENTS, f"vLLM refuses its options: {last or ended}")
-    if any(_PORT_TAKEN in line.lower() for line in tail):
-        return Diagnosis(Reason.PORT_IN_USE, "another program took the engine's port while it loaded")
+def diagnose(ended: Exit, tail: Sequence[str], *, was_ready: bool, known_options: Collection[str] = ()) -> Diagnosis:
+    """From exit status and last lines. Any exit that nobody asked for is a failure: vLLM exits 0 when it dies.
+
+    `known_options`: the names of vLLM's options, kebab-case without dashes, where they are known.
+    """
+    lines = [_PREFIX.sub("", line).rstrip() for line in tail]
+    if was_ready:
+        lines = lines[-_LINES_OF_A_DEATH:]
+    found = (_of_the_command(ended, lines, known_options) if not was_ready else None) or _of_a_known_cause(
+        ended, lines, was_ready=was_ready
+    )
     when = "while it served" if was_ready else "before it was ready"
+    return found or _of_the_exit(ended, lines, when)
+
+
+def _of_the_command(ended: Exit, lines: Sequence[str], known_options: Collection[str]) -> Diagnosis | None:
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    if ended.code in {_NOT_EXECUTABLE, _NOT_FOUND}:
+        return Diagnosis(Reason.COMMAND_NOT_FOUND, f"cannot run the engine's command: {last or ended}")
+    if ended.code != _ARGPARSE_EXIT:
+        return None
+    said = _ARGPARSE.search("\n".join(lines))
+    what = said["what"] if said else last or str(ended)
+    if unknown := _UNKNOWN.search(what):
+        return Diagnosis(Reason.INVALID_ARGUMENTS, _of_unknown_options(unknown["options"], known_options))
+    return Diagnosis(Reason.INVALID_ARGUMENTS, _short(f"vLLM refuses its options: {what}"))
+
+
+def _of_unknown_options(given: str, known_options: Collection[str]) -> str:
+    names = [token.removeprefix("--").partition("=")[0] for token in given.split() if token.startswith("--")]
+    text = f"vLLM refuses its options: unrecognized arguments: {given}"
+    near = [match for name in names for match in difflib.get_close_matches(name, known_options, n=1)]
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    return _short(f"{text}{hint}; they come from args or command")
+
+
+def _of_a_known_cause(ended: Exit, lines: Sequence[str], *, was_ready: bool) -> Diagnosis | None:
+    if ended.signal == signal.SIGKILL:
+        return None
+    text = "\n".join(lines)
+    for cause in CAUSES:
+        if (cause.while_serving or not was_ready) and (found := cause.pattern.search(text)):
+            return Diagnosis(cause.reason, _short(_filled(cause, found)))
+    return None
+
+
+def _filled(cause: Cause, found: re.Match[str]) -> str:
+    parts = {name: " ".join((value or "").split()) for name, value in found.groupdict().items()}
+    return cause.message.format(**parts)
+
+
+def _of_the_exit(ended: Exit, lines: Sequence[str], when: str) -> Diagnosis:
     if ended.signal == signal.SIGKILL:
         return Diagnosis(Reason.KILLED, f"killed {when}, perhaps by the kernel for want of memory: see dmesg")
-    cause = next((line.strip() for line in reversed(tail) if "Error" in line), last)
-    return Diagnosis(Reason.CRASHED, f"the engine ended {when} ({ended}){': ' if cause else ''}{cause}")
+    cause = _telling(lines)
+    hint = "; often /dev/shm is too small" if ended.signal == signal.SIGBUS else ""
+    return Diagnosis(Reason.CRASHED, _short(f"the engine ended {when} ({ended}){hint}{': ' if cause else ''}{cause}"))
+
+
+def _telling(lines: Sequence[str]) -> str:
+    """The last line that names an error which is not merely an echo; else the last line at all."""
+    said = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in said if _ERROR.search(line)]
+    causes = [line for line in errors if not _ECHO.search(line)]
+    return next(reversed(causes or errors or said), "")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"

@@ -1,9 +1,10 @@
 """The life of one instance as a table: states, events, and nothing else that could change a state.
 
-Its one rule: a pair that is not in the table is a bug and raises.
+Its one rule: a pair that is not in the table is a bug and raises; a late event, one of an engine that is over, is none.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -23,6 +24,7 @@ class Event(StrEnum):
     START = "start"  # somebody wants it to run
     LISTENING = "listening"  # the engine proved that it serves this instance's own name
     DIED = "died"  # any exit nobody asked for, whatever its code
+    STALLED = "stalled"  # it lives, but nothing moves
     GAVE_UP = "gave up"  # too many failures in a row, or one that no retry can mend
     STOP = "stop"  # somebody wants it gone
     GONE = "gone"  # the last process of the engine was reaped
@@ -35,6 +37,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.LOADING, Event.GAVE_UP): State.ERROR,
     (State.LOADING, Event.STOP): State.UNLOADING,
     (State.READY, Event.DIED): State.LOADING,
+    (State.READY, Event.STALLED): State.LOADING,
     (State.READY, Event.STOP): State.UNLOADING,
     (State.ERROR, Event.START): State.LOADING,
     (State.ERROR, Event.STOP): State.UNLOADING,
@@ -42,10 +45,35 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 }
 
 
+_ENDS_AN_ENGINE = frozenset({Event.DIED, Event.STALLED, Event.GONE})
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """Where an instance is. `generation` counts its engines: it grows when one is over."""
+
+    state: State = State.STOPPED
+    generation: int = 0
+
+    def after(self, event: Event, generation: int) -> "Life":
+        """What follows an event that concerns the engine of this generation; a late one changes nothing."""
+        assert generation <= self.generation, "an event of an engine that is still to come"
+        if generation < self.generation:
+            return self
+        return Life(after(self.state, event), self.generation + (event in _ENDS_AN_ENGINE))
+
+
 class Phase(StrEnum):
     """How far an instance is within its state."""
 
     QUEUED = "queued"  # waits for another engine on its GPUs
+    IMPORTING = "importing"  # Python, PyTorch, vLLM
+    DOWNLOADING = "downloading"
+    LOADING_WEIGHTS = "loading_weights"
+    PROFILING = "profiling"  # how much memory is left for the KV cache
+    COMPILING = "compiling"
+    CAPTURING_GRAPHS = "capturing_graphs"
+    STARTING_SERVER = "starting_server"
     SERVING = "serving"
     DRAINING = "draining"
     STOPPING = "stopping"
@@ -57,10 +85,16 @@ class Reason(StrEnum):
 
     INVALID_ARGUMENTS = "invalid_arguments"
     COMMAND_NOT_FOUND = "command_not_found"
-    STARTUP_TIMEOUT = "startup_timeout"
+    MODEL_UNAVAILABLE = "model_unavailable"
+    OUT_OF_MEMORY = "out_of_memory"
+    INSUFFICIENT_MEMORY = "insufficient_memory"  # less is free than the share that was asked for
     PORT_IN_USE = "port_in_use"
+    STARTUP_TIMEOUT = "startup_timeout"
     CRASHED = "crashed"
+    STALLED = "stalled"
     KILLED = "killed"
+    REPLACEMENT_FAILED = "replacement_failed"
+    STOPPED_BY_HAND = "stopped_by_hand"
 
 
 # What no retry can mend before somebody changes the spec.
