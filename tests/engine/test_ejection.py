@@ -7,7 +7,7 @@ from vllm_proxy.engine.registry import Endpoint
 
 def two(stage: Stage) -> tuple[Endpoint, Endpoint]:
     """A model with two ready instances that nobody supervises."""
-    stage.registry.declare([model()])
+    stage.registry.declare(model(), lambda: None)
     endpoints = Endpoint("chat/0", 1, "secret", None), Endpoint("chat/1", 2, "secret", None)
     for endpoint in endpoints:
         stage.registry.open("chat", endpoint)

@@ -16,13 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.diagnose import Exit
 from vllm_proxy.engine import process
-from vllm_proxy.engine.launch import Engine, Launcher
-from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.process import EngineProcess, Process, end_session, look_up, members, to_the_end
-from vllm_proxy.engine.reconciler import end_orphans
+from vllm_proxy.engine.reconciler import end_left
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 
 LONG = 60.0  # a grace that no test waits out
@@ -255,18 +252,22 @@ async def test_a_recorded_pid_that_is_a_threads_number_now_is_nobodys() -> None:
         thread.join()
 
 
-async def test_orphans_of_an_earlier_daemon_are_ended_and_strangers_are_not() -> None:
+async def test_orphans_of_an_earlier_daemon_are_ended_and_strangers_are_not(tmp_path: Path) -> None:
     """Every record is dealt with: one that runs, one whose pid is somebody else's, one that is gone."""
     with stranger("sleep", "1000") as left, stranger() as foreign, stranger("true") as gone:
         gone_started = started(gone.pid)
         gone.wait()
         records = [
-            EngineRecord(f"chat/{index}", f"engine-{index}", pid, time, 8001, "secret", "", "")
+            EngineRecord(f"chat/{index}", f"engine-{index}", pid, time, 8001, "secret", str(tmp_path / "folder"), "")
             for index, (pid, time) in enumerate([
                 (left.pid, started(left.pid)), (foreign.pid, started(foreign.pid) - 1), (gone.pid, gone_started),
             ])
         ]  # fmt: skip
-        await end_orphans(records)
+        with StateDirectory(tmp_path / "state") as state:
+            for record in records:
+                state.record(record)
+            assert await end_left(records, state)
+            assert state.left_behind() == []
         assert left.wait() == -signal.SIGTERM
         assert foreign.communicate(b"alive")[0] == b"alive"
 
@@ -291,6 +292,7 @@ async def test_an_engine_that_is_never_released_ends_by_itself(tmp_path: Path, o
         engine(["sleep", "1000"], tmp_path / "other.log", tmp_path) as other,
     ):
         other.release()
+        assert held._child is not None
         assert held._child.stdin is not None
         held._child.stdin.close()
         assert (await held.exited).code
@@ -444,51 +446,6 @@ async def test_work_that_is_not_cancelled_gives_its_result_or_its_error() -> Non
     assert await to_the_end(half, 2) == 0.5
     with pytest.raises(ZeroDivisionError):
         await to_the_end(half, 0)
-
-
-async def test_a_stop_while_a_crashed_engine_is_cleaned_up_leaves_no_process(tmp_path: Path, port_start: int) -> None:
-    """The launcher's block ends to the last process, cancelled in the middle or not, and takes it off the record."""
-    program = tmp_path / "engine"
-    program.write_text("#!/bin/sh\ntrap '' TERM\necho up\nexec sleep 1000\n")
-    program.chmod(0o755)
-    leaving = asyncio.Event()
-    running: asyncio.Future[Engine] = asyncio.get_running_loop().create_future()
-    spec = ModelSpec("chat", EngineSpec(model="m", command=(str(program),)), Policy(stop_timeout=0.2), {})
-    with StateDirectory(tmp_path / "state") as state:
-        os.mkfifo(state.log_file("chat/0"), 0o600)
-        reader = os.open(state.log_file("chat/0"), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        ports = Ports(port_start, port_start + 100, [])
-        launcher = Launcher(tmp_path, dict(os.environ), tmp_path, None, has_gpus=False, ports=ports, state=state)
-
-        async def live() -> None:
-            async with launcher.running(spec, "chat/0") as engine:
-                running.set_result(engine)
-                await leaving.wait()
-
-        task = asyncio.create_task(live())
-        engine = await running
-        await readable(reader)
-        assert [record.pid for record in state.left_behind()] == [engine.pid]
-        leaving.set()
-        for _ in range(3):
-            await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.wait({task})
-        assert task.cancelled()
-        assert look_up(engine.pid) is None
-        assert state.left_behind() == []
-        assert not Path(engine.place.folder).exists()
-        assert ports.take() == engine.place.port
-        os.close(reader)
-
-
-async def readable(descriptor: int) -> None:
-    """Wait until there is something to read."""
-    loop = asyncio.get_running_loop()
-    there: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(descriptor, there.set_result, None)
-    there.add_done_callback(lambda _: loop.remove_reader(descriptor))
-    await there
 
 
 def test_the_programs_that_these_tests_need_are_there() -> None:

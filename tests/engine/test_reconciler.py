@@ -1,7 +1,9 @@
 """A model's status follows from its instances; the fleet in one sentence follows from the models."""
 
 import asyncio
-from datetime import UTC, datetime
+import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
@@ -10,46 +12,63 @@ from tests.engine.virtual import Stage, model, now, passes, settle, virtual
 from vllm_proxy.daemon import sentence
 from vllm_proxy.domain.config import Config, EngineDefaults, ModelSpec, Restart, Server
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
-from vllm_proxy.engine.reconciler import ModelStatus, Reconciler
+from vllm_proxy.domain.progress import Progress
+from vllm_proxy.engine.model import Model
+from vllm_proxy.engine.process import look_up
+from vllm_proxy.engine.reconciler import Reconciler, sort_out
+from vllm_proxy.engine.state import EngineRecord, StateDirectory
 from vllm_proxy.errors import RequestError
 
-LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
-
-def reconciler_of(stage: Stage, *models: ModelSpec) -> Reconciler:
+def reconciler_of(
+    stage: Stage, folder: Path, *models: ModelSpec, server: Server | None = None, records: tuple[EngineRecord, ...] = ()
+) -> Reconciler:
     """A started reconciler, which tells the stage of every change."""
-    config = Config("abc", Server(), EngineDefaults(), {spec.id: spec for spec in models})
-    reconciler = Reconciler(config, stage.around, LONG_AGO)
-    reconciler.listen(stage.moved)
+    config = Config("abc", server or Server(), EngineDefaults(), {spec.id: spec for spec in models})
+    with StateDirectory(folder / "state") as state:
+        for record in records:
+            state.record(record)
+    reconciler = Reconciler(config, stage.around, StateDirectory(folder / "state"), lambda spec: spec.model)
+    reconciler.listen(lambda _: stage.moved())
     reconciler.start()
     return reconciler
 
 
-def states(status: ModelStatus) -> list[State]:
+def alive(instance: str = "a/0", **more: object) -> EngineRecord:
+    """An engine on record that lives: this process stands in for it."""
+    found = look_up(os.getpid())
+    assert found is not None
+    record = EngineRecord(
+        instance, f"own-{instance}", found.pid, found.started, 9500, "secret", "/nowhere", "", spec="some/model"
+    )
+    return replace(record, **more)  # type: ignore[arg-type]
+
+
+def states(found: Model) -> list[State]:
     """Those of the instances."""
-    return [instance.state for instance in status.instances]
+    return [instance.state for instance in found.instances]
 
 
 @virtual
-async def test_every_enabled_model_is_started_with_its_replicas() -> None:
+async def test_every_enabled_model_is_started_with_its_replicas(tmp_path: Path) -> None:
     """A disabled one has no instance and is stopped."""
     stage = Stage()
-    reconciler = reconciler_of(stage, model("a", replicas=2), model("off", enabled=False), model("b"))
+    reconciler = reconciler_of(stage, tmp_path, model("a", replicas=2), model("off", enabled=False), model("b"))
     await stage.engine(3)
     assert [status.spec.id for status in reconciler.models()] == ["a", "off", "b"]
     assert sorted(engine.place.instance for engine in stage.launcher.engines) == ["a/0", "a/1", "b/0"]
     off = reconciler.model("off")
-    assert (off.state, off.instances, off.diagnosis, off.updated_at) == (State.STOPPED, (), None, LONG_AGO)
+    assert (off.state, off.instances, off.diagnosis, off.updated_at) == (State.STOPPED, (), None, off.created_at)
 
 
 @virtual
-async def test_a_model_is_ready_with_its_first_ready_instance() -> None:
+async def test_a_model_is_ready_with_its_first_ready_instance(tmp_path: Path) -> None:
     """One of two is enough for requests, whatever the other does."""
     stage = Stage()
-    reconciler = reconciler_of(stage, model("a", replicas=2, restart=Restart(max_failures=1)))
+    reconciler = reconciler_of(stage, tmp_path, model("a", replicas=2, restart=Restart(max_failures=1)))
     one, other = await stage.engine(1), await stage.engine(2)
     assert reconciler.model("a").state is State.LOADING
-    other.serves = True
+    other.listens = True
     await stage.until(lambda: reconciler.model("a").state is State.READY)
     await settle()
     one.die()
@@ -60,30 +79,30 @@ async def test_a_model_is_ready_with_its_first_ready_instance() -> None:
 
 
 @virtual
-async def test_a_model_in_backoff_is_loading_and_says_why() -> None:
+async def test_a_model_in_backoff_is_loading_and_says_why(tmp_path: Path) -> None:
     """The reason of its crash is the model's reason until it is ready again."""
     stage = Stage()
-    reconciler = reconciler_of(stage, model("a"))
+    reconciler = reconciler_of(stage, tmp_path, model("a"))
     (await stage.engine()).die()
     await stage.until(lambda: reconciler.model("a").instances[0].phase is Phase.BACKOFF)
     status = reconciler.model("a")
     assert status.state is State.LOADING
     assert status.diagnosis is not None
     assert status.diagnosis.reason is Reason.CRASHED
-    (await stage.engine(2)).serves = True
+    (await stage.engine(2)).listens = True
     await stage.until(lambda: reconciler.model("a").state is State.READY)
     assert reconciler.model("a").diagnosis is None
 
 
 @virtual
-async def test_a_model_in_error_tells_requests_why() -> None:
+async def test_a_model_in_error_tells_requests_why(tmp_path: Path) -> None:
     """What the status says is what who waits is told."""
     stage = Stage()
-    reconciler = reconciler_of(stage, model("a"))
+    reconciler = reconciler_of(stage, tmp_path, model("a"))
     engine = await stage.engine()
     request = asyncio.create_task(stage.registry.acquire("a"))
     await settle()
-    engine.lines.append("vllm: error: unrecognized arguments: --wrong")
+    engine.output.lines.append("vllm: error: unrecognized arguments: --wrong")
     engine.die(2)
     with pytest.raises(RequestError) as refused:
         await request
@@ -95,32 +114,31 @@ async def test_a_model_in_error_tells_requests_why() -> None:
 
 
 @virtual
-async def test_updated_at_is_that_of_the_latest_instance() -> None:
+async def test_updated_at_is_that_of_the_latest_instance(tmp_path: Path) -> None:
     """A model changed when the last of its instances did."""
     stage = Stage()
-    reconciler = reconciler_of(stage, model("a", replicas=2))
-    (await stage.engine(2)).serves = True
+    reconciler = reconciler_of(stage, tmp_path, model("a", replicas=2))
+    (await stage.engine(2)).listens = True
     await stage.until(lambda: reconciler.model("a").state is State.READY)
     status = reconciler.model("a")
     assert status.updated_at == status.instances[1].updated_at > status.instances[0].updated_at
-    assert status.created_at == LONG_AGO
 
 
 @virtual
-async def test_an_unknown_model_is_a_key_error() -> None:
-    """The API makes a 404 of it."""
-    stage = Stage()
-    with pytest.raises(KeyError):
-        reconciler_of(stage, model("a")).model("b")
+async def test_an_unknown_model_is_not_found(tmp_path: Path) -> None:
+    """404 with its name."""
+    with pytest.raises(RequestError, match="'b'") as refused:
+        reconciler_of(Stage(), tmp_path, model("a")).model("b")
+    assert refused.value.code == "model_not_found"
 
 
 @virtual
-async def test_stop_ends_all_instances_at_the_same_time() -> None:
+async def test_stop_ends_all_instances_at_the_same_time(tmp_path: Path) -> None:
     """Ten slow engines take as long as one; who waits is told that the daemon stops, and one bad end spoils none."""
     stage = Stage()
     stage.launcher.teardown_seconds = 30
     stage.launcher.teardown_error = RuntimeError("a bug")
-    reconciler = reconciler_of(stage, model("a", replicas=9), model("b"), model("off", enabled=False))
+    reconciler = reconciler_of(stage, tmp_path, model("a", replicas=9), model("b"), model("off", enabled=False))
     await stage.engine(10)
     request = asyncio.create_task(stage.registry.acquire("a"))
     await settle()
@@ -131,16 +149,16 @@ async def test_stop_ends_all_instances_at_the_same_time() -> None:
         await request
     assert refused.value.code == "shutting_down"
     assert [engine.buried for engine in stage.launcher.engines] == [before + 30] * 10
-    assert {status.state for status in reconciler.models()} == {State.STOPPED}
+    assert {found.state for found in reconciler.models()} == {State.STOPPED}
 
 
 @virtual
-async def test_hurry_reaches_every_instance_that_drains() -> None:
+async def test_hurry_reaches_every_instance_that_drains(tmp_path: Path) -> None:
     """One call, and nobody waits for requests any more."""
     stage = Stage()
-    reconciler = reconciler_of(stage, model("a", replicas=2, drain_timeout=600))
+    reconciler = reconciler_of(stage, tmp_path, model("a", replicas=2, drain_timeout=600))
     for number in (1, 2):
-        (await stage.engine(number)).serves = True
+        (await stage.engine(number)).listens = True
     await stage.until(lambda: states(reconciler.model("a")) == [State.READY] * 2)
     await settle()
     ready = now()
@@ -154,28 +172,149 @@ async def test_hurry_reaches_every_instance_that_drains() -> None:
 
 
 @virtual
-async def test_the_sentence_counts_the_ready_and_names_the_others() -> None:
-    """Disabled models are not counted; what is ready is not named."""
+async def test_the_sentence_counts_the_ready_and_names_the_others(tmp_path: Path) -> None:
+    """Disabled models are not counted; what is ready is not named; what sleeps is named as such."""
     stage = Stage()
-    reconciler = reconciler_of(
-        stage, model("chat"), model("embed"), model("rank"), model("old"), model("off", enabled=False)
-    )
+    models = model("chat"), model("embed"), model("rank"), model("old"), model("off", enabled=False)
+    reconciler = reconciler_of(stage, tmp_path, *models, model("rare", start="on-demand"))
     await stage.engine(4)
-    assert sentence(reconciler) == "0 of 4 models ready; loading: chat, embed, rank, old"
-    stage.launcher.engines[1].serves = True
+    await settle()
+    phases = ", ".join(f"{name} (importing)" for name in ("chat", "embed", "rank", "old"))
+    assert sentence(reconciler) == f"0 of 4 models ready; loading: {phases}; on demand: rare"
+    stage.launcher.engines[1].listens = True
     stage.launcher.engines[3].die(2)
     await stage.until(lambda: reconciler.model("old").state is State.ERROR)
     await stage.until(lambda: reconciler.model("embed").state is State.READY)
-    assert sentence(reconciler) == "1 of 4 models ready; loading: chat, rank; error: old"
+    loading = "loading: chat (importing), rank (importing)"
+    assert sentence(reconciler) == f"1 of 4 models ready; {loading}; error: old; on demand: rare"
+    reconciler.model("embed").stop()
+    await stage.until(lambda: reconciler.model("embed").state is State.STOPPED)
+    assert sentence(reconciler) == f"0 of 4 models ready; {loading}; error: old; stopped: embed; on demand: rare"
     stage.launcher.teardown_seconds = 10
     stopping = asyncio.create_task(reconciler.stop())
     await settle()
-    assert sentence(reconciler) == "0 of 4 models ready; unloading: chat, embed, rank"
+    assert "unloading: chat, rank" in sentence(reconciler)
     await stopping
-    assert sentence(reconciler) == "0 of 4 models ready"
 
 
 @virtual
-async def test_the_sentence_of_nothing_is_a_sentence() -> None:
+async def test_the_sentence_says_how_far_a_start_is_and_how_long_it_may_take(tmp_path: Path) -> None:
+    """The fraction of the phase, and what is left of the time that the last starts of the same spec took."""
+    stage = Stage()
+    with StateDirectory(tmp_path / "state") as state:
+        state.add_start("some/model", 100)
+    reconciler = reconciler_of(stage, tmp_path, model("chat"))
+    (await stage.engine()).output.progress = Progress(Phase.LOADING_WEIGHTS, 0.4)
+    await passes(1)
+    assert sentence(reconciler) == "0 of 1 models ready; loading: chat (loading_weights 40%, about 100 s left)"
+
+
+@virtual
+async def test_the_sentence_of_nothing_is_a_sentence(tmp_path: Path) -> None:
     """A file without models is valid."""
-    assert sentence(reconciler_of(Stage())) == "0 of 0 models ready"
+    assert sentence(reconciler_of(Stage(), tmp_path)) == "0 of 0 models ready"
+
+
+# Adoption
+
+
+@virtual
+async def test_an_engine_on_record_that_fits_is_adopted_and_no_other_is_started(tmp_path: Path) -> None:
+    """It serves at once, without a wait for its GPU."""
+    stage = Stage()
+    reconciler = reconciler_of(
+        stage, tmp_path, model("b", devices=(0,)), model("a", devices=(0,)), records=(alive(ready=True),)
+    )
+    await stage.until(lambda: reconciler.model("a").state is State.READY)
+    assert sorted(engine.place.instance for engine in stage.launcher.engines) == ["a/0", "b/0"]
+    (adopted,) = [engine for engine in stage.launcher.engines if engine.place.instance == "a/0"]
+    assert (adopted.place.port, adopted.was_ready, now() < 1) == (9500, True, True)
+    assert not (tmp_path / "state" / "starts.toml").exists(), "no start to learn from"
+
+
+@virtual
+async def test_an_adopted_engine_that_still_loads_goes_on_loading(tmp_path: Path) -> None:
+    """The next daemon waits for it as the one before did, and keeps others off its GPU."""
+    stage = Stage()
+    stage.launcher.adopted_listen = False
+    models = model("a", devices=(0,)), model("b", devices=(0,))
+    reconciler = reconciler_of(stage, tmp_path, *models, records=(alive(),))
+    await passes(100)
+    assert [engine.place.instance for engine in stage.launcher.engines] == ["a/0"]
+    assert reconciler.model("b").instances[0].phase is Phase.QUEUED
+    stage.launcher.engines[0].listens = True
+    await stage.until(lambda: reconciler.model("a").state is State.READY)
+    assert (await stage.engine(2)).place.instance == "b/0"
+
+
+@virtual
+async def test_an_adopted_engine_that_does_not_answer_any_more_is_replaced(tmp_path: Path) -> None:
+    """It has nothing to load: thirty seconds are enough to know that it hangs."""
+    stage = Stage()
+    stage.launcher.adopted_listen = False
+    reconciler = reconciler_of(stage, tmp_path, model("a", startup_timeout=10_000), records=(alive(ready=True),))
+    second = await stage.engine(2)
+    assert stage.launcher.engines[0].buried == pytest.approx(30, abs=1)
+    last = reconciler.model("a").instances[0].last_exit
+    assert last is not None
+    assert last.diagnosis.reason is Reason.STALLED
+    second.listens = True
+    await stage.until(lambda: reconciler.model("a").state is State.READY)
+
+
+@virtual
+async def test_an_adopted_engine_of_an_on_demand_model_stays_up(tmp_path: Path) -> None:
+    """Its model does not wait for a request; it sleeps when nobody has asked for it for idle_timeout."""
+    stage = Stage()
+    spec = model("a", start="on-demand", idle_timeout=60)
+    reconciler = reconciler_of(stage, tmp_path, spec, records=(alive(ready=True),))
+    await stage.until(lambda: reconciler.model("a").state is State.READY)
+    await stage.until(lambda: reconciler.model("a").state is State.STOPPED)
+    assert now() == pytest.approx(60, abs=1)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        alive(spec="another/model"),
+        alive("a/1"),
+        alive("b/0"),
+        alive("off/0"),
+        alive("a/b/0"),
+        alive(started=1),
+        alive(pid=2**22 + 1),
+    ],
+)
+def test_an_engine_that_is_not_what_the_file_asks_for_is_not_adopted(record: EngineRecord) -> None:
+    """Another spec, a replica too many, a model that is gone or disabled, another process, a dead one."""
+    models = {"a": model("a"), "off": model("off", enabled=False)}
+    adoptable, others = sort_out([record], models, lambda spec: spec.model)
+    assert ([one for mine in adoptable.values() for one in mine], others) == ([], [record])
+
+
+def test_of_two_engines_of_one_instance_the_one_that_has_served_is_adopted() -> None:
+    """The other one, which a replacement was about to make or to end, goes."""
+    new, old = alive(own_name="new"), alive(own_name="old", ready=True)
+    for records in ([new, old], [old, new]):
+        adoptable, others = sort_out(records, {"a": model("a")}, lambda spec: spec.model)
+        assert (adoptable["a"], others) == ({0: old}, [new])
+
+
+@virtual
+async def test_a_daemon_that_keeps_its_engines_leaves_them_alone(tmp_path: Path) -> None:
+    """Requests in flight end first; then every engine, loading ones too, is left to the next daemon."""
+    stage = Stage()
+    reconciler = reconciler_of(stage, tmp_path, model("a"), model("b"), server=Server(on_exit="keep"))
+    (await stage.engine()).listens = True
+    await stage.engine(2)
+    await stage.until(lambda: reconciler.model("a").state is State.READY)
+    await settle()
+    lease = await stage.registry.acquire("a")
+    stopping = asyncio.create_task(reconciler.stop())
+    await passes(5)
+    assert not stopping.done()
+    with lease:
+        pass
+    await stopping
+    assert [(engine.kept, engine.buried) for engine in stage.launcher.engines] == [(True, None)] * 2
+    assert {found.state for found in reconciler.models()} == {State.STOPPED}

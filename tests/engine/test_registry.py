@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -14,11 +15,17 @@ from vllm_proxy.engine.registry import Endpoint, Lease, Registry
 from vllm_proxy.errors import RequestError
 
 
-def registry_of(state: State = State.READY, **policy: object) -> Registry:
+def nobody() -> None:
+    """Whom a request that waits need not wake."""
+
+
+def registry_of(
+    state: State = State.READY, *, rests: bool = False, wake: Callable[[], None] = nobody, **policy: object
+) -> Registry:
     """A registry with one model, "chat"."""
     registry = Registry()
-    registry.declare([model("chat", None, **policy)])
-    registry.report("chat", state, "because")
+    registry.declare(model("chat", None, **policy), wake)
+    registry.report("chat", state, "because", rests=rests)
     return registry
 
 
@@ -67,21 +74,36 @@ async def test_a_name_that_nobody_has_is_not_found() -> None:
     assert "'Chat'" in error.message
 
 
-def test_the_list_has_ids_first_and_no_disabled_model() -> None:
+@virtual
+async def test_the_list_has_ids_first_and_no_disabled_model() -> None:
     """Neither its id nor its alias is shown."""
     registry = Registry()
-    registry.declare([
-        model("a", aliases=("a1",)), model("off", enabled=False, aliases=("off1",)), model("b", aliases=("b1",)),
-    ])  # fmt: skip
+    for spec in (
+        model("a", aliases=("a1",)),
+        model("off", enabled=False, aliases=("off1",)),
+        model("b", aliases=("b1",)),
+    ):
+        registry.declare(spec, nobody)
     assert list(registry.names()) == ["a", "b", "a1", "b1"]
     assert registry.names()["b1"] is registry.names()["b"]
 
 
-@pytest.mark.parametrize(("state", "code"), [(State.ERROR, "model_error"), (State.STOPPED, "model_stopped")])
+@pytest.mark.parametrize(
+    ("state", "rests", "code"),
+    [
+        (State.ERROR, False, "model_error"),
+        (State.STOPPED, True, "model_stopped"),
+        (State.UNLOADING, True, "model_stopped"),
+        (State.READY, True, "model_stopped"),
+    ],
+)
 @virtual
-async def test_a_model_that_will_not_come_refuses_at_once(state: State, code: str) -> None:
-    """503 without a wait."""
-    error = await refusal(registry_of(state))
+async def test_a_model_that_will_not_come_refuses_at_once(state: State, rests: bool, code: str) -> None:  # noqa: FBT001 - a parameter of the test
+    """503 without a wait; one that was stopped by hand takes nothing from that moment on."""
+    registry = registry_of(state, rests=rests)
+    if state is State.READY:
+        opened(registry)
+    error = await refusal(registry)
     assert (error.code, error.status, now()) == (code, 503, 0)
 
 
@@ -115,16 +137,18 @@ async def test_a_closing_registry_refuses_everybody() -> None:
     assert (endpoint.in_flight, registry.counts("chat")) == (0, (0, 0))
 
 
-@pytest.mark.parametrize(("state", "code"), [(State.ERROR, "model_error"), (State.STOPPED, "model_stopped")])
+@pytest.mark.parametrize(
+    ("state", "rests", "code"), [(State.ERROR, False, "model_error"), (State.UNLOADING, True, "model_stopped")]
+)
 @virtual
-async def test_a_model_that_gives_up_fails_all_who_wait(state: State, code: str) -> None:
+async def test_a_model_that_gives_up_fails_all_who_wait(state: State, rests: bool, code: str) -> None:  # noqa: FBT001 - as above
     """They need not sit out their queue_timeout; a loading model does not fail them."""
     registry = registry_of(State.LOADING)
     waiting = [await waiter(registry) for _ in range(3)]
     registry.report("chat", State.LOADING, "crashed once")
     await settle()
     assert registry.counts("chat") == (0, 3)
-    registry.report("chat", state, "no luck")
+    registry.report("chat", state, "no luck", rests=rests)
     for task in waiting:
         with pytest.raises(RequestError) as refused:
             await task
@@ -416,3 +440,43 @@ async def test_whatever_happens_every_count_comes_back_to_zero(
         await endpoint.wait_idle()
     with await storm.registry.acquire("chat") if storm.open else contextlib.nullcontext():
         storm.check()
+
+
+@virtual
+async def test_a_request_for_a_model_that_sleeps_wakes_it_and_waits() -> None:
+    """One that sleeps or loads is asked to come; a request for a ready one asks nobody."""
+    woken: list[State] = []
+    registry = registry_of(State.STOPPED, wake=lambda: woken.append(registry.find("chat").state))
+    first, second = await waiter(registry), await waiter(registry)
+    assert woken == [State.STOPPED] * 2
+    assert registry.is_awaited("chat")
+    registry.report("chat", State.READY, None)
+    endpoint = opened(registry)
+    for task in (first, second):
+        assert (await task).endpoint is endpoint
+    await registry.acquire("chat")
+    assert len(woken) == 2
+    assert not registry.is_awaited("chat")
+
+
+@virtual
+async def test_a_model_is_idle_from_its_last_request_on() -> None:
+    """Neither one in flight nor one that waits lets it be idle; one that gave up waiting counts as use, too."""
+    registry = registry_of(max_in_flight=1)
+    opened(registry)
+    await passes(10)
+    assert registry.idle_seconds("chat") == 10
+    lease = await registry.acquire("chat")
+    waiting = await waiter(registry)
+    await passes(10)
+    assert registry.idle_seconds("chat") == 0
+    release(lease)
+    assert registry.idle_seconds("chat") == 0, "the other one has it now"
+    release(await waiting)
+    await passes(5)
+    assert registry.idle_seconds("chat") == 5
+    registry.report("chat", State.LOADING, None)
+    leaving = await waiter(registry)
+    leaving.cancel()
+    await asyncio.wait({leaving})
+    assert registry.idle_seconds("chat") == 0

@@ -92,7 +92,7 @@ def test_a_record_that_cannot_be_written_is_logged_and_does_not_raise(tmp_path: 
         with capture_logs() as logs:
             state.record(CHAT)
             state.forget("engine-1")
-    assert [entry["event"] for entry in logs] == ["the record of engines cannot be written"] * 2
+    assert [entry["event"] for entry in logs] == ["the state cannot be written"] * 2
 
 
 def test_what_could_not_be_written_is_written_with_the_next_record(tmp_path: Path) -> None:
@@ -157,3 +157,63 @@ def test_a_replaced_file_is_whole_or_the_old_one(tmp_path: Path) -> None:
     assert [path.name for path in target.iterdir()] == ["old"]
     replace_file(tmp_path / "other", b"new")
     assert (tmp_path / "other").read_bytes() == b"new"
+
+
+def test_what_is_learnt_of_an_engine_later_is_put_on_record(tmp_path: Path) -> None:
+    """That it serves, and its shared memory."""
+    with StateDirectory(tmp_path) as state:
+        state.record(CHAT)
+        state.amend("engine-1", ready=True, segments=("/dev/shm/psm_1",))
+    assert next_daemon(tmp_path) == [replace(CHAT, ready=True, segments=("/dev/shm/psm_1",))]
+
+
+def test_a_record_of_an_older_daemon_is_still_read(tmp_path: Path) -> None:
+    """What it did not know is empty: such an engine matches no spec and is ended, not lost."""
+    with StateDirectory(tmp_path) as state:
+        state.record(CHAT)
+    file = tmp_path / "engines.toml"
+    old = ("instance", "own_name", "pid", "started", "port", "credential", "folder", "log", "boot_id", "[")
+    file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith(old)))
+    assert next_daemon(tmp_path) == [CHAT]
+
+
+def test_left_behind_engines_stay_on_record_until_they_are_gone(tmp_path: Path) -> None:
+    """A daemon that is killed before it has ended what it found loses none of it."""
+    with StateDirectory(tmp_path) as state:
+        state.record(CHAT)
+    with StateDirectory(tmp_path) as state:
+        state.left_behind()
+        state.record(EMBED)
+    assert next_daemon(tmp_path) == [CHAT, EMBED]
+
+
+def test_the_last_starts_of_a_spec_are_kept_over_daemons(tmp_path: Path) -> None:
+    """The last five of each spec, in their order."""
+    with StateDirectory(tmp_path) as state:
+        for seconds in range(7):
+            state.add_start("abc", seconds)
+        state.add_start("def", 1.26)
+    with StateDirectory(tmp_path) as state:
+        assert (state.starts("abc"), state.starts("def"), state.starts("ghi")) == ([2, 3, 4, 5, 6], [1.3], [])
+
+
+def test_starts_of_specs_that_nobody_starts_any_more_are_forgotten(tmp_path: Path) -> None:
+    """Two hundred specs are kept, those that were started last."""
+    with StateDirectory(tmp_path) as state:
+        state.add_start("first", 1)
+        state.add_start("second", 1)
+        for number in range(198):
+            state.add_start(f"spec-{number}", 1)
+        state.add_start("first", 2)
+        state.add_start("one-more", 1)
+        assert (state.starts("first"), state.starts("second"), state.starts("spec-0")) == ([1, 2], [], [1])
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\xff", b"seconds = 5", b"[seconds]\na = 'x'"])
+def test_garbage_in_the_record_of_starts_is_no_matter(tmp_path: Path, garbage: bytes) -> None:
+    """An estimate is lost, nothing else."""
+    (tmp_path / "starts.toml").write_bytes(garbage)
+    with StateDirectory(tmp_path) as state:
+        assert state.starts("abc") == []
+        state.add_start("abc", 3)
+        assert state.starts("abc") == [3]

@@ -7,18 +7,22 @@ import asyncio
 import contextlib
 import functools
 import selectors
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.diagnose import Exit
 from vllm_proxy.domain.lifecycle import Phase, State
+from vllm_proxy.domain.progress import START, Progress
 from vllm_proxy.engine.gate import DeviceGate
+from vllm_proxy.engine.history import History
 from vllm_proxy.engine.launch import LaunchError
 from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.process import to_the_end
 from vllm_proxy.engine.registry import Registry
+from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.engine.supervisor import Supervisor, Surroundings
 
 
@@ -84,29 +88,51 @@ def model(model_id: str = "chat", devices: tuple[int | str, ...] | None = None, 
     return ModelSpec(model_id, EngineSpec(model="some/model", devices=devices), Policy.model_validate(policy), {})
 
 
-class FakeEngine:
-    """An engine that does what the test says."""
+class FakeOutput:
+    """What a fake engine writes."""
 
-    def __init__(self, place: Place) -> None:
-        self.pid = 4242
-        self.place = place
-        self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-        self.serves = False
+    def __init__(self) -> None:
         self.lines: list[str] = []
-        self.born = now()
-        self.buried: float | None = None
+        self.progress: Progress = START
 
-    def output_size(self) -> int:
-        """Bytes it has written so far."""
-        return sum(len(line) + 1 for line in self.lines)
+    @property
+    def activity(self) -> int:
+        """Grows with every line."""
+        return len(self.lines)
 
     def tail(self, lines: int) -> tuple[str, ...]:
         """The last lines that it wrote."""
         return tuple(self.lines[-lines:])
 
+
+class FakeEngine:
+    """An engine that does what the test says."""
+
+    def __init__(self, place: Place, *, was_ready: bool = False) -> None:
+        self.pid = 4242
+        self.place = place
+        self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        self.output = FakeOutput()
+        self.started_at = datetime.now(UTC)
+        self.was_ready = was_ready
+        self.memory_bytes = 0
+        self.listens = False
+        self.noted_ready = False
+        self.kept = False
+        self.born = now()
+        self.buried: float | None = None
+
+    def serves(self) -> None:
+        """It is put on record that it is ready."""
+        self.noted_ready = True
+
+    def keep(self) -> None:
+        """It is left to the next daemon."""
+        self.kept = True
+
     def die(self, code: int | None = 1, signal: int | None = None) -> None:
         """Its first process ends."""
-        self.serves = False
+        self.listens = False
         self.exited.set_result(Exit(code, signal))
 
 
@@ -118,23 +144,45 @@ class FakeLauncher:
         self.refusal: LaunchError | None = None
         self.teardown_seconds = 0.0
         self.teardown_error: Exception | None = None
+        self.adopted_listen = True
+        self.stop_timeouts: list[float] = []
 
     def devices(self, spec: EngineSpec) -> frozenset[str]:
         """The GPUs that an engine measures while it loads."""
         return frozenset(str(device) for device in spec.devices or ())
 
     @contextlib.asynccontextmanager
-    async def running(self, _model: ModelSpec, instance: str) -> AsyncIterator[FakeEngine]:
+    async def running(
+        self, _model: ModelSpec, instance: str, stop_timeout: Callable[[], float]
+    ) -> AsyncIterator[FakeEngine]:
         """An engine that runs inside the block."""
         if self.refusal:
             raise self.refusal
         number = len(self.engines)
         engine = FakeEngine(Place(instance, f"engine-{number}", 9000 + number, "secret", "/nowhere"))
+        async with self._living(engine, stop_timeout):
+            yield engine
+
+    @contextlib.asynccontextmanager
+    async def adopted(self, record: EngineRecord, stop_timeout: Callable[[], float]) -> AsyncIterator[FakeEngine]:
+        """One that runs already."""
+        if self.refusal:
+            raise self.refusal
+        place = Place(record.instance, record.own_name, record.port, record.credential, record.folder)
+        engine = FakeEngine(place, was_ready=record.ready)
+        engine.listens = self.adopted_listen
+        async with self._living(engine, stop_timeout):
+            yield engine
+
+    @contextlib.asynccontextmanager
+    async def _living(self, engine: FakeEngine, stop_timeout: Callable[[], float]) -> AsyncIterator[None]:
         self.engines.append(engine)
         try:
-            yield engine
+            yield
         finally:
-            await to_the_end(self._end, engine)
+            if not engine.kept:
+                self.stop_timeouts.append(stop_timeout())
+                await to_the_end(self._end, engine)
 
     async def _end(self, engine: FakeEngine) -> None:
         await asyncio.sleep(self.teardown_seconds)
@@ -152,10 +200,15 @@ class FakeProbe:
         self._launcher = launcher
         self.error: Exception | None = None
         self.health = True
+        self.work: str | None = "0"
 
     async def healthy(self, port: int) -> bool:  # noqa: ARG002 - one answer for all
         """Whether `/health` answers 200."""
         return self.health
+
+    async def counters(self, port: int) -> str | None:  # noqa: ARG002 - as above
+        """What changes while the engine works."""
+        return self.work
 
     async def ready(self, port: int, own_name: str, credential: str) -> Ready | None:
         """What the engine on this port says of itself."""
@@ -164,7 +217,22 @@ class FakeProbe:
             raise self.error
         place = next(engine for engine in self._launcher.engines if engine.place.port == port)
         assert (own_name, credential) == (place.place.own_name, "secret")
-        return Ready(8192) if place.serves else None
+        return Ready(8192) if place.listens else None
+
+
+class KeptStarts:
+    """The durations of starts, by fingerprint."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def starts(self, spec: str) -> Sequence[float]:
+        """How many seconds the last starts of a spec took."""
+        return self.seconds.get(spec, [])
+
+    def add_start(self, spec: str, seconds: float) -> None:
+        """One more start of a spec."""
+        self.seconds.setdefault(spec, []).append(seconds)
 
 
 type Moment = tuple[State, Phase | None, int]  # what a supervisor shows, and how many endpoints its model has then
@@ -177,9 +245,17 @@ class Stage:
         self.launcher = FakeLauncher()
         self.probe = FakeProbe(self.launcher)
         self.registry = Registry()
-        self.around = Surroundings(self.launcher, DeviceGate(), self.registry, self.probe, asyncio.Event())
+        cleared = asyncio.Event()
+        cleared.set()
+        self.around = Surroundings(self.launcher, DeviceGate(), self.registry, self.probe, asyncio.Event(), cleared)
+        self.starts = KeptStarts()
+        self.woken: list[str] = []
         self.shown: list[Moment] = []
         self._moved = asyncio.Event()
+
+    def history(self) -> History:
+        """What became of a model's engines."""
+        return History(self.starts, lambda spec: spec.model)
 
     def supervisor(self, spec: ModelSpec) -> Supervisor:
         """The only instance of a model, not started yet."""
@@ -191,8 +267,8 @@ class Stage:
             self.registry.report(spec.id, supervisor.state, message)
             self.moved()
 
-        self.registry.declare([spec])
-        supervisor = Supervisor(spec, 0, self.around, changed)
+        self.registry.declare(spec, lambda: self.woken.append(spec.id))
+        supervisor = Supervisor(spec, 0, self.around, self.history(), changed)
         return supervisor
 
     def moved(self) -> None:
@@ -215,7 +291,7 @@ class Stage:
         """Bring a started supervisor to `ready`."""
         await self.until(lambda: supervisor.engine is not None)
         engine = self.launcher.engines[-1]
-        engine.serves = True
+        engine.listens = True
         await self.until(lambda: supervisor.state is State.READY)
         await settle()
         return engine

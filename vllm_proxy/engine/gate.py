@@ -12,9 +12,14 @@ class DeviceGate:
         self._line: list[tuple[frozenset[str], asyncio.Event]] = []  # holders and waiters, in the order they came
 
     @asynccontextmanager
-    async def hold(self, devices: frozenset[str]) -> AsyncIterator[None]:
-        """Wait until nobody who came earlier shares a device, then keep the others waiting."""
+    async def hold(self, devices: frozenset[str], *, at_once: bool = False) -> AsyncIterator[None]:
+        """Wait until nobody who came earlier shares a device, then keep the others waiting.
+
+        `at_once`: do not wait, since the engine runs already.
+        """
         place = (devices, asyncio.Event())
+        if at_once:
+            place[1].set()
         self._line.append(place)
         try:
             self._admit()

@@ -1,8 +1,26 @@
-"""Engine output on disk."""
+"""Engine output on disk: followed, searched from its end, kept short.
 
+Its one rule: an engine writes with O_APPEND and is never asked, so nothing here may replace the file or raise.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
-_TAIL_BYTES = 64 * 1024
+_CHUNK = 256 * 1024  # is read at a time
+_LONGEST_LINE = 16 * 1024  # is held back until it ends
+_MOST_BEHIND = 4 * 2**20
+_SEEN = 1024  # of what was read last: enough to find it again
+_TAIL_BLOCK = 64 * 1024
+_MOST_TAIL = 8 * 2**20
+_MOST_LINES = 10_000
+_LINE_END = re.compile(rb"[\r\n]")
+# Escape sequences (colours, cursor moves; titles and the like up to their end), then control characters but the tab.
+_CONTROL = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[ -/]*[0-~]?|[\x00-\x08\x0a-\x1f\x7f-\x9f]"
+)
 
 
 def size_of(log_file: Path) -> int:
@@ -13,13 +31,152 @@ def size_of(log_file: Path) -> int:
         return 0
 
 
+class LogReader:
+    """Follows one file. A bar that rewrites itself gives a line each time; blank lines are left out."""
+
+    def __init__(self, path: Path, position: int) -> None:
+        """`position`: the byte to begin at."""
+        self._path = path
+        self._position = position
+        self._rest = b""  # of a line that has not ended; its bytes lie before the position
+        self._seen = b""  # what lies before the position
+        self._skipped = 0  # not told yet, bytes
+
+    def read(self) -> list[str]:
+        """The lines that ended since, from at most 256 KiB; far behind, the next of the newest ones."""
+        size = size_of(self._path)
+        lines = self._find_place() if size < self._position else []
+        skips = size - self._position > _MOST_BEHIND
+        if skips:
+            self._skip(size - _CHUNK)
+        data = self._next() if size > self._position else b""
+        if skips and (end := _LINE_END.search(data)):
+            self._skipped += end.end()
+            data = data[end.end() :]
+        if self._skipped:
+            lines.append(f"[{self._skipped} bytes skipped]")
+            self._skipped = 0
+        *ended, self._rest = _LINE_END.split(self._rest + data) if data else (self._rest,)
+        lines += [text for line in ended for piece in _pieces(line) if (text := _text(piece))]
+        *begun, self._rest = _pieces(self._rest)
+        return lines + [text for piece in begun if (text := _text(piece))]
+
+    def flush(self) -> list[str]:
+        """The last line, where it has not ended and never will."""
+        text, self._rest = _text(self._rest), b""
+        return [text] if text else []
+
+    def shift(self, moved: int) -> None:
+        """`cut` has moved the file's contents by so many bytes."""
+        self._skip(max(self._position, moved))
+        self._position -= moved
+
+    def _skip(self, position: int) -> None:
+        if position > self._position:
+            self._skipped += position - self._position + len(self._rest)
+            self._position, self._rest, self._seen = position, b"", b""
+
+    def _next(self) -> bytes:
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._position)
+                data = file.read(_CHUNK)
+        except OSError:
+            return b""
+        self._position += len(data)
+        self._seen = (self._seen + data[-_SEEN:])[-_SEEN:]
+        return data
+
+    def _find_place(self) -> list[str]:
+        """The file is shorter than it was: cut for another reader, or another one, which is read from its start."""
+        self._position, head = 0, b""
+        with contextlib.suppress(OSError), self._path.open("rb") as file:
+            head = file.read(_MOST_BEHIND)
+        found = head.find(self._seen) if self._seen else -1
+        if found >= 0:
+            self._position = found + len(self._seen)
+            return []
+        self._seen = b""
+        return self.flush()
+
+
+def cut(path: Path, limit: int = 64 * 2**20, keep: int = 2**20) -> int:
+    """Shorten a file that is larger than `limit` to its last lines, `keep` bytes of them; by how much positions moved.
+
+    It stays the same file, written over from its front, then truncated: on a full disk there is room for nothing else.
+    What an engine appends meanwhile is moved too; lost is only what comes between the last look and the truncation.
+    """
+    size = size_of(path)
+    if size <= max(limit, keep):
+        return 0
+    try:
+        with path.open("r+b", buffering=0) as file:
+            tail = os.pread(file.fileno(), keep, size - keep)
+            line_end = _LINE_END.search(tail)
+            start = size - keep + (line_end.end() if line_end else 0)
+            try:
+                _move_to_front(file.fileno(), start)
+            except OSError:  # a copy-on-write file system that is full: it has room once the old blocks are gone
+                os.truncate(file.fileno(), 0)
+                with path.open("ab") as again:
+                    again.write(tail[start - size + keep :])
+            return start
+    except OSError:
+        return 0
+
+
+def _move_to_front(file: int, start: int) -> None:
+    end = 0
+    while block := os.pread(file, _CHUNK, start + end):
+        end += os.pwrite(file, block, end)
+    os.truncate(file, end)
+
+
 def last_lines(log_file: Path, count: int, since: int = 0) -> tuple[str, ...]:
-    """The last lines written after byte `since`, at most `count`, read from at most 64 KiB."""
+    """The last lines written after byte `since`, at most `count` and 10,000, from at most 8 MiB; oldest first.
+
+    Of a bar that rewrites itself the last state is given. A `since` beyond the end is of another file: all is given.
+    """
+    found: list[str] = []
+    count = min(count, _MOST_LINES)
     try:
         with log_file.open("rb") as file:
-            start = max(since, size_of(log_file) - _TAIL_BYTES)
-            file.seek(start)
-            text = file.read().decode("utf-8", errors="replace")
+            size = os.fstat(file.fileno()).st_size
+            begin = since if since <= size else 0
+            floor = max(begin, size - _MOST_TAIL)
+            end, block, rest = size, _TAIL_BLOCK, b""
+            while end > floor and len(found) < count:
+                start = max(floor, end - block)
+                file.seek(start)
+                rest, *lines = (file.read(end - start) + rest).split(b"\n")
+                found += _last_states(lines)
+                end, block = start, 2 * block  # doubled, since a line may be longer than many blocks
     except OSError:
         return ()
-    return tuple(text.splitlines()[-count:]) if count > 0 else ()
+    if len(found) < count and (floor == begin or not found):  # else it is the end of a line
+        found += _last_states([rest])
+    return tuple(reversed(found[: max(count, 0)]))
+
+
+def _last_states(lines: list[bytes]) -> Iterator[str]:
+    """The last first; of each what is left to see, none for a blank one."""
+    for line in reversed(lines):
+        if text := next((text for state in reversed(line.split(b"\r")) if (text := _text(state))), ""):
+            yield text
+
+
+def _pieces(line: bytes) -> Iterator[bytes]:
+    """A line that is too long comes in pieces, none of which ends within a character."""
+    while len(line) > _LONGEST_LINE:
+        end = next((at for at in range(_LONGEST_LINE, _LONGEST_LINE - 4, -1) if line[at] & 0xC0 != 0x80), _LONGEST_LINE)
+        yield line[:end]
+        line = line[end:]
+    yield line
+
+
+def _text(line: bytes) -> str:
+    """What a terminal would show; empty if blank."""
+    text = line.decode("utf-8", errors="replace")
+    if not text.isprintable():
+        text = _CONTROL.sub("", text)
+    return "" if text.isspace() else text

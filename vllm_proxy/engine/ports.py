@@ -33,6 +33,10 @@ class Ports:
         msg = f"cannot find a free port in {self._range.start} to {self._range.stop - 1}: set engine.port_end"
         raise NoPortError(msg)
 
+    def hold(self, port: int) -> None:
+        """An engine of an earlier daemon has this port already."""
+        self._held.add(port)
+
     def give_back(self, port: int) -> None:
         """The engine is gone."""
         self._held.discard(port)

@@ -99,7 +99,7 @@ async def end_session(session: int, started: int, grace_seconds: float) -> bool:
     loop = asyncio.get_running_loop()
     if _signal(session, started, signal.SIGTERM):
         deadline = loop.time() + grace_seconds
-        while loop.time() < deadline and _is_alive(session, started):  # noqa: ASYNC110 - the kernel tells nobody
+        while loop.time() < deadline and is_alive(session, started):  # noqa: ASYNC110 - the kernel tells nobody
             await asyncio.sleep(_SWEEP_SECONDS)
     deadline = loop.time() + _KILL_SECONDS
     while left := await asyncio.to_thread(members, session, started):
@@ -118,7 +118,8 @@ async def end_session(session: int, started: int, grace_seconds: float) -> bool:
     return True
 
 
-def _is_alive(pid: int, started: int) -> bool:
+def is_alive(pid: int, started: int) -> bool:
+    """Whether exactly this process lives."""
     process = look_up(pid)
     return process is not None and process.alive and process.started == started
 
@@ -133,7 +134,7 @@ def _signal(pid: int, started: int, number: signal.Signals) -> bool:
         raise
     try:
         # Behind the open: the descriptor and the line speak of the same process.
-        if not _is_alive(pid, started):
+        if not is_alive(pid, started):
             return False
         signal.pidfd_send_signal(fd, number)
     except ProcessLookupError:
@@ -144,22 +145,35 @@ def _signal(pid: int, started: int, number: signal.Signals) -> bool:
 
 
 class EngineProcess:
-    """The first process of an engine. It does nothing before `release`."""
+    """The first process of an engine: a child of this daemon, or of an earlier one."""
 
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+    def __init__(self, pid: int, started: int, pidfd: int, child: subprocess.Popen[bytes] | None) -> None:
+        self.pid = pid
+        self.started = started
         self._child = child
-        self.pid = child.pid
-        stat = look_up(child.pid)
-        assert stat is not None, "a child is there until it is reaped"
-        self.started = stat.started
         loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[Exit] = loop.create_future()
-        self._pidfd = os.pidfd_open(child.pid)
-        loop.add_reader(self._pidfd, self._reap)
+        self._pidfd = pidfd
+        loop.add_reader(pidfd, self._reap)
+
+    @classmethod
+    def adopt(cls, pid: int, started: int) -> "EngineProcess | None":
+        """The process that an earlier daemon started; None where it is gone."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            if error.errno in _NO_PROCESS:
+                return None
+            raise
+        # Behind the open: the descriptor and the line speak of the same process.
+        if not is_alive(pid, started):
+            os.close(pidfd)
+            return None
+        return cls(pid, started, pidfd, None)
 
     @classmethod
     def spawn(cls, argv: Sequence[str], env: Mapping[str, str], folder: Path, log_file: Path) -> "EngineProcess":
-        """Start `argv` in `folder`, held at the gate, output appended to `log_file` (mode 0600).
+        """Start `argv` in `folder`, output appended to `log_file` (mode 0600). It does nothing before `release`.
 
         Raises:
             OSError: when the log cannot be opened or no process can be made.
@@ -167,30 +181,41 @@ class EngineProcess:
         """
         output = os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            return cls(
-                subprocess.Popen(
-                    ["/bin/sh", "-c", _GATE, *argv],
-                    env=env,
-                    cwd=folder,
-                    stdin=subprocess.PIPE,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+            child = subprocess.Popen(
+                ["/bin/sh", "-c", _GATE, *argv],
+                env=env,
+                cwd=folder,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         finally:
             os.close(output)
+        stat = look_up(child.pid)
+        assert stat is not None, "a child is there until it is reaped"
+        return cls(child.pid, stat.started, os.pidfd_open(child.pid), child)
 
     def release(self) -> None:
         """Let it become the engine."""
+        assert self._child is not None, "an adopted engine was let go long ago"
         assert self._child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died at the gate: `exited` tells
             self._child.stdin.write(b"\n")
             self._child.stdin.close()
 
+    def leave(self) -> None:
+        """Look away: it goes on, for the next daemon."""
+        if self.exited.done():
+            return
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        if self._child is not None:
+            self._child.returncode = 0  # Popen warns of a child that nobody waited for
+
     async def end(self, grace_seconds: float) -> bool:
         """End it with all that it started, and reap; True when nothing is left."""
-        if self._child.stdin is not None:
+        if self._child is not None and self._child.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._child.stdin.close()
         emptied = await end_session(self.pid, self.started, grace_seconds)
@@ -201,6 +226,7 @@ class EngineProcess:
     def _reap(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
-        code = self._child.wait()  # returns at once: the descriptor says that it ended
+        # It returns at once: the descriptor says that it ended. How a stranger's child ended, its parent alone learns.
+        code = None if self._child is None else self._child.wait()
         if not self.exited.done():
-            self.exited.set_result(Exit(code, None) if code >= 0 else Exit(None, -code))
+            self.exited.set_result(Exit(code, None) if code is None or code >= 0 else Exit(None, -code))

@@ -1,120 +1,140 @@
-"""What runs follows what the file asks for. Its one rule: only this module starts and stops supervisors."""
+"""What runs follows what the file asks for. Its one rule: only this module makes and ends models."""
 
 import asyncio
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import structlog
 
-from vllm_proxy.domain import lifecycle
-from vllm_proxy.domain.config import Config, ModelSpec
-from vllm_proxy.domain.diagnose import Diagnosis
-from vllm_proxy.domain.lifecycle import State
-from vllm_proxy.engine.process import end_session
-from vllm_proxy.engine.state import EngineRecord
-from vllm_proxy.engine.supervisor import Supervisor, Surroundings
+from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec
+from vllm_proxy.engine.history import History
+from vllm_proxy.engine.launch import bury
+from vllm_proxy.engine.model import Model
+from vllm_proxy.engine.process import end_session, is_alive
+from vllm_proxy.engine.state import EngineRecord, StateDirectory
+from vllm_proxy.engine.supervisor import Surroundings
+from vllm_proxy.errors import RequestError
 
 log = structlog.get_logger()
 
 _ORPHAN_GRACE_SECONDS = 10.0
 
-
-@dataclass(frozen=True, slots=True)
-class ModelStatus:
-    """One model now: what the file asks, what is, and its instances."""
-
-    spec: ModelSpec
-    state: State
-    diagnosis: Diagnosis | None
-    created_at: datetime
-    updated_at: datetime
-    instances: tuple[Supervisor, ...]
+type Adoptable = dict[str, dict[int, EngineRecord]]  # by model and instance
 
 
-async def end_orphans(records: list[EngineRecord]) -> list[EngineRecord]:
-    """End what an earlier daemon left behind: every live process of each recorded session, its leader dead or not.
+def sort_out(
+    records: Iterable[EngineRecord], models: Mapping[str, ModelSpec], fingerprint: Callable[[EngineSpec], str]
+) -> tuple[Adoptable, list[EngineRecord]]:
+    """What an earlier daemon left: engines that are what the file asks for and live, and all others."""
+    adoptable: Adoptable = {}
+    others: list[EngineRecord] = []
+    # Of two engines of one instance, the one that has served.
+    for record in sorted(records, key=lambda record: not record.ready):
+        model_id, _, number = record.instance.rpartition("/")
+        model = models.get(model_id)
+        wanted = (
+            model is not None
+            and model.policy.enabled
+            and int(number) < model.policy.replicas
+            and fingerprint(model.engine) == record.spec
+            and is_alive(record.pid, record.started)
+        )
+        mine = adoptable.setdefault(model_id, {})
+        if wanted and int(number) not in mine:
+            mine[int(number)] = record
+        else:
+            others.append(record)
+    return adoptable, others
 
-    Returns those that could not be ended.
-    """
+
+async def end_left(records: Iterable[EngineRecord], state: StateDirectory) -> bool:
+    """End engines that an earlier daemon left: every live process of each session. True when nothing is left."""
 
     async def end(record: EngineRecord) -> bool:
         log.warning("ending an engine that an earlier daemon left", instance=record.instance, pid=record.pid)
-        try:
-            return await end_session(record.pid, record.started, _ORPHAN_GRACE_SECONDS)
-        except OSError as error:  # not ours to signal
-            log.error("the engine cannot be ended", instance=record.instance, pid=record.pid, error=str(error))
-            return False
+        return await bury(record, partial(end_session, record.pid, record.started, _ORPHAN_GRACE_SECONDS), state)
 
-    ended = await asyncio.gather(*(end(record) for record in records))
-    return [record for record, gone in zip(records, ended, strict=True) if not gone]
+    return all(await asyncio.gather(*(end(record) for record in records)))
 
 
 class Reconciler:
     """All models of one daemon."""
 
-    def __init__(self, config: Config, around: Surroundings, started_at: datetime) -> None:
+    def __init__(
+        self, config: Config, around: Surroundings, state: StateDirectory, fingerprint: Callable[[EngineSpec], str]
+    ) -> None:
         self.config = config
         self.registry = around.registry
         self._around = around
-        self._started_at = started_at
-        self._listeners: list[Callable[[], None]] = []
-        self._supervisors: Mapping[str, tuple[Supervisor, ...]] = {}
+        self._state = state
+        self._fingerprint = fingerprint
+        self._listeners: list[Callable[[Model], None]] = []
+        self._models: dict[str, Model] = {}
+        self._clearing: asyncio.Task[None] | None = None
+        self.stopping = asyncio.Event()  # set: nothing that has no end goes on
 
-    def listen(self, listener: Callable[[], None]) -> None:
-        """Call `listener` after every change of any model's status."""
+    def listen(self, listener: Callable[[Model], None]) -> None:
+        """Call `listener` with a model after every change of what it shows."""
         self._listeners.append(listener)
 
     def start(self) -> None:
-        """Begin to run every enabled model. Returns at once."""
-        self._around.registry.declare(self.config.models.values())
-        self._supervisors = {model.id: self._instances(model) for model in self.config.models.values()}
-        for supervisors in self._supervisors.values():
-            for supervisor in supervisors:
-                supervisor.start()
+        """Run every enabled model, on engines of an earlier daemon where they fit. Returns at once."""
+        adoptable, others = sort_out(self._state.left_behind(), self.config.models, self._fingerprint)
+        self._clearing = asyncio.create_task(self._clear(others))
+        for spec in self.config.models.values():
+            history = History(self._state, self._fingerprint)
+            model = self._models[spec.id] = Model(spec, self._around, history, self._changed)
+            self.registry.declare(spec, model.wake)
+        for model in self._models.values():
+            model.begin(adoptable.get(model.spec.id, {}))
 
     async def stop(self) -> None:
-        """Stop every instance at the same time; returns when nothing is left of any."""
-        self._around.registry.close()
-        everyone = [supervisor for supervisors in self._supervisors.values() for supervisor in supervisors]
-        for result in await asyncio.gather(*(supervisor.stop() for supervisor in everyone), return_exceptions=True):
-            if isinstance(result, Exception):
-                log.error("an instance did not stop cleanly", error=repr(result))
+        """Stop every model at the same time, or leave its engines where the file says so; returns when it is done."""
+        self.stopping.set()
+        self.registry.close()
+        keep = self.config.server.on_exit == "keep"
+        await asyncio.gather(*(model.end(keep=keep) for model in self._models.values()))
+        if self._clearing is not None:
+            await asyncio.wait({self._clearing})
 
     def hurry(self) -> None:
         """Do not wait for requests in flight any more."""
         self._around.hurry.set()
 
-    def models(self) -> list[ModelStatus]:
+    def models(self) -> Sequence[Model]:
         """Every model in the file's order."""
-        return [self.model(model_id) for model_id in self.config.models]
+        return list(self._models.values())
 
-    def model(self, model_id: str) -> ModelStatus:
+    def model(self, model_id: str) -> Model:
         """One model.
 
         Raises:
-            KeyError: when the file has no such model.
+            RequestError: `model_not_found`.
 
         """
-        spec = self.config.models[model_id]
-        instances = self._supervisors.get(model_id, ())
-        state = lifecycle.best(instance.state for instance in instances)
-        speakers = [instance for instance in instances if instance.state is state]
-        speaker = next((instance for instance in speakers if instance.diagnosis), None)
-        updated_at = max((instance.updated_at for instance in instances), default=self._started_at)
-        diagnosis = speaker.diagnosis if speaker and state in {State.LOADING, State.ERROR} else None
-        return ModelStatus(spec, state, diagnosis, self._started_at, updated_at, instances)
+        if model_id not in self._models:
+            raise RequestError("model_not_found", f"cannot find model {model_id!r}: GET /models lists them")
+        return self._models[model_id]
 
-    def _instances(self, model: ModelSpec) -> tuple[Supervisor, ...]:
-        def changed() -> None:
-            self._changed(model.id)
+    def log_files(self, model_id: str) -> list[tuple[str, Path]]:
+        """Each instance of a model, at least the first, and where its engines' output is.
 
-        replicas = model.policy.replicas if model.policy.enabled else 0
-        return tuple(Supervisor(model, index, self._around, changed) for index in range(replicas))
+        Raises:
+            RequestError: `model_not_found`.
 
-    def _changed(self, model_id: str) -> None:
-        status = self.model(model_id)
-        message = status.diagnosis.message if status.diagnosis else None
-        self._around.registry.report(model_id, status.state, message)
+        """
+        names = [f"{model_id}/{index}" for index in range(max(1, len(self.model(model_id).instances)))]
+        return [(name, self._state.log_file(name)) for name in names]
+
+    async def _clear(self, left: list[EngineRecord]) -> None:
+        try:
+            await end_left(left, self._state)
+        finally:
+            self._around.cleared.set()
+
+    def _changed(self, model: Model) -> None:
+        message = model.diagnosis.message if model.diagnosis else None
+        self.registry.report(model.spec.id, model.state, message, rests=model.rests)
         for listener in self._listeners:
-            listener()
+            listener(model)

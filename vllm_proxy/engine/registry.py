@@ -7,7 +7,7 @@ request. Everything here runs on the event loop, and no method but `acquire` and
 import asyncio
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -63,8 +63,12 @@ class Route:
     """One model, as requests see it."""
 
     spec: ModelSpec
-    state: State
-    message: str | None  # why it is not ready
+    wake: Callable[[], None]  # somebody waits for it, and nobody has started it
+    state: State = State.STOPPED
+    message: str | None = None  # why it is not ready
+    rests: bool = False  # stopped by hand
+    open: bool = False  # takes requests: ready, and not about to be stopped by hand
+    idle_since: float = 0.0  # of the loop's clock; since when nothing holds it
     endpoints: list[Endpoint] = field(default_factory=list)
     waiting: deque[asyncio.Future[Endpoint]] = field(default_factory=deque)
     in_flight: int = 0  # requests that hold an endpoint of this model, a withdrawn one included
@@ -72,6 +76,8 @@ class Route:
     def _add(self, endpoint: Endpoint, count: int) -> None:
         endpoint._add(count)  # noqa: SLF001 - the counters are this module's
         self.in_flight += count
+        if not self.in_flight:
+            self.idle_since = asyncio.get_running_loop().time()
 
 
 class Lease:
@@ -122,23 +128,27 @@ class Registry:
 
     # What the reconciler and its supervisors say
 
-    def declare(self, specs: Iterable[ModelSpec]) -> None:
-        """The models there are, enabled or not."""
-        for spec in specs:
-            self._routes[spec.id] = Route(spec, State.STOPPED, None)
-            self._aliases |= dict.fromkeys(spec.policy.aliases, spec.id)
+    def declare(self, spec: ModelSpec, wake: Callable[[], None]) -> None:
+        """There is such a model, enabled or not. `wake` is called when a request waits for it, again and again."""
+        self._routes[spec.id] = Route(spec, wake, idle_since=asyncio.get_running_loop().time())
+        self._aliases |= dict.fromkeys(spec.policy.aliases, spec.id)
 
-    def report(self, model_id: str, state: State, message: str | None) -> None:
-        """A model's state changed. One that will not come by itself fails whoever waits for it."""
+    def report(self, model_id: str, state: State, message: str | None, *, rests: bool = False) -> None:
+        """A model's state changed. One that will not come by itself fails whoever waits for it.
+
+        `rests`: it was stopped by hand.
+        """
         route = self._routes[model_id]
-        route.state, route.message = state, message
-        if state in {State.ERROR, State.STOPPED}:
+        route.state, route.message, route.rests = state, message, rests
+        route.open = state is State.READY and not rests
+        if rests or state is State.ERROR:
             self._fail_waiting(route)
 
     def open(self, model_id: str, endpoint: Endpoint) -> None:
         """An instance is ready."""
         route = self._routes[model_id]
         route.endpoints.append(endpoint)
+        route.idle_since = asyncio.get_running_loop().time()
         self._serve_waiting(route)
 
     def withdraw(self, model_id: str, endpoint: Endpoint) -> None:
@@ -174,6 +184,17 @@ class Registry:
             raise RequestError("model_not_found", f"cannot serve {name!r}: there is no such model", param="model")
         return route
 
+    def is_awaited(self, model_id: str) -> bool:
+        """Whether a request waits for this model."""
+        return self.counts(model_id)[1] > 0
+
+    def idle_seconds(self, model_id: str) -> float:
+        """For how long no request has held this model or waited for it."""
+        route = self._routes[model_id]
+        if route.in_flight or self.is_awaited(model_id):
+            return 0.0
+        return asyncio.get_running_loop().time() - route.idle_since
+
     def counts(self, model_id: str) -> tuple[int, int]:
         """Requests in flight and requests waiting, of one model."""
         route = self._routes[model_id]
@@ -196,8 +217,9 @@ class Registry:
             RequestError: when none will come.
 
         """
-        if self.closing or route.state is not State.READY or not route.spec.policy.enabled:
+        if self.closing or not route.open or not route.spec.policy.enabled:
             self._refuse(route)
+            route.wake()
         endpoint = _least_loaded(route)
         if endpoint is None or (route.waiting and any(not future.done() for future in route.waiting)):
             return None
@@ -235,8 +257,8 @@ class Registry:
             raise RequestError("model_disabled", f"cannot serve {name}: it is disabled in the configuration")
         if route.state is State.ERROR:
             raise RequestError("model_error", f"cannot serve {name}: {route.message}")
-        if route.state is State.STOPPED:
-            raise RequestError("model_stopped", f"cannot serve {name}: it is stopped")
+        if route.rests:
+            raise RequestError("model_stopped", f"cannot serve {name}: it was stopped by hand")
 
     async def _queue(self, route: Route) -> Endpoint:
         policy = route.spec.policy
@@ -258,6 +280,7 @@ class Registry:
         finally:
             if future in route.waiting:
                 route.waiting.remove(future)
+            route.idle_since = asyncio.get_running_loop().time()
 
     def _serve_waiting(self, route: Route) -> None:
         while route.waiting and (endpoint := _least_loaded(route)):
@@ -274,6 +297,8 @@ class Registry:
                     self._refuse(route)
                 except RequestError as error:
                     future.set_exception(error)
+                else:
+                    raise AssertionError("whoever waits is failed for a reason")
 
 
 def _least_loaded(route: Route, without: Sequence[Endpoint] = ()) -> Endpoint | None:

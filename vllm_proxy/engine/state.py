@@ -8,7 +8,8 @@ import fcntl
 import hashlib
 import os
 import tomllib
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 from urllib.parse import quote
@@ -23,11 +24,16 @@ from vllm_proxy.errors import StartupError
 log = structlog.get_logger()
 
 _NAME_LIMIT = 200
+_STARTS_KEPT = 5  # of one spec
+_SPECS_KEPT = 200
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """What ends (or, later, adopts) an engine without having started it. `started` as in `process.Process`."""
+    """What adopts or ends an engine without having started it. `started` as in `process.Process`.
+
+    What has a default came later: a record of an older daemon is still read.
+    """
 
     instance: str
     own_name: str
@@ -37,6 +43,11 @@ class EngineRecord:
     credential: str
     folder: str
     log: str
+    spec: str = ""  # `command.fingerprint` of what it was started for
+    log_start: int = 0  # where its output begins in the log, bytes
+    started_at: str = ""  # UTC
+    ready: bool = False  # it has served
+    segments: tuple[str, ...] = ()  # its files in /dev/shm
 
 
 class StateDirectory:
@@ -45,7 +56,9 @@ class StateDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path / "engines.toml"
+        self._starts_file = path / "starts.toml"
         self._records: dict[str, EngineRecord] = {}
+        self._starts: dict[str, list[float]] | None = None  # read when first asked for
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
@@ -81,7 +94,7 @@ class StateDirectory:
             document = tomllib.loads(self._file.read_text(encoding="utf-8"))
             if document["boot_id"] != boot_id():
                 return []
-            return msgspec.convert(document["engines"], list[EngineRecord])
+            records = msgspec.convert(document["engines"], list[EngineRecord])
         except FileNotFoundError:
             return []
         except (
@@ -95,34 +108,71 @@ class StateDirectory:
             log.error("the record of engines cannot be read; engines of an earlier daemon may be left",
                       file=str(self._file), error=str(error))  # fmt: skip
             return []
+        self._records |= {record.own_name: record for record in records}  # until somebody forgets them
+        return records
 
     def record(self, engine: EngineRecord) -> None:
         """Put an engine on record."""
         self._records[engine.own_name] = engine
         self._write()
 
+    def on_record(self, own_name: str) -> EngineRecord:
+        """What is known of an engine."""
+        return self._records[own_name]
+
+    def amend(self, own_name: str, *, ready: bool, segments: tuple[str, ...]) -> None:
+        """An engine on record has changed."""
+        self.record(replace(self._records[own_name], ready=ready, segments=segments))
+
     def forget(self, own_name: str) -> None:
         """Nothing of the engine is left."""
         self._records.pop(own_name, None)
         self._write()
 
+    def starts(self, spec: str) -> Sequence[float]:
+        """How many seconds the last starts of a spec took, by its fingerprint."""
+        return self._all_starts().get(spec, [])
+
+    def add_start(self, spec: str, seconds: float) -> None:
+        """One more start of a spec."""
+        every = self._all_starts()
+        mine = [*every.pop(spec, []), round(seconds, 1)][-_STARTS_KEPT:]
+        self._starts = dict(list(every.items())[1 - _SPECS_KEPT :]) | {spec: mine}
+        self._replace(self._starts_file, {"seconds": self._starts})
+
+    def _all_starts(self) -> dict[str, list[float]]:
+        if self._starts is None:
+            try:
+                document = tomllib.loads(self._starts_file.read_text(encoding="utf-8"))
+                self._starts = msgspec.convert(document["seconds"], dict[str, list[float]])
+            except (OSError, ValueError, KeyError, msgspec.ValidationError):
+                self._starts = {}  # an estimate is worth no complaint
+        return self._starts
+
     def _write(self) -> None:
-        document = {"boot_id": boot_id(), "engines": [asdict(record) for record in self._records.values()]}
+        engines = [asdict(record) for record in self._records.values()]
+        self._replace(self._file, {"boot_id": boot_id(), "engines": engines})
+
+    def _replace(self, file: Path, document: Mapping[str, object]) -> None:
         try:
-            replace_file(self._file, tomli_w.dumps(document).encode())
+            # Not worth an fsync each: what a crash of the machine destroys, no later boot could use.
+            replace_file(file, tomli_w.dumps(document).encode(), durable=False)
         except OSError as error:
-            log.error("the record of engines cannot be written", file=str(self._file), error=str(error))
+            log.error("the state cannot be written", file=str(file), error=str(error))
 
 
-def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Put `data` in the place of a file, whole or not at all, also when the machine stops in the middle."""
+def replace_file(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = True) -> None:
+    """Put `data` in the place of a file, whole or not at all; `durable`: also when the machine stops in the middle."""
     temporary = path.with_name(f".{path.name}.new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     with os.fdopen(fd, "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     temporary.replace(path)
+    if not durable:
+        return
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(folder)

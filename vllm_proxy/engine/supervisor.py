@@ -13,20 +13,25 @@ from typing import Any, Protocol
 
 import structlog
 
-from vllm_proxy.domain import lifecycle
+from vllm_proxy.domain import lifecycle, progress
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.diagnose import Diagnosis, Exit, diagnose
-from vllm_proxy.domain.lifecycle import Event, Phase, Reason, State
+from vllm_proxy.domain.lifecycle import Event, Life, Phase, Reason, State
+from vllm_proxy.domain.progress import Progress
 from vllm_proxy.engine.ejection import mind
 from vllm_proxy.engine.gate import DeviceGate
+from vllm_proxy.engine.history import History
 from vllm_proxy.engine.launch import Engine, LaunchError
-from vllm_proxy.engine.probe import Ready
+from vllm_proxy.engine.liveness import until_stalled
+from vllm_proxy.engine.probe import Probe, Ready
 from vllm_proxy.engine.registry import Endpoint, Registry
+from vllm_proxy.engine.start import until_ready
+from vllm_proxy.engine.state import EngineRecord
 
 log = structlog.get_logger()
 
-_POLL_SECONDS = 0.05  # a refused connection on loopback costs microseconds
-_TAIL_LINES = 20
+_TAIL_LINES = 20  # shown
+_DIAGNOSED_LINES = 2000  # the root of a failure stands far above vLLM's last words
 
 
 class Launcher(Protocol):
@@ -35,18 +40,15 @@ class Launcher(Protocol):
     def devices(self, spec: EngineSpec) -> frozenset[str]:
         """The GPUs that an engine measures while it loads."""
 
-    def running(self, model: ModelSpec, instance: str) -> contextlib.AbstractAsyncContextManager[Engine]:
+    def running(
+        self, model: ModelSpec, instance: str, stop_timeout: Callable[[], float]
+    ) -> contextlib.AbstractAsyncContextManager[Engine]:
         """An engine that runs inside the block."""
 
-
-class Probe(Protocol):
-    """What tells whether an engine is ready."""
-
-    async def ready(self, port: int, own_name: str, credential: str) -> Ready | None:
-        """What the engine on this port says of itself, None while it is not ready or not ours."""
-
-    async def healthy(self, port: int) -> bool:
-        """Whether `/health` answers 200."""
+    def adopted(
+        self, record: EngineRecord, stop_timeout: Callable[[], float]
+    ) -> contextlib.AbstractAsyncContextManager[Engine]:
+        """One that runs already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Surroundings:
     registry: Registry
     probe: Probe
     hurry: asyncio.Event  # set: do not wait for requests any more
+    cleared: asyncio.Event  # set: what an earlier daemon left is gone, its ports and its memory are free
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,53 +76,84 @@ class LastExit:
 class Supervisor:
     """The life of instance `index` of a model. `changed` is called after every change of what it shows."""
 
-    def __init__(self, spec: ModelSpec, index: int, around: Surroundings, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, spec: ModelSpec, index: int, around: Surroundings, history: History, changed: Callable[[], None]
+    ) -> None:
         self.spec = spec
         self.index = index
         self.name = f"{spec.id}/{index}"
-        self.state = State.STOPPED
         self.phase: Phase | None = None
+        self.fraction: float | None = None  # of the phase
         self.diagnosis: Diagnosis | None = None
         self.last_exit: LastExit | None = None
-        self.updated_at = self.created_at = datetime.now(UTC)
+        self.updated_at = datetime.now(UTC)
         self.started_at: datetime | None = None
         self.ready_at: datetime | None = None
         self.restarts = 0
         self.engine: Engine | None = None
         self.endpoint: Endpoint | None = None
+        self._life = Life()
         self._around = around
+        self._history = history
         self._changed = changed
         self._failures = 0
         self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begin to run. Returns at once."""
+    @property
+    def state(self) -> State:
+        """What it is now."""
+        return self._life.state
+
+    def start(self, record: EngineRecord | None = None) -> None:
+        """Begin to run, with an engine of an earlier daemon where there is one. Returns at once."""
         self._failures = 0
+        self.diagnosis = None
         self._move(Event.START)
-        self._task = asyncio.create_task(self._run(), name=f"supervisor of {self.name}")
+        self._task = asyncio.create_task(self._run(record), name=f"supervisor of {self.name}")
 
-    async def stop(self) -> None:
-        """Stop routing, wait for the requests in flight, end the engine; returns when nothing of it is left."""
-        assert self._task is not None, "stop follows start"
-        self._move(Event.STOP, Phase.DRAINING)
-        self._task.cancel()
+    async def stop(self, *, keep: bool = False) -> None:
+        """Stop routing, wait for the requests in flight, end the engine; returns when nothing of it is left.
+
+        `keep`: the engine itself goes on, for the next daemon.
+        """
+        if self.state is State.STOPPED:
+            return
+        assert self._task is not None, "only a started one is not stopped"
+        if self.state is not State.UNLOADING:
+            self._move(Event.STOP, Phase.DRAINING)
+            if keep and self.engine is not None:
+                self.engine.keep()
+            self._task.cancel()
         await asyncio.wait({self._task})  # not the task itself: to cancel this wait must not cut the end of the engine
-        self._move(Event.GONE)
+        if self._life.state is State.UNLOADING:  # of two who wait, the first says so
+            self._move(Event.GONE)
 
-    def _move(self, event: Event, phase: Phase | None = None) -> None:
-        before, self.state = self.state, lifecycle.after(self.state, event)
-        if self.state is not before:
+    def seconds_left(self) -> float | None:
+        """How long this start may still take, as the last ones of the same spec went; None where nothing is known."""
+        if self.state is not State.LOADING or self.engine is None:
+            return None
+        elapsed = (datetime.now(UTC) - self.engine.started_at).total_seconds()
+        return progress.estimate(self._history.past_starts(self.spec.engine), elapsed)
+
+    def _move(self, event: Event, phase: Phase | None = None, *, generation: int | None = None) -> None:
+        before = self._life
+        self._life = before.after(event, before.generation if generation is None else generation)
+        if self._life is before:  # a late event
+            return
+        if self._life.state is not before.state:
             self.updated_at = datetime.now(UTC)
         self._show(phase)
 
-    def _show(self, phase: Phase | None) -> None:
-        self.phase = phase
+    def _show(self, phase: Phase | None, fraction: float | None = None) -> None:
+        self.phase, self.fraction = phase, fraction
         self._changed()
 
-    async def _run(self) -> None:
+    async def _run(self, record: EngineRecord | None) -> None:
         try:
             while True:
-                self.diagnosis = await self._one_life()
+                self.diagnosis = await self._one_life(record)
+                record = None
+                self._history.failed(self.name, self.diagnosis.reason)
                 if not await self._may_try_again(self.diagnosis):
                     return
         except Exception:  # a bug in here must not take the other models along
@@ -147,18 +181,23 @@ class Supervisor:
         self.restarts += 1
         return True
 
-    async def _one_life(self) -> Diagnosis:
-        """Start an engine and stay with it until it ends by itself; returns why it did."""
+    async def _one_life(self, record: EngineRecord | None) -> Diagnosis:
+        """Start or adopt an engine and stay with it until it ends by itself; returns why it did."""
+        around = self._around
         try:
             async with contextlib.AsyncExitStack() as gate:
                 self._show(Phase.QUEUED)
-                await gate.enter_async_context(self._around.gate.hold(self._around.launcher.devices(self.spec.engine)))
-                async with self._around.launcher.running(self.spec, self.name) as engine:
-                    self.engine, self.started_at = engine, datetime.now(UTC)
-                    self._show(None)
-                    ready = await self._until_ready(engine)
-                    if isinstance(ready, Diagnosis):
-                        return ready
+                if record is None:
+                    await around.cleared.wait()
+                devices = around.launcher.devices(self.spec.engine)
+                await gate.enter_async_context(around.gate.hold(devices, at_once=record is not None))
+                async with self._living(record) as engine:
+                    self.engine, self.started_at = engine, engine.started_at
+                    self._show(Phase.IMPORTING)
+                    ready = await until_ready(engine, around.probe, self._startup_timeout, self._progress)
+                    if not isinstance(ready, Ready):
+                        return self._failed(engine, ready)
+                    engine.serves()
                     await gate.aclose()  # its memory is taken: the next one may measure
                     return await self._serve(engine, ready)
         except LaunchError as error:
@@ -166,33 +205,26 @@ class Supervisor:
         finally:
             self.engine = self.ready_at = None
 
-    async def _until_ready(self, engine: Engine) -> Ready | Diagnosis:
-        """Poll the engine; a long start is fine as long as it writes something now and then."""
-        loop, policy, place = asyncio.get_running_loop(), self.spec.policy, engine.place
-        written, progress = engine.output_size(), loop.time()
-        while not engine.exited.done():
-            if ready := await self._around.probe.ready(place.port, place.own_name, place.credential):
-                return ready
-            if (size := engine.output_size()) != written:
-                written, progress = size, loop.time()
-            if loop.time() - progress > policy.startup_timeout:
-                message = f"nothing happened for {policy.startup_timeout:g} s; see its log, or raise startup_timeout"
-                return self._failed(engine, Diagnosis(Reason.STARTUP_TIMEOUT, message), Exit(None, None))
-            await asyncio.wait({engine.exited}, timeout=_POLL_SECONDS)
-        return self._examine(engine, was_ready=False)
+    def _living(self, record: EngineRecord | None) -> contextlib.AbstractAsyncContextManager[Engine]:
+        if record is not None:
+            return self._around.launcher.adopted(record, self._stop_timeout)
+        return self._around.launcher.running(self.spec, self.name, self._stop_timeout)
 
     async def _serve(self, engine: Engine, ready: Ready) -> Diagnosis:
-        """Let requests in until the engine ends; when stopped, wait for those in flight."""
+        """Let requests in until the engine ends or stalls; when stopped, wait for those in flight."""
         loop, place, registry = asyncio.get_running_loop(), engine.place, self._around.registry
         endpoint = Endpoint(self.name, place.port, place.credential, ready.max_model_len)
-        self.ready_at, since = datetime.now(UTC), loop.time()
-        self._move(Event.LISTENING, Phase.SERVING)
-        log.info("engine ready", instance=self.name, seconds=self._seconds_to_ready())
+        generation = self._life.generation
+        self._note_ready(engine)
+        since = loop.time()
+        self._move(Event.LISTENING, Phase.SERVING, generation=generation)
         registry.open(self.spec.id, endpoint)
         self.endpoint = endpoint
         minding = asyncio.create_task(mind(endpoint, self._around.probe, lambda: registry.readmit(self.spec.id)))
+        stalling = asyncio.create_task(until_stalled(endpoint, self._around.probe, self._stall_timeout))
         try:
-            await asyncio.wait({engine.exited})
+            ends: set[asyncio.Future[Any]] = {engine.exited, stalling}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             registry.withdraw(self.spec.id, endpoint)
             await self._drain(endpoint, engine)
@@ -201,9 +233,13 @@ class Supervisor:
             registry.withdraw(self.spec.id, endpoint)  # before anything else, and before anyone is told
             if loop.time() - since > self.spec.policy.restart.max_backoff:
                 self._failures = 0  # it served for a while: what came before is forgiven
-            return self._examine(engine, was_ready=True)
+            stalled = None if engine.exited.done() else stalling.result()
+            if stalled is not None:
+                endpoint.pool.close()  # whoever waits for it learns now
+            return self._failed(engine, stalled, was_ready=True, generation=generation)
         finally:
             minding.cancel()
+            stalling.cancel()
             self.endpoint = None
 
     async def _drain(self, endpoint: Endpoint, engine: Engine) -> None:
@@ -221,17 +257,36 @@ class Supervisor:
         endpoint.pool.close()  # vLLM waits for open connections without limit
         self._show(Phase.STOPPING)
 
-    def _examine(self, engine: Engine, *, was_ready: bool) -> Diagnosis:
-        ended = engine.exited.result()
-        return self._failed(engine, diagnose(ended, engine.tail(_TAIL_LINES), was_ready=was_ready), ended)
+    def _failed(
+        self, engine: Engine, verdict: Diagnosis | None, *, was_ready: bool = False, generation: int | None = None
+    ) -> Diagnosis:
+        """Write a failure down. `verdict` None: the engine ended, and how it did says why."""
+        ended = Exit(None, None)
+        if verdict is None:
+            ended = engine.exited.result()
+            verdict = diagnose(ended, engine.output.tail(_DIAGNOSED_LINES), was_ready=was_ready)
+        self.last_exit = LastExit(verdict, ended, datetime.now(UTC), engine.output.tail(_TAIL_LINES))
+        self.diagnosis = verdict
+        event = Event.STALLED if was_ready and verdict.reason is Reason.STALLED else Event.DIED
+        self._move(event, Phase.STOPPING, generation=generation)  # the rest of its processes
+        return verdict
 
-    def _failed(self, engine: Engine, diagnosis: Diagnosis, ended: Exit) -> Diagnosis:
-        self.last_exit = LastExit(diagnosis, ended, datetime.now(UTC), engine.tail(_TAIL_LINES))
-        self.diagnosis = diagnosis
-        self._move(Event.DIED, Phase.STOPPING)  # the rest of its processes
-        return diagnosis
+    def _note_ready(self, engine: Engine) -> None:
+        self.ready_at = datetime.now(UTC)
+        self.diagnosis = None
+        seconds = round((self.ready_at - engine.started_at).total_seconds(), 1)
+        if not engine.was_ready:
+            self._history.started(self.spec.engine, seconds)
+        log.info("engine ready", instance=self.name, seconds=seconds)
 
-    def _seconds_to_ready(self) -> float:
-        assert self.ready_at is not None
-        assert self.started_at is not None
-        return round((self.ready_at - self.started_at).total_seconds(), 1)
+    def _progress(self, now: Progress) -> None:
+        self._show(now.phase, now.fraction)
+
+    def _startup_timeout(self) -> float:
+        return self.spec.policy.startup_timeout
+
+    def _stop_timeout(self) -> float:
+        return self.spec.policy.stop_timeout
+
+    def _stall_timeout(self) -> float:
+        return self.spec.policy.stall_timeout

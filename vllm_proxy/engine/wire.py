@@ -48,6 +48,7 @@ class EngineConnection(asyncio.Protocol):
         if self._receiver is None:
             self.abort()
         else:
+            self._pool.reads += 1
             self._receiver.feed(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -131,6 +132,11 @@ class Pool:
         self._idle: list[EngineConnection] = []
         self._busy: set[EngineConnection] = set()
         self.closed = False
+        self.reads = 0  # how often bytes of an answer came
+
+    def waiting(self) -> bool:
+        """Whether a request waits for bytes of its engine, not for its own client to read them."""
+        return any(not connection._paused for connection in self._busy)  # noqa: SLF001 - its own pool
 
     def take(self) -> EngineConnection | None:
         """An idle connection, None where there is none."""

@@ -1,0 +1,279 @@
+"""One engine from port to last process, with real processes and a real state directory."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
+from vllm_proxy.domain.diagnose import Exit
+from vllm_proxy.engine import process
+from vllm_proxy.engine.launch import Engine, Launcher, LaunchError, bury
+from vllm_proxy.engine.ports import Ports
+from vllm_proxy.engine.process import end_session, look_up
+from vllm_proxy.engine.state import EngineRecord, StateDirectory
+
+
+@pytest.fixture(autouse=True, scope="module")
+def subreaper() -> None:
+    """As the daemon does at its start."""
+    process.adopt_orphans()
+
+
+class Place:
+    """A launcher with a state directory, and what was passed on of the engines' output."""
+
+    def __init__(self, folder: Path, state: StateDirectory, ports: Ports) -> None:
+        self.state = state
+        self.ports = ports
+        self.passed_on: list[str] = []
+        self.launcher = Launcher(
+            folder, dict(os.environ), folder, None, has_gpus=False, ports=ports, state=state, pass_on=self._pass_on
+        )
+
+    def _pass_on(self, instance: str, lines: object) -> None:
+        assert isinstance(lines, list)
+        self.passed_on += [f"{instance} {line}" for line in lines]
+
+
+@contextlib.contextmanager
+def place(folder: Path, port_start: int) -> Iterator[Place]:
+    """What one daemon has; one after another in the same folder."""
+    with StateDirectory(folder / "state") as state:
+        yield Place(folder, state, Ports(port_start, port_start + 100, []))
+
+
+class Event:
+    """A named pipe into which a program writes a line."""
+
+    def __init__(self, path: Path) -> None:
+        os.mkfifo(path)
+        self.path = path
+        self._reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._writer = os.open(path, os.O_WRONLY | os.O_CLOEXEC)  # never at its end
+
+    async def happened(self) -> str:
+        """The next line."""
+        loop = asyncio.get_running_loop()
+        there: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._reader, there.set_result, None)
+        try:
+            await there
+        finally:
+            loop.remove_reader(self._reader)
+        return os.read(self._reader, 4096).decode().strip()
+
+    def close(self) -> None:
+        """No more."""
+        os.close(self._reader)
+        os.close(self._writer)
+
+
+@pytest.fixture
+def event(tmp_path: Path) -> Iterator[Event]:
+    """One that a program can write into."""
+    made = Event(tmp_path / "event")
+    yield made
+    made.close()
+
+
+def model(folder: Path, script: str) -> ModelSpec:
+    """A model whose engine is a shell script."""
+    program = folder / "engine"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return ModelSpec("chat", EngineSpec(model="m", command=(str(program),)), Policy(), {})
+
+
+def short() -> float:
+    """Seconds between SIGTERM and SIGKILL."""
+    return 0.2
+
+
+@contextlib.asynccontextmanager
+async def left_running(
+    folder: Path, port_start: int, event: Event, before: str = "true", behind: str = "exec sleep 1000"
+) -> AsyncIterator[EngineRecord]:
+    """An engine that a daemon which is no more has left; ended behind the block, whatever the test does."""
+    script = f"{before}; echo up > {event.path}; {behind}"
+    with place(folder, port_start) as first:
+        async with first.launcher.running(model(folder, script), "chat/0", short) as engine:
+            await event.happened()
+            engine.serves()
+            while not first.state.on_record(engine.place.own_name).ready:
+                await asyncio.sleep(0)
+            engine.keep()
+        record = first.state.on_record(engine.place.own_name)
+    try:
+        yield record
+    finally:
+        await end_session(record.pid, record.started, 0)
+
+
+async def test_a_stop_while_a_crashed_engine_is_cleaned_up_leaves_no_process(
+    tmp_path: Path, port_start: int, event: Event
+) -> None:
+    """The launcher's block ends to the last process, cancelled in the middle or not, and takes it off the record."""
+    leaving = asyncio.Event()
+    running: asyncio.Future[Engine] = asyncio.get_running_loop().create_future()
+    spec = model(tmp_path, f"trap '' TERM\necho up > {event.path}\nexec sleep 1000")
+    with place(tmp_path, port_start) as here:
+
+        async def live() -> None:
+            async with here.launcher.running(spec, "chat/0", short) as engine:
+                running.set_result(engine)
+                await leaving.wait()
+
+        task = asyncio.create_task(live())
+        engine = await running
+        await event.happened()
+        assert [record.pid for record in here.state.left_behind()] == [engine.pid]
+        leaving.set()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled()
+        assert look_up(engine.pid) is None
+        assert here.state.left_behind() == []
+        assert not Path(engine.place.folder).exists()
+        assert here.ports.take() == engine.place.port
+
+
+async def test_every_line_that_an_engine_wrote_is_passed_on_when_it_has_ended(tmp_path: Path, port_start: int) -> None:
+    """Its last words too, those without an end of line included."""
+    with place(tmp_path, port_start) as here:
+        async with here.launcher.running(model(tmp_path, "seq 3; printf bye"), "chat/0", short) as engine:
+            assert await engine.exited == Exit(0, None)
+        assert here.passed_on == ["chat/0 1", "chat/0 2", "chat/0 3", "chat/0 bye"]
+
+
+async def test_an_engines_output_begins_where_its_predecessors_ended(tmp_path: Path, port_start: int) -> None:
+    """The last lines of a start are never those of the one before."""
+    with place(tmp_path, port_start) as here:
+        for word in ("one", "two"):
+            async with here.launcher.running(model(tmp_path, f"echo {word}"), "chat/0", short) as engine:
+                await engine.exited
+                assert engine.output.tail(10) == (word,)
+
+
+async def test_a_kept_engine_lives_on_and_is_on_record_as_it_was(tmp_path: Path, port_start: int, event: Event) -> None:
+    """Its process, its folder and its port are left alone; its record says that it has served."""
+    async with left_running(tmp_path, port_start, event) as record:
+        assert process.is_alive(record.pid, record.started)
+        assert Path(record.folder).is_dir()
+        assert record.ready
+        with place(tmp_path, port_start) as second:
+            assert second.state.left_behind() == [record]
+
+
+async def test_an_adopted_engine_is_as_one_of_our_own(tmp_path: Path, port_start: int, event: Event) -> None:
+    """Its port is held, new output is passed on, old output is known, and it ends to the last process."""
+    go = Event(tmp_path / "go")
+    script = f"read -r word < {go.path}; echo $word; echo said > {event.path}; exec sleep 1000"
+    async with left_running(tmp_path, port_start, event, "echo before", script) as record:
+        with place(tmp_path, port_start) as second:
+            spec = model(tmp_path, "true").engine
+            assert second.launcher.fingerprint(spec) == record.spec
+            (found,) = second.state.left_behind()
+            async with second.launcher.adopted(found, short) as engine:
+                assert (engine.pid, engine.place.port, engine.was_ready) == (record.pid, record.port, True)
+                assert engine.place.own_name == record.own_name
+                assert second.ports.take() != record.port
+                go.path.write_text("hello\n")
+                await event.happened()
+            assert not process.is_alive(record.pid, record.started)
+            assert second.state.left_behind() == []
+            assert not Path(record.folder).exists()
+            assert second.passed_on == ["chat/0 hello"], "what an earlier daemon passed on is not said twice"
+    go.close()
+
+
+async def test_the_death_of_an_adopted_engine_is_seen_at_once_and_its_code_is_unknown(
+    tmp_path: Path, port_start: int, event: Event
+) -> None:
+    """Only a parent learns how its child ended; here the parent is this process, as an older one."""
+    async with left_running(tmp_path, port_start, event) as record:
+        with place(tmp_path, port_start) as second:
+            async with second.launcher.adopted(second.state.left_behind()[0], short) as engine:
+                os.kill(record.pid, signal.SIGKILL)
+                assert await engine.exited == Exit(None, None)
+
+
+async def test_what_is_left_of_an_engine_that_died_unwatched_is_ended_before_its_successor_starts(
+    tmp_path: Path, port_start: int, event: Event
+) -> None:
+    """Its core lives on in its session: gone, and off the record, when the adoption is refused."""
+    core = tmp_path / "core"
+    async with left_running(tmp_path, port_start, event, f"sleep 1000 & echo $! > {core}", "wait") as record:
+        os.kill(record.pid, signal.SIGKILL)
+        os.waitpid(record.pid, 0)  # noqa: ASYNC222 - it is dead already
+        pid = int(core.read_text())
+        assert look_up(pid) is not None
+        with place(tmp_path, port_start) as second:
+            with pytest.raises(LaunchError, match="while no daemon watched"):
+                async with second.launcher.adopted(second.state.left_behind()[0], short):
+                    pass
+            found = look_up(pid)
+            assert found is None or not found.alive
+            assert second.state.left_behind() == []
+            assert second.ports.take() == record.port
+
+
+async def test_shared_memory_that_a_killed_engine_leaves_is_removed(
+    tmp_path: Path, port_start: int, event: Event
+) -> None:
+    """The segments that it had mapped when it was ready; a file that a live process maps as well is left alone."""
+    segments = [Path(f"/dev/shm/psm_test_{os.getpid()}_{name}") for name in ("mine", "shared")]
+    mapping = (
+        "import mmap, os, sys, signal\n"
+        "maps = [mmap.mmap(os.open(name, os.O_RDWR), 4096) for name in sys.argv[2:]]\n"
+        "open(sys.argv[1], 'w').write('up')\n"
+        "signal.pause()\n"
+    )
+    for segment in segments:
+        segment.write_bytes(bytes(4096))
+    try:
+        other = Event(tmp_path / "other")
+        arguments = ["python3", "-c", mapping, str(other.path), str(segments[1])]
+        with subprocess.Popen(arguments) as neighbour:  # noqa: ASYNC220 - waits for nothing
+            await other.happened()
+            program = tmp_path / "program.py"
+            program.write_text(mapping)
+            script = f"exec python3 {program} {event.path} {segments[0]} {segments[1]}"
+            with place(tmp_path, port_start) as here:
+                async with here.launcher.running(model(tmp_path, script), "chat/0", short) as engine:
+                    await event.happened()
+                    engine.serves()
+                    while not here.state.on_record(engine.place.own_name).ready:
+                        await asyncio.sleep(0)
+                    assert here.state.on_record(engine.place.own_name).segments == tuple(sorted(map(str, segments)))
+                    os.kill(engine.pid, signal.SIGKILL)
+                    await engine.exited
+            assert [segment.exists() for segment in segments] == [False, True]
+            neighbour.kill()
+        other.close()
+    finally:
+        for segment in segments:
+            segment.unlink(missing_ok=True)
+
+
+async def test_what_cannot_be_ended_stays_on_record(tmp_path: Path, port_start: int) -> None:
+    """The next daemon tries again; nothing of it is removed meanwhile."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    record = EngineRecord("chat/0", "engine-1", 2**22 - 1, 1, 8001, "secret", str(folder), "")
+
+    async def cannot() -> bool:
+        raise PermissionError(1, "not ours")
+
+    with place(tmp_path, port_start) as here:
+        here.state.record(record)
+        assert not await bury(record, cannot, here.state)
+        assert here.state.left_behind() == [record]
+    assert folder.is_dir()

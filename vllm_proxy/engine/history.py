@@ -1,0 +1,44 @@
+"""What became of a model's engines: how long their starts took, why they failed. Its one rule: it only counts."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from vllm_proxy.domain.config import EngineSpec
+from vllm_proxy.domain.histogram import Histogram
+from vllm_proxy.domain.lifecycle import Reason
+
+_BUCKETS = (1.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)  # seconds
+
+
+class Starts(Protocol):
+    """Where the durations of starts are kept over restarts of the daemon, by fingerprint."""
+
+    def starts(self, spec: str) -> Sequence[float]:
+        """How many seconds the last starts of a spec took."""
+
+    def add_start(self, spec: str, seconds: float) -> None:
+        """One more start of a spec."""
+
+
+class History:
+    """Of one model."""
+
+    def __init__(self, kept: Starts, fingerprint: Callable[[EngineSpec], str]) -> None:
+        self.failures: Counter[tuple[str, Reason]] = Counter()  # by instance and reason
+        self.startups = Histogram(_BUCKETS)
+        self._kept = kept
+        self._fingerprint = fingerprint
+
+    def started(self, spec: EngineSpec, seconds: float) -> None:
+        """An engine was ready so long after its start."""
+        self.startups.add(seconds)
+        self._kept.add_start(self._fingerprint(spec), seconds)
+
+    def failed(self, instance: str, reason: Reason) -> None:
+        """An engine ended without being asked to, or could not be started."""
+        self.failures[instance, reason] += 1
+
+    def past_starts(self, spec: EngineSpec) -> Sequence[float]:
+        """How many seconds the last starts of this spec took, those under earlier daemons too."""
+        return self._kept.starts(self._fingerprint(spec))

@@ -1,0 +1,56 @@
+"""Does a ready engine still work? Its one rule: only an engine in which nothing at all moves is called stalled.
+
+`/health` says no more than that vLLM's server has not heard of its engine's death, so a hung engine is found by what
+stands still: requests wait for it, no byte of an answer comes, and vLLM's own counters do not move.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from vllm_proxy.domain.diagnose import Diagnosis
+from vllm_proxy.domain.lifecycle import Reason
+from vllm_proxy.engine.probe import Probe
+from vllm_proxy.engine.registry import Endpoint
+
+log = structlog.get_logger()
+
+_BEAT_SECONDS = 10.0
+_BEATS_IN_TIMEOUT = 5  # a short stall_timeout makes for a quicker beat
+
+
+async def until_stalled(endpoint: Endpoint, probe: Probe, stall_timeout: Callable[[], float]) -> Diagnosis:
+    """Watch a ready engine; returns once it has stalled. `stall_timeout` in seconds, 0: never; it may change."""
+    loop = asyncio.get_running_loop()
+    healthy_at = moved_at = loop.time()
+    seen: object = None
+    while True:
+        limit = stall_timeout()
+        await asyncio.sleep(min(_BEAT_SECONDS, limit / _BEATS_IN_TIMEOUT) if limit else _BEAT_SECONDS)
+        if await probe.healthy(endpoint.port):
+            healthy_at = loop.time()
+        else:
+            endpoint.suspect.set()
+        mark = await _mark(endpoint, probe)
+        if mark is None or mark != seen:
+            seen, moved_at = mark, loop.time()
+        if not limit:
+            continue
+        if loop.time() - moved_at >= limit:
+            message = f"requests wait and nothing moved for {limit:g} s; a long silent request? raise stall_timeout"
+            return Diagnosis(Reason.STALLED, message)
+        if loop.time() - healthy_at >= limit:
+            return Diagnosis(Reason.STALLED, f"/health gave no good answer for {limit:g} s; see its log")
+
+
+async def _mark(endpoint: Endpoint, probe: Probe) -> object:
+    """What changes whenever the engine gets on with its requests; None where no request waits for it.
+
+    An engine that keeps no counters (`disable_log_stats`) may be busy with a long answer: it is never judged.
+    """
+    if not endpoint.pool.waiting():
+        return None
+    reads = endpoint.pool.reads
+    counters = await probe.counters(endpoint.port)
+    return None if counters == "" else (reads, counters)

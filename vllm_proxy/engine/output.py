@@ -1,0 +1,87 @@
+"""What an engine writes, while it runs: passed on, kept short on disk, read for progress.
+
+Its one rule: engines write to a file that outlives the daemon, never to a pipe that dies with it; so all here polls.
+"""
+
+import asyncio
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vllm_proxy.domain import progress
+from vllm_proxy.domain.lifecycle import Phase
+from vllm_proxy.domain.progress import Progress
+from vllm_proxy.engine import logs
+from vllm_proxy.engine.logs import LogReader
+from vllm_proxy.engine.vitals import Work
+
+type PassOn = Callable[[str, Sequence[str]], None]  # instance, lines
+
+_POLL_SECONDS = 0.1
+_QUIET_SECONDS = 5.0  # without a word: then it is looked at what its processes do
+_WORK_BYTES = 2**20  # in that time: heartbeats of idle processes stay far below
+_MAY_DOWNLOAD = frozenset({Phase.IMPORTING, Phase.LOADING_WEIGHTS})
+# What vLLM goes on saying while it hangs.
+_NO_PROGRESS = re.compile(r"No available shared memory broadcast block|Waiting for \d+ .*core engine")
+
+
+class Output:
+    """The output of one engine. `activity` grows whenever the engine does something that can be seen."""
+
+    def __init__(self, instance: str, file: Path, start: int, read_from: int, pass_on: PassOn) -> None:
+        """`start`: where this engine's output begins in the file; `read_from`: from where it is new to us, bytes."""
+        self.progress = progress.START
+        self.activity = 0
+        self.loading = True  # while it does, each line is looked at
+        self._instance = instance
+        self._file = file
+        self._start = start
+        self._reader = LogReader(file, read_from)
+        self._pass_on = pass_on
+
+    def tail(self, lines: int) -> tuple[str, ...]:
+        """The last lines that it wrote."""
+        return logs.last_lines(self._file, lines, self._start)
+
+    def catch_up(self) -> None:
+        """Follow from what an earlier daemon has passed on already to how far the start had come."""
+        for line in self.tail(10_000):
+            self._follow(line)
+
+    async def pump(self, look: Callable[[], Work]) -> None:
+        """Read on until cancelled. `look`: what its processes do; asked in a thread, while they say nothing."""
+        loop = asyncio.get_running_loop()
+        heard_at, moved = loop.time(), 0
+        while True:
+            if self.read():
+                heard_at = loop.time()
+            elif self.loading and loop.time() - heard_at > _QUIET_SECONDS:
+                work = await asyncio.to_thread(look)
+                self.activity += work.moved_bytes - moved > _WORK_BYTES
+                moved, heard_at = work.moved_bytes, loop.time()
+                if work.downloads and self.progress.fraction is None and self.progress.phase in _MAY_DOWNLOAD:
+                    self.progress = Progress(Phase.DOWNLOADING, None)  # vLLM says so only when it has ended
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def read(self, *, last: bool = False) -> bool:
+        """Take in what is new; `last`: it has ended, and will not finish a line that it began."""
+        lines = self._reader.read()
+        if last:
+            while more := self._reader.read():
+                lines += more
+            lines += self._reader.flush()
+        if lines:
+            self._pass_on(self._instance, lines)
+            for line in lines:
+                self._follow(line)
+        if moved := logs.cut(self._file):
+            self._reader.shift(moved)
+            self._start = max(0, self._start - moved)
+        return bool(lines)
+
+    def _follow(self, line: str) -> None:
+        if not self.loading:
+            return
+        self.progress = progress.after_line(self.progress, line)
+        if not _NO_PROGRESS.search(line):
+            self.activity += 1

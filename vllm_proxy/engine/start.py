@@ -1,0 +1,38 @@
+"""From a started process to a ready engine. Its one rule: a start may take as long as it likes, but not in silence."""
+
+import asyncio
+from collections.abc import Callable
+
+from vllm_proxy.domain.diagnose import Diagnosis
+from vllm_proxy.domain.lifecycle import Reason
+from vllm_proxy.domain.progress import Progress
+from vllm_proxy.engine.launch import Engine
+from vllm_proxy.engine.probe import Probe, Ready
+
+_POLL_SECONDS = 0.05  # a refused connection on loopback costs microseconds
+_BACK_SECONDS = 30.0  # for an adopted engine that has served before: it has nothing to load
+
+
+async def until_ready(
+    engine: Engine, probe: Probe, startup_timeout: Callable[[], float], show: Callable[[Progress], None]
+) -> Ready | Diagnosis | None:
+    """Poll an engine until it is ready; a `Diagnosis` when it takes too long, None when it ended.
+
+    `startup_timeout` is in seconds without progress, asked each time since it may change meanwhile.
+    """
+    loop, place, output = asyncio.get_running_loop(), engine.place, engine.output
+    activity, moved_at, shown = output.activity, loop.time(), None
+    while not engine.exited.done():
+        if ready := await probe.ready(place.port, place.own_name, place.credential):
+            return ready
+        if output.activity != activity:
+            activity, moved_at = output.activity, loop.time()
+        if output.progress != shown:
+            show(shown := output.progress)
+        if engine.was_ready and loop.time() - moved_at > _BACK_SECONDS:
+            return Diagnosis(Reason.STALLED, "the adopted engine does not answer any more")
+        if loop.time() - moved_at > (limit := startup_timeout()):
+            message = f"nothing happened for {limit:g} s in phase {output.progress.phase}"
+            return Diagnosis(Reason.STARTUP_TIMEOUT, f"{message}; see its log, or raise startup_timeout")
+        await asyncio.wait({engine.exited}, timeout=_POLL_SECONDS)
+    return None
