@@ -10,11 +10,12 @@ from pathlib import Path
 
 import uvloop
 
-from vllm_proxy import __version__, daemon, demo, logsetup, settings
+from vllm_proxy import __version__, control, daemon, demo, logsetup, settings
+from vllm_proxy.control import CommandError, NoDaemonError
 from vllm_proxy.errors import ConfigError, StartupError
 from vllm_proxy.settings import Settings
 
-OK, FAILED, CONFIG_INVALID = 0, 1, os.EX_CONFIG
+OK, FAILED, NO_DAEMON, CONFIG_INVALID = 0, 1, 3, os.EX_CONFIG
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -25,8 +26,13 @@ def run(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         _print_problems(error, options)
         return CONFIG_INVALID
-    except StartupError as error:
+    except (StartupError, CommandError) as error:
         print(f"vllm-proxy: {error}", file=sys.stderr)
+        return FAILED
+    except NoDaemonError as error:
+        print(f"vllm-proxy: {error}", file=sys.stderr)
+        return NO_DAEMON
+    except (KeyboardInterrupt, BrokenPipeError):
         return FAILED
     return status
 
@@ -42,21 +48,37 @@ def _parser() -> argparse.ArgumentParser:
                         help="default: $VLLM_PROXY_CONFIG, ./models.toml, /etc/vllm-proxy/models.toml")  # fmt: skip
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON")
+    place = argparse.ArgumentParser(add_help=False)
+    place.add_argument("--state-dir", metavar="DIR", help="where logs and the record of engines are kept")
     running = argparse.ArgumentParser(add_help=False)
     running.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     running.add_argument("--port", type=int, help="port to listen on (default: 8000)")
-    running.add_argument("--state-dir", metavar="DIR", help="where logs and the record of engines are kept")
     running.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     running.add_argument("--log-format", default="auto", choices=["auto", "text", "json", "journal"])
 
-    def add(name: str, command: object, parents: list[argparse.ArgumentParser], explanation: str) -> None:
+    def add(
+        name: str, command: object, parents: list[argparse.ArgumentParser], explanation: str
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, parents=parents, help=explanation, description=explanation)
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, action=name)
+        return sub
 
-    add("serve", _serve, [config, running], "run the daemon in the foreground")
+    add("serve", _serve, [config, place, running], "run the daemon in the foreground")
     add("check", _check, [config, as_json], "validate the configuration and print every problem")
     add("init", _init, [config, as_json], "write a first configuration with comments")
-    add("demo", _demo, [running], "run the daemon with two small real models on this machine's CPU")
+    start = add("start", _act, [place, as_json], "start a model of the running daemon, and wait until it is ready")
+    stop = add("stop", _act, [place, as_json], "stop a model of the running daemon, and wait until it has stopped")
+    restart = add("restart", _act, [place, as_json], "restart a model, one engine after another")
+    for command in (start, restart):
+        command.add_argument("model", metavar="ID")
+    which = stop.add_mutually_exclusive_group(required=True)
+    which.add_argument("model", metavar="ID", nargs="?")
+    which.add_argument("--all", action="store_true", help="all of them, and what a daemon that runs no more has left")
+    logs = add("logs", _logs, [place, as_json], "print the output of a model's engines")
+    logs.add_argument("model", metavar="ID")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as more comes")
+    logs.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="how many lines back (default: 100)")
+    add("demo", _demo, [place, running], "run the daemon with two small real models on this machine's CPU")
     return parser
 
 
@@ -68,7 +90,8 @@ def _load(options: argparse.Namespace) -> Settings:
 def _serve(options: argparse.Namespace) -> int:
     loaded = _load(options)
     config = daemon.read_config(loaded)
-    uvloop.run(daemon.serve(loaded, config, _set_up_log(options)))
+    form = _set_up_log(options)
+    uvloop.run(daemon.serve(loaded, config, form, pass_on=logsetup.engine_output(form)))
     return OK
 
 
@@ -104,6 +127,34 @@ def _init(options: argparse.Namespace) -> int:
         raise StartupError(msg) from error
     print(json.dumps({"file": str(file)}) if options.json else f"wrote {file}")
     return OK
+
+
+def _act(options: argparse.Namespace) -> int:
+    loaded = _load(options)
+    say = _silent if options.json else _say
+    if getattr(options, "all", False):
+        return OK if uvloop.run(control.stop_all(loaded, say)) else FAILED
+    resource = uvloop.run(control.act(loaded, options.action, options.model, say))
+    if options.json:
+        print(json.dumps(resource))
+    return FAILED if control.failed(resource) else OK
+
+
+def _logs(options: argparse.Namespace) -> int:
+    def say_json(line: str) -> None:
+        _say(json.dumps({"line": line}))
+
+    say = say_json if options.json else _say
+    uvloop.run(control.print_logs(_load(options), options.model, options.lines, say, follow=options.follow))
+    return OK
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _silent(line: str) -> None:
+    """With --json the result alone is printed."""
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -3,13 +3,13 @@
 import asyncio
 import contextlib
 import gc
+import os
 import resource
-import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import aiohttp
 import structlog
@@ -18,27 +18,33 @@ from aiohttp import web
 from vllm_proxy.api import access_log, app
 from vllm_proxy.api.access import Access
 from vllm_proxy.api.access_log import AccessLog
-from vllm_proxy.domain.config import Config, Server
+from vllm_proxy.domain.config import Config, EngineSpec, Server
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.domain.parse import parse_config
 from vllm_proxy.engine.find import find_vllm, has_gpus
 from vllm_proxy.engine.gate import DeviceGate
 from vllm_proxy.engine.launch import Launcher
+from vllm_proxy.engine.model import Model
+from vllm_proxy.engine.output import PassOn
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.probe import HttpProbe
 from vllm_proxy.engine.process import adopt_orphans
-from vllm_proxy.engine.reconciler import Reconciler, end_orphans
+from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.engine.supervisor import Surroundings
 from vllm_proxy.errors import ConfigError, Problem, StartupError
-from vllm_proxy.settings import Settings
+from vllm_proxy.settings import Settings, short_name
 from vllm_proxy.systemd import Systemd
 
 log = structlog.get_logger()
 
 _BACKLOG = 4096  # connections that wait to be accepted: a burst of clients must not wait for a retransmission
 _LAST_WORDS_SECONDS = 2.0  # for handlers to end once the engines are gone
+
+
+def _say_nothing(_instance: str, _lines: Sequence[str]) -> None:
+    """Engine output goes to its file alone."""
 
 
 def read_config(settings: Settings) -> Config:
@@ -62,10 +68,11 @@ async def serve(
     config: Config,
     access_log_form: access_log.Form | None = None,
     watch: Callable[[Reconciler, str], None] | None = None,
+    pass_on: PassOn = _say_nothing,
 ) -> None:
     """Run until SIGTERM or SIGINT. `watch` is shown the reconciler and the address once it listens.
 
-    `access_log_form` None: no access log.
+    `access_log_form` None: no access log. `pass_on` is given the engines' output.
 
     Raises:
         StartupError: when the port or the state directory is taken.
@@ -80,8 +87,11 @@ async def serve(
         sockets = listen(config.server)
         for listener in sockets:
             stack.callback(listener.close)
-        await _clear_up(state)
-        reconciler = Reconciler(config, _surroundings(settings, config, state, sockets, stack), datetime.now(UTC))
+        sockets.append(listen_for_commands(settings.control_socket))
+        stack.callback(settings.control_socket.unlink, missing_ok=True)
+        stack.callback(sockets[-1].close)
+        around, fingerprint = _surroundings(settings, config, state, sockets[:-1], stack, pass_on=pass_on)
+        reconciler = Reconciler(config, around, state, fingerprint)
         lines = (
             AccessLog(sys.stderr, access_log_form, asyncio.get_running_loop().call_later) if access_log_form else None
         )
@@ -98,10 +108,10 @@ async def _run(
     server = reconciler.config.server
     engines = aiohttp.ClientSession(trust_env=False)
     stack.push_async_callback(engines.close)
-    access = Access(server, [listener.getsockname()[0] for listener in sockets])
+    access = Access(server, [listener.getsockname()[0] for listener in sockets if listener.family != socket.AF_UNIX])
     systemd = Systemd()
     stopping = _catch_signals(reconciler)
-    reconciler.listen(lambda: systemd.status(sentence(reconciler)))
+    reconciler.listen(lambda _: systemd.status(sentence(reconciler)))
     reconciler.start()
     parts = app.Parts(reconciler, reconciler.registry, engines, access, lines)
     runner = app.build(parts, _LAST_WORDS_SECONDS)
@@ -131,12 +141,27 @@ async def _run(
 
 def sentence(reconciler: Reconciler) -> str:
     """The fleet in one sentence: "2 of 3 models ready; loading: chat; error: old"."""
-    enabled = [status for status in reconciler.models() if status.spec.policy.enabled]
-    text = f"{sum(status.state is State.READY for status in enabled)} of {len(enabled)} models ready"
-    for state in (State.LOADING, State.UNLOADING, State.ERROR):
-        if names := [status.spec.id for status in enabled if status.state is state]:
+    enabled = [model for model in reconciler.models() if model.spec.policy.enabled]
+    asleep = [model for model in enabled if model.state is State.STOPPED and not model.rests]
+    awake = [model for model in enabled if model not in asleep]
+    text = f"{sum(model.state is State.READY for model in awake)} of {len(awake)} models ready"
+    for state in (State.LOADING, State.UNLOADING, State.ERROR, State.STOPPED):
+        if names := [_with_progress(model) for model in awake if model.state is state]:
             text += f"; {state}: {', '.join(names)}"
-    return text
+    return text + (f"; on demand: {', '.join(model.spec.id for model in asleep)}" if asleep else "")
+
+
+def _with_progress(model: Model) -> str:
+    """The id, and for a model that loads its phase, how much of that is done, and how long it may take."""
+    loading = next((one for one in model.instances if one.state is State.LOADING), None)
+    if model.state is not State.LOADING or loading is None or loading.phase is None:
+        return model.spec.id
+    facts = loading.phase.value
+    if loading.fraction is not None:
+        facts += f" {loading.fraction:.0%}"
+    if (left := loading.seconds_left()) is not None:
+        facts += f", about {round(left)} s left"
+    return f"{model.spec.id} ({facts})"
 
 
 def address_of(listener: socket.socket) -> str:
@@ -151,7 +176,9 @@ def _surroundings(
     state: StateDirectory,
     sockets: list[socket.socket],
     stack: contextlib.AsyncExitStack,
-) -> Surroundings:
+    *,
+    pass_on: PassOn,
+) -> tuple[Surroundings, Callable[[EngineSpec], str]]:
     # A connection of its own for each question: one that is kept alive would outlive the engine's readiness.
     questions = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), trust_env=False)
     stack.push_async_callback(questions.close)
@@ -164,17 +191,11 @@ def _surroundings(
         has_gpus=has_gpus(),
         ports=Ports(config.engine.port_start, config.engine.port_end, reserved),
         state=state,
+        pass_on=pass_on,
     )
-    return Surroundings(launcher, DeviceGate(), Registry(), HttpProbe(questions), asyncio.Event())
-
-
-async def _clear_up(state: StateDirectory) -> None:
-    """End what an earlier daemon left, before its ports and its memory are used again."""
-    records = state.left_behind()
-    for stubborn in await end_orphans(records):
-        state.record(stubborn)  # for the next daemon
-    for record in records:
-        shutil.rmtree(record.folder, ignore_errors=True)
+    hurry, cleared = asyncio.Event(), asyncio.Event()
+    around = Surroundings(launcher, DeviceGate(), Registry(), HttpProbe(questions), hurry, cleared)
+    return around, launcher.fingerprint
 
 
 def listen(server: Server) -> list[socket.socket]:
@@ -192,6 +213,30 @@ def listen(server: Server) -> list[socket.socket]:
         msg = f"cannot listen on {server.host} port {server.port}: {error.strerror or error}; {hint}"
         raise StartupError(msg) from error
     return sockets
+
+
+def listen_for_commands(path: Path) -> socket.socket:
+    """The control socket, for this user alone. The caller holds the lock of the state directory.
+
+    Raises:
+        StartupError: when it cannot be made.
+
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)
+        before = os.umask(0o177)
+        try:
+            with short_name(path) as name:
+                listener.bind(name)
+        finally:
+            os.umask(before)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        msg = f"cannot listen on {path}: {error.strerror or error}"
+        raise StartupError(msg) from error
+    return listener
 
 
 def _bound(family: int, address: tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]) -> socket.socket:

@@ -1,9 +1,12 @@
 """How the daemon's log looks: text for people, JSON for collectors, prefixed lines for the systemd journal."""
 
+import contextlib
+import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Literal
 
 import structlog
@@ -43,6 +46,26 @@ def set_up(level: str, form: Form) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+
+
+def engine_output(form: Form | None) -> Callable[[str, Sequence[str]], None]:
+    """What passes an engine's lines on: to stderr, each with its instance in front; nowhere for no form."""
+
+    def pass_on(instance: str, lines: Sequence[str]) -> None:
+        if form is None:
+            return
+        if form == "json":
+            time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+            fields = {"event": "engine output", "level": "info", "timestamp": time, "instance": instance}
+            text = "".join(json.dumps({**fields, "line": line}) + "\n" for line in lines)
+        else:
+            head = f"{'<6>' if form == 'journal' else ''}{instance} | "
+            text = "".join(f"{head}{line}\n" for line in lines)
+        with contextlib.suppress(OSError, ValueError):  # a log that cannot be written must not end models
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    return pass_on
 
 
 def _is_journal(environ: Mapping[str, str]) -> bool:

@@ -3,8 +3,10 @@
 Strongest first: flag, environment, a `.env` file in the working directory, `[server]` in the file, the default.
 """
 
+import contextlib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,7 @@ class Settings:
     config_file: Path
     state_dir: Path
     scratch: Path  # for the engines' temporary folders: short, since sockets lie there
+    control_socket: Path  # where the daemon listens for commands
     overrides: Mapping[str, Override]
     engine_environment: Mapping[str, str]  # the daemon's own, `.env` merged in
     warnings: tuple[str, ...]
@@ -53,14 +56,26 @@ def load(
         if (override := _override(key, flags, (environ, from_file), warnings)) is not None
     }
     runtime = env.get("RUNTIME_DIRECTORY", "").split(":")[0]
+    state_dir = _state_dir(flags.get("state_dir"), env)
     return Settings(
         config_file=_config_file(flags.get("config"), env),
-        state_dir=_state_dir(flags.get("state_dir"), env),
+        state_dir=state_dir,
+        control_socket=Path(runtime or state_dir, "control.sock"),
         scratch=Path(runtime or "/tmp"),  # noqa: S108 - TMPDIR may be too long for a socket's path
         overrides=overrides,
         engine_environment=env,
         warnings=tuple(warnings),
     )
+
+
+@contextlib.contextmanager
+def short_name(path: Path) -> Iterator[str]:
+    """A name for a Unix socket that is short enough (107 bytes) however long its path is."""
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
 
 
 def _dotenv(file: Path) -> dict[str, str]:

@@ -1,5 +1,9 @@
 """Who may see and change models."""
 
+import asyncio
+import socket
+from types import SimpleNamespace
+
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
@@ -10,9 +14,23 @@ from vllm_proxy.errors import RequestError
 LOCAL = ("127.0.0.1",)
 
 
-def answer(server: Server, addresses: tuple[str, ...], *, public: bool = False, **headers: str) -> str | None:
+class Wire(asyncio.Transport):
+    """A connection over TCP, or over a Unix socket."""
+
+    def __init__(self, family: socket.AddressFamily) -> None:
+        super().__init__({"socket": SimpleNamespace(family=family)})
+
+
+def answer(
+    server: Server,
+    addresses: tuple[str, ...],
+    *,
+    public: bool = False,
+    family: socket.AddressFamily = socket.AF_INET,
+    **headers: str,
+) -> str | None:
     """The code of the refusal, which is always a 403; None where the request may pass."""
-    request = make_mocked_request("GET", "/models", headers=headers)
+    request = make_mocked_request("GET", "/models", headers=headers, transport=Wire(family))
     try:
         Access(server, addresses).check(request, public=public)
     except RequestError as error:
@@ -129,3 +147,9 @@ def test_remote_administration_can_be_allowed() -> None:
 def test_allowing_remote_administration_does_not_open_a_loopback_listener_to_other_names() -> None:
     """The key is about other machines, not about pages in this one's browser."""
     assert answer(Server(allow_remote_admin=True), LOCAL, Host="evil.example") == "host_not_allowed"
+
+
+@pytest.mark.parametrize("addresses", [LOCAL, ("0.0.0.0",)])
+def test_the_control_socket_is_exempt(addresses: tuple[str, ...]) -> None:
+    """Whoever may open its file may administer, wherever the daemon listens besides."""
+    assert answer(Server(), addresses, family=socket.AF_UNIX, Host="evil.example", Origin="http://evil.example") is None

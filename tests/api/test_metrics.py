@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_proxy.api.call import Call
-from vllm_proxy.api.metrics import Histogram, Metrics
-from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.api.metrics import Metrics
+from vllm_proxy.domain.histogram import Histogram
+from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
 
@@ -26,11 +27,12 @@ class Fleet:
 
     def models(self) -> list[Any]:
         """One instance each, ready, with two requests."""
-        endpoint = SimpleNamespace(in_flight=2)
+        endpoint, engine = SimpleNamespace(in_flight=2), SimpleNamespace(memory_bytes=1000)
         return [
             SimpleNamespace(
                 spec=SimpleNamespace(id=name),
-                instances=[SimpleNamespace(name=f"{name}/0", endpoint=endpoint, state=State.READY)],
+                history=SimpleNamespace(failures={(f"{name}/0", Reason.KILLED): 4}, startups=Histogram((1.0, 10.0))),
+                instances=[SimpleNamespace(name=f"{name}/0", endpoint=endpoint, state=State.READY, engine=engine)],
             )
             for name in self.config.models
         ]
@@ -127,6 +129,15 @@ def test_what_is_now_is_asked_when_somebody_looks() -> None:
     ]
     assert len(states) == len(State)
     assert found['vllm_proxy_config_info{revision="r1"}'] == 1
+
+
+def test_what_became_of_engines_is_counted() -> None:
+    """Their failures by reason, how long their starts took, and the memory that they hold."""
+    fleet = Fleet("chat")
+    found = series(metrics_of(fleet))
+    assert found['vllm_proxy_instance_restarts_total{instance="chat/0",model="chat",reason="killed"}'] == 4
+    assert found['vllm_proxy_instance_startup_seconds_count{model="chat"}'] == 0
+    assert found['vllm_proxy_instance_memory_bytes{instance="chat/0",model="chat"}'] == 1000
 
 
 def test_every_series_is_the_daemons_own_and_explained() -> None:

@@ -1,6 +1,7 @@
 """Who may see and change models, until there are keys: contract section 3. Inference is open to whoever can connect."""
 
 import ipaddress
+import socket
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -35,6 +36,8 @@ class Access:
             RequestError: `remote_admin_disabled`, `host_not_allowed`, `origin_not_allowed`.
 
         """
+        if getattr(request.get_extra_info("socket"), "family", None) == socket.AF_UNIX:
+            return  # the control socket: its file has an owner
         if not self._local:
             if not public and not self._server.allow_remote_admin:
                 msg = "cannot administer over the network: set server.allow_remote_admin, or listen on 127.0.0.1"

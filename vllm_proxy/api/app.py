@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import aiohttp
 from aiohttp import web
 
-from vllm_proxy.api import models, openai
+from vllm_proxy.api import logs, models, openai
 from vllm_proxy.api.access import Access
 from vllm_proxy.api.access_log import AccessLog
 from vllm_proxy.api.call import Call, observed
@@ -15,6 +15,7 @@ from vllm_proxy.api.front import Direct, FrontRunner
 from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.api.realtime import realtime
 from vllm_proxy.domain.config import Server
+from vllm_proxy.engine.model import Model
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
 
@@ -92,8 +93,14 @@ def _inference(
 
 def _administration(parts: Parts, metrics: Metrics) -> list[tuple[str, str, Handler]]:
     reconciler, registry = parts.reconciler, parts.registry
+    actions = {"start": Model.start, "stop": Model.stop, "restart": Model.restart}
     return [
         ("GET", "/models", _guarded(parts, models.list_models(reconciler, registry))),
+        *(
+            ("POST", f"/models/{_MODEL_ID}/{name}", _guarded(parts, models.act(reconciler, registry, do)))
+            for name, do in actions.items()
+        ),
+        ("GET", f"/models/{_MODEL_ID}/logs", _guarded(parts, logs.engine_output(reconciler))),
         ("GET", f"/models/{_MODEL_ID}", _guarded(parts, models.get_model(reconciler, registry))),
         ("GET", "/health", _guarded(parts, models.health(reconciler), public=True)),
         ("GET", "/ready", _guarded(parts, models.ready(reconciler), public=True)),

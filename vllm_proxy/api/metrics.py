@@ -5,7 +5,6 @@ somebody asks.
 """
 
 import time
-from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -14,36 +13,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from vllm_proxy.api.call import Call
+from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _SMALL_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0)
-
-
-class Histogram:
-    """Counts by upper bound."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def add(self, value: float) -> None:
-        """One more observation, in seconds."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """As prometheus-client wants them: cumulative, with "+Inf" last."""
-        running, result = 0, []
-        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
-            running += count
-            result.append((bound, float(running)))
-        return result
 
 
 @dataclass(slots=True)
@@ -98,6 +74,7 @@ class Metrics(Collector):
         """Called by prometheus-client."""
         yield from self._of_requests()
         yield from self._of_models()
+        yield from self._of_engines()
 
     def _of_requests(self) -> Iterable[Metric]:
         requests = CounterMetricFamily(
@@ -141,10 +118,10 @@ class Metrics(Collector):
             labels=["model", "instance", "state"],
         )
         info = GaugeMetricFamily("vllm_proxy_config_info", "The configuration that is applied.", labels=["revision"])
-        for status in self._reconciler.models():
-            model = status.spec.id
+        for each in self._reconciler.models():
+            model = each.spec.id
             queued.add_metric([model], self._registry.counts(model)[1])
-            for instance in status.instances:
+            for instance in each.instances:
                 busy = instance.endpoint.in_flight if instance.endpoint else 0
                 in_flight.add_metric([model, instance.name], busy)
                 for state in State:
@@ -153,3 +130,27 @@ class Metrics(Collector):
         tasks = GaugeMetricFamily("vllm_proxy_tasks", "Tasks of the event loop: about one for each open connection.")
         tasks.add_metric([], self._tasks)
         return in_flight, queued, states, info, tasks
+
+    def _of_engines(self) -> Iterable[Metric]:
+        restarts = CounterMetricFamily(
+            "vllm_proxy_instance_restarts",
+            "Ends of engines that nobody asked for, and starts that failed.",
+            labels=["model", "instance", "reason"],
+        )
+        startup = HistogramMetricFamily(
+            "vllm_proxy_instance_startup_seconds", "From an engine's start to its readiness.", labels=["model"]
+        )
+        memory = GaugeMetricFamily(
+            "vllm_proxy_instance_memory_bytes",
+            "Memory of the engine's processes, what they share counted for each.",
+            labels=["model", "instance"],
+        )
+        for model in self._reconciler.models():
+            name, history = model.spec.id, model.history
+            for (instance, reason), count in history.failures.items():
+                restarts.add_metric([name, instance, reason], count)
+            startup.add_metric([name], history.startups.buckets(), history.startups.total)
+            for one in model.instances:
+                if one.engine is not None and one.engine.memory_bytes:
+                    memory.add_metric([name, one.name], one.engine.memory_bytes)
+        return restarts, startup, memory

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,7 +12,8 @@ from vllm_proxy import __version__
 from vllm_proxy.api.envelope import Handler, json_response
 from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.domain.lifecycle import State
-from vllm_proxy.engine.reconciler import ModelStatus, Reconciler
+from vllm_proxy.engine.model import Model
+from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
 from vllm_proxy.engine.supervisor import LastExit, Supervisor
 from vllm_proxy.errors import RequestError
@@ -37,7 +39,7 @@ def health(reconciler: Reconciler) -> Handler:
     """`GET /health`: 200 while the daemon lives."""
 
     async def handle(_request: web.Request) -> web.Response:
-        states = Counter(status.state for status in reconciler.models())
+        states = Counter(model.state for model in reconciler.models())
         return json_response({
             "status": "ok",
             "version": __version__,
@@ -53,9 +55,9 @@ def ready(reconciler: Reconciler) -> Handler:
 
     async def handle(_request: web.Request) -> web.Response:
         missing = {
-            status.spec.id: status.state
-            for status in reconciler.models()
-            if status.spec.policy.enabled and status.spec.policy.start == "always" and status.state is not State.READY
+            model.spec.id: model.state
+            for model in reconciler.models()
+            if model.spec.policy.enabled and model.spec.policy.start == "always" and model.state is not State.READY
         }
         answer = {"status": "waiting" if missing else "ready", "not_ready": missing}
         return json_response(answer, status=503 if missing else 200)
@@ -77,7 +79,7 @@ def list_models(reconciler: Reconciler, registry: Registry) -> Handler:
     """`GET /models`."""
 
     async def handle(_request: web.Request) -> web.Response:
-        models = [resource(status, registry) for status in reconciler.models()]
+        models = [resource(model, registry) for model in reconciler.models()]
         revision = reconciler.config.revision
         return json_response({"revision": revision, "models": models}, headers={"ETag": f'"{revision}"'})
 
@@ -88,46 +90,56 @@ def get_model(reconciler: Reconciler, registry: Registry) -> Handler:
     """`GET /models/{model_id}`."""
 
     async def handle(request: web.Request) -> web.Response:
-        model_id = request.match_info["model_id"]
-        try:
-            status = reconciler.model(model_id)
-        except KeyError:
-            msg = f"cannot find model {model_id!r}: GET /models lists them"
-            raise RequestError("model_not_found", msg) from None
-        return json_response(resource(status, registry), headers={"ETag": f'"{reconciler.config.revision}"'})
+        model = reconciler.model(request.match_info["model_id"])
+        return json_response(resource(model, registry), headers={"ETag": f'"{reconciler.config.revision}"'})
 
     return handle
 
 
-def resource(status: ModelStatus, registry: Registry) -> dict[str, Any]:
+def act(reconciler: Reconciler, registry: Registry, do: Callable[[Model], None]) -> Handler:
+    """`POST /models/{model_id}/start`, `/stop`, `/restart`: what a hand wants, until the model is changed."""
+
+    async def handle(request: web.Request) -> web.Response:
+        model = reconciler.model(request.match_info["model_id"])
+        if not model.spec.policy.enabled:
+            msg = f"cannot start or stop {model.spec.id}: it is disabled in the configuration"
+            raise RequestError("model_disabled", msg)
+        do(model)
+        return json_response(resource(model, registry), status=202)
+
+    return handle
+
+
+def resource(model: Model, registry: Registry) -> dict[str, Any]:
     """A model as REST shows it: contract section 3."""
-    in_flight, queued = registry.counts(status.spec.id)
+    in_flight, queued = registry.counts(model.spec.id)
     return {
-        "id": status.spec.id,
-        "spec": status.spec.written,
-        "effective": status.spec.effective(),
+        "id": model.spec.id,
+        "spec": model.spec.written,
+        "effective": model.spec.effective(),
         "status": {
-            "state": status.state,
-            "reason": status.diagnosis.reason if status.diagnosis else None,
-            "message": status.diagnosis.message if status.diagnosis else None,
-            "created_at": rfc3339(status.created_at),
-            "updated_at": rfc3339(status.updated_at),
+            "state": model.state,
+            "reason": model.diagnosis.reason if model.diagnosis else None,
+            "message": model.diagnosis.message if model.diagnosis else None,
+            "created_at": rfc3339(model.created_at),
+            "updated_at": rfc3339(model.updated_at),
             "in_flight": in_flight,
             "queued": queued,
-            "instances": [_instance(instance) for instance in status.instances],
+            "instances": [_instance(instance) for instance in model.instances],
         },
     }
 
 
 def _instance(instance: Supervisor) -> dict[str, Any]:
-    engine = instance.engine
+    engine, left = instance.engine, instance.seconds_left()
     return {
         "index": instance.index,
         "state": instance.state,
         "pid": engine.pid if engine else None,
         "port": engine.place.port if engine else None,
         "phase": instance.phase,
-        "progress": 1.0 if instance.state is State.READY else None,
+        "progress": 1.0 if instance.state is State.READY else instance.fraction,
+        "ready_in_seconds": None if left is None else round(left, 1),
         "started_at": rfc3339(instance.started_at),
         "ready_at": rfc3339(instance.ready_at),
         "restarts": instance.restarts,

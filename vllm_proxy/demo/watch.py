@@ -5,6 +5,7 @@ import time
 
 from vllm_proxy.daemon import sentence
 from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.engine.model import Model
 from vllm_proxy.engine.reconciler import Reconciler
 
 
@@ -13,7 +14,7 @@ def watch(reconciler: Reconciler, address: str) -> None:
     start = time.monotonic()
     said = ""
 
-    def changed() -> None:
+    def changed(_model: Model | None = None) -> None:
         nonlocal said
         now = sentence(reconciler)
         if now == said:
