@@ -108,6 +108,15 @@ class Daemon:
             lines = [line for line in (await answer.text()).splitlines() if line and not line.startswith("#")]
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
+    async def instance(self, model: str, index: int = 0) -> Any:  # noqa: ANN401 - JSON
+        """What an instance is now."""
+        return (await self.get(f"/models/{model}"))["status"]["instances"][index]
+
+    async def once(self, model: str, holds: Callable[[Any], bool], index: int = 0) -> Any:  # noqa: ANN401 - JSON
+        """Wait until an instance fulfils what is wanted; returns it."""
+        found = await self.eventually(f"/models/{model}", lambda model: holds(model["status"]["instances"][index]))
+        return found["status"]["instances"][index]
+
     async def pids(self, model: str) -> list[int]:
         """The first processes of a model's engines."""
         resource = await self.get(f"/models/{model}")
@@ -175,10 +184,15 @@ def daemon(
 
 @contextlib.asynccontextmanager
 async def running_command(
-    folder: Path, command: str, *flags: str, env: dict[str, str] | None = None, seconds: float = WAIT_SECONDS
+    folder: Path,
+    command: str,
+    *flags: str,
+    env: dict[str, str] | None = None,
+    seconds: float = WAIT_SECONDS,
+    port: int | None = None,
 ) -> AsyncIterator[Daemon]:
     """A command that is a daemon, once it listens; it is stopped when the block ends."""
-    port = free_port()
+    port = port or free_port()
     with tempfile.TemporaryDirectory() as short:
         loop = asyncio.get_running_loop()
         notes = Notes()
@@ -200,6 +214,22 @@ async def running_command(
             await running.session.close()
             await running.stop()
             transport.close()
+
+
+async def vllm_proxy(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Run a command beside the daemon of this folder; (exit status, stdout, stderr)."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "vllm_proxy", *arguments, "--state-dir", str(folder / "state"),
+        env=clean_environment(), cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(WAIT_SECONDS):
+            out, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
 
 
 def clean_environment() -> dict[str, str]:

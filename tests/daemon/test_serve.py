@@ -117,7 +117,7 @@ async def test_health_ready_and_root(tmp_path: Path, port_start: int) -> None:
     gate = tmp_path / "go"
     slow = f'[models.slow]\nmodel = "x"\nargs = {{ fake_load_until = "{gate}" }}\n'
     async with daemon(fake_engines(port_start) + TWO_MODELS + slow, tmp_path) as running:
-        await running.until("2 of 3 models ready; loading: slow")
+        await running.until(lambda status: status.startswith("2 of 3 models ready; loading: slow"))
         assert (await running.get("/ready", 503))["not_ready"] == {"slow": "loading"}
         health = await running.get("/health")
         assert health["models"] == {"ready": 2, "loading": 1, "stopped": 1, "error": 0, "unloading": 0}
@@ -164,7 +164,7 @@ async def test_instances_that_share_a_gpu_load_one_after_another(tmp_path: Path,
     model = "x"
     """
     async with daemon(fake_engines(port_start) + config, tmp_path) as running:
-        await running.until("0 of 2 models ready; loading: first, second")
+        await running.eventually("/models/first", lambda found: found["status"]["instances"][0]["pid"])
         second = (await running.get("/models/second"))["status"]["instances"][0]
         assert (second["phase"], second["pid"]) == ("queued", None)
         gate.touch()

@@ -2,18 +2,8 @@
 
 import asyncio
 import json
-import os
 import re
 from typing import Any
-
-
-def first(path: str) -> bool:
-    """Whether nobody has asked so before, of whatever process."""
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
 
 
 def form(body: bytes, headers: dict[str, str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 _MAGIC = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -22,8 +23,9 @@ async def serve(
     headers: dict[str, str],
     names: list[str],
     messages: list[str],
+    turn: Callable[[], Awaitable[None]],
 ) -> None:
-    """One session, to its end. `messages`: where received ones are noted."""
+    """One session, to its end. `messages`: where received ones are noted; `turn`: waits for the engine to work."""
     proof = base64.b64encode(hashlib.sha1((headers["sec-websocket-key"] + _MAGIC).encode()).digest()).decode()
     writer.write(
         f"HTTP/1.1 101 X\r\nupgrade: websocket\r\nconnection: Upgrade\r\nsec-websocket-accept: {proof}\r\n\r\n".encode()
@@ -43,6 +45,7 @@ async def serve(
             event = json.loads(data)
             if event["type"] == "fake" and fault(writer, event):
                 return None
+            await turn()
             session.handle(event)
 
 

@@ -2,16 +2,14 @@
 
 import asyncio
 import math
-import signal
 import subprocess
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from tests.harness import Daemon, running_command, session_of
+from tests.harness import Daemon, session_of
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
@@ -98,19 +96,6 @@ async def test_an_engines_own_error_passes_unchanged(client: openai.AsyncOpenAI)
     assert "max_tokens" in str(refused.value)
     with pytest.raises(openai.NotFoundError):  # a pooling model has no such route
         await client.chat.completions.create(model="embed", messages=[{"role": "user", "content": "hi"}])
-
-
-async def test_a_killed_daemon_with_real_engines_leaves_one_set(tmp_path: Path) -> None:
-    """SIGKILL while real vLLM loads: the next daemon ends every process of both sessions before it is ready."""
-    async with running_command(tmp_path, "demo", seconds=600) as first:
-        left = await both_pids(first)
-        await first.stop(signal.SIGKILL)
-    assert all(session_of(pid) for pid in left)
-    async with running_command(tmp_path, "demo", seconds=600) as second:
-        assert [session_of(pid) for pid in left] == [set(), set()]
-        now = await both_pids(second)
-        assert await second.stop() == 0
-    assert [session_of(pid) for pid in now] == [set(), set()]
 
 
 async def both_pids(running: Daemon) -> list[int]:

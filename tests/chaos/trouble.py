@@ -1,0 +1,196 @@
+"""What happens to a fleet: random faults, the same row of them for the same seed, as far as time allows."""
+
+import asyncio
+import contextlib
+import os
+import random
+import re
+import signal
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import aiohttp
+
+from tests.harness import Daemon, fake_engines, free_port, running_command, session_of
+from vllm_proxy.engine.process import look_up
+
+PAUSE_SECONDS = (0.05, 1.0)  # between two faults
+MODELS = """
+[server]
+on_exit = "keep"
+shutdown_timeout = "2s"
+[defaults]
+stall_timeout = "2s"
+startup_timeout = "10s"
+stop_timeout = "500ms"
+drain_timeout = "2s"
+queue_timeout = "20s"
+args = { fake_shm = true, fake_grandchildren = 1 }
+[defaults.restart]
+backoff = "50ms"
+max_backoff = "200ms"
+max_failures = 1000
+[models.a]
+model = "x"
+replicas = 2
+[models.b]
+model = "x"
+[models.rare]
+model = "x"
+start = "on-demand"
+idle_timeout = "1s"
+"""
+
+
+class Fleet:
+    """A daemon that is killed and started again, at one address."""
+
+    def __init__(self, folder: Path, port_start: int) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._ports = range(port_start, port_start + 200)
+        self._stack = contextlib.AsyncExitStack()
+        self._daemon: Daemon | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run").mkdir(exist_ok=True)
+        (folder / "models.toml").write_text(fake_engines(port_start) + MODELS, encoding="utf-8")
+
+    @property
+    def daemon(self) -> Daemon:
+        """The one that runs."""
+        assert self._daemon is not None
+        return self._daemon
+
+    async def start(self) -> None:
+        """A new daemon, once it listens."""
+        flags = ("--config", str(self.folder / "models.toml"), "--log-level", "warning")
+        env = {"RUNTIME_DIRECTORY": str(self.folder / "run")}
+        running = running_command(self.folder, "serve", *flags, env=env, port=self.port)
+        self._daemon = await self._stack.enter_async_context(running)
+
+    async def end(self, number: signal.Signals) -> None:
+        """End the daemon by a signal; its engines live on."""
+        await self.daemon.stop(number)
+        await self._stack.aclose()
+
+    def strays(self, owned: set[int]) -> list[int]:
+        """Processes of engines that belong to no engine in `owned`."""
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        return [pid for pid in pids if _engine_port(pid) in self._ports and _session(pid) not in owned]
+
+
+def _session(pid: int) -> int:
+    found = look_up(pid)
+    return found.session if found and found.alive else 0
+
+
+def _engine_port(pid: int) -> int:
+    try:
+        found = re.search(r"\0--port=(\d+)\0", Path(f"/proc/{pid}/cmdline").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) if found and _session(pid) else 0
+
+
+class Trouble:
+    """One fault after another."""
+
+    def __init__(self, fleet: Fleet, seed: int) -> None:
+        self._fleet = fleet
+        self._choose = random.Random(seed)
+        self.made: Counter[str] = Counter()
+        faults: dict[Callable[[], Awaitable[None]], int] = {
+            self.kill_server: 5, self.kill_core: 5, self.stop_core: 3, self.rest_and_start: 2, self.restart: 2,
+            self.kill_daemon: 2, self.end_daemon: 1,
+        }  # fmt: skip
+        self._faults = [fault for fault, weight in faults.items() for _ in range(weight)]
+
+    async def make(self, seconds: float) -> None:
+        """Go on for so long."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while loop.time() < end:
+            await asyncio.sleep(self._choose.uniform(*PAUSE_SECONDS))
+            fault = self._choose.choice(self._faults)
+            await fault()
+            self.made[fault.__name__] += 1
+
+    async def kill_server(self) -> None:
+        """SIGKILL to the first process of an engine."""
+        for pid in await self._some_engine():
+            _signal(pid, signal.SIGKILL)
+
+    async def kill_core(self) -> None:
+        """SIGKILL to another process of an engine."""
+        for pid in await self._some_core():
+            _signal(pid, signal.SIGKILL)
+
+    async def stop_core(self) -> None:
+        """An engine hangs, and its health is good."""
+        for pid in await self._some_core():
+            _signal(pid, signal.SIGSTOP)
+
+    async def rest_and_start(self) -> None:
+        """Somebody stops a model by hand, and starts it again."""
+        model = self._choose.choice(["a", "b", "rare"])
+        await self._fleet.daemon.post(f"/models/{model}/stop", {}, 202)
+        await asyncio.sleep(self._choose.random())
+        await self._fleet.daemon.post(f"/models/{model}/start", {}, 202)
+
+    async def restart(self) -> None:
+        """Somebody restarts a model."""
+        await self._fleet.daemon.post(f"/models/{self._choose.choice('ab')}/restart", {}, 202)
+
+    async def kill_daemon(self) -> None:
+        """SIGKILL to the daemon, and a new one."""
+        await self._fleet.end(signal.SIGKILL)
+        await self._fleet.start()
+
+    async def end_daemon(self) -> None:
+        """An upgrade: the daemon stops in order, keeps its engines, and another one comes."""
+        await self._fleet.end(signal.SIGTERM)
+        await self._fleet.start()
+
+    async def _some_engine(self) -> list[int]:
+        models = (await self._fleet.daemon.get("/models"))["models"]
+        pids = [one["pid"] for model in models for one in model["status"]["instances"] if one["pid"]]
+        return [self._choose.choice(pids)] if pids else []
+
+    async def _some_core(self) -> list[int]:
+        others = [sorted(session_of(pid) - {pid}) for pid in await self._some_engine()]
+        return [self._choose.choice(pids) for pids in others if pids]
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+async def nothing_is_wrong(fleet: Fleet) -> None:
+    """At rest: every model is ready or sleeps, no request is counted, and no process is without an owner.
+
+    Raises:
+        AssertionError: when something is.
+
+    """
+    daemon = fleet.daemon
+    await daemon.post("/models/rare/start", {}, 202)
+    await daemon.all_ready()
+    listing = await daemon.eventually("/models", lambda found: all(_idle(model) for model in found["models"]))
+    engines = {one["pid"] for model in listing["models"] for one in model["status"]["instances"] if one["pid"]}
+    await daemon.eventually("/health", lambda _: not fleet.strays(engines))
+    await daemon.eventually("/health", lambda _: len(list((fleet.folder / "run").glob("vp-*"))) == len(engines))
+    async with aiohttp.ClientSession(daemon.url) as session, session.get("/metrics") as answer:
+        lines = (await answer.text()).splitlines()
+    busy = [line for line in lines if line.startswith(("vllm_proxy_in_flight{", "vllm_proxy_queued{"))]
+    assert busy
+    assert all(line.endswith(" 0.0") for line in busy), busy
+    log = daemon.log()
+    assert "Traceback" not in log
+    assert "fault of the daemon" not in log
+
+
+def _idle(model: dict[str, dict[str, int]]) -> bool:
+    return (model["status"]["in_flight"], model["status"]["queued"]) == (0, 0)

@@ -1,0 +1,210 @@
+"""The daemon's own death: what the next one finds, takes over, or ends."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import Daemon, daemon, fake_engines, session_of, until, vllm_proxy
+
+CHAT = '[models.chat]\nmodel = "org/chat"\nreplicas = 2\n'
+EMBED = '[models.embed]\nmodel = "org/embed"\n'
+KEEP = '[server]\non_exit = "keep"\n'
+ASK = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
+
+
+async def fleet(running: Daemon) -> dict[str, tuple[int, int]]:
+    """Process id and port of each instance, once all are ready."""
+    await running.all_ready()
+    models = (await running.get("/models"))["models"]
+    return {
+        f"{model['id']}/{one['index']}": (one["pid"], one["port"])
+        for model in models
+        for one in model["status"]["instances"]
+    }
+
+
+async def until_left(session: int, count: int) -> None:
+    """Wait until so many processes of a session live."""
+
+    async def left() -> int:
+        return len(session_of(session))
+
+    await until(left, lambda found: found == count)
+
+
+async def test_engines_of_a_killed_daemon_are_adopted_and_serve_on(tmp_path: Path, port_start: int) -> None:
+    """The same processes on the same ports, with nothing loaded again; requests and an orderly stop work as ever."""
+    config = fake_engines(port_start) + CHAT + EMBED
+    async with daemon(config, tmp_path) as first:
+        before = await fleet(first)
+        await first.stop(signal.SIGKILL)
+    async with daemon(config, tmp_path) as second:
+        assert await fleet(second) == before
+        assert (await second.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
+        assert "engine started" not in second.log().partition("engine adopted")[2]
+        assert await second.stop() == 0
+        assert not any(session_of(pid) for pid, _ in before.values())
+    assert "engines = []" in (second.state_dir / "engines.toml").read_text()
+
+
+async def test_an_engine_that_loads_is_adopted_too(tmp_path: Path, port_start: int) -> None:
+    """A start of many minutes is not lost; the log of the start so far is known to the next daemon."""
+    gate = tmp_path / "go"
+    config = (
+        fake_engines(port_start) + f'[models.chat]\nmodel = "x"\nargs = {{ fake_phase_until = "weights={gate}" }}\n'
+    )
+    async with daemon(config, tmp_path) as first:
+        before = await first.once("chat", lambda one: one["pid"] and one["phase"] != "importing")
+        await first.stop(signal.SIGKILL)
+    async with daemon(config, tmp_path) as second:
+        after = await second.once("chat", lambda one: one["pid"])
+        assert (after["pid"], after["started_at"], after["state"]) == (before["pid"], before["started_at"], "loading")
+        assert (await second.once("chat", lambda one: one["phase"] != "importing"))["phase"] == before["phase"]
+        gate.touch()
+        await second.until("1 of 1 models ready")
+        assert await second.pids("chat") == [before["pid"]]
+
+
+async def test_what_is_left_of_a_dead_engine_is_ended_before_its_port_is_used(tmp_path: Path, port_start: int) -> None:
+    """A core without its server serves nobody: ended, and its instance is started anew. The other one is adopted."""
+    config = fake_engines(port_start) + CHAT
+    async with daemon(config, tmp_path) as first:
+        before = await fleet(first)
+        await first.stop(signal.SIGKILL)
+    dead, alive = before["chat/0"][0], before["chat/1"][0]
+    os.kill(dead, signal.SIGKILL)
+    await until_left(dead, 1)
+    assert len(session_of(alive)) == 2
+    async with daemon(config, tmp_path) as second:
+        after = await fleet(second)
+        assert session_of(dead) == set()
+        assert after["chat/1"] == before["chat/1"]
+        assert after["chat/0"][0] != dead
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("org/chat", "org/other"),
+        lambda text: text.replace("replicas = 2", "replicas = 1"),
+        lambda text: text.replace("[models.chat]", "[models.talk]"),
+        lambda text: text.replace("replicas = 2", "enabled = false"),
+        lambda text: text.replace("replicas = 2", "replicas = 2\nenv = { A = '1' }"),
+    ],
+    ids=["another-model", "fewer-replicas", "another-id", "disabled", "another-environment"],
+)
+async def test_engines_that_no_longer_fit_the_file_are_ended(
+    tmp_path: Path,
+    port_start: int,
+    change: Any,  # noqa: ANN401 - a function of the table above
+) -> None:
+    """The file changed while no daemon ran: what it no longer asks for goes, its neighbours stay."""
+    config = fake_engines(port_start) + EMBED + CHAT
+    async with daemon(config, tmp_path) as first:
+        before = await fleet(first)
+        await first.stop(signal.SIGKILL)
+    async with daemon(change(config), tmp_path) as second:
+        after = await fleet(second)
+        assert after["embed/0"] == before["embed/0"]
+        kept = {pid for pid, _ in after.values()}
+        assert before["chat/1"][0] not in kept
+        for pid in {pid for pid, _ in before.values()} - kept:
+            await until_left(pid, 0)
+
+
+async def test_a_change_of_policy_alone_does_not_cost_an_engine(tmp_path: Path, port_start: int) -> None:
+    """Aliases, timeouts and the order of tables are the daemon's own."""
+    config = fake_engines(port_start) + CHAT + EMBED
+    async with daemon(config, tmp_path) as first:
+        before = await fleet(first)
+        await first.stop(signal.SIGKILL)
+    changed = fake_engines(port_start) + EMBED + CHAT + 'aliases = ["gpt"]\ndrain_timeout = 5\n'
+    async with daemon(changed, tmp_path) as second:
+        assert await fleet(second) == before
+        await second.post("/v1/chat/completions", ASK | {"model": "gpt"})
+
+
+async def test_an_adopted_engine_that_dies_is_started_again(tmp_path: Path, port_start: int) -> None:
+    """Its exit code cannot be known, and the resource says so."""
+    config = fake_engines(port_start) + EMBED
+    async with daemon(config, tmp_path) as first:
+        before = await fleet(first)
+        await first.stop(signal.SIGKILL)
+    async with daemon(config, tmp_path) as second:
+        await fleet(second)
+        os.kill(before["embed/0"][0], signal.SIGKILL)
+        now = await second.once("embed", lambda one: one["restarts"] == 1 and one["state"] == "ready")
+        last = now["last_exit"]
+        assert (last["code"], last["signal"], last["reason"]) == (None, None, "crashed")
+        assert session_of(before["embed/0"][0]) == set()
+
+
+async def test_kept_engines_outlive_an_orderly_stop_and_are_adopted(tmp_path: Path, port_start: int) -> None:
+    """With `on_exit = "keep"` a stop ends requests in flight in peace and leaves the engines to the next daemon."""
+    config = KEEP + fake_engines(port_start) + CHAT
+    async with daemon(config, tmp_path) as first:
+        before = await fleet(first)
+        body = ASK | {"stream": True, "fake": {"chunks": 20, "interval": 0.02}}
+        async with first.session.post("/v1/chat/completions", json=body) as answer:
+            await answer.content.readline()
+            first.process.send_signal(signal.SIGTERM)
+            assert (await answer.read()).endswith(b"data: [DONE]\n\n")
+        assert await first.stop() == 0
+        assert all(len(session_of(pid)) == 2 for pid, _ in before.values())
+    async with daemon(config.replace('"keep"', '"stop"'), tmp_path) as second:
+        assert await fleet(second) == before
+        assert await second.stop() == 0
+    assert not any(session_of(pid) for pid, _ in before.values())
+
+
+async def test_stop_all_ends_kept_engines_without_a_daemon(tmp_path: Path, port_start: int) -> None:
+    """Whoever uninstalls the daemon is not left with processes; a second call finds nothing."""
+    async with daemon(KEEP + fake_engines(port_start) + CHAT, tmp_path) as running:
+        before = await fleet(running)
+        assert await running.stop() == 0
+    status, out, _ = await vllm_proxy(tmp_path, "stop", "--all")
+    assert status == 0
+    assert f"ending chat/0, process {before['chat/0'][0]}" in out
+    assert not any(session_of(pid) for pid, _ in before.values())
+    status, out, _ = await vllm_proxy(tmp_path, "stop", "--all")
+    assert (status, out) == (0, "no daemon runs; engines that one had left: 0\n")
+
+
+async def test_a_daemon_killed_again_and_again_leaves_one_set_of_engines(tmp_path: Path, port_start: int) -> None:
+    """However early in its life it dies, no engine is lost and none is started twice."""
+    config = fake_engines(port_start) + CHAT
+    seen: set[int] = set()
+    for _ in range(4):
+        async with daemon(config, tmp_path) as running:
+            models = await running.get("/models/chat")
+            seen |= {one["pid"] for one in models["status"]["instances"] if one["pid"]}
+            await running.stop(signal.SIGKILL)
+    async with daemon(config, tmp_path) as last:
+        mine = {pid for pid, _ in (await fleet(last)).values()}
+        for pid in seen - mine:
+            await until_left(pid, 0)
+        assert await last.stop() == 0
+    assert not any(session_of(pid) for pid in seen | mine)
+
+
+async def test_a_stranger_with_a_recorded_pid_is_left_alone(tmp_path: Path, port_start: int) -> None:
+    """A record with another start time speaks of a process that is gone; the one that has its pid now lives on."""
+    async with daemon(KEEP + fake_engines(port_start) + EMBED, tmp_path) as first:
+        before = await fleet(first)
+        await first.stop()
+    stranger = await asyncio.create_subprocess_exec("sleep", "1000")
+    file = tmp_path / "state" / "engines.toml"
+    file.write_text(file.read_text().replace(f"pid = {before['embed/0'][0]}\n", f"pid = {stranger.pid}\n"))
+    try:
+        async with daemon(fake_engines(port_start) + EMBED, tmp_path) as second:
+            after = await fleet(second)
+            assert after["embed/0"][1] != before["embed/0"][1], "the port is still taken by what nobody knows"
+            assert stranger.returncode is None
+    finally:
+        stranger.kill()
+        await stranger.wait()
+        os.killpg(before["embed/0"][0], signal.SIGKILL)

@@ -1,0 +1,303 @@
+"""Every fault of an engine that the fake can be made to show, as real processes: the rows of the README's table."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.harness import Daemon, daemon, fake_engines, session_of
+
+ASK = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
+NEIGHBOUR = '[models.other]\nmodel = "org/other"\n'
+QUICK = '[defaults]\nrestart = { backoff = "10ms", max_backoff = "10ms" }\nstop_timeout = "300ms"\n'
+
+
+def chat(*lines: str, **args: object) -> str:
+    """The table of the model that fails; `args` are the fake's options."""
+    options = "".join(
+        f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}\n" for key, value in args.items()
+    )
+    keys = "".join(f"{line}\n" for line in lines)
+    return f'[models.chat]\nmodel = "org/chat"\n{keys}[models.chat.args]\n{options}'
+
+
+@asynccontextmanager
+async def beside_a_neighbour(folder: Path, port_start: int, table: str) -> AsyncIterator[Daemon]:
+    """A daemon with the model that fails and one that must not notice: same process, no restart, still serving."""
+    async with daemon(fake_engines(port_start) + QUICK + NEIGHBOUR + table, folder) as running:
+        other = await running.once("other", lambda one: one["state"] == "ready")
+        yield running
+        now = await running.instance("other")
+        assert (now["pid"], now["restarts"], now["last_exit"]) == (other["pid"], 0, None)
+        assert (await running.post("/v1/chat/completions", ASK | {"model": "other"}))["object"] == "chat.completion"
+        assert await running.stop() == 0
+        assert session_of(other["pid"]) == set()
+
+
+async def control(running: Daemon, what: str) -> None:
+    """Tell the chat engine to do what only tests ask for."""
+    (port,) = await running.ports("chat")
+    async with aiohttp.ClientSession() as session:
+        try:
+            async with session.get(f"http://127.0.0.1:{port}/fake/{what}") as answer:
+                await answer.read()
+        except aiohttp.ClientError:
+            assert what in {"die", "lose-core"}
+
+
+def exits(found: Any, reason: str) -> bool:  # noqa: ANN401 - JSON
+    """Whether an instance is back, and why it was away."""
+    return found["state"] == "ready" and found["last_exit"] is not None and found["last_exit"]["reason"] == reason
+
+
+# While it starts
+
+
+@pytest.mark.parametrize("phase", ["import", "bind", "weights", "profile", "capture", "listen"])
+async def test_an_engine_that_dies_while_it_starts_is_started_again(
+    tmp_path: Path, port_start: int, phase: str
+) -> None:
+    """Whatever it was at, the next start is a new one, the dead one's processes are gone, and who waited is served."""
+    fault = {"fake_exit_at": phase, "fake_exit_text": "RuntimeError: no luck", "fake_once": str(tmp_path / "once")}
+    async with beside_a_neighbour(tmp_path, port_start, chat(**fault)) as running:
+        assert (await running.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
+        now = await running.once("chat", lambda one: one["state"] == "ready")
+        last = now["last_exit"]
+        assert (now["restarts"], last["reason"], last["code"]) == (1, "crashed", 1)
+        assert "RuntimeError: no luck" in last["message"]
+        assert "RuntimeError: no luck" in "\n".join(last["log_tail"])
+
+
+async def test_an_engine_that_keeps_dying_rests_in_error_and_says_why(tmp_path: Path, port_start: int) -> None:
+    """After `restart.max_failures` nothing more is tried; requests are told at once; a start by hand tries anew."""
+    table = chat("restart = { max_failures = 3 }", fake_exit_at="weights", fake_exit_text="RuntimeError: no luck")
+    async with beside_a_neighbour(tmp_path, port_start, table) as running:
+        now = await running.once("chat", lambda one: one["state"] == "error")
+        assert now["restarts"] == 2
+        error = (await running.post("/v1/chat/completions", ASK, 503))["error"]
+        assert error["code"] == "model_error"
+        assert "RuntimeError: no luck" in error["message"]
+        await running.post("/models/chat/start", {}, 202)
+        await running.once("chat", lambda one: one["restarts"] == 4)
+
+
+async def test_a_start_that_hangs_is_ended_and_tried_again(tmp_path: Path, port_start: int) -> None:
+    """Silence for `startup_timeout`, and no processor or disk at work: it is not waited for any longer."""
+    table = chat('startup_timeout = "1s"', fake_hang_at="weights", fake_once=str(tmp_path / "once"))
+    async with beside_a_neighbour(tmp_path, port_start, table) as running:
+        now = await running.once("chat", lambda one: exits(one, "startup_timeout"))
+        assert "loading_weights" in now["last_exit"]["message"]
+        assert "startup_timeout" in now["last_exit"]["message"]
+
+
+async def test_an_engine_that_loses_its_port_to_another_program_gets_the_next(tmp_path: Path, port_start: int) -> None:
+    """Between the choice of a port and vLLM's bind somebody else may take it."""
+    async with beside_a_neighbour(
+        tmp_path, port_start, chat(fake_steal_port=True, fake_once=str(tmp_path / "once"))
+    ) as running:
+        now = await running.once("chat", lambda one: exits(one, "port_in_use"))
+        assert now["restarts"] == 1
+
+
+async def test_a_foreign_server_on_a_port_of_ours_is_skipped_and_never_used(tmp_path: Path, port_start: int) -> None:
+    """Whoever listens there already keeps the port."""
+    with socket.create_server(("127.0.0.1", port_start)), socket.create_server(("127.0.0.1", port_start + 1)):
+        async with beside_a_neighbour(tmp_path, port_start, chat()) as running:
+            await running.all_ready()
+            assert {*await running.ports("chat"), *await running.ports("other")} == {port_start + 2, port_start + 3}
+
+
+async def test_an_engine_that_does_not_know_our_name_is_not_ours(tmp_path: Path, port_start: int) -> None:
+    """A server that is healthy on the right port but lists other models gets no request."""
+    table = chat('startup_timeout = "1s"', "restart = { max_failures = 1 }", fake_foreign=True)
+    async with beside_a_neighbour(tmp_path, port_start, table) as running:
+        now = await running.once("chat", lambda one: one["state"] == "error")
+        assert now["last_exit"]["reason"] == "startup_timeout"
+
+
+async def test_a_command_that_is_missing_rests_at_once(tmp_path: Path, port_start: int) -> None:
+    """No retry finds a program that is not there; the message names it."""
+    async with beside_a_neighbour(tmp_path, port_start, chat('command = ["no-such-vllm"]')) as running:
+        status = (await running.get("/models/chat"))["status"]
+        assert (status["state"], status["reason"]) == ("error", "command_not_found")
+        assert "no-such-vllm" in status["message"]
+
+
+# While it serves
+
+
+async def test_an_engine_that_exits_with_0_in_mid_stream_is_a_crash(tmp_path: Path, port_start: int) -> None:
+    """The reader gets one last event that says so, and no `[DONE]`; the engine is started again."""
+    async with beside_a_neighbour(tmp_path, port_start, chat()) as running:
+        body = ASK | {"stream": True, "fake": {"chunks": 5, "die": 2}}
+        async with running.session.post("/v1/chat/completions", json=body) as answer:
+            text = (await answer.read()).decode()
+        assert '"code":"engine_failed"' in text
+        assert "[DONE]" not in text
+        now = await running.once("chat", lambda one: exits(one, "crashed"))
+        assert now["last_exit"]["code"] == 0
+
+
+@pytest.mark.parametrize("which", ["server", "core"])
+async def test_a_killed_process_of_an_engine_takes_its_whole_session_along(
+    tmp_path: Path, port_start: int, which: str
+) -> None:
+    """Whether the API server or the engine core dies: the rest is ended before the next one starts."""
+    async with beside_a_neighbour(tmp_path, port_start, chat(fake_grandchildren=2)) as running:
+        await running.all_ready()
+        (pid,) = await running.pids("chat")
+        assert len(session_of(pid)) == 4
+        if which == "server":
+            os.kill(pid, signal.SIGKILL)
+        else:
+            await control(running, "lose-core")
+        now = await running.once("chat", lambda one: one["state"] == "ready" and one["restarts"] == 1)
+        assert now["last_exit"]["signal"] == (9 if which == "server" else None)
+        assert session_of(pid) == set()
+
+
+async def test_an_engine_that_hangs_while_its_health_is_good_is_found_and_restarted(
+    tmp_path: Path, port_start: int
+) -> None:
+    """A request waits, no byte comes and no counter moves for `stall_timeout`: it ends honestly, the engine is new."""
+    async with beside_a_neighbour(tmp_path, port_start, chat('stall_timeout = "1s"')) as running:
+        await running.all_ready()
+        await control(running, "freeze")
+        error = (await running.post("/v1/chat/completions", ASK, 502))["error"]
+        assert error["code"] == "engine_failed"
+        now = await running.once("chat", lambda one: exits(one, "stalled"))
+        assert "stall_timeout" in now["last_exit"]["message"]
+        assert (await running.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
+
+
+async def test_a_busy_engine_is_not_taken_for_a_hanging_one(tmp_path: Path, port_start: int) -> None:
+    """Its counters move while a long answer that is not streamed is made: it is left alone."""
+    gate = tmp_path / "go"
+    async with beside_a_neighbour(tmp_path, port_start, chat('stall_timeout = "500ms"')) as running:
+        await running.all_ready()
+        (pid,) = await running.pids("chat")
+        await control(running, "busy")
+        answer = asyncio.create_task(running.post("/v1/chat/completions", ASK | {"fake": {"hold": str(gate)}}))
+        for _ in range(3):  # three beats of the watch are more than the timeout
+            await counters_read(running)
+        assert await running.pids("chat") == [pid]
+        gate.touch()
+        await control(running, "thaw")
+        assert (await answer)["object"] == "chat.completion"
+
+
+async def counters_read(running: Daemon) -> None:
+    """Wait until the daemon has asked for the engine's counters five times more."""
+    (port,) = await running.ports("chat")
+
+    async def times() -> int:
+        async with running.session.get(f"http://127.0.0.1:{port}/fake/seen") as answer:
+            return sum(seen["path"] == "/metrics" for seen in await answer.json())
+
+    before = await times()
+    async with asyncio.timeout(30):
+        while await times() < before + 5:
+            pass
+
+
+async def test_an_engine_whose_health_stays_bad_is_restarted(tmp_path: Path, port_start: int) -> None:
+    """Without any request: `/health` failing for `stall_timeout` is enough."""
+    async with beside_a_neighbour(tmp_path, port_start, chat('stall_timeout = "1s"')) as running:
+        await running.all_ready()
+        await control(running, "sick")
+        now = await running.once("chat", lambda one: exits(one, "stalled"))
+        assert "/health" in now["last_exit"]["message"]
+
+
+async def test_an_engine_that_floods_its_log_is_served_and_its_log_stays_short(tmp_path: Path, port_start: int) -> None:
+    """A hundred megabytes: the file is cut at 64 MiB, requests are answered, and the daemon's memory stays small."""
+    async with beside_a_neighbour(tmp_path, port_start, chat(fake_flood=100_000_000)) as running:
+        await running.all_ready()
+        file = running.state_dir / "logs" / "chat%2F0.log"
+        async with asyncio.timeout(60):
+            while "flood ended" not in last_words(running):
+                assert (await running.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
+        assert file.stat().st_size < 64 * 2**20
+
+
+def last_words(running: Daemon) -> str:
+    """The end of what the daemon logged."""
+    with (running.folder / "daemon.log").open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 5000))
+        return file.read().decode()
+
+
+async def test_garbage_in_a_log_is_shown_as_text(tmp_path: Path, port_start: int) -> None:
+    """Half lines, NULs, colours and bytes that are no UTF-8 break neither the log stream nor the resource."""
+    async with beside_a_neighbour(tmp_path, port_start, chat(fake_garbage_log=True)) as running:
+        await running.all_ready()
+        async with running.session.get("/models/chat/logs?lines=10000") as answer:
+            text = await answer.text()
+        assert answer.status == 200
+        assert not any(ord(char) < 32 and char not in "\n\t" for char in text)
+        (pid,) = await running.pids("chat")
+        os.kill(pid, signal.SIGKILL)
+        await running.once("chat", lambda one: one["restarts"] == 1 and one["state"] == "ready")
+
+
+# While it stops
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [{"fake_ignore_sigterm": True}, {"fake_stubborn_core": True, "fake_grandchildren": 3}],
+    ids=["ignores-sigterm", "leaves-grandchildren"],
+)
+async def test_an_engine_that_does_not_go_is_killed_to_its_last_process(
+    tmp_path: Path, port_start: int, fault: dict[str, object]
+) -> None:
+    """`stop_timeout` after SIGTERM every process of its session gets SIGKILL, those that ignore SIGTERM too."""
+    async with beside_a_neighbour(tmp_path, port_start, chat(**fault)) as running:
+        await running.all_ready()
+        (pid,) = await running.pids("chat")
+        await running.post("/models/chat/stop", {}, 202)
+        await running.eventually("/models/chat", lambda found: found["status"]["state"] == "stopped")
+        assert session_of(pid) == set()
+
+
+async def test_shared_memory_of_a_killed_engine_is_removed(tmp_path: Path, port_start: int) -> None:
+    """What it had in /dev/shm would otherwise fill that until no engine can start."""
+    async with beside_a_neighbour(tmp_path, port_start, chat(fake_shm=True)) as running:
+        await running.all_ready()
+        (pid,) = await running.pids("chat")
+        record = await segments_on_record(running)
+        assert record
+        assert all(Path(name).exists() for name in record)
+        os.kill(pid, signal.SIGKILL)
+        await running.once("chat", lambda one: one["restarts"] == 1 and one["state"] == "ready")
+        assert not any(Path(name).exists() for name in record)
+
+
+async def segments_on_record(running: Daemon) -> list[str]:
+    """The shared memory that the daemon knows of."""
+    async with asyncio.timeout(30):
+        while True:
+            lines = (running.state_dir / "engines.toml").read_text().splitlines()
+            found = [line.strip(' ",') for line in lines if "/dev/shm/" in line]
+            if found:
+                return found
+            await asyncio.sleep(0)
+
+
+# What surrounds engines
+
+
+async def test_a_disk_that_is_full_costs_the_record_and_no_engine(tmp_path: Path, port_start: int) -> None:
+    """The state cannot be written: that is logged, and every model starts and serves."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / ".engines.toml.new").mkdir()  # what a full disk does to a write
+    async with beside_a_neighbour(tmp_path, port_start, chat()) as running:
+        assert (await running.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
+        assert "the state cannot be written" in running.log()

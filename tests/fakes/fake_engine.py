@@ -1,0 +1,152 @@
+"""What the server knows of its engine: whether it works, and what it counts. And the requests that change that.
+
+A frozen engine is one whose core is stopped, whoever stopped it: no token comes, no counter moves, `/health` is 200.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import fake_core  # type: ignore[import-not-found] # beside this script
+import fake_log  # type: ignore[import-not-found] # as above
+
+COMMANDS = {
+    "freeze": "stop the core: nothing goes on, nothing is counted, new requests hang",
+    "busy": "requests hang without a byte, but counters move with each look at them",
+    "thaw": "neither of these any more",
+    "sick": "/health answers 503",
+    "well": "/health answers 200",
+    "lose-core": "kill the core, as the kernel would; the server notices by itself",
+    "die": "the core is dead and the server ends at once, exit code 0",
+}
+FATAL = {"lose-core", "die"}
+_PROCESS_METRICS = (
+    "# HELP python_info Python platform information\n# TYPE python_info gauge\n"
+    'python_info{implementation="CPython",major="3",minor="13"} 1.0\n'
+)
+
+
+class Engine:
+    """The engine."""
+
+    def __init__(self, options: argparse.Namespace, core: fake_core.Core, log: fake_log.Log) -> None:
+        self.options = options
+        self.core = core
+        self.log = log
+        self.running = asyncio.Event()  # not: it is frozen
+        self.answering = asyncio.Event()  # not: it is busy
+        self.running.set()
+        self.answering.set()
+        self.sick = options.fake_unhealthy
+        self.over = False
+        self.requests = 0
+        self.shown_requests = 0  # as of the last step
+        self.prompt_tokens = self.generated_tokens = self.steps = 0
+
+    def core_changed(self) -> None:
+        """The kernel says that something has become of the core."""
+        for change in self.core.changes():
+            if change == "died":
+                self.dead()
+            elif change == "stopped":
+                self.running.clear()
+            elif not self.over:
+                self.running.set()
+
+    def dead(self) -> None:
+        """End as vLLM does when its core is dead: exit code 0."""
+        self.log.core_died()
+        self.core.tidy()
+        os._exit(0)
+
+    def stop(self) -> None:
+        """SIGTERM: the core ends. Without a time to drain, streams freeze."""
+        if not self.options.shutdown_timeout:
+            self.over = True
+            self.running.clear()
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGCHLD)
+        self.core.end()
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """One request, while it is in the engine."""
+        self.requests += 1
+        try:
+            yield
+        finally:
+            self.requests -= 1
+            if self.running.is_set():
+                self.shown_requests = self.requests
+
+    async def turn(self, prompt: int = 0, generated: int = 0) -> None:
+        """One step of a request, once the engine works; tokens are counted."""
+        while not (self.running.is_set() and self.answering.is_set()):
+            await self.running.wait()
+            await self.answering.wait()
+        self.count(prompt, generated)
+
+    def count(self, prompt: int, generated: int) -> None:
+        """The tokens of one step."""
+        self.prompt_tokens += prompt
+        self.generated_tokens += generated
+        self.steps += 1
+        self.shown_requests = self.requests
+
+    def control(self, command: str) -> None:
+        """Do one of COMMANDS."""
+        if command == "freeze":
+            self.running.clear()  # the kernel's word comes later
+            self.core.signal(signal.SIGSTOP)
+        elif command == "busy":
+            self.answering.clear()
+        elif command == "thaw":
+            self.core.signal(signal.SIGCONT)
+            self.running.set()
+            self.answering.set()
+        elif command in {"sick", "well"}:
+            self.sick = command == "sick"
+        elif command == "lose-core":
+            self.core.signal(signal.SIGKILL)
+        elif command == "die":
+            self.core.signal(signal.SIGKILL)
+            self.core.wait()
+            self.dead()
+
+    def state(self) -> dict[str, object]:
+        """Its processes, its shared memory, and whether its core stands still."""
+        core = self.core
+        return {
+            "pid": os.getpid(),
+            "core": core.pid,
+            "workers": core.workers,
+            "segment": core.segment or None,
+            "frozen": not self.running.is_set(),
+        }
+
+    def metrics(self) -> str:
+        """The counters, as Prometheus reads them. A frozen engine's stand still, a busy one's move."""
+        if self.options.fake_no_metrics:
+            return _PROCESS_METRICS
+        if self.running.is_set() and not self.answering.is_set():
+            self.count(1, 1)
+        usage = min(1.0, self.shown_requests / 100)
+        tokens = self.prompt_tokens + self.generated_tokens
+        label = f'engine="0",model_name={json.dumps(self.options.served_model_name[0])}'
+        lines = [_PROCESS_METRICS.rstrip("\n")]
+        for name, kind, value in (
+            ("num_requests_running", "gauge", self.shown_requests),
+            ("kv_cache_usage_perc", "gauge", usage),
+            ("prompt_tokens_total", "counter", self.prompt_tokens),
+            ("generation_tokens_total", "counter", self.generated_tokens),
+        ):
+            lines += [f"# TYPE vllm:{name} {kind}", f"vllm:{name}{{{label}}} {float(value)}"]
+        lines.append("# TYPE vllm:iteration_tokens_total histogram")
+        for bound in ("1.0", "8.0", "+Inf"):
+            lines.append(f'vllm:iteration_tokens_total_bucket{{{label},le="{bound}"}} {float(self.steps)}')
+        lines.append(f"vllm:iteration_tokens_total_count{{{label}}} {float(self.steps)}")
+        lines.append(f"vllm:iteration_tokens_total_sum{{{label}}} {float(tokens)}")
+        return "\n".join(lines) + "\n"

@@ -1,0 +1,107 @@
+"""The options of the fake: those of the real program that the daemon uses, and the faults."""
+
+import argparse
+import functools
+import json
+import os
+import sys
+
+# In the order of a start. A phase's faults come behind the line that tells of the phase.
+PHASES = (
+    "import",  # before anything is bound or said
+    "bind",  # the port is taken, nothing listens on it
+    "load",  # the engine core runs
+    "weights",
+    "profile",  # how much memory is left; compiling is a part of it
+    "compile",
+    "capture",
+    "listen",  # the port accepts connections, and nothing answers yet
+)
+# What `--fake-once` takes back: whatever keeps a start from its end.
+_ONCE = (
+    "fake_exit_at",
+    "fake_hang_at",
+    "fake_phase_until",
+    "fake_load_until",
+    "fake_load_seconds",
+    "fake_steal_port",
+    "fake_unhealthy",
+    "fake_foreign",
+)
+
+
+def parse() -> argparse.Namespace:
+    """The command line; exit code 2 where it is wrong, as argparse has it."""
+    width = functools.partial(argparse.HelpFormatter, width=120)  # else it would import a lot to find one
+    parser = argparse.ArgumentParser(prog="vllm serve", formatter_class=width)
+    parser.add_argument("model")
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--served-model-name", nargs="+", required=True)
+    parser.add_argument("--shutdown-timeout", type=int, default=0)
+    parser.add_argument("--disable-access-log-for-endpoints")
+    parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--tensor-parallel-size", type=int)
+    parser.add_argument("--gpu-memory-utilization", type=float)
+    parser.add_argument("--max-num-seqs", type=int)
+    parser.add_argument("--dtype")
+    parser.add_argument("--trust-remote-code", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--hf-overrides", type=json.loads)
+    _faults_of_the_start(parser)
+    _faults_of_the_core(parser)
+    _faults_while_it_runs(parser)
+    options = parser.parse_args(sys.argv[2:] if sys.argv[1:2] == ["serve"] else sys.argv[1:])
+    if options.fake_once and not first(options.fake_once):
+        for name in _ONCE:
+            setattr(options, name, parser.get_default(name))
+    return options
+
+
+def _faults_of_the_start(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--fake-once", metavar="FILE", help="the faults of a start happen to the one that creates this file")
+    add("--fake-load-seconds", type=float, default=0.0, help="in the phase load")
+    add("--fake-load-until", metavar="FILE", help="the phase load lasts until this file exists")
+    add("--fake-phase-until", type=phase_and_file, metavar="PHASE=FILE", action="extend", nargs="+", default=[])
+    add("--fake-hang-at", choices=PHASES, help="stop there for ever, in silence")
+    add("--fake-exit-at", choices=PHASES, help="end there")
+    add("--fake-exit-code", type=int, default=1)
+    add("--fake-exit-signal", type=int, help="end by this signal instead, all of a sudden: the core stays")
+    add("--fake-exit-text", help="the last words")
+    add("--fake-steal-port", action="store_true", help="another program has taken the port")
+
+
+def _faults_of_the_core(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--fake-orphan", action="store_true", help="the core ignores SIGTERM; the server kills it where it ends")
+    add("--fake-stubborn-core", action="store_true", help="the core ignores SIGTERM, and the server leaves it")
+    add("--fake-grandchildren", type=int, default=0, metavar="N", help="the core has so many workers")
+    add("--fake-shm", nargs="?", choices=["core", "server"], const="core", help="who maps a shared memory segment")
+
+
+def _faults_while_it_runs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--fake-unhealthy", action="store_true", help="/health answers 503")
+    add("--fake-foreign", action="store_true", help="lists other names than asked for")
+    add("--fake-ignore-sigterm", action="store_true")
+    add("--fake-no-metrics", action="store_true", help="/metrics holds nothing of vLLM's")
+    add("--fake-flood", type=int, default=0, metavar="BYTES", help="log so much as soon as it listens")
+    add("--fake-garbage-log", action="store_true", help="log what is no text, in the phase load")
+
+
+def phase_and_file(text: str) -> tuple[str, str]:
+    """`PHASE=FILE`, read."""
+    phase, _, file = text.partition("=")
+    if phase not in PHASES or not file:
+        raise ValueError(text)
+    return phase, file
+
+
+def first(path: str) -> bool:
+    """Whether nobody has asked so before, of whatever process."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True

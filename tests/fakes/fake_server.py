@@ -1,0 +1,361 @@
+"""The HTTP server of the fake: requests in, answers and faults out. What it saw is told at `/fake/seen`."""
+
+import argparse
+import asyncio
+import collections
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import threading
+from typing import Any, NoReturn
+
+import fake_answers  # type: ignore[import-not-found] # beside this script
+import fake_engine  # type: ignore[import-not-found] # as above
+import fake_log  # type: ignore[import-not-found] # as above
+import fake_options  # type: ignore[import-not-found] # as above
+import fake_realtime  # type: ignore[import-not-found] # as above
+import fake_start  # type: ignore[import-not-found] # as above
+
+KEEPALIVE = float(os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "5"))
+
+
+class Reader(asyncio.StreamReader):
+    """A connection's input, which also says when the other side has gone."""
+
+    def __init__(self) -> None:
+        super().__init__(limit=2**26)
+        self.gone = asyncio.Event()
+
+    def feed_eof(self) -> None:
+        """An orderly end."""
+        super().feed_eof()
+        self.gone.set()
+
+    def set_exception(self, exc: Exception) -> None:
+        """A reset."""
+        super().set_exception(exc)
+        self.gone.set()
+
+
+class Fake:
+    """The server."""
+
+    def __init__(self, start: fake_start.Start) -> None:
+        self.start = start
+        self.log: fake_log.Log = start.log
+        self.options: argparse.Namespace = start.options
+        self.engine = fake_engine.Engine(start.options, start.core, start.log)
+        self.stopping = asyncio.Event()
+        self.connections: set[asyncio.StreamWriter] = set()
+        self.key = os.environ.get("VLLM_API_KEY")
+        self.seen: collections.deque[dict[str, Any]] = collections.deque(maxlen=1000)
+        self.responses: list[str] = []
+        self.server: asyncio.Server | None = None
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Listen until SIGTERM, then wait for every connection, without limit, as uvicorn does."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGCHLD, self.engine.core_changed)
+        if not self.options.fake_ignore_sigterm:
+            loop.add_signal_handler(signal.SIGTERM, self.stopping.set)
+            loop.add_signal_handler(signal.SIGINT, self.stopping.set)
+        self.engine.core_changed()  # perhaps before anybody was told
+        self.log.opening("listen")
+        server = self.server = await loop.create_server(
+            lambda: asyncio.StreamReaderProtocol(Reader(), self.connection), sock=listener
+        )
+        self.start.faults("listen")
+        if self.options.fake_flood:
+            threading.Thread(target=fake_log.flood, args=[self.options.fake_flood], daemon=True).start()
+        await self.stopping.wait()
+        self.log.stopping(self.options.shutdown_timeout)
+        self.engine.stop()
+        server.close()
+        for writer in [writer for writer in self.connections if getattr(writer, "idle", True)]:
+            writer.close()
+        if self.connections:
+            self.log.waiting()
+        while self.connections:
+            await asyncio.sleep(0.01)
+        self.log.ended()
+
+    async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Requests of one connection, one after another."""
+        assert isinstance(reader, Reader)
+        self.connections.add(writer)
+        try:
+            while not self.stopping.is_set() and not writer.is_closing():
+                writer.idle = True  # type: ignore[attr-defined]
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), KEEPALIVE)
+                writer.idle = False  # type: ignore[attr-defined]
+                lines = head.decode("latin-1").split("\r\n")
+                method, path, _ = lines[0].split(" ")
+                headers = [tuple(line.split(": ", 1)) for line in lines[1:] if line]
+                found = {name.lower(): value for name, value in headers}
+                body = await self.body(reader, found)
+                seen = self.note(method, path, headers, body)
+                writer.seen = seen  # type: ignore[attr-defined]
+                if path == "/v1/realtime" and "upgrade" in found and self.allowed(path, found):
+                    return await self.realtime(reader, writer, found, seen)
+                await self.unless_gone(reader, self.answer(writer, method, path, headers, found, body), seen)
+        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self.connections.discard(writer)
+            writer.close()
+
+    def note(self, method: str, path: str, headers: list[Any], body: bytes) -> dict[str, Any]:
+        """Remember a request. Its `state` becomes "answered" or "gone", the client having left before that."""
+        seen: dict[str, Any] = {
+            "method": method, "path": path, "headers": headers, "size": len(body), "state": "open", "written": 0,
+            "body": body.decode("latin-1") if len(body) < 2**18 else None, "sha256": hashlib.sha256(body).hexdigest(),
+            "pid": os.getpid(), "messages": [],
+        }  # fmt: skip
+        if not path.startswith("/fake/"):
+            self.seen.append(seen)
+        return seen
+
+    async def unless_gone(self, reader: Reader, answer: Any, seen: dict[str, Any]) -> None:  # noqa: ANN401 - a coroutine
+        """Answer; give up where the client leaves before the end."""
+        answering, gone = asyncio.ensure_future(answer), asyncio.ensure_future(reader.gone.wait())
+        await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if answering.done():
+            seen["state"] = "gone" if isinstance(answering.exception(), ConnectionError) else "answered"
+            answering.result()
+            return
+        seen["state"] = "gone"
+        answering.cancel()
+        raise ConnectionResetError("the client has left")
+
+    async def realtime(
+        self, reader: Reader, writer: asyncio.StreamWriter, found: dict[str, str], seen: dict[str, Any]
+    ) -> None:
+        """A WebSocket session."""
+        await fake_realtime.serve(reader, writer, found, self.names, seen["messages"], self.engine.turn)
+        seen["state"] = "gone"
+
+    def allowed(self, path: str, found: dict[str, str]) -> bool:
+        """Whether the request carries the key that `/v1` wants."""
+        return not (path.startswith("/v1") and self.key and found.get("authorization") != f"Bearer {self.key}")
+
+    async def body(self, reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
+        """The request's body, whole."""
+        if headers.get("transfer-encoding", "").lower() != "chunked":
+            return await reader.readexactly(int(headers.get("content-length", 0)))
+        body = b""
+        while size := int(await reader.readline(), 16):
+            body += await reader.readexactly(size)
+            await reader.readline()
+        await reader.readline()
+        return body
+
+    async def answer(
+        self,
+        writer: asyncio.StreamWriter,
+        method: str,
+        path: str,
+        headers: list[Any],
+        found: dict[str, str],
+        body: bytes,
+    ) -> None:
+        """Route one request."""
+        if path == "/health":
+            return await self.send(writer, 503 if self.engine.sick else 200, b"", "text/plain")
+        if path.startswith("/fake/"):
+            return await self.control(writer, path)
+        if path == "/metrics":
+            return await self.send(writer, 200, self.engine.metrics().encode(), "text/plain; version=1.0.0")
+        if not self.allowed(path, found):
+            return await self.json(writer, 401, {"error": "Unauthorized"})
+        if path == "/v1/models":
+            length, names = self.options.max_model_len, self.names
+            cards = [{"id": name, "object": "model", "owned_by": "vllm", "max_model_len": length} for name in names]
+            return await self.json(writer, 200, {"object": "list", "data": cards})
+        if path == "/secret":
+            return await self.json(writer, 200, {"secret": True})
+        if method == "HEAD":  # FastAPI gives its GET routes none
+            writer.write(b"HTTP/1.1 405 X\r\nserver: uvicorn\r\nallow: GET\r\ncontent-length: 31\r\n\r\n")
+            return await writer.drain()
+        if stored := re.fullmatch(r"/v1/responses/([^/]+)(/cancel)?", path):
+            known = stored[1] in self.responses
+            answer = {"id": stored[1], "status": "cancelled" if stored[2] else "completed", "pid": os.getpid()}
+            return await self.json(writer, 200 if known else 404, answer if known else {"error": {"message": "?"}})
+        return await self.infer(writer, method, path, headers, found, body)
+
+    @property
+    def names(self) -> list[str]:
+        """The models that it says it serves."""
+        return ["somebody-else"] if self.options.fake_foreign else self.options.served_model_name
+
+    async def infer(
+        self,
+        writer: asyncio.StreamWriter,
+        method: str,
+        path: str,
+        headers: list[Any],
+        found: dict[str, str],
+        body: bytes,
+    ) -> None:
+        """A request that names a model."""
+        try:
+            asked = fake_answers.form(body, found) if "multipart" in found.get("content-type", "") else json.loads(body)
+        except ValueError:
+            return await self.json(writer, 400, {"error": {"message": "bad json"}})
+        if asked.get("model") not in self.names:
+            message = f"The model `{asked.get('model')}` does not exist."
+            error = {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
+            return await self.json(writer, 404, {"error": error})
+        with self.engine.request():
+            await self.engine.turn(prompt=1)
+            return await self.work(writer, method, path, headers, body, asked)
+
+    async def work(
+        self,
+        writer: asyncio.StreamWriter,
+        method: str,
+        path: str,
+        headers: list[Any],
+        body: bytes,
+        asked: dict[str, Any],
+    ) -> None:
+        """A request that is in the engine."""
+        fault = asked.get("fake") or {}
+        if "once" in fault and not fake_options.first(fault["once"]):
+            fault = {}
+        if fault.get("echo"):
+            text = body.decode(errors="replace")
+            seen = {"method": method, "path": path, "headers": headers, "body": text, "pid": os.getpid()}
+            return await self.json(writer, 200, seen)
+        if "raw" in fault:
+            return await self.raw(writer, fault)
+        if path == "/v1/responses":
+            self.responses.append(f"resp_{os.getpid()}_{len(self.responses)}")
+            return await self.json(writer, 200, {"id": self.responses[-1], "object": "response"})
+        if path == "/v1/embeddings":
+            return await self.json(writer, 200, fake_answers.embeddings(asked))
+        if asked.get("stream"):
+            return await self.stream(writer, asked, fault)
+        await self.pause(fault)
+        await self.engine.turn(generated=1)
+        return await self.json(writer, fault.get("status", 200), fake_answers.completion(asked))
+
+    async def control(self, writer: asyncio.StreamWriter, path: str) -> None:
+        """What only tests ask for, on the engine's own port: fake_engine's `control`, and what follows.
+
+        `/fake/seen` tells of the requests, `/fake/state` of the processes; `/fake/hang-up` closes every connection,
+        `/fake/deaf` the port as well, while the process lives.
+        """
+        command = path.removeprefix("/fake/")
+        if command in {"deaf", "hang-up"}:
+            for other in self.connections - {writer}:
+                other.close()
+            if command == "deaf" and self.server is not None:
+                self.server.close()
+            await self.json(writer, 200, {})
+            return writer.close()
+        if command == "state":
+            return await self.json(writer, 200, self.engine.state())
+        if command in fake_engine.COMMANDS:
+            if command not in fake_engine.FATAL:
+                self.engine.control(command)
+            await self.json(writer, 200, {})
+            if command in fake_engine.FATAL:
+                self.engine.control(command)
+            return None
+        return await self.json(writer, 200, list(self.seen))
+
+    async def raw(self, writer: asyncio.StreamWriter, fault: dict[str, Any]) -> None:
+        """The very bytes in `raw`, null standing for a wait until the file `hold` exists; `flood` bytes in chunks.
+
+        Then `end`: "keep" the connection, "close" it, "reset" it or "hang".
+        """
+        for piece in fault["raw"]:
+            if piece is None:
+                await self.hold(fault)
+            else:
+                await self.engine.turn(generated=1)
+                await self.write(writer, piece.encode("latin-1"))
+        for start in range(0, fault.get("flood", 0), 2**16):
+            size = min(2**16, fault["flood"] - start)
+            await self.write(writer, b"%x\r\n" % size + bytes([65 + start // 2**16 % 26]) * size + b"\r\n")
+        if fault.get("flood"):
+            await self.write(writer, b"0\r\n\r\n")
+        end = fault.get("end", "close")
+        if end == "hang":
+            await asyncio.Event().wait()
+        elif end == "reset":
+            connection = writer.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+        elif end == "close":
+            writer.close()
+
+    async def write(self, writer: asyncio.StreamWriter, data: bytes) -> None:
+        """Bytes of an answer, counted once the system has taken them."""
+        writer.write(data)
+        await writer.drain()
+        writer.seen["written"] += len(data)  # type: ignore[attr-defined]
+
+    async def hold(self, fault: dict[str, Any]) -> None:
+        """Wait until the test says so by a file."""
+        while not os.path.exists(fault["hold"]):  # noqa: PTH110 - imports nothing
+            await asyncio.sleep(0.01)
+
+    async def pause(self, fault: dict[str, Any]) -> None:
+        """Before the first byte: `die` or `hang` there ("before"), or wait until the file `hold` exists."""
+        if "hold" in fault:
+            await self.hold(fault)
+        if fault.get("die") == "before":
+            self.die()
+        if fault.get("hang") == "before":
+            await asyncio.Event().wait()
+
+    async def stream(self, writer: asyncio.StreamWriter, asked: dict[str, Any], fault: dict[str, Any]) -> None:
+        """Server-sent events: `chunks` of them, `interval` seconds apart; `die` or `hang` after that many."""
+        await self.pause(fault)
+        head = "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+        writer.write(f"{head}transfer-encoding: chunked\r\n\r\n".encode())
+        count = fault.get("chunks", 5)
+        for number in range(count):
+            if fault.get("hang") == number:
+                await writer.drain()
+                await asyncio.Event().wait()
+            if fault.get("die") == number:
+                await writer.drain()
+                self.die()
+            await self.engine.turn(generated=1)
+            fake_answers.write_event(
+                writer, asked["model"], choices=[{"index": 0, "delta": {"content": f"t{number} "}}]
+            )
+            await writer.drain()
+            await asyncio.sleep(fault.get("interval", 0))
+        usage = {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
+        fake_answers.write_event(writer, asked["model"], choices=[], usage=usage)
+        writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+        await writer.drain()
+
+    def die(self) -> NoReturn:
+        """The engine says that it is dead, though its process is still there: exit code 0."""
+        self.log.core_died()
+        os._exit(0)
+
+    async def json(self, writer: asyncio.StreamWriter, status: int, value: object) -> None:
+        """A JSON answer."""
+        await self.send(writer, status, json.dumps(value).encode(), "application/json")
+
+    async def send(self, writer: asyncio.StreamWriter, status: int, body: bytes, kind: str) -> None:
+        """A whole answer."""
+        head = f"HTTP/1.1 {status} X\r\nserver: uvicorn\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        await writer.drain()
+
+
+def run(start: fake_start.Start, listener: socket.socket) -> NoReturn:
+    """Serve to the end."""
+    asyncio.run(Fake(start).serve(listener))
+    os._exit(0)

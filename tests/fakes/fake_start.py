@@ -1,0 +1,123 @@
+"""How the fake starts: phase by phase, each with its lines and its faults. Until it listens it imports little."""
+
+import argparse
+import os
+import signal
+import socket
+import time
+from typing import NoReturn
+
+import fake_core  # type: ignore[import-not-found] # beside this script
+import fake_log  # type: ignore[import-not-found] # as above
+import fake_options  # type: ignore[import-not-found] # as above
+
+_DEFAULT_TEXT = "RuntimeError: Engine core initialization failed."
+
+
+class Start:
+    """One start."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.log = fake_log.Log(options)
+        self.core: fake_core.Core | None = None
+
+    def reach(self, phase: str) -> None:
+        """Go through a phase."""
+        self.log.opening(phase)
+        self.faults(phase)
+        self.log.closing(phase)
+
+    def faults(self, phase: str) -> None:
+        """What was asked for in a phase: to wait, to hang, to end."""
+        options = self.options
+        if phase == "load":
+            if options.fake_garbage_log:
+                fake_log.garbage()
+            time.sleep(options.fake_load_seconds)
+            if options.fake_load_until:
+                self.until(options.fake_load_until)
+        for where, file in options.fake_phase_until:
+            if where == phase:
+                self.until(file)
+        if options.fake_hang_at == phase:
+            self.hang()
+        if options.fake_exit_at == phase:
+            self.fail()
+
+    def until(self, file: str) -> None:
+        """Wait for a file, unless the core dies."""
+        while not os.path.exists(file):  # noqa: PTH110 - imports nothing
+            if self.core is not None and "died" in self.core.changes():
+                self.core_failed()
+            time.sleep(0.01)
+
+    def hang(self) -> NoReturn:
+        """For ever. The death of the core ends a start, as it does in vLLM, which watches it."""
+        if self.core is not None:
+            self.core.wait()
+            self.core_failed()
+        while True:
+            signal.pause()
+
+    def core_failed(self) -> NoReturn:
+        """The core is dead before the server listens."""
+        assert self.core is not None
+        self.log.core_failed(self.core.code)
+        self.core.end()
+        os._exit(1)
+
+    def fail(self) -> NoReturn:
+        """End as a failed start does, or all of a sudden by a signal, which leaves the core alone."""
+        number, text = self.options.fake_exit_signal, self.options.fake_exit_text
+        if text or not number:
+            fake_log.write(fake_log.ERR, f"{text or _DEFAULT_TEXT}\n".encode())
+        if number:
+            die_by(number)
+        if self.core is not None:
+            self.core.end()
+        os._exit(self.options.fake_exit_code)
+
+
+def die_by(number: int) -> NoReturn:
+    """End by a signal, without a core file."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    while True:
+        signal.pause()
+
+
+def bind(options: argparse.Namespace) -> socket.socket:
+    """Take the port. A taken one is an OSError that nobody catches: a traceback and exit code 1, as in vLLM."""
+    address = (options.host or "0.0.0.0", options.port)
+    thief = socket.socket()
+    if options.fake_steal_port:
+        thief.bind(address)
+        thief.listen()
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address)
+    thief.close()
+    return listener
+
+
+def main() -> None:
+    """Import, bind, load, listen, serve."""
+    options = fake_options.parse()
+    if options.fake_ignore_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    start = Start(options)
+    start.reach("import")
+    listener = bind(options)
+    start.reach("bind")
+    start.core = fake_core.Core(options, listener)
+    start.log.core = start.core.pid
+    for phase in ("load", "weights", "profile", "compile", "capture"):
+        start.reach(phase)
+    import fake_server  # type: ignore[import-not-found] # the first that needs asyncio
+
+    fake_server.run(start, listener)
