@@ -21,14 +21,17 @@ from vllm_proxy.api.access_log import AccessLog
 from vllm_proxy.domain.config import Config, EngineSpec, Server
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.domain.parse import parse_config
+from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.find import find_vllm, has_gpus
 from vllm_proxy.engine.gate import DeviceGate
 from vllm_proxy.engine.launch import Launcher
 from vllm_proxy.engine.model import Model
+from vllm_proxy.engine.options import OptionTables
 from vllm_proxy.engine.output import PassOn
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.probe import HttpProbe
 from vllm_proxy.engine.process import adopt_orphans
+from vllm_proxy.engine.program import Programs
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
 from vllm_proxy.engine.state import StateDirectory
@@ -183,11 +186,15 @@ def _surroundings(
     questions = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), trust_env=False)
     stack.push_async_callback(questions.close)
     reserved = [listener.getsockname()[1] for listener in sockets]
+    env = settings.engine_environment
+    programs = Programs(settings.config_file.parent, env, find_vllm(env))
+    check = OptionCheck(programs, OptionTables(settings.state_dir / "options"))
+    stack.push_async_callback(check.close)
+    check.learn(model.engine for model in config.models.values())
     launcher = Launcher(
-        folder=settings.config_file.parent,
-        inherited=settings.engine_environment,
+        programs=programs,
+        check=check,
         scratch=settings.scratch,
-        found_command=find_vllm(settings.engine_environment),
         has_gpus=has_gpus(),
         ports=Ports(config.engine.port_start, config.engine.port_end, reserved),
         state=state,

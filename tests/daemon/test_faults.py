@@ -1,9 +1,11 @@
 """Every fault of an engine that the fake can be made to show, as real processes: the rows of the README's table."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.harness import Daemon, daemon, fake_engines, session_of
+from tests.harness import FAKE, Daemon, daemon, fake_engines, session_of
 
 ASK = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
 NEIGHBOUR = '[models.other]\nmodel = "org/other"\n'
@@ -128,6 +130,50 @@ async def test_a_command_that_is_missing_rests_at_once(tmp_path: Path, port_star
         status = (await running.get("/models/chat"))["status"]
         assert (status["state"], status["reason"]) == ("error", "command_not_found")
         assert "no-such-vllm" in status["message"]
+
+
+def vllm_that_tells_its_options(folder: Path) -> list[str]:
+    """The fake as an installed vLLM, whose Python knows `--hf-overrides`; it tells that only once the fake starts."""
+    option = {"names": ["--hf-overrides"], "kind": "store", "nargs": None, "type": "json", "choices": None}
+    table = json.dumps({"version": "0.32.0", "options": [option]})
+    (folder / "lib/python3.13/site-packages/vllm-0.32.0.dist-info").mkdir(parents=True)
+    (folder / "bin").mkdir()
+    os.mkfifo(folder / "gate")
+    scripts = {
+        "python": f"""case $1 in
+            */read_options.py) read -r started <{folder}/gate; echo '{table}';;
+            *) echo start | tee {folder}/gate >>{folder}/starts; shift; exec {sys.executable} -S {FAKE} "$@";;
+            esac""",
+        "vllm": "",
+    }
+    for name, text in scripts.items():
+        (folder / "bin" / name).write_text(f"#!{folder}/bin/python\n" if name == "vllm" else f"#!/bin/sh\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+    return [str(folder / "bin/vllm"), "serve"]
+
+
+async def test_an_unknown_option_is_named_with_the_one_that_was_meant(tmp_path: Path, port_start: int) -> None:
+    """By vLLM's own words, where its options were not known yet."""
+    command = vllm_that_tells_its_options(tmp_path / "vllm")
+    async with beside_a_neighbour(tmp_path, port_start, chat(f"command = {command}", hf_overide="x")) as running:
+        now = await running.once("chat", lambda one: one["state"] == "error")
+        assert (now["restarts"], now["last_exit"]["reason"]) == (0, "invalid_arguments")
+        assert "did you mean hf-overrides?" in now["last_exit"]["message"]
+
+
+async def test_an_unknown_option_is_refused_before_anything_is_started(tmp_path: Path, port_start: int) -> None:
+    """Where this vLLM has told its options once, to whichever daemon."""
+    command = vllm_that_tells_its_options(tmp_path / "vllm")
+    async with beside_a_neighbour(tmp_path, port_start, chat(f"command = {command}")) as running:
+        await running.all_ready()
+        while not list((running.state_dir / "options").glob("*.json")):
+            await running.get("/health")
+    before = (tmp_path / "vllm/starts").read_text()
+    async with beside_a_neighbour(tmp_path, port_start, chat(f"command = {command}", hf_overide="x")) as running:
+        status = (await running.eventually("/models/chat", lambda model: model["status"]["state"] == "error"))["status"]
+        assert status["reason"] == "invalid_arguments"
+        assert "args.hf_overide: unknown option; did you mean hf_overrides?" in status["message"]
+    assert (tmp_path / "vllm/starts").read_text() == before
 
 
 # While it serves

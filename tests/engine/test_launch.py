@@ -13,9 +13,12 @@ import pytest
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.diagnose import Exit
 from vllm_proxy.engine import process
-from vllm_proxy.engine.launch import Engine, Launcher, LaunchError, bury
+from vllm_proxy.engine.check import OptionCheck
+from vllm_proxy.engine.launch import Engine, Launcher, bury
+from vllm_proxy.engine.options import OptionTables
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.process import end_session, look_up
+from vllm_proxy.engine.program import LaunchError, Programs
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 
 
@@ -32,8 +35,10 @@ class Place:
         self.state = state
         self.ports = ports
         self.passed_on: list[str] = []
+        programs = Programs(folder, dict(os.environ), None)
+        self.check = OptionCheck(programs, OptionTables(folder / "options"))
         self.launcher = Launcher(
-            folder, dict(os.environ), folder, None, has_gpus=False, ports=ports, state=state, pass_on=self._pass_on
+            programs, self.check, folder, has_gpus=False, ports=ports, state=state, pass_on=self._pass_on
         )
 
     def _pass_on(self, instance: str, lines: object) -> None:

@@ -9,7 +9,7 @@ from tests.engine.virtual import Stage, model, now, passes, settle, virtual
 from vllm_proxy.domain.config import Restart
 from vllm_proxy.domain.diagnose import Exit
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
-from vllm_proxy.engine.launch import LaunchError
+from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.engine.supervisor import Supervisor
 from vllm_proxy.errors import RequestError
 
@@ -507,3 +507,17 @@ async def test_a_cancelled_stop_is_cancelled_and_the_engine_ends_all_the_same() 
         assert engine.buried is None, "the request in flight keeps its engine"
     await settle()
     assert engine.buried == pytest.approx(ready + 13)
+
+
+@virtual
+async def test_a_refused_option_is_told_with_the_one_that_was_meant() -> None:
+    """Though the options were not known when the engine was started."""
+    stage = Stage()
+    chat = stage.supervisor(model())
+    chat.start()
+    engine = await stage.engine()
+    engine.output.lines.append("vllm serve: error: unrecognized arguments: --sead 3")
+    engine.die(2)
+    await stage.until(lambda: chat.state is State.ERROR)
+    assert chat.diagnosis is not None
+    assert "did you mean seed?" in chat.diagnosis.message

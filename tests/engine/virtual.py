@@ -18,9 +18,9 @@ from vllm_proxy.domain.lifecycle import Phase, State
 from vllm_proxy.domain.progress import START, Progress
 from vllm_proxy.engine.gate import DeviceGate
 from vllm_proxy.engine.history import History
-from vllm_proxy.engine.launch import LaunchError
 from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.process import to_the_end
+from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.engine.registry import Registry
 from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.engine.supervisor import Supervisor, Surroundings
@@ -150,6 +150,10 @@ class FakeLauncher:
     def devices(self, spec: EngineSpec) -> frozenset[str]:
         """The GPUs that an engine measures while it loads."""
         return frozenset(str(device) for device in spec.devices or ())
+
+    async def option_names(self, spec: EngineSpec) -> frozenset[str]:  # noqa: ARG002 - one vLLM for all
+        """The options that its vLLM takes."""
+        return frozenset({"seed", "max-num-batched-tokens"})
 
     @contextlib.asynccontextmanager
     async def running(

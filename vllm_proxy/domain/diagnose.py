@@ -42,6 +42,11 @@ class Exit:
     code: int | None
     signal: int | None
 
+    @property
+    def refused(self) -> bool:
+        """Whether it is how vLLM's parser ends that does not take the options."""
+        return self.code == _ARGPARSE_EXIT
+
     def __str__(self) -> str:
         if self.signal is not None:
             known = self.signal in set(signal.Signals)
@@ -68,7 +73,7 @@ def _of_the_command(ended: Exit, lines: Sequence[str], known_options: Collection
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     if ended.code in {_NOT_EXECUTABLE, _NOT_FOUND}:
         return Diagnosis(Reason.COMMAND_NOT_FOUND, f"cannot run the engine's command: {last or ended}")
-    if ended.code != _ARGPARSE_EXIT:
+    if not ended.refused:
         return None
     said = _ARGPARSE.search("\n".join(lines))
     what = said["what"] if said else last or str(ended)

@@ -5,7 +5,6 @@ The exception is an engine that is kept for the next daemon, which adopts it.
 
 import asyncio
 import contextlib
-import os
 import secrets
 import shutil
 import tempfile
@@ -21,28 +20,21 @@ import structlog
 from vllm_proxy.domain import command
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
-from vllm_proxy.domain.diagnose import Diagnosis, Exit
+from vllm_proxy.domain.diagnose import Exit
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.progress import Progress
 from vllm_proxy.engine import logs, vitals
+from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.output import Output, PassOn
 from vllm_proxy.engine.ports import NoPortError, Ports
 from vllm_proxy.engine.process import EngineProcess, end_session, to_the_end
+from vllm_proxy.engine.program import LaunchError, Programs
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
-from vllm_proxy.errors import VllmProxyError
 
 log = structlog.get_logger()
 
 _MEMORY_SECONDS = 30.0
 _MUCH_MORE_MEMORY = 1.5  # times what it was
-
-
-class LaunchError(VllmProxyError):
-    """An engine could not even be started."""
-
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(message)
-        self.diagnosis = Diagnosis(reason, message)
 
 
 class Writing(Protocol):
@@ -143,10 +135,9 @@ class LaunchedEngine:
 class Launcher:
     """Starts engines as processes of this machine."""
 
-    folder: Path  # the configuration's: relative paths, and the engines' working directory
-    inherited: Mapping[str, str]  # the environment that engines start from
+    programs: Programs
+    check: OptionCheck
     scratch: Path  # where their temporary folders go; short, since sockets lie there
-    found_command: tuple[str, ...] | None  # vLLM, where no command is configured
     has_gpus: bool
     ports: Ports
     state: StateDirectory
@@ -156,11 +147,15 @@ class Launcher:
         """The GPUs that an engine measures while it loads."""
         if not self.has_gpus and spec.devices is None:
             return frozenset()
-        return command.devices_of(spec, self.inherited)
+        return command.devices_of(spec, self.programs.inherited)
 
     def fingerprint(self, spec: EngineSpec) -> str:
         """What an engine is known by to be the one that a spec asks for."""
-        return command.fingerprint(spec, str(self.folder))
+        return command.fingerprint(spec, str(self.programs.folder))
+
+    async def option_names(self, spec: EngineSpec) -> frozenset[str]:
+        """The options that the vLLM of a spec takes, without dashes; none where they are not known."""
+        return await self.check.names(spec)
 
     @contextlib.asynccontextmanager
     async def running(
@@ -172,11 +167,14 @@ class Launcher:
             LaunchError: when it cannot be started.
 
         """
-        start = self.command(model.engine)
+        start = self.programs.command(model.engine)
+        if problems := await self.check.problems(model):
+            listed = "; ".join(f"{path}: {message}" for path, message in problems)
+            raise LaunchError(Reason.INVALID_ARGUMENTS, f"vLLM would refuse its options: {listed}")
         async with contextlib.AsyncExitStack() as stack:
             place = self._take_place(instance, stack)
             argv = command.argv(model.id, model.engine, start, place)
-            env = command.environment(self.inherited, model.engine, place)
+            env = command.environment(self.programs.inherited, model.engine, place)
             engine = self._spawn(argv, env, place, self.fingerprint(model.engine))
             await stack.enter_async_context(self._living(engine, stop_timeout, stack))
             engine.process.release()
@@ -213,23 +211,6 @@ class Launcher:
             log.info("engine adopted", instance=record.instance, pid=engine.pid, port=record.port)
             yield engine
 
-    def command(self, spec: EngineSpec) -> Sequence[str]:
-        """What starts vLLM for this spec.
-
-        Raises:
-            LaunchError: when there is no such program.
-
-        """
-        start = spec.command or self.found_command
-        if start is None:
-            raise LaunchError(Reason.COMMAND_NOT_FOUND, "cannot find vLLM: install it, or set engine.command")
-        path = spec.env.get("PATH", self.inherited.get("PATH"))
-        program = os.path.join(self.folder, start[0]) if "/" in start[0] else start[0]  # noqa: PTH118 - keeps absolute ones
-        if shutil.which(program, path=path) is None:
-            msg = f"cannot run {start[0]}: there is no such program; set engine.command"
-            raise LaunchError(Reason.COMMAND_NOT_FOUND, msg)
-        return start
-
     def _take_place(self, instance: str, stack: contextlib.AsyncExitStack) -> Place:
         try:
             port = self.ports.take()
@@ -244,7 +225,7 @@ class Launcher:
         log_file = self.state.log_file(place.instance)
         log_start = logs.size_of(log_file)
         try:
-            process = EngineProcess.spawn(argv, env, self.folder, log_file)
+            process = EngineProcess.spawn(argv, env, self.programs.folder, log_file)
         except OSError as error:
             raise LaunchError(Reason.CRASHED, f"cannot start a process: {error}") from error
         record = EngineRecord(

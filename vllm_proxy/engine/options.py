@@ -170,15 +170,18 @@ class OptionTables:
         self._one_at_a_time = asyncio.Lock()  # an import of vLLM takes a processor and a GB for ten seconds
 
     def known(self, python: Path, env: Mapping[str, str] | None = None) -> OptionTable | None:
-        """What is known at once. `env` as for `load`."""
-        return self._tables.get(_version(python, env or {}))
+        """What is known without running anything. `env` as for `load`."""
+        version = _version(python, env or {})
+        if version not in self._tables and (table := self._kept(version)):
+            self._tables[version] = table
+        return self._tables.get(version)
 
     async def load(self, python: Path, env: Mapping[str, str]) -> OptionTable | None:
         """The options of the vLLM in `python`; None where it does not tell them, which is logged once.
 
         `env` is what the engine would run with.
         """
-        version = _version(python, env)
+        version = await asyncio.to_thread(_version, python, env)
         if version in self._tables:
             return self._tables[version]
         reading = self._readings.get(version)

@@ -6,7 +6,7 @@ Its one rule: an engine's death is a value here, never an exception that could r
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -21,9 +21,10 @@ from vllm_proxy.domain.progress import Progress
 from vllm_proxy.engine.ejection import mind
 from vllm_proxy.engine.gate import DeviceGate
 from vllm_proxy.engine.history import History
-from vllm_proxy.engine.launch import Engine, LaunchError
+from vllm_proxy.engine.launch import Engine
 from vllm_proxy.engine.liveness import until_stalled
 from vllm_proxy.engine.probe import Probe, Ready
+from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.engine.registry import Endpoint, Registry
 from vllm_proxy.engine.start import until_ready
 from vllm_proxy.engine.state import EngineRecord
@@ -49,6 +50,9 @@ class Launcher(Protocol):
         self, record: EngineRecord, stop_timeout: Callable[[], float]
     ) -> contextlib.AbstractAsyncContextManager[Engine]:
         """One that runs already."""
+
+    async def option_names(self, spec: EngineSpec) -> frozenset[str]:
+        """The options that the vLLM of a spec takes, without dashes; none where they are not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +200,9 @@ class Supervisor:
                     self._show(Phase.IMPORTING)
                     ready = await until_ready(engine, around.probe, self._startup_timeout, self._progress)
                     if not isinstance(ready, Ready):
-                        return self._failed(engine, ready)
+                        refused = ready is None and engine.exited.result().refused
+                        known = await around.launcher.option_names(self.spec.engine) if refused else frozenset()
+                        return self._failed(engine, ready, known_options=known)
                     engine.serves()
                     await gate.aclose()  # its memory is taken: the next one may measure
                     return await self._serve(engine, ready)
@@ -258,13 +264,20 @@ class Supervisor:
         self._show(Phase.STOPPING)
 
     def _failed(
-        self, engine: Engine, verdict: Diagnosis | None, *, was_ready: bool = False, generation: int | None = None
+        self,
+        engine: Engine,
+        verdict: Diagnosis | None,
+        *,
+        was_ready: bool = False,
+        generation: int | None = None,
+        known_options: Collection[str] = (),
     ) -> Diagnosis:
         """Write a failure down. `verdict` None: the engine ended, and how it did says why."""
         ended = Exit(None, None)
         if verdict is None:
             ended = engine.exited.result()
-            verdict = diagnose(ended, engine.output.tail(_DIAGNOSED_LINES), was_ready=was_ready)
+            tail = engine.output.tail(_DIAGNOSED_LINES)
+            verdict = diagnose(ended, tail, was_ready=was_ready, known_options=known_options)
         self.last_exit = LastExit(verdict, ended, datetime.now(UTC), engine.output.tail(_TAIL_LINES))
         self.diagnosis = verdict
         event = Event.STALLED if was_ready and verdict.reason is Reason.STALLED else Event.DIED

@@ -1,0 +1,74 @@
+"""Options are checked before an engine is started with them, where the engine's own vLLM has told them.
+
+Its one rule: nobody waits for a table that is not there yet; what it would have found, vLLM's exit code tells soon.
+"""
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from vllm_proxy.domain import options
+from vllm_proxy.domain.config import EngineSpec, ModelSpec
+from vllm_proxy.domain.options import OptionTable
+from vllm_proxy.engine.options import OptionTables
+from vllm_proxy.engine.program import Programs
+
+_NAMES_SECONDS = 30.0
+
+
+class OptionCheck:
+    """What the vLLM of each engine would refuse."""
+
+    def __init__(self, programs: Programs, tables: OptionTables) -> None:
+        self._programs = programs
+        self._tables = tables
+        self._learning: set[asyncio.Task[None]] = set()
+
+    async def problems(self, model: ModelSpec) -> list[tuple[str, str]]:
+        """(key path, message) for each; none where nothing is known of its vLLM, which is then looked at."""
+        table = await asyncio.to_thread(self._known, model.engine)
+        if table is None:
+            self.learn([model.engine])
+            return []
+        return options.problems(table, model.engine, model.written)
+
+    async def names(self, spec: EngineSpec) -> frozenset[str]:
+        """The names of all options, waited for if they are being read; none where they cannot be had soon."""
+        python = self._programs.python(spec)
+        if python is None:
+            return frozenset()
+        try:
+            async with asyncio.timeout(_NAMES_SECONDS):
+                table = await self._tables.load(python, self._programs.environment(spec))
+        except TimeoutError:
+            return frozenset()
+        return options.names(table) if table else frozenset()
+
+    def learn(self, specs: Iterable[EngineSpec]) -> None:
+        """Have the options of each vLLM read in the background, once a version."""
+        task = asyncio.create_task(self._learn(list(specs)), name="options of vLLM")
+        self._learning.add(task)
+        task.add_done_callback(self._learning.discard)
+
+    async def close(self) -> None:
+        """End what still runs."""
+        for task in self._learning:
+            task.cancel()
+        await asyncio.gather(*self._learning, return_exceptions=True)
+        await self._tables.close()
+
+    async def _learn(self, specs: Sequence[EngineSpec]) -> None:
+        for python, env in await asyncio.to_thread(self._sources, specs):
+            await self._tables.load(python, env)
+
+    def _sources(self, specs: Sequence[EngineSpec]) -> list[tuple[Path, Mapping[str, str]]]:
+        """What tells the options: each Python, with each environment that it would run with."""
+        found: dict[tuple[Path, frozenset[tuple[str, str]]], Mapping[str, str]] = {}
+        for spec in specs:
+            if python := self._programs.python(spec):
+                found[python, frozenset(spec.env.items())] = self._programs.environment(spec)
+        return [(python, env) for (python, _), env in found.items()]
+
+    def _known(self, spec: EngineSpec) -> OptionTable | None:
+        python = self._programs.python(spec)
+        return self._tables.known(python, self._programs.environment(spec)) if python else None

@@ -1,0 +1,61 @@
+"""Which program starts an engine. Its one rule: a relative path begins at the configuration's folder, everywhere."""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_proxy.domain.config import EngineSpec
+from vllm_proxy.domain.diagnose import Diagnosis
+from vllm_proxy.domain.lifecycle import Reason
+from vllm_proxy.engine.options import python_of
+from vllm_proxy.errors import VllmProxyError
+
+
+class LaunchError(VllmProxyError):
+    """An engine could not even be started."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.diagnosis = Diagnosis(reason, message)
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """What engines are started with, as far as it is not in their specs."""
+
+    folder: Path  # the configuration's: relative paths, and the engines' working directory
+    inherited: Mapping[str, str]  # the environment that engines start from
+    found_command: tuple[str, ...] | None  # vLLM, where no command is configured
+
+    def command(self, spec: EngineSpec) -> Sequence[str]:
+        """What starts vLLM for this spec.
+
+        Raises:
+            LaunchError: when there is no such program.
+
+        """
+        start = spec.command or self.found_command
+        if start is None:
+            raise LaunchError(Reason.COMMAND_NOT_FOUND, "cannot find vLLM: install it, or set engine.command")
+        if shutil.which(self._program(start), path=self._path(spec)) is None:
+            msg = f"cannot run {start[0]}: there is no such program; set engine.command"
+            raise LaunchError(Reason.COMMAND_NOT_FOUND, msg)
+        return start
+
+    def python(self, spec: EngineSpec) -> Path | None:
+        """The interpreter that would run vLLM for this spec; None where that is not certain."""
+        start = spec.command or self.found_command
+        return python_of([self._program(start), *start[1:]], self._path(spec)) if start else None
+
+    def environment(self, spec: EngineSpec) -> Mapping[str, str]:
+        """What an engine would inherit."""
+        return {**self.inherited, **spec.env}
+
+    def _program(self, start: Sequence[str]) -> str:
+        """The first word of a command; a relative path begins at the configuration's folder."""
+        return os.path.join(self.folder, start[0]) if "/" in start[0] else start[0]  # noqa: PTH118 - keeps absolute ones
+
+    def _path(self, spec: EngineSpec) -> str:
+        return self.environment(spec).get("PATH", os.defpath)
