@@ -132,6 +132,7 @@ def _init(options: argparse.Namespace) -> int:
 def _act(options: argparse.Namespace) -> int:
     loaded = _load(options)
     say = _silent if options.json else _say
+    logsetup.set_up("error", logsetup.resolve("auto", os.environ))  # `say` tells the rest
     if getattr(options, "all", False):
         return OK if uvloop.run(control.stop_all(loaded, say)) else FAILED
     resource = uvloop.run(control.act(loaded, options.action, options.model, say))

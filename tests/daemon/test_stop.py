@@ -147,6 +147,7 @@ async def test_engines_get_neither_the_daemons_port_nor_its_letters(tmp_path: Pa
     config = fake_engines(port_start) + CHAT
     async with daemon(config, tmp_path, "--port", str(port_start), env={"MASTER_PORT": "1"}) as running:
         running.url = f"http://127.0.0.1:{port_start}"
+        await running.until(lambda status: status.startswith("1 of 1"))
         async with aiohttp.ClientSession(running.url) as session, session.get("/models/chat") as answer:
             instances = (await answer.json())["status"]["instances"]
         for instance in instances:

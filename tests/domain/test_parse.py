@@ -129,6 +129,7 @@ def test_an_id_of_the_allowed_letters_is_accepted(model_id: str) -> None:
     ("model_id", "message"),
     [
         ("", "1 to 200 letters"),
+        ("-a", "does not begin with -"),
         ("x" * 201, "1 to 200 letters"),
         ("a b", "1 to 200 letters"),
         ("\\u00e4", "1 to 200 letters"),

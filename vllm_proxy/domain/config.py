@@ -26,6 +26,8 @@ def id_problem(model_id: str) -> str | None:
     segments = model_id.split("/")
     if not _ID.fullmatch(model_id):
         return "expected an id of 1 to 200 letters, digits and . _ : @ / -"
+    if model_id.startswith("-"):
+        return "expected an id that does not begin with -, which vLLM would take for an option"
     if {"", ".", ".."} & set(segments):
         return 'expected an id with no empty, "." or ".." part between its slashes'
     if segments[-1] in _ACTIONS:

@@ -48,14 +48,17 @@ class Output:
         for line in self.tail(10_000):
             self._follow(line)
 
-    async def pump(self, look: Callable[[], Work]) -> None:
-        """Read on until cancelled. `look`: what its processes do; asked in a thread, while they say nothing."""
+    async def pump(self, look: Callable[[], Work], quiet: float = _QUIET_SECONDS) -> None:
+        """Read on until cancelled. `look`: what its processes do, asked in a thread when they said nothing for `quiet`.
+
+        `quiet` is in seconds.
+        """
         loop = asyncio.get_running_loop()
         heard_at, moved = loop.time(), 0
         while True:
             if self.read():
                 heard_at = loop.time()
-            elif self.loading and loop.time() - heard_at > _QUIET_SECONDS:
+            elif self.loading and loop.time() - heard_at > quiet:
                 work = await asyncio.to_thread(look)
                 self.activity += work.moved_bytes - moved > _WORK_BYTES
                 moved, heard_at = work.moved_bytes, loop.time()

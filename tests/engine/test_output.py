@@ -1,0 +1,89 @@
+"""What is seen of an engine that says nothing: with real processes that do what an engine does."""
+
+import asyncio
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import PIPE
+
+from vllm_proxy.domain.lifecycle import Phase
+from vllm_proxy.engine.output import Output
+from vllm_proxy.engine.process import look_up
+from vllm_proxy.engine.vitals import Work, work
+
+
+def output(folder: Path, text: str = "") -> Output:
+    """Of an engine that has written this so far."""
+    file = folder / "engine.log"
+    file.write_text(text)
+    return Output("chat/0", file, 0, 0, lambda *_: None)
+
+
+async def pumped(of: Output, look: Callable[[], Work], holds: Callable[[], bool]) -> None:
+    """Read on until something holds."""
+    pump = asyncio.create_task(of.pump(look, quiet=0))
+    while not holds():
+        await asyncio.sleep(0)
+    pump.cancel()
+    await asyncio.wait({pump})
+
+
+def session(script: str) -> subprocess.Popen[str]:
+    """A shell that leads a session and says when it is so far."""
+    return subprocess.Popen(["sh", "-c", script], start_new_session=True, stdin=PIPE, stdout=PIPE, text=True)
+
+
+def work_of(process: subprocess.Popen[str]) -> Work:
+    """What it does, once it said something."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == "there\n"
+    found = look_up(process.pid)
+    assert found is not None
+    return work(found.pid, found.started)
+
+
+def test_a_file_that_is_not_fetched_whole_yet_is_a_download(tmp_path: Path) -> None:
+    """Any process of the session may hold it open; huggingface_hub names such a file `*.incomplete`."""
+    for script, downloads in {
+        f"exec 3>{tmp_path}/4a5b.incomplete; (echo there; read -r go)": True,
+        f"exec 3>{tmp_path}/model.safetensors; (echo there; read -r go)": False,
+    }.items():
+        with session(script) as process:
+            assert work_of(process).downloads is downloads
+            process.kill()
+
+
+def test_bytes_that_are_written_are_work(tmp_path: Path) -> None:
+    """A loading engine reads and writes, though it says nothing."""
+    with session(f"head -c 3000000 /dev/zero >{tmp_path}/file; echo there; read -r go") as process:
+        before = work_of(process).moved_bytes
+        process.kill()
+    with session("echo there; read -r go") as idle:
+        assert before > 3_000_000 > work_of(idle).moved_bytes
+        idle.kill()
+
+
+async def test_a_silent_download_is_a_phase_of_its_own(tmp_path: Path) -> None:
+    """VLLM says nothing about a download until it has ended, and it may take an hour."""
+    found = output(tmp_path)
+    await pumped(found, lambda: Work(0, downloads=True), lambda: found.progress.phase is Phase.DOWNLOADING)
+
+
+async def test_bytes_that_move_keep_a_silent_start_alive(tmp_path: Path) -> None:
+    """Each MiB counts as one thing that the engine did; `startup_timeout` begins anew."""
+    found, moved = output(tmp_path), iter(range(0, 2**40, 2**21))
+    await pumped(found, lambda: Work(next(moved), downloads=False), lambda: found.activity > 3)
+
+
+async def test_heartbeats_of_a_hanging_engine_are_no_progress(tmp_path: Path) -> None:
+    """Some bytes always move, and some lines are said for ever."""
+    asked: list[int] = []
+
+    def look() -> Work:
+        asked.append(1)
+        return Work(len(asked), downloads=False)
+
+    text = "INFO 11-24 08:00:00 [shm_broadcast.py:456] No available shared memory broadcast block found in 60 s.\n"
+    found = output(tmp_path, text)
+    await pumped(found, look, lambda: len(asked) > 3)
+    assert found.activity == 0
