@@ -95,6 +95,18 @@ def test_the_state_diagram_is_the_table() -> None:
     assert text.count("\n") <= 150
 
 
+def test_the_readme_names_a_test_for_every_fault() -> None:
+    """Each row of the table of faults ends with tests that exist."""
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("| fault | requests |")[2].partition("\n\n")[0].splitlines()[2:]
+    known = {name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (\w+)", file.read_text())}
+    assert len(table) > 20
+    for row in table:
+        named = re.findall(r"`(\w+)`", row.rsplit(" | ", 1)[1])
+        assert named, row
+        assert set(named) <= known, row
+
+
 def test_the_readme_lists_every_key_with_its_default() -> None:
     """The README's table of keys is complete and its defaults are those of the code."""
     text = (ROOT / "README.md").read_text()
