@@ -99,7 +99,9 @@ def test_the_readme_names_a_test_for_every_fault() -> None:
     """Each row of the table of faults ends with tests that exist."""
     text = (ROOT / "README.md").read_text()
     table = text.partition("| fault | requests |")[2].partition("\n\n")[0].splitlines()[2:]
-    known = {name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (\w+)", file.read_text())}
+    known = {
+        name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (\w+)", file.read_text())
+    }
     assert len(table) > 20
     for row in table:
         named = re.findall(r"`(\w+)`", row.rsplit(" | ", 1)[1])
