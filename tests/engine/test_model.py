@@ -304,7 +304,7 @@ async def test_the_end_is_the_last_word() -> None:
     stage.launcher.teardown_seconds = 5
     chat = begun(stage, model())
     await serving(stage, chat)
-    ending = asyncio.create_task(chat.end(keep=False))
+    ending = chat.end(keep=False)
     await settle()
     chat.start()
     chat.restart()
@@ -322,7 +322,7 @@ async def test_the_end_in_the_middle_of_a_drain_by_hand_waits_for_it() -> None:
     with await stage.registry.acquire("chat"):
         chat.stop()
         await passes(10)
-        ending = asyncio.create_task(chat.end(keep=False))
+        ending = chat.end(keep=False)
         await passes(10)
         assert not ending.done()
     await ending

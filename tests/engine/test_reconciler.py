@@ -277,7 +277,6 @@ async def test_an_adopted_engine_of_an_on_demand_model_stays_up(tmp_path: Path) 
     "record",
     [
         alive(spec="another/model"),
-        alive("a/1"),
         alive("b/0"),
         alive("off/0"),
         alive("a/b/0"),
@@ -286,10 +285,17 @@ async def test_an_adopted_engine_of_an_on_demand_model_stays_up(tmp_path: Path) 
     ],
 )
 def test_an_engine_that_is_not_what_the_file_asks_for_is_not_adopted(record: EngineRecord) -> None:
-    """Another spec, a replica too many, a model that is gone or disabled, another process, a dead one."""
+    """Another spec, a model that is gone or disabled, another process, a dead one."""
     models = {"a": model("a"), "off": model("off", enabled=False)}
     adoptable, others = sort_out([record], models, lambda spec: spec.model)
     assert ([one for mine in adoptable.values() for one in mine], others) == ([], [record])
+
+
+def test_of_too_many_engines_as_many_as_replicas_are_adopted() -> None:
+    """Those that have served first; an index that is high alone is no reason."""
+    zero, one, two = (alive(f"a/{index}", ready=index > 0) for index in range(3))
+    adoptable, others = sort_out([zero, one, two], {"a": model("a", replicas=2)}, lambda spec: spec.model)
+    assert (adoptable["a"], others) == ({1: one, 2: two}, [zero])
 
 
 def test_of_two_engines_of_one_instance_the_one_that_has_served_is_adopted() -> None:

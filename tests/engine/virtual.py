@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
-from vllm_proxy.domain.diagnose import Exit
+from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Phase, State
 from vllm_proxy.domain.progress import START, Progress
 from vllm_proxy.engine.gate import DeviceGate
@@ -142,6 +142,7 @@ class FakeLauncher:
     def __init__(self) -> None:
         self.engines: list[FakeEngine] = []
         self.refusal: LaunchError | None = None
+        self.known_objection: Diagnosis | None = None
         self.teardown_seconds = 0.0
         self.teardown_error: Exception | None = None
         self.adopted_listen = True
@@ -150,6 +151,10 @@ class FakeLauncher:
     def devices(self, spec: EngineSpec) -> frozenset[str]:
         """The GPUs that an engine measures while it loads."""
         return frozenset(str(device) for device in spec.devices or ())
+
+    async def objection(self, model: ModelSpec) -> Diagnosis | None:  # noqa: ARG002 - one answer for all
+        """Why no engine would start."""
+        return self.known_objection
 
     async def option_names(self, spec: EngineSpec) -> frozenset[str]:  # noqa: ARG002 - one vLLM for all
         """The options that its vLLM takes."""

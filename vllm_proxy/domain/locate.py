@@ -1,4 +1,4 @@
-"""Where in a TOML text a key stands: for messages alone, never for deciding anything.
+"""Where in a TOML text a key stands: for messages, and for edits that prove themselves afterwards.
 
 Neither tomllib nor tomlkit gives positions. This walks the lines of a text that tomllib has accepted already, so it
 only has to tell headers, keys and values apart; what it cannot see (a key inside an inline table) gets the line of
@@ -6,6 +6,9 @@ the nearest table or key around it.
 """
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 type KeyPath = tuple[str, ...]
 
@@ -16,7 +19,7 @@ _ASSIGNMENT = re.compile(rf"[ \t]*({_KEY})[ \t]*=")
 _VALUE_TOKEN = re.compile(
     r'"""(?:[^\\]|\\.)*?"{3,5}'
     r"|'''.*?'{3,5}"
-    r"""|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|\#[^\n]*|[\[\]{}]|\n|[^\S\n]+|.""",
+    r"""|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|\#[^\n]*|[\[\]{}]|\n|[^\[\]{}"'\#\n]+|.""",
     re.DOTALL,
 )
 _DEEPEST = 64  # deeper tables get the line of the one around them
@@ -35,25 +38,47 @@ def key_lines(text: str) -> dict[KeyPath, int]:
     """Each table and key of a valid TOML text with the line (from 1) where it first stands."""
     lines: dict[KeyPath, int] = {}
     implied: dict[KeyPath, int] = {}  # tables that only a deeper header names: [models.chat.args] without [models.chat]
+    line = 1
+    for piece in pieces(text):
+        path = piece.path
+        if piece.kind == "header":
+            lines.setdefault(path, line)
+            for depth in range(1, min(len(path), _DEEPEST)):
+                implied.setdefault(path[:depth], line)
+        elif piece.kind == "key":
+            for depth in range(piece.outer + 1, min(len(path), _DEEPEST) + 1):
+                lines.setdefault(path[:depth], line)
+        line += text.count("\n", piece.start, piece.end)
+    return implied | lines
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some whole lines: a header, a key with its value, or neither (blank, a comment). `path` is from the root."""
+
+    kind: Literal["header", "key", "other"]
+    path: KeyPath
+    outer: int  # how much of the path is that of the header above
+    start: int
+    end: int
+
+
+def pieces(text: str) -> Iterator[Piece]:
+    """A valid TOML text in pieces, without gaps."""
     table: KeyPath = ()
-    position, line = 0, 1
+    position = 0
     while position < len(text):
+        start = position
         if header := _HEADER.match(text, position):
             table = _split(header[2])
-            lines.setdefault(table, line)
-            for depth in range(1, min(len(table), _DEEPEST)):
-                implied.setdefault(table[:depth], line)
-            end = header.end()
+            position = _end_of_value(text, header.end())
+            yield Piece("header", table, len(table), start, position)
         elif assignment := _ASSIGNMENT.match(text, position):
-            key = table + _split(assignment[1])
-            for depth in range(len(table) + 1, min(len(key), _DEEPEST) + 1):
-                lines.setdefault(key[:depth], line)
-            end = assignment.end()
+            position = _end_of_value(text, assignment.end())
+            yield Piece("key", table + _split(assignment[1]), len(table), start, position)
         else:
-            end = position
-        position = _end_of_value(text, end)
-        line += text.count("\n", end, position)
-    return implied | lines
+            position = _end_of_value(text, position)
+            yield Piece("other", table, len(table), start, position)
 
 
 def _end_of_value(text: str, position: int) -> int:

@@ -1,7 +1,7 @@
-"""Starts that share a GPU go one after another: vLLM measures the whole device while it loads."""
+"""Starts that share a GPU go one after another, and behind what leaves it: vLLM measures the device while it loads."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 
@@ -28,6 +28,17 @@ class DeviceGate:
         finally:
             self._line.remove(place)
             self._admit()
+
+    def leave(self, devices: frozenset[str]) -> Callable[[], None]:
+        """Keep everybody waiting who shares a device and was not let in yet, until the returned function is called."""
+        place = (devices, asyncio.Event())
+        self._line.insert(0, place)
+
+        def gone() -> None:
+            self._line.remove(place)
+            self._admit()
+
+        return gone
 
     def _admit(self) -> None:
         for position, (devices, admitted) in enumerate(self._line):

@@ -20,7 +20,7 @@ import structlog
 from vllm_proxy.domain import command
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
-from vllm_proxy.domain.diagnose import Exit
+from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.progress import Progress
 from vllm_proxy.engine import logs, vitals
@@ -153,6 +153,16 @@ class Launcher:
         """What an engine is known by to be the one that a spec asks for."""
         return command.fingerprint(spec, str(self.programs.folder))
 
+    async def objection(self, model: ModelSpec) -> Diagnosis | None:
+        """Why no engine would start for a model; waits for its vLLM's options where they are being read."""
+        try:
+            self.programs.command(model.engine)
+            await self.check.names(model.engine)
+            _refuse(await self.check.problems(model))
+        except LaunchError as error:
+            return error.diagnosis
+        return None
+
     async def option_names(self, spec: EngineSpec) -> frozenset[str]:
         """The options that the vLLM of a spec takes, without dashes; none where they are not known."""
         return await self.check.names(spec)
@@ -168,9 +178,7 @@ class Launcher:
 
         """
         start = self.programs.command(model.engine)
-        if problems := await self.check.problems(model):
-            listed = "; ".join(f"{path}: {message}" for path, message in problems)
-            raise LaunchError(Reason.INVALID_ARGUMENTS, f"vLLM would refuse its options: {listed}")
+        _refuse(await self.check.problems(model))
         async with contextlib.AsyncExitStack() as stack:
             place = self._take_place(instance, stack)
             argv = command.argv(model.id, model.engine, start, place)
@@ -262,6 +270,12 @@ class Launcher:
         record = self.state.on_record(engine.place.own_name)
         if await bury(record, partial(engine.process.end, grace_seconds), self.state):
             log.info("engine ended", instance=record.instance, pid=engine.pid)
+
+
+def _refuse(problems: Sequence[tuple[str, str]]) -> None:
+    if problems:
+        listed = "; ".join(f"{path}: {message}" for path, message in problems)
+        raise LaunchError(Reason.INVALID_ARGUMENTS, f"vLLM would refuse its options: {listed}")
 
 
 async def bury(record: EngineRecord, end: Callable[[], Awaitable[bool]], state: StateDirectory) -> bool:

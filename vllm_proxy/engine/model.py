@@ -1,27 +1,32 @@
 """One model: its instances follow what is wanted of it now, by the file, by hand, or by requests that wait.
 
-Its one rule: only its own task starts and stops its instances, one thing after another; everybody else says what is
-wanted and goes on.
+Its one rule: it looks at what is and does what can be done at once, again after every change; so nothing that is
+wanted in the middle of something else is lost, and nothing has to be taken back.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from enum import Enum
 
 import structlog
 
-from vllm_proxy.domain import lifecycle
-from vllm_proxy.domain.config import ModelSpec
+from vllm_proxy.domain import lifecycle, rollout
+from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason, State
+from vllm_proxy.domain.rollout import Seat, Strategy
 from vllm_proxy.engine.history import History
 from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.engine.supervisor import Supervisor, Surroundings
+from vllm_proxy.engine.trial import Trial
 
 log = structlog.get_logger()
 
 _STOPPED_BY_HAND = Diagnosis(Reason.STOPPED_BY_HAND, "stopped by hand; start it by hand, or change it")
+_STRATEGIES = {"auto": Strategy.ONE_BY_ONE, "surge": Strategy.SURGE, "drain": Strategy.DRAIN}
 
 
 class Wanted(Enum):
@@ -46,13 +51,13 @@ class Model:
         self._changed = changed
         self._wanted = Wanted.REST
         self._keep = False  # engines live on where the model ends
-        self._restarting: list[Supervisor] = []
-        self._again = False  # instances that rest in `error` are to try again
-        self._turn = asyncio.Event()  # something else is wanted
+        self._trial = Trial(spec, around.launcher, self._show)
+        self._renew: set[Supervisor] = set()  # to be started anew, though they run what is wanted
+        self._leaving: dict[Supervisor, asyncio.Task[None]] = {}
         self._news = asyncio.Event()  # anything changed
         self._task: asyncio.Task[None] | None = None
-        replicas = spec.policy.replicas if spec.policy.enabled else 0
-        self.instances = tuple(Supervisor(spec, index, around, history, self._show) for index in range(replicas))
+        self.instances: tuple[Supervisor, ...] = ()
+        self._seat()
 
     @property
     def state(self) -> State:
@@ -66,10 +71,12 @@ class Model:
 
     @property
     def diagnosis(self) -> Diagnosis | None:
-        """Why it is not ready, where there is a reason."""
+        """Why it is not what the file asks for, where there is a reason."""
         state = self.state
         if state is State.STOPPED:
             return _STOPPED_BY_HAND if self.rests else None
+        if state is not State.ERROR and self._trial.refusal is not None:
+            return self._trial.refusal
         if state not in {State.LOADING, State.ERROR}:
             return None
         return next((one.diagnosis for one in self.instances if one.state is state and one.diagnosis), None)
@@ -79,31 +86,51 @@ class Model:
         """Whether somebody stopped it by hand."""
         return self._wanted is Wanted.REST and self._task is not None and self.spec.policy.enabled
 
+    @property
+    def ends(self) -> bool:
+        """Whether it was told to stop for good."""
+        return self._wanted is Wanted.END
+
     # What is wanted of it
 
     def begin(self, records: Mapping[int, EngineRecord]) -> None:
         """Start what the file asks for; `records` are engines of an earlier daemon, by instance. Returns at once."""
         asked = self.spec.policy.start == "always" or records
         self._wanted = Wanted.RUN if asked else Wanted.SLEEP
-        if asked:
+        if records:
+            self.instances = _in_order([self._supervisor(index) for index in records])
             for instance in self.instances:
-                instance.start(records.get(instance.index))
-        self._show()
+                instance.start(records[instance.index])
         self._task = asyncio.create_task(self._follow(), name=f"model {self.spec.id}")
+        self._look()
+
+    def become(self, spec: ModelSpec) -> None:
+        """The file asks for something else, or says the same in other words. Returns at once."""
+        before, self.spec = self.spec, spec
+        if (before.engine, before.policy) == (spec.engine, spec.policy):
+            return
+        for instance in self.instances:
+            instance.spec = replace(spec, engine=instance.spec.engine)
+        self._trial.change(spec)
+        self._renew |= {one for one in self.instances if one.state is State.ERROR}
+        if spec.policy.start == "always" or self._wanted is Wanted.RUN:
+            self._want(Wanted.RUN)
+        else:
+            self._want(Wanted.SLEEP)
 
     def start(self) -> None:
         """Run, and let what rests in `error` try again."""
-        self._again = True
+        self._renew |= {one for one in self.instances if one.state is State.ERROR}
         self._want(Wanted.RUN)
 
     def stop(self) -> None:
         """Stop until somebody starts or changes it."""
-        self._restarting = []
         self._want(Wanted.REST)
 
     def restart(self) -> None:
-        """Start every engine anew, one after another where there are several."""
-        self._restarting = list(self.instances)
+        """Start every engine anew, one after another where there are several; a change that failed is tried again."""
+        self._trial.change(self.spec)
+        self._renew |= set(self.instances)
         self._want(Wanted.RUN)
 
     def wake(self) -> None:
@@ -112,80 +139,102 @@ class Model:
             log.info("started by a request", model=self.spec.id)
             self._want(Wanted.RUN)
 
-    async def end(self, *, keep: bool) -> None:
-        """Stop for good; returns when nothing is left. `keep`: engines go on, for the next daemon."""
+    def end(self, *, keep: bool) -> asyncio.Task[None]:
+        """Stop for good; the task is done when nothing is left. `keep`: engines go on, for the next daemon."""
+        assert self._task is not None, "only a begun model ends"
         self._keep = keep
         self._want(Wanted.END)
-        if self._task is not None:
-            await asyncio.wait({self._task})
+        return self._task
 
     def _want(self, wanted: Wanted) -> None:
         if self._wanted is not Wanted.END:
             self._wanted = wanted
-        self._turn.set()
         self._show()
+        self._look()
 
     def _show(self) -> None:
         self._news.set()
         self._changed(self)
 
-    # Its own task
+    # What it does about it
 
     async def _follow(self) -> None:
+        """Look again after every change, until it has ended."""
         while True:
-            self._turn.clear()
-            try:
-                await self._converge()
-            except Exception:  # a bug in here must not leave the model without anybody who listens
-                log.exception("a model could not follow what is wanted", model=self.spec.id)
-            if self._wanted is Wanted.END and not self._turn.is_set():
+            self._news.clear()
+            self._look()
+            if self._wanted is Wanted.END and not self._leaving:
                 return
-            await self._until_turn()
+            await self._until_news()
 
-    async def _converge(self) -> None:
-        """Make the instances what is wanted; what is wanted meanwhile is for the next turn."""
-        if self._wanted is not Wanted.RUN:
-            await self._stop(*self.instances)
-            if self._wanted is Wanted.SLEEP and self._around.registry.is_awaited(self.spec.id):
-                self.wake()  # a request came while it went to sleep
+    def _look(self) -> None:
+        """Do what can be done now."""
+        try:
+            self._act()
+        except Exception:  # a bug in here must not leave the model without anybody who listens
+            log.exception("a model could not follow what is wanted", model=self.spec.id)
+
+    def _act(self) -> None:
+        if self._task is None:
             return
-        again, self._again = self._again, False
-        while self._restarting and self._wanted is Wanted.RUN:
-            await self._restart(self._restarting.pop(0))
-        for instance in self.instances:
-            if instance.state is State.ERROR and again:
-                await self._stop(instance)
-            if instance.state is State.STOPPED and self._wanted is Wanted.RUN:
-                instance.start()
-
-    async def _restart(self, instance: Supervisor) -> None:
-        await self._stop(instance)
-        if self._wanted is Wanted.RUN:
+        runs = self._wanted is Wanted.RUN and self.spec.policy.enabled
+        target = self._trial.target(self.instances)
+        seats = [self._seen(one, target) for one in self.instances]
+        now = rollout.steps(seats, self.spec.policy.replicas if runs else 0, self._strategy(target))
+        by_index = {one.index: one for one in self.instances}
+        for index in now.stop:
+            self._stop(by_index[index])
+        for index in now.start:
+            instance = by_index.get(index) or self._supervisor(index)
+            instance.spec = replace(self.spec, engine=target)
+            self._renew.discard(instance)
+            if instance not in self.instances:
+                self.instances = _in_order([*self.instances, instance])
             instance.start()
-            while self._restarting and self._wanted is Wanted.RUN and instance.state is State.LOADING:
-                self._news.clear()
+        self._seat()
+
+    def _seen(self, one: Supervisor, target: EngineSpec) -> Seat:
+        return Seat(one.index, one.state, one.spec.engine == target and one not in self._renew)
+
+    def _strategy(self, target: EngineSpec) -> Strategy:
+        chosen = _STRATEGIES[self.spec.policy.replace]
+        others = any(one.spec.engine != target for one in self.instances if one.state is State.READY)
+        return chosen if others or chosen is Strategy.SURGE else Strategy.ONE_BY_ONE  # a restart by hand
+
+    def _stop(self, instance: Supervisor) -> None:
+        self._renew.discard(instance)
+        leaving = self._leaving[instance] = instance.stop(keep=self._keep)
+
+        def left(_: asyncio.Task[None]) -> None:
+            if self._leaving[instance] is leaving:
+                del self._leaving[instance]
+            self._news.set()
+
+        leaving.add_done_callback(left)
+
+    def _seat(self) -> None:
+        """As many instances as the file asks for, and those that still leave."""
+        wanted = self.spec.policy.replicas if self.spec.policy.enabled else 0
+        there = [one for one in self.instances if one.state is not State.STOPPED]
+        stopped = [one for one in self.instances if one.state is State.STOPPED]
+        kept = [*there, *stopped[: max(0, wanted - len(there))]]
+        free = (index for index in range(wanted + len(kept)) if index not in {one.index for one in kept})
+        missing = [self._supervisor(next(free)) for _ in range(wanted - len(kept))]
+        self.instances = _in_order([*kept, *missing])
+
+    def _supervisor(self, index: int) -> Supervisor:
+        return Supervisor(self.spec, index, self._around, self.history, self._show)
+
+    async def _until_news(self) -> None:
+        """Wait until anything changed; an on-demand model that nobody uses goes to sleep by itself."""
+        left = self._idle_seconds_left()
+        if left is not None and left <= 0:
+            log.info("unloaded: no request for a while", model=self.spec.id)
+            self._want(Wanted.SLEEP)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(left):
                 await self._news.wait()
-
-    async def _stop(self, *instances: Supervisor) -> None:
-        keep = self._keep
-        results = await asyncio.gather(*(one.stop(keep=keep) for one in instances), return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception):
-                log.error("an instance did not stop cleanly", model=self.spec.id, error=repr(result))
-
-    async def _until_turn(self) -> None:
-        """Wait until something else is wanted; an on-demand model that nobody uses goes to sleep by itself."""
-        while not self._turn.is_set():
-            left = self._idle_seconds_left()
-            if left is not None and left <= 0:
-                log.info("unloaded: no request for a while", model=self.spec.id)
-                self._want(Wanted.SLEEP)
-                return
-            try:
-                async with asyncio.timeout(left):
-                    await self._turn.wait()
-            except TimeoutError:
-                continue
 
     def _idle_seconds_left(self) -> float | None:
         policy = self.spec.policy
@@ -197,3 +246,7 @@ class Model:
         if state is not State.READY:  # the time counts from when it can be used
             return policy.idle_timeout
         return policy.idle_timeout - self._around.registry.idle_seconds(self.spec.id)
+
+
+def _in_order(instances: list[Supervisor]) -> tuple[Supervisor, ...]:
+    return tuple(sorted(instances, key=lambda one: one.index))

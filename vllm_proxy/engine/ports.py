@@ -19,6 +19,10 @@ class Ports:
         self._reserved = frozenset(reserved)  # the daemon's own
         self._held: set[int] = set()
 
+    def use(self, first: int, last: int) -> None:
+        """Another range, for engines that are started from now on."""
+        self._range = range(first, last + 1)
+
     def take(self) -> int:
         """The lowest free port.
 

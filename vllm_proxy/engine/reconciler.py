@@ -8,6 +8,7 @@ from pathlib import Path
 import structlog
 
 from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec
+from vllm_proxy.domain.plan import Action, plan
 from vllm_proxy.engine.history import History
 from vllm_proxy.engine.launch import bury
 from vllm_proxy.engine.model import Model
@@ -26,17 +27,20 @@ type Adoptable = dict[str, dict[int, EngineRecord]]  # by model and instance
 def sort_out(
     records: Iterable[EngineRecord], models: Mapping[str, ModelSpec], fingerprint: Callable[[EngineSpec], str]
 ) -> tuple[Adoptable, list[EngineRecord]]:
-    """What an earlier daemon left: engines that are what the file asks for and live, and all others."""
+    """What an earlier daemon left: engines that are what the file asks for and live, and all others.
+
+    An index is a name: after a replacement that put new beside old, the only instance may be number 1.
+    """
     adoptable: Adoptable = {}
     others: list[EngineRecord] = []
-    # Of two engines of one instance, the one that has served.
-    for record in sorted(records, key=lambda record: not record.ready):
+    # Of two engines of one instance, the one that has served; of too many, those in front.
+    for record in sorted(records, key=lambda record: (not record.ready, record.instance)):
         model_id, _, number = record.instance.rpartition("/")
         model = models.get(model_id)
         wanted = (
             model is not None
             and model.policy.enabled
-            and int(number) < model.policy.replicas
+            and len(adoptable.get(model_id, {})) < model.policy.replicas
             and fingerprint(model.engine) == record.spec
             and is_alive(record.pid, record.started)
         )
@@ -72,6 +76,7 @@ class Reconciler:
         self._listeners: list[Callable[[Model], None]] = []
         self._models: dict[str, Model] = {}
         self._clearing: asyncio.Task[None] | None = None
+        self._burials: set[asyncio.Task[None]] = set()
         self.stopping = asyncio.Event()  # set: nothing that has no end goes on
 
     def listen(self, listener: Callable[[Model], None]) -> None:
@@ -83,18 +88,41 @@ class Reconciler:
         adoptable, others = sort_out(self._state.left_behind(), self.config.models, self._fingerprint)
         self._clearing = asyncio.create_task(self._clear(others))
         for spec in self.config.models.values():
-            history = History(self._state, self._fingerprint)
-            model = self._models[spec.id] = Model(spec, self._around, history, self._changed)
-            self.registry.declare(spec, model.wake)
+            self._declare(spec)
         for model in self._models.values():
             model.begin(adoptable.get(model.spec.id, {}))
+
+    def adopt(self, config: Config) -> tuple[Action, ...]:
+        """Follow another configuration; returns what it changes. Returns at once: the models go on by themselves."""
+        actions = plan(config.models, self.specs())
+        self.config = config
+        if self.stopping.is_set():
+            return actions
+        self.registry.update(config.models)
+        for action in actions:
+            log.info("plan", model=action.model, action=action.kind, reason=action.reason)
+        # In the order of the plan: who leaves a GPU is in its line before who comes.
+        for model_id in reversed(dict.fromkeys(action.model for action in reversed(actions))):
+            self._follow(model_id)
+        for model_id in config.models:  # what no action is about may be written in other words
+            self._follow(model_id)
+        present = [model for model_id in config.models if not (model := self._models[model_id]).ends]
+        ending = [model for model in self._models.values() if model.ends]
+        self._models = {model.spec.id: model for model in (*present, *ending)}
+        return actions
+
+    def specs(self) -> dict[str, ModelSpec]:
+        """What was adopted and is not about to go."""
+        return {model_id: model.spec for model_id, model in self._models.items() if not model.ends}
 
     async def stop(self) -> None:
         """Stop every model at the same time, or leave its engines where the file says so; returns when it is done."""
         self.stopping.set()
         self.registry.close()
         keep = self.config.server.on_exit == "keep"
-        await asyncio.gather(*(model.end(keep=keep) for model in self._models.values()))
+        ends = [model.end(keep=keep and not model.ends) for model in self._models.values()]
+        if ends or self._burials:
+            await asyncio.wait({*ends, *self._burials})
         if self._clearing is not None:
             await asyncio.wait({self._clearing})
 
@@ -124,8 +152,39 @@ class Reconciler:
             RequestError: `model_not_found`.
 
         """
-        names = [f"{model_id}/{index}" for index in range(max(1, len(self.model(model_id).instances)))]
+        names = [one.name for one in self.model(model_id).instances] or [f"{model_id}/0"]
         return [(name, self._state.log_file(name)) for name in names]
+
+    def _declare(self, spec: ModelSpec) -> None:
+        history = History(self._state, self._fingerprint)
+        model = self._models[spec.id] = Model(spec, self._around, history, self._changed)
+        self.registry.declare(spec, model.wake)
+
+    def _follow(self, model_id: str) -> None:
+        """Have one model be what the file says now."""
+        spec, model = self.config.models.get(model_id), self._models.get(model_id)
+        if model is None:
+            assert spec is not None, "whatever has an action is in the file, or runs"
+            self._declare(spec)
+            self._models[model_id].begin({})
+        elif model.ends:
+            return  # what the file says of it now begins when it has ended
+        elif spec is not None:
+            model.become(spec)
+        else:
+            burial = asyncio.create_task(self._bury(model, model.end(keep=False)), name=f"end of {model_id}")
+            self._burials.add(burial)
+            burial.add_done_callback(self._burials.discard)
+
+    async def _bury(self, model: Model, ending: asyncio.Task[None]) -> None:
+        """When nothing is left of a model that is gone from the file, its name may come again."""
+        await asyncio.wait({ending})
+        model_id = model.spec.id
+        del self._models[model_id]
+        self.registry.forget(model_id)
+        self._tell(model)
+        if model_id in self.config.models and not self.stopping.is_set():
+            self._follow(model_id)
 
     async def _clear(self, left: list[EngineRecord]) -> None:
         try:
@@ -136,5 +195,8 @@ class Reconciler:
     def _changed(self, model: Model) -> None:
         message = model.diagnosis.message if model.diagnosis else None
         self.registry.report(model.spec.id, model.state, message, rests=model.rests)
+        self._tell(model)
+
+    def _tell(self, model: Model) -> None:
         for listener in self._listeners:
             listener(model)

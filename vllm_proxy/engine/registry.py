@@ -7,7 +7,7 @@ request. Everything here runs on the event loop, and no method but `acquire` and
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -67,6 +67,7 @@ class Route:
     state: State = State.STOPPED
     message: str | None = None  # why it is not ready
     rests: bool = False  # stopped by hand
+    retired: bool = False  # gone from the file, while its engines drain
     open: bool = False  # takes requests: ready, and not about to be stopped by hand
     idle_since: float = 0.0  # of the loop's clock; since when nothing holds it
     endpoints: list[Endpoint] = field(default_factory=list)
@@ -133,6 +134,27 @@ class Registry:
         self._routes[spec.id] = Route(spec, wake, idle_since=asyncio.get_running_loop().time())
         self._aliases |= dict.fromkeys(spec.policy.aliases, spec.id)
 
+    def update(self, specs: Mapping[str, ModelSpec]) -> None:
+        """What the file says now. Models that it does not hold any more are retired: unknown, while they drain."""
+        self._aliases = {alias: spec.id for spec in specs.values() for alias in spec.policy.aliases}
+        self._routes = {
+            **{name: self._routes[name] for name in specs if name in self._routes},
+            **{name: route for name, route in self._routes.items() if name not in specs},
+        }
+        for name, route in self._routes.items():
+            if route.retired:
+                continue  # its successor, if there is one, is declared when it is gone
+            route.retired = name not in specs
+            route.spec = specs.get(name, route.spec)
+            if route.retired or not route.spec.policy.enabled:
+                self._fail_waiting(route)
+            else:
+                self._serve_waiting(route)  # more may be let in than before
+
+    def forget(self, model_id: str) -> None:
+        """A retired model has ended."""
+        del self._routes[model_id]
+
     def report(self, model_id: str, state: State, message: str | None, *, rests: bool = False) -> None:
         """A model's state changed. One that will not come by itself fails whoever waits for it.
 
@@ -169,7 +191,9 @@ class Registry:
 
     def names(self) -> dict[str, Route]:
         """Every name that clients may send, with its route: ids first, aliases behind; disabled models left out."""
-        enabled = {name: route for name, route in self._routes.items() if route.spec.policy.enabled}
+        enabled = {
+            name: route for name, route in self._routes.items() if route.spec.policy.enabled and not route.retired
+        }
         return enabled | {alias: enabled[name] for alias, name in self._aliases.items() if name in enabled}
 
     def find(self, name: str) -> Route:
@@ -180,8 +204,8 @@ class Registry:
 
         """
         route = self._routes.get(self._aliases.get(name, name))
-        if route is None:
-            raise RequestError("model_not_found", f"cannot serve {name!r}: there is no such model", param="model")
+        if route is None or route.retired:
+            raise _not_found(name)
         return route
 
     def is_awaited(self, model_id: str) -> bool:
@@ -253,6 +277,8 @@ class Registry:
         name = route.spec.id
         if self.closing:
             raise RequestError("shutting_down", "cannot take requests: the daemon is stopping", retry_after=5)
+        if route.retired:
+            raise _not_found(name)
         if not route.spec.policy.enabled:
             raise RequestError("model_disabled", f"cannot serve {name}: it is disabled in the configuration")
         if route.state is State.ERROR:
@@ -299,6 +325,10 @@ class Registry:
                     future.set_exception(error)
                 else:
                     raise AssertionError("whoever waits is failed for a reason")
+
+
+def _not_found(name: str) -> RequestError:
+    return RequestError("model_not_found", f"cannot serve {name!r}: there is no such model", param="model")
 
 
 def _least_loaded(route: Route, without: Sequence[Endpoint] = ()) -> Endpoint | None:

@@ -51,6 +51,9 @@ class Launcher(Protocol):
     ) -> contextlib.AbstractAsyncContextManager[Engine]:
         """One that runs already."""
 
+    async def objection(self, model: ModelSpec) -> Diagnosis | None:
+        """Why no engine would start for a model, as far as it can be known without starting one."""
+
     async def option_names(self, spec: EngineSpec) -> frozenset[str]:
         """The options that the vLLM of a spec takes, without dashes; none where they are not known."""
 
@@ -83,7 +86,7 @@ class Supervisor:
     def __init__(
         self, spec: ModelSpec, index: int, around: Surroundings, history: History, changed: Callable[[], None]
     ) -> None:
-        self.spec = spec
+        self.spec = spec  # its policy may change at any time, its engine while it is stopped
         self.index = index
         self.name = f"{spec.id}/{index}"
         self.phase: Phase | None = None
@@ -115,22 +118,29 @@ class Supervisor:
         self._move(Event.START)
         self._task = asyncio.create_task(self._run(record), name=f"supervisor of {self.name}")
 
-    async def stop(self, *, keep: bool = False) -> None:
-        """Stop routing, wait for the requests in flight, end the engine; returns when nothing of it is left.
+    def stop(self, *, keep: bool = False) -> asyncio.Task[None]:
+        """Stop routing, wait for the requests in flight, end the engine; the task is done when nothing of it is left.
 
         `keep`: the engine itself goes on, for the next daemon.
         """
-        if self.state is State.STOPPED:
-            return
-        assert self._task is not None, "only a started one is not stopped"
-        if self.state is not State.UNLOADING:
-            self._move(Event.STOP, Phase.DRAINING)
-            if keep and self.engine is not None:
-                self.engine.keep()
-            self._task.cancel()
-        await asyncio.wait({self._task})  # not the task itself: to cancel this wait must not cut the end of the engine
-        if self._life.state is State.UNLOADING:  # of two who wait, the first says so
-            self._move(Event.GONE)
+        assert self._task is not None, "only a started one can be stopped"
+        assert self._life.state not in {State.STOPPED, State.UNLOADING}, "it is stopped once"
+        left = self._around.gate.leave(self._around.launcher.devices(self.spec.engine))
+        self._move(Event.STOP, Phase.DRAINING)
+        if keep and self.engine is not None:
+            self.engine.keep()
+        self._task.cancel()
+        return asyncio.create_task(self._leave(self._task, left), name=f"stop of {self.name}")
+
+    async def _leave(self, running: asyncio.Task[None], left: Callable[[], None]) -> None:
+        await asyncio.wait({running})
+        left()
+        self._move(Event.GONE)
+
+    @property
+    def failure(self) -> Diagnosis | None:
+        """Why its last engine failed; None where one serves, or the first one is on its way."""
+        return self.diagnosis if self._failures and self.state in {State.LOADING, State.ERROR} else None
 
     def seconds_left(self) -> float | None:
         """How long this start may still take, as the last ones of the same spec went; None where nothing is known."""

@@ -1,0 +1,81 @@
+"""`GET /openapi.json`: the API as OpenAPI 3.1. Its one rule: generated from the routes themselves, so it cannot drift."""
+
+import re
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+from vllm_proxy import __version__
+from vllm_proxy.api.openapi_keys import REF, Schema
+from vllm_proxy.api.openapi_routes import HEADERS, OPERATIONS, PARAMETERS, TAGS, Answer, Operation
+from vllm_proxy.api.openapi_schemas import schemas
+from vllm_proxy.errors import STATUS
+
+_DESCRIPTION = """One OpenAI-compatible address in front of many vLLM processes, kept as one declarative file says.
+
+JSON in and out; times are RFC 3339 in UTC. Every answer has an `X-Request-Id`, the request's own where it sent one.
+Errors are `{"error": {"message", "type", "param", "code"}}`; `Retry-After` comes with them where waiting helps.
+"""
+
+
+def document(routes: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """The document for these routes, (method, path as the router writes it).
+
+    Raises:
+        KeyError: a route is not described.
+
+    """
+    paths: dict[str, dict[str, Schema]] = {}
+    for method, template in routes:
+        path = re.sub(r":[^}]*}", "}", template)
+        paths.setdefault(path, {})[method.lower()] = _operation(method, path, OPERATIONS[f"{method} {path}"])
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "vllm-proxy",
+            "version": __version__,
+            "description": _DESCRIPTION,
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "./"}],
+        "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
+        "paths": paths,
+        "components": {"schemas": schemas(), "parameters": PARAMETERS, "headers": HEADERS},
+    }
+
+
+def _operation(method: str, path: str, operation: Operation) -> Schema:
+    parameters = [*re.findall(r"{(\w+)}", path), *operation.parameters]
+    found: Schema = {
+        "tags": [operation.tag],
+        "summary": operation.summary,
+        "operationId": "_".join([method.lower(), *re.findall(r"\w+", path)]),
+        "description": operation.description,
+        "parameters": [{"$ref": f"#/components/parameters/{name}"} for name in parameters],
+        "responses": _responses(operation),
+    }
+    if operation.body is not None:
+        found["requestBody"] = {"required": True, "content": _content(operation.body)}
+    return {name: value for name, value in found.items() if value}
+
+
+def _responses(operation: Operation) -> dict[str, Schema]:
+    found = {str(int(answer.status)): _answer(answer) for answer in operation.answers}
+    for status in sorted({STATUS[code] for code in operation.errors}):
+        codes = ", ".join(f"`{code}`" for code in operation.errors if STATUS[code] == status)
+        error = Answer(status, f"{HTTPStatus(status).phrase}: {codes}", {"application/json": {"$ref": REF + "Error"}})
+        found.setdefault(str(status), _answer(error))
+    return found
+
+
+def _answer(answer: Answer) -> Schema:
+    found: Schema = {"description": answer.description}
+    if answer.headers:
+        found["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in answer.headers}
+    if answer.content:
+        found["content"] = _content(answer.content)
+    return found
+
+
+def _content(content: Mapping[str, Schema]) -> Schema:
+    return {kind: {"schema": schema} for kind, schema in content.items()}

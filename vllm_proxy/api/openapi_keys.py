@@ -1,0 +1,160 @@
+"""A model's keys as JSON Schema. Its one rule: names, types and defaults come from `domain/config.py`.
+
+Written by hand is what no type says: one line for people, and what the functions there take beyond their types.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
+from pydantic_core import core_schema
+
+from vllm_proxy.domain.config import ModelTable, Policy, Restart
+from vllm_proxy.domain.units import parse_duration
+
+type Schema = dict[str, Any]
+
+REF = "#/components/schemas/"
+MODEL_ID: Schema = {
+    "type": "string",
+    "pattern": r"^(?!-)(?!.*(^|/)\.{0,2}(/|$))(?!(.*/)?(start|stop|restart|sleep|wake|logs)$)[A-Za-z0-9._:@/-]{1,200}$",
+}
+DURATION: Schema = {
+    "anyOf": [
+        {"type": "number", "minimum": 0},
+        {"type": "string", "minLength": 1, "pattern": r"^(\d+(\.\d+)?h)?(\d+(\.\d+)?m)?(\d+(\.\d+)?s)?(\d+ms)?$"},
+    ],
+    "examples": ["90s", "1h30m", 90],
+}
+_TAKEN: dict[str, Schema] = {
+    "model": {"type": "string", "pattern": "^[^-]", "examples": ["Qwen/Qwen3-0.6B"]},
+    "max_model_len": {
+        "anyOf": [
+            {"type": "integer", "minimum": 1},
+            {"type": "string", "pattern": r"^(auto|\d+(\.\d+)?[kKmMgG]?)$"},
+        ],
+        "examples": [8192, "8k", "auto"],
+    },
+    "devices": {
+        "type": "array",
+        "items": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^[^, ]+$"}]},
+        "uniqueItems": True,
+        "examples": [[0, 1]],
+    },
+    "env": {
+        "type": "object",
+        "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]*$"},
+        "additionalProperties": {"type": ["string", "number", "null"]},
+        "examples": [{"HF_HOME": "/srv/hf"}],
+    },
+    "aliases": {"type": "array", "items": MODEL_ID, "examples": [["gpt-4o-mini"]]},
+}
+KEYS = {
+    "model": "Hugging Face id, local path or URL, passed to vLLM as it is. Required, unless `[defaults]` gives it.",
+    "tensor_parallel_size": "GPUs that share each layer.",
+    "pipeline_parallel_size": "GPUs that share the layers between them.",
+    "max_model_len": "Tokens of a prompt and its answer together.",
+    "dtype": "Number format of weights and activations.",
+    "quantization": "How the weights are quantized.",
+    "trust_remote_code": "Run Python code that comes with the model.",
+    "gpu_memory_utilization": "Share of each GPU's memory.",
+    "max_num_seqs": "Requests that the engine works on at once.",
+    "devices": "GPU indices or UUIDs, as `CUDA_VISIBLE_DEVICES`. Engines that share one load one after another.",
+    "command": "Another vLLM for this model, over `engine.command`.",
+    "env": "Environment, over `engine.env`.",
+    "args": "Any other option of `vllm serve`: true is `--key`, false `--no-key`, an array several words, "
+    "an object JSON.",
+    "description": "For people.",
+    "metadata": "Anything.",
+    "aliases": "Other names that clients may send.",
+    "enabled": "Whether it is offered and may run.",
+    "replicas": "Instances.",
+    "start": "`on-demand`: started by the first request.",
+    "idle_timeout": "On-demand: unload after this long with no request; 0 never.",
+    "startup_timeout": "A start in which nothing moves for this long has failed.",
+    "drain_timeout": "For requests in flight before an engine is stopped.",
+    "stop_timeout": "From SIGTERM to SIGKILL.",
+    "stall_timeout": "Requests in flight and nothing moves for this long: the engine is restarted; 0 never.",
+    "replace": "`surge`: new beside old, then switch; `drain`: old away first; `auto`: one at a time where there are "
+    "several replicas, else `drain`.",
+    "request_timeout": "For a whole request; 0 none.",
+    "max_in_flight": "Requests at once for each instance; 0 no limit; more wait in the queue.",
+    "queue_size": "Requests that may wait; more get 503 at once.",
+    "queue_timeout": "Longest wait for an instance to become ready or free.",
+    "restart": "What happens after an engine died by itself.",
+    "max_failures": "So many in a row, then the instance rests in `error`.",
+    "backoff": "Before the next start; doubles, with jitter.",
+    "max_backoff": "The longest.",
+}
+
+
+class Generate(GenerateJsonSchema):
+    """pydantic's generator, without titles that repeat the keys, and true to what is taken in."""
+
+    def field_title_should_be_set(self, schema: object) -> bool:  # noqa: ARG002 - the signature is pydantic's
+        """No."""
+        return False
+
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
+        """`["integer", "null"]` reads better than two alternatives."""
+        return nullable(self.generate_inner(schema["schema"]))
+
+    def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> JsonSchemaValue:
+        """Durations are numbers only once they were read."""
+        if self.mode == "validation" and schema["function"]["function"] is parse_duration:
+            return dict(DURATION)
+        return super().function_before_schema(schema)
+
+
+def nullable(schema: Schema) -> Schema:
+    """The same, or null."""
+    if isinstance(kind := schema.get("type"), str):
+        found = {**schema, "type": [kind, "null"]}
+        return {**found, "enum": [*schema["enum"], None]} if "enum" in schema else found
+    if "anyOf" in schema:
+        return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}]}
+    return schema if isinstance(kind, list) else {"anyOf": [schema, {"type": "null"}]}
+
+
+def key_schemas() -> dict[str, Schema]:
+    """The keys as they are taken in, and as they are in force."""
+    taken, effective = _table(ModelTable, "validation"), _table(ModelTable, "serialization")
+    taken["properties"]["restart"] = nullable({"$ref": REF + "RestartKeys"}) | {"description": KEYS["restart"]}
+    effective["properties"]["restart"] = {"$ref": REF + "EffectiveRestart"}
+    new = {
+        "description": "A model's id and its keys.",
+        "properties": {"id": MODEL_ID, **taken["properties"]},
+        "required": ["id"],
+        "examples": [{"id": "chat", "model": "Qwen/Qwen3-0.6B", "max_model_len": 8192}],
+    }
+    return {
+        "ModelKeys": taken | {"examples": [{"model": "Qwen/Qwen3-0.6B", "max_model_len": 8192}]},
+        "NewModel": taken | new,
+        "RestartKeys": _table(Restart, "validation"),
+        "EffectiveModel": effective,
+        "EffectiveRestart": _table(Restart, "serialization"),
+    }
+
+
+def _table(table: type[BaseModel], mode: JsonSchemaMode) -> Schema:
+    """Taken in, every key may be left out, and null is the same as left out; in force, every key is there."""
+    schema = table.model_json_schema(schema_generator=Generate, mode=mode)
+    for name in ("$defs", "title", "required"):
+        schema.pop(name, None)
+    if mode == "serialization":
+        schema |= {"required": list(schema["properties"]), "description": "Every key, `[defaults]` merged in."}
+        for value in schema["properties"].values():
+            value.pop("default", None)
+        return schema
+    schema["description"] = "A key that is left out or null takes its value from `[defaults]`, else its default."
+    for key, value in schema["properties"].items():
+        default = {"default": value["default"]} if value.get("default") is not None else {}
+        known = _TAKEN.get(key, {name: part for name, part in value.items() if name != "default"})
+        schema["properties"][key] = nullable(known) | default | {"description": KEYS[key] + _cost(table, key)}
+    return schema
+
+
+def _cost(table: type[BaseModel], key: str) -> str:
+    if table is not ModelTable:
+        return ""
+    return " A change is applied live." if key in Policy.model_fields else " A change replaces the engine."

@@ -1,0 +1,284 @@
+"""What each route is for, takes and answers. Its one rule: a route of the table that is not described here is an error."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from vllm_proxy.api.openapi_keys import MODEL_ID, REF, Schema
+
+TAGS = {
+    "Models": "What is declared and what runs. A write goes to the file first, then to the engines, and is answered "
+    "once the file is on disk and the change adopted, not when the model has loaded.",
+    "Configuration": "The file, the only desired state: an editor, `git pull` and this API are equal ways to change it.",
+    "Daemon": "How the daemon is.",
+    "Inference": "As vLLM documents it: the body is passed on byte for byte, only an alias is rewritten, and the answer "
+    "is streamed as it comes. An engine's own errors pass unchanged.",
+    "Documentation": "This API, in its own words.",
+}
+PARAMETERS: dict[str, Schema] = {
+    "model_id": {
+        "name": "model_id", "in": "path", "required": True, "schema": MODEL_ID | {"examples": ["chat"]},
+        "description": "A model's id. It may hold slashes, percent-encoded or not.",
+    },
+    "id": {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}},
+    "name": {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}},
+    "if_match": {
+        "name": "If-Match", "in": "header", "schema": {"type": "string"},
+        "description": "Write only if the file still has this revision: an `ETag` of an earlier answer, or `*`.",
+    },
+    "lines": {
+        "name": "lines", "in": "query", "schema": {"type": "integer", "minimum": 0, "default": 100},
+        "description": "How many of the last lines; 10000 at most.",
+    },
+    "follow": {
+        "name": "follow", "in": "query", "schema": {"type": "string", "examples": ["1"]},
+        "description": "`1`: server-sent events, one a line, until one side leaves.",
+    },
+    "model": {
+        "name": "model", "in": "query", "schema": {"type": "string"},
+        "description": "The model; without it the first `session.update` names it.",
+    },
+}  # fmt: skip
+HEADERS: dict[str, Schema] = {
+    "ETag": {"schema": {"type": "string"}, "description": "The quoted revision of the file."},
+    "Location": {"schema": {"type": "string"}, "description": "Where the new model is."},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer: what comes with a status."""
+
+    status: int
+    description: str
+    content: Mapping[str, Schema]
+    headers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One route. `errors` are codes of contract section 5, `parameters` those besides the path's."""
+
+    tag: str
+    summary: str
+    answers: tuple[Answer, ...]
+    errors: tuple[str, ...] = ()
+    body: Mapping[str, Schema] | None = None
+    parameters: tuple[str, ...] = ()
+    description: str = ""
+
+
+def _json(name: str) -> dict[str, Schema]:
+    return {"application/json": {"$ref": REF + name}}
+
+
+def _text(kind: str) -> dict[str, Schema]:
+    return {kind: {"type": "string"}}
+
+
+_HERE = ("host_not_allowed", "origin_not_allowed")
+_ADMIN = (*_HERE, "remote_admin_disabled")
+_NO_FILE = ("revision_mismatch", "config_read_only", "config_not_written")
+_BODY = ("unsupported_media_type", "request_too_large")
+_WRITE = (*_ADMIN, *_BODY, "invalid_json", "invalid_model", "invalid_config", *_NO_FILE)
+_ETAG = ("ETag",)
+_TOML = {"text/toml": {"type": "string"}, "application/toml": {"type": "string"}}
+_INFERENCE = (
+    "unsupported_media_type", "request_too_large", "invalid_json", "missing_model", "model_not_found", "engine_failed",
+    "model_error", "model_disabled", "model_stopped", "queue_full", "shutting_down", "queue_timeout", "request_timeout",
+)  # fmt: skip
+
+
+def _model(status: int, description: str, *headers: str) -> Answer:
+    return Answer(status, description, _json("Model"), (*_ETAG, *headers))
+
+
+def _act(summary: str) -> Operation:
+    return Operation(
+        "Models",
+        summary,
+        (Answer(HTTPStatus.ACCEPTED, "Begun.", _json("Model")),),
+        (*_ADMIN, "model_not_found", "model_disabled"),
+        description="A running state, not a desired one: it is not written to the file, and a change of the model or "
+        "a restart of the daemon forgets it.",
+    )
+
+
+_MODELS = {
+    "GET /models": Operation(
+        "Models", "List all models", (Answer(200, "In the file's order.", _json("Models"), _ETAG),), _ADMIN
+    ),
+    "POST /models": Operation(
+        "Models",
+        "Create a model",
+        (_model(201, "Written to the file; it may still load.", "Location"),),
+        (*_WRITE, "model_exists"),
+        _json("NewModel"),
+        ("if_match",),
+    ),
+    "GET /models/{model_id}": Operation(
+        "Models", "Show a model", (_model(200, "What is asked for, and what is."),), (*_ADMIN, "model_not_found")
+    ),
+    "PUT /models/{model_id}": Operation(
+        "Models",
+        "Replace all keys of a model",
+        (_model(200, "Written to the file."),),
+        (*_WRITE, "model_not_found"),
+        _json("ModelKeys"),
+        ("if_match",),
+        "A key that is left out or null is gone.",
+    ),
+    "PATCH /models/{model_id}": Operation(
+        "Models",
+        "Change some keys of a model",
+        (_model(200, "Written to the file."),),
+        (*_WRITE, "model_not_found"),
+        {"application/merge-patch+json": {"$ref": REF + "ModelKeys"}, **_json("ModelKeys")},
+        ("if_match",),
+        "A JSON merge patch (RFC 7396): null removes a key, tables are merged key by key, the rest stays.",
+    ),
+    "DELETE /models/{model_id}": Operation(
+        "Models",
+        "Delete a model",
+        (_model(202, "Gone from the file; its engines drain."), Answer(204, "Gone.", {})),
+        (*_ADMIN, "model_not_found", "invalid_config", *_NO_FILE),
+        None,
+        ("if_match",),
+    ),
+    "POST /models/{model_id}/start": _act("Start a model by hand"),
+    "POST /models/{model_id}/stop": _act("Stop a model by hand"),
+    "POST /models/{model_id}/restart": _act("Restart a model by hand"),
+    "GET /models/{model_id}/logs": Operation(
+        "Models",
+        "Read what its engines write",
+        (Answer(200, "The last lines.", {**_text("text/plain"), **_text("text/event-stream")}),),
+        (*_ADMIN, "model_not_found", "bad_request"),
+        None,
+        ("lines", "follow"),
+        "Lines of a model with several instances begin with `ID/INDEX | `.",
+    ),
+}
+_CONFIGURATION = {
+    "GET /config": Operation(
+        "Configuration", "Show the file", (Answer(200, "As it is on disk.", _text("text/toml"), _ETAG),), _ADMIN
+    ),
+    "PUT /config": Operation(
+        "Configuration",
+        "Replace the file",
+        (Answer(200, "Written and adopted.", _json("Applied"), _ETAG),),
+        (*_ADMIN, *_BODY, "invalid_config", *_NO_FILE),
+        _TOML,
+        ("if_match",),
+    ),
+    "POST /config/plan": Operation(
+        "Configuration",
+        "What would a file change?",
+        (Answer(200, "Nothing is applied.", _json("Plan")),),
+        (*_ADMIN, *_BODY, "invalid_config"),
+        _TOML,
+    ),
+    "POST /config/reload": Operation(
+        "Configuration",
+        "Read the file again now",
+        (Answer(200, "Adopted.", _json("Applied"), _ETAG),),
+        (*_ADMIN, "invalid_config"),
+        description="The daemon also does so by itself when the file changes.",
+    ),
+    "GET /events": Operation(
+        "Configuration",
+        "Follow what happens",
+        (Answer(200, "Until one side leaves.", _text("text/event-stream")),),
+        _ADMIN,
+        description="Server-sent events: `model` (its state changed), `config` (the file was accepted, or rejected "
+        "with its problems), `plan` (what an accepted file changes).",
+    ),
+}
+_DAEMON = {
+    "GET /": Operation("Daemon", "Show name, version, endpoints", (Answer(200, "This daemon.", _json("Root")),), _HERE),
+    "GET /health": Operation("Daemon", "Is it alive?", (Answer(200, "It is.", _json("Health")),), _HERE),
+    "GET /ready": Operation(
+        "Daemon",
+        "Are its models ready?",
+        (
+            Answer(200, 'Every enabled model with `start = "always"` is.', _json("Ready")),
+            Answer(503, "Some are not.", _json("Ready")),
+        ),
+        _HERE,
+    ),
+    "GET /metrics": Operation(
+        "Daemon", "Metrics for Prometheus", (Answer(200, "Its text format.", _text("text/plain")),), _HERE
+    ),
+}
+
+
+def _document(summary: str, kind: str) -> Operation:
+    return Operation("Documentation", summary, (Answer(200, "Served by the daemon itself.", _text(kind)),), _HERE)
+
+
+_DOCUMENTATION = {
+    "GET /openapi.json": Operation(
+        "Documentation",
+        "This document",
+        (Answer(200, "OpenAPI 3.1.", {"application/json": {"type": "object"}}),),
+        _HERE,
+    ),
+    "GET /docs": _document("This document in Swagger UI", "text/html"),
+    "GET /redoc": _document("This document in ReDoc", "text/html"),
+    "GET /docs/assets/{name}": Operation(
+        "Documentation", "What these pages are made of", (Answer(200, "A file.", {"*/*": {}}),), (*_HERE, "not_found")
+    ),
+}
+_NAMES_MODEL: Schema = {
+    "type": "object",
+    "properties": {"model": {"type": "string", "description": "A model's id or an alias.", "examples": ["chat"]}},
+    "required": ["model"],
+}
+_FORM: Schema = {
+    "type": "object",
+    "properties": {**_NAMES_MODEL["properties"], "file": {"type": "string", "contentMediaType": "audio/*"}},
+    "required": ["model", "file"],
+}
+_ENGINES: Mapping[str, Schema] = {"application/json": {"type": "object"}, "text/event-stream": {"type": "string"}}
+
+
+def _infer(summary: str, body: Schema = _NAMES_MODEL, kind: str = "application/json", **more: Any) -> Operation:  # noqa: ANN401 - what Operation takes
+    return Operation("Inference", summary, (Answer(200, "The engine's.", _ENGINES),), _INFERENCE, {kind: body}, **more)
+
+
+_ASKED = ("not_found", "engine_failed", "shutting_down")
+_ANTHROPIC = "Errors come in Anthropic's envelope."
+_INFERENCE_ROUTES = {
+    "POST /v1/chat/completions": _infer("Chat"),
+    "POST /v1/completions": _infer("Complete a text"),
+    "POST /v1/embeddings": _infer("Embed texts"),
+    "POST /v1/responses": _infer("Create a response"),
+    "POST /v1/messages": _infer("Chat as Anthropic's API does", description=_ANTHROPIC),
+    "POST /v1/messages/count_tokens": _infer("Count the tokens of a chat", description=_ANTHROPIC),
+    **{f"POST {path}": _infer("Rank documents by a query") for path in ("/v1/rerank", "/rerank", "/v2/rerank")},
+    **{f"POST {path}": _infer("Score pairs of texts") for path in ("/v1/score", "/score")},
+    "POST /classify": _infer("Classify texts"),
+    "POST /pooling": _infer("What a pooling model makes of texts"),
+    "POST /tokenize": _infer("Text to tokens"),
+    "POST /detokenize": _infer("Tokens to text"),
+    "POST /v2/embed": _infer("Embed as Cohere's API does"),
+    "POST /v1/audio/transcriptions": _infer("Transcribe speech", _FORM, "multipart/form-data"),
+    "POST /v1/audio/translations": _infer("Translate speech", _FORM, "multipart/form-data"),
+    "GET /v1/responses/{id}": Operation(
+        "Inference", "Show a stored response", (Answer(200, "The engine's.", _ENGINES),), _ASKED
+    ),
+    "POST /v1/responses/{id}/cancel": Operation(
+        "Inference", "Cancel a response", (Answer(200, "The engine's.", _ENGINES),), _ASKED
+    ),
+    "GET /v1/realtime": Operation(
+        "Inference", "A realtime session", (Answer(101, "A WebSocket.", {}),), ("bad_request",), None, ("model",)
+    ),
+    "GET /v1/models": Operation(
+        "Inference", "List models and aliases", (Answer(200, "Whatever their states.", _json("Cards")),)
+    ),
+    "GET /v1/models/{model_id}": Operation(
+        "Inference", "Show a model or alias", (Answer(200, "Its card.", _json("Card")),), ("model_not_found",)
+    ),
+}
+
+OPERATIONS: Mapping[str, Operation] = {**_MODELS, **_CONFIGURATION, **_DAEMON, **_INFERENCE_ROUTES, **_DOCUMENTATION}

@@ -1,0 +1,177 @@
+"""What the daemon answers, as types and as JSON Schema. Its one rule: a test holds a running daemon's answers to it."""
+
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+from pydantic import Field, TypeAdapter
+
+from vllm_proxy.api.openapi_keys import REF, Generate, Schema, key_schemas
+from vllm_proxy.domain.lifecycle import Phase, Reason, State
+
+Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+
+
+class LastExit(TypedDict):
+    """How the instance's last engine ended."""
+
+    reason: Reason | None
+    message: str | None
+    code: Annotated[int | None, Field(description="Exit status; null where it cannot be known.")]
+    signal: int | None
+    at: Time
+    log_tail: Annotated[list[str], Field(description="Its last lines, 20 at most.")]
+
+
+class Instance(TypedDict):
+    """One replica of a model; engines come and go in it."""
+
+    index: int
+    state: State
+    pid: int | None
+    port: int | None
+    phase: Annotated[Phase | None, Field(description="How far it is within its state.")]
+    progress: Annotated[float | None, Field(ge=0, le=1, description="Within the phase.")]
+    ready_in_seconds: Annotated[float | None, Field(description="A guess, from earlier starts.")]
+    started_at: Time | None
+    ready_at: Time | None
+    restarts: int
+    in_flight: int
+    last_exit: LastExit | None
+
+
+class Status(TypedDict):
+    """What is. A model is as good as its best instance."""
+
+    state: State
+    reason: Reason | None
+    message: str | None
+    created_at: Time
+    updated_at: Time
+    in_flight: int
+    queued: int
+    instances: list[Instance]
+
+
+class Model(TypedDict):
+    """A model: what the file asks for, and what is."""
+
+    id: str
+    spec: Annotated[dict[str, Any], Field(description="The keys as written in the file.")]
+    effective: dict[str, Any]
+    status: Status
+
+
+class Models(TypedDict):
+    """All models of the file, in its order."""
+
+    revision: Annotated[str, Field(description="Of the file; `ETag` quotes it.")]
+    models: list[Model]
+
+
+class Change(TypedDict):
+    """One step from what runs to what the file asks for."""
+
+    model: str
+    action: Literal["start", "replace", "update", "scale", "stop"]
+    reason: Annotated[str, Field(examples=["max_model_len 4096 -> 8192"])]
+
+
+class Plan(TypedDict):
+    """What applying a file would do."""
+
+    changes: list[Change]
+
+
+class Applied(TypedDict):
+    """What adopting a file does."""
+
+    revision: str
+    changes: list[Change]
+
+
+class ConfigHealth(TypedDict):
+    """The file, as the daemon sees it."""
+
+    revision: Annotated[str, Field(description="Of the file that is in force.")]
+    error: Annotated[Any, Field(description="Why the file on disk was refused; null where it is in force.")]
+    pending_restart: Annotated[list[str], Field(description="Keys whose change waits for a restart of the daemon.")]
+
+
+class Health(TypedDict):
+    """The daemon lives."""
+
+    status: Literal["ok"]
+    version: str
+    models: Annotated[dict[str, int], Field(description="How many models are in each state.")]
+    config: ConfigHealth
+
+
+class Ready(TypedDict):
+    """Whether every enabled model with `start = "always"` is ready."""
+
+    status: Literal["ready", "waiting"]
+    not_ready: Annotated[dict[str, State], Field(description="The models that are not, with their states.")]
+
+
+class Root(TypedDict):
+    """What this is."""
+
+    name: Literal["vllm-proxy"]
+    version: str
+    endpoints: Annotated[list[str], Field(examples=[["GET /models"]])]
+
+
+class Card(TypedDict):
+    """A model as the OpenAI API lists it; aliases have cards of their own."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: Literal["vllm-proxy"]
+    root: str
+    parent: Annotated[str | None, Field(description="The id that this is an alias of.")]
+    max_model_len: int | None
+
+
+class Cards(TypedDict):
+    """Every enabled model and alias, whatever its state."""
+
+    object: Literal["list"]
+    data: list[Card]
+
+
+class Problem(TypedDict):
+    """One thing wrong with a configuration."""
+
+    path: Annotated[str, Field(examples=["models.chat.replicas"])]
+    message: str
+
+
+class ErrorBody(TypedDict):
+    """What went wrong."""
+
+    message: Annotated[str, Field(examples=["cannot find model 'x': GET /v1/models lists them"])]
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: Annotated[str, Field(description="Stable; the answers of each route list theirs.")]
+    problems: NotRequired[Annotated[list[Problem], Field(description="With `invalid_model`, `invalid_config`: all.")]]
+
+
+class Error(TypedDict):
+    """An error, in the envelope of the OpenAI API."""
+
+    error: ErrorBody
+
+
+_ANSWERS: tuple[Any, ...] = (Models, Plan, Applied, Health, Ready, Root, Cards, Error)
+
+
+def schemas() -> dict[str, Schema]:
+    """Everything under components/schemas."""
+    adapters: list[tuple[str, Literal["serialization"], TypeAdapter[Any]]]
+    adapters = [(answer.__name__, "serialization", TypeAdapter(answer)) for answer in _ANSWERS]
+    _, made = TypeAdapter.json_schemas(adapters, ref_template=REF + "{model}", schema_generator=Generate)
+    found: dict[str, Schema] = made["$defs"]
+    for schema in found.values():
+        schema.pop("title", None)
+    found["Model"]["properties"]["effective"] = {"$ref": REF + "EffectiveModel"}
+    return dict(sorted((found | key_schemas()).items()))

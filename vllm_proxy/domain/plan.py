@@ -1,0 +1,137 @@
+"""What is wanted and what was adopted -> what has to be done, in order, each with its reason.
+
+Its one rule: only what changed moves. Two specs that mean the same cost nothing, however they are written; an engine
+is replaced only where a key on its command line or in its environment differs.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy, Restart, Server, differ
+from vllm_proxy.domain.units import show
+
+_SECRET = re.compile(r"token|key|secret|password|credential", re.IGNORECASE)
+_LONGEST = 60  # characters of a value that is shown
+RESTART_KEYS = ("host", "port")  # of [server]: the sockets are open already
+
+
+class Kind(StrEnum):
+    """What is done. The values are those of the REST API."""
+
+    START = "start"
+    REPLACE = "replace"
+    UPDATE = "update"  # live: no engine notices
+    SCALE = "scale"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One step. `to` is the model behind it, None where it is gone; `reason` is for people and holds no secret."""
+
+    kind: Kind
+    model: str
+    reason: str
+    to: ModelSpec | None
+
+
+def plan(desired: Mapping[str, ModelSpec], running: Mapping[str, ModelSpec]) -> tuple[Action, ...]:
+    """What leads from `running`, the specs that were adopted, to `desired`.
+
+    In order: what costs nothing, what gives room, what needs room. `written` is never compared.
+    """
+    steps = [step for spec in desired.values() for step in _of_one(running.get(spec.id), spec)]
+    gone = [Action(Kind.STOP, name, "no longer in the file", None) for name in running if name not in desired]
+    return tuple(sorted([*steps, *gone], key=lambda action: _rank(action, running)))
+
+
+def apply(running: Mapping[str, ModelSpec], action: Action) -> dict[str, ModelSpec]:
+    """What is adopted behind an action."""
+    rest = dict(running)
+    if action.to is None:
+        del rest[action.model]
+    else:
+        rest[action.model] = action.to
+    return rest
+
+
+def restart_needed(before: Server, after: Server) -> list[str]:
+    """The keys of `[server]` that changed and take effect with the next start of the daemon."""
+    return [f"server.{key}" for key in RESTART_KEYS if getattr(before, key) != getattr(after, key)]
+
+
+def _of_one(old: ModelSpec | None, new: ModelSpec) -> Iterator[Action]:
+    if old is None:
+        yield _first(new)
+        return
+    if old.policy.enabled != new.policy.enabled:
+        kind, reason = (Kind.START, "enabled") if new.policy.enabled else (Kind.STOP, "disabled")
+        yield Action(kind, new.id, reason, new)
+        return
+    if not new.policy.enabled:
+        if changes := [*_changes(old.engine, new.engine), *_changes(old.policy, new.policy)]:
+            yield Action(Kind.UPDATE, new.id, ", ".join(changes), new)
+        return
+    now = replace(new, engine=old.engine, policy=_with_replicas(new.policy, old.policy.replicas))
+    if changes := list(_changes(old.policy, now.policy)):
+        yield Action(Kind.UPDATE, new.id, ", ".join(changes), now)
+    grows = new.policy.replicas > old.policy.replicas
+    scaled = f"replicas {old.policy.replicas} -> {new.policy.replicas}"
+    if new.policy.replicas < old.policy.replicas:
+        now = replace(now, policy=new.policy)
+        yield Action(Kind.SCALE, new.id, scaled, now)
+    if changes := list(_changes(old.engine, new.engine)):
+        now = replace(now, engine=new.engine)
+        yield Action(Kind.REPLACE, new.id, ", ".join(changes), now)
+    if grows:
+        yield Action(Kind.SCALE, new.id, scaled, new)
+
+
+def _first(new: ModelSpec) -> Action:
+    if not new.policy.enabled:
+        return Action(Kind.UPDATE, new.id, "new, disabled", new)
+    later = "" if new.policy.start == "always" else "; its first request starts it"
+    return Action(Kind.START, new.id, f"new{later}", new)
+
+
+def _with_replicas(policy: Policy, replicas: int) -> Policy:
+    return policy.model_copy(update={"replicas": replicas})
+
+
+def _rank(action: Action, running: Mapping[str, ModelSpec]) -> int:
+    if action.kind is Kind.SCALE and action.to is not None:
+        shrinks = action.to.policy.replicas < running[action.model].policy.replicas
+        return 2 if shrinks else 4
+    return {Kind.UPDATE: 0, Kind.STOP: 1, Kind.SCALE: 2, Kind.REPLACE: 3, Kind.START: 5}[action.kind]
+
+
+def _changes(old: EngineSpec | Policy | Restart, new: EngineSpec | Policy | Restart) -> Iterator[str]:
+    """Each key that differs, as "max_model_len 4096 -> 8192"."""
+    for key in type(new).model_fields:
+        before, after = getattr(old, key), getattr(new, key)
+        if not differ(before, after):
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            for name in dict.fromkeys([*before, *after]):
+                if differ(before.get(name), after.get(name)):
+                    yield _change(f"{key}.{name}", before.get(name), after.get(name), hidden=key == "env")
+        elif isinstance(before, Restart) and isinstance(after, Restart):
+            yield from (f"{key}.{change}" for change in _changes(before, after))
+        else:
+            yield _change(key, before, after)
+
+
+def _change(key: str, before: object, after: object, *, hidden: bool = False) -> str:
+    if hidden or _SECRET.search(key):
+        return f"{key} changed"
+    return f"{key} {_shown(before)} -> {_shown(after)}"
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401 - a TOML value
+    if value is None:
+        return "not given"
+    text = show(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

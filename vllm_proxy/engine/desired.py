@@ -1,0 +1,195 @@
+"""The desired state: the file is read, checked and adopted, or written and adopted; one after another.
+
+Its one rule: whatever changes the file or follows it goes through here, and sees what is on disk at that moment. So
+no edit is lost between two others, and none is half applied.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from vllm_proxy.domain.config import Config
+from vllm_proxy.domain.parse import Override, dotted, parse_config, revision_of
+from vllm_proxy.domain.plan import Action, plan, restart_needed
+from vllm_proxy.engine.check import OptionCheck
+from vllm_proxy.engine.ports import Ports
+from vllm_proxy.engine.reconciler import Reconciler
+from vllm_proxy.engine.store import Store
+from vllm_proxy.errors import ConfigError, Problem, RequestError
+
+log = structlog.get_logger()
+
+type Edit = Callable[[bytes], bytes]  # called in a thread
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a reload or a write."""
+
+    revision: str
+    changes: tuple[Action, ...]
+
+
+class Desired:
+    """The configuration file of one daemon."""
+
+    def __init__(
+        self,
+        store: Store,
+        overrides: Mapping[str, Override],
+        reconciler: Reconciler,
+        check: OptionCheck,
+        ports: Ports,
+    ) -> None:
+        self.rejected: ConfigError | None = None  # why what is on disk is not what runs
+        self._store = store
+        self._file = str(store.file)
+        self._overrides = overrides
+        self._reconciler = reconciler
+        self._check = check
+        self._ports = ports
+        self._started_with = reconciler.config.server
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._listeners: list[Callable[[Outcome | ConfigError], None]] = []
+
+    def listen(self, listener: Callable[[Outcome | ConfigError], None]) -> None:
+        """Call `listener` with the outcome of each reload and write that found something new."""
+        self._listeners.append(listener)
+
+    def pending_restart(self) -> list[str]:
+        """Keys of `[server]` that the file has changed and only a restart of the daemon applies."""
+        return restart_needed(self._started_with, self._reconciler.config.server)
+
+    async def text(self) -> bytes:
+        """The file as it is on disk.
+
+        Raises:
+            ConfigError: when it cannot be read.
+
+        """
+        return await asyncio.to_thread(self._read)
+
+    async def plan(self, data: bytes) -> tuple[Action, ...]:
+        """What adopting a file with these bytes would change.
+
+        Raises:
+            ConfigError: with every problem in it.
+
+        """
+        config = await asyncio.to_thread(self._parse, data)
+        return plan(config.models, self._reconciler.specs())
+
+    async def reload(self) -> Outcome:
+        """Read the file and follow it; nothing happens when its bytes are the adopted ones.
+
+        Raises:
+            ConfigError: when it is invalid; what runs goes on.
+
+        """
+        return await self._alone(self._reload())
+
+    async def write(self, edit: Edit, if_match: str | None) -> Outcome:
+        """Change what is on disk, then follow it. It goes on though the caller gives up.
+
+        `if_match`: only if that is the revision on disk; None: in any case.
+
+        Raises:
+            ConfigError: when the file would be invalid, or is and cannot be edited.
+            RequestError: `revision_mismatch`, `config_read_only`, `config_not_written`, or what `edit` raises.
+
+        """
+        return await self._alone(self._write(edit, if_match))
+
+    async def close(self) -> None:
+        """Let what was begun come to its end."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _alone[T](self, work: Coroutine[Any, Any, T]) -> T:
+        async def in_turn() -> T:
+            async with self._turn:
+                return await work
+
+        task = asyncio.create_task(in_turn())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _reload(self) -> Outcome:
+        try:
+            config = await asyncio.to_thread(self._read_new)
+        except ConfigError as error:
+            if self.rejected is None or self.rejected.problems != error.problems:
+                self.rejected = error
+                log.error("the configuration is rejected, what runs goes on", problems=error.lines())
+                self._tell(error)
+            raise
+        if config is None:
+            if self.rejected is not None:  # it was broken, and is again what runs
+                self.rejected = None
+                self._tell(Outcome(self._reconciler.config.revision, ()))
+            return Outcome(self._reconciler.config.revision, ())
+        return self._adopt(config)
+
+    async def _write(self, edit: Edit, if_match: str | None) -> Outcome:
+        before, after, config = await asyncio.to_thread(self._edited, edit, if_match)
+        if found := await self._refused(config):
+            raise ConfigError(self._file, found)
+        if after != before:
+            await asyncio.to_thread(self._store.replace, after)
+        if config.revision == self._reconciler.config.revision:
+            return Outcome(config.revision, ())
+        return self._adopt(config)
+
+    def _read(self) -> bytes:
+        try:
+            return self._store.read()
+        except OSError as error:
+            raise ConfigError(self._file, [Problem(0, "", f"cannot read it: {error.strerror}")]) from None
+
+    def _parse(self, data: bytes) -> Config:
+        return parse_config(data, self._file, self._overrides)
+
+    def _read_new(self) -> Config | None:
+        """What the file says; None where that is adopted already."""
+        data = self._read()
+        return None if revision_of(data) == self._reconciler.config.revision else self._parse(data)
+
+    def _edited(self, edit: Edit, if_match: str | None) -> tuple[bytes, bytes, Config]:
+        before = self._read()
+        if if_match is not None and if_match != (revision := revision_of(before)):
+            msg = f"cannot write {self._file}: it is at revision {revision} now; read it again"
+            raise RequestError("revision_mismatch", msg)
+        after = edit(before)
+        return before, after, self._parse(after)
+
+    async def _refused(self, config: Config) -> list[Problem]:
+        """What the vLLM of each model that is new or changed would not take, where it is known."""
+        running = self._reconciler.specs()
+        changed = [
+            model
+            for model in config.models.values()
+            if model.id not in running or running[model.id].engine != model.engine
+        ]
+        return [
+            Problem(0, dotted(("models", model.id, *path.split(".", 1))), message)
+            for model in changed
+            for path, message in await self._check.problems(model)
+        ]
+
+    def _adopt(self, config: Config) -> Outcome:
+        self.rejected = None
+        self._ports.use(config.engine.port_start, config.engine.port_end)
+        outcome = Outcome(config.revision, self._reconciler.adopt(config))
+        self._check.learn(model.engine for model in config.models.values())
+        log.info("the configuration is adopted", revision=config.revision, changes=len(outcome.changes))
+        self._tell(outcome)
+        return outcome
+
+    def _tell(self, outcome: Outcome | ConfigError) -> None:
+        for listener in self._listeners:
+            listener(outcome)
