@@ -12,10 +12,11 @@ import uvloop
 
 from vllm_proxy import __version__, control, daemon, demo, logsetup, settings
 from vllm_proxy.control import CommandError, NoDaemonError
-from vllm_proxy.errors import ConfigError, StartupError
+from vllm_proxy.domain.plan import plan
+from vllm_proxy.errors import ConfigError, Problem, StartupError
 from vllm_proxy.settings import Settings
 
-OK, FAILED, NO_DAEMON, CONFIG_INVALID = 0, 1, 3, os.EX_CONFIG
+OK, FAILED, CHANGES, NO_DAEMON, CONFIG_INVALID = 0, 1, 2, 3, os.EX_CONFIG
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -66,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     add("serve", _serve, [config, place, running], "run the daemon in the foreground")
     add("check", _check, [config, as_json], "validate the configuration and print every problem")
     add("init", _init, [config, as_json], "write a first configuration with comments")
+    add("plan", _plan, [config, place, as_json], "say what applying the configuration would do to the running daemon")
+    add("reload", _reload, [place, as_json], "have the running daemon read its file again, and say what changed")
     start = add("start", _act, [place, as_json], "start a model of the running daemon, and wait until it is ready")
     stop = add("stop", _act, [place, as_json], "stop a model of the running daemon, and wait until it has stopped")
     restart = add("restart", _act, [place, as_json], "restart a model, one engine after another")
@@ -139,6 +142,41 @@ def _act(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(resource))
     return FAILED if control.failed(resource) else OK
+
+
+def _plan(options: argparse.Namespace) -> int:
+    loaded = _load(options)
+    config = daemon.read_config(loaded)
+    try:
+        changes = uvloop.run(control.planned(loaded, loaded.config_file.read_bytes()))
+    except NoDaemonError:
+        changes = control.shown(plan(config.models, {}))
+    return _print_changes(options, changes, CHANGES if changes else OK)
+
+
+def _reload(options: argparse.Namespace) -> int:
+    loaded = _load(options)
+    try:
+        return _print_changes(options, uvloop.run(control.reload(loaded)), OK)
+    except control.RefusedError as error:
+        if options.json:
+            print(json.dumps({"problems": error.problems}))
+        else:
+            for problem in error.problems:
+                found = Problem(problem["line"], problem["path"], problem["message"])
+                print(found.render(str(loaded.config_file)), file=sys.stderr)
+        return CONFIG_INVALID
+
+
+def _print_changes(options: argparse.Namespace, changes: Sequence[control.Resource], status: int) -> int:
+    if options.json:
+        print(json.dumps({"changes": changes}))
+    else:
+        for change in changes:
+            print(f"{change['action']} {change['model']}: {change['reason']}")
+        if not changes:
+            print("nothing to do")
+    return status
 
 
 def _logs(options: argparse.Namespace) -> int:

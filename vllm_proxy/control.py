@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import aiohttp
 
+from vllm_proxy.domain.plan import Action
 from vllm_proxy.engine.process import adopt_orphans
 from vllm_proxy.engine.reconciler import end_left
 from vllm_proxy.engine.state import StateDirectory
@@ -30,23 +31,37 @@ class CommandError(VllmProxyError):
     """The daemon refused, or could not do it."""
 
 
+class RefusedError(CommandError):
+    """The daemon refuses its configuration file; `problems` as REST has them."""
+
+    def __init__(self, message: str, problems: Sequence[Resource]) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
 class Connection:
     """A running daemon."""
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
 
-    async def ask(self, method: str, path: str) -> Any:  # noqa: ANN401 - JSON
-        """The JSON answer to a request without a body.
+    async def ask(self, method: str, path: str, toml: bytes | None = None) -> Any:  # noqa: ANN401 - JSON
+        """The JSON answer to a request, without a body or with one in TOML.
 
         Raises:
-            CommandError: with the daemon's own words.
+            CommandError: with the daemon's own words; a `RefusedError` where it lists problems.
 
         """
-        async with self._session.request(method, path) as answer:
+        headers = {"Content-Type": "application/toml"} if toml is not None else {}
+        async with self._session.request(method, path, data=toml, headers=headers) as answer:
             found = await answer.json()
             if answer.status >= 400:
-                raise CommandError(found["error"]["message"])
+                error = found["error"]
+                raise (
+                    RefusedError(error["message"], error["problems"])
+                    if error.get("problems")
+                    else CommandError(error["message"])
+                )
             return found
 
     async def stream(self, path: str) -> AsyncIterator[bytes]:
@@ -111,6 +126,35 @@ async def act(settings: Settings, action: str, model_id: str, say: Say) -> Resou
             resource = await daemon.ask("GET", path)
         say(f"{model_id}: {_sentence(resource)}")
         return dict(resource)
+
+
+async def planned(settings: Settings, toml: bytes) -> list[Resource]:
+    """What the running daemon would change for a configuration file with these bytes.
+
+    Raises:
+        NoDaemonError: when none listens.
+        CommandError: when the daemon refuses.
+
+    """
+    async with connected(settings) as daemon:
+        return list((await daemon.ask("POST", "/config/plan", toml))["changes"])
+
+
+def shown(actions: Sequence[Action]) -> list[Resource]:
+    """A plan as REST shows it."""
+    return [{"model": action.model, "action": str(action.kind), "reason": action.reason} for action in actions]
+
+
+async def reload(settings: Settings) -> list[Resource]:
+    """Have the daemon read its file; returns what changed.
+
+    Raises:
+        NoDaemonError: when none listens.
+        RefusedError: when the file is invalid.
+
+    """
+    async with connected(settings) as daemon:
+        return list((await daemon.ask("POST", "/config/reload"))["changes"])
 
 
 async def stop_all(settings: Settings, say: Say) -> bool:

@@ -18,10 +18,11 @@ from aiohttp import web
 from vllm_proxy.api import access_log, app
 from vllm_proxy.api.access import Access
 from vllm_proxy.api.access_log import AccessLog
-from vllm_proxy.domain.config import Config, EngineSpec, Server
+from vllm_proxy.domain.config import Config, Server
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.domain.parse import parse_config
 from vllm_proxy.engine.check import OptionCheck
+from vllm_proxy.engine.desired import Desired
 from vllm_proxy.engine.find import find_vllm, has_gpus
 from vllm_proxy.engine.gate import DeviceGate
 from vllm_proxy.engine.launch import Launcher
@@ -35,7 +36,9 @@ from vllm_proxy.engine.program import Programs
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
 from vllm_proxy.engine.state import StateDirectory
+from vllm_proxy.engine.store import Store
 from vllm_proxy.engine.supervisor import Surroundings
+from vllm_proxy.engine.watch import watch
 from vllm_proxy.errors import ConfigError, Problem, StartupError
 from vllm_proxy.settings import Settings, short_name
 from vllm_proxy.systemd import Systemd
@@ -70,10 +73,10 @@ async def serve(
     settings: Settings,
     config: Config,
     access_log_form: access_log.Form | None = None,
-    watch: Callable[[Reconciler, str], None] | None = None,
+    shown: Callable[[Reconciler, str], None] | None = None,
     pass_on: PassOn = _say_nothing,
 ) -> None:
-    """Run until SIGTERM or SIGINT. `watch` is shown the reconciler and the address once it listens.
+    """Run until SIGTERM or SIGINT. `shown` is called with the reconciler and the address once it listens.
 
     `access_log_form` None: no access log. `pass_on` is given the engines' output.
 
@@ -93,46 +96,58 @@ async def serve(
         sockets.append(listen_for_commands(settings.control_socket))
         stack.callback(settings.control_socket.unlink, missing_ok=True)
         stack.callback(sockets[-1].close)
-        around, fingerprint = _surroundings(settings, config, state, sockets[:-1], stack, pass_on=pass_on)
-        reconciler = Reconciler(config, around, state, fingerprint)
+        around, launcher = _surroundings(settings, config, state, sockets[:-1], stack, pass_on=pass_on)
+        reconciler = Reconciler(config, around, state, launcher.fingerprint)
+        store = Store(settings.config_file)
+        desired = Desired(store, settings.overrides, reconciler, launcher.check, launcher.ports)
         lines = (
             AccessLog(sys.stderr, access_log_form, asyncio.get_running_loop().call_later) if access_log_form else None
         )
-        await _run(reconciler, sockets, stack, lines, watch)
+        await _run(desired, sockets, stack, lines, shown)
 
 
 async def _run(
-    reconciler: Reconciler,
+    desired: Desired,
     sockets: list[socket.socket],
     stack: contextlib.AsyncExitStack,
     lines: AccessLog | None,
-    watch: Callable[[Reconciler, str], None] | None,
+    shown: Callable[[Reconciler, str], None] | None,
 ) -> None:
+    reconciler = desired.reconciler
     server = reconciler.config.server
     engines = aiohttp.ClientSession(trust_env=False)
     stack.push_async_callback(engines.close)
     access = Access(server, [listener.getsockname()[0] for listener in sockets if listener.family != socket.AF_UNIX])
     systemd = Systemd()
     stopping = _catch_signals(reconciler)
-    reconciler.listen(lambda _: systemd.status(sentence(reconciler)))
+
+    def tell(_: object) -> None:
+        systemd.status(sentence(reconciler, desired))
+
+    reconciler.listen(tell)
+    desired.listen(tell)
     reconciler.start()
-    parts = app.Parts(reconciler, reconciler.registry, engines, access, lines)
+    parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines)
     runner = app.build(parts, _LAST_WORDS_SECONDS)
     await runner.setup()
     for listener in sockets:
         await web.SockSite(runner, listener, backlog=_BACKLOG).start()
     _spare_the_collector()
-    systemd.status(sentence(reconciler))
+    tell(None)
     systemd.ready()
+    following = asyncio.create_task(_follow(desired, systemd))
     log.info("listening", address=address_of(sockets[0]), models=len(reconciler.config.models))
-    if watch:
-        watch(reconciler, address_of(sockets[0]))
+    if shown:
+        shown(reconciler, address_of(sockets[0]))
     try:
         await stopping.wait()
     finally:
         systemd.stopping()
         systemd.status("stopping")
         log.info("stopping")
+        following.cancel()
+        await asyncio.wait({following})
+        await desired.close()
         for site in list(runner.sites):
             await site.stop()
         await reconciler.stop()
@@ -142,7 +157,38 @@ async def _run(
         log.info("stopped")
 
 
-def sentence(reconciler: Reconciler) -> str:
+async def _follow(desired: Desired, systemd: Systemd) -> None:
+    """Reload when the file changed, or on SIGHUP, until cancelled."""
+    changed, asked = asyncio.Event(), asyncio.Event()
+
+    def hang_up() -> None:
+        asked.set()
+        changed.set()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
+    watching = asyncio.create_task(watch(desired.file, changed.set, lambda: desired.revision))
+    try:
+        while True:
+            await changed.wait()
+            changed.clear()
+            told = asked.is_set()
+            asked.clear()
+            if told:
+                systemd.reloading()
+            try:
+                await desired.reload()
+            except ConfigError:
+                pass  # told by `desired` itself
+            except Exception:  # the next change is to be followed all the same
+                log.exception("the configuration could not be followed")
+            if told:
+                systemd.ready()
+    finally:
+        watching.cancel()
+        await asyncio.wait({watching})
+
+
+def sentence(reconciler: Reconciler, desired: Desired | None = None) -> str:
     """The fleet in one sentence: "2 of 3 models ready; loading: chat; error: old"."""
     enabled = [model for model in reconciler.models() if model.spec.policy.enabled]
     asleep = [model for model in enabled if model.state is State.STOPPED and not model.rests]
@@ -151,7 +197,9 @@ def sentence(reconciler: Reconciler) -> str:
     for state in (State.LOADING, State.UNLOADING, State.ERROR, State.STOPPED):
         if names := [_with_progress(model) for model in awake if model.state is state]:
             text += f"; {state}: {', '.join(names)}"
-    return text + (f"; on demand: {', '.join(model.spec.id for model in asleep)}" if asleep else "")
+    text += f"; on demand: {', '.join(model.spec.id for model in asleep)}" if asleep else ""
+    rejected = desired.rejected if desired else None
+    return text + (f"; configuration rejected: {rejected.lines()[0]}" if rejected else "")
 
 
 def _with_progress(model: Model) -> str:
@@ -181,7 +229,7 @@ def _surroundings(
     stack: contextlib.AsyncExitStack,
     *,
     pass_on: PassOn,
-) -> tuple[Surroundings, Callable[[EngineSpec], str]]:
+) -> tuple[Surroundings, Launcher]:
     # A connection of its own for each question: one that is kept alive would outlive the engine's readiness.
     questions = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), trust_env=False)
     stack.push_async_callback(questions.close)
@@ -202,7 +250,7 @@ def _surroundings(
     )
     hurry, cleared = asyncio.Event(), asyncio.Event()
     around = Surroundings(launcher, DeviceGate(), Registry(), HttpProbe(questions), hurry, cleared)
-    return around, launcher.fingerprint
+    return around, launcher
 
 
 def listen(server: Server) -> list[socket.socket]:

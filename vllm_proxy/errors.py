@@ -5,6 +5,9 @@ A `RequestError` becomes an HTTP answer in one place, `api.envelope`; anything e
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+_SHOWN = 3  # problems in a message; all of them are listed beside it
 
 
 class VllmProxyError(Exception):
@@ -48,7 +51,14 @@ class ConfigError(VllmProxyError):
 class RequestError(VllmProxyError):
     """A request that cannot be served. `code` is one of contract section 5; `STATUS` gives its HTTP status."""
 
-    def __init__(self, code: str, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
@@ -59,6 +69,16 @@ class RequestError(VllmProxyError):
     def status(self) -> int:
         """The HTTP status of the code."""
         return STATUS[self.code]
+
+
+class InvalidError(RequestError):
+    """A configuration that a request asked for and that cannot be used, with every problem in it."""
+
+    def __init__(self, code: Literal["invalid_model", "invalid_config"], problems: Sequence[Problem]) -> None:
+        shown = [f"{item.path}: {item.message}" if item.path else item.message for item in problems[:_SHOWN]]
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        super().__init__(code, f"cannot apply this: {'; '.join(shown)}{more}")
+        self.problems = tuple(problems)
 
 
 class EngineFailedError(RequestError):

@@ -1,6 +1,7 @@
 """What the daemon tells systemd, through the `sdnotify` package. Without `NOTIFY_SOCKET` all of it is silence."""
 
 import os
+import time
 
 import sdnotify
 
@@ -15,6 +16,10 @@ class Systemd:
     def ready(self) -> None:
         """The sockets listen and a configuration is accepted."""
         self._tell("READY=1")
+
+    def reloading(self) -> None:
+        """The configuration is read again; `ready` follows, whatever becomes of it."""
+        self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
         """The daemon has begun to stop."""

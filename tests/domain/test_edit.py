@@ -58,7 +58,7 @@ def test_a_key_within_a_line_is_changed_there() -> None:
     new = patch(FILE, "chat", {"args": {"hf_overrides": {"c": True}}})
     assert new == FILE.replace("b = 2 }  # from", "b = 2, c = true}  # from")
     new = patch(FILE, "chat", {"args": {"hf_overrides": {"b": None}}})
-    assert new == FILE.replace("{ a = 1, b = 2 }  # from", "{ a = 1}  # from")
+    assert new == FILE.replace("{ a = 1, b = 2 }  # from", "{ a = 1  }  # from")
 
 
 def test_a_new_key_comes_behind_the_last_one_of_its_table() -> None:
@@ -133,7 +133,7 @@ FORMS = {
     "implied": '[models.a.args] # c1\ns = 1\n[models.b] # c3\nmodel = "y"\n# c2\n[models.a]\nmodel = "x"\n',
     "quoted": "[models.'a']\n'model' = 'x' # c1\n[models.'a'.'args']\n's' = 1\n[models.b] # c3\nmodel = 'y'\n",
     "windows": '[models.a]\r\nmodel = "x" # c1\r\nargs.s = 1\r\n\r\n# c2\r\n[models.b] # c3\r\nmodel = "y"\r\n',
-    "strings": '[models.a]\nmodel = "x"\nargs.s = 1\ndescription = """\n[models.z]\n# no"""\n# c1\n\n[models.b] # c3\nmodel = "y"\n',
+    "strings": '[models.a]\nmodel = "x"\nargs.s = 1\nx = """\n[models.z]\n# no"""\n\n[models.b] # c3\nmodel = "y"\n',
 }  # fmt: skip
 CHANGES: list[dict[str, Any]] = [
     {"model": "new"},

@@ -43,7 +43,7 @@ CHAT = '[models.chat]\nmodel = "org/chat"\n'
         (CHAT + 'env = { HF_HOME = "/b" }', CHAT + 'env = { HF_HOME = "/a" }',
          [("replace", "chat", "env.HF_HOME changed")]),
         (CHAT + 'args = { hf-token = "b" }', CHAT, [("replace", "chat", "args.hf-token changed")]),
-        ('[engine]\ncommand = ["x"]\n' + CHAT, CHAT, [("replace", "chat", "command not given -> ['x']")]),
+        ('[engine]\ncommand = ["x"]\n' + CHAT, CHAT, [("replace", "chat", 'command not given -> ["x"]')]),
         (CHAT + "replicas = 3", CHAT, [("scale", "chat", "replicas 1 -> 3")]),
         (CHAT + "queue_size = 1", CHAT, [("update", "chat", "queue_size 512 -> 1")]),
         (CHAT + "restart = { max_failures = 1 }", CHAT, [("update", "chat", "restart.max_failures 5 -> 1")]),

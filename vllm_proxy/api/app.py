@@ -6,15 +6,17 @@ from dataclasses import dataclass
 import aiohttp
 from aiohttp import web
 
-from vllm_proxy.api import logs, models, openai
+from vllm_proxy.api import config, logs, models, openai
 from vllm_proxy.api.access import Access
 from vllm_proxy.api.access_log import AccessLog
 from vllm_proxy.api.call import Call, observed
 from vllm_proxy.api.envelope import Handler, envelope
+from vllm_proxy.api.events import Events
 from vllm_proxy.api.front import Direct, FrontRunner
 from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.api.realtime import realtime
 from vllm_proxy.domain.config import Server
+from vllm_proxy.engine.desired import Desired
 from vllm_proxy.engine.model import Model
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
@@ -29,6 +31,7 @@ UNSUPPORTED = (
     "/v1/uploads /v1/vector_stores"
 ).split()
 _MODEL_ID = "{model_id:.+}"
+_ONE_MODEL = f"/models/{_MODEL_ID}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class Parts:
     """What the routes are made of. `engines` holds WebSocket sessions with engines and is closed by its owner."""
 
     reconciler: Reconciler
+    desired: Desired
     registry: Registry
     engines: aiohttp.ClientSession
     access: Access
@@ -48,7 +52,7 @@ class Parts:
 
 def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     """The server, ready to be given sockets."""
-    metrics = Metrics(parts.reconciler, parts.registry)
+    metrics = Metrics(parts.reconciler, parts.registry, parts.desired.reloads)
 
     def observe(call: Call) -> None:
         metrics.count(call)
@@ -93,6 +97,8 @@ def _inference(
 
 def _administration(parts: Parts, metrics: Metrics) -> list[tuple[str, str, Handler]]:
     reconciler, registry = parts.reconciler, parts.registry
+    writes = config.Writes(parts.desired, reconciler, parts.server)
+    events = Events(reconciler, parts.desired)
     actions = {"start": Model.start, "stop": Model.stop, "restart": Model.restart}
     return [
         ("GET", "/models", _guarded(parts, models.list_models(reconciler, registry))),
@@ -102,7 +108,9 @@ def _administration(parts: Parts, metrics: Metrics) -> list[tuple[str, str, Hand
         ),
         ("GET", f"/models/{_MODEL_ID}/logs", _guarded(parts, logs.engine_output(reconciler))),
         ("GET", f"/models/{_MODEL_ID}", _guarded(parts, models.get_model(reconciler, registry))),
-        ("GET", "/health", _guarded(parts, models.health(reconciler), public=True)),
+        *((method, path, _guarded(parts, handler)) for method, path, handler in config.routes(writes, _ONE_MODEL)),
+        ("GET", "/events", _guarded(parts, events.stream)),
+        ("GET", "/health", _guarded(parts, models.health(reconciler, parts.desired), public=True)),
         ("GET", "/ready", _guarded(parts, models.ready(reconciler), public=True)),
         ("GET", "/metrics", _guarded(parts, models.exposition(metrics), public=True)),
     ]

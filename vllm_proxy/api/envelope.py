@@ -1,6 +1,6 @@
 """Errors as HTTP answers: OpenAI's envelope, made in one place."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 
 import msgspec
@@ -8,7 +8,7 @@ import structlog
 from aiohttp import web
 
 from vllm_proxy.api.head import request_id
-from vllm_proxy.errors import RequestError
+from vllm_proxy.errors import InvalidError, Problem, RequestError
 
 log = structlog.get_logger()
 
@@ -34,13 +34,30 @@ def error_response(error: RequestError, *, anthropic: bool = False) -> web.Respo
         kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
         body = {"type": "error", "error": {"type": kind, "message": error.message, "code": error.code}}
         return json_response(body, status=error.status, headers=headers)
-    return _response(error.status, error.message, error.code, error.param, headers)
+    return _response(
+        error.status,
+        error.message,
+        error.code,
+        error.param,
+        headers,
+        problems=error.problems if isinstance(error, InvalidError) else (),
+    )
 
 
-def _response(status: int, message: str, code: str, param: str | None, headers: dict[str, str]) -> web.Response:
+def _response(
+    status: int,
+    message: str,
+    code: str,
+    param: str | None,
+    headers: dict[str, str],
+    *,
+    problems: Sequence[Problem] = (),
+) -> web.Response:
     kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    return json_response(body, status=status, headers=headers)
+    error: dict[str, object] = {"message": message, "type": kind, "param": param, "code": code}
+    if problems:
+        error["problems"] = [{"path": item.path, "line": item.line, "message": item.message} for item in problems]
+    return json_response({"error": error}, status=status, headers=headers)
 
 
 def json_response(value: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

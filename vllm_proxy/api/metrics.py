@@ -5,7 +5,7 @@ somebody asks.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -35,9 +35,11 @@ class Numbers:
 class Metrics(Collector):
     """All series of contract section 7 that requests and models give."""
 
-    def __init__(self, reconciler: Reconciler, registry: Registry) -> None:
+    def __init__(self, reconciler: Reconciler, registry: Registry, reloads: Mapping[str, int]) -> None:
+        """`reloads`: looks at the configuration file, by result."""
         self._reconciler = reconciler
         self._registry = registry
+        self._reloads = reloads
         self._models: dict[str, Numbers] = {}
         self._overhead = Histogram(_SMALL_SECONDS)
         self._tasks = 0
@@ -127,9 +129,12 @@ class Metrics(Collector):
                 for state in State:
                     states.add_metric([model, instance.name, state], instance.state is state)
         info.add_metric([self._reconciler.config.revision], 1)
+        reloads = CounterMetricFamily("vllm_proxy_config_reloads", "Looks at the file, by result.", labels=["result"])
+        for result in ("accepted", "rejected", "unchanged"):
+            reloads.add_metric([result], self._reloads.get(result, 0))
         tasks = GaugeMetricFamily("vllm_proxy_tasks", "Tasks of the event loop: about one for each open connection.")
         tasks.add_metric([], self._tasks)
-        return in_flight, queued, states, info, tasks
+        return in_flight, queued, states, info, reloads, tasks
 
     def _of_engines(self) -> Iterable[Metric]:
         restarts = CounterMetricFamily(

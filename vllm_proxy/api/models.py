@@ -12,6 +12,7 @@ from vllm_proxy import __version__
 from vllm_proxy.api.envelope import Handler, json_response
 from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.engine.desired import Desired
 from vllm_proxy.engine.model import Model
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
@@ -35,7 +36,7 @@ def root(endpoints: list[str]) -> Handler:
     return handle
 
 
-def health(reconciler: Reconciler) -> Handler:
+def health(reconciler: Reconciler, desired: Desired) -> Handler:
     """`GET /health`: 200 while the daemon lives."""
 
     async def handle(_request: web.Request) -> web.Response:
@@ -44,7 +45,11 @@ def health(reconciler: Reconciler) -> Handler:
             "status": "ok",
             "version": __version__,
             "models": {state: states[state] for state in State},
-            "config": {"revision": reconciler.config.revision, "error": None, "pending_restart": []},
+            "config": {
+                "revision": reconciler.config.revision,
+                "error": "\n".join(desired.rejected.lines()) if desired.rejected else None,
+                "pending_restart": desired.pending_restart(),
+            },
         })  # fmt: skip
 
     return handle
@@ -101,6 +106,9 @@ def act(reconciler: Reconciler, registry: Registry, do: Callable[[Model], None])
 
     async def handle(request: web.Request) -> web.Response:
         model = reconciler.model(request.match_info["model_id"])
+        if model.ends:
+            msg = f"cannot start or stop {model.spec.id}: it is no longer in the configuration"
+            raise RequestError("model_not_found", msg)
         if not model.spec.policy.enabled:
             msg = f"cannot start or stop {model.spec.id}: it is disabled in the configuration"
             raise RequestError("model_disabled", msg)

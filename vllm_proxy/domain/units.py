@@ -53,9 +53,8 @@ def show(value: object) -> str:
     """A value as TOML would spell it, short enough for a message."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    text = (
-        json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
-    )  # one line, whatever it holds
+    quoted = isinstance(value, str | list | dict)
+    text = json.dumps(value, ensure_ascii=False, default=str) if quoted else str(value)  # one line, whatever it holds
     return text if len(text) <= 80 else text[:77] + "..."
 
 

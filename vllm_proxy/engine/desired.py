@@ -5,6 +5,7 @@ no edit is lost between two others, and none is half applied.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,10 +46,12 @@ class Desired:
         ports: Ports,
     ) -> None:
         self.rejected: ConfigError | None = None  # why what is on disk is not what runs
+        self.reloads = Counter[str]()  # by result
         self._store = store
+        self.file = store.file
         self._file = str(store.file)
         self._overrides = overrides
-        self._reconciler = reconciler
+        self.reconciler = reconciler
         self._check = check
         self._ports = ports
         self._started_with = reconciler.config.server
@@ -56,13 +59,18 @@ class Desired:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listeners: list[Callable[[Outcome | ConfigError], None]] = []
 
+    @property
+    def revision(self) -> str:
+        """Of the configuration that is followed."""
+        return self.reconciler.config.revision
+
     def listen(self, listener: Callable[[Outcome | ConfigError], None]) -> None:
         """Call `listener` with the outcome of each reload and write that found something new."""
         self._listeners.append(listener)
 
     def pending_restart(self) -> list[str]:
         """Keys of `[server]` that the file has changed and only a restart of the daemon applies."""
-        return restart_needed(self._started_with, self._reconciler.config.server)
+        return restart_needed(self._started_with, self.reconciler.config.server)
 
     async def text(self) -> bytes:
         """The file as it is on disk.
@@ -81,7 +89,7 @@ class Desired:
 
         """
         config = await asyncio.to_thread(self._parse, data)
-        return plan(config.models, self._reconciler.specs())
+        return plan(config.models, self.reconciler.specs())
 
     async def reload(self) -> Outcome:
         """Read the file and follow it; nothing happens when its bytes are the adopted ones.
@@ -92,17 +100,17 @@ class Desired:
         """
         return await self._alone(self._reload())
 
-    async def write(self, edit: Edit, if_match: str | None) -> Outcome:
+    async def write(self, edit: Edit, if_match: str | None, *, blind: bool = False) -> Outcome:
         """Change what is on disk, then follow it. It goes on though the caller gives up.
 
-        `if_match`: only if that is the revision on disk; None: in any case.
+        `if_match`: only if that is the revision on disk; None: in any case. `blind`: whatever is on disk is valid.
 
         Raises:
             ConfigError: when the file would be invalid, or is and cannot be edited.
             RequestError: `revision_mismatch`, `config_read_only`, `config_not_written`, or what `edit` raises.
 
         """
-        return await self._alone(self._write(edit, if_match))
+        return await self._alone(self._write(edit, if_match, blind=blind))
 
     async def close(self) -> None:
         """Let what was begun come to its end."""
@@ -116,32 +124,39 @@ class Desired:
 
         task = asyncio.create_task(in_turn())
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
         return await asyncio.shield(task)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # who asked for it may have gone
 
     async def _reload(self) -> Outcome:
         try:
             config = await asyncio.to_thread(self._read_new)
         except ConfigError as error:
+            self.reloads["rejected"] += 1
             if self.rejected is None or self.rejected.problems != error.problems:
                 self.rejected = error
                 log.error("the configuration is rejected, what runs goes on", problems=error.lines())
                 self._tell(error)
             raise
+        self.reloads["accepted" if config else "unchanged"] += 1
         if config is None:
             if self.rejected is not None:  # it was broken, and is again what runs
                 self.rejected = None
-                self._tell(Outcome(self._reconciler.config.revision, ()))
-            return Outcome(self._reconciler.config.revision, ())
+                self._tell(Outcome(self.reconciler.config.revision, ()))
+            return Outcome(self.reconciler.config.revision, ())
         return self._adopt(config)
 
-    async def _write(self, edit: Edit, if_match: str | None) -> Outcome:
-        before, after, config = await asyncio.to_thread(self._edited, edit, if_match)
+    async def _write(self, edit: Edit, if_match: str | None, *, blind: bool) -> Outcome:
+        before, after, config = await asyncio.to_thread(self._edited, edit, if_match, blind=blind)
         if found := await self._refused(config):
             raise ConfigError(self._file, found)
         if after != before:
             await asyncio.to_thread(self._store.replace, after)
-        if config.revision == self._reconciler.config.revision:
+        if config.revision == self.reconciler.config.revision:
             return Outcome(config.revision, ())
         return self._adopt(config)
 
@@ -157,10 +172,12 @@ class Desired:
     def _read_new(self) -> Config | None:
         """What the file says; None where that is adopted already."""
         data = self._read()
-        return None if revision_of(data) == self._reconciler.config.revision else self._parse(data)
+        return None if revision_of(data) == self.reconciler.config.revision else self._parse(data)
 
-    def _edited(self, edit: Edit, if_match: str | None) -> tuple[bytes, bytes, Config]:
+    def _edited(self, edit: Edit, if_match: str | None, *, blind: bool) -> tuple[bytes, bytes, Config]:
         before = self._read()
+        if not blind and revision_of(before) != self.reconciler.config.revision:
+            self._parse(before)  # what is wrong with it already is told as such
         if if_match is not None and if_match != (revision := revision_of(before)):
             msg = f"cannot write {self._file}: it is at revision {revision} now; read it again"
             raise RequestError("revision_mismatch", msg)
@@ -169,7 +186,7 @@ class Desired:
 
     async def _refused(self, config: Config) -> list[Problem]:
         """What the vLLM of each model that is new or changed would not take, where it is known."""
-        running = self._reconciler.specs()
+        running = self.reconciler.specs()
         changed = [
             model
             for model in config.models.values()
@@ -184,7 +201,7 @@ class Desired:
     def _adopt(self, config: Config) -> Outcome:
         self.rejected = None
         self._ports.use(config.engine.port_start, config.engine.port_end)
-        outcome = Outcome(config.revision, self._reconciler.adopt(config))
+        outcome = Outcome(config.revision, self.reconciler.adopt(config))
         self._check.learn(model.engine for model in config.models.values())
         log.info("the configuration is adopted", revision=config.revision, changes=len(outcome.changes))
         self._tell(outcome)

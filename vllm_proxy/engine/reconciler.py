@@ -134,6 +134,10 @@ class Reconciler:
         """Every model in the file's order."""
         return list(self._models.values())
 
+    def knows(self, model_id: str) -> bool:
+        """Whether there is such a model, one that drains for the last time included."""
+        return model_id in self._models
+
     def model(self, model_id: str) -> Model:
         """One model.
 

@@ -1,4 +1,4 @@
-"""The configuration file on disk. Its one rule: whatever fails, it is at every moment the old one or the new one, whole.
+"""The configuration file on disk. Its one rule: whatever fails, it is always the old one or the new one, whole.
 
 Everything here blocks; callers run it in a thread.
 """

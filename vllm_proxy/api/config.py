@@ -1,0 +1,208 @@
+"""Changes of the desired state: `/config`, and writes to `/models`. It translates; `engine.desired` decides."""
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from vllm_proxy.api.envelope import Handler, json_response
+from vllm_proxy.api.models import resource
+from vllm_proxy.domain import edit
+from vllm_proxy.domain.config import Server
+from vllm_proxy.domain.parse import revision_of
+from vllm_proxy.domain.plan import Action
+from vllm_proxy.engine.desired import Desired, Outcome
+from vllm_proxy.engine.reconciler import Reconciler
+from vllm_proxy.errors import ConfigError, InvalidError, Problem, RequestError
+
+_ETAG = re.compile(r'(?:W/)?"([^"]*)"')
+_TURNS = 10  # of the event loop: in these a model ends of which nothing runs
+_OF_A_MODEL = re.compile(r"models\b")
+
+
+class Writes:
+    """The handlers of one daemon."""
+
+    def __init__(self, desired: Desired, reconciler: Reconciler, server: Callable[[], Server]) -> None:
+        self._desired = desired
+        self._reconciler = reconciler
+        self._server = server
+
+    # /models
+
+    async def create(self, request: web.Request) -> web.Response:
+        """`POST /models`."""
+        keys = await self._keys(request)
+        model_id = keys.pop("id", None)
+        if not isinstance(model_id, str):
+            raise _invalid("id", 'missing: every model needs "id", the name that clients send')
+
+        def change(text: str) -> str:
+            if model_id in edit.models_in(text) or self._reconciler.knows(model_id):
+                msg = f"cannot create model {model_id!r}: there is one; PATCH or PUT changes it"
+                raise RequestError("model_exists", msg)
+            return edit.create(text, model_id, keys)
+
+        outcome = await self._write(request, change)
+        return self._shown(model_id, outcome, status=201, headers={"Location": f"/models/{model_id}"})
+
+    async def put(self, request: web.Request) -> web.Response:
+        """`PUT /models/{model_id}`."""
+        return await self._change(request, edit.put)
+
+    async def patch(self, request: web.Request) -> web.Response:
+        """`PATCH /models/{model_id}`."""
+        return await self._change(request, edit.patch)
+
+    async def delete(self, request: web.Request) -> web.Response:
+        """`DELETE /models/{model_id}`: 202 while its engines drain, else 204."""
+        model_id = request.match_info["model_id"]
+
+        def change(text: str) -> str:
+            _must_exist(text, model_id)
+            return edit.delete(text, model_id)
+
+        outcome = await self._write(request, change)
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+        if self._reconciler.knows(model_id):
+            return self._shown(model_id, outcome, status=202)
+        return web.Response(status=204, headers=_etag(outcome.revision))
+
+    async def _change(self, request: web.Request, how: Callable[[str, str, Mapping[str, Any]], str]) -> web.Response:
+        model_id = request.match_info["model_id"]
+        keys = await self._keys(request)
+        if keys.pop("id", model_id) != model_id:
+            raise _invalid("id", "an id cannot be changed: create a model with the other one, and delete this one")
+
+        def change(text: str) -> str:
+            _must_exist(text, model_id)
+            return how(text, model_id, keys)
+
+        return self._shown(model_id, await self._write(request, change))
+
+    async def _write(self, request: web.Request, change: Callable[[str], str]) -> Outcome:
+        def changed(data: bytes) -> bytes:
+            try:
+                return change(data.decode()).encode()
+            except edit.EditError as error:
+                raise _invalid("", str(error)) from None
+
+        try:
+            return await self._desired.write(changed, _if_match(request))
+        except ConfigError as error:
+            of_models = all(_OF_A_MODEL.match(item.path) for item in error.problems)
+            raise InvalidError("invalid_model" if of_models else "invalid_config", error.problems) from None
+
+    async def _keys(self, request: web.Request) -> dict[str, Any]:
+        try:
+            keys = msgspec.json.decode(await self._body(request))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise RequestError("invalid_json", f"cannot read this body as JSON: {error}") from None
+        if not isinstance(keys, dict):
+            raise RequestError("invalid_json", "cannot read this body: expected a JSON object of a model's keys")
+        return keys
+
+    def _shown(
+        self, model_id: str, outcome: Outcome, *, status: int = 200, headers: Mapping[str, str] | None = None
+    ) -> web.Response:
+        model = self._reconciler.model(model_id)
+        answer = resource(model, self._reconciler.registry)
+        return json_response(answer, status=status, headers={**_etag(outcome.revision), **(headers or {})})
+
+    # /config
+
+    async def show(self, _request: web.Request) -> web.Response:
+        """`GET /config`: the file's text."""
+        data = await self._text()
+        headers = {**_etag(revision_of(data)), "Content-Type": "text/toml; charset=utf-8"}
+        return web.Response(body=data, headers=headers)
+
+    async def replace(self, request: web.Request) -> web.Response:
+        """`PUT /config`."""
+        data = await self._body(request)
+        try:
+            outcome = await self._desired.write(lambda _: data, _if_match(request), blind=True)
+        except ConfigError as error:
+            raise InvalidError("invalid_config", error.problems) from None
+        return _applied(outcome)
+
+    async def plan(self, request: web.Request) -> web.Response:
+        """`POST /config/plan`: what a text would change; without a body, what the file on disk would."""
+        try:
+            actions = await self._desired.plan(await self._body(request) or await self._text())
+        except ConfigError as error:
+            raise InvalidError("invalid_config", error.problems) from None
+        return json_response({"changes": changes(actions)})
+
+    async def reload(self, _request: web.Request) -> web.Response:
+        """`POST /config/reload`."""
+        try:
+            return _applied(await self._desired.reload())
+        except ConfigError as error:
+            raise InvalidError("invalid_config", error.problems) from None
+
+    async def _text(self) -> bytes:
+        try:
+            return await self._desired.text()
+        except ConfigError as error:
+            raise InvalidError("invalid_config", error.problems) from None
+
+    async def _body(self, request: web.Request) -> bytes:
+        limit = self._server().max_body_size
+        body = bytearray()
+        async for chunk in request.content.iter_any():
+            body += chunk
+            if len(body) > limit:
+                msg = f"cannot take this request: its body is larger than server.max_body_size ({limit} bytes)"
+                raise RequestError("request_too_large", msg)
+        return bytes(body)
+
+
+def routes(writes: Writes, model_path: str) -> list[tuple[str, str, Handler]]:
+    """Method, path and handler of each; `model_path` is that of one model."""
+    return [
+        ("POST", "/models", writes.create),
+        ("PUT", model_path, writes.put),
+        ("PATCH", model_path, writes.patch),
+        ("DELETE", model_path, writes.delete),
+        ("GET", "/config", writes.show),
+        ("PUT", "/config", writes.replace),
+        ("POST", "/config/plan", writes.plan),
+        ("POST", "/config/reload", writes.reload),
+    ]
+
+
+def changes(actions: tuple[Action, ...]) -> list[dict[str, str]]:
+    """A plan as REST shows it."""
+    return [{"model": action.model, "action": action.kind, "reason": action.reason} for action in actions]
+
+
+def _invalid(path: str, message: str) -> RequestError:
+    return InvalidError("invalid_model", [Problem(0, path, message)])
+
+
+def _must_exist(text: str, model_id: str) -> None:
+    if model_id not in edit.models_in(text):
+        raise RequestError("model_not_found", f"cannot find model {model_id!r}: GET /models lists them")
+
+
+def _if_match(request: web.Request) -> str | None:
+    """The revision that a write insists on; None for any."""
+    header = request.headers.get("If-Match", "*").strip()
+    if header == "*":
+        return None
+    found = _ETAG.fullmatch(header)
+    return found[1] if found else header
+
+
+def _etag(revision: str) -> dict[str, str]:
+    return {"ETag": f'"{revision}"'}
+
+
+def _applied(outcome: Outcome) -> web.Response:
+    answer = {"revision": outcome.revision, "changes": changes(outcome.changes)}
+    return json_response(answer, headers=_etag(outcome.revision))

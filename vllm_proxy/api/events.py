@@ -1,0 +1,95 @@
+"""`GET /events`: what happens, as it happens. Its one rule: a reader that is too slow is let go, never waited for."""
+
+import asyncio
+import contextlib
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from vllm_proxy.api.config import changes
+from vllm_proxy.engine.desired import Desired, Outcome
+from vllm_proxy.engine.model import Model
+from vllm_proxy.engine.reconciler import Reconciler
+from vllm_proxy.errors import ConfigError
+
+_MOST_WAITING = 1000  # events that a reader may be behind
+_SILENT_SECONDS = 15.0  # then a comment, so that nobody in between takes the stream for dead
+
+
+class Events:
+    """Everybody who listens."""
+
+    def __init__(self, reconciler: Reconciler, desired: Desired) -> None:
+        self._reconciler = reconciler
+        self._readers: set[asyncio.Queue[bytes | None]] = set()
+        self._shown: dict[str, dict[str, Any]] = {}  # the last event of each model
+        reconciler.listen(self._model)
+        desired.listen(self._config)
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """The handler."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+        await response.prepare(request)
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_WAITING)
+        self._readers.add(queue)
+        stopping = asyncio.create_task(self._reconciler.stopping.wait())
+        stopping.add_done_callback(lambda _: _end(queue))
+        try:
+            await response.write(b":\n\n")  # the reader knows from here on that nothing is missed
+            while (event := await _next(queue)) is not None:
+                await response.write(event)
+        finally:
+            self._readers.discard(queue)
+            stopping.cancel()
+        return response
+
+    def _model(self, model: Model) -> None:
+        """Told when the state, the reason or the phase of one of its instances changed."""
+        if not self._readers:
+            self._shown.clear()
+            return
+        model_id = model.spec.id
+        diagnosis = model.diagnosis
+        event = {
+            "id": model_id,
+            "state": model.state if self._reconciler.knows(model_id) else "stopped",
+            "reason": diagnosis.reason if diagnosis else None,
+            "message": diagnosis.message if diagnosis else None,
+            "instances": [{"index": one.index, "state": one.state, "phase": one.phase} for one in model.instances],
+        }
+        if self._shown.get(model_id) != event:
+            self._shown[model_id] = event
+            self._tell("model", event)
+
+    def _config(self, outcome: Outcome | ConfigError) -> None:
+        if isinstance(outcome, ConfigError):
+            problems = [{"path": item.path, "line": item.line, "message": item.message} for item in outcome.problems]
+            self._tell("config", {"result": "rejected", "problems": problems})
+            return
+        self._tell("config", {"result": "accepted", "revision": outcome.revision})
+        if outcome.changes:
+            self._tell("plan", {"revision": outcome.revision, "changes": changes(outcome.changes)})
+
+    def _tell(self, kind: str, value: object) -> None:
+        event = b"event: %s\ndata: %s\n\n" % (kind.encode(), msgspec.json.encode(value))
+        for queue in list(self._readers):
+            try:
+                queue.put_nowait(event)
+            except asyncio.QueueFull:
+                self._readers.discard(queue)
+                _end(queue)
+
+
+def _end(queue: asyncio.Queue[bytes | None]) -> None:
+    """Nothing more comes: what is said last is the end."""
+    if queue.full():
+        queue.get_nowait()
+    queue.put_nowait(None)
+
+
+async def _next(queue: asyncio.Queue[bytes | None]) -> bytes | None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_SILENT_SECONDS):
+            return await queue.get()
+    return b":\n\n"
