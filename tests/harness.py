@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
+from vllm_proxy.domain.parse import revision_of
 from vllm_proxy.engine.process import look_up
 
 FAKE = Path(__file__).parent / "fakes" / "fake_vllm.py"
@@ -73,6 +74,41 @@ class Daemon:
         async with self.session.post(url, headers={"Content-Type": "application/json"}, **data) as answer:
             assert answer.status == status, await answer.text()
             return await answer.json()
+
+    async def write(
+        self, method: str, path: str, body: object = None, status: int = 200, *, if_match: str | None = None
+    ) -> Any:  # noqa: ANN401 - JSON
+        """The JSON answer to a write (text: TOML), None where there is none; its status checked."""
+        headers = {"If-Match": if_match} if if_match else {}
+        if isinstance(body, str):
+            headers["Content-Type"] = "application/toml"
+        data = {"data": body} if isinstance(body, str) else {} if body is None else {"json": body}
+        url = URL(self.url + path, encoded=True)
+        async with self.session.request(method, url, headers=headers, **data) as answer:
+            assert answer.status == status, await answer.text()
+            return await answer.json() if answer.content_length != 0 and status != 204 else None
+
+    @property
+    def file(self) -> Path:
+        """Its configuration."""
+        return self.folder / "models.toml"
+
+    def edit(self, old: str, new: str) -> None:
+        """Save the file with something in it changed, as an editor does."""
+        text = self.file.read_text(encoding="utf-8")
+        assert old in text, text
+        beside = self.file.with_suffix(".new")
+        beside.write_text(text.replace(old, new), encoding="utf-8")
+        beside.rename(self.file)
+
+    async def revision(self) -> str:
+        """Of the configuration that it follows."""
+        return str((await self.get("/health"))["config"]["revision"])
+
+    async def adopts(self) -> None:
+        """Wait until it follows what is in the file now."""
+        wanted = revision_of(self.file.read_bytes())
+        await self.eventually("/health", lambda health: health["config"]["revision"] == wanted)
 
     async def eventually(self, path: str, holds: Callable[[Any], bool], status: int = 200) -> Any:  # noqa: ANN401 - JSON
         """Ask again and again, until the answer fulfils what is wanted; returns it."""

@@ -308,7 +308,7 @@ class Fake:
 
     async def pause(self, fault: dict[str, Any]) -> None:
         """Before the first byte: `die` or `hang` there ("before"), or wait until the file `hold` exists."""
-        if "hold" in fault:
+        if "hold" in fault and "hold_at" not in fault:
             await self.hold(fault)
         if fault.get("die") == "before":
             self.die()
@@ -316,7 +316,7 @@ class Fake:
             await asyncio.Event().wait()
 
     async def stream(self, writer: asyncio.StreamWriter, asked: dict[str, Any], fault: dict[str, Any]) -> None:
-        """Server-sent events: `chunks` of them, `interval` seconds apart; `die` or `hang` after that many."""
+        """Server-sent events: `chunks` of them, `interval` seconds apart; `die`, `hang` or `hold` after that many."""
         await self.pause(fault)
         head = "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
         writer.write(f"{head}transfer-encoding: chunked\r\n\r\n".encode())
@@ -325,6 +325,9 @@ class Fake:
             if fault.get("hang") == number:
                 await writer.drain()
                 await asyncio.Event().wait()
+            if fault.get("hold_at") == number:
+                await writer.drain()
+                await self.hold(fault)
             if fault.get("die") == number:
                 await writer.drain()
                 self.die()

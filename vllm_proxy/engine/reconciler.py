@@ -106,6 +106,7 @@ class Reconciler:
             self._follow(model_id)
         for model_id in config.models:  # what no action is about may be written in other words
             self._follow(model_id)
+        self.registry.update(config.models)  # the new ones into their places
         present = [model for model_id in config.models if not (model := self._models[model_id]).ends]
         ending = [model for model in self._models.values() if model.ends]
         self._models = {model.spec.id: model for model in (*present, *ending)}
