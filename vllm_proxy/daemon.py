@@ -114,10 +114,12 @@ async def _run(
     shown: Callable[[Reconciler, str], None] | None,
 ) -> None:
     reconciler = desired.reconciler
-    server = reconciler.config.server
     engines = aiohttp.ClientSession(trust_env=False)
     stack.push_async_callback(engines.close)
-    access = Access(server, [listener.getsockname()[0] for listener in sockets if listener.family != socket.AF_UNIX])
+    access = Access(
+        lambda: reconciler.config.server,
+        [listener.getsockname()[0] for listener in sockets if listener.family != socket.AF_UNIX],
+    )
     systemd = Systemd()
     stopping = _catch_signals(reconciler)
 

@@ -32,7 +32,7 @@ def answer(
     """The code of the refusal, which is always a 403; None where the request may pass."""
     request = make_mocked_request("GET", "/models", headers=headers, transport=Wire(family))
     try:
-        Access(server, addresses).check(request, public=public)
+        Access(lambda: server, addresses).check(request, public=public)
     except RequestError as error:
         return error.code if error.status == 403 else f"{error.code}, yet {error.status}"
     return None

@@ -121,6 +121,7 @@ class FakeEngine:
         self.kept = False
         self.born = now()
         self.buried: float | None = None
+        self.spec: EngineSpec | None = None  # what it was started for; not known of an adopted one
 
     def serves(self) -> None:
         """It is put on record that it is ready."""
@@ -162,13 +163,14 @@ class FakeLauncher:
 
     @contextlib.asynccontextmanager
     async def running(
-        self, _model: ModelSpec, instance: str, stop_timeout: Callable[[], float]
+        self, model: ModelSpec, instance: str, stop_timeout: Callable[[], float]
     ) -> AsyncIterator[FakeEngine]:
         """An engine that runs inside the block."""
         if self.refusal:
             raise self.refusal
         number = len(self.engines)
         engine = FakeEngine(Place(instance, f"engine-{number}", 9000 + number, "secret", "/nowhere"))
+        engine.spec = model.engine
         async with self._living(engine, stop_timeout):
             yield engine
 

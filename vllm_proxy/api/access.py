@@ -2,7 +2,7 @@
 
 import ipaddress
 import socket
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -10,6 +10,7 @@ from aiohttp import web
 from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
 
+_DECLARED = frozenset({"application/json", "application/merge-patch+json", "text/toml", "application/toml"})
 _LOOPBACK_NAMES = frozenset({"localhost", "ip6-localhost"})
 
 
@@ -24,35 +25,46 @@ def is_loopback(host: str) -> bool:
 class Access:
     """The rules for one set of listening addresses."""
 
-    def __init__(self, server: Server, addresses: Collection[str]) -> None:
+    def __init__(self, server: Callable[[], Server], addresses: Collection[str]) -> None:
+        """`server`: the `[server]` table now; `addresses`: those that the daemon listens on."""
         self._server = server
         self._local = all(is_loopback(address) for address in addresses)
-        self._hosts = {host.lower() for host in (*server.allowed_hosts, server.host, *addresses)}
+        self._addresses = {host.lower() for host in (server().host, *addresses)}
 
     def check(self, request: web.Request, *, public: bool) -> None:
         """Let a request of section 3 pass. `public`: one of the routes that answer from everywhere.
 
         Raises:
-            RequestError: `remote_admin_disabled`, `host_not_allowed`, `origin_not_allowed`.
+            RequestError: `remote_admin_disabled`, `host_not_allowed`, `origin_not_allowed`, `unsupported_media_type`.
 
         """
+        server = self._server()
         if getattr(request.get_extra_info("socket"), "family", None) == socket.AF_UNIX:
             return  # the control socket: its file has an owner
         if not self._local:
-            if not public and not self._server.allow_remote_admin:
+            if public:
+                return
+            if not server.allow_remote_admin:
                 msg = "cannot administer over the network: set server.allow_remote_admin, or listen on 127.0.0.1"
                 raise RequestError("remote_admin_disabled", msg)
-            return
-        host = _host_of(request.headers.get("Host", ""))
-        if not is_loopback(host) and host not in self._hosts:  # a page that points its own name at this machine
-            msg = f"cannot answer for host {host!r}: add it to server.allowed_hosts"
-            raise RequestError("host_not_allowed", msg)
+        else:
+            self._check_host(_host_of(request.headers.get("Host", "")), server)
         origin = request.headers.get("Origin")
-        if origin and origin not in self._server.cors_origins and "*" not in self._server.cors_origins:
+        if origin and origin not in server.cors_origins and "*" not in server.cors_origins:
             own = f"{request.scheme}://{request.headers.get('Host', '')}"
             if origin != own:
                 msg = f"cannot answer a page of {origin!r}: add it to server.cors_origins"
                 raise RequestError("origin_not_allowed", msg)
+        if request.body_exists and request.content_type not in _DECLARED:  # a page sends other types unasked
+            msg = f"cannot take a body of type {request.content_type}: declare it as application/json or text/toml"
+            raise RequestError("unsupported_media_type", msg)
+
+    def _check_host(self, host: str, server: Server) -> None:
+        allowed = {name.lower() for name in server.allowed_hosts}
+        if not is_loopback(host) and host not in self._addresses | allowed:
+            # A page that points its own name at this machine.
+            msg = f"cannot answer for host {host!r}: add it to server.allowed_hosts"
+            raise RequestError("host_not_allowed", msg)
 
 
 def _host_of(header: str) -> str:

@@ -10,6 +10,7 @@ from vllm_proxy.api import config, logs, models, openai
 from vllm_proxy.api.access import Access
 from vllm_proxy.api.access_log import AccessLog
 from vllm_proxy.api.call import Call, observed
+from vllm_proxy.api.cors import Cors
 from vllm_proxy.api.envelope import Handler, envelope
 from vllm_proxy.api.events import Events
 from vllm_proxy.api.front import Direct, FrontRunner
@@ -59,11 +60,13 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
         if parts.access_log is not None:
             parts.access_log.write(call)
 
-    direct, inference = _inference(parts, observe)
+    cors = Cors(parts.server)
+    direct, inference = _inference(parts, observe, cors)
     table = [*inference, *_administration(parts, metrics)]
     offered = ["GET /", *(f"{method} {path.replace(':.+', '')}" for method, path, _ in table)]
     table.append(("GET", "/", _guarded(parts, models.root(offered), public=True)))
-    app = web.Application(middlewares=[envelope])
+    app = web.Application(middlewares=[envelope, cors.preflight])
+    app.on_response_prepare.append(cors.on_prepare)
     for method, path, handler in table:
         app.router.add_route(method, path, handler)
         if method == "GET" and path != "/v1/realtime":
@@ -75,20 +78,20 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
 
 
 def _inference(
-    parts: Parts, observe: Callable[[Call], None]
+    parts: Parts, observe: Callable[[Call], None], cors: Cors
 ) -> tuple[dict[tuple[str, str], Direct], list[tuple[str, str, Handler]]]:
     """The inference routes: those with a fixed path, past the router; and all of them, for the router."""
     by_json = openai.by_json_model(parts.registry, parts.server)
     by_form = openai.by_form_model(parts.registry, parts.server)
     by_asking = openai.by_asking(parts.registry, parts.server)
-    direct = {("POST", path): observed("POST", path, by_json, observe) for path in BY_JSON_MODEL}
-    direct |= {("POST", path): observed("POST", path, by_form, observe) for path in BY_FORM_MODEL}
+    direct = {("POST", path): observed("POST", path, by_json, observe, cors) for path in BY_JSON_MODEL}
+    direct |= {("POST", path): observed("POST", path, by_form, observe, cors) for path in BY_FORM_MODEL}
     sessions = realtime(parts.registry, parts.engines, parts.server)
     table: list[tuple[str, str, Handler]] = [(method, path, handler) for (method, path), handler in direct.items()]
     table += [
-        ("GET", "/v1/responses/{id}", observed("GET", "/v1/responses/{id}", by_asking, observe)),
-        ("POST", "/v1/responses/{id}/cancel", observed("POST", "/v1/responses/{id}/cancel", by_asking, observe)),
-        ("GET", "/v1/realtime", observed("GET", "/v1/realtime", sessions, observe)),
+        ("GET", "/v1/responses/{id}", observed("GET", "/v1/responses/{id}", by_asking, observe, cors)),
+        ("POST", "/v1/responses/{id}/cancel", observed("POST", "/v1/responses/{id}/cancel", by_asking, observe, cors)),
+        ("GET", "/v1/realtime", observed("GET", "/v1/realtime", sessions, observe, cors)),
         ("GET", "/v1/models", openai.list_models(parts.registry, parts.reconciler)),
         ("GET", f"/v1/models/{_MODEL_ID}", openai.retrieve_model(parts.registry, parts.reconciler)),
     ]

@@ -2,11 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
 
 import structlog
 from aiohttp import web
 
+from vllm_proxy.api.cors import Cors
 from vllm_proxy.api.envelope import error_response
 from vllm_proxy.api.head import read_head, request_id
 from vllm_proxy.errors import RequestError
@@ -26,6 +28,7 @@ class Call:
     queue_seconds = 0.0
     model = ""  # the configured id, once it is known
     instance = ""
+    cors: Mapping[str, str] = MappingProxyType({})  # headers for the page that asks
     status = 0
     bytes_out = 0
     retries = 0
@@ -38,6 +41,10 @@ class Call:
         self.request_id = request_id(self.head.get(b"x-request-id"))
         self.started_at = time.monotonic()
 
+    def cors_lines(self) -> bytes:
+        """`cors` as header lines."""
+        return "".join(f"{name}: {value}\r\n" for name, value in self.cors.items()).encode("latin-1")
+
     @property
     def is_anthropic(self) -> bool:
         """Whether the client speaks Anthropic's API, which has an envelope of its own."""
@@ -49,13 +56,15 @@ type Work = Callable[[Call], Awaitable[web.StreamResponse]]
 
 
 def observed(
-    method: str, route: str, work: Work, observe: Observer
+    method: str, route: str, work: Work, observe: Observer, cors: Cors
 ) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
     """A handler that does `work`, answers its errors in the envelope of the route, and tells `observe` the end."""
     start_line = f"{method} {route} HTTP/1.1\r\n".encode()
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         call = Call(request, route, start_line)
+        if b"origin" in call.head:
+            call.cors = cors.headers(call.head[b"origin"].decode("latin-1"))
         try:
             return await work(call)
         except RequestError as error:
@@ -81,6 +90,7 @@ def _refuse(call: Call, error: RequestError) -> web.StreamResponse:
     call.status = error.status
     response = error_response(error, anthropic=call.is_anthropic)
     response.headers["X-Request-Id"] = call.request_id.decode()
+    response.headers.update(call.cors)
     if call.model:
         response.headers["X-Vllm-Proxy-Model"] = call.model
     if error.code in {"request_too_large", "unsupported_media_type", "bad_request"}:

@@ -12,7 +12,8 @@ HOP_BY_HOP = frozenset(
 )
 # Of a client's head: what ends here, since it speaks of this connection, or since the daemon says it anew.
 _ENDS_HERE = HOP_BY_HOP | frozenset(
-    b"host content-length content-encoding authorization x-api-key api-key expect x-request-id".split()
+    b"host content-length content-encoding authorization x-api-key api-key expect x-request-id"
+    b" origin".split()  # an engine would add what browsers look at, and the daemon says that
 )
 _USUAL = frozenset({b"keep-alive", b"close", b""})  # values of Connection that name no other header
 _SAID_ANEW = b"x-request-id"  # of an engine's head

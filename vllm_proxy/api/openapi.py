@@ -1,4 +1,4 @@
-"""`GET /openapi.json`: the API as OpenAPI 3.1. Its one rule: generated from the routes themselves, so it cannot drift."""
+"""`GET /openapi.json`: the API as OpenAPI 3.1. Its one rule: made from the routes themselves, so it cannot drift."""
 
 import re
 from collections.abc import Iterable, Mapping

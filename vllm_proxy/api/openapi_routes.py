@@ -1,4 +1,4 @@
-"""What each route is for, takes and answers. Its one rule: a route of the table that is not described here is an error."""
+"""What each route is for, takes and answers. Its one rule: a route that is not described here is an error."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from vllm_proxy.api.openapi_keys import MODEL_ID, REF, Schema
 TAGS = {
     "Models": "What is declared and what runs. A write goes to the file first, then to the engines, and is answered "
     "once the file is on disk and the change adopted, not when the model has loaded.",
-    "Configuration": "The file, the only desired state: an editor, `git pull` and this API are equal ways to change it.",
+    "Configuration": "The file, the only desired state: an editor, `git pull` and this API change it alike.",
     "Daemon": "How the daemon is.",
-    "Inference": "As vLLM documents it: the body is passed on byte for byte, only an alias is rewritten, and the answer "
+    "Inference": "As vLLM documents it: the body is passed on byte for byte, but for an alias, and the answer "
     "is streamed as it comes. An engine's own errors pass unchanged.",
     "Documentation": "This API, in its own words.",
 }

@@ -161,7 +161,8 @@ def _exchange(call: Call, lease: Lease, on_head: Callable[[int], bool] | None) -
     assert request.transport is not None
     return Exchange(
         request.transport,
-        b"X-Request-Id: %s\r\n%s" % (call.request_id, lease.endpoint.answer_headers),
+        b"X-Request-Id: %s\r\n%s%s"
+        % (call.request_id, lease.endpoint.answer_headers, call.cors_lines() if call.cors else b""),
         _ANTHROPIC_EVENT if call.is_anthropic else _OPENAI_EVENT,
         http10=request.version < _HTTP_11,
         no_body=request.method == "HEAD",

@@ -6,16 +6,15 @@ no edit is lost between two others, and none is half applied.
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
-from vllm_proxy.domain.config import Config
+from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec
 from vllm_proxy.domain.parse import Override, dotted, parse_config, revision_of
 from vllm_proxy.domain.plan import Action, plan, restart_needed
-from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.store import Store
@@ -24,6 +23,23 @@ from vllm_proxy.errors import ConfigError, Problem, RequestError
 log = structlog.get_logger()
 
 type Edit = Callable[[bytes], bytes]  # called in a thread
+
+
+class Away(Protocol):
+    """Calls a function where it may block."""
+
+    async def __call__[**P, T](self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """What the function returns or raises."""
+
+
+class Check(Protocol):
+    """What is known of the options that engines take."""
+
+    async def problems(self, model: ModelSpec) -> list[tuple[str, str]]:
+        """(key path, message) of each that its engine would refuse."""
+
+    def learn(self, specs: Iterable[EngineSpec]) -> None:
+        """There may be an engine program of which nothing is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +58,12 @@ class Desired:
         store: Store,
         overrides: Mapping[str, Override],
         reconciler: Reconciler,
-        check: OptionCheck,
+        check: Check,
         ports: Ports,
+        *,
+        away: Away = asyncio.to_thread,
     ) -> None:
+        """`away`: has what blocks done elsewhere."""
         self.rejected: ConfigError | None = None  # why what is on disk is not what runs
         self.reloads = Counter[str]()  # by result
         self._store = store
@@ -54,6 +73,7 @@ class Desired:
         self.reconciler = reconciler
         self._check = check
         self._ports = ports
+        self._away = away
         self._started_with = reconciler.config.server
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -79,7 +99,7 @@ class Desired:
             ConfigError: when it cannot be read.
 
         """
-        return await asyncio.to_thread(self._read)
+        return await self._away(self._read)
 
     async def plan(self, data: bytes) -> tuple[Action, ...]:
         """What adopting a file with these bytes would change.
@@ -88,7 +108,7 @@ class Desired:
             ConfigError: with every problem in it.
 
         """
-        config = await asyncio.to_thread(self._parse, data)
+        config = await self._away(self._parse, data)
         return plan(config.models, self.reconciler.specs())
 
     async def reload(self) -> Outcome:
@@ -134,7 +154,7 @@ class Desired:
 
     async def _reload(self) -> Outcome:
         try:
-            config = await asyncio.to_thread(self._read_new)
+            config = await self._away(self._read_new)
         except ConfigError as error:
             self.reloads["rejected"] += 1
             if self.rejected is None or self.rejected.problems != error.problems:
@@ -151,11 +171,11 @@ class Desired:
         return self._adopt(config)
 
     async def _write(self, edit: Edit, if_match: str | None, *, blind: bool) -> Outcome:
-        before, after, config = await asyncio.to_thread(self._edited, edit, if_match, blind=blind)
+        before, after, config = await self._away(self._edited, edit, if_match, blind=blind)
         if found := await self._refused(config):
             raise ConfigError(self._file, found)
         if after != before:
-            await asyncio.to_thread(self._store.replace, after)
+            await self._away(self._store.replace, after)
         if config.revision == self.reconciler.config.revision:
             return Outcome(config.revision, ())
         return self._adopt(config)

@@ -106,11 +106,15 @@ class Reconciler:
             self._follow(model_id)
         for model_id in config.models:  # what no action is about may be written in other words
             self._follow(model_id)
-        self.registry.update(config.models)  # the new ones into their places
-        present = [model for model_id in config.models if not (model := self._models[model_id]).ends]
+        self._sort()
+        return actions
+
+    def _sort(self) -> None:
+        """The file's order, here and for requests; what ends comes last."""
+        self.registry.update(self.config.models)
+        present = [model for model_id in self.config.models if not (model := self._models[model_id]).ends]
         ending = [model for model in self._models.values() if model.ends]
         self._models = {model.spec.id: model for model in (*present, *ending)}
-        return actions
 
     def specs(self) -> dict[str, ModelSpec]:
         """What was adopted and is not about to go."""
@@ -190,6 +194,7 @@ class Reconciler:
         self._tell(model)
         if model_id in self.config.models and not self.stopping.is_set():
             self._follow(model_id)
+            self._sort()
 
     async def _clear(self, left: list[EngineRecord]) -> None:
         try:

@@ -1,0 +1,226 @@
+"""Edits, writes, crashes, hands and time in any order: what is desired is what runs in the end. In virtual time."""
+
+import asyncio
+import contextlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from structlog.testing import capture_logs
+
+from tests.engine.virtual import Stage, VirtualLoop, passes, settle
+from vllm_proxy.domain import edit
+from vllm_proxy.domain.config import EngineSpec, ModelSpec
+from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.domain.parse import parse_config
+from vllm_proxy.engine.desired import Desired
+from vllm_proxy.engine.ports import Ports
+from vllm_proxy.engine.reconciler import Reconciler
+from vllm_proxy.engine.state import StateDirectory
+from vllm_proxy.engine.store import Store
+from vllm_proxy.errors import ConfigError, RequestError
+
+NAMES = st.sampled_from(["a", "b", "c"])
+KEYS = st.fixed_dictionaries(
+    {"model": st.sampled_from(["good", "good", "other", "bad"])},
+    optional={
+        "replicas": st.integers(1, 3),
+        "enabled": st.booleans(),
+        "replace": st.sampled_from(["auto", "surge", "drain"]),
+        "start": st.sampled_from(["always", "on-demand"]),
+        "devices": st.sampled_from([[0], [1], [0, 1]]),
+        "queue_size": st.integers(0, 2),
+        "drain_timeout": st.integers(0, 100),
+        "restart": st.fixed_dictionaries({"max_failures": st.integers(1, 3)}),
+    },
+)
+
+
+async def at_once[**P, T](function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """In place of a thread."""
+    await asyncio.sleep(0)
+    return function(*args, **kwargs)
+
+
+class NoCheck:
+    """No vLLM tells its options."""
+
+    async def problems(self, _model: ModelSpec) -> list[tuple[str, str]]:
+        """None."""
+        return []
+
+    def learn(self, specs: Iterable[EngineSpec]) -> None:
+        """Nothing is learnt."""
+
+
+class Fleet(RuleBasedStateMachine):
+    """A reconciler with its file, and everybody who may meddle."""
+
+    @initialize()
+    def begin(self) -> None:
+        """An empty file."""
+        self.runner = asyncio.Runner(loop_factory=VirtualLoop)
+        self.folder = tempfile.TemporaryDirectory()
+        self.file = Path(self.folder.name) / "models.toml"
+        self.file.write_text("# mine\n")
+        self.logs = contextlib.ExitStack()
+        self.logs.enter_context(capture_logs())
+        self.run(self._begin)
+
+    async def _begin(self) -> None:
+        self.stage = Stage()
+        self.stage.launcher.teardown_seconds = 3
+        config = parse_config(self.file.read_bytes(), "")
+        state = StateDirectory(Path(self.folder.name) / "state")
+        self.reconciler = Reconciler(config, self.stage.around, state, lambda spec: spec.model)
+        self.desired = Desired(Store(self.file), {}, self.reconciler, NoCheck(), Ports(9000, 9999, []), away=at_once)
+        self.reconciler.start()
+
+    def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """In virtual time."""
+        self.runner.run(work())
+
+    @rule(models=st.dictionaries(NAMES, KEYS, max_size=3))
+    def save(self, models: dict[str, dict[str, Any]]) -> None:
+        """An editor writes the whole file."""
+        text = "# mine\n"
+        for name, keys in models.items():
+            text = edit.create(text, name, keys)
+        self.file.write_text(text)
+
+    @rule()
+    def save_rubbish(self) -> None:
+        """An editor is in the middle of something."""
+        self.file.write_text(self.file.read_text() + "[models.b\n")
+
+    @rule(name=NAMES, keys=KEYS)
+    def write(self, name: str, keys: dict[str, Any]) -> None:
+        """POST where there is none, else PUT."""
+
+        def change(data: bytes) -> bytes:
+            text = data.decode()
+            there = name in edit.models_in(text)
+            return (edit.put if there else edit.create)(text, name, keys).encode()
+
+        self.run(lambda: self._write(change))
+
+    @rule(name=NAMES)
+    def delete(self, name: str) -> None:
+        """DELETE."""
+
+        def change(data: bytes) -> bytes:
+            text = data.decode()
+            return (edit.delete(text, name) if name in edit.models_in(text) else text).encode()
+
+        self.run(lambda: self._write(change))
+
+    async def _write(self, change: Callable[[bytes], bytes]) -> None:
+        with contextlib.suppress(ConfigError, RequestError):
+            await self.desired.write(change, None)
+
+    @rule()
+    def reload(self) -> None:
+        """The watch tells of a change."""
+        self.run(self._reload)
+
+    async def _reload(self) -> None:
+        with contextlib.suppress(ConfigError):
+            await self.desired.reload()
+
+    @rule(which=st.integers(0, 9), code=st.sampled_from([0, 1, 2]))
+    def crash(self, which: int, code: int) -> None:
+        """An engine dies."""
+        self.run(lambda: self._crash(which, code))
+
+    async def _crash(self, which: int, code: int) -> None:
+        living = [engine for engine in self.stage.launcher.engines if not engine.exited.done()]
+        if living:
+            living[which % len(living)].die(code)
+        await settle()
+
+    @rule(name=NAMES, what=st.sampled_from(["start", "stop", "restart", "wake"]))
+    def by_hand(self, name: str, what: str) -> None:
+        """Somebody, or a request."""
+        self.run(lambda: self._by_hand(name, what))
+
+    async def _by_hand(self, name: str, what: str) -> None:
+        with contextlib.suppress(RequestError):
+            getattr(self.reconciler.model(name), what)()
+        await settle()
+
+    @rule(seconds=st.sampled_from([0, 1, 5, 100]))
+    def time_passes(self, seconds: float) -> None:
+        """Engines become ready, or fail."""
+        self.run(lambda: self._time(seconds))
+
+    async def _time(self, seconds: float) -> None:
+        for _ in range(10):
+            for engine in self.stage.launcher.engines:
+                if not engine.exited.done() and engine.spec is not None:
+                    if engine.spec.model == "bad":
+                        engine.die()
+                    else:
+                        engine.listens = True
+            await passes(seconds / 10)
+            await settle()
+
+    @invariant()
+    def never_two_engines_of_one_instance(self) -> None:
+        """Whatever is being replaced."""
+        if hasattr(self, "stage"):
+            living = Counter(engine.place.instance for engine in self.stage.launcher.engines if engine.buried is None)
+            assert max(living.values(), default=0) <= 1
+
+    def teardown(self) -> None:
+        """At rest running equals desired; after a stop nothing is left."""
+        if hasattr(self, "stage"):
+            try:
+                self.run(self._rest)
+            finally:
+                self.logs.close()
+                self.runner.close()
+                self.folder.cleanup()
+
+    async def _rest(self) -> None:
+        text = self.file.read_text().replace("[models.b\n", "").replace('"bad"', '"good"')
+        self.file.write_text(text + "\n# the end\n")
+        await self.desired.reload()
+        await self._time(100)  # what has died rests
+        for model in self.reconciler.models():
+            if model.rests or model.state is State.ERROR:
+                model.start()
+        for _ in range(40):
+            await self._time(100)
+        config = parse_config(self.file.read_bytes(), "")
+        assert self.reconciler.config.revision == config.revision
+        assert [model.spec.id for model in self.reconciler.models()] == list(config.models)
+        for model in self.reconciler.models():
+            self._check_at_rest(config.models[model.spec.id], model.state, [one.state for one in model.instances])
+        await self.reconciler.stop()
+        assert all(engine.buried is not None for engine in self.stage.launcher.engines)
+
+    def _check_at_rest(self, spec: ModelSpec, state: State, instances: list[State]) -> None:
+        policy = spec.policy
+        living = [
+            engine
+            for engine in self.stage.launcher.engines
+            if engine.buried is None and engine.place.instance.startswith(f"{spec.id}/")
+        ]
+        if not policy.enabled:
+            assert (state, living) == (State.STOPPED, [])
+        elif policy.start == "always" or state is not State.STOPPED:
+            assert instances == [State.READY] * policy.replicas
+            assert [engine.spec for engine in living] == [spec.engine] * policy.replicas
+        else:
+            assert living == []
+
+
+TestFleet = Fleet.TestCase
+TestFleet.settings = settings(
+    max_examples=100, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+)
