@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm_proxy import errors
-from vllm_proxy.domain import lifecycle
+from vllm_proxy.domain import lifecycle, plan
 from vllm_proxy.domain.config import EngineDefaults, ModelTable, Restart, Server
 from vllm_proxy.domain.parse import parse_config
 from vllm_proxy.domain.units import parse_duration, parse_size
@@ -93,6 +93,21 @@ def test_the_state_diagram_is_the_table() -> None:
     text = (PACKAGE / "ARCHITECTURE.md").read_text()
     assert lifecycle.diagram() in text
     assert text.count("\n") <= 150
+
+
+def test_the_readme_says_what_a_change_of_each_key_costs() -> None:
+    """The table is generated, and holds every key of every table once."""
+    text = (ROOT / "README.md").read_text()
+    assert plan.table() in text
+    shown = re.findall(r"`([a-z_.]+)`", "\n".join(row.split("|")[1] for row in plan.table().splitlines()))
+    models = set(ModelTable.model_fields)
+    assert sorted(shown) == sorted(
+        [
+            *models,
+            *(f"server.{key}" for key in Server.model_fields),
+            *(f"engine.{key}" for key in EngineDefaults.model_fields),
+        ]
+    )
 
 
 def test_the_readme_names_a_test_for_every_fault() -> None:

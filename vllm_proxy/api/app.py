@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import aiohttp
 from aiohttp import web
 
-from vllm_proxy.api import config, logs, models, openai
+from vllm_proxy.api import config, docs, logs, models, openai
 from vllm_proxy.api.access import Access
 from vllm_proxy.api.access_log import AccessLog
 from vllm_proxy.api.call import Call, observed
@@ -63,6 +63,8 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     cors = Cors(parts.server)
     direct, inference = _inference(parts, observe, cors)
     table = [*inference, *_administration(parts, metrics)]
+    known = [("GET", "/"), *((method, path) for method, path, _ in table)]
+    table += [(method, path, _guarded(parts, page, public=True)) for method, path, page in docs.routes(known)]
     offered = ["GET /", *(f"{method} {path.replace(':.+', '')}" for method, path, _ in table)]
     table.append(("GET", "/", _guarded(parts, models.root(offered), public=True)))
     app = web.Application(middlewares=[envelope, cors.preflight])

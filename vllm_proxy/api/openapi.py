@@ -26,9 +26,12 @@ def document(routes: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
     """
     paths: dict[str, dict[str, Schema]] = {}
-    for method, template in routes:
-        path = re.sub(r":[^}]*}", "}", template)
-        paths.setdefault(path, {})[method.lower()] = _operation(method, path, OPERATIONS[f"{method} {path}"])
+    order = {route: place for place, route in enumerate(OPERATIONS)}
+    for route in sorted(
+        (f"{method} {re.sub(r':[^}]*}', '}', path)}" for method, path in routes), key=order.__getitem__
+    ):
+        method, _, path = route.partition(" ")
+        paths.setdefault(path, {})[method.lower()] = _operation(method, path, OPERATIONS[route])
     return {
         "openapi": "3.1.0",
         "info": {
@@ -55,7 +58,7 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
         "responses": _responses(operation),
     }
     if operation.body is not None:
-        found["requestBody"] = {"required": True, "content": _content(operation.body)}
+        found["requestBody"] = {"required": operation.body_required, "content": _content(operation.body)}
     return {name: value for name, value in found.items() if value}
 
 

@@ -19,6 +19,7 @@ MODEL_ID: Schema = {
     "type": "string",
     "pattern": r"^(?!-)(?!.*(^|/)\.{0,2}(/|$))(?!(.*/)?(start|stop|restart|sleep|wake|logs)$)[A-Za-z0-9._:@/-]{1,200}$",
 }
+_ID = "What clients send as `model`. It cannot be changed."
 DURATION: Schema = {
     "anyOf": [
         {"type": "number", "minimum": 0},
@@ -121,15 +122,11 @@ def key_schemas() -> dict[str, Schema]:
     taken, effective = _table(ModelTable, "validation"), _table(ModelTable, "serialization")
     taken["properties"]["restart"] = nullable({"$ref": REF + "RestartKeys"}) | {"description": KEYS["restart"]}
     effective["properties"]["restart"] = {"$ref": REF + "EffectiveRestart"}
-    new = {
-        "description": "A model's id and its keys.",
-        "properties": {"id": MODEL_ID, **taken["properties"]},
-        "required": ["id"],
-        "examples": [{"id": "chat", "model": "Qwen/Qwen3-0.6B", "max_model_len": 8192}],
-    }
+    taken["properties"] = {"id": MODEL_ID | {"description": _ID}, **taken["properties"]}
+    example = {"model": "Qwen/Qwen3-0.6B", "max_model_len": 8192}
     return {
-        "ModelKeys": taken | {"examples": [{"model": "Qwen/Qwen3-0.6B", "max_model_len": 8192}]},
-        "NewModel": taken | new,
+        "ModelKeys": taken | {"examples": [example]},
+        "NewModel": taken | {"required": ["id"], "examples": [{"id": "chat", **example}]},
         "RestartKeys": _table(Restart, "validation"),
         "EffectiveModel": effective,
         "EffectiveRestart": _table(Restart, "serialization"),

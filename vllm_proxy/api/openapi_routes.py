@@ -67,6 +67,7 @@ class Operation:
     body: Mapping[str, Schema] | None = None
     parameters: tuple[str, ...] = ()
     description: str = ""
+    body_required: bool = True
 
 
 def _json(name: str) -> dict[str, Schema]:
@@ -141,7 +142,7 @@ _MODELS = {
     "DELETE /models/{model_id}": Operation(
         "Models",
         "Delete a model",
-        (_model(202, "Gone from the file; its engines drain."), Answer(204, "Gone.", {})),
+        (_model(202, "Gone from the file; its engines drain."), Answer(204, "Gone.", {}, _ETAG)),
         (*_ADMIN, "model_not_found", "invalid_config", *_NO_FILE),
         None,
         ("if_match",),
@@ -177,6 +178,8 @@ _CONFIGURATION = {
         (Answer(200, "Nothing is applied.", _json("Plan")),),
         (*_ADMIN, *_BODY, "invalid_config"),
         _TOML,
+        description="Without a body: what would the file as it is on disk change?",
+        body_required=False,
     ),
     "POST /config/reload": Operation(
         "Configuration",

@@ -6,6 +6,7 @@ from pydantic import Field, TypeAdapter
 
 from vllm_proxy.api.openapi_keys import REF, Generate, Schema, key_schemas
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
+from vllm_proxy.domain.plan import Kind
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
@@ -71,7 +72,7 @@ class Change(TypedDict):
     """One step from what runs to what the file asks for."""
 
     model: str
-    action: Literal["start", "replace", "update", "scale", "stop"]
+    action: Kind
     reason: Annotated[str, Field(examples=["max_model_len 4096 -> 8192"])]
 
 
@@ -92,7 +93,7 @@ class ConfigHealth(TypedDict):
     """The file, as the daemon sees it."""
 
     revision: Annotated[str, Field(description="Of the file that is in force.")]
-    error: Annotated[Any, Field(description="Why the file on disk was refused; null where it is in force.")]
+    error: Annotated[str | None, Field(description="Why the file on disk was refused; null where it is in force.")]
     pending_restart: Annotated[list[str], Field(description="Keys whose change waits for a restart of the daemon.")]
 
 
@@ -143,6 +144,7 @@ class Problem(TypedDict):
     """One thing wrong with a configuration."""
 
     path: Annotated[str, Field(examples=["models.chat.replicas"])]
+    line: Annotated[int, Field(description="From 1; 0 where it cannot be known.")]
     message: str
 
 

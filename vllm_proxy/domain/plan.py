@@ -16,6 +16,11 @@ from vllm_proxy.domain.units import show
 _SECRET = re.compile(r"token|key|secret|password|credential", re.IGNORECASE)
 _LONGEST = 60  # characters of a value that is shown
 RESTART_KEYS = ("host", "port")  # of [server]: the sockets are open already
+_OF_THEIR_OWN = {  # of the policy keys
+    "enabled": "stops the model, or starts it",
+    "replicas": "adds or removes instances at the end; the others stay",
+    "start": "live; a model that sleeps is started by `always`, one that runs goes on until its `idle_timeout`",
+}
 
 
 class Kind(StrEnum):
@@ -135,3 +140,23 @@ def _shown(value: Any) -> str:  # noqa: ANN401 - a TOML value
         return "not given"
     text = show(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def table() -> str:
+    """The README's table: what a change of each key costs. The keys come from the types, so a new one is in its row."""
+    live = [key for key in Policy.model_fields if key not in _OF_THEIR_OWN]
+    server = [key for key in Server.model_fields if key not in RESTART_KEYS]
+    rows = [
+        (EngineSpec.model_fields, "replaces the engines of this model, as `replace` says"),
+        (live, "live: no engine notices"),
+        *(((key,), effect) for key, effect in _OF_THEIR_OWN.items()),
+        (("[models.ID]",), "a new id is a start, one that is gone a stop, another id a stop and a start"),
+        (("[defaults]",), "as the same key in each model that does not say otherwise"),
+        (("engine.command", "engine.env"), "replaces the engines of each model that takes its own from there"),
+        (("engine.port_start", "engine.port_end"), "live, for engines that are started from now on"),
+        ([f"server.{key}" for key in server], "live"),
+        ([f"server.{key}" for key in RESTART_KEYS], "the next start of the daemon: `/health` lists `pending_restart`"),
+        ((), "comments, order, layout, a default written out, `a_b` for `a-b` in `args`: nothing"),
+    ]
+    lines = [f"| {' '.join(f'`{key}`' for key in keys)} | {effect} |" for keys, effect in rows]
+    return "\n".join(["| key | a change |", "|---|---|", *lines])

@@ -1,0 +1,137 @@
+"""`/openapi.json`, `/docs`, `/redoc`: the API explained by itself. Its one rule: no request leaves the machine.
+
+The pages are ours. What they are made of, Swagger UI and ReDoc, is read from the installed package aiohttp-swagger3,
+whose own code is never imported.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from http import HTTPStatus
+from importlib.metadata import distribution
+from pathlib import Path
+
+import msgspec
+from aiohttp import web
+
+from vllm_proxy.api.envelope import Handler
+from vllm_proxy.api.openapi import document
+from vllm_proxy.errors import RequestError
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>vllm-proxy: {title}</title>
+<link rel="icon" type="image/png" href="docs/assets/{name}.png">
+{style}<style>body {{ margin: 0; }}</style>
+</head>
+<body>
+<div id="page"></div>
+<noscript>This page needs JavaScript. What it shows is in <a href="openapi.json">openapi.json</a>.</noscript>
+<script src="docs/assets/{library}"></script>
+<script src="docs/assets/{name}.js"></script>
+</body>
+</html>
+"""
+_STYLE = '<link rel="stylesheet" href="docs/assets/swagger-ui.css">\n'
+_SWAGGER = """SwaggerUIBundle({
+  url: "openapi.json",
+  dom_id: "#page",
+  deepLinking: true,
+  defaultModelsExpandDepth: 0,
+  displayRequestDuration: true,
+  validatorUrl: null,
+});
+"""
+_REDOC = """const font = "system-ui, 'Liberation Sans', sans-serif";
+Redoc.init("openapi.json", {
+  hideDownloadButton: true,
+  expandResponses: "200,201,202",
+  theme: { typography: { fontFamily: font, headings: { fontFamily: font } } },
+}, document.getElementById("page"));
+"""
+_LOGO = b"https://cdn.redoc.ly/redoc/logo-mini.svg"  # ReDoc would fetch it
+_NO_LOGO = b"data:,"
+
+_HEADERS = {
+    # The pages set styles as they go, and ReDoc searches in a worker made from a blob.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; font-src 'self'; connect-src 'self'; worker-src blob:; frame-ancestors 'none'; "
+    "base-uri 'none'; form-action 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # kept, but asked for: an upgrade changes it
+}
+_SCRIPT, _PNG = "text/javascript", "image/png"
+_OWN = {"swagger.js": _SWAGGER, "redoc.js": _REDOC}
+_PACKAGED = {
+    "swagger-ui-bundle.js": ("swagger_ui/swagger-ui-bundle.js", _SCRIPT),
+    "swagger-ui.css": ("swagger_ui/swagger-ui.css", "text/css"),
+    "swagger.png": ("swagger_ui/favicon-32x32.png", _PNG),
+    "redoc.standalone.js": ("redoc_ui/redoc.standalone.js", _SCRIPT),
+    "redoc.png": ("redoc_ui/favicon-32x32.png", _PNG),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What is served under one path."""
+
+    body: bytes
+    kind: str
+    etag: str
+
+    @classmethod
+    def of(cls, body: bytes, kind: str) -> "_File":
+        return cls(body, kind, hashlib.sha256(body).hexdigest()[:16])
+
+
+def routes(others: Iterable[tuple[str, str]]) -> list[tuple[str, str, Handler]]:
+    """Method, path and handler of each page; they describe themselves and all `others`, (method, path)."""
+    swagger = _PAGE.format(title="API", name="swagger", library="swagger-ui-bundle.js", style=_STYLE)
+    redoc = _PAGE.format(title="API reference", name="redoc", library="redoc.standalone.js", style="")
+    found = [
+        ("GET", "/docs", _constant(_File.of(swagger.encode(), "text/html"))),
+        ("GET", "/redoc", _constant(_File.of(redoc.encode(), "text/html"))),
+        ("GET", "/docs/assets/{name}", _asset),
+    ]
+    described = [*others, ("GET", "/openapi.json"), *((method, path) for method, path, _ in found)]
+    json = _File.of(msgspec.json.encode(document(described)), "application/json")
+    return [("GET", "/openapi.json", _constant(json)), *found]
+
+
+def _constant(file: _File) -> Handler:
+    async def handle(request: web.Request) -> web.Response:
+        return _served(request, file)
+
+    return handle
+
+
+async def _asset(request: web.Request) -> web.Response:
+    """`GET /docs/assets/{name}`."""
+    name = request.match_info["name"]
+    if name not in _OWN and name not in _PACKAGED:
+        raise RequestError("not_found", f"cannot find {request.path}: see GET / for what there is")
+    return _served(request, await asyncio.to_thread(_read, name))
+
+
+@cache
+def _read(name: str) -> _File:
+    """A file that a page is made of; kept, once somebody has looked at the page."""
+    if name in _OWN:
+        return _File.of(_OWN[name].encode(), _SCRIPT)
+    path, kind = _PACKAGED[name]
+    body = Path(str(distribution("aiohttp-swagger3").locate_file(f"aiohttp_swagger3/{path}"))).read_bytes()
+    return _File.of(body.replace(_LOGO, _NO_LOGO), kind)
+
+
+def _served(request: web.Request, file: _File) -> web.Response:
+    headers = {**_HEADERS, "ETag": f'"{file.etag}"'}
+    if any(tag.value in {file.etag, "*"} for tag in request.if_none_match or ()):
+        return web.Response(status=HTTPStatus.NOT_MODIFIED, headers=headers)
+    charset = None if file.kind in {_PNG, "application/json"} else "utf-8"
+    return web.Response(body=file.body, content_type=file.kind, charset=charset, headers=headers)
