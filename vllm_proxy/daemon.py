@@ -46,6 +46,7 @@ from vllm_proxy.systemd import Systemd
 log = structlog.get_logger()
 
 _BACKLOG = 4096  # connections that wait to be accepted: a burst of clients must not wait for a retransmission
+_SWITCH_SECONDS = 0.001  # Python's own is 5 ms, of which a request would wait several
 _LAST_WORDS_SECONDS = 2.0  # for handlers to end once the engines are gone
 
 
@@ -134,7 +135,7 @@ async def _run(
     await runner.setup()
     for listener in sockets:
         await web.SockSite(runner, listener, backlog=_BACKLOG).start()
-    _spare_the_collector()
+    _tune_python()
     tell(None)
     systemd.ready()
     following = asyncio.create_task(_follow(desired, systemd))
@@ -327,10 +328,14 @@ def _catch_signals(reconciler: Reconciler) -> asyncio.Event:
     return stopping
 
 
-def _spare_the_collector() -> None:
-    """Modules and types live for good: they are not looked at again. A request makes few cycles, so looking is rare."""
+def _tune_python() -> None:
+    """Modules and types live for good: they are not looked at again. A request makes few cycles, so looking is rare.
+
+    A thread that parses a configuration gives way to requests often.
+    """
     gc.collect()
     gc.freeze()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     gc.set_threshold(20_000, 20, 50)
 
 

@@ -1,6 +1,7 @@
 """A change of one model leaves the rest of the file as it is, byte for byte."""
 
 import tomllib
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -56,9 +57,9 @@ def test_a_key_within_a_line_is_changed_there() -> None:
     new = patch(FILE, "chat", {"args": {"hf_overrides": {"b": 3}}})
     assert new == FILE.replace("b = 2 }  # from", "b = 3 }  # from")
     new = patch(FILE, "chat", {"args": {"hf_overrides": {"c": True}}})
-    assert new == FILE.replace("b = 2 }  # from", "b = 2, c = true}  # from")
+    assert new == FILE.replace("b = 2 }  # from", "b = 2, c = true }  # from")
     new = patch(FILE, "chat", {"args": {"hf_overrides": {"b": None}}})
-    assert new == FILE.replace("{ a = 1, b = 2 }  # from", "{ a = 1  }  # from")
+    assert new == FILE.replace("{ a = 1, b = 2 }  # from", "{ a = 1 }  # from")
 
 
 def test_a_new_key_comes_behind_the_last_one_of_its_table() -> None:
@@ -106,7 +107,7 @@ def test_create_appends_a_table() -> None:
     """Tables of the model get headers of their own; nulls are left out; the id is quoted where it must be."""
     new = create(FILE, "org/new", {"model": 'a"b', "replicas": 2, "dtype": None, "args": {"x": {"y": None}, "z": [1]}})
     assert new == FILE + (
-        '\n[models."org/new"]\nmodel = "a\\"b"\nreplicas = 2\n\n[models."org/new".args]\nx = {  }\nz = [1]\n'
+        '\n[models."org/new"]\nmodel = "a\\"b"\nreplicas = 2\n\n[models."org/new".args]\nx = {}\nz = [1]\n'
     )
 
 
@@ -199,15 +200,122 @@ def test_delete_and_create_are_possible_in_every_form_of_toml(form: str) -> None
 def test_models_in_one_line_can_be_changed_too() -> None:
     """The whole table is within one value."""
     text = 'models = { a = { model = "x" } } # c\n'
-    assert create(text, "b", {"model": "y"}) == 'models = { a = { model = "x" }, b = { model = "y" }} # c\n'
+    assert create(text, "b", {"model": "y"}) == 'models = { a = { model = "x" }, b = { model = "y" } } # c\n'
     assert models_in(delete(create(text, "b", {"model": "y"}), "a")) == {"b": {"model": "y"}}
 
 
-@pytest.mark.parametrize("value", [[1, None], 2**63, float("nan"), "\ud800"])
-def test_what_toml_cannot_hold_is_refused(value: Any) -> None:  # noqa: ANN401 - JSON
-    """With a reason, before anything is written."""
-    with pytest.raises(EditError, match="cannot write"):
-        patch(FILE, "chat", {"metadata": {"x": value}})
+NESTED: list[Any] = []
+for _ in range(60):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1, None], "cannot write models.chat.metadata.x[1]: TOML has no null"),
+        ([{"y": {"z": None}}], "cannot write models.chat.metadata.x[0].y.z: TOML has no null"),
+        (2**63, "cannot write models.chat.metadata.x: TOML has no integers of more than 64 bits"),
+        ({"a b": -(2**63) - 1}, 'cannot write models.chat.metadata.x."a b": TOML has no integers'),
+        (float("nan"), "cannot write models.chat.metadata.x: JSON has no nan"),
+        ("\ud800", "cannot write models.chat.metadata.x: TOML has no half of a surrogate pair"),
+        ({"\ud800": 1}, "cannot write models.chat.metadata.x: TOML has no half of a surrogate pair"),
+        (NESTED, "more than 50 tables and lists"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+@pytest.mark.parametrize("how", [patch, put])
+def test_what_toml_cannot_hold_is_refused(how: Any, value: Any, message: str) -> None:  # noqa: ANN401 - JSON
+    """With the path of the key, before anything is written."""
+    with pytest.raises(EditError) as caught:
+        how(FILE, "chat", {"model": "x", "metadata": {"x": value}})
+    assert message in str(caught.value)
+
+
+def test_an_option_that_is_given_twice_is_refused() -> None:
+    """Which of the two was meant cannot be known."""
+    with pytest.raises(EditError, match="twice"):
+        patch(FILE, "chat", {"args": {"kv-cache-dtype": "auto", "kv_cache_dtype": "fp8"}})
+    new = FILE.replace("'fp8'", '"auto"')
+    assert patch(FILE, "chat", {"args": {"kv-cache-dtype": "auto", "kv_cache_dtype": None}}) == new
+    assert patch(FILE, "chat", {"args": {"kv_cache_dtype": None, "kv-cache-dtype": "auto"}}) == new
+
+
+def test_a_model_that_is_not_as_the_caller_says_is_refused() -> None:
+    """There already, or not there, or no table, or in a file that is no TOML."""
+    with pytest.raises(EditError, match="there is one already"):
+        create(FILE, "chat", {"model": "x"})
+    for how in (put, patch):
+        with pytest.raises(EditError, match="no table of that name"):
+            how("[models]\na = 5\n", "a", {"model": "x"})
+    with pytest.raises(EditError, match="no table of that name"):
+        delete(FILE, "nobody")
+    with pytest.raises(EditError, match="models is no table"):
+        create("[[models]]\na = 5\n", "a", {"model": "x"})
+    with pytest.raises(EditError, match="no TOML"):
+        create("[models", "a", {"model": "x"})
+
+
+def test_a_table_that_only_deeper_headers_name_can_be_changed() -> None:
+    """It gets a header of its own in front of them, and nobody else's table gets the key."""
+    text = "# i\n[models.a.args.h.i]\nx = 1\n\n[models.b]\nmodel = 'y'\n"
+    assert patch(text, "a", {"args": {"h": {"j": 1}}}) == "[models.a.args.h]\nj = 1\n\n" + text
+    gone = patch(text, "a", {"args": {"h": {"i": None}}})
+    assert gone == "[models.a.args.h]\n\n[models.b]\nmodel = 'y'\n"
+
+
+def test_lists_written_as_tables_can_be_around() -> None:
+    """A key beside them is set, and they are replaced as one value."""
+    text = "[models.a]\nmodel = 'x'\n\n[[models.a.args.l]]\nx = 1\n[[models.a.args.l]] # c\nx = 2\n"
+    new = patch(text, "a", {"args": {"z": 1}})
+    assert new == text.replace("[[models.a.args.l]]\nx = 1", "[models.a.args]\nz = 1\n\n[[models.a.args.l]]\nx = 1")
+    assert patch(text, "a", {"args": {"l": [1]}}) == "[models.a]\nmodel = 'x'\n\n[models.a.args]\nl = [1]\n"
+
+
+def test_what_the_last_key_leaves_is_an_empty_table() -> None:
+    """As the merge patch says, in every form."""
+    assert patch("[models.a]\nargs.s = 1 # c\n", "a", {"args": {"s": None}}) == "[models.a]\nargs = {}\n"
+    assert patch("[models.a]\nargs = { s = 1 } # c\n", "a", {"args": {"s": None}}) == "[models.a]\nargs = {} # c\n"
+    text = "[models.a.args] # c\ns = 1 # d\n"
+    assert patch(text, "a", {"args": {"s": None}}) == "[models.a.args] # c\n"
+
+
+def test_a_commented_option_goes_with_its_table_and_a_comment_behind_a_blank_line_stays() -> None:
+    """What stands directly below the last key is its table's, unless it stands directly above the next header."""
+    text = "[models.a]\nmodel = 'x'\n# replicas = 2\n\n# Of the house.\n\n[models.b]\nmodel = 'y'\n"
+    assert delete(text, "a") == "# Of the house.\n\n[models.b]\nmodel = 'y'\n"
+    text = "[models.a]\nmodel = 'x'\n# b's\n[models.b]\nmodel = 'y'\n"
+    assert delete(text, "a") == "# b's\n[models.b]\nmodel = 'y'\n"
+
+
+def test_indentation_and_spacing_are_kept() -> None:
+    """A new key stands below its neighbour; an inline table keeps the spaces of what stays."""
+    text = "[models.a]\n  model = 'x'\n  args = {a=1,b = 'q' ,c=3}\n"
+    assert patch(text, "a", {"replicas": 2}) == text + "  replicas = 2\n"
+    assert patch(text, "a", {"args": {"a": 7}}) == text.replace("a=1", "a=7")
+    assert patch(text, "a", {"args": {"a": None}}) == text.replace("a=1,", "")
+    assert patch(text, "a", {"args": {"c": None}}) == text.replace(" ,c=3", "")
+    assert patch(text, "a", {"args": {"b": None}}) == text.replace(",b = 'q'", "")
+
+
+def test_one_is_not_true() -> None:
+    """Python's equality would call these changes none."""
+    text = "[models.a]\nargs.x = 1\n"
+    for value, written in ((True, "true"), (1.0, "1.0"), ("1", '"1"')):
+        assert patch(text, "a", {"args": {"x": value}}) == text.replace("1", written)
+
+
+def test_a_file_that_holds_what_json_cannot_is_no_hindrance() -> None:
+    """Dates and nan of others, and of the same table written anew."""
+    text = "[models.b]\nmetadata = { x = nan, d = 1979-05-27T07:32:00Z }\n"
+    new = patch(text, "b", {"metadata": {"n.m": {"o": 1}}})
+    assert new == text.replace("00Z }", '00Z, "n.m" = { o = 1 } }')
+
+
+def test_a_change_that_would_lose_a_comment_of_another_value_is_refused() -> None:
+    """Dotted keys inside an inline table are written anew, but not with a list over many lines among them."""
+    text = "[models.a]\nargs = { h.x = 1, l = [ # one\n1] }\n"
+    with pytest.raises(EditError, match="take it apart"):
+        patch(text, "a", {"args": {"h": {"x": 2}}})
 
 
 JSON = st.recursive(
@@ -226,3 +334,182 @@ def test_any_json_is_written_as_what_it_is(form: str, keys: dict[str, Any]) -> N
     assert repr(pruned(found)) == repr(pruned({key: keys.get(key, "x") for key in found}))
     assert pruned(found).keys() == pruned({"model": "x", **keys}).keys()
     assert models_in(new)["b"] == {"model": "y"}
+
+
+# Any small file
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a generated file, and the model that it is of; "" for everybody's."""
+
+    text: str
+    owner: str
+
+
+IDS = {"a": "a", "org/b": '"org/b"', "c.d:e": "'c.d:e'", "f": "f"}
+PLAIN = {"model": "'x y'", "max_model_len": "0x10", "aliases": '["p", "q"]'}
+ARGS = {"s": "1", "a_b": "1.0", "h": "{ i = 1, 'j k' = { l = true } }"}
+DOTTED = {f"args.{key}": value for key, value in ARGS.items()}
+INLINE = {"args": f"{{ {', '.join(f'{key} = {value}' for key, value in ARGS.items())} }}"}
+LAST = [Line(text, "") for text in ("[server]", 'port = 1 # "', 'x = """', '[models.z]#"""', "")]
+
+
+class Writer:
+    """Writes lines with comments everywhere, each of them unlike the others."""
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        self.draw = draw
+        self.count = 0
+
+    def note(self) -> str:
+        """A comment or none."""
+        self.count += 1
+        return f"# {self.count}: \"'[" if self.draw(st.booleans()) else ""
+
+    def above(self, owner: str) -> list[Line]:
+        """A line of comment, or none."""
+        return [Line(note, owner)] if (note := self.note()) else []
+
+    def line(self, text: str, owner: str) -> Line:
+        """A line with a comment behind it, or without."""
+        return Line(f"{text}  {self.note()}".rstrip(), owner)
+
+    def keys(self, prefix: str, owner: str, written: dict[str, str], *, of: str) -> list[Line]:
+        """Keys with the comments above them, which go only where the table goes."""
+        result: list[Line] = []
+        for key, value in written.items():
+            result += [*self.above(of), self.line(f"{prefix}{key} = {value}", owner)]
+        return result
+
+    def block(self, header: str, lines: list[Line], owner: str) -> list[Line]:
+        """A table, and what may stand between it and the next."""
+        found = [*self.above(owner), self.line(f"[{header}]", owner), *lines, *self.above(owner), Line("", "")]
+        return [*found, *self.above(""), Line("", "")]
+
+
+@st.composite
+def files(draw: st.DrawFn) -> list[Line]:
+    """Up to four models in any form and order."""
+    writer = Writer(draw)
+    top, named, blocks = [Line("# top", ""), Line("", "")], list[Line](), [LAST]
+    flat = draw(st.sampled_from(["top", "named"]))  # a file has one of them: TOML forbids both
+    for owner in draw(st.lists(st.sampled_from(sorted(IDS)), min_size=1, unique=True)):
+        name, form = IDS[owner], draw(st.sampled_from(["flat", "inline", "tables", "mixed", "implied"]))
+        args = draw(st.sampled_from([DOTTED, INLINE]))
+        if form in {"flat", "inline"}:
+            written = {".model": "'x'", **{f".{key}": value for key, value in args.items()}}
+            if form == "inline":
+                written = {"": f"{{ model = 'x', args = {INLINE['args']} }}"}
+            if flat == "top":
+                top += writer.keys(f"models.{name}", owner, written, of="")
+            else:
+                named += writer.keys(name, owner, written, of="")
+        elif form == "implied":
+            lines = writer.keys("", owner, {"i": "1", "'j k'": "{ l = true }"}, of=owner)
+            blocks.append(writer.block(f"models.{name}.args.h", lines, owner))
+        else:
+            lines = writer.keys("", owner, PLAIN | (args if form == "mixed" else {}), of=owner)
+            blocks.append(writer.block(f"models.{name}", lines, owner))
+        if form == "tables":
+            blocks.append(writer.block(f" models . {name} . args ", writer.keys("  ", owner, ARGS, of=owner), owner))
+    if named:
+        blocks.append(writer.block("models", named, ""))
+    return top + [line for found in draw(st.permutations(blocks)) for line in found]
+
+
+def joined(lines: list[Line], end: str) -> str:
+    """The text of a file."""
+    return "".join(line.text + end for line in lines)
+
+
+def owners(text: str) -> list[str]:
+    """The models in it."""
+    return sorted(models_in(text))
+
+
+def is_within(some: list[str], of: list[str]) -> bool:
+    """Whether all of the one are in the other, in their order."""
+    rest = iter(of)
+    return all(item in rest for item in some)
+
+
+def typed(value: object) -> str:
+    """Tells 1, 1.0 and true apart, and not the order of keys."""
+    if isinstance(value, dict):
+        return str(sorted((key, typed(item)) for key, item in value.items()))
+    return f"[{', '.join(map(typed, value))}]" if isinstance(value, list) else repr(value)
+
+
+VALUES = st.one_of(st.none(), JSON, st.sampled_from([1, 1.0, True, {}, {"i": None}, {"i": 2, "n": {"m": None}}]))
+OPTIONS = st.dictionaries(st.sampled_from(["s", "a-b", "a_b", "h", "new", "x.y"]), VALUES, max_size=3)
+PATCHES = st.dictionaries(
+    st.sampled_from(["model", "max_model_len", "aliases", "metadata", "env", "args", "a b"]),
+    VALUES | OPTIONS, max_size=3,
+) | st.fixed_dictionaries({"args": OPTIONS})  # fmt: skip
+ENDS = st.sampled_from(["\n", "\r\n"])
+
+
+def others(lines: list[Line], model: str) -> list[str]:
+    """What is not of this model; blank lines may go with what they separate."""
+    return [line.text for line in lines if line.owner != model and line.text]
+
+
+def checked(lines: list[Line], end: str, new: str, model: str, wanted: object) -> None:
+    """The new text means what is wanted, and has what is not of this model."""
+    expected = tomllib.loads(joined(lines, end))
+    expected["models"].pop(model, None)
+    if wanted is not None:
+        expected["models"][model] = wanted
+    assert typed({"models": {}, **tomllib.loads(new)}) == typed(expected)
+    assert is_within(others(lines, model), new.split(end))
+    assert end == "\n" or "\n" not in new.replace("\r\n", "")
+
+
+@given(st.data(), files(), ENDS, PATCHES)
+def test_any_patch_of_any_file(data: st.DataObject, lines: list[Line], end: str, change: dict[str, Any]) -> None:
+    """It means what RFC 7396 says, and what belongs to others stays, in its order."""
+    text = joined(lines, end)
+    model = data.draw(st.sampled_from(owners(text)))
+    old = models_in(text)[model]
+    options = change.get("args")
+    if isinstance(options, dict) and "a_b" in old.get("args", {}) and "a-b" in options:
+        meant = {key: value for key, value in options.items() if key != "a_b"}
+        change = {**change, "args": meant}
+        wanted = merged(old, {**change, "args": {key.replace("a-b", "a_b"): value for key, value in meant.items()}})
+    else:
+        wanted = merged(old, change)
+    new = patch(text, model, change)
+    checked(lines, end, new, model, wanted)
+    assert patch(new, model, change) == new
+    assert patch(new, model, {}) == new
+    assert put(text, model, wanted) == new or typed(models_in(put(text, model, wanted))[model]) == typed(wanted)
+
+
+@given(
+    st.data(), files(), ENDS, st.dictionaries(st.sampled_from(["replicas", "max_model_len", "z"]), st.integers(1, 9))
+)
+def test_what_is_only_set_takes_no_comment_away(
+    data: st.DataObject, lines: list[Line], end: str, change: dict[str, Any]
+) -> None:
+    """Nor anything else but the value's own letters."""
+    text = joined(lines, end)
+    new = patch(text, data.draw(st.sampled_from(owners(text))), {**change, "args": {"a_b": 2, **change}})
+    before = [line.text.partition("  # ")[2] or line.text for line in lines if "#" in line.text]
+    after = [line.partition("  # ")[2] or line for line in new.split(end) if "#" in line]
+    assert after == before
+
+
+@given(st.data(), files(), ENDS)
+def test_any_model_of_any_file_can_go_and_come_back(data: st.DataObject, lines: list[Line], end: str) -> None:
+    """Nothing of it is left, and all of the others."""
+    text = joined(lines, end)
+    model = data.draw(st.sampled_from(owners(text)))
+    keys = models_in(text)[model]
+    assert put(text, model, keys) == text
+    gone = delete(text, model)
+    checked(lines, end, gone, model, None)
+    assert [line for line in gone.split(end) if line] == others(lines, model)
+    again = create(gone, model, keys)
+    checked(lines, end, again, model, keys)
+    assert again.startswith(gone)

@@ -52,7 +52,7 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
     found: Schema = {
         "tags": [operation.tag],
         "summary": operation.summary,
-        "operationId": "_".join([method.lower(), *re.findall(r"\w+", path)]),
+        "operationId": method.lower() + "".join(map(str.capitalize, re.findall(r"[a-z0-9]+", path) or ["root"])),
         "description": operation.description,
         "parameters": [{"$ref": f"#/components/parameters/{name}"} for name in parameters],
         "responses": _responses(operation),
@@ -65,10 +65,27 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
 def _responses(operation: Operation) -> dict[str, Schema]:
     found = {str(int(answer.status)): _answer(answer) for answer in operation.answers}
     for status in sorted({STATUS[code] for code in operation.errors}):
-        codes = ", ".join(f"`{code}`" for code in operation.errors if STATUS[code] == status)
-        error = Answer(status, f"{HTTPStatus(status).phrase}: {codes}", {"application/json": {"$ref": REF + "Error"}})
-        found.setdefault(str(status), _answer(error))
+        codes = [code for code in operation.errors if STATUS[code] == status]
+        found.setdefault(str(status), {
+            "description": f"{HTTPStatus(status).phrase}: {', '.join(f'`{code}`' for code in codes)}",
+            "content": {
+                "application/json": {
+                    "schema": {"$ref": REF + "Error"},
+                    "examples": {code: {"value": {"error": _example(code)}} for code in codes},
+                }
+            },
+        })  # fmt: skip
     return found
+
+
+def _example(code: str) -> Schema:
+    error: Schema = {
+        "message": "cannot …: why, and what to do",
+        "type": "server_error" if STATUS[code] >= 500 else "invalid_request_error",
+        "param": None,
+    }
+    problems = [{"path": "models.chat.replicas", "line": 3, "message": "expected a whole number"}]
+    return error | {"code": code} | ({"problems": problems} if code in {"invalid_model", "invalid_config"} else {})
 
 
 def _answer(answer: Answer) -> Schema:

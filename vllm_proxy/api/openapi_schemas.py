@@ -55,8 +55,11 @@ class Status(TypedDict):
 class Model(TypedDict):
     """A model: what the file asks for, and what is."""
 
-    id: str
-    spec: Annotated[dict[str, Any], Field(description="The keys as written in the file.")]
+    id: Annotated[str, Field(examples=["chat"])]
+    spec: Annotated[
+        dict[str, Any],
+        Field(description="The keys as written in the file.", examples=[{"model": "Qwen/Qwen3-0.6B"}]),
+    ]
     effective: dict[str, Any]
     status: Status
 
@@ -151,7 +154,7 @@ class Problem(TypedDict):
 class ErrorBody(TypedDict):
     """What went wrong."""
 
-    message: Annotated[str, Field(examples=["cannot find model 'x': GET /v1/models lists them"])]
+    message: Annotated[str, Field(description="For people: cannot X: why.")]
     type: Literal["invalid_request_error", "server_error"]
     param: str | None
     code: Annotated[str, Field(description="Stable; the answers of each route list theirs.")]

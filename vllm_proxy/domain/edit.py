@@ -1,34 +1,38 @@
 """(TOML text, change of one model) -> TOML text. What the change is not about stays byte for byte.
 
-Its one rule: it proves itself. The new text is parsed and compared with what was asked for before anybody sees it; a
-change that cannot be put into the file is an error, never a damaged file.
+Its one rule: it proves itself. Before anybody sees the new text, it is parsed and compared with what was asked for,
+every line of the others is found again, and so is every comment that had no part in the change. A change that cannot be
+put into the file is an error, never a damaged file.
 
-The text is cut into headers, keys and what stands between them; only the pieces of one model are touched. tomlkit
-edits the few that hold a table within a line. A block of comments directly above a header belongs to that table and
-goes with it; one that a blank line separates from it stays, and so does one above a key.
+What goes with a table: the comments directly above its header, those between its keys, and those directly below its
+last key, unless another header stands directly below them. A blank line separates. What goes with a key: its line. A
+list that changes is written anew; the comment behind it stays, those inside it go. A comment above a key stays.
 """
 
-import json
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import tomlkit
-from tomlkit.exceptions import TOMLKitError
-
-from vllm_proxy.domain import args
-from vllm_proxy.domain.config import differ
-from vllm_proxy.domain.locate import KeyPath, Piece, pieces
+from vllm_proxy.domain.args import option_name
+from vllm_proxy.domain.layout import Layout, dotted, same, scanned, territory
+from vllm_proxy.domain.locate import KeyPath, Piece
+from vllm_proxy.domain.units import show
 from vllm_proxy.errors import VllmProxyError
 
 type Table = Mapping[str, Any]
 
-_BARE = re.compile(r"[A-Za-z0-9_-]+")
 _LEAST, _MOST = -(2**63), 2**63 - 1
-_MODEL_DEPTH = 2  # ("models", ID)
+_DEEPEST = 50  # tables and lists within each other; tomllib gives up at some hundreds
+_STRING_OR_COMMENT = re.compile(
+    r'"""(?:[^\\]|\\.)*?"{3,5}'
+    r"|'''.*?'{3,5}"
+    r"""|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|\#[^\r\n]*""",
+    re.DOTALL,
+)
+_GONE = object()
 
 
 class EditError(VllmProxyError):
@@ -36,25 +40,31 @@ class EditError(VllmProxyError):
 
 
 def models_in(text: str) -> dict[str, Any]:
-    """The tables of all models, by id."""
+    """The tables of all models, by id. To be read alone.
+
+    Raises:
+        EditError: when the text is no TOML.
+
+    """
     found = _parsed(text).get("models", {})
-    return found if isinstance(found, dict) else {}
-
-
-@lru_cache(maxsize=4)
-def _parsed(text: str) -> dict[str, Any]:
-    """To be read alone: the next edit mostly begins where the last one has ended."""
-    return tomllib.loads(text)
+    if not isinstance(found, dict):
+        msg = "cannot write the file: models is no table in it"
+        raise EditError(msg)
+    return found
 
 
 def create(text: str, model_id: str, keys: Table) -> str:
-    """With a model that is not there yet, at the end of the file.
+    """With a model that is not there yet, at the end of the file; a key that is null, at any depth, is none.
 
     Raises:
         EditError: when it cannot be put there.
 
     """
-    return _edited(text, model_id, _without_nulls(keys))
+    _check(keys, _name(model_id))
+    if model_id in models_in(text):
+        msg = f"cannot write model {show(model_id)}: there is one already"
+        raise EditError(msg)
+    return _edited(text, model_id, _merged({}, keys))
 
 
 def put(text: str, model_id: str, keys: Table) -> str:
@@ -64,7 +74,8 @@ def put(text: str, model_id: str, keys: Table) -> str:
         EditError: when the keys cannot be put there.
 
     """
-    return _edited(text, model_id, _spelled_as(models_in(text)[model_id], _without_nulls(keys)))
+    _check(keys, _name(model_id))
+    return _edited(text, model_id, _merged({}, _spelled_as(_model(text, model_id), keys)))
 
 
 def patch(text: str, model_id: str, change: Table) -> str:
@@ -74,7 +85,8 @@ def patch(text: str, model_id: str, change: Table) -> str:
         EditError: when the result cannot be put there.
 
     """
-    old = models_in(text)[model_id]
+    _check(change, _name(model_id))
+    old = _model(text, model_id)
     return _edited(text, model_id, _merged(old, _spelled_as(old, change)))
 
 
@@ -85,19 +97,73 @@ def delete(text: str, model_id: str) -> str:
         EditError: when it cannot be taken out.
 
     """
+    _model(text, model_id)
     return _edited(text, model_id, None)
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str) -> dict[str, Any]:
+    """To be read alone: the next edit mostly begins where the last one has ended."""
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        msg = f"cannot write the file: it would be no TOML: {error}"
+        raise EditError(msg) from None
+
+
+def _model(text: str, model_id: str) -> Table:
+    found = models_in(text).get(model_id)
+    if not isinstance(found, dict):
+        msg = f"cannot write model {show(model_id)}: the file has no table of that name"
+        raise EditError(msg)
+    return found
 
 
 # What is asked for, as plain values
 
 
-def _without_nulls(value: Any) -> Any:  # noqa: ANN401 - JSON
+def _name(model_id: str) -> str:
+    _check_text(model_id, "models")
+    return dotted(("models", model_id))
+
+
+def _check(value: object, path: str, *, depth: int = 0, in_list: bool = False) -> None:
+    """Raise for what TOML cannot hold. A null says that a key goes, but within a list there is nothing to go."""
+    if isinstance(value, Mapping | list) and depth > _DEEPEST:
+        raise _unwritable(path, f"more than {_DEEPEST} tables and lists are nested in each other")
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return value
+        for key, item in value.items():
+            _check_text(key, path)
+            _check(item, f"{path}.{dotted([key])}", depth=depth + 1, in_list=in_list)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check(item, f"{path}[{index}]", depth=depth + 1, in_list=True)
+    elif isinstance(value, str):
+        _check_text(value, path)
+    elif value is not None or in_list:
+        _check_plain(value, path)
+
+
+def _check_plain(value: object, path: str) -> None:
+    if value is None:
+        raise _unwritable(path, "TOML has no null, and a list cannot do without one of its values")
+    if isinstance(value, int) and not _LEAST <= value <= _MOST:
+        raise _unwritable(path, "TOML has no integers of more than 64 bits")
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise _unwritable(path, f"JSON has no {value!r}")
+
+
+def _check_text(text: str, path: str) -> None:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise _unwritable(path, f"TOML has no half of a surrogate pair, as in {text!a}")
+
+
+def _unwritable(path: str, reason: str) -> EditError:
+    return EditError(f"cannot write {path}: {reason}")
 
 
 def _merged(target: object, change: object) -> Any:  # noqa: ANN401 - JSON
+    """RFC 7396, word for word; merged into nothing, it is the change without its nulls."""
     if not isinstance(change, Mapping):
         return change
     result = dict(target) if isinstance(target, Mapping) else {}
@@ -110,252 +176,145 @@ def _merged(target: object, change: object) -> Any:  # noqa: ANN401 - JSON
 
 
 def _spelled_as(old: Table, new: Table) -> Table:
-    """The options in `args` are written as the file spells them: `a_b` and `a-b` are one."""
+    """The options in `args` as the file spells them: `a_b` and `a-b` are one. A value counts for more than a null."""
     options, before = new.get("args"), old.get("args")
     if not isinstance(options, Mapping) or not isinstance(before, Mapping):
         return new
-    spelling = {args.option_name(key): key for key in before}
-    return {**new, "args": {spelling.get(args.option_name(key), key): value for key, value in options.items()}}
+    spelling: dict[str, str] = {option_name(key): key for key in before}
+    named: dict[str, Any] = {}
+    key: str
+    for key, value in options.items():
+        name = key if key in before else spelling.get(option_name(key), key)
+        if value is not None and named.get(name) is not None:
+            msg = f"cannot write args: {show(key)} is given twice, spelled differently"
+            raise EditError(msg)
+        named[name] = named.get(name) if value is None else value
+    return {**new, "args": named}
+
+
+def _differences(at: KeyPath, old: Table, new: Table) -> Iterator[tuple[KeyPath, Any]]:
+    """Each key to set, and each to remove (_GONE), as near to the leaves as possible; what is set comes first."""
+    if not new and old:
+        yield at, {}
+        return
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            yield from _differences((*at, key), before, value)
+        elif key not in old or not same(before, value):
+            yield (*at, key), value
+    yield from (((*at, key), _GONE) for key in old if key not in new)
+
+
+# The text, and the proof of it
 
 
 def _edited(text: str, model_id: str, wanted: Table | None) -> str:
     path = ("models", model_id)
     before = _parsed(text)
     old = models_in(text).get(model_id)
-    result = text
-    if wanted is None:
-        result = _removed(text, path)
-    elif old is None:
-        result = _appended(text, path, wanted)
-    else:
-        for where, value in _differences(path, old, wanted):
-            result = _removed(result, where) if value is None else _set(result, where, value)
-    _prove(before, result, model_id, wanted)
+    layout = Layout(text)
+    try:
+        if wanted is None:
+            layout.remove(path)
+        elif old is None:
+            layout.append(path, wanted)
+        else:
+            for where, value in _differences(path, old, wanted):
+                if value is _GONE:
+                    layout.remove(where)
+                else:
+                    layout.set(where, value)
+    except ValueError as error:
+        msg = f"cannot write model {show(model_id)} into the file as it is laid out: {error}"
+        raise EditError(msg) from None
+    result = layout.text()
+    _prove(before, text, result, path, wanted)
     return result
 
 
-def _differences(at: KeyPath, old: Table, new: Table) -> Iterator[tuple[KeyPath, Any]]:
-    """Each key to set, and each to remove (None), the nearest to the leaves that is possible."""
-    for key in old:
-        if key not in new:
-            yield (*at, key), None
-    for key, value in new.items():
-        before = old.get(key)
-        if isinstance(before, Mapping) and isinstance(value, Mapping) and value:
-            yield from _differences((*at, key), before, value)
-        elif key not in old or differ(before, value):
-            yield (*at, key), value
-
-
-def _prove(before: Table, text: str, model_id: str, wanted: Table | None) -> None:
-    tables = {name: table for name, table in before.get("models", {}).items() if name != model_id}
+def _prove(before: Table, old: str, new: str, path: KeyPath, wanted: Table | None) -> None:
+    """Raise unless the new text means what was asked for, and has every line and comment that is not its business."""
+    models = {name: table for name, table in before.get("models", {}).items() if name != path[1]}
     if wanted is not None:
-        tables[model_id] = wanted
-    try:
-        after = _parsed(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        msg = f"cannot put this into the file as it is laid out: {error}"
-        raise EditError(msg) from None
-    if differ(_pruned({**before, "models": tables}), _pruned(after)):
-        msg = f"cannot change model {model_id} in the file as it is laid out: edit the file itself"
+        models[path[1]] = wanted
+    asked = {**before, "models": models}
+    wrong = ""
+    if not same(asked, {"models": {}, **_parsed(new)}):
+        wrong = "it would mean something else"
+    elif _lines_of_others(old, path) != _lines_of_others(new, path):
+        wrong = "a line of another table would change"
+    else:
+        comments = [comment for _, comment in _comments(old, 0)]
+        there = [comment for _, comment in _comments(new, 0)]
+        if not (_within(_comments_to_stay(old, before, asked, path), there) and _within(there, comments)):
+            wrong = "a comment would be lost"
+    if wrong:
+        msg = f"cannot write model {show(path[1])} into the file as it is laid out: {wrong}; edit the file itself"
         raise EditError(msg)
 
 
-def _pruned(value: Any) -> Any:  # noqa: ANN401 - TOML
-    """Without empty tables, which mean as much as none."""
-    if not isinstance(value, Mapping):
-        return value
-    rest = {key: _pruned(item) for key, item in value.items()}
-    return {key: item for key, item in rest.items() if item != {}}
+def _within(some: Sequence[str], of: Sequence[str]) -> bool:
+    """Whether all of the one are in the other, in their order."""
+    rest = iter(of)
+    return all(item in rest for item in some)
 
 
-# The text
+def _lines_of_others(text: str, path: KeyPath) -> list[str]:
+    """Headers and keys of everything else; a line around the model's own, `models = { ... }`, is its own too."""
+    found = [
+        text[piece.start : piece.end]
+        for piece in scanned(text)
+        if piece.kind != "other"
+        and piece.path[: len(path)] != path
+        and (piece.kind == "header" or path[: len(piece.path)] != piece.path)
+    ]
+    return [line if line.endswith("\n") else line + ("\r\n" if "\r\n" in text else "\n") for line in found]
 
 
-@dataclass(frozen=True, slots=True)
-class _Section:
-    """A header with what stands below it, up to the next; the first one, of the root, has no header."""
-
-    path: KeyPath
-    pieces: tuple[Piece, ...]
-
-    @property
-    def end(self) -> int:
-        """Behind its last key, or its header: what follows are blank lines and comments of what comes next."""
-        return max((piece.end for piece in self.pieces if piece.kind != "other"), default=0)
+def _comments(text: str, start: int) -> Iterator[tuple[int, str]]:
+    """(position, comment) for each from `start`, which is outside of any value."""
+    for match in _STRING_OR_COMMENT.finditer(text, start):
+        if match[0].startswith("#"):
+            yield match.start(), match[0].rstrip()
 
 
-@lru_cache(maxsize=4)
-def _pieces(text: str) -> tuple[Piece, ...]:
-    return tuple(pieces(text))
-
-
-def _sections(text: str) -> list[_Section]:
-    sections: list[list[Piece]] = [[]]
-    for piece in _pieces(text):
+def _comments_to_stay(text: str, before: Table, asked: Table, model: KeyPath) -> list[str]:
+    """The comments of the old text that have no part in the change."""
+    found = scanned(text)
+    kinds = [
+        piece.kind if piece.kind != "other" else "comment" if text[piece.start : piece.end].strip() else "blank"
+        for piece in found
+    ]
+    spans: list[tuple[int, int]] = []  # in which comments may go
+    for index, piece in enumerate(found):
+        if piece.kind == "other" or piece.path[:2] != model[: len(piece.path)]:
+            continue
+        was, reached = _at(before, piece.path)
+        now, still = _at(asked, piece.path)
+        whole = now is _GONE or reached != still  # gone, or something else took the place of a table around it
+        if not whole and (same(was, now) or (piece.kind == "header" and isinstance(now, Mapping))):
+            continue
         if piece.kind == "header":
-            sections.append([])
-        sections[-1].append(piece)
-    return [_Section(found[0].path[: found[0].outer] if found else (), tuple(found)) for found in sections]
-
-
-def _keys(text: str) -> list[Piece]:
-    return [piece for piece in _pieces(text) if piece.kind == "key"]
-
-
-def _below(path: KeyPath, of: KeyPath) -> bool:
-    return path[: len(of)] == of
-
-
-def _set(text: str, path: KeyPath, value: object) -> str:
-    """With a value at a path, where there may be another."""
-    for piece in _keys(text):
-        if _below(path, piece.path):  # it is this key's, or within its table
-            return _in_line(text, piece, path, value)
-    text = _removed(text, path)  # a table that is spread over lines
-    headed = len(path) == _MODEL_DEPTH + 1 and any(found.path == path[:-1] for found in _sections(text))
-    if isinstance(value, Mapping) and value and headed:
-        return _new_section(text, path, value)
-    return _new_key(text, path, value)
-
-
-def _in_line(text: str, piece: Piece, path: KeyPath, value: object) -> str:
-    """With a value set, or removed where it is None, within one key's own value."""
-    try:
-        document = tomlkit.parse(text[piece.start : piece.end])
-        container: Any = document
-        parts = (*piece.path[piece.outer :], *path[len(piece.path) :])
-        for part in parts[:-1]:
-            container = container[part]
-        if value is None:
-            del container[parts[-1]]
+            first, last = territory(kinds, index)
+            spans.append((found[first].start, found[last - 1].end))
+        elif whole or reached < len(piece.path):
+            spans.append((piece.start, piece.end))
         else:
-            container[parts[-1]] = tomlkit.parse(f"x = {_rendered(value)}")["x"]
-        return text[: piece.start] + tomlkit.dumps(document) + text[piece.end :]
-    except (TOMLKitError, KeyError, TypeError, AttributeError) as error:
-        msg = f"cannot change {'.'.join(path)} in the file as it is laid out: {error}"
-        raise EditError(msg) from None
+            spans.append((piece.start, _last_line(text, piece)))
+    return [comment for at, comment in _comments(text, 0) if not any(start <= at < end for start, end in spans)]
 
 
-def _new_key(text: str, path: KeyPath, value: object) -> str:
-    """With a key behind the last one of the table that it belongs to, or behind its nearest relation."""
-    for depth in range(len(path) - 1, 0, -1):
-        outer = path[:depth]
-        at = [found for found in _sections(text)[1:] if found.path == outer]
-        if at:
-            return _inserted(text, at[-1].end, path[depth:], value)
-        near = [piece for piece in _keys(text) if _below(piece.path, outer)]
-        if near:
-            return _inserted(text, near[-1].end, path[near[-1].outer :], value)
-        if depth == _MODEL_DEPTH and (sub := [found for found in _sections(text)[1:] if _below(found.path, outer)]):
-            return _with_header(text, sub[0], path, value)  # [models.a.args] alone: [models.a] comes in front of it
-    msg = f"cannot find where {'.'.join(path)} belongs in the file"
-    raise EditError(msg)
+def _at(data: Table, path: KeyPath) -> tuple[object, int]:
+    """What is at a path, or the first thing on the way that is no table; and how far that was."""
+    value: object = data
+    for depth, part in enumerate(path):
+        if not isinstance(value, Mapping):
+            return value, depth
+        value = value.get(part, _GONE)
+    return value, len(path)
 
 
-def _inserted(text: str, position: int, key: Sequence[str], value: object) -> str:
-    line = f"{_dotted(key)} = {_rendered(value)}{_newline(text)}"
-    before = text[:position]
-    if before and not before.endswith("\n"):
-        before += _newline(text)
-    return before + line + text[position:]
-
-
-def _with_header(text: str, behind: _Section, path: KeyPath, value: object) -> str:
-    start, end = behind.pieces[0].start, _newline(text)
-    head = f"[{_dotted(path[:_MODEL_DEPTH])}]{end}{_dotted(path[_MODEL_DEPTH:])} = {_rendered(value)}{end}{end}"
-    return text[:start] + head + text[start:]
-
-
-def _new_section(text: str, path: KeyPath, value: Table) -> str:
-    """With a table of its own below the model's last one."""
-    last = [found for found in _sections(text) if _below(found.path, path[:_MODEL_DEPTH])][-1]
-    end = _newline(text)
-    before = text[: last.end]
-    if not before.endswith("\n"):
-        before += end
-    lines = [f"[{_dotted(path)}]", *(f"{_dotted([key])} = {_rendered(item)}" for key, item in value.items())]
-    return before + end + "".join(f"{line}{end}" for line in lines) + text[last.end :]
-
-
-def _appended(text: str, path: KeyPath, keys: Table) -> str:
-    for piece in _keys(text):
-        if piece.path == path[:1]:  # models = { ... }
-            return _in_line(text, piece, path, keys)
-    end = _newline(text)
-    plain = {key: value for key, value in keys.items() if not isinstance(value, Mapping) or not value}
-    tables = {key: value for key, value in keys.items() if key not in plain}
-    lines = [f"[{_dotted(path)}]", *(f"{_dotted([key])} = {_rendered(value)}" for key, value in plain.items())]
-    for name, table in tables.items():
-        lines += ["", f"[{_dotted((*path, name))}]"]
-        lines += [f"{_dotted([key])} = {_rendered(value)}" for key, value in table.items()]
-    gap = "" if not text.strip() else end if text.endswith("\n") else end * 2
-    return text + gap + "".join(f"{line}{end}" for line in lines)
-
-
-def _removed(text: str, path: KeyPath) -> str:
-    """Without a key, or a table however it is spread."""
-    for piece in _keys(text):
-        if piece.path != path and _below(path, piece.path):
-            return _in_line(text, piece, path, None)
-    cuts: list[tuple[int, int]] = []
-    before: _Section | None = None
-    for section in _sections(text):
-        if section.path and _below(section.path, path):
-            cuts.append((_comment_start(section, before), section.end))
-        else:
-            cuts += [(piece.start, piece.end) for piece in section.pieces
-                     if piece.kind == "key" and _below(piece.path, path)]  # fmt: skip
-        before = section
-    for start, end in reversed(cuts):
-        text = _joined(text[:start], text[end:], table=text[start:end].lstrip().startswith(("[", "#")))
-    return text
-
-
-def _comment_start(section: _Section, before: _Section | None) -> int:
-    """Where the comments begin that stand directly above a header."""
-    start = section.pieces[0].start
-    for piece in reversed(before.pieces if before else ()):
-        if piece.kind != "other" or piece.end - piece.start <= len("\r\n"):
-            break
-        start = piece.start
-    return start
-
-
-def _joined(before: str, after: str, *, table: bool) -> str:
-    """What stands around a table that is gone, with the blank lines of one of the two."""
-    if table and (not before.strip() or before.endswith(("\n\n", "\n\r\n"))):
-        after = after.lstrip("\r\n")
-        if not after:
-            before = before.rstrip("\r\n") + (_newline(before) if before.strip() else "")
-    return before + after
-
-
-def _newline(text: str) -> str:
-    return "\r\n" if "\r\n" in text else "\n"
-
-
-def _dotted(path: Sequence[str]) -> str:
-    return ".".join(part if _BARE.fullmatch(part) else _rendered(part) for part in path)
-
-
-def _rendered(value: object) -> str:
-    """A JSON value as TOML, in one line."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        if any("\ud800" <= letter <= "\udfff" for letter in value):
-            msg = "cannot write half a surrogate pair as TOML"
-            raise EditError(msg)
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, int) and _LEAST <= value <= _MOST:
-        return str(value)
-    if isinstance(value, float) and value == value and abs(value) != float("inf"):  # noqa: PLR0124 - not NaN
-        return repr(value)
-    if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{_dotted([key])} = {_rendered(item)}' for key, item in value.items())} }}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(_rendered(item) for item in value)}]"
-    what = "null within a list" if value is None else f"{value!r}"
-    msg = f"cannot write {what} as TOML"
-    raise EditError(msg)
+def _last_line(text: str, piece: Piece) -> int:
+    """Where the last line of a piece begins: the comment there is behind the value, not within it."""
+    return max(piece.start, text.rfind("\n", piece.start, piece.end - 1) + 1)
