@@ -491,6 +491,19 @@ async def test_a_whole_file_over_rest(tmp_path: Path, port_start: int) -> None:
         assert "# Talk." in running.file.read_text()
 
 
+async def test_a_file_that_was_removed_can_be_put_back_over_rest(tmp_path: Path, port_start: int) -> None:
+    """What runs goes on meanwhile; a configuration that is declared as JSON is none."""
+    async with serving(tmp_path, port_start) as running:
+        text, pids = running.file.read_text(), await running.pids("chat")
+        running.file.unlink()
+        await running.write("PATCH", "/models/chat", {"replicas": 2}, 422)
+        error = await running.write("PUT", "/config", {}, 415)
+        assert error["error"]["code"] == "unsupported_media_type"
+        await running.write("PUT", "/config", text + "# again\n")
+        assert running.file.read_text() == text + "# again\n"
+        assert await running.pids("chat") == pids
+
+
 async def test_a_deleted_model_drains_and_its_name_is_taken_until_then(tmp_path: Path, port_start: int) -> None:
     """202, `unloading`, inference 404, a POST of the same id 409; the stream in flight ends in peace."""
     gate = tmp_path / "go"

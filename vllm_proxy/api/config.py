@@ -123,7 +123,7 @@ class Writes:
 
     async def replace(self, request: web.Request) -> web.Response:
         """`PUT /config`."""
-        data = await self._body(request)
+        data = await self._toml(request)
         try:
             outcome = await self._desired.write(lambda _: data, _if_match(request), blind=True)
         except ConfigError as error:
@@ -133,7 +133,7 @@ class Writes:
     async def plan(self, request: web.Request) -> web.Response:
         """`POST /config/plan`: what a text would change; without a body, what the file on disk would."""
         try:
-            actions = await self._desired.plan(await self._body(request) or await self._text())
+            actions = await self._desired.plan(await self._toml(request) or await self._text())
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None
         return json_response({"changes": changes(actions)})
@@ -150,6 +150,12 @@ class Writes:
             return await self._desired.text()
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None
+
+    async def _toml(self, request: web.Request) -> bytes:
+        if request.body_exists and "toml" not in request.content_type:
+            msg = f"cannot read a configuration of type {request.content_type}: send it as text/toml"
+            raise RequestError("unsupported_media_type", msg)
+        return await self._body(request)
 
     async def _body(self, request: web.Request) -> bytes:
         limit = self._server().max_body_size

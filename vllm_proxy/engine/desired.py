@@ -186,6 +186,10 @@ class Desired:
         except OSError as error:
             raise ConfigError(self._file, [Problem(0, "", f"cannot read it: {error.strerror}")]) from None
 
+    def _before(self, *, blind: bool) -> bytes:
+        """What is on disk; b"" for a file that is missing and may be written anew."""
+        return b"" if blind and not self.file.exists() else self._read()
+
     def _parse(self, data: bytes) -> Config:
         return parse_config(data, self._file, self._overrides)
 
@@ -195,7 +199,7 @@ class Desired:
         return None if revision_of(data) == self.reconciler.config.revision else self._parse(data)
 
     def _edited(self, edit: Edit, if_match: str | None, *, blind: bool) -> tuple[bytes, bytes, Config]:
-        before = self._read()
+        before = self._before(blind=blind)
         if not blind and revision_of(before) != self.reconciler.config.revision:
             self._parse(before)  # what is wrong with it already is told as such
         if if_match is not None and if_match != (revision := revision_of(before)):
