@@ -179,6 +179,8 @@ async def _follow(desired: Desired, systemd: Systemd) -> None:
             if told:
                 systemd.reloading()
             try:
+                if not told:
+                    await desired.still()
                 await desired.reload()
             except ConfigError:
                 pass  # told by `desired` itself

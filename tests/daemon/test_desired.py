@@ -252,6 +252,20 @@ async def test_a_burst_of_edits_ends_with_the_last_one(tmp_path: Path, port_star
         assert len(await running.pids("chat")) == 1
 
 
+async def test_a_file_that_is_truncated_and_then_filled_unloads_nobody(tmp_path: Path, port_start: int) -> None:
+    """As `cp`, `tee` and many editors write: an empty file would be a valid one, without any model."""
+    async with serving(tmp_path, port_start) as running:
+        before = await running.pids("chat")
+        text = running.file.read_text()
+        with running.file.open("w") as file:
+            for number in range(20):  # long enough for the daemon to look
+                file.flush()
+                assert len((await running.get("/models"))["models"]) == 2, number
+            file.write(text + "# more\n")
+        await running.adopts()
+        assert await running.pids("chat") == before
+
+
 async def test_what_was_stopped_by_hand_is_started_by_a_change(tmp_path: Path, port_start: int) -> None:
     """A hand's word holds until the model is changed; other models' changes do not count."""
     async with serving(tmp_path, port_start) as running:
@@ -362,6 +376,7 @@ async def test_a_models_life_over_rest(tmp_path: Path, port_start: int) -> None:
         patched = await running.write("PATCH", "/models/chat", {"max_model_len": 8192, "description": "d"})
         assert patched["effective"]["max_model_len"] == 8192
         await running.write("PUT", "/models/org/new", {"model": "y"})
+        await running.once("org/new", lambda one: one["state"] == "ready" and one["pid"] is not None)
         await running.write("DELETE", "/models/org%2Fnew", status=202)
         assert running.file.read_text() == text.replace("4096", '8192\ndescription = "d"')
         await running.eventually(

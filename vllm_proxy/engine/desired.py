@@ -22,6 +22,10 @@ from vllm_proxy.errors import ConfigError, Problem, RequestError
 
 log = structlog.get_logger()
 
+_STILL_SECONDS = 0.03  # unchanged for so long: whoever wrote it has done
+_EMPTY_SECONDS = 1.0  # an empty file is believed after this long
+_NOTHING = revision_of(b"")
+
 type Edit = Callable[[bytes], bytes]  # called in a thread
 
 
@@ -111,6 +115,19 @@ class Desired:
         config = await self._away(self._parse, data)
         return plan(config.models, self.reconciler.specs())
 
+    async def still(self) -> None:
+        """Wait until nobody seems to write the file any more.
+
+        Many programs truncate a file and then fill it, and a part of it, or nothing, may be a valid configuration.
+        """
+        loop = asyncio.get_running_loop()
+        deadline, seen = loop.time() + _EMPTY_SECONDS, await self._away(self._glance)
+        while loop.time() < deadline:
+            await asyncio.sleep(_STILL_SECONDS)
+            before, seen = seen, await self._away(self._glance)
+            if seen == before and seen != _NOTHING:
+                return
+
     async def reload(self) -> Outcome:
         """Read the file and follow it; nothing happens when its bytes are the adopted ones.
 
@@ -185,6 +202,12 @@ class Desired:
             return self._store.read()
         except OSError as error:
             raise ConfigError(self._file, [Problem(0, "", f"cannot read it: {error.strerror}")]) from None
+
+    def _glance(self) -> str:
+        try:
+            return revision_of(self._store.read())
+        except OSError:
+            return _NOTHING
 
     def _before(self, *, blind: bool) -> bytes:
         """What is on disk; b"" for a file that is missing and may be written anew."""
