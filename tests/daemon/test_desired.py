@@ -531,6 +531,7 @@ async def test_a_deleted_model_drains_and_its_name_is_taken_until_then(tmp_path:
             await running.post("/v1/chat/completions", ASK, 404)
             await running.write("POST", "/models", {"id": "chat", "model": "x"}, 409)
             running.file.write_text(running.file.read_text() + CHAT)  # an editor may
+            await running.adopts()
             gate.touch()
             assert (await stream.read()).endswith(b"data: [DONE]\n\n")
         await running.once("chat", lambda one: one["state"] == "ready")

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_proxy.domain import edit
 from vllm_proxy.domain.edit import EditError, create, delete, models_in, patch, put
 
 FILE = """\
@@ -148,6 +149,7 @@ CHANGES: list[dict[str, Any]] = [
     {"env": {"A": "1"}},
     {"restart": {"backoff": "1s", "max_failures": 2}},
     {"args": 5, "model": "odd"},
+    {"args": 1},
     {"description": 'quotes " and \\ and \n and \x7f and ü'},
 ]
 
@@ -334,6 +336,37 @@ def test_any_json_is_written_as_what_it_is(form: str, keys: dict[str, Any]) -> N
     assert repr(pruned(found)) == repr(pruned({key: keys.get(key, "x") for key in found}))
     assert pruned(found).keys() == pruned({"model": "x", **keys}).keys()
     assert models_in(new)["b"] == {"model": "y"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (("8192", "8193"), "mean something else"),
+        (("8192", "8192.0"), "mean something else"),
+        (('"org/embed"]\nmodel', '"org/embed"]\nreplicas = 1\nmodel'), "mean something else"),
+        (("port = 8000  #", "port = 8_000  #"), "line of another table"),
+        (("# fixed by the firewall", "# fixed"), "line of another table"),
+        (("# The servers of the lab.\n", ""), "comment would be lost"),
+        (("  # tokens", ""), "comment would be lost"),
+        (("# how vLLM runs it", "# how it runs"), "comment would be lost"),
+        (("# the end", "# the end\n# the end"), "comment would be lost"),
+        (
+            ("# Chat for everybody.\n# Ask Ada", "# Ask Ada before\n# Chat for everybody. # Ada"),
+            "comment would be lost",
+        ),
+        (("[server]", "[server"), "no TOML"),
+    ],
+    ids=str,
+)
+def test_the_proof_finds_damage(damage: tuple[str, str], message: str) -> None:
+    """Whatever made it: a value, a type, a key of another, a line, a comment."""
+    new = patch(FILE, "chat", {"max_model_len": 8192})
+    before, model = tomllib.loads(FILE), ("models", "chat")
+    wanted = {**before["models"]["chat"], "max_model_len": 8192}
+    edit._prove(before, FILE, new, model, wanted)
+    assert damage[0] in new
+    with pytest.raises(EditError, match=message):
+        edit._prove(before, FILE, new.replace(*damage, 1), model, wanted)
 
 
 # Any small file
