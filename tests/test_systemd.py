@@ -1,13 +1,18 @@
 """What the daemon tells systemd, through a real datagram socket."""
 
+import asyncio
+import json
+import os
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from vllm_proxy.systemd import Systemd
+from vllm_proxy.systemd import Systemd, watchdog_seconds
 
 
 @pytest.fixture
@@ -86,3 +91,91 @@ def test_a_systemd_that_goes_away_is_no_error(notify_socket: socket.socket) -> N
     with telling() as systemd:
         notify_socket.close()
         systemd.ready()
+
+
+async def test_the_watchdog_hears_the_event_loop(notify_socket: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A letter at once and one in half of the time that it allows, as sd_watchdog_enabled(3) asks for."""
+    monkeypatch.setenv("WATCHDOG_USEC", "20000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    loop, letters = asyncio.get_running_loop(), []
+    with telling() as systemd:
+        beating = asyncio.create_task(systemd.beat())
+        times = []
+        for _ in range(3):
+            letters.append((await loop.sock_recv(notify_socket, 100)).decode())
+            times.append(loop.time())
+        beating.cancel()
+    assert letters == ["WATCHDOG=1"] * 3
+    assert times[2] - times[0] > 0.01
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "soon"}, {"WATCHDOG_USEC": "20000", "WATCHDOG_PID": "1"}],
+    ids=str,
+)
+def test_a_watchdog_of_somebody_else_is_none(environment: dict[str, str]) -> None:
+    """No time, no number, or another process's."""
+    assert watchdog_seconds(environment) is None
+
+
+async def test_more_time_is_asked_for_until_the_limit(notify_socket: socket.socket) -> None:
+    """A stop that never ends must meet systemd's timeout."""
+    with telling() as systemd:
+        await systemd.extend(0)
+        assert heard(notify_socket) == []
+        extending = asyncio.create_task(systemd.extend(60))
+        letter = await asyncio.get_running_loop().sock_recv(notify_socket, 100)
+        extending.cancel()
+    assert letter == b"EXTEND_TIMEOUT_USEC=30000000"
+
+
+INHERIT = """
+import json, os, sys
+from vllm_proxy.errors import StartupError
+from vllm_proxy.listen import address_of
+from vllm_proxy.systemd import inherited_sockets
+os.environ["LISTEN_PID"] = sys.argv[1] if len(sys.argv) > 1 else str(os.getpid())
+try:
+    found = inherited_sockets(os.environ)
+    again = inherited_sockets(os.environ)
+except StartupError as error:
+    print(error)
+else:
+    inheritable = [listener.get_inheritable() for listener in found]
+    print(json.dumps([[address_of(one) for one in found], len(again), inheritable, "LISTEN_FDS" in os.environ]))
+"""
+
+
+def inherit(listeners: Sequence[socket.socket], *arguments: str) -> str:
+    """What a process says of the sockets that it inherits as descriptors 3 and up."""
+    given = [listener.fileno() for listener in listeners]
+    moves = "".join(f" {3 + place}<&{descriptor}" for place, descriptor in enumerate(given))
+    done = subprocess.run(
+        ["bash", "-c", f'exec "$@"{moves}', "-", sys.executable, "-c", INHERIT, *arguments],
+        env={**os.environ, "LISTEN_FDS": str(len(given)), "LISTEN_FDNAMES": "http"},
+        pass_fds=given, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def test_inherited_sockets_are_taken_once_and_not_passed_on(tmp_path: Path) -> None:
+    """TCP and Unix; engines would hold the port otherwise."""
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "s"))
+        unix.listen()
+        addresses = [f"http://127.0.0.1:{tcp.getsockname()[1]}", f"unix:{tmp_path}/s"]
+        assert json.loads(inherit([tcp, unix])) == [addresses, 0, [False, False], False]
+
+
+def test_sockets_for_another_process_are_left_alone() -> None:
+    """`LISTEN_PID` says whose they are: a child of the one meant has the variables too."""
+    with socket.create_server(("127.0.0.1", 0)) as tcp:
+        assert json.loads(inherit([tcp], "1")) == [[], 0, [], True]
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_what_does_not_listen_is_refused(kind: socket.SocketKind) -> None:
+    """A connection (`Accept=yes`) or datagrams: the unit is wrong, and says so."""
+    with socket.socket(type=kind) as other:
+        assert "cannot use the inherited descriptor 3: only listening stream sockets" in inherit([other])

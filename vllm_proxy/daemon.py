@@ -2,14 +2,13 @@
 
 import asyncio
 import contextlib
+import faulthandler
 import gc
 import os
 import resource
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import aiohttp
 import structlog
@@ -18,7 +17,7 @@ from aiohttp import web
 from vllm_proxy.api import access_log, app
 from vllm_proxy.api.access import Access
 from vllm_proxy.api.access_log import AccessLog
-from vllm_proxy.domain.config import Config, Server
+from vllm_proxy.domain.config import Config
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.domain.parse import parse_config
 from vllm_proxy.engine.check import OptionCheck
@@ -39,14 +38,15 @@ from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.engine.store import Store
 from vllm_proxy.engine.supervisor import Surroundings
 from vllm_proxy.engine.watch import watch
-from vllm_proxy.errors import ConfigError, Problem, StartupError
-from vllm_proxy.settings import Settings, short_name
-from vllm_proxy.systemd import Systemd
+from vllm_proxy.errors import ConfigError, Problem
+from vllm_proxy.listen import BACKLOG, Doors, address_of, listen, listen_for_commands
+from vllm_proxy.settings import Settings
+from vllm_proxy.systemd import Systemd, inherited_sockets, watchdog_seconds
 
 log = structlog.get_logger()
 
-_BACKLOG = 4096  # connections that wait to be accepted: a burst of clients must not wait for a retransmission
 _SWITCH_SECONDS = 0.001  # Python's own is 5 ms, of which a request would wait several
+_FIRST_REQUEST_SECONDS = 1.0  # for connections that were accepted before a stop to say what they want
 _LAST_WORDS_SECONDS = 2.0  # for handlers to end once the engines are gone
 
 
@@ -87,29 +87,31 @@ async def serve(
     """
     for warning in settings.warnings:
         log.warning("setting ignored", why=warning)
+    if watchdog_seconds(os.environ) is not None:
+        faulthandler.enable()  # systemd ends a hung daemon with SIGABRT: its stack says where it hangs
     _raise_open_files()
     adopt_orphans()
     async with contextlib.AsyncExitStack() as stack:
         state = stack.enter_context(StateDirectory(settings.state_dir))
-        sockets = listen(config.server)
+        sockets = inherited_sockets(os.environ) or listen(config.server)
         for listener in sockets:
             stack.callback(listener.close)
-        sockets.append(listen_for_commands(settings.control_socket))
+        doors = Doors(sockets, listen_for_commands(settings.control_socket))
         stack.callback(settings.control_socket.unlink, missing_ok=True)
-        stack.callback(sockets[-1].close)
-        around, launcher = _surroundings(settings, config, state, sockets[:-1], stack, pass_on=pass_on)
+        stack.callback(doors.commands.close)
+        around, launcher = _surroundings(settings, config, state, doors.ports(), stack, pass_on=pass_on)
         reconciler = Reconciler(config, around, state, launcher.fingerprint)
         store = Store(settings.config_file)
         desired = Desired(store, settings.overrides, reconciler, launcher.check, launcher.ports)
         lines = (
             AccessLog(sys.stderr, access_log_form, asyncio.get_running_loop().call_later) if access_log_form else None
         )
-        await _run(desired, sockets, stack, lines, shown)
+        await _run(desired, doors, stack, lines, shown)
 
 
 async def _run(
     desired: Desired,
-    sockets: list[socket.socket],
+    doors: Doors,
     stack: contextlib.AsyncExitStack,
     lines: AccessLog | None,
     shown: Callable[[Reconciler, str], None] | None,
@@ -117,11 +119,11 @@ async def _run(
     reconciler = desired.reconciler
     engines = aiohttp.ClientSession(trust_env=False)
     stack.push_async_callback(engines.close)
-    access = Access(
-        lambda: reconciler.config.server,
-        [listener.getsockname()[0] for listener in sockets if listener.family != socket.AF_UNIX],
-    )
+    commands = os.fsdecode(doors.commands.getsockname())
+    access = Access(lambda: reconciler.config.server, doors.addresses(), commands)
     systemd = Systemd()
+    beating = asyncio.create_task(systemd.beat())
+    stack.callback(beating.cancel)
     stopping = _catch_signals(reconciler)
 
     def tell(_: object) -> None:
@@ -133,26 +135,28 @@ async def _run(
     parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines)
     runner = app.build(parts, _LAST_WORDS_SECONDS)
     await runner.setup()
-    for listener in sockets:
-        await web.SockSite(runner, listener, backlog=_BACKLOG).start()
+    for listener in (*doors.clients, doors.commands):
+        await web.SockSite(runner, listener, backlog=BACKLOG).start()
     _tune_python()
     tell(None)
     systemd.ready()
     following = asyncio.create_task(_follow(desired, systemd))
-    log.info("listening", address=address_of(sockets[0]), models=len(reconciler.config.models))
+    log.info("listening", address=address_of(doors.clients[0]), models=len(reconciler.config.models))
     if shown:
-        shown(reconciler, address_of(sockets[0]))
+        shown(reconciler, address_of(doors.clients[0]))
     try:
         await stopping.wait()
     finally:
         systemd.stopping()
         systemd.status("stopping")
         log.info("stopping")
+        extending = asyncio.create_task(systemd.extend(reconciler.longest_stop()))
+        stack.callback(extending.cancel)
         following.cancel()
         await asyncio.wait({following})
         await desired.close()
-        for site in list(runner.sites):
-            await site.stop()
+        reconciler.registry.wind_down()
+        await runner.wind_down(_FIRST_REQUEST_SECONDS)
         await reconciler.stop()
         await runner.cleanup()
         if lines is not None:
@@ -220,17 +224,11 @@ def _with_progress(model: Model) -> str:
     return f"{model.spec.id} ({facts})"
 
 
-def address_of(listener: socket.socket) -> str:
-    """The URL of a listening socket."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 def _surroundings(
     settings: Settings,
     config: Config,
     state: StateDirectory,
-    sockets: list[socket.socket],
+    taken_ports: list[int],
     stack: contextlib.AsyncExitStack,
     *,
     pass_on: PassOn,
@@ -238,7 +236,6 @@ def _surroundings(
     # A connection of its own for each question: one that is kept alive would outlive the engine's readiness.
     questions = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), trust_env=False)
     stack.push_async_callback(questions.close)
-    reserved = [listener.getsockname()[1] for listener in sockets]
     env = settings.engine_environment
     programs = Programs(settings.config_file.parent, env, find_vllm(env))
     check = OptionCheck(programs, OptionTables(settings.state_dir / "options"))
@@ -249,68 +246,13 @@ def _surroundings(
         check=check,
         scratch=settings.scratch,
         has_gpus=has_gpus(),
-        ports=Ports(config.engine.port_start, config.engine.port_end, reserved),
+        ports=Ports(config.engine.port_start, config.engine.port_end, taken_ports),
         state=state,
         pass_on=pass_on,
     )
     hurry, cleared = asyncio.Event(), asyncio.Event()
     around = Surroundings(launcher, DeviceGate(), Registry(), HttpProbe(questions), hurry, cleared)
     return around, launcher
-
-
-def listen(server: Server) -> list[socket.socket]:
-    """Listening sockets for every address of the host.
-
-    Raises:
-        StartupError: when the port is taken or cannot be had.
-
-    """
-    try:
-        found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        sockets = [_bound(family, address) for family, _, _, _, address in dict.fromkeys(found)]
-    except OSError as error:
-        hint = "choose another with --port, APP_PORT or server.port"
-        msg = f"cannot listen on {server.host} port {server.port}: {error.strerror or error}; {hint}"
-        raise StartupError(msg) from error
-    return sockets
-
-
-def listen_for_commands(path: Path) -> socket.socket:
-    """The control socket, for this user alone. The caller holds the lock of the state directory.
-
-    Raises:
-        StartupError: when it cannot be made.
-
-    """
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        path.unlink(missing_ok=True)
-        before = os.umask(0o177)
-        try:
-            with short_name(path) as name:
-                listener.bind(name)
-        finally:
-            os.umask(before)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        msg = f"cannot listen on {path}: {error.strerror or error}"
-        raise StartupError(msg) from error
-    return listener
-
-
-def _bound(family: int, address: tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener
 
 
 def _catch_signals(reconciler: Reconciler) -> asyncio.Event:

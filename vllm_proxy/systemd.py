@@ -1,13 +1,25 @@
-"""What the daemon tells systemd, through the `sdnotify` package. Without `NOTIFY_SOCKET` all of it is silence."""
+"""What systemd and the daemon tell each other. Without systemd all of it is silence. It knows nothing of the rest.
 
+The words are those of sd_notify(3), sd_listen_fds(3) and sd_watchdog_enabled(3); the letters go through the
+`sdnotify` package. Its one rule: what this process was told is for this process, and only once.
+"""
+
+import asyncio
 import os
+import socket
 import time
+from collections.abc import MutableMapping
 
 import sdnotify
 
+from vllm_proxy.errors import StartupError
+
+_FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
+_EXTENSION_SECONDS = 30.0
+
 
 class Systemd:
-    """The notification socket."""
+    """The notification socket, and the watchdog behind it."""
 
     def __init__(self) -> None:
         self._notifier = sdnotify.SystemdNotifier() if "NOTIFY_SOCKET" in os.environ else None
@@ -31,6 +43,64 @@ class Systemd:
             self._status = sentence
             self._tell(f"STATUS={sentence}")
 
+    async def beat(self) -> None:
+        """Say that the event loop runs, twice in the time that the watchdog allows, until cancelled."""
+        seconds = watchdog_seconds(os.environ)
+        while seconds is not None:
+            self._tell("WATCHDOG=1")
+            await asyncio.sleep(seconds / 2)
+
+    async def extend(self, seconds: float) -> None:
+        """Ask for more time to stop in, again and again, for `seconds` at most or until cancelled."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self._tell(f"EXTEND_TIMEOUT_USEC={round(_EXTENSION_SECONDS * 1_000_000)}")
+            await asyncio.sleep(_EXTENSION_SECONDS / 3)
+
     def _tell(self, letter: str) -> None:
         if self._notifier is not None:
             self._notifier.notify(letter)
+
+
+def watchdog_seconds(environ: MutableMapping[str, str]) -> float | None:
+    """How long the event loop may be silent; None: nobody listens."""
+    try:
+        microseconds = int(environ["WATCHDOG_USEC"])
+        meant = int(environ.get("WATCHDOG_PID", os.getpid()))
+    except (KeyError, ValueError):
+        return None
+    return microseconds / 1_000_000 if microseconds > 0 and meant == os.getpid() else None
+
+
+def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """The listening sockets that systemd holds for this process. The variables that told of them are removed.
+
+    Raises:
+        StartupError: when one of them is no listening stream socket.
+
+    """
+    try:
+        count, meant = int(environ["LISTEN_FDS"]), int(environ["LISTEN_PID"])
+    except (KeyError, ValueError):
+        return []
+    if meant != os.getpid():  # a parent's
+        return []
+    for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):
+        environ.pop(name, None)
+    return [_listener(descriptor) for descriptor in range(_FIRST_DESCRIPTOR, _FIRST_DESCRIPTOR + count)]
+
+
+def _listener(descriptor: int) -> socket.socket:
+    try:
+        listener = socket.socket(fileno=descriptor)
+        listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        msg = f"cannot use the inherited descriptor {descriptor}: {error.strerror}"
+        raise StartupError(msg) from error
+    if listener.type != socket.SOCK_STREAM or not listens:
+        listener.close()
+        expected = "only listening stream sockets (ListenStream=, without Accept=)"
+        msg = f"cannot use the inherited descriptor {descriptor}: {expected}"
+        raise StartupError(msg)
+    listener.set_inheritable(False)
+    return listener

@@ -37,7 +37,7 @@ async def test_a_signal_stops_everything_with_status_0(tmp_path: Path, port_star
         assert [session_of(pid) for pid in pids] == [set(), set()]
         assert not list(tmp_path.glob("vp-*"))
         told = [note for note in running.notes.messages if not note.startswith("STATUS=")]
-        assert told == ["READY=1", "STOPPING=1"]
+        assert told == ["READY=1", "STOPPING=1", "EXTEND_TIMEOUT_USEC=30000000"]
 
 
 async def test_a_stream_in_flight_is_finished_before_the_engine_is_stopped(tmp_path: Path, port_start: int) -> None:

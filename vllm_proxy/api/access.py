@@ -1,6 +1,7 @@
 """Who may see and change models, until there are keys: contract section 3. Inference is open to whoever can connect."""
 
 import ipaddress
+import os
 import socket
 from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
@@ -25,10 +26,11 @@ def is_loopback(host: str) -> bool:
 class Access:
     """The rules for one set of listening addresses."""
 
-    def __init__(self, server: Callable[[], Server], addresses: Collection[str]) -> None:
-        """`server`: the `[server]` table now; `addresses`: those that the daemon listens on."""
+    def __init__(self, server: Callable[[], Server], addresses: Collection[str], commands: str = "") -> None:
+        """`server`: the `[server]` table now; `addresses`: those listened on; `commands`: the control socket's."""
         self._server = server
         self._local = all(is_loopback(address) for address in addresses)
+        self._commands = commands
         self._addresses = {host.lower() for host in (server().host, *addresses)}
 
     def check(self, request: web.Request, *, public: bool) -> None:
@@ -39,7 +41,7 @@ class Access:
 
         """
         server = self._server()
-        if getattr(request.get_extra_info("socket"), "family", None) == socket.AF_UNIX:
+        if self._is_command(request):
             return  # the control socket: its file has an owner
         if not self._local:
             if public:
@@ -58,6 +60,11 @@ class Access:
         if request.body_exists and request.content_type not in _DECLARED:  # a page sends other types unasked
             msg = f"cannot take a body of type {request.content_type}: declare it as application/json or text/toml"
             raise RequestError("unsupported_media_type", msg)
+
+    def _is_command(self, request: web.Request) -> bool:
+        """Whether it came by the control socket: another Unix socket may be a web server's way to the daemon."""
+        at = request.get_extra_info("socket")
+        return getattr(at, "family", None) == socket.AF_UNIX and os.fsdecode(at.getsockname()) == self._commands
 
     def _check_host(self, host: str, server: Server) -> None:
         allowed = {name.lower() for name in server.allowed_hosts}

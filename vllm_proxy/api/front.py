@@ -20,17 +20,20 @@ from vllm_proxy.api.envelope import error_response
 from vllm_proxy.api.exchange import Exchange
 from vllm_proxy.errors import RequestError
 
+_LOOK_SECONDS = 0.01
+
 type Direct = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class ClientConnection(RequestHandler):
     """One client's connection. `exchange` is the answer that is being written to it."""
 
-    __slots__ = ("exchange",)
+    __slots__ = ("asked", "exchange")
 
     def __init__(self, manager: web.Server, *, loop: asyncio.AbstractEventLoop, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's options
         super().__init__(manager, loop=loop, **kwargs)
         self.exchange: Exchange | None = None
+        self.asked = False  # for anything yet
 
     def pause_writing(self) -> None:
         """The client reads more slowly than its engine writes."""
@@ -88,6 +91,27 @@ class FrontRunner(web.AppRunner):
                          auto_decompress=False, **kwargs)  # fmt: skip
         self._direct = direct
 
+    async def wind_down(self, seconds: float) -> None:
+        """Accept no more connections and close those that idle, as soon as they do.
+
+        Those that have not asked for anything yet get `seconds` to do so: their clients know of no end to come.
+        """
+        for site in list(self.sites):
+            await site.stop()
+        if self.server is None:
+            return
+        for connection in self._clients():
+            if connection.asked:
+                connection.close()
+        deadline = asyncio.get_running_loop().time() + seconds
+        while any(not connection.asked for connection in self._clients()):
+            if asyncio.get_running_loop().time() > deadline:
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def _clients(self) -> list[ClientConnection]:
+        return cast("list[ClientConnection]", self.server.connections) if self.server else []
+
     async def _make_server(self) -> web.Server:
         inner = await super()._make_server()
         routes, app_handler, app_request = self._direct, inner.request_handler, inner.request_factory
@@ -100,6 +124,7 @@ class FrontRunner(web.AppRunner):
             writer: AbstractStreamWriter,
             task: "asyncio.Task[None]",
         ) -> web.BaseRequest:
+            cast("ClientConnection", protocol).asked = True
             route = routes.get((message.method, message.path))
             if route is None:
                 return app_request(message, payload, protocol, writer, task)

@@ -18,6 +18,7 @@ import tomli_w
 from vllm_proxy import daemon, settings
 from vllm_proxy.domain.config import Config
 from vllm_proxy.errors import StartupError
+from vllm_proxy.listen import listen
 from vllm_proxy.settings import Settings
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,7 +50,7 @@ def prepare(environ: Mapping[str, str], flags: Mapping[str, str | int | None]) -
         raise StartupError(msg) from error
     loaded = settings.load(environ, {**flags, "state_dir": str(state_dir), "config": str(file)})
     config = daemon.read_config(loaded)
-    for listener in daemon.listen(config.server):  # a taken port is told now, not after the minute below
+    for listener in listen(config.server):  # a taken port is told now, not after the minute below
         listener.close()
     _prepare_chat_model(chat)
     return loaded, config

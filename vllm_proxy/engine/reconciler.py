@@ -20,6 +20,7 @@ from vllm_proxy.errors import RequestError
 log = structlog.get_logger()
 
 _ORPHAN_GRACE_SECONDS = 10.0
+_BURIAL_SECONDS = 45.0  # until what ignores SIGTERM is killed, reaped and tidied up behind
 
 type Adoptable = dict[str, dict[int, EngineRecord]]  # by model and instance
 
@@ -130,6 +131,11 @@ class Reconciler:
             await asyncio.wait({*ends, *self._burials})
         if self._clearing is not None:
             await asyncio.wait({self._clearing})
+
+    def longest_stop(self) -> float:
+        """Seconds that `stop` takes at most, unless the kernel holds a process back."""
+        grace = max((model.spec.policy.stop_timeout for model in self._models.values()), default=0.0)
+        return self.config.server.shutdown_timeout + grace + _BURIAL_SECONDS
 
     def hurry(self) -> None:
         """Do not wait for requests in flight any more."""

@@ -126,6 +126,7 @@ class Registry:
         self._routes: dict[str, Route] = {}
         self._aliases: dict[str, str] = {}
         self.closing = False
+        self._closed = False
 
     # What the reconciler and its supervisors say
 
@@ -181,9 +182,13 @@ class Registry:
         """An ejected instance takes requests again."""
         self._serve_waiting(self._routes[model_id])
 
-    def close(self) -> None:
-        """No new request for anyone: the daemon stops."""
+    def wind_down(self) -> None:
+        """The daemon stops: clients should not keep their connections."""
         self.closing = True
+
+    def close(self) -> None:
+        """No new request for anyone."""
+        self.closing = self._closed = True
         for route in self._routes.values():
             self._fail_waiting(route)
 
@@ -241,7 +246,7 @@ class Registry:
             RequestError: when none will come.
 
         """
-        if self.closing or not route.open or not route.spec.policy.enabled:
+        if self._closed or not route.open or not route.spec.policy.enabled:
             self._refuse(route)
             route.wake()
         endpoint = _least_loaded(route)
@@ -275,7 +280,7 @@ class Registry:
 
     def _refuse(self, route: Route) -> None:
         name = route.spec.id
-        if self.closing:
+        if self._closed:
             raise RequestError("shutting_down", "cannot take requests: the daemon is stopping", retry_after=5)
         if route.retired:
             raise _not_found(name)

@@ -1,0 +1,92 @@
+"""The sockets that the daemon listens on: its own, systemd's, and the one for commands."""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_proxy.domain.config import Server
+from vllm_proxy.errors import StartupError
+from vllm_proxy.settings import short_name
+
+BACKLOG = 4096  # connections that wait to be accepted: a burst of clients must not wait for a retransmission
+
+
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """Where requests come in."""
+
+    clients: Sequence[socket.socket]
+    commands: socket.socket
+
+    def addresses(self) -> list[str]:
+        """The addresses of `clients` that are on a network, be it loopback."""
+        return [listener.getsockname()[0] for listener in self.clients if listener.family != socket.AF_UNIX]
+
+    def ports(self) -> list[int]:
+        """The ports that are taken by them."""
+        return [listener.getsockname()[1] for listener in self.clients if listener.family != socket.AF_UNIX]
+
+
+def listen(server: Server) -> list[socket.socket]:
+    """Listening sockets for every address of the host.
+
+    Raises:
+        StartupError: when the port is taken or cannot be had.
+
+    """
+    try:
+        found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        sockets = [_bound(family, address) for family, _, _, _, address in dict.fromkeys(found)]
+    except OSError as error:
+        hint = "choose another with --port, APP_PORT or server.port"
+        msg = f"cannot listen on {server.host} port {server.port}: {error.strerror or error}; {hint}"
+        raise StartupError(msg) from error
+    return sockets
+
+
+def listen_for_commands(path: Path) -> socket.socket:
+    """The control socket, for this user alone. The caller holds the lock of the state directory.
+
+    Raises:
+        StartupError: when it cannot be made.
+
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)
+        before = os.umask(0o177)
+        try:
+            with short_name(path) as name:
+                listener.bind(name)
+        finally:
+            os.umask(before)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        msg = f"cannot listen on {path}: {error.strerror or error}"
+        raise StartupError(msg) from error
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """The URL of a listening socket; for a Unix socket `unix:` and its path."""
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{os.fsdecode(listener.getsockname())}"
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _bound(family: int, address: tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
