@@ -20,6 +20,7 @@ from vllm_proxy.api.access_log import AccessLog
 from vllm_proxy.domain.config import Config
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.domain.parse import parse_config
+from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.desired import Desired
 from vllm_proxy.engine.find import find_vllm, has_gpus
@@ -249,6 +250,7 @@ def _surroundings(
         ports=Ports(config.engine.port_start, config.engine.port_end, taken_ports),
         state=state,
         pass_on=pass_on,
+        cgroups=Cgroups.find(),
     )
     hurry, cleared = asyncio.Event(), asyncio.Event()
     around = Surroundings(launcher, DeviceGate(), Registry(), HttpProbe(questions), hurry, cleared)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from enum import Enum
 from typing import Literal
 
 import structlog
@@ -77,11 +78,16 @@ def _is_journal(environ: Mapping[str, str]) -> bool:
     return environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
 
 
+def _plain(value: object) -> object:
+    """A name out of an enumeration is shown as the word that it is."""
+    return value.value if isinstance(value, Enum) else value
+
+
 def _journal(_logger: WrappedLogger, _name: str, event: EventDict) -> str:
     """sd-daemon's "<N>" on every line: the journal takes each line of a traceback for an entry of its own."""
     prefix = f"<{_PRIORITIES.get(event.pop('level', 'info'), 6)}>"
     trace = event.pop("exception", "")
     message = str(event.pop("event"))
-    fields = " ".join(f"{key}={value!r}" for key, value in event.items())
+    fields = " ".join(f"{key}={_plain(value)!r}" for key, value in event.items())
     lines = " ".join(part for part in (message, fields) if part).splitlines() + str(trace).splitlines()
     return "\n".join(prefix + line for line in lines)

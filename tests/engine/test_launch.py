@@ -13,6 +13,7 @@ import pytest
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.diagnose import Exit
 from vllm_proxy.engine import process
+from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.launch import Engine, Launcher, bury
 from vllm_proxy.engine.options import OptionTables
@@ -38,7 +39,14 @@ class Place:
         programs = Programs(folder, dict(os.environ), None)
         self.check = OptionCheck(programs, OptionTables(folder / "options"))
         self.launcher = Launcher(
-            programs, self.check, folder, has_gpus=False, ports=ports, state=state, pass_on=self._pass_on
+            programs,
+            self.check,
+            folder,
+            has_gpus=False,
+            ports=ports,
+            state=state,
+            pass_on=self._pass_on,
+            cgroups=Cgroups(None),
         )
 
     def _pass_on(self, instance: str, lines: object) -> None:

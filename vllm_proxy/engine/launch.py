@@ -23,13 +23,14 @@ from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.progress import Progress
-from vllm_proxy.engine import logs, vitals
+from vllm_proxy.engine import cgroup, logs, vitals
+from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.output import Output, PassOn
 from vllm_proxy.engine.ports import NoPortError, Ports
 from vllm_proxy.engine.process import EngineProcess, end_session, to_the_end
 from vllm_proxy.engine.program import LaunchError, Programs
-from vllm_proxy.engine.state import EngineRecord, StateDirectory
+from vllm_proxy.engine.state import EngineRecord, StateDirectory, file_name
 
 log = structlog.get_logger()
 
@@ -103,6 +104,7 @@ class LaunchedEngine:
         self.pid = process.pid
         self.exited = process.exited
         self._state = state
+        self._cgroup = record.cgroup
         self.memory_bytes = 0  # of its processes, 0 until it was looked at
         self._serving = asyncio.Event()
 
@@ -118,13 +120,16 @@ class LaunchedEngine:
         self._state.amend(self.place.own_name, ready=True, segments=tuple(sorted(found)))
         noted = 0
         while True:
-            self.memory_bytes = await asyncio.to_thread(vitals.memory_bytes, self.pid, self.process.started)
+            self.memory_bytes = await asyncio.to_thread(self._memory)
             noted = noted or self.memory_bytes
             if self.memory_bytes > noted * _MUCH_MORE_MEMORY:
                 log.warning("an engine takes far more memory than before", instance=self.place.instance,
                             mebibytes=self.memory_bytes // 2**20, before=noted // 2**20)  # fmt: skip
                 noted = self.memory_bytes
             await asyncio.sleep(_MEMORY_SECONDS)
+
+    def _memory(self) -> int:
+        return cgroup.memory_bytes(self._cgroup) or vitals.memory_bytes(self.pid, self.process.started)
 
     def keep(self) -> None:
         """Leave it to the next daemon where the block ends."""
@@ -142,6 +147,7 @@ class Launcher:
     ports: Ports
     state: StateDirectory
     pass_on: PassOn
+    cgroups: Cgroups
 
     def devices(self, spec: EngineSpec) -> frozenset[str]:
         """The GPUs that an engine measures while it loads."""
@@ -236,9 +242,10 @@ class Launcher:
             process = EngineProcess.spawn(argv, env, self.programs.folder, log_file)
         except OSError as error:
             raise LaunchError(Reason.CRASHED, f"cannot start a process: {error}") from error
+        group = self.cgroups.take_in(f"{file_name(place.instance)}.{place.own_name[-8:]}", process.pid)
         record = EngineRecord(
             place.instance, place.own_name, process.pid, process.started, place.port, place.credential, place.folder,
-            str(log_file), spec, log_start, datetime.now(UTC).isoformat(),
+            str(log_file), spec, log_start, datetime.now(UTC).isoformat(), cgroup=group,
         )  # fmt: skip
         self.state.record(record)
         output = Output(place.instance, log_file, log_start, log_start, self.pass_on)
@@ -285,7 +292,7 @@ async def bury(record: EngineRecord, end: Callable[[], Awaitable[bool]], state: 
     """
     mapped = await asyncio.to_thread(vitals.shared_segments, record.pid, record.started)
     try:
-        if not await end():
+        if not (await end() and await cgroup.end(record.cgroup)):
             return False
     except OSError as error:  # not ours to signal
         log.error("the engine cannot be ended", instance=record.instance, pid=record.pid, error=str(error))

@@ -48,6 +48,15 @@ class EngineRecord:
     started_at: str = ""  # UTC
     ready: bool = False  # it has served
     segments: tuple[str, ...] = ()  # its files in /dev/shm
+    cgroup: str = ""  # the folder of its own, where it has one
+
+
+def file_name(instance: str) -> str:
+    """The name of an instance without slashes, short enough for a file's name with something behind it."""
+    name = quote(instance, safe="")
+    if len(name) > _NAME_LIMIT:  # of 255 bytes
+        return f"{name[:100]}~{hashlib.sha256(instance.encode()).hexdigest()[:16]}"
+    return name
 
 
 class StateDirectory:
@@ -83,10 +92,7 @@ class StateDirectory:
 
     def log_file(self, instance: str) -> Path:
         """Where the output of an instance goes."""
-        name = quote(instance, safe="")
-        if len(name) > _NAME_LIMIT:  # a file's name has at most 255 bytes
-            name = f"{name[:100]}~{hashlib.sha256(instance.encode()).hexdigest()[:16]}"
-        return self.path / "logs" / f"{name}.log"
+        return self.path / "logs" / f"{file_name(instance)}.log"
 
     def left_behind(self) -> list[EngineRecord]:
         """The engines that an earlier daemon had on record in this boot."""

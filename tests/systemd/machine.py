@@ -1,0 +1,154 @@
+"""A machine with systemd as its first process, in namespaces: it boots in a fraction of a second and leaves nothing.
+
+Its network is its own. Files are read and written through /proc; commands run inside.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+BOOT = Path(__file__).parent / "boot.sh"
+WAIT_SECONDS = 60.0
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_NAMESPACES = ("--mount", "--pid", "--uts", "--ipc", "--cgroup", "--net")
+
+
+class Machine:
+    """A booted machine. `root` is its file system, seen from outside."""
+
+    def __init__(self, pid: int, cgroup: Path) -> None:
+        self.pid = pid
+        self.root = Path(f"/proc/{pid}/root")
+        self._cgroup = cgroup
+
+    def path(self, name: str) -> Path:
+        """One of its files."""
+        return self.root / name.lstrip("/")
+
+    def start(self, command: Sequence[str], *, online: bool = False, **options: Any) -> subprocess.Popen[str]:  # noqa: ANN401 - Popen's
+        """A process in it, as root. `online`: with the network of this machine instead of its own."""
+        enter = ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-C", *([] if online else ["-n"]), "-r", "-w"]
+        join = 'echo $$ >"$0/init.scope/cgroup.procs" && exec "$@"'
+        env = {"PATH": _PATH, "HOME": "/root", "LANG": "C.UTF-8", **(_package_index() if online else {})}
+        return subprocess.Popen(
+            ["bash", "-c", join, self._cgroup, *enter, "--", *command], text=True, env=env, **options
+        )
+
+    def run(
+        self, *command: str, status: int | None = 0, online: bool = False, seconds: float = WAIT_SECONDS
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end. `status`: what it must exit with; None: whatever."""
+        process = self.start(command, online=online, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            raise AssertionError(f"{command} runs for more than {seconds} s: {out}{err}") from None
+        done = subprocess.CompletedProcess(command, process.returncode, out, err)
+        assert status is None or done.returncode == status, f"{command}: {done.returncode}\n{out}{err}{self.journal()}"
+        return done
+
+    def shell(self, line: str, status: int | None = 0, **options: Any) -> str:  # noqa: ANN401 - as `run`
+        """Run a line of shell; returns its output."""
+        return self.run("sh", "-ec", line, status=status, **options).stdout
+
+    def show(self, unit: str, *properties: str) -> dict[str, str]:
+        """Properties of a unit."""
+        lines = self.run("systemctl", "show", unit, *(f"--property={name}" for name in properties)).stdout.splitlines()
+        return dict(line.split("=", 1) for line in lines)
+
+    def until(self, unit: str, **wanted: str) -> None:
+        """Wait until properties of a unit have these values."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while (found := self.show(unit, *wanted)) != wanted:
+            assert time.monotonic() < deadline, f"{unit}: {found} instead of {wanted}\n{self.journal()}"
+
+    def journal(self, unit: str = "vllm-proxy") -> str:
+        """What a unit and systemd about it have logged."""
+        command = ("journalctl", "--no-pager", "-o", "cat", "-u", unit)
+        process = self.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return process.communicate()[0]
+
+    def get(self, path: str) -> Any:  # noqa: ANN401 - JSON
+        """The daemon's answer on port 8000."""
+        return json.loads(self.run("curl", "-sS", "--fail-with-body", f"http://127.0.0.1:8000{path}").stdout)
+
+    def eventually(self, path: str, key: str, value: object) -> Any:  # noqa: ANN401 - JSON
+        """Ask again and again until the answer has this at `key`, a path with dots; returns the answer."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            found = answer = self.get(path)
+            for part in key.split("."):
+                found = found[int(part)] if part.isdigit() else found[part]
+            if found == value:
+                return answer
+            assert time.monotonic() < deadline, f"{path}: {key} is {found}, not {value}\n{self.journal()}"
+
+
+@contextlib.contextmanager
+def booted(*lower: Path) -> Iterator[Machine]:
+    """A machine whose root is this machine's, under the folders `lower`, the first of them on top."""
+    folder = Path(tempfile.mkdtemp(prefix="machine-"))
+    cgroup = _cgroup_root() / folder.name
+    cgroup.mkdir()
+    join = 'echo 0 >"$0/cgroup.procs" && exec setsid unshare "$@"'
+    flags = [*_NAMESPACES, "--fork", "--kill-child", "--propagation", "private"]
+    boot = [str(BOOT), str(folder), ":".join(map(str, [*lower, "/"])), sys.base_prefix]
+    outer = subprocess.Popen(
+        ["bash", "-c", join, cgroup, *flags, "--", "bash", *boot], stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        machine = Machine(_first_process(outer), cgroup)
+        machine.run("systemctl", "is-system-running", "--wait", status=None)
+        yield machine
+    finally:
+        outer.kill()
+        with outer:
+            pass
+        _remove(cgroup)
+        shutil.rmtree(folder)
+
+
+def _package_index() -> dict[str, str]:
+    """Where uv and pip get packages from on this machine, if not from PyPI itself."""
+    prefixes = ("PIP_", "UV_INDEX", "UV_DEFAULT_INDEX", "UV_FIND_LINKS", "SSL_CERT", "HTTP_PROXY", "HTTPS_PROXY")
+    return {name: value for name, value in os.environ.items() if name.upper().startswith(prefixes)}
+
+
+def _cgroup_root() -> Path:
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
+    return next(Path(mount[1]) for mount in mounts if mount[2] == "cgroup2")
+
+
+def _first_process(outer: subprocess.Popen[str]) -> int:
+    """The process that is number 1 inside, once systemd can be asked."""
+    children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
+    deadline = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < deadline and outer.poll() is None:
+        for pid in children.read_text().split():
+            with contextlib.suppress(OSError):  # it is on its way to another root
+                if Path(f"/proc/{pid}/root/run/systemd/private").is_socket():
+                    return int(pid)
+        time.sleep(0.01)
+    outer.kill()
+    assert outer.stdout is not None
+    raise AssertionError(f"the machine does not boot: {outer.stdout.read()}")
+
+
+def _remove(cgroup: Path) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while cgroup.exists():
+        for folder, _, _ in os.walk(cgroup, topdown=False):
+            with contextlib.suppress(OSError):  # what was killed is not reaped yet
+                Path(folder).rmdir()
+        assert time.monotonic() < deadline, f"{cgroup} is still in use"

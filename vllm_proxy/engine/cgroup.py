@@ -1,0 +1,146 @@
+"""A cgroup for each engine, where systemd has delegated one to the daemon (`Delegate=yes`, cgroup v2).
+
+The kernel then finds and kills what an engine started even where it left the engine's session, and accounts for its
+memory where systemd has put the daemon into a group of its own (`DelegateSubgroup=`). Its one rule: a group that
+cannot be made or used is done without; sessions end engines too.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+log = structlog.get_logger()
+
+_PROC_SELF = Path("/proc/self")
+_MOUNT = re.compile(r"^\S+ \S+ \S+ (?P<root>\S+) (?P<point>\S+) .* - cgroup2 ", re.MULTILINE)
+_OWN = re.compile(r"^0::(/.*)$", re.MULTILINE)
+_MEMORY = re.compile(r"^(?:anon|shmem) (\d+)$", re.MULTILINE)
+_SWEEP_SECONDS = 0.02
+_KILL_SECONDS = 15.0
+
+
+def own_cgroup(proc: Path = _PROC_SELF) -> Path | None:
+    """The folder of this process's cgroup; None without cgroup v2."""
+    try:
+        path = _OWN.search((proc / "cgroup").read_text(encoding="utf-8"))
+        mount = _MOUNT.search((proc / "mountinfo").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    if path is None or mount is None or not path[1].startswith(mount["root"]):
+        return None
+    return Path(mount["point"], path[1].removeprefix(mount["root"]).lstrip("/"))
+
+
+def delegated(own: Path | None, is_marked: Callable[[Path], bool], uid: int) -> Path | None:
+    """The group that this process may divide: its own, or the one above where systemd put it into a subgroup.
+
+    `is_marked`: whether systemd has marked a group as delegated, which it does since version 251. Before, a group of a
+    system service that belongs to the service's user `uid` is one.
+    """
+    if own is None:
+        return None
+    for group in (own, own.parent):
+        if is_marked(group):
+            return group
+    try:
+        is_mine = uid != 0 and own.stat().st_uid == uid
+    except OSError:
+        return None
+    below_a_user = any(part.startswith("user@") for part in own.parts)  # all of it is the user's there
+    return own if is_mine and not below_a_user else None
+
+
+def _is_marked(group: Path) -> bool:
+    try:
+        return os.getxattr(group, "user.delegate") == b"1"
+    except OSError:
+        return False
+
+
+class Cgroups:
+    """The groups of all engines."""
+
+    def __init__(self, root: Path | None) -> None:
+        self._root = root
+
+    @classmethod
+    def find(cls) -> "Cgroups":
+        """Below what is delegated to this process, with memory accounted for where that is possible."""
+        own = own_cgroup()
+        root = delegated(own, _is_marked, os.geteuid())
+        if root is not None and root != own:  # else no controller may be enabled: the group holds processes
+            with contextlib.suppress(OSError):  # there is no such controller
+                (root / "cgroup.subtree_control").write_text("+memory", encoding="ascii")
+        return cls(root)
+
+    def take_in(self, name: str, pid: int) -> str:
+        """Make a group and move a process into it; its path, or nothing where that cannot be done."""
+        if self._root is None:
+            return ""
+        group = self._root / name
+        try:
+            group.mkdir()
+            (group / "cgroup.procs").write_text(str(pid), encoding="ascii")
+        except OSError as error:
+            log.warning("an engine gets no cgroup of its own", cgroup=str(group), error=str(error))
+            with contextlib.suppress(OSError):
+                group.rmdir()
+            return ""
+        return str(group)
+
+
+def memory_bytes(group: str) -> int:
+    """Memory of a group that no file backs; 0 where the kernel does not account for it."""
+    if not group:
+        return 0
+    try:
+        stat = Path(group, "memory.stat").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return sum(int(number) for number in _MEMORY.findall(stat))
+
+
+async def end(group: str) -> bool:
+    """Kill every process of a group, reap what is ours, and remove the group; True when nothing is left."""
+    if not group:
+        return True
+    loop, strays = asyncio.get_running_loop(), set[int]()
+    deadline = loop.time() + _KILL_SECONDS
+    try:
+        while _is_populated(group):
+            strays |= _processes(group)
+            _kill(group)
+            if loop.time() > deadline:
+                log.error("processes do not die", cgroup=group, pids=sorted(strays))
+                return False
+            await asyncio.sleep(_SWEEP_SECONDS)
+        for pid in strays:
+            with contextlib.suppress(ChildProcessError):  # somebody else's child
+                os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - does not wait
+        _remove(group)
+    except FileNotFoundError:  # systemd removes what is empty when the unit stops
+        return True
+    except OSError as error:
+        log.warning("the cgroup of an engine cannot be removed", cgroup=group, error=str(error))
+    return True
+
+
+def _is_populated(group: str) -> bool:
+    return "populated 1" in Path(group, "cgroup.events").read_text(encoding="ascii")
+
+
+def _processes(group: str) -> set[int]:
+    return {int(line) for line in Path(group, "cgroup.procs").read_text(encoding="ascii").split()}
+
+
+def _remove(group: str) -> None:
+    Path(group).rmdir()
+
+
+def _kill(group: str) -> None:
+    Path(group, "cgroup.kill").write_text("1", encoding="ascii")
