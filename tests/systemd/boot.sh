@@ -1,14 +1,18 @@
 #!/bin/bash
 # Become the first process of a machine: systemd as system manager in namespaces of its own, on a copy-on-write view
 # of this one's root. Nothing is written outside FOLDER, and all of it is gone when this process is killed.
-#   boot.sh FOLDER LOWER PYTHON     LOWER: folders, colon-separated, that lie over the root; PYTHON: a prefix
+#   boot.sh FOLDER PYTHON TREE...     PYTHON: a prefix; TREE: what is copied over the root
 set -euo pipefail
-folder=$1 lower=$2 python=$3
+folder=$1 python=$2
+shift 2
 
 mount -t tmpfs -o mode=755 tmpfs "$folder"
 mkdir "$folder"/{upper,work,root}
-mount -t overlay overlay -o "lowerdir=$lower,upperdir=$folder/upper,workdir=$folder/work" "$folder/root"
+mount -t overlay overlay -o "lowerdir=/,upperdir=$folder/upper,workdir=$folder/work" "$folder/root"
 cd "$folder/root"
+for tree in "$@"; do
+    cp -a "$tree/." .
+done
 
 mount -t proc proc proc
 mount --bind proc/sys proc/sys

@@ -95,14 +95,14 @@ class Machine:
 
 
 @contextlib.contextmanager
-def booted(*lower: Path) -> Iterator[Machine]:
-    """A machine whose root is this machine's, under the folders `lower`, the first of them on top."""
+def booted(*trees: Path) -> Iterator[Machine]:
+    """A machine whose root is this machine's, with what is in the folders `trees` over it."""
     folder = Path(tempfile.mkdtemp(prefix="machine-"))
     cgroup = _cgroup_root() / folder.name
     cgroup.mkdir()
     join = 'echo 0 >"$0/cgroup.procs" && exec setsid unshare "$@"'
     flags = [*_NAMESPACES, "--fork", "--kill-child", "--propagation", "private"]
-    boot = [str(BOOT), str(folder), ":".join(map(str, [*lower, "/"])), sys.base_prefix]
+    boot = [str(BOOT), str(folder), sys.base_prefix, *map(str, trees)]
     outer = subprocess.Popen(
         ["bash", "-c", join, cgroup, *flags, "--", "bash", *boot], stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -1,0 +1,107 @@
+"""Machines with vllm-proxy installed as the README says."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.systemd.machine import Machine, booted
+
+ROOT = Path(__file__).parents[2]
+ENGINES = """
+[engine]
+command = ["/usr/local/bin/python3.13", "-S", "/opt/fakes/fake_vllm.py", "serve"]
+"""
+CHAT = '\n[models.chat]\nmodel = "org/chat"\n'
+EMBED = '\n[models.embed]\nmodel = "org/embed"\n'
+# What an installation makes, as seen from the root.
+_INSTALLED = """
+opt/vllm-proxy usr/local/bin/vllm-proxy usr/local/lib/systemd etc/vllm-proxy etc/systemd/system
+etc/passwd etc/group etc/shadow etc/gshadow
+""".split()
+
+
+def blocks(section: str) -> list[str]:
+    """The blocks of shell in a section of the README, in order."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = readme.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without root there are no machines: that is a loud skip, and in CI a failure."""
+    if os.geteuid() != 0 and not os.environ.get("CI"):
+        skip = pytest.mark.skip(reason="NEEDS ROOT: boots machines with systemd in namespaces; CI runs it")
+        for item in items:
+            if item.get_closest_marker("systemd"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to lie over a machine's root, with what is in a checkout at /src, and the fake engine in /opt/fakes."""
+    folder = tmp_path_factory.mktemp("checkout")
+    folder.chmod(0o755)
+    files = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    for name in subprocess.run(files, check=True, capture_output=True, text=True).stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / "src" / name)
+    shutil.copytree(ROOT / "tests/fakes", folder / "opt/fakes", ignore=shutil.ignore_patterns("__pycache__"))
+    sudo = folder / "usr/local/bin/sudo"  # everything is root's there
+    sudo.parent.mkdir(parents=True)
+    sudo.write_text('#!/bin/sh\nexec "$@"\n', encoding="utf-8")
+    sudo.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def installed(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's first block of "Install" makes, as a folder to lie over a machine's root."""
+    folder = tmp_path_factory.mktemp("installed")
+    folder.chmod(0o755)
+    with booted(checkout) as machine:
+        machine.shell(f"cd /src; {blocks('Install')[0]}", online=True)
+        machine.run("tar", "-C", "/", "-cf", "/tmp/installed.tar", *_INSTALLED)
+        tar = machine.path("/tmp/installed.tar")
+        subprocess.run(["tar", "-C", str(folder), "--same-owner", "-xf", tar], check=True)
+    return folder
+
+
+@pytest.fixture
+def machine(checkout: Path, installed: Path) -> Iterator[Machine]:
+    """An installed machine with two fake models in its configuration; the daemon does not run yet."""
+    with booted(checkout, installed) as found:
+        configure(found, ENGINES + CHAT + EMBED)
+        yield found
+
+
+def configure(machine: Machine, text: str) -> None:
+    """Save the machine's configuration."""
+    machine.path("/etc/vllm-proxy/models.toml").write_text(text, encoding="utf-8")
+
+
+def drop_in(machine: Machine, text: str, name: str = "test") -> None:
+    """Change the service as `systemctl edit` does; `text`: what goes below [Service]."""
+    folder = machine.path("/etc/systemd/system/vllm-proxy.service.d")
+    folder.mkdir(exist_ok=True)
+    head = "" if "[Service]" in text else "[Service]\n"
+    (folder / f"{name}.conf").write_text(f"{head}{text}\n", encoding="utf-8")
+    machine.run("systemctl", "daemon-reload")
+
+
+def serve(machine: Machine) -> dict[str, int]:
+    """Start the service and wait until all models are ready; the process id of each one's engine."""
+    machine.run("systemctl", "start", "vllm-proxy")
+    return ready(machine)
+
+
+def ready(machine: Machine, count: int = 2) -> dict[str, int]:
+    """Wait until so many models are ready; the process id of each one's engine."""
+    machine.eventually("/health", "models.ready", count)
+    models = machine.get("/models")["models"]
+    return {model["id"]: model["status"]["instances"][0]["pid"] for model in models}
