@@ -11,7 +11,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.harness import clean_environment, daemon, fake_engines, session_of
+from tests.harness import clean_environment, connected, daemon, fake_engines, request, session_of
 from vllm_proxy.engine.process import look_up
 
 CHAT = '[models.chat]\nmodel = "org/chat"\nreplicas = 2\n'
@@ -51,6 +51,28 @@ async def test_a_stream_in_flight_is_finished_before_the_engine_is_stopped(tmp_p
             text = (await answer.read()).decode()
         assert text.endswith("data: [DONE]\n\n")
         assert "t19" in text
+        assert await running.stop() == 0
+
+
+async def test_a_stop_closes_what_idles_and_serves_what_was_accepted(tmp_path: Path, port_start: int) -> None:
+    """A kept-alive connection ends at once; a request that is half sent, and one that is still to come, are served."""
+    body = b'{"model": "chat", "messages": [{"role": "user", "content": "hi"}]}'
+    whole = request("/v1/chat/completions", body)
+    async with daemon(fake_engines(port_start) + CHAT, tmp_path) as running:
+        await both_ready(running)
+        async with connected(running.port) as idle, connected(running.port) as half, connected(running.port) as fresh:
+            await idle.send(whole)
+            assert (await idle.answer()).status == 200
+            await half.send(whole[:-5])
+            await running.metrics()  # accepted after them, so they are accepted too
+            running.process.send_signal(signal.SIGTERM)
+            await running.until("STOPPING=1")
+            assert await idle.closed()
+            for client, rest in ((half, whole[-5:]), (fresh, whole)):
+                await client.send(rest)
+                answer = await client.answer()
+                assert (answer.status, answer.all("Connection")) == (200, ["close"])
+                assert await client.closed()
         assert await running.stop() == 0
 
 

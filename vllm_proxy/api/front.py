@@ -35,6 +35,11 @@ class ClientConnection(RequestHandler):
         self.exchange: Exchange | None = None
         self.asked = False  # for anything yet
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it waits for another request. Closed in the middle of one, it would drop the rest of its body."""
+        return self.asked and self._waiter is not None and not self._messages
+
     def pause_writing(self) -> None:
         """The client reads more slowly than its engine writes."""
         super().pause_writing()
@@ -98,16 +103,14 @@ class FrontRunner(web.AppRunner):
         """
         for site in list(self.sites):
             await site.stop()
-        if self.server is None:
-            return
-        for connection in self._clients():
-            if connection.asked:
-                connection.close()
         deadline = asyncio.get_running_loop().time() + seconds
-        while any(not connection.asked for connection in self._clients()):
-            if asyncio.get_running_loop().time() > deadline:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)  # first of all for what is accepted, but not made a connection yet
+            for connection in self._clients():
+                if connection.is_idle:
+                    connection.force_close()  # `close` alone would leave it to the server's end
+            if all(connection.asked for connection in self._clients()) or asyncio.get_running_loop().time() > deadline:
                 return
-            await asyncio.sleep(_LOOK_SECONDS)
 
     def _clients(self) -> list[ClientConnection]:
         return cast("list[ClientConnection]", self.server.connections) if self.server else []
