@@ -11,7 +11,8 @@ import pytest
 
 from tests.systemd.machine import Machine, booted
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 ENGINES = """
 [engine]
 command = ["/usr/local/bin/python3.13", "-S", "/opt/fakes/fake_vllm.py", "serve"]
@@ -76,6 +77,27 @@ def installed(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def machine(checkout: Path, installed: Path) -> Iterator[Machine]:
     """An installed machine with two fake models in its configuration; the daemon does not run yet."""
     with booted(checkout, installed) as found:
+        configure(found, ENGINES + CHAT + EMBED)
+        yield found
+
+
+@pytest.fixture(scope="session")
+def newer_systemd(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What brings systemd 254 to a machine; nothing where this one has it."""
+    version = subprocess.run(["systemctl", "--version"], check=True, capture_output=True, text=True).stdout
+    if int(version.split()[1]) >= 254:
+        return []
+    folder = tmp_path_factory.mktemp("backports")
+    done = subprocess.run(["sh", str(HERE / "backports.sh"), str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"cannot fetch a newer systemd from bookworm-backports: {done.stderr}"
+    return [folder / "root"]
+
+
+@pytest.fixture
+def newer(checkout: Path, installed: Path, newer_systemd: list[Path]) -> Iterator[Machine]:
+    """As `machine`, with systemd 254 or later, and installed with that."""
+    with booted(checkout, installed, *newer_systemd) as found:
+        found.shell(f"cd /src; {blocks('Install')[0]}", online=True)
         configure(found, ENGINES + CHAT + EMBED)
         yield found
 
