@@ -1,7 +1,7 @@
 #!/bin/bash
 # Become the first process of a machine: systemd as system manager in namespaces of its own, on a copy-on-write view
 # of this one's root. Nothing is written outside FOLDER, and all of it is gone when this process is killed.
-#   boot.sh FOLDER PYTHON TREE...     PYTHON: a prefix; TREE: what is copied over the root
+#   boot.sh FOLDER PYTHON TREE...     PYTHON: a prefix; TREE: copied over the root, or FOLDER=PLACE: shown there
 set -euo pipefail
 folder=$1 python=$2
 shift 2
@@ -11,7 +11,13 @@ mkdir "$folder"/{upper,work,root}
 mount -t overlay overlay -o "lowerdir=/,upperdir=$folder/upper,workdir=$folder/work" "$folder/root"
 cd "$folder/root"
 for tree in "$@"; do
-    cp -a "$tree/." .
+    case $tree in
+    *=*)
+        mkdir -p "./${tree#*=}"
+        mount --bind "${tree%%=*}" "./${tree#*=}"
+        ;;
+    *) cp -a "$tree/." . ;;
+    esac
 done
 
 mount -t proc proc proc

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.systemd.machine import Machine, booted
+from tests.systemd.machine import WAIT_SECONDS, Machine, booted
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -122,8 +122,8 @@ def serve(machine: Machine) -> dict[str, int]:
     return ready(machine)
 
 
-def ready(machine: Machine, count: int = 2) -> dict[str, int]:
+def ready(machine: Machine, count: int = 2, seconds: float = WAIT_SECONDS) -> dict[str, int]:
     """Wait until so many models are ready; the process id of each one's engine."""
-    machine.eventually("/health", "models.ready", count)
+    machine.eventually("/health", "models.ready", count, seconds)
     models = machine.get("/models")["models"]
     return {model["id"]: model["status"]["instances"][0]["pid"] for model in models}

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,9 @@ class Machine:
         """The daemon's answer on port 8000."""
         return json.loads(self.run("curl", "-sS", "--fail-with-body", f"http://127.0.0.1:8000{path}").stdout)
 
-    def eventually(self, path: str, key: str, value: object) -> Any:  # noqa: ANN401 - JSON
+    def eventually(self, path: str, key: str, value: object, seconds: float = WAIT_SECONDS) -> Any:  # noqa: ANN401 - JSON
         """Ask again and again until the answer has this at `key`, a path with dots; returns the answer."""
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline = time.monotonic() + seconds
         while True:
             found = answer = self.get(path)
             for part in key.split("."):
@@ -95,14 +95,18 @@ class Machine:
 
 
 @contextlib.contextmanager
-def booted(*trees: Path) -> Iterator[Machine]:
-    """A machine whose root is this machine's, with what is in the folders `trees` over it."""
+def booted(*trees: Path, shown: Mapping[str, Path] | None = None) -> Iterator[Machine]:
+    """A machine whose root is this machine's, with a copy of what is in the folders `trees` over it.
+
+    `shown`: folders of this machine, by where they are there.
+    """
     folder = Path(tempfile.mkdtemp(prefix="machine-"))
     cgroup = _cgroup_root() / folder.name
     cgroup.mkdir()
     join = 'echo 0 >"$0/cgroup.procs" && exec setsid unshare "$@"'
     flags = [*_NAMESPACES, "--fork", "--kill-child", "--propagation", "private"]
-    boot = [str(BOOT), str(folder), sys.base_prefix, *map(str, trees)]
+    binds = [f"{source}={place}" for place, source in (shown or {}).items()]
+    boot = [str(BOOT), str(folder), sys.base_prefix, *map(str, trees), *binds]
     outer = subprocess.Popen(
         ["bash", "-c", join, cgroup, *flags, "--", "bash", *boot], stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
