@@ -72,6 +72,12 @@ class Machine:
         while (found := self.show(unit, *wanted)) != wanted:
             assert time.monotonic() < deadline, f"{unit}: {found} instead of {wanted}\n{self.journal()}"
 
+    def until_status(self, part: str, unit: str = "vllm-proxy") -> None:
+        """Wait until a unit's STATUS= has this in it."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while part not in (found := self.show(unit, "StatusText")["StatusText"]):
+            assert time.monotonic() < deadline, f"{unit}: {found!r}\n{self.journal()}"
+
     def journal(self, unit: str = "vllm-proxy") -> str:
         """What a unit and systemd about it have logged."""
         command = ("journalctl", "--no-pager", "-o", "cat", "-u", unit)
