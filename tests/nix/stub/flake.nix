@@ -1,0 +1,44 @@
+# Stands for nixpkgs, as far as packaging/nix/flake.nix looks into it.
+{
+  outputs = _: {
+    lib = import ./minilib.nix;
+    legacyPackages.x86_64-linux =
+      let
+        lib = import ./minilib.nix;
+        derivation' =
+          name:
+          builtins.derivation {
+            inherit name;
+            system = "x86_64-linux";
+            builder = "/bin/sh";
+          };
+        python = {
+          pkgs = builtins.listToAttrs (
+            map (name: { inherit name; value = derivation' name; }) [
+              "aiohttp" "aiohttp-swagger3" "hatchling" "httptools" "msgspec" "prometheus-client" "pydantic"
+              "python-dotenv" "python-multipart" "sdnotify" "structlog" "tomli-w" "tomlkit" "uvloop" "watchfiles"
+            ]
+          ) // {
+            buildPythonApplication = arguments: derivation' arguments.pname // arguments;
+          };
+        };
+      in
+      {
+        callPackage =
+          path: _:
+          import path {
+            inherit lib;
+            python313.override = _: python;
+            fetchPypi = _: "";
+          };
+        mkShell = arguments: derivation' "shell" // arguments;
+        nixfmt = derivation' "nixfmt";
+        python313 = derivation' "python" // { meta.mainProgram = "python3.13"; };
+        uv = derivation' "uv";
+        stdenv = {
+          hostPlatform.system = "x86_64-linux";
+          cc.cc.lib = derivation' "gcc";
+        };
+      };
+  };
+}

@@ -1,0 +1,245 @@
+"""The NixOS module and the flake, evaluated without nixpkgs; with NIXPKGS_LIB set, the module with the real lib too."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.nix
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+NIX = ROOT / "packaging/nix"
+SHIPPED = ROOT / "packaging/systemd"
+MODELS = 'settings.models.chat.model = "org/chat";'
+
+# Where the module's unit is meant to differ from the shipped one.
+STORE_PATH = "the program is in the store"
+OPTION = "services.vllm-proxy.environmentFile, never a file that may or may not be there"
+KNOWN = set("description wants after wantedBy reloadTriggers unitConfig environment serviceConfig".split())
+DIFFERENT = {"ExecStart": STORE_PATH, "ExecReload": STORE_PATH, "EnvironmentFile": OPTION}
+
+
+@pytest.fixture(autouse=True)
+def nix_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nix without its daemon, its users and its channels."""
+    if shutil.which("nix-instantiate") is None:
+        message = "NEEDS NIX: Debian's nix-bin is enough; `sh packaging/dev test` installs it"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    folder = tmp_path / "nix"
+    folder.mkdir()
+    (folder / "nix.conf").write_text("build-users-group =\nexperimental-features = nix-command flakes\n")
+    monkeypatch.setenv("NIX_CONF_DIR", str(folder))
+    monkeypatch.delenv("NIX_PATH", raising=False)
+
+
+def nix(*command: str, status: int | None = 0) -> str:
+    """Run a command of Nix; its output, or what it complains about."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert status is None or done.returncode == status, done.stderr
+    return done.stdout if done.returncode == 0 else done.stderr
+
+
+def evaluate(folder: Path, text: str, *, status: int = 0) -> Any:  # noqa: ANN401 - JSON
+    """What the module makes of `services.vllm-proxy` with these options, or its error; `text` may be a whole module."""
+    file = folder / "configuration.nix"
+    whole = text if text.lstrip().startswith("{") else f"{{ services.vllm-proxy = {{ enable = true; {text} }}; }}"
+    file.write_text(whole, encoding="utf-8")
+    command = [
+        "nix-instantiate",
+        "--eval",
+        "--strict",
+        "--json",
+        str(HERE / "eval.nix"),
+        "--arg",
+        "configuration",
+        str(file),
+    ]
+    said = nix(*command, status=status)
+    if status:
+        return said
+    found = json.loads(said)
+    if real := os.environ.get("NIXPKGS_LIB"):
+        assert json.loads(nix(*command, "--arg", "lib", f"import {real}/lib")) == found
+    return found
+
+
+def written(section: dict[str, Any], environment: dict[str, str] | None = None) -> dict[str, list[str]]:
+    """Directives as the module gives them: each one's values, as systemd reads them."""
+    found: dict[str, list[str]] = {}
+    for key, value in section.items():
+        values = value if isinstance(value, list) else [value]
+        found[key] = [
+            {True: "yes", False: "no"}.get(one, str(one)) if isinstance(one, bool) else str(one) for one in values
+        ]
+    if environment:
+        found["Environment"] = [f"{key}={value}" for key, value in environment.items()]
+    return plain(found)
+
+
+def shipped(*files: str) -> dict[str, dict[str, list[str]]]:
+    """The directives of a unit and its drop-ins, by section."""
+    sections: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for file in files:
+        section = ""
+        given: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for line in (SHIPPED / file).read_text(encoding="utf-8").splitlines():
+            if line.startswith("["):
+                section = line.strip("[]")
+            elif line and not line.startswith("#"):
+                key, _, value = line.partition("=")
+                given[section][key].append(value)
+        for name, directives in given.items():
+            for key, values in directives.items():
+                sections[name][key] = [*sections[name][key], *values] if key == "Environment" else values
+    return {name: plain(directives) for name, directives in sections.items()}
+
+
+def plain(directives: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Words in the place of lines where systemd takes either, in no order."""
+    split = {"Wants", "After", "Environment", "RestrictAddressFamilies"}
+    found = {key: " ".join(values).split() if key in split else values for key, values in directives.items()}
+    return {key: sorted(values) for key, values in found.items() if values}
+
+
+def differences(ours: dict[str, list[str]], theirs: dict[str, list[str]]) -> dict[str, tuple[object, object]]:
+    """Where two sections differ, unless that is meant."""
+    keys = (ours.keys() | theirs.keys()) - DIFFERENT.keys()
+    return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
+
+
+@pytest.mark.parametrize("keeps_models", [False, True])
+def test_the_units_do_not_drift_apart(tmp_path: Path, *, keeps_models: bool) -> None:
+    """Each directive of the module is that of the shipped files, with the drop-ins for systemd 254."""
+    drop_ins = ["notify-reload.conf", "delegate-subgroup.conf", *(["keep-models.conf"] if keeps_models else [])]
+    theirs = shipped("vllm-proxy.service", *drop_ins)
+    found = evaluate(tmp_path, MODELS + f"keepModels = {str(keeps_models).lower()};")
+    service = found["service"]
+    unit = service["unitConfig"] | {key: service[key.lower()] for key in ("Description", "Wants", "After")}
+    assert set(service) <= KNOWN
+    assert differences(written(unit), theirs["Unit"]) == {}
+    assert differences(written(service["serviceConfig"], service["environment"]), theirs["Service"]) == {}
+    assert written({"WantedBy": service["wantedBy"]}) == theirs["Install"]
+    socket = found["socket"]
+    theirs = shipped("vllm-proxy.socket")
+    assert written({"Description": socket["description"]}) == theirs["Unit"]
+    assert differences(written(socket["socketConfig"]), theirs["Socket"]) == {}
+    assert written({"WantedBy": socket["wantedBy"]}) == theirs["Install"]
+
+
+def test_a_rebuild_reloads_and_never_restarts_for_the_configuration(tmp_path: Path) -> None:
+    """The file is checked by the package itself, lies at a fixed path, and triggers a reload alone."""
+    found, other = (evaluate(tmp_path, MODELS + more) for more in ("", 'settings.models.embed.model = "x";'))
+    (file,) = found["service"]["reloadTriggers"]
+    assert found["etc"]["vllm-proxy/models.toml"]["source"] == file
+    assert re.match(
+        r"\S+/bin/vllm-proxy check --config (\S+)\ncp \1 \$out\n$", found["etc"]["vllm-proxy/models.toml"]["text"]
+    )
+    changed = {key for key in found["service"] if found["service"][key] != other["service"][key]}
+    assert changed == {"reloadTriggers"}
+    assert "restartTriggers" not in found["service"]
+
+
+def test_disabled_it_does_nothing(tmp_path: Path) -> None:
+    """No unit, no user, no file."""
+    found = evaluate(tmp_path, '{ services.vllm-proxy.settings.models.chat.model = "x"; }')
+    assert (found["service"], found["socket"]) == (None, None)
+    assert (found["users"], found["groups"], found["etc"], found["ports"]) == ({}, {}, {}, [])
+
+
+def test_each_option_does_what_it_says(tmp_path: Path) -> None:
+    """And no more."""
+    found = evaluate(
+        tmp_path, 'configFile = "/srv/ai/models.toml"; environmentFile = "/run/secrets/hf"; user = "me"; group = "us";'
+    )
+    service = found["service"]["serviceConfig"]
+    assert found["service"]["environment"]["VLLM_PROXY_CONFIG"] == "/srv/ai/models.toml"
+    assert (service["ReadWritePaths"], service["EnvironmentFile"]) == ("/srv/ai", ["/run/secrets/hf"])
+    assert (service["User"], service["Group"], found["users"], found["groups"]) == ("me", "us", {}, {})
+    assert (found["etc"], found["service"]["reloadTriggers"]) == ({}, [])
+    assert evaluate(tmp_path, MODELS + "socketActivation = false;")["socket"] is None
+    assert evaluate(tmp_path, MODELS + "openFirewall = true;")["ports"] == [8000]
+    opened = evaluate(tmp_path, MODELS + 'openFirewall = true; settings.server = { host = "::"; port = 80; };')
+    assert (opened["ports"], opened["socket"]["socketConfig"]["ListenStream"]) == ([80], "[::]:80")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ('configFile = "/x/models.toml"; ' + MODELS, "with configFile the models are in that file"),
+        (
+            'settings.server.host = "ai.example.org"; ' + MODELS,
+            "settings.server.host must be an address for socketActivation",
+        ),
+    ],
+)
+def test_what_cannot_work_is_an_assertion(tmp_path: Path, options: str, sentence: str) -> None:
+    """One sentence that names the option."""
+    (message,) = evaluate(tmp_path, options)["failed"]
+    assert sentence in message
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("keepModels = 1;", "services.vllm-proxy.keepModels"),
+        ("keepModel = true;", "`services.vllm-proxy.keepModel' does not exist"),
+    ],
+)
+def test_a_mistake_stops_the_evaluation(tmp_path: Path, options: str, sentence: str) -> None:
+    """A wrong type and an unknown option are named."""
+    assert sentence in evaluate(tmp_path, options + MODELS, status=1)
+
+
+def test_the_readme_is_a_configuration(tmp_path: Path) -> None:
+    """The module in the README's "NixOS" section, word for word; the flake around it parses."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## NixOS\n")[1].split("\n## ")[0]
+    flake, module = re.findall(r"^```nix\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    (tmp_path / "flake.nix").write_text(flake, encoding="utf-8")
+    nix("nix-instantiate", "--parse", str(tmp_path / "flake.nix"))
+    found = evaluate(tmp_path, module)
+    assert found["failed"] == []
+    assert found["service"]["serviceConfig"]["KillMode"] == "process"
+
+
+def test_the_flake_offers_what_others_take(tmp_path: Path) -> None:
+    """Package, overlay, module, shell, check and formatter, as `nix flake show` lists them."""
+    (tmp_path / "src/packaging").mkdir(parents=True)
+    (tmp_path / "stub").mkdir()
+    shutil.copytree(NIX, tmp_path / "src/packaging/nix")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "src" / name)
+    shutil.copytree(ROOT / "vllm_proxy", tmp_path / "src/vllm_proxy", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(HERE / "stub/flake.nix", tmp_path / "stub")
+    shutil.copy(HERE / "minilib.nix", tmp_path / "stub")
+    for line in ("init -q", "add -A", "-c user.name=x -c user.email=x commit -qm x"):
+        subprocess.run(["git", "-C", str(tmp_path / "src"), *line.split()], check=True)
+    here = f"git+file://{tmp_path}/src?dir=packaging/nix"
+    flags = ["--offline", "--no-write-lock-file", "--override-input", "nixpkgs", f"path:{tmp_path}/stub"]
+    shown = json.loads(nix("nix", "flake", "show", "--json", *flags, here))
+    nix("nix", "flake", "check", "--no-build", *flags, here)
+    system = "x86_64-linux"
+    assert shown["packages"][system]["default"]["name"] == "vllm-proxy"
+    assert set(shown) == {"checks", "devShells", "formatter", "nixosModules", "overlays", "packages"}
+
+
+@pytest.mark.parametrize("keeps_models", ["false", "true"])
+def test_the_generated_unit_is_one_that_systemd_takes(tmp_path: Path, keeps_models: str) -> None:
+    """`systemd-analyze verify` prints nothing, but for what the systemd of this machine is too old for."""
+    service = evaluate(tmp_path, MODELS + f"keepModels = {keeps_models};")["service"]
+    directives = written(service["serviceConfig"], service["environment"])
+    directives |= {"ExecStart": ["/usr/bin/true"], "ExecReload": ["/usr/bin/true"], "Type": ["notify"]}
+    del directives["DelegateSubgroup"]
+    lines = [f"{key}={value}" for key, values in directives.items() for value in values]
+    unit = tmp_path / "vllm-proxy.service"
+    unit.write_text("\n".join(["[Unit]", "Description=x", "[Service]", *lines, ""]), encoding="utf-8")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout + done.stderr == ""
