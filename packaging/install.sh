@@ -28,6 +28,8 @@ is_hidden() {
     esac
 }
 
+is_ours() { [ "$(readlink /usr/local/bin/vllm-proxy)" = "$prefix/venv/bin/vllm-proxy" ]; }
+
 find_python() {
     if [ -n "${UV_PYTHON:-}" ]; then
         is_313 "$UV_PYTHON" || die "UV_PYTHON is no Python 3.13: $UV_PYTHON"
@@ -60,8 +62,12 @@ install_environment() {
     # shellcheck disable=SC2086 # two words, or none
     UV_PROJECT_ENVIRONMENT=$prefix/venv UV_PYTHON=$python UV_LINK_MODE=${UV_LINK_MODE:-copy} "$uv" sync --quiet \
         --project "$root" --locked --no-dev --no-editable --compile-bytecode --reinstall-package vllm-proxy $vllm
-    mkdir -p /usr/local/bin
-    ln -sf "$prefix/venv/bin/vllm-proxy" /usr/local/bin/vllm-proxy
+    if is_ours || [ ! -e /usr/local/bin/vllm-proxy ]; then
+        mkdir -p /usr/local/bin
+        ln -sf "$prefix/venv/bin/vllm-proxy" /usr/local/bin/vllm-proxy
+    else
+        say "left alone: /usr/local/bin/vllm-proxy, which is not ours; the command is $prefix/venv/bin/vllm-proxy"
+    fi
 }
 
 install_configuration() {
@@ -99,7 +105,7 @@ uninstall() {
         "$prefix/venv/bin/vllm-proxy" stop --all --state-dir /var/lib/vllm-proxy >&2 || say 'some engines still run'
     fi
     rm -rf "$prefix" "$units/vllm-proxy.service" "$units/vllm-proxy.socket" "$units/vllm-proxy.service.d"
-    if [ "$(readlink /usr/local/bin/vllm-proxy)" = "$prefix/venv/bin/vllm-proxy" ]; then
+    if is_ours; then
         rm -f /usr/local/bin/vllm-proxy
     fi
     if [ -d /run/systemd/system ]; then

@@ -126,6 +126,7 @@ async def _run(
     beating = asyncio.create_task(systemd.beat())
     stack.callback(beating.cancel)
     stopping = _catch_signals(reconciler)
+    changed, asked = _catch_hang_ups()  # before systemd knows that there is somebody to send them to
 
     def tell(_: object) -> None:
         systemd.status(sentence(reconciler, desired))
@@ -141,7 +142,7 @@ async def _run(
     _tune_python()
     tell(None)
     systemd.ready()
-    following = asyncio.create_task(_follow(desired, systemd))
+    following = asyncio.create_task(_follow(desired, systemd, changed, asked))
     log.info("listening", address=address_of(doors.clients[0]), models=len(reconciler.config.models))
     if shown:
         shown(reconciler, address_of(doors.clients[0]))
@@ -165,15 +166,8 @@ async def _run(
         log.info("stopped")
 
 
-async def _follow(desired: Desired, systemd: Systemd) -> None:
-    """Reload when the file changed, or on SIGHUP, until cancelled."""
-    changed, asked = asyncio.Event(), asyncio.Event()
-
-    def hang_up() -> None:
-        asked.set()
-        changed.set()
-
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
+async def _follow(desired: Desired, systemd: Systemd, changed: asyncio.Event, asked: asyncio.Event) -> None:
+    """Reload when the file `changed`, or when SIGHUP `asked` for it, until cancelled."""
     watching = asyncio.create_task(watch(desired.file, changed.set, lambda: desired.revision))
     try:
         while True:
@@ -272,6 +266,18 @@ def _catch_signals(reconciler: Reconciler) -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     return stopping
+
+
+def _catch_hang_ups() -> tuple[asyncio.Event, asyncio.Event]:
+    """Both are set on SIGHUP: there may be something new, and somebody waits for the verdict."""
+    changed, asked = asyncio.Event(), asyncio.Event()
+
+    def hang_up() -> None:
+        asked.set()
+        changed.set()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
+    return changed, asked
 
 
 def _tune_python() -> None:

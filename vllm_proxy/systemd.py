@@ -15,6 +15,7 @@ import sdnotify
 from vllm_proxy.errors import StartupError
 
 _FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
+_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _EXTENSION_SECONDS = 30.0
 
 
@@ -97,9 +98,9 @@ def _listener(descriptor: int) -> socket.socket:
     except OSError as error:
         msg = f"cannot use the inherited descriptor {descriptor}: {error.strerror}"
         raise StartupError(msg) from error
-    if listener.type != socket.SOCK_STREAM or not listens:
+    if listener.type != socket.SOCK_STREAM or listener.family not in _FAMILIES or not listens:
         listener.close()
-        expected = "only listening stream sockets (ListenStream=, without Accept=)"
+        expected = "only listening stream sockets, TCP or Unix (ListenStream=, without Accept=)"
         msg = f"cannot use the inherited descriptor {descriptor}: {expected}"
         raise StartupError(msg)
     listener.set_inheritable(False)

@@ -219,6 +219,7 @@ in
         MemoryDenyWriteExecute = false;
         ProtectControlGroups = false;
         PrivateNetwork = false;
+        PrivateUsers = false;
         ProcSubset = "all";
         ProtectProc = "invisible";
         ProtectClock = true;

@@ -106,6 +106,20 @@ def test_a_stream_ends_whole_before_a_restart_and_cut_where_the_daemon_is_killed
         ready(serving)
 
 
+def test_an_address_of_systemd_that_is_not_loopback_is_open_for_inference_alone(machine: Machine) -> None:
+    """Administration over it is refused, as if the daemon had opened it; the control socket and models serve."""
+    folder = machine.path("/etc/systemd/system/vllm-proxy.socket.d")
+    folder.mkdir()
+    (folder / "address.conf").write_text("[Socket]\nListenStream=\nListenStream=0.0.0.0:8000\n", encoding="utf-8")
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "start", "vllm-proxy.socket", "vllm-proxy.service")
+    machine.eventually("/health", "models.ready", 2)
+    refused = machine.shell("curl -sS --fail-with-body localhost:8000/models", status=22)
+    assert json.loads(refused)["error"]["code"] == "remote_admin_disabled"
+    assert [model["id"] for model in machine.get("/v1/models")["data"]] == ["chat", "embed"]
+    machine.run("systemctl", "reload", "vllm-proxy")
+
+
 def test_the_first_request_starts_the_service(machine: Machine) -> None:
     """With the socket alone nothing runs until somebody asks; that request is served."""
     machine.run("systemctl", "start", "vllm-proxy.socket")
