@@ -75,9 +75,7 @@ install_configuration() {
     # The daemon writes what the REST API is told, beside the file and then in its place: the folder is its own.
     install -d -m 755 -o vllm-proxy -g vllm-proxy "$config"
     if [ ! -e "$config/models.toml" ]; then
-        "$prefix/venv/bin/vllm-proxy" init --config "$config/models.toml" >&2
-        chown vllm-proxy:vllm-proxy "$config/models.toml"
-        chmod 644 "$config/models.toml"
+        runuser -u vllm-proxy -- "$prefix/venv/bin/vllm-proxy" init --config "$config/models.toml" >&2
     fi
 }
 

@@ -151,10 +151,6 @@ in
       ];
       # Not restartTriggers: models that did not change keep running.
       reloadTriggers = lib.optional isGenerated checked;
-      unitConfig = {
-        StartLimitIntervalSec = 300;
-        StartLimitBurst = 5;
-      };
       environment = {
         VLLM_PROXY_CONFIG = file;
         HOME = "/var/lib/${name}";

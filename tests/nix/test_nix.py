@@ -22,7 +22,7 @@ MODELS = 'settings.models.chat.model = "org/chat";'
 # Where the module's unit is meant to differ from the shipped one.
 STORE_PATH = "the program is in the store"
 OPTION = "services.vllm-proxy.environmentFile, never a file that may or may not be there"
-KNOWN = set("description wants after wantedBy reloadTriggers unitConfig environment serviceConfig".split())
+KNOWN = set("description wants after wantedBy reloadTriggers environment serviceConfig".split())
 DIFFERENT = {"ExecStart": STORE_PATH, "ExecReload": STORE_PATH, "EnvironmentFile": OPTION}
 
 
@@ -121,7 +121,7 @@ def test_the_units_do_not_drift_apart(tmp_path: Path, *, keeps_models: bool) -> 
     theirs = shipped("vllm-proxy.service", *drop_ins)
     found = evaluate(tmp_path, MODELS + f"keepModels = {str(keeps_models).lower()};")
     service = found["service"]
-    unit = service["unitConfig"] | {key: service[key.lower()] for key in ("Description", "Wants", "After")}
+    unit = {key: service[key.lower()] for key in ("Description", "Wants", "After")}
     assert set(service) <= KNOWN
     assert differences(written(unit), theirs["Unit"]) == {}
     assert differences(written(service["serviceConfig"], service["environment"]), theirs["Service"]) == {}

@@ -4,13 +4,14 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.systemd.conftest import drop_in, ready
+from tests.systemd.conftest import configure, drop_in, ready
 from tests.systemd.machine import Machine
 
 pytestmark = pytest.mark.systemd
@@ -118,6 +119,21 @@ def test_an_address_of_systemd_that_is_not_loopback_is_open_for_inference_alone(
     assert json.loads(refused)["error"]["code"] == "remote_admin_disabled"
     assert [model["id"] for model in machine.get("/v1/models")["data"]] == ["chat", "embed"]
     machine.run("systemctl", "reload", "vllm-proxy")
+
+
+def test_a_client_that_waits_makes_no_loop_of_an_invalid_file(machine: Machine) -> None:
+    """A few starts, then both units fail; with the file mended a plain start is enough, soon after."""
+    good = machine.path("/etc/vllm-proxy/models.toml").read_text()
+    configure(machine, "[rubbish")
+    machine.run("systemctl", "start", "vllm-proxy.socket")
+    machine.shell("curl -sS localhost:8000/health", status=None)
+    machine.until("vllm-proxy.socket", ActiveState="failed", Result="service-start-limit-hit")
+    assert machine.show("vllm-proxy", "ActiveState", "NRestarts") == {"ActiveState": "failed", "NRestarts": "0"}
+    configure(machine, good)
+    deadline = time.monotonic() + 60
+    while machine.run("systemctl", "start", "vllm-proxy.socket", "vllm-proxy.service", status=None).returncode:
+        assert time.monotonic() < deadline
+    ready(machine)
 
 
 def test_the_first_request_starts_the_service(machine: Machine) -> None:
