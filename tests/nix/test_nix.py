@@ -197,36 +197,46 @@ def test_a_mistake_stops_the_evaluation(tmp_path: Path, options: str, sentence: 
     assert sentence in evaluate(tmp_path, options + MODELS, status=1)
 
 
-def test_the_readme_is_a_configuration(tmp_path: Path) -> None:
-    """The module in the README's "NixOS" section, word for word; the flake around it parses."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## NixOS\n")[1].split("\n## ")[0]
-    flake, module = re.findall(r"^```nix\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
-    (tmp_path / "flake.nix").write_text(flake, encoding="utf-8")
-    nix("nix-instantiate", "--parse", str(tmp_path / "flake.nix"))
-    found = evaluate(tmp_path, module)
-    assert found["failed"] == []
-    assert found["service"]["serviceConfig"]["KillMode"] == "process"
-
-
-def test_the_flake_offers_what_others_take(tmp_path: Path) -> None:
-    """Package, overlay, module, shell, check and formatter, as `nix flake show` lists them."""
-    (tmp_path / "src/packaging").mkdir(parents=True)
-    (tmp_path / "stub").mkdir()
-    shutil.copytree(NIX, tmp_path / "src/packaging/nix")
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[str]:
+    """Flags that give a flake the repository and the stand-in for nixpkgs instead of what is on the network."""
+    source, stub = tmp_path / "src", tmp_path / "stub"
+    shutil.copytree(NIX, source / "packaging/nix")
+    shutil.copytree(ROOT / "vllm_proxy", source / "vllm_proxy", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / "src" / name)
-    shutil.copytree(ROOT / "vllm_proxy", tmp_path / "src/vllm_proxy", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(HERE / "stub/flake.nix", tmp_path / "stub")
-    shutil.copy(HERE / "minilib.nix", tmp_path / "stub")
+        shutil.copy(ROOT / name, source / name)
     for line in ("init -q", "add -A", "-c user.name=x -c user.email=x commit -qm x"):
-        subprocess.run(["git", "-C", str(tmp_path / "src"), *line.split()], check=True)
+        subprocess.run(["git", "-C", str(source), *line.split()], check=True)
+    shutil.copytree(HERE / "stub", stub)
+    for name in ("minilib.nix", "system.nix"):
+        shutil.copy(HERE / name, stub)
+    return ["--offline", "--no-write-lock-file", "--override-input", "nixpkgs", f"path:{stub}"]
+
+
+def test_the_flake_offers_what_others_take(tmp_path: Path, inputs: list[str]) -> None:
+    """Package, overlay, module, shell, check and formatter, as `nix flake show` lists them."""
     here = f"git+file://{tmp_path}/src?dir=packaging/nix"
-    flags = ["--offline", "--no-write-lock-file", "--override-input", "nixpkgs", f"path:{tmp_path}/stub"]
-    shown = json.loads(nix("nix", "flake", "show", "--json", *flags, here))
-    nix("nix", "flake", "check", "--no-build", *flags, here)
-    system = "x86_64-linux"
-    assert shown["packages"][system]["default"]["name"] == "vllm-proxy"
+    shown = json.loads(nix("nix", "flake", "show", "--json", *inputs, here))
+    nix("nix", "flake", "check", "--no-build", *inputs, here)
+    assert shown["packages"]["x86_64-linux"]["default"]["name"] == "vllm-proxy"
     assert set(shown) == {"checks", "devShells", "formatter", "nixosModules", "overlays", "packages"}
+
+
+def test_the_readme_is_a_machine(tmp_path: Path, inputs: list[str]) -> None:
+    """The flake and the configuration in the README's "NixOS" section, word for word."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## NixOS\n")[1].split("\n## ")[0]
+    flake, configuration = re.findall(r"^```nix\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    machine = tmp_path / "machine"
+    machine.mkdir()
+    (machine / "flake.nix").write_text(flake, encoding="utf-8")
+    (machine / "configuration.nix").write_text(configuration, encoding="utf-8")
+    ours = ["--override-input", "vllm-proxy", f"git+file://{tmp_path}/src?dir=packaging/nix"]
+    where = f"path:{machine}#nixosConfigurations.server.config"
+    service = json.loads(nix("nix", "eval", "--json", *inputs, *ours, f"{where}.systemd.services.vllm-proxy"))
+    assert service["serviceConfig"]["KillMode"] == "process"
+    assert re.fullmatch(r"/nix/store/\S+-vllm-proxy/bin/vllm-proxy serve", service["serviceConfig"]["ExecStart"])
+    assertions = json.loads(nix("nix", "eval", "--json", *inputs, *ours, f"{where}.assertions"))
+    assert all(found["assertion"] for found in assertions)
 
 
 @pytest.mark.parametrize("keeps_models", ["false", "true"])

@@ -1,7 +1,15 @@
 # Stands for nixpkgs, as far as packaging/nix/flake.nix looks into it.
 {
   outputs = _: {
-    lib = import ./minilib.nix;
+    lib =
+      let
+        lib = import ./minilib.nix;
+      in
+      lib
+      // {
+        nixosSystem =
+          { modules }: lib.evalModules { modules = [ (import ./system.nix { inherit lib; }) ] ++ modules; };
+      };
     legacyPackages.x86_64-linux =
       let
         lib = import ./minilib.nix;
