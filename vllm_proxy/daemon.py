@@ -94,7 +94,8 @@ async def serve(
     adopt_orphans()
     async with contextlib.AsyncExitStack() as stack:
         state = stack.enter_context(StateDirectory(settings.state_dir))
-        sockets = inherited_sockets(os.environ) or listen(config.server)
+        inherited = inherited_sockets(os.environ)
+        sockets = inherited or listen(config.server)
         for listener in sockets:
             stack.callback(listener.close)
         doors = Doors(sockets, listen_for_commands(settings.control_socket))
@@ -103,7 +104,8 @@ async def serve(
         around, launcher = _surroundings(settings, config, state, doors.ports(), stack, pass_on=pass_on)
         reconciler = Reconciler(config, around, state, launcher.fingerprint)
         store = Store(settings.config_file)
-        desired = Desired(store, settings.overrides, reconciler, launcher.check, launcher.ports)
+        desired = Desired(store, settings.overrides, reconciler, launcher.check, launcher.ports,
+                          address_is_given=bool(inherited))  # fmt: skip
         lines = (
             AccessLog(sys.stderr, access_log_form, asyncio.get_running_loop().call_later) if access_log_form else None
         )

@@ -192,7 +192,7 @@ class Fleet(RuleBasedStateMachine):
         await self.desired.reload()
         await self._time(100)  # what has died rests
         for model in self.reconciler.models():
-            if model.rests or model.state is State.ERROR:
+            if model.rests or any(one.state is State.ERROR for one in model.instances):
                 model.start()
         for _ in range(40):
             await self._time(100)

@@ -118,7 +118,9 @@ def test_an_address_of_systemd_that_is_not_loopback_is_open_for_inference_alone(
     refused = machine.shell("curl -sS --fail-with-body localhost:8000/models", status=22)
     assert json.loads(refused)["error"]["code"] == "remote_admin_disabled"
     assert [model["id"] for model in machine.get("/v1/models")["data"]] == ["chat", "embed"]
+    configure(machine, machine.path("/etc/vllm-proxy/models.toml").read_text() + "[server]\nport = 9000\n")
     machine.run("systemctl", "reload", "vllm-proxy")
+    assert machine.get("/health")["config"]["pending_restart"] == [], "the file does not say where it listens"
 
 
 def test_a_client_that_waits_makes_no_loop_of_an_invalid_file(machine: Machine) -> None:

@@ -147,7 +147,7 @@ class Metrics(Collector):
         )
         memory = GaugeMetricFamily(
             "vllm_proxy_instance_memory_bytes",
-            "Memory of the engine's processes, what they share counted for each.",
+            "Memory of the engine's processes that no file backs; without a cgroup what they share counts for each.",
             labels=["model", "instance"],
         )
         for model in self._reconciler.models():

@@ -66,8 +66,9 @@ class Desired:
         ports: Ports,
         *,
         away: Away = asyncio.to_thread,
+        address_is_given: bool = False,
     ) -> None:
-        """`away`: has what blocks done elsewhere."""
+        """`away`: has what blocks done elsewhere. `address_is_given`: it is not the file that says where to listen."""
         self.rejected: ConfigError | None = None  # why what is on disk is not what runs
         self.reloads = Counter[str]()  # by result
         self._store = store
@@ -78,7 +79,7 @@ class Desired:
         self._check = check
         self._ports = ports
         self._away = away
-        self._started_with = reconciler.config.server
+        self._started_with = None if address_is_given else reconciler.config.server
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listeners: list[Callable[[Outcome | ConfigError], None]] = []
@@ -94,7 +95,8 @@ class Desired:
 
     def pending_restart(self) -> list[str]:
         """Keys of `[server]` that the file has changed and only a restart of the daemon applies."""
-        return restart_needed(self._started_with, self.reconciler.config.server)
+        now = self.reconciler.config.server
+        return restart_needed(self._started_with, now) if self._started_with else []
 
     async def text(self) -> bytes:
         """The file as it is on disk.
