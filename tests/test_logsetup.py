@@ -10,6 +10,7 @@ import pytest
 import structlog
 
 from vllm_proxy import logsetup
+from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.logsetup import Format
 
 
@@ -75,6 +76,18 @@ def test_journal_lines_have_priorities_and_no_time(capsys: pytest.CaptureFixture
 def test_what_is_below_the_level_is_not_written(capsys: pytest.CaptureFixture[str], level: str, count: int) -> None:
     """The level is a threshold."""
     assert len(written(capsys, "json", level=level)) == count
+
+
+@pytest.mark.parametrize("form", ["text", "json", "journal"])
+def test_a_name_out_of_an_enumeration_is_shown_as_its_word(
+    capsys: pytest.CaptureFixture[str], form: logsetup.Form
+) -> None:
+    """A reason is `crashed`, whatever Python calls it."""
+    logsetup.set_up("info", form)
+    structlog.get_logger().info("the engine failed", reason=Reason.CRASHED)
+    line = capsys.readouterr().err
+    assert "crashed" in line
+    assert "Reason" not in line
 
 
 def test_auto_is_text_where_stderr_is_not_the_journal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,7 @@ class FrontRunner(web.AppRunner):
             writer: AbstractStreamWriter,
             task: "asyncio.Task[None]",
         ) -> web.BaseRequest:
-            cast("ClientConnection", protocol).asked = True
+            protocol.asked = True  # type: ignore[attr-defined] # ours: a ClientConnection
             route = routes.get((message.method, message.path))
             if route is None:
                 return app_request(message, payload, protocol, writer, task)
