@@ -90,6 +90,9 @@ install_units() {
     if [ "$version" -ge 254 ]; then
         install -m 644 delegate-subgroup.conf "$units/vllm-proxy.service.d"
     fi
+    if command -v restorecon >/dev/null; then # SELinux
+        restorecon -R "$prefix" "$units" "$config"
+    fi
     if [ -d /run/systemd/system ]; then
         systemctl daemon-reload
     fi

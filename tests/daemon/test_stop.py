@@ -76,6 +76,22 @@ async def test_a_stop_closes_what_idles_and_serves_what_was_accepted(tmp_path: P
         assert await running.stop() == 0
 
 
+async def test_a_request_whose_rest_comes_after_the_signal_is_served(tmp_path: Path, port_start: int) -> None:
+    """Clients send head and body apart: the stop finds the one without the other, and nothing else to wait for."""
+    body = b'{"model": "chat", "messages": [{"role": "user", "content": "hi"}]}'
+    whole = request("/v1/chat/completions", body)
+    async with daemon(fake_engines(port_start) + CHAT, tmp_path) as running:
+        await both_ready(running)
+        async with connected(running.port) as client:
+            await client.send(whole[: -len(body)])
+            await running.metrics()
+            running.process.send_signal(signal.SIGTERM)
+            await running.until("STOPPING=1")
+            await client.send(body)
+            assert (await client.answer()).status == 200
+        assert await running.stop() == 0
+
+
 async def test_a_second_signal_skips_the_wait_for_requests(tmp_path: Path, port_start: int) -> None:
     """A stream that never ends holds the daemon no longer than people want; its end says so."""
     config = '[models.chat]\nmodel = "x"\nstop_timeout = "1s"\n'

@@ -40,6 +40,12 @@ class ClientConnection(RequestHandler):
         """Whether it waits for another request. Closed in the middle of one, it would drop the rest of its body."""
         return self.asked and self._waiter is not None and not self._messages
 
+    @property
+    def is_asking(self) -> bool:
+        """Whether its first request, or the rest of one, is still to come."""
+        request = self._current_request
+        return not self.asked or (request is not None and not request.content.is_eof())
+
     def pause_writing(self) -> None:
         """The client reads more slowly than its engine writes."""
         super().pause_writing()
@@ -99,18 +105,20 @@ class FrontRunner(web.AppRunner):
     async def wind_down(self, seconds: float) -> None:
         """Accept no more connections and close those that idle, as soon as they do.
 
-        Those that have not asked for anything yet get `seconds` to do so: their clients know of no end to come.
+        Those that have not asked for anything yet, or not to the end, get `seconds` to do so: their clients know of
+        no end to come.
         """
         for site in list(self.sites):
             await site.stop()
-        deadline = asyncio.get_running_loop().time() + seconds
-        while True:
-            await asyncio.sleep(_LOOK_SECONDS)  # first of all for what is accepted, but not made a connection yet
+        loop = asyncio.get_running_loop()
+        deadline, calm = loop.time() + seconds, 0
+        # Twice calm: what was asked a moment ago has been taken up by then, and what was accepted is a connection.
+        while calm < 2 and loop.time() < deadline:
+            await asyncio.sleep(_LOOK_SECONDS)
             for connection in self._clients():
                 if connection.is_idle:
                     connection.force_close()  # `close` alone would leave it to the server's end
-            if all(connection.asked for connection in self._clients()) or asyncio.get_running_loop().time() > deadline:
-                return
+            calm = 0 if any(connection.is_asking for connection in self._clients()) else calm + 1
 
     def _clients(self) -> list[ClientConnection]:
         return cast("list[ClientConnection]", self.server.connections) if self.server else []
