@@ -37,6 +37,8 @@ def following(machine: Machine) -> Machine:
     commit(machine, GOOD)
     (words,) = re.findall(r"^```sh\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
     machine.shell(f"export REPOSITORY=/srv/models.git; cd /src\n{words}")
+    verified = machine.run("systemd-analyze", "verify", "--man=no", PULL, "vllm-proxy-pull.timer")
+    assert verified.stdout + verified.stderr == ""
     assert machine.show("vllm-proxy-pull.timer", "ActiveState")["ActiveState"] == "active"
     machine.run("systemctl", "stop", "vllm-proxy-pull.timer")
     return machine
