@@ -104,6 +104,11 @@ in
         message = "services.vllm-proxy: with configFile the models are in that file, so settings may hold server alone.";
       }
       {
+        # Its folder becomes writable for the service.
+        assertion = isGenerated || lib.hasPrefix "/" file && !lib.hasPrefix "${builtins.storeDir}/" file;
+        message = "services.vllm-proxy: configFile must be an absolute path outside of the store, not ${file}.";
+      }
+      {
         assertion = !cfg.socketActivation || isAddress;
         message = "services.vllm-proxy: settings.server.host must be an address for socketActivation, not ${host}.";
       }

@@ -52,6 +52,7 @@ python.pkgs.buildPythonApplication {
 
   build-system = [ python.pkgs.hatchling ];
   dependencies = map named project.dependencies;
+  optional-dependencies = builtins.mapAttrs (_: map named) project.optional-dependencies;
   pythonImportsCheck = [ "vllm_proxy" ];
 
   meta = {

@@ -22,6 +22,7 @@ in
   service = config.systemd.services.vllm-proxy or null;
   socket = config.systemd.sockets.vllm-proxy or null;
   etc = builtins.mapAttrs (_: file: { inherit (file) source; inherit (file.source) text; }) config.environment.etc;
+  packages = map (package: package.name) config.environment.systemPackages;
   ports = config.networking.firewall.allowedTCPPorts;
   users = config.users.users;
   groups = config.users.groups;

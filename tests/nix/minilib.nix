@@ -140,6 +140,7 @@ let
     genAttrs = keys: f: listToAttrs (map (name: { inherit name; value = f name; }) keys);
     getExe = package: "${package}/bin/${package.meta.mainProgram}";
     hasInfix = infix: text: match ".*${infix}.*" text != null;
+    hasPrefix = prefix: text: builtins.substring 0 (builtins.stringLength prefix) text == prefix;
     head = builtins.head;
     importTOML = path: builtins.fromTOML (builtins.readFile path);
     licenses.asl20 = "Apache-2.0";

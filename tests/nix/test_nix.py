@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ NIX = ROOT / "packaging/nix"
 SHIPPED = ROOT / "packaging/systemd"
 MODELS = 'settings.models.chat.model = "org/chat";'
 
-# Where the module's unit is meant to differ from the shipped one.
-STORE_PATH = "the program is in the store"
-OPTION = "services.vllm-proxy.environmentFile, never a file that may or may not be there"
+# Where the module's unit is meant to differ from the shipped one: what is left out of the comparison, and why.
+DIFFERENT = {
+    "ExecStart": (r"^/\S+/", "the program is in the store"),
+    "ExecReload": (r"^/\S+/", "the program is in the store"),
+    "EnvironmentFile": (r".+", "services.vllm-proxy.environmentFile, never a file that may or may not be there"),
+}
 KNOWN = set("description wants after wantedBy reloadTriggers environment serviceConfig".split())
-DIFFERENT = {"ExecStart": STORE_PATH, "ExecReload": STORE_PATH, "EnvironmentFile": OPTION}
 
 
 @pytest.fixture(autouse=True)
@@ -102,16 +105,28 @@ def shipped(*files: str) -> dict[str, dict[str, list[str]]]:
 
 
 def plain(directives: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Words in the place of lines where systemd takes either, in no order."""
+    """Words in the place of lines where systemd takes either, in no order but where the first one decides."""
     split = {"Wants", "After", "Environment", "RestrictAddressFamilies"}
     found = {key: " ".join(values).split() if key in split else values for key, values in directives.items()}
-    return {key: sorted(values) for key, values in found.items() if values}
+    return {key: values if key == "SystemCallFilter" else sorted(values) for key, values in found.items() if values}
 
 
 def differences(ours: dict[str, list[str]], theirs: dict[str, list[str]]) -> dict[str, tuple[object, object]]:
     """Where two sections differ, unless that is meant."""
-    keys = (ours.keys() | theirs.keys()) - DIFFERENT.keys()
-    return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
+
+    def compared(key: str, values: list[str] | None) -> list[str] | None:
+        if key not in DIFFERENT:
+            return values
+        return [rest for value in values or [] if (rest := re.sub(DIFFERENT[key][0], "", value))]
+
+    pairs = {key: (compared(key, ours.get(key)), compared(key, theirs.get(key))) for key in ours.keys() | theirs.keys()}
+    return {key: (our, their) for key, (our, their) in pairs.items() if our != their}
+
+
+@pytest.mark.parametrize("file", sorted([*NIX.rglob("*.nix"), *HERE.rglob("*.nix")]), ids=lambda file: file.name)
+def test_every_file_is_nix(file: Path) -> None:
+    """It parses, in the parts too that no evaluation reaches."""
+    nix("nix-instantiate", "--parse", str(file))
 
 
 @pytest.mark.parametrize("keeps_models", [False, True])
@@ -133,6 +148,18 @@ def test_the_units_do_not_drift_apart(tmp_path: Path, *, keeps_models: bool) -> 
     assert written({"WantedBy": socket["wantedBy"]}) == theirs["Install"]
 
 
+def test_the_user_is_that_of_the_shipped_files(tmp_path: Path) -> None:
+    """Home and groups as in sysusers.conf, where the user has the default name."""
+    lines = [line.split() for line in (SHIPPED / "sysusers.conf").read_text(encoding="utf-8").splitlines()]
+    (home,) = [line[-1] for line in lines if line[:2] == ["u", "vllm-proxy"]]
+    groups = sorted(line[2] for line in lines if line[:2] == ["m", "vllm-proxy"])
+    user = {"isSystemUser": True, "group": "vllm-proxy", "home": home, "extraGroups": groups}
+    found = evaluate(tmp_path, MODELS)
+    assert (found["users"], found["groups"]) == ({"vllm-proxy": user}, {"vllm-proxy": {}})
+    found = evaluate(tmp_path, MODELS + 'group = "us";')
+    assert (found["users"], found["groups"]) == ({"vllm-proxy": user | {"group": "us"}}, {})
+
+
 def test_a_rebuild_reloads_and_never_restarts_for_the_configuration(tmp_path: Path) -> None:
     """The file is checked by the package itself, lies at a fixed path, and triggers a reload alone."""
     found, other = (evaluate(tmp_path, MODELS + more) for more in ("", 'settings.models.embed.model = "x";'))
@@ -151,6 +178,8 @@ def test_disabled_it_does_nothing(tmp_path: Path) -> None:
     found = evaluate(tmp_path, '{ services.vllm-proxy.settings.models.chat.model = "x"; }')
     assert (found["service"], found["socket"]) == (None, None)
     assert (found["users"], found["groups"], found["etc"], found["ports"]) == ({}, {}, {}, [])
+    assert found["packages"] == []
+    assert evaluate(tmp_path, MODELS)["packages"] == ["vllm-proxy"]
 
 
 def test_each_option_does_what_it_says(tmp_path: Path) -> None:
@@ -164,6 +193,7 @@ def test_each_option_does_what_it_says(tmp_path: Path) -> None:
     assert (service["User"], service["Group"], found["users"], found["groups"]) == ("me", "us", {}, {})
     assert (found["etc"], found["service"]["reloadTriggers"]) == ({}, [])
     assert evaluate(tmp_path, MODELS + "socketActivation = false;")["socket"] is None
+    assert evaluate(tmp_path, MODELS)["ports"] == []
     assert evaluate(tmp_path, MODELS + "openFirewall = true;")["ports"] == [8000]
     opened = evaluate(tmp_path, MODELS + 'openFirewall = true; settings.server = { host = "::"; port = 80; };')
     assert (opened["ports"], opened["socket"]["socketConfig"]["ListenStream"]) == ([80], "[::]:80")
@@ -173,6 +203,8 @@ def test_each_option_does_what_it_says(tmp_path: Path) -> None:
     ("options", "sentence"),
     [
         ('configFile = "/x/models.toml"; ' + MODELS, "with configFile the models are in that file"),
+        ('configFile = "models.toml";', "configFile must be an absolute path outside of the store, not models.toml"),
+        ('configFile = "/nix/store/x/models.toml";', "configFile must be an absolute path outside of the store"),
         (
             'settings.server.host = "ai.example.org"; ' + MODELS,
             "settings.server.host must be an address for socketActivation",
@@ -222,6 +254,16 @@ def test_the_flake_offers_what_others_take(tmp_path: Path, inputs: list[str]) ->
     assert set(shown) == {"checks", "devShells", "formatter", "nixosModules", "overlays", "packages"}
 
 
+def test_the_package_takes_what_the_project_asks_for(tmp_path: Path, inputs: list[str]) -> None:
+    """Its dependencies and its extra are those of pyproject.toml, by name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    package = f"git+file://{tmp_path}/src?dir=packaging/nix#packages.x86_64-linux.default"
+    names = "package: with package; map (map (p: p.name)) [ dependencies optional-dependencies.vllm ]"
+    found = json.loads(nix("nix", "eval", "--json", *inputs, package, "--apply", names))
+    wanted = (project["dependencies"], project["optional-dependencies"]["vllm"])
+    assert found == [[re.split("[<>=]", requirement)[0] for requirement in kind] for kind in wanted]
+
+
 def test_the_readme_is_a_machine(tmp_path: Path, inputs: list[str]) -> None:
     """The flake and the configuration in the README's "NixOS" section, word for word."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## NixOS\n")[1].split("\n## ")[0]
@@ -242,14 +284,23 @@ def test_the_readme_is_a_machine(tmp_path: Path, inputs: list[str]) -> None:
 @pytest.mark.parametrize("keeps_models", ["false", "true"])
 def test_the_generated_unit_is_one_that_systemd_takes(tmp_path: Path, keeps_models: str) -> None:
     """`systemd-analyze verify` prints nothing, but for what the systemd of this machine is too old for."""
-    service = evaluate(tmp_path, MODELS + f"keepModels = {keeps_models};")["service"]
+    found = evaluate(tmp_path, MODELS + f"keepModels = {keeps_models};")
+    service = found["service"]
     directives = written(service["serviceConfig"], service["environment"])
     directives |= {"ExecStart": ["/usr/bin/true"], "ExecReload": ["/usr/bin/true"], "Type": ["notify"]}
     del directives["DelegateSubgroup"]
-    lines = [f"{key}={value}" for key, values in directives.items() for value in values]
-    unit = tmp_path / "vllm-proxy.service"
-    unit.write_text("\n".join(["[Unit]", "Description=x", "[Service]", *lines, ""]), encoding="utf-8")
-    done = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, check=True
-    )
+    unit = written({key: service[key.lower()] for key in ("Description", "Wants", "After")})
+    sections = {
+        "vllm-proxy.service": {"Unit": unit, "Service": directives},
+        "vllm-proxy.socket": {"Socket": written(found["socket"]["socketConfig"])},
+    }
+    for file, content in sections.items():
+        lines = [
+            line
+            for name, of in content.items()
+            for line in [f"[{name}]", *(f"{key}={value}" for key, values in of.items() for value in values)]
+        ]
+        (tmp_path / file).write_text("\n".join([*lines, ""]), encoding="utf-8")
+    units = [str(tmp_path / file) for file in sections]
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
