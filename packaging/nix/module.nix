@@ -52,7 +52,8 @@ in
       example = "/srv/vllm-proxy/models.toml";
       description = ''
         A file outside of the store to be used instead of `settings`: by an editor, git or the REST API. Its folder
-        must exist and, for the REST API, belong to the user of the service.
+        must exist and, for the REST API, belong to the user of the service. `settings.server.host` and `.port` may
+        stand beside it, for the socket and the firewall; they win over the file.
       '';
     };
 
@@ -100,8 +101,11 @@ in
   config = lib.mkIf cfg.enable {
     assertions = [
       {
-        assertion = isGenerated || builtins.removeAttrs cfg.settings [ "server" ] == { };
-        message = "services.vllm-proxy: with configFile the models are in that file, so settings may hold server alone.";
+        assertion =
+          isGenerated
+          || builtins.removeAttrs cfg.settings [ "server" ] == { }
+          && builtins.removeAttrs server [ "host" "port" ] == { };
+        message = "services.vllm-proxy: with configFile all is in that file: settings may hold server.host and port alone.";
       }
       {
         # Its folder becomes writable for the service.
@@ -162,6 +166,9 @@ in
         XDG_CACHE_HOME = "/var/cache/${name}";
         TRITON_HOME = "/var/cache/${name}";
       }
+      # For the firewall and the socket they are known here alone.
+      // lib.optionalAttrs (!isGenerated && server ? host) { VLLM_PROXY_HOST = host; }
+      // lib.optionalAttrs (!isGenerated && server ? port) { VLLM_PROXY_PORT = toString port; }
       // lib.optionalAttrs cfg.keepModels { VLLM_PROXY_ON_EXIT = "keep"; };
 
       serviceConfig = {

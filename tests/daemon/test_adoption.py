@@ -27,6 +27,15 @@ async def fleet(running: Daemon) -> dict[str, tuple[int, int]]:
     }
 
 
+async def on_record(running: Daemon, count: int) -> None:
+    """Wait until so many engines are known to have served: of too many, those are taken first."""
+
+    async def recorded() -> int:
+        return (running.state_dir / "engines.toml").read_text(encoding="utf-8").count("ready = true")
+
+    await until(recorded, lambda found: found == count)
+
+
 async def until_left(session: int, count: int) -> None:
     """Wait until so many processes of a session live."""
 
@@ -106,6 +115,7 @@ async def test_engines_that_no_longer_fit_the_file_are_ended(
     config = fake_engines(port_start) + EMBED + CHAT
     async with daemon(config, tmp_path) as first:
         before = await fleet(first)
+        await on_record(first, len(before))
         await first.stop(signal.SIGKILL)
     async with daemon(change(config), tmp_path) as second:
         after = await fleet(second)

@@ -192,6 +192,8 @@ def test_each_option_does_what_it_says(tmp_path: Path) -> None:
     assert (service["ReadWritePaths"], service["EnvironmentFile"]) == ("/srv/ai", ["/run/secrets/hf"])
     assert (service["User"], service["Group"], found["users"], found["groups"]) == ("me", "us", {}, {})
     assert (found["etc"], found["service"]["reloadTriggers"]) == ({}, [])
+    beside = 'configFile = "/x/models.toml"; settings.server.port = 80; socketActivation = false;'
+    assert evaluate(tmp_path, beside)["service"]["environment"]["VLLM_PROXY_PORT"] == "80"
     assert evaluate(tmp_path, MODELS + "socketActivation = false;")["socket"] is None
     assert evaluate(tmp_path, MODELS)["ports"] == []
     assert evaluate(tmp_path, MODELS + "openFirewall = true;")["ports"] == [8000]
@@ -202,7 +204,8 @@ def test_each_option_does_what_it_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ('configFile = "/x/models.toml"; ' + MODELS, "with configFile the models are in that file"),
+        ('configFile = "/x/models.toml"; ' + MODELS, "with configFile all is in that file"),
+        ('configFile = "/x/models.toml"; settings.server.on_exit = "keep";', "with configFile all is in that file"),
         ('configFile = "models.toml";', "configFile must be an absolute path outside of the store, not models.toml"),
         ('configFile = "/nix/store/x/models.toml";', "configFile must be an absolute path outside of the store"),
         (
