@@ -109,7 +109,8 @@ def booted(*trees: Path, shown: Mapping[str, Path] | None = None) -> Iterator[Ma
     folder = Path(tempfile.mkdtemp(prefix="machine-"))
     cgroup = _cgroup_root() / folder.name
     cgroup.mkdir()
-    join = 'echo 0 >"$0/cgroup.procs" && exec setsid unshare "$@"'
+    # All of it dies with this process, however that ends.
+    join = 'echo 0 >"$0/cgroup.procs" && exec setsid setpriv --pdeathsig KILL unshare "$@"'
     flags = [*_NAMESPACES, "--fork", "--kill-child", "--propagation", "private"]
     binds = [f"{source}={place}" for place, source in (shown or {}).items()]
     boot = [str(BOOT), str(folder), sys.base_prefix, *map(str, trees), *binds]
