@@ -8,7 +8,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 import sdnotify
 
@@ -63,7 +63,7 @@ class Systemd:
             self._notifier.notify(letter)
 
 
-def watchdog_seconds(environ: MutableMapping[str, str]) -> float | None:
+def watchdog_seconds(environ: Mapping[str, str]) -> float | None:
     """How long the event loop may be silent; None: nobody listens."""
     try:
         microseconds = int(environ["WATCHDOG_USEC"])

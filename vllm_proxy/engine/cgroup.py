@@ -14,14 +14,14 @@ from pathlib import Path
 
 import structlog
 
+from vllm_proxy.engine.process import KILL_SECONDS, SWEEP_SECONDS
+
 log = structlog.get_logger()
 
 _PROC_SELF = Path("/proc/self")
 _MOUNT = re.compile(r"^\S+ \S+ \S+ (?P<root>\S+) (?P<point>\S+) .* - cgroup2 ", re.MULTILINE)
 _OWN = re.compile(r"^0::(/.*)$", re.MULTILINE)
 _MEMORY = re.compile(r"^(?:anon|shmem) (\d+)$", re.MULTILINE)
-_SWEEP_SECONDS = 0.02
-_KILL_SECONDS = 15.0
 
 
 def own_cgroup(proc: Path = _PROC_SELF) -> Path | None:
@@ -110,7 +110,7 @@ async def end(group: str) -> bool:
     if not group:
         return True
     loop, strays = asyncio.get_running_loop(), set[int]()
-    deadline = loop.time() + _KILL_SECONDS
+    deadline = loop.time() + KILL_SECONDS
     try:
         while _is_populated(group):
             strays |= _processes(group)
@@ -118,7 +118,7 @@ async def end(group: str) -> bool:
             if loop.time() > deadline:
                 log.error("processes do not die", cgroup=group, pids=sorted(strays))
                 return False
-            await asyncio.sleep(_SWEEP_SECONDS)
+            await asyncio.sleep(SWEEP_SECONDS)
         for pid in strays:
             with contextlib.suppress(ChildProcessError):  # somebody else's child
                 os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - does not wait

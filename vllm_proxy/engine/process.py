@@ -22,9 +22,9 @@ from vllm_proxy.domain.diagnose import Exit
 log = structlog.get_logger()
 
 _PR_SET_CHILD_SUBREAPER = 36
-_SWEEP_SECONDS = 0.02
+SWEEP_SECONDS = 0.02
 _NO_PROCESS = {errno.ESRCH, errno.EINVAL, errno.ENOENT}  # the latter: the number is a thread's now
-_KILL_SECONDS = 15.0  # a process that survives SIGKILL for this long hangs in the kernel
+KILL_SECONDS = 15.0  # a process that survives SIGKILL for this long hangs in the kernel
 # The engine waits for one line before it becomes the engine, so that it is on record before it does anything:
 # a daemon that is killed in between leaves a shell that ends by itself.
 _GATE = 'read -r go && exec "$0" "$@" </dev/null'
@@ -100,8 +100,8 @@ async def end_session(session: int, started: int, grace_seconds: float) -> bool:
     if _signal(session, started, signal.SIGTERM):
         deadline = loop.time() + grace_seconds
         while loop.time() < deadline and is_alive(session, started):  # noqa: ASYNC110 - the kernel tells nobody
-            await asyncio.sleep(_SWEEP_SECONDS)
-    deadline = loop.time() + _KILL_SECONDS
+            await asyncio.sleep(SWEEP_SECONDS)
+    deadline = loop.time() + KILL_SECONDS
     while left := await asyncio.to_thread(members, session, started):
         for process in left:
             if process.alive:
@@ -114,7 +114,7 @@ async def end_session(session: int, started: int, grace_seconds: float) -> bool:
         if loop.time() > deadline:
             log.error("processes do not die", pids=[process.pid for process in left if process.alive])
             return False
-        await asyncio.sleep(_SWEEP_SECONDS)
+        await asyncio.sleep(SWEEP_SECONDS)
     return True
 
 
