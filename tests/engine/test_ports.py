@@ -1,10 +1,13 @@
 """Which engine has which port."""
 
+import asyncio
 import socket
 
 import pytest
 
-from vllm_proxy.engine.ports import NoPortError, Ports
+from tests.engine.virtual import now, passes, virtual
+from vllm_proxy.engine import ports as ports_module
+from vllm_proxy.engine.ports import NoPortError, Ports, Use, use_of
 
 
 def test_ports_are_handed_out_from_the_lowest_and_only_once(port_start: int) -> None:
@@ -59,3 +62,85 @@ def test_an_empty_range_says_so(port_start: int) -> None:
     ports.take()
     with pytest.raises(NoPortError, match="port_end"):
         ports.take()
+
+
+# A port whose last engine crashed
+
+
+def closed_connection(port: int) -> None:
+    """What a server that ends first leaves on its port: the kernel remembers the connection for a minute."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", port))
+        server.listen()
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = server.accept()
+            accepted.close()
+            assert client.recv(1) == b""
+
+
+def loading_engine(port: int) -> socket.socket:
+    """Bound with SO_REUSEADDR and not listening, as a vLLM that loads."""
+    engine = socket.socket()
+    engine.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    engine.bind(("127.0.0.1", port))
+    return engine
+
+
+def kernel_tells(port: int) -> bool:
+    """Whether it knows sockets that are bound alone (since Linux 6.8)."""
+    with loading_engine(port):
+        return ports_module._bound_sockets(port) == 1
+
+
+def test_closed_connections_of_the_last_engine_do_not_take_its_port(port_start: int) -> None:
+    """One instance with a range of one port comes back after a crash; a fresh port goes first where there is one."""
+    closed_connection(port_start)
+    assert use_of(port_start) is (Use.CLOSING if kernel_tells(port_start) else Use.UNKNOWN)
+    assert Ports(port_start, port_start + 1, []).take() == port_start + 1
+    if kernel_tells(port_start):
+        assert Ports(port_start, port_start, []).take() == port_start
+        loading_engine(port_start).close()  # and it can be bound
+
+
+def test_an_engine_that_loads_keeps_its_port_beside_closed_connections(port_start: int) -> None:
+    """Bound and not yet listening, on a port with a past: no bind sees it, so the kernel is asked."""
+    closed_connection(port_start)
+    with loading_engine(port_start):
+        assert use_of(port_start) in ({Use.TAKEN} if kernel_tells(port_start + 1) else {Use.UNKNOWN})
+    with loading_engine(port_start) as listening:
+        listening.listen()
+        assert use_of(port_start) is Use.TAKEN
+
+
+@pytest.mark.parametrize("answer", [0, OSError(93, "no such protocol")])
+@virtual
+async def test_where_the_kernel_does_not_tell_the_start_waits_and_says_so(
+    port_start: int, monkeypatch: pytest.MonkeyPatch, answer: int | OSError
+) -> None:
+    """An older kernel, a sandbox: once the port is free it is taken; what waits for is told once."""
+
+    def ask(_port: int) -> int:
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ports_module, "_bound_sockets", ask)
+    told: list[str | None] = []
+    engine = loading_engine(port_start)
+    taking = asyncio.create_task(Ports(port_start, port_start, []).take_soon(told.append))
+    await passes(60)
+    assert len(told) == 1
+    assert f"port {port_start} is taken" in (told[0] or "")
+    engine.close()
+    assert await taking == port_start
+    assert told[1:] == [None]
+
+
+@virtual
+async def test_the_wait_for_a_port_has_an_end(port_start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed connection is forgotten after a minute: what is still there is something else."""
+    monkeypatch.setattr(ports_module, "_bound_sockets", lambda _: 0)
+    with loading_engine(port_start), pytest.raises(NoPortError):
+        await Ports(port_start, port_start, []).take_soon(lambda _: None)
+    assert 60 < now() < 120

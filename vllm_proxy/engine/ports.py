@@ -1,14 +1,39 @@
-"""Which engine has which port. Its one rule: a port is handed out only when nothing else has it."""
+"""Which engine has which port. Its one rule: a port is handed out only when nothing else has it.
 
+Closed connections of an earlier engine, which the kernel remembers for a minute (TIME_WAIT), do not hinder vLLM: it
+binds with SO_REUSEADDR. No bind can tell them from another vLLM that loads, bound but not listening; so the kernel is
+asked for such sockets.
+"""
+
+import asyncio
 import errno
 import socket
-from collections.abc import Collection
+import struct
+from collections.abc import Callable, Collection
+from enum import Enum
 
 from vllm_proxy.errors import VllmProxyError
 
 
 class NoPortError(VllmProxyError):
     """Every port of the range is taken."""
+
+
+class ClosingError(NoPortError):
+    """There is none now, but there will be one soon."""
+
+
+class Use(Enum):
+    """Of a port, by others than our engines."""
+
+    FREE = "free"
+    CLOSING = "closing"  # nothing but closed connections, which do not hinder vLLM
+    UNKNOWN = "unknown"  # closed connections, or a vLLM that loads
+    TAKEN = "taken"
+
+
+_SOON_SECONDS = 90.0  # the kernel remembers closed connections for 60
+_POLL_SECONDS = 0.5
 
 
 class Ports:
@@ -24,18 +49,51 @@ class Ports:
         self._range = range(first, last + 1)
 
     def take(self) -> int:
-        """The lowest free port.
+        """The lowest free port, or where there is none, one that has closed connections alone.
 
         Raises:
+            ClosingError: when there is none, but one might be that has closed connections.
             NoPortError: when there is none.
 
         """
+        uses: dict[Use, int] = {}  # the lowest port of each
         for port in self._range:
-            if port not in self._held and port not in self._reserved and _is_free(port):
-                self._held.add(port)
-                return port
+            if port not in self._held and port not in self._reserved:
+                use = use_of(port)
+                uses.setdefault(use, port)
+                if use is Use.FREE:
+                    break
+        if (free := uses.get(Use.FREE, uses.get(Use.CLOSING))) is not None:
+            self._held.add(free)
+            return free
+        if Use.UNKNOWN in uses:
+            raise ClosingError(f"port {uses[Use.UNKNOWN]} is taken, perhaps by closed connections alone, for a minute")
         msg = f"cannot find a free port in {self._range.start} to {self._range.stop - 1}: set engine.port_end"
         raise NoPortError(msg)
+
+    async def take_soon(self, told: Callable[[str | None], None]) -> int:
+        """As `take`, but wait where that helps; `told`: called with what for, and with None when it is over.
+
+        Raises:
+            NoPortError: when there is none, and waiting does not help.
+
+        """
+        loop, waits = asyncio.get_running_loop(), False
+        deadline = loop.time() + _SOON_SECONDS
+        while True:
+            try:
+                port = self.take()
+            except ClosingError as error:
+                if loop.time() > deadline:
+                    raise
+                if not waits:
+                    told(str(error))
+                waits = True
+                await asyncio.sleep(_POLL_SECONDS)
+            else:
+                if waits:
+                    told(None)
+                return port
 
     def hold(self, port: int) -> None:
         """An engine of an earlier daemon has this port already."""
@@ -46,16 +104,64 @@ class Ports:
         self._held.discard(port)
 
 
-def _is_free(port: int) -> bool:
-    """Bind without SO_REUSEADDR, the only probe that sees a vLLM which loads: bound, but not listening yet.
+def use_of(port: int) -> Use:
+    """What others do with a port.
 
-    A port in TIME_WAIT counts as taken too; the next one serves as well.
+    A bind without SO_REUSEADDR is the only one that a vLLM which loads (bound, not listening) keeps from binding. It
+    fails beside closed connections too: what is bound is then asked of the kernel.
     """
-    with socket.socket() as probe:
+    with socket.socket() as ours:
+        if _bind(ours, port):
+            return Use.FREE
+    with socket.socket() as ours:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if not _bind(ours, port):
+            return Use.TAKEN  # somebody listens, or would not share
         try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            if error.errno in {errno.EADDRINUSE, errno.EACCES}:
-                return False
-            raise
+            bound = _bound_sockets(port)
+        except (OSError, struct.error):
+            bound = 0
+    if bound == 0:
+        return Use.UNKNOWN  # ours is bound: a kernel that does not say so says nothing of others (before Linux 6.8)
+    return Use.CLOSING if bound == 1 else Use.TAKEN
+
+
+def _bind(probe: socket.socket, port: int) -> bool:
+    try:
+        probe.bind(("127.0.0.1", port))
+    except OSError as error:
+        if error.errno in {errno.EADDRINUSE, errno.EACCES}:
+            return False
+        raise
     return True
+
+
+# Of the kernel's sock_diag (linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h; BOUND_INACTIVE since Linux 6.8).
+_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
+_REQUEST_DUMP, _DONE, _ERROR = 0x301, 3, 2
+_BOUND_INACTIVE = 1 << 13
+_HEADER = struct.Struct("=IHHII")
+_SPORT_OFFSET = _HEADER.size + 4
+
+
+def _bound_sockets(port: int) -> int:
+    """How many TCP sockets are bound to a port and neither listen nor are connected; 0 where the kernel cannot say."""
+    return sum(_dump(family, port) for family in (socket.AF_INET, socket.AF_INET6))
+
+
+def _dump(family: socket.AddressFamily, port: int) -> int:
+    wanted = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, _BOUND_INACTIVE)
+    request = wanted + struct.pack(">HH", port, 0) + bytes(44)  # of any address and interface
+    found = 0
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as kernel:
+        kernel.settimeout(1)
+        kernel.send(_HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0) + request)
+        while True:
+            data = kernel.recv(2**16)
+            while data:
+                length, kind, *_ = _HEADER.unpack_from(data)
+                if kind in {_DONE, _ERROR}:
+                    return found
+                (bound_to,) = struct.unpack_from(">H", data, _SPORT_OFFSET)
+                found += bound_to == port
+                data = data[(length + 3) // 4 * 4 :]
