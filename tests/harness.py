@@ -8,7 +8,7 @@ import socket
 import sys
 import tempfile
 import textwrap
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,12 +210,12 @@ class Notes(asyncio.DatagramProtocol):
 
 
 def daemon(
-    config: str, folder: Path, *flags: str, env: dict[str, str] | None = None
+    config: str, folder: Path, *flags: str, env: dict[str, str] | None = None, below: Sequence[str] = ()
 ) -> contextlib.AbstractAsyncContextManager[Daemon]:
-    """`vllm-proxy serve` with this configuration, ready for requests."""
+    """`vllm-proxy serve` with this configuration, ready for requests. `below`: a command that becomes it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "models.toml").write_text(textwrap.dedent(config), encoding="utf-8")
-    return running_command(folder, "serve", "--config", str(folder / "models.toml"), *flags, env=env)
+    return running_command(folder, "serve", "--config", str(folder / "models.toml"), *flags, env=env, below=below)
 
 
 @contextlib.asynccontextmanager
@@ -226,6 +226,7 @@ async def running_command(
     env: dict[str, str] | None = None,
     seconds: float = WAIT_SECONDS,
     port: int | None = None,
+    below: Sequence[str] = (),
 ) -> AsyncIterator[Daemon]:
     """A command that is a daemon, once it listens; it is stopped when the block ends."""
     port = port or free_port()
@@ -237,7 +238,7 @@ async def running_command(
         )
         with (folder / "daemon.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "vllm_proxy", command,
+                *below, sys.executable, "-m", "vllm_proxy", command,
                 "--port", str(port), "--state-dir", str(folder / "state"), *flags,
                 env={**clean_environment(), "NOTIFY_SOCKET": f"{short}/notify", **(env or {})},
                 cwd=folder, stdout=log, stderr=log,

@@ -13,7 +13,7 @@ import uvloop
 from vllm_proxy import __version__, control, daemon, demo, logsetup, settings
 from vllm_proxy.control import CommandError, NoDaemonError
 from vllm_proxy.domain.plan import plan
-from vllm_proxy.errors import ConfigError, Problem, StartupError
+from vllm_proxy.errors import ConfigError, NotEndedError, Problem, StartupError
 from vllm_proxy.settings import Settings
 
 OK, FAILED, CHANGES, NO_DAEMON, CONFIG_INVALID = 0, 1, 2, 3, os.EX_CONFIG
@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         _print_problems(error, options)
         return CONFIG_INVALID
-    except (StartupError, CommandError) as error:
+    except (StartupError, CommandError, NotEndedError) as error:
         print(f"vllm-proxy: {error}", file=sys.stderr)
         return FAILED
     except NoDaemonError as error:

@@ -5,7 +5,6 @@ import contextlib
 import faulthandler
 import gc
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from vllm_proxy.api.access_log import AccessLog
 from vllm_proxy.domain.config import Config
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.domain.parse import parse_config
+from vllm_proxy.engine import descriptors
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.desired import Desired
@@ -39,7 +39,7 @@ from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.engine.store import Store
 from vllm_proxy.engine.supervisor import Surroundings
 from vllm_proxy.engine.watch import watch
-from vllm_proxy.errors import ConfigError, Problem
+from vllm_proxy.errors import ConfigError, NotEndedError, Problem
 from vllm_proxy.listen import BACKLOG, Doors, address_of, listen, listen_for_commands
 from vllm_proxy.settings import Settings
 from vllm_proxy.systemd import Systemd, inherited_sockets, watchdog_seconds
@@ -84,13 +84,14 @@ async def serve(
 
     Raises:
         StartupError: when the port or the state directory is taken.
+        NotEndedError: when engines live on that it could not end.
 
     """
     for warning in settings.warnings:
         log.warning("setting ignored", why=warning)
     if watchdog_seconds(os.environ) is not None:
         faulthandler.enable()  # systemd ends a hung daemon with SIGABRT: its stack says where it hangs
-    _raise_open_files()
+    open_files = descriptors.raise_limit()
     adopt_orphans()
     async with contextlib.AsyncExitStack() as stack:
         state = stack.enter_context(StateDirectory(settings.state_dir))
@@ -101,7 +102,8 @@ async def serve(
         doors = Doors(sockets, listen_for_commands(settings.control_socket))
         stack.callback(settings.control_socket.unlink, missing_ok=True)
         stack.callback(doors.commands.close)
-        around, launcher = _surroundings(settings, config, state, doors.ports(), stack, pass_on=pass_on)
+        around, launcher = _surroundings(settings, config, state, doors.ports(), stack,
+                                        pass_on=pass_on, open_files=open_files)  # fmt: skip
         reconciler = Reconciler(config, around, state, launcher.fingerprint)
         store = Store(settings.config_file)
         desired = Desired(store, settings.overrides, reconciler, launcher.check, launcher.ports,
@@ -110,6 +112,9 @@ async def serve(
             AccessLog(sys.stderr, access_log_form, asyncio.get_running_loop().call_later) if access_log_form else None
         )
         await _run(desired, doors, stack, lines, shown)
+    if left := reconciler.not_ended():
+        listed = "; ".join(f"cannot end {instance}: {why}" for instance, why in left.items())
+        raise NotEndedError(f"{listed}. The next daemon tries again, and so does `vllm-proxy stop --all`")
 
 
 async def _run(
@@ -204,6 +209,8 @@ def sentence(reconciler: Reconciler, desired: Desired | None = None) -> str:
         if names := [_with_progress(model) for model in awake if model.state is state]:
             text += f"; {state}: {', '.join(names)}"
     text += f"; on demand: {', '.join(model.spec.id for model in asleep)}" if asleep else ""
+    left = reconciler.not_ended()
+    text += f"; not ended: {', '.join(left)}" if left else ""
     rejected = desired.rejected if desired else None
     return text + (f"; configuration rejected: {rejected.lines()[0]}" if rejected else "")
 
@@ -229,6 +236,7 @@ def _surroundings(
     stack: contextlib.AsyncExitStack,
     *,
     pass_on: PassOn,
+    open_files: int,
 ) -> tuple[Surroundings, Launcher]:
     # A connection of its own for each question: one that is kept alive would outlive the engine's readiness.
     questions = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), trust_env=False)
@@ -238,6 +246,7 @@ def _surroundings(
     check = OptionCheck(programs, OptionTables(settings.state_dir / "options"))
     stack.push_async_callback(check.close)
     check.learn(model.engine for model in config.models.values())
+    hurry, cleared, stopping = asyncio.Event(), asyncio.Event(), asyncio.Event()
     launcher = Launcher(
         programs=programs,
         check=check,
@@ -247,9 +256,10 @@ def _surroundings(
         state=state,
         pass_on=pass_on,
         cgroups=Cgroups.find(),
+        open_files=open_files,
+        stopping=stopping,
     )
-    hurry, cleared = asyncio.Event(), asyncio.Event()
-    around = Surroundings(launcher, DeviceGate(), Registry(), HttpProbe(questions), hurry, cleared)
+    around = Surroundings(launcher, DeviceGate(), Registry(), HttpProbe(questions), hurry, cleared, stopping)
     return around, launcher
 
 
@@ -291,9 +301,3 @@ def _tune_python() -> None:
     gc.freeze()
     sys.setswitchinterval(_SWITCH_SECONDS)
     gc.set_threshold(20_000, 20, 50)
-
-
-def _raise_open_files() -> None:
-    """A stream takes two descriptors; the usual soft limit is 1,024."""
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -18,6 +18,10 @@ class StartupError(VllmProxyError):
     """The daemon cannot start; exit status 1."""
 
 
+class NotEndedError(VllmProxyError):
+    """The daemon has stopped and engines live that it could not end; exit status 1."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
     """One thing wrong with a configuration.

@@ -3,19 +3,22 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.diagnose import Exit
 from vllm_proxy.engine import process
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
-from vllm_proxy.engine.launch import Engine, Launcher, bury
+from vllm_proxy.engine.ending import end_engine
+from vllm_proxy.engine.launch import Engine, LaunchedEngine, Launcher
 from vllm_proxy.engine.options import OptionTables
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.process import end_session, look_up
@@ -36,6 +39,7 @@ class Place:
         self.state = state
         self.ports = ports
         self.passed_on: list[str] = []
+        self.stopping = asyncio.Event()
         programs = Programs(folder, dict(os.environ), None)
         self.check = OptionCheck(programs, OptionTables(folder / "options"))
         self.launcher = Launcher(
@@ -47,6 +51,8 @@ class Place:
             state=state,
             pass_on=self._pass_on,
             cgroups=Cgroups(None),
+            open_files=1024,
+            stopping=self.stopping,
         )
 
     def _pass_on(self, instance: str, lines: object) -> None:
@@ -103,9 +109,32 @@ def model(folder: Path, script: str) -> ModelSpec:
     return ModelSpec("chat", EngineSpec(model="m", command=(str(program),)), Policy(), {})
 
 
-def short() -> float:
-    """Seconds between SIGTERM and SIGKILL."""
-    return 0.2
+class Owner:
+    """Who runs an engine, and what it heard of its end."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.is_told = asyncio.Event()
+
+    def stop_timeout(self) -> float:
+        """Seconds between SIGTERM and SIGKILL."""
+        return 0.2
+
+    def waits(self, why: str | None) -> None:
+        """The start waits."""
+        self._hear(f"waits: {why}")
+
+    def not_ended(self, why: str) -> None:
+        """The engine could not be ended."""
+        self._hear(why)
+
+    def ended(self) -> None:
+        """Nothing is left of it."""
+        self._hear("ended")
+
+    def _hear(self, what: str) -> None:
+        self.heard.append(what)
+        self.is_told.set()
 
 
 @contextlib.asynccontextmanager
@@ -115,13 +144,13 @@ async def left_running(
     """An engine that a daemon which is no more has left; ended behind the block, whatever the test does."""
     script = f"{before}; echo up > {event.path}; {behind}"
     with place(folder, port_start) as first:
-        async with first.launcher.running(model(folder, script), "chat/0", short) as engine:
+        async with first.launcher.running(model(folder, script), "chat/0", Owner()) as engine:
             await event.happened()
             engine.serves()
-            while not first.state.on_record(engine.place.own_name).ready:
+            while not engine.record.ready:
                 await asyncio.sleep(0)
             engine.keep()
-        record = first.state.on_record(engine.place.own_name)
+        record = engine.record
     try:
         yield record
     finally:
@@ -138,7 +167,7 @@ async def test_a_stop_while_a_crashed_engine_is_cleaned_up_leaves_no_process(
     with place(tmp_path, port_start) as here:
 
         async def live() -> None:
-            async with here.launcher.running(spec, "chat/0", short) as engine:
+            async with here.launcher.running(spec, "chat/0", Owner()) as engine:
                 running.set_result(engine)
                 await leaving.wait()
 
@@ -161,7 +190,7 @@ async def test_a_stop_while_a_crashed_engine_is_cleaned_up_leaves_no_process(
 async def test_every_line_that_an_engine_wrote_is_passed_on_when_it_has_ended(tmp_path: Path, port_start: int) -> None:
     """Its last words too, those without an end of line included."""
     with place(tmp_path, port_start) as here:
-        async with here.launcher.running(model(tmp_path, "seq 3; printf bye"), "chat/0", short) as engine:
+        async with here.launcher.running(model(tmp_path, "seq 3; printf bye"), "chat/0", Owner()) as engine:
             assert await engine.exited == Exit(0, None)
         assert here.passed_on == ["chat/0 1", "chat/0 2", "chat/0 3", "chat/0 bye"]
 
@@ -170,7 +199,7 @@ async def test_an_engines_output_begins_where_its_predecessors_ended(tmp_path: P
     """The last lines of a start are never those of the one before."""
     with place(tmp_path, port_start) as here:
         for word in ("one", "two"):
-            async with here.launcher.running(model(tmp_path, f"echo {word}"), "chat/0", short) as engine:
+            async with here.launcher.running(model(tmp_path, f"echo {word}"), "chat/0", Owner()) as engine:
                 await engine.exited
                 assert engine.output.tail(10) == (word,)
 
@@ -194,7 +223,7 @@ async def test_an_adopted_engine_is_as_one_of_our_own(tmp_path: Path, port_start
             spec = model(tmp_path, "true").engine
             assert second.launcher.fingerprint(spec) == record.spec
             (found,) = second.state.left_behind()
-            async with second.launcher.adopted(found, short) as engine:
+            async with second.launcher.adopted(found, Owner()) as engine:
                 assert (engine.pid, engine.place.port, engine.was_ready) == (record.pid, record.port, True)
                 assert engine.place.own_name == record.own_name
                 assert second.ports.take() != record.port
@@ -213,7 +242,7 @@ async def test_the_death_of_an_adopted_engine_is_seen_at_once_and_its_code_is_un
     """Only a parent learns how its child ended; here the parent is this process, as an older one."""
     async with left_running(tmp_path, port_start, event) as record:
         with place(tmp_path, port_start) as second:
-            async with second.launcher.adopted(second.state.left_behind()[0], short) as engine:
+            async with second.launcher.adopted(second.state.left_behind()[0], Owner()) as engine:
                 os.kill(record.pid, signal.SIGKILL)
                 assert await engine.exited == Exit(None, None)
 
@@ -230,7 +259,7 @@ async def test_what_is_left_of_an_engine_that_died_unwatched_is_ended_before_its
         assert look_up(pid) is not None
         with place(tmp_path, port_start) as second:
             with pytest.raises(LaunchError, match="while no daemon watched"):
-                async with second.launcher.adopted(second.state.left_behind()[0], short):
+                async with second.launcher.adopted(second.state.left_behind()[0], Owner()):
                     pass
             found = look_up(pid)
             assert found is None or not found.alive
@@ -260,12 +289,12 @@ async def test_shared_memory_that_a_killed_engine_leaves_is_removed(
             program.write_text(mapping)
             script = f"exec python3 {program} {event.path} {segments[0]} {segments[1]}"
             with place(tmp_path, port_start) as here:
-                async with here.launcher.running(model(tmp_path, script), "chat/0", short) as engine:
+                async with here.launcher.running(model(tmp_path, script), "chat/0", Owner()) as engine:
                     await event.happened()
                     engine.serves()
-                    while not here.state.on_record(engine.place.own_name).ready:
+                    while not engine.record.ready:
                         await asyncio.sleep(0)
-                    assert here.state.on_record(engine.place.own_name).segments == tuple(sorted(map(str, segments)))
+                    assert engine.record.segments == tuple(sorted(map(str, segments)))
                     os.kill(engine.pid, signal.SIGKILL)
                     await engine.exited
             assert [segment.exists() for segment in segments] == [False, True]
@@ -276,17 +305,146 @@ async def test_shared_memory_that_a_killed_engine_leaves_is_removed(
             segment.unlink(missing_ok=True)
 
 
+class Stubborn:
+    """An engine that is ended at the last of some tries."""
+
+    def __init__(self, *outcomes: bool | Exception) -> None:
+        self.outcomes = list(outcomes)
+        self.graces: list[float] = []
+
+    async def end(self, grace: float) -> bool:
+        """One try."""
+        self.graces.append(grace)
+        outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+def nobody(folder: Path) -> EngineRecord:
+    """An engine on record whose processes are gone."""
+    folder.mkdir()
+    return EngineRecord("chat/0", "engine-1", 2**22 - 1, 1, 8001, "secret", str(folder), "")
+
+
 async def test_what_cannot_be_ended_stays_on_record(tmp_path: Path, port_start: int) -> None:
     """The next daemon tries again; nothing of it is removed meanwhile."""
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    record = EngineRecord("chat/0", "engine-1", 2**22 - 1, 1, 8001, "secret", str(folder), "")
-
-    async def cannot() -> bool:
-        raise PermissionError(1, "not ours")
-
+    record = nobody(tmp_path / "folder")
     with place(tmp_path, port_start) as here:
         here.state.record(record)
-        assert not await bury(record, cannot, here.state)
+        for outcome in (False, PermissionError(1, "not ours"), OSError(24, "too many"), RuntimeError("no thread")):
+            assert await end_engine(record, Stubborn(outcome).end, here.state, 0)
         assert here.state.left_behind() == [record]
-    assert folder.is_dir()
+    assert Path(record.folder).is_dir()
+
+
+async def test_the_record_of_a_dead_engine_that_cannot_be_written_is_told_and_holds_nothing_up(
+    tmp_path: Path, port_start: int
+) -> None:
+    """Leftovers are looked for behind the end, each on its own: shared memory that cannot be seen hides nothing."""
+    record, outcome = nobody(tmp_path / "folder"), True
+    with place(tmp_path, port_start) as here, capture_logs() as logs:
+        forgetting = RefusingState(here.state.path)
+        assert await end_engine(record, Stubborn(outcome).end, forgetting, 0) is None
+    assert not Path(record.folder).exists()
+    assert [entry["failed"] for entry in logs if "failed" in entry] == ["take it off the record"]
+
+
+class RefusingState(StateDirectory):
+    """One that nothing can be written to."""
+
+    def forget(self, own_name: str) -> None:
+        """Nothing of the engine is left."""
+        raise OSError(30, f"read-only: {own_name}")
+
+
+async def test_an_engine_that_was_not_ended_keeps_its_port_its_folder_and_its_record(
+    tmp_path: Path, port_start: int, event: Event
+) -> None:
+    """A daemon that gave up leaves all of it to the next one, which ends it."""
+    owner = Owner()
+    spec = model(tmp_path, f"echo up > {event.path}; exec sleep 1000")
+    with place(tmp_path, port_start) as here:
+        async with here.launcher.running(spec, "chat/0", owner) as engine:
+            await event.happened()
+            assert isinstance(engine, LaunchedEngine)
+            end, lives = engine.process.end, False
+            engine.process.end = Stubborn(lives).end  # type: ignore[method-assign,assignment]
+            here.stopping.set()
+        assert "ended" not in owner.heard
+        assert here.ports.take() != engine.place.port
+        assert Path(engine.place.folder).is_dir()
+        (record,) = here.state.left_behind()
+        assert process.is_alive(record.pid, record.started)
+        await end(0)
+    with place(tmp_path, port_start) as second:
+        await second.launcher.end_left(record, again := Owner())
+        assert again.heard == ["ended"]
+        assert second.state.left_behind() == []
+        assert not Path(record.folder).exists()
+
+
+async def test_an_engine_gets_the_soft_limit_that_the_daemon_was_given(tmp_path: Path, port_start: int) -> None:
+    """Before its program begins."""
+    with place(tmp_path, port_start) as here:
+        async with here.launcher.running(model(tmp_path, "ulimit -Sn"), "chat/0", Owner()) as engine:
+            await engine.exited
+            assert engine.output.tail(1) == ("1024",)
+
+
+# Where its output goes
+
+
+async def test_a_logs_folder_that_is_gone_is_made_anew(tmp_path: Path, port_start: int) -> None:
+    """Whoever removed it wanted the old output away."""
+    with place(tmp_path, port_start) as here:
+        (here.state.path / "logs").rmdir()
+        async with here.launcher.running(model(tmp_path, "echo hello"), "chat/0", Owner()) as engine:
+            await engine.exited
+            assert engine.log.problem is None
+        assert here.state.log_file("chat/0").read_text() == "hello\n"
+
+
+async def test_a_log_that_is_removed_while_its_engine_writes_is_followed_on(
+    tmp_path: Path, port_start: int, event: Event
+) -> None:
+    """The file lives as long as somebody writes it; that it has no name any more is said."""
+    go = Event(tmp_path / "go")
+    script = f"echo one; echo up > {event.path}; read -r word < {go.path}; echo two"
+    with place(tmp_path, port_start) as here:
+        async with here.launcher.running(model(tmp_path, script), "chat/0", Owner()) as engine:
+            await event.happened()
+            shutil.rmtree(here.state.path / "logs")
+            go.path.write_text("on\n")
+            await engine.exited
+            assert engine.output.tail(5) == ("one", "two")
+            assert "was removed" in (engine.log.look() or "")
+        assert here.passed_on == ["chat/0 one", "chat/0 two"]
+    go.close()
+
+
+async def test_output_that_no_file_takes_goes_on_in_memory_and_is_adopted(
+    tmp_path: Path, port_start: int, event: Event
+) -> None:
+    """The next daemon finds it through the engine's own descriptor."""
+    go = Event(tmp_path / "go")
+    script = f"read -r word < {go.path}; echo $word; echo said > {event.path}; exec sleep 1000"
+    with place(tmp_path, port_start) as first:
+        (tmp_path / "state" / "logs").rmdir()
+        (tmp_path / "state" / "logs").write_text("in the way of a folder")
+        with capture_logs() as logs:
+            spec = model(tmp_path, f"echo before; echo up > {event.path}; {script}")
+            async with first.launcher.running(spec, "chat/0", Owner()) as engine:
+                await event.happened()
+                assert "File exists" in (engine.log.problem or "")
+                engine.keep()
+        assert any(entry["event"] == "an engine's output is passed on alone" for entry in logs)
+        (record,) = first.state.left_behind()
+    (tmp_path / "state" / "logs").unlink()
+    with place(tmp_path, port_start) as second:
+        async with second.launcher.adopted(record, Owner()) as adopted:
+            go.path.write_text("hello\n")
+            await event.happened()
+            assert adopted.output.tail(5) == ("before", "hello")
+        assert second.passed_on == ["chat/0 hello"]
+    go.close()

@@ -324,3 +324,77 @@ async def test_a_daemon_that_keeps_its_engines_leaves_them_alone(tmp_path: Path)
     await stopping
     assert [(engine.kept, engine.buried) for engine in stage.launcher.engines] == [(True, None)] * 2
     assert {found.state for found in reconciler.models()} == {State.STOPPED}
+
+
+# Engines of an earlier daemon that cannot be ended
+
+
+@virtual
+async def test_who_needs_what_an_earlier_daemon_left_waits_and_all_others_start(tmp_path: Path) -> None:
+    """The same instance, and whoever shares a device; told as their reason, and in the sentence of the fleet."""
+    stage = Stage()
+    stage.launcher.unkillable |= {"a/0": "process 7 survives", "gone/0": "process 8 survives"}
+    stage.around.cleared.clear()
+    left = (
+        alive(spec="another/model", devices=(), own_name="1"),
+        alive("gone/0", devices=("1",), own_name="2"),
+        alive("dead/0", devices=("3",), own_name="3"),
+    )
+    models = model("a"), model("b", devices=(0, 1)), model("c", devices=(2, 3)), model("d")
+    reconciler = reconciler_of(stage, tmp_path, *models, records=left)
+    await stage.engine(2)
+    await passes(100)
+    assert sorted(engine.place.instance for engine in stage.launcher.engines) == ["c/0", "d/0"]
+    for name, other in (("a", "a/0"), ("b", "gone/0")):
+        waiting = reconciler.model(name)
+        assert waiting.diagnosis is not None
+        assert (waiting.state, waiting.diagnosis.reason) == (State.LOADING, Reason.NOT_ENDED)
+        assert waiting.diagnosis.message.startswith(f"waits: {other} could not be ended: process")
+    assert sentence(reconciler).endswith("; not ended: a/0, gone/0")
+    stage.launcher.unkillable.clear()
+    await stage.engine(4)
+    assert reconciler.not_ended() == {}
+
+
+@virtual
+async def test_an_engine_of_an_older_daemon_whose_devices_are_not_known_keeps_all_of_them(tmp_path: Path) -> None:
+    """Its record does not say; a start without any device is not concerned."""
+    stage = Stage()
+    stage.launcher.unkillable["gone/0"] = "process 7 survives"
+    stage.around.cleared.clear()
+    models = model("a", devices=(0,)), model("b")
+    reconciler_of(stage, tmp_path, *models, records=(alive("gone/0"),))
+    await stage.engine()
+    await passes(100)
+    assert [engine.place.instance for engine in stage.launcher.engines] == ["b/0"]
+
+
+@virtual
+async def test_a_stop_does_not_wait_for_ever_for_what_cannot_be_ended(tmp_path: Path) -> None:
+    """Neither for an engine of ours nor for one of an earlier daemon; both are still named behind it."""
+    stage = Stage()
+    stage.launcher.unkillable |= {"a/0": "process 7 survives", "gone/0": "process 8 survives"}
+    stage.around.cleared.clear()
+    reconciler = reconciler_of(stage, tmp_path, model("a"), records=(alive("gone/0"),))
+    await stage.engine()
+    await passes(10)
+    await reconciler.stop()
+    assert sorted(reconciler.not_ended()) == ["a/0", "gone/0"]
+    assert reconciler.model("a").state is State.UNLOADING
+
+
+@virtual
+async def test_a_ready_model_says_that_one_of_its_instances_cannot_be_ended(tmp_path: Path) -> None:
+    """It serves with the other one; nobody has to look for it among many instances."""
+    stage = Stage()
+    stage.launcher.unkillable["a/0"] = "process 7 survives"
+    reconciler = reconciler_of(stage, tmp_path, model("a", replicas=2))
+    for number in (1, 2):
+        (await stage.engine(number)).listens = True
+    await stage.until(lambda: states(reconciler.model("a")) == [State.READY] * 2)
+    await settle()
+    stage.launcher.engines[0].die()
+    await passes(10)
+    found = reconciler.model("a")
+    assert found.diagnosis is not None
+    assert (found.state, found.diagnosis.reason) == (State.READY, Reason.NOT_ENDED)

@@ -163,7 +163,7 @@ def test_what_is_learnt_of_an_engine_later_is_put_on_record(tmp_path: Path) -> N
     """That it serves, and its shared memory."""
     with StateDirectory(tmp_path) as state:
         state.record(CHAT)
-        state.amend("engine-1", ready=True, segments=("/dev/shm/psm_1",))
+        state.record(replace(CHAT, ready=True, segments=("/dev/shm/psm_1",)))
     assert next_daemon(tmp_path) == [replace(CHAT, ready=True, segments=("/dev/shm/psm_1",))]
 
 

@@ -538,3 +538,164 @@ async def test_a_refused_option_is_told_with_the_one_that_was_meant() -> None:
     await stage.until(lambda: chat.state is State.ERROR)
     assert chat.diagnosis is not None
     assert "did you mean seed?" in chat.diagnosis.message
+
+
+# Engines that cannot be ended
+
+
+@virtual
+async def test_what_cannot_be_ended_keeps_its_instance_unloading_until_it_is_gone() -> None:
+    """It says why, stays there as long as that takes, and stops by itself."""
+    stage = Stage()
+    stage.launcher.unkillable["chat/0"] = "process 7 survives"
+    chat = stage.supervisor(model())
+    chat.start()
+    await stage.serving(chat)
+    stopping = chat.stop()
+    await passes(10_000)
+    assert (chat.state, chat.phase, reason(chat)) == (State.UNLOADING, Phase.STOPPING, Reason.NOT_ENDED)
+    assert chat.diagnosis is not None
+    assert "process 7 survives" in chat.diagnosis.message
+    assert not stopping.done()
+    stage.launcher.unkillable.clear()
+    await stopping
+    assert chat.state is State.STOPPED
+    assert not stage.around.gate.not_ended()
+
+
+@virtual
+async def test_a_crash_whose_rest_cannot_be_ended_is_no_start_until_it_is_gone() -> None:
+    """It loads in phase stopping; then it says again why it crashed, and starts."""
+    stage = Stage()
+    stage.launcher.unkillable["chat/0"] = "process 7 survives"
+    chat = stage.supervisor(model(restart=Restart(backoff=5)))
+    chat.start()
+    (await stage.serving(chat)).die()
+    await passes(10_000)
+    assert (chat.state, chat.phase, reason(chat)) == (State.LOADING, Phase.STOPPING, Reason.NOT_ENDED)
+    assert len(stage.launcher.engines) == 1
+    stage.launcher.unkillable.clear()
+    await stage.until(lambda: chat.phase is Phase.BACKOFF)
+    assert reason(chat) is Reason.CRASHED
+    await stage.serving(chat)
+    assert chat.diagnosis is None
+
+
+@virtual
+async def test_a_stop_of_what_cannot_be_ended_after_a_crash_waits_for_it() -> None:
+    """The reason stays, and the stop ends with the engine."""
+    stage = Stage()
+    stage.launcher.unkillable["chat/0"] = "process 7 survives"
+    chat = stage.supervisor(model())
+    chat.start()
+    (await stage.serving(chat)).die()
+    await stage.until(lambda: chat.diagnosis is not None and reason(chat) is Reason.NOT_ENDED)
+    stopping = chat.stop()
+    await passes(1000)
+    assert (chat.state, chat.phase, reason(chat)) == (State.UNLOADING, Phase.STOPPING, Reason.NOT_ENDED)
+    stage.launcher.unkillable.clear()
+    await stopping
+    assert chat.state is State.STOPPED
+
+
+@virtual
+async def test_who_needs_a_device_of_what_cannot_be_ended_waits_and_says_so() -> None:
+    """Others start. When it is gone, the waiting start goes on and the reason goes."""
+    stage = Stage()
+    stage.launcher.unkillable["old/0"] = "process 7 survives"
+    old, new = stage.supervisor(model("old", devices=(0,))), stage.supervisor(model("new", devices=(0, 1)))
+    other = stage.supervisor(model("other", devices=(2,)))
+    old.start()
+    (await stage.serving(old)).die()
+    await stage.until(lambda: old.diagnosis is not None and reason(old) is Reason.NOT_ENDED)
+    new.start()
+    other.start()
+    await stage.until(lambda: other.engine is not None)
+    await passes(1000)
+    assert (new.state, new.phase, reason(new), new.failure) == (State.LOADING, Phase.QUEUED, Reason.NOT_ENDED, None)
+    assert new.diagnosis is not None
+    assert "old/0 could not be ended: process 7 survives" in new.diagnosis.message
+    stage.launcher.unkillable.clear()
+    await stage.until(lambda: new.engine is not None)
+    assert new.diagnosis is None
+
+
+@virtual
+async def test_a_start_waits_for_what_leaves_its_device_by_a_crash() -> None:
+    """The rest of a crashed engine sets memory free as a stopped one does."""
+    stage = Stage()
+    stage.launcher.teardown_seconds = 20
+    old, new = stage.supervisor(model("old", devices=(0,))), stage.supervisor(model("new", devices=(0,)))
+    old.start()
+    engine = await stage.serving(old)
+    engine.die()
+    died = now()
+    await stage.until(lambda: old.phase is Phase.STOPPING)
+    new.start()
+    await stage.until(lambda: new.engine is not None)
+    assert stage.launcher.engines[1].born == died + 20
+
+
+@virtual
+async def test_a_bug_while_an_engine_is_ended_never_hides_that_it_may_live() -> None:
+    """Nobody knows whether it does: the instance does not stop, says so, and nothing starts on its device."""
+    stage = Stage()
+    stage.launcher.end_error = RuntimeError("a bug")
+    chat, new = stage.supervisor(model(devices=(0,))), stage.supervisor(model("new", devices=(0,)))
+    chat.start()
+    await stage.serving(chat)
+    with capture_logs():
+        await chat.stop()
+    assert (chat.state, reason(chat)) == (State.UNLOADING, Reason.NOT_ENDED)
+    assert list(stage.around.gate.not_ended()) == ["chat/0"]
+    new.start()
+    await passes(1000)
+    assert (new.phase, len(stage.launcher.engines)) == (Phase.QUEUED, 1)
+
+
+@virtual
+async def test_a_daemon_that_stops_leaves_what_it_could_not_end_as_it_is() -> None:
+    """The stop returns; the instance is not called stopped."""
+    stage = Stage()
+    stage.launcher.unkillable["chat/0"] = "process 7 survives"
+    chat = stage.supervisor(model())
+    chat.start()
+    await stage.serving(chat)
+    stopping = chat.stop()
+    await passes(10)
+    stage.around.stopping.set()
+    await stopping
+    assert (chat.state, reason(chat)) == (State.UNLOADING, Reason.NOT_ENDED)
+
+
+@virtual
+async def test_a_start_that_waits_for_a_port_is_queued_and_no_failure() -> None:
+    """It says what it waits for, and counts as no try; then it says again why the last engine failed."""
+    stage = Stage()
+    chat = stage.supervisor(model(restart=Restart(max_failures=2)))
+    chat.start()
+    engine = await stage.engine()
+    stage.launcher.no_port = "port 8001 is taken"
+    engine.die()
+    await stage.until(lambda: chat.diagnosis is not None and reason(chat) is Reason.PORT_IN_USE)
+    assert chat.diagnosis is not None
+    assert (chat.state, chat.phase, chat.diagnosis.message) == (
+        State.LOADING, Phase.QUEUED, "waits: port 8001 is taken",
+    )  # fmt: skip
+    await stage.until(lambda: chat.engine is not None)
+    assert reason(chat) is Reason.CRASHED
+    await stage.serving(chat)
+
+
+@virtual
+async def test_an_engine_that_dies_of_its_full_log_names_the_disk() -> None:
+    """Its last words could not be written: what is known of the disk is all that there is."""
+    stage = Stage()
+    chat = stage.supervisor(model())
+    chat.start()
+    engine = await stage.engine()
+    engine.log.problem = "its output is not kept on disk: No space left on device"
+    engine.die(1)
+    await stage.until(lambda: chat.phase is Phase.BACKOFF)
+    assert chat.diagnosis is not None
+    assert "No space left on device" in chat.diagnosis.message

@@ -9,6 +9,7 @@ import functools
 import selectors
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from vllm_proxy.domain.command import Place
@@ -16,6 +17,7 @@ from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Phase, State
 from vllm_proxy.domain.progress import START, Progress
+from vllm_proxy.engine.ending import Owner
 from vllm_proxy.engine.gate import DeviceGate
 from vllm_proxy.engine.history import History
 from vllm_proxy.engine.probe import Ready
@@ -105,6 +107,18 @@ class FakeOutput:
         return tuple(self.lines[-lines:])
 
 
+class FakeLog:
+    """Where that goes."""
+
+    def __init__(self) -> None:
+        self.path = Path("/nowhere")
+        self.problem: str | None = None
+
+    def look(self) -> str | None:
+        """See anew."""
+        return self.problem
+
+
 class FakeEngine:
     """An engine that does what the test says."""
 
@@ -113,6 +127,7 @@ class FakeEngine:
         self.place = place
         self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self.output = FakeOutput()
+        self.log = FakeLog()
         self.started_at = datetime.now(UTC)
         self.was_ready = was_ready
         self.memory_bytes = 0
@@ -143,11 +158,15 @@ class FakeLauncher:
     def __init__(self) -> None:
         self.engines: list[FakeEngine] = []
         self.refusal: LaunchError | None = None
+        self.no_port: str | None = None  # why there is none for a minute
         self.known_objection: Diagnosis | None = None
         self.teardown_seconds = 0.0
-        self.teardown_error: Exception | None = None
+        self.end_error: Exception | None = None
+        self.teardown_error: Exception | None = None  # behind the end
         self.adopted_listen = True
         self.stop_timeouts: list[float] = []
+        self.unkillable: dict[str, str] = {}  # instances whose engines cannot be ended, and why
+        self.stopping = asyncio.Event()
 
     def devices(self, spec: EngineSpec) -> frozenset[str]:
         """The GPUs that an engine measures while it loads."""
@@ -162,46 +181,67 @@ class FakeLauncher:
         return frozenset({"seed", "max-num-batched-tokens"})
 
     @contextlib.asynccontextmanager
-    async def running(
-        self, model: ModelSpec, instance: str, stop_timeout: Callable[[], float]
-    ) -> AsyncIterator[FakeEngine]:
+    async def running(self, model: ModelSpec, instance: str, owner: Owner) -> AsyncIterator[FakeEngine]:
         """An engine that runs inside the block."""
         if self.refusal:
             raise self.refusal
+        if self.no_port:
+            owner.waits(self.no_port)
+            await asyncio.sleep(60)
+            owner.waits(None)
         number = len(self.engines)
         engine = FakeEngine(Place(instance, f"engine-{number}", 9000 + number, "secret", "/nowhere"))
         engine.spec = model.engine
-        async with self._living(engine, stop_timeout):
+        async with self._living(engine, owner):
             yield engine
 
     @contextlib.asynccontextmanager
-    async def adopted(self, record: EngineRecord, stop_timeout: Callable[[], float]) -> AsyncIterator[FakeEngine]:
+    async def adopted(self, record: EngineRecord, owner: Owner) -> AsyncIterator[FakeEngine]:
         """One that runs already."""
         if self.refusal:
             raise self.refusal
         place = Place(record.instance, record.own_name, record.port, record.credential, record.folder)
         engine = FakeEngine(place, was_ready=record.ready)
         engine.listens = self.adopted_listen
-        async with self._living(engine, stop_timeout):
+        async with self._living(engine, owner):
             yield engine
 
+    async def end_left(self, record: EngineRecord, owner: Owner) -> None:
+        """End one that an earlier daemon left."""
+        await self._until_ended(record.instance, owner)
+
     @contextlib.asynccontextmanager
-    async def _living(self, engine: FakeEngine, stop_timeout: Callable[[], float]) -> AsyncIterator[None]:
+    async def _living(self, engine: FakeEngine, owner: Owner) -> AsyncIterator[None]:
         self.engines.append(engine)
         try:
             yield
         finally:
-            if not engine.kept:
-                self.stop_timeouts.append(stop_timeout())
-                await to_the_end(self._end, engine)
+            if engine.kept:
+                owner.ended()
+            else:
+                self.stop_timeouts.append(owner.stop_timeout())
+                await to_the_end(self._end, engine, owner)
 
-    async def _end(self, engine: FakeEngine) -> None:
+    async def _end(self, engine: FakeEngine, owner: Owner) -> None:
         await asyncio.sleep(self.teardown_seconds)
+        if self.end_error:
+            raise self.end_error
         if not engine.exited.done():
             engine.die(0)
-        engine.buried = now()
+        if await self._until_ended(engine.place.instance, owner):
+            engine.buried = now()
         if self.teardown_error:
             raise self.teardown_error
+
+    async def _until_ended(self, instance: str, owner: Owner) -> bool:
+        if instance in self.unkillable:
+            owner.not_ended(self.unkillable[instance])
+        while instance in self.unkillable:
+            if self.stopping.is_set():
+                return False
+            await asyncio.sleep(1)
+        owner.ended()
+        return True
 
 
 class FakeProbe:
@@ -258,7 +298,15 @@ class Stage:
         self.registry = Registry()
         cleared = asyncio.Event()
         cleared.set()
-        self.around = Surroundings(self.launcher, DeviceGate(), self.registry, self.probe, asyncio.Event(), cleared)
+        self.around = Surroundings(
+            self.launcher,
+            DeviceGate(),
+            self.registry,
+            self.probe,
+            hurry=asyncio.Event(),
+            cleared=cleared,
+            stopping=self.launcher.stopping,
+        )
         self.starts = KeptStarts()
         self.woken: list[str] = []
         self.shown: list[Moment] = []

@@ -11,6 +11,7 @@ from vllm_proxy.api.config import changes
 from vllm_proxy.engine.desired import Desired, Outcome
 from vllm_proxy.engine.model import Model
 from vllm_proxy.engine.reconciler import Reconciler
+from vllm_proxy.engine.supervisor import Supervisor
 from vllm_proxy.errors import ConfigError
 
 _MOST_WAITING = 1000  # events that a reader may be behind
@@ -56,7 +57,7 @@ class Events:
             "state": model.state if self._reconciler.knows(model_id) else "stopped",
             "reason": diagnosis.reason if diagnosis else None,
             "message": diagnosis.message if diagnosis else None,
-            "instances": [{"index": one.index, "state": one.state, "phase": one.phase} for one in model.instances],
+            "instances": [_instance(one) for one in model.instances],
         }
         if self._shown.get(model_id) != event:
             self._shown[model_id] = event
@@ -79,6 +80,11 @@ class Events:
             except asyncio.QueueFull:
                 self._readers.discard(queue)
                 _end(queue)
+
+
+def _instance(one: Supervisor) -> dict[str, Any]:
+    reason = one.diagnosis.reason if one.diagnosis else None
+    return {"index": one.index, "state": one.state, "phase": one.phase, "reason": reason}
 
 
 def _end(queue: asyncio.Queue[bytes | None]) -> None:

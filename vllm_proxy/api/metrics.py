@@ -158,4 +158,6 @@ class Metrics(Collector):
             for one in model.instances:
                 if one.engine is not None and one.engine.memory_bytes:
                     memory.add_metric([name, one.name], one.engine.memory_bytes)
-        return restarts, startup, memory
+        left = GaugeMetricFamily("vllm_proxy_engines_not_ended", "Engines that live and could not be ended.")
+        left.add_metric([], len(self._reconciler.not_ended()))
+        return restarts, startup, memory, left

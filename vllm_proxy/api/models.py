@@ -45,6 +45,7 @@ def health(reconciler: Reconciler, desired: Desired) -> Handler:
             "status": "ok",
             "version": __version__,
             "models": {state: states[state] for state in State},
+            "not_ended": list(reconciler.not_ended()),
             "config": {
                 "revision": reconciler.config.revision,
                 "error": "\n".join(desired.rejected.lines()) if desired.rejected else None,
@@ -139,10 +140,12 @@ def resource(model: Model, registry: Registry) -> dict[str, Any]:
 
 
 def _instance(instance: Supervisor) -> dict[str, Any]:
-    engine, left = instance.engine, instance.seconds_left()
+    engine, left, diagnosis = instance.engine, instance.seconds_left(), instance.diagnosis
     return {
         "index": instance.index,
         "state": instance.state,
+        "reason": diagnosis.reason if diagnosis else None,
+        "message": diagnosis.message if diagnosis else engine.log.problem if engine else None,
         "pid": engine.pid if engine else None,
         "port": engine.place.port if engine else None,
         "phase": instance.phase,

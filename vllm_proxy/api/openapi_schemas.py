@@ -27,6 +27,8 @@ class Instance(TypedDict):
 
     index: int
     state: State
+    reason: Reason | None
+    message: Annotated[str | None, Field(description="Why; of a ready one also where its output is not kept on disk.")]
     pid: int | None
     port: int | None
     phase: Annotated[Phase | None, Field(description="How far it is within its state.")]
@@ -106,6 +108,7 @@ class Health(TypedDict):
     status: Literal["ok"]
     version: str
     models: Annotated[dict[str, int], Field(description="How many models are in each state.")]
+    not_ended: Annotated[list[str], Field(description="Instances whose engines live and could not be ended.")]
     config: ConfigHealth
 
 

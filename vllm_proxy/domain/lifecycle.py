@@ -66,7 +66,7 @@ class Life:
 class Phase(StrEnum):
     """How far an instance is within its state."""
 
-    QUEUED = "queued"  # waits for another engine on its GPUs
+    QUEUED = "queued"  # waits for another engine on its GPUs, for one that could not be ended, or for a port
     IMPORTING = "importing"  # Python, PyTorch, vLLM
     DOWNLOADING = "downloading"
     LOADING_WEIGHTS = "loading_weights"
@@ -93,6 +93,7 @@ class Reason(StrEnum):
     CRASHED = "crashed"
     STALLED = "stalled"
     KILLED = "killed"
+    NOT_ENDED = "not_ended"  # an engine lives that was to be ended: this one's, or one in whose place it is to start
     REPLACEMENT_FAILED = "replacement_failed"
     STOPPED_BY_HAND = "stopped_by_hand"
 

@@ -8,8 +8,8 @@ import contextlib
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,11 @@ from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.progress import Progress
-from vllm_proxy.engine import cgroup, logs, vitals
+from vllm_proxy.engine import cgroup, descriptors, logs, vitals
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
+from vllm_proxy.engine.ending import End, Owner, end_engine, until_ended
+from vllm_proxy.engine.log_file import LogFile
 from vllm_proxy.engine.output import Output, PassOn
 from vllm_proxy.engine.ports import NoPortError, Ports
 from vllm_proxy.engine.process import EngineProcess, end_session, to_the_end
@@ -51,6 +53,21 @@ class Writing(Protocol):
 
     def tail(self, lines: int) -> tuple[str, ...]:
         """The last lines that it wrote."""
+
+
+class Log(Protocol):
+    """Where an engine's output goes, as far as others look at it."""
+
+    @property
+    def path(self) -> Path:
+        """Where it can be read while the engine's block lasts."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why it is not kept on disk, as last seen."""
+
+    def look(self) -> str | None:
+        """See anew."""
 
 
 class Engine(Protocol):
@@ -84,6 +101,10 @@ class Engine(Protocol):
     def output(self) -> Writing:
         """What it writes."""
 
+    @property
+    def log(self) -> Log:
+        """Where that goes."""
+
     def serves(self) -> None:
         """It is ready: put that on record."""
 
@@ -94,17 +115,20 @@ class Engine(Protocol):
 class LaunchedEngine:
     """A real one."""
 
-    def __init__(self, process: EngineProcess, record: EngineRecord, output: Output, state: StateDirectory) -> None:
+    def __init__(
+        self, process: EngineProcess, record: EngineRecord, output: Output, log_file: LogFile, state: StateDirectory
+    ) -> None:
         self.process = process
         self.output = output
+        self.log = log_file
         self.place = Place(record.instance, record.own_name, record.port, record.credential, record.folder)
         self.started_at = datetime.fromisoformat(record.started_at)
         self.was_ready = record.ready
         self.kept = False
         self.pid = process.pid
         self.exited = process.exited
+        self.record = record
         self._state = state
-        self._cgroup = record.cgroup
         self.memory_bytes = 0  # of its processes, 0 until it was looked at
         self._serving = asyncio.Event()
 
@@ -117,7 +141,8 @@ class LaunchedEngine:
         """Once it serves, put that on record, with what would be left of it if it were killed; then report on it."""
         await self._serving.wait()
         found = await asyncio.to_thread(vitals.shared_segments, self.pid, self.process.started)
-        self._state.amend(self.place.own_name, ready=True, segments=tuple(sorted(found)))
+        self.record = replace(self.record, ready=True, segments=tuple(sorted(found)))
+        note(self._state, self.record)
         noted = 0
         while True:
             self.memory_bytes = await asyncio.to_thread(self._memory)
@@ -129,7 +154,8 @@ class LaunchedEngine:
             await asyncio.sleep(_MEMORY_SECONDS)
 
     def _memory(self) -> int:
-        return cgroup.memory_bytes(self._cgroup) or vitals.memory_bytes(self.pid, self.process.started)
+        self.log.look()
+        return cgroup.memory_bytes(self.record.cgroup) or vitals.memory_bytes(self.pid, self.process.started)
 
     def keep(self) -> None:
         """Leave it to the next daemon where the block ends."""
@@ -148,6 +174,8 @@ class Launcher:
     state: StateDirectory
     pass_on: PassOn
     cgroups: Cgroups
+    open_files: int  # the soft limit that engines get
+    stopping: asyncio.Event  # set: the daemon stops
 
     def devices(self, spec: EngineSpec) -> frozenset[str]:
         """The GPUs that an engine measures while it loads."""
@@ -174,10 +202,8 @@ class Launcher:
         return await self.check.names(spec)
 
     @contextlib.asynccontextmanager
-    async def running(
-        self, model: ModelSpec, instance: str, stop_timeout: Callable[[], float]
-    ) -> AsyncIterator[LaunchedEngine]:
-        """An engine that runs inside the block; behind it nothing is left of it, unless it was kept.
+    async def running(self, model: ModelSpec, instance: str, owner: Owner) -> AsyncIterator[LaunchedEngine]:
+        """An engine that runs inside the block; behind it nothing is left of it, unless its owner was told otherwise.
 
         Raises:
             LaunchError: when it cannot be started.
@@ -186,12 +212,15 @@ class Launcher:
         start = self.programs.command(model.engine)
         _refuse(await self.check.problems(model))
         async with contextlib.AsyncExitStack() as stack:
-            place = self._take_place(instance, stack)
+            taken = stack.enter_context(contextlib.ExitStack())
+            place = await self._take_place(instance, owner, taken)
             argv = command.argv(model.id, model.engine, start, place)
             env = command.environment(self.programs.inherited, model.engine, place)
-            engine = self._spawn(argv, env, place, self.fingerprint(model.engine))
-            await stack.enter_async_context(self._living(engine, stop_timeout, stack))
-            engine.process.release()
+            with descriptors.spare():
+                engine = self._spawn(argv, env, place, model.engine, stack)
+                await stack.enter_async_context(self._living(engine, owner, taken))
+                self._put_on_record(engine)
+                engine.process.release()
             log.info(
                 "engine started",
                 instance=instance,
@@ -202,7 +231,7 @@ class Launcher:
             yield engine
 
     @contextlib.asynccontextmanager
-    async def adopted(self, record: EngineRecord, stop_timeout: Callable[[], float]) -> AsyncIterator[LaunchedEngine]:
+    async def adopted(self, record: EngineRecord, owner: Owner) -> AsyncIterator[LaunchedEngine]:
         """An engine that an earlier daemon started, as if it were ours.
 
         Raises:
@@ -210,95 +239,125 @@ class Launcher:
 
         """
         async with contextlib.AsyncExitStack() as stack:
+            taken = stack.enter_context(contextlib.ExitStack())
             self.ports.hold(record.port)
-            stack.callback(self.ports.give_back, record.port)
-            stack.callback(shutil.rmtree, record.folder, ignore_errors=True)
-            process = EngineProcess.adopt(record.pid, record.started)
-            if process is None:
-                await bury(record, partial(end_session, record.pid, record.started, 0), self.state)
-                raise LaunchError(Reason.CRASHED, "the engine ended while no daemon watched it")
-            file = Path(record.log)
-            output = Output(record.instance, file, record.log_start, logs.size_of(file), self.pass_on)
-            output.catch_up()
-            engine = LaunchedEngine(process, record, output, self.state)
-            await stack.enter_async_context(self._living(engine, stop_timeout, stack))
+            taken.callback(self.ports.give_back, record.port)
+            taken.callback(shutil.rmtree, record.folder, ignore_errors=True)
+            engine, why = None, "the engine ended while no daemon watched it"
+            try:
+                engine = self._adopt(record, stack)
+            except OSError as error:
+                why = f"cannot adopt the engine, so it was ended: {error}"
+            if engine is None:
+                await to_the_end(self._end, record, partial(end_session, record.pid, record.started), owner, taken)
+                raise LaunchError(Reason.CRASHED, why)
+            await stack.enter_async_context(self._living(engine, owner, taken))
             log.info("engine adopted", instance=record.instance, pid=engine.pid, port=record.port)
             yield engine
 
-    def _take_place(self, instance: str, stack: contextlib.AsyncExitStack) -> Place:
+    def _adopt(self, record: EngineRecord, stack: contextlib.AsyncExitStack) -> LaunchedEngine | None:
+        log_file = LogFile.of_running(record.pid, record.log)
+        stack.callback(log_file.close)
+        process = EngineProcess.adopt(record.pid, record.started)
+        if process is None:
+            return None
+        start = (record.instance, log_file.path, record.log_start, logs.size_of(log_file.path))
+        output = Output(*start, self.pass_on, most_bytes=log_file.most_bytes)
+        output.catch_up()
+        return LaunchedEngine(process, record, output, log_file, self.state)
+
+    async def end_left(self, record: EngineRecord, owner: Owner) -> None:
+        """End an engine that an earlier daemon left. Its port stays taken until that is done."""
+        log.warning("ending an engine that an earlier daemon left", instance=record.instance, pid=record.pid)
+        with contextlib.ExitStack() as taken:
+            self.ports.hold(record.port)
+            taken.callback(self.ports.give_back, record.port)
+            await self._end(record, partial(end_session, record.pid, record.started), owner, taken)
+
+    async def _take_place(self, instance: str, owner: Owner, taken: contextlib.ExitStack) -> Place:
         try:
-            port = self.ports.take()
-            stack.callback(self.ports.give_back, port)
+            port = await self.ports.take_soon(owner.waits)
+            taken.callback(self.ports.give_back, port)
             folder = tempfile.mkdtemp(prefix="vp-", dir=self.scratch)
         except (NoPortError, OSError) as error:
             raise LaunchError(Reason.CRASHED, f"cannot make room for an engine: {error}") from error
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        taken.callback(shutil.rmtree, folder, ignore_errors=True)
         return Place(instance, f"engine-{secrets.token_hex(8)}", port, secrets.token_urlsafe(24), folder)
 
-    def _spawn(self, argv: Sequence[str], env: Mapping[str, str], place: Place, spec: str) -> LaunchedEngine:
-        log_file = self.state.log_file(place.instance)
-        log_start = logs.size_of(log_file)
+    def _spawn(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        place: Place,
+        spec: EngineSpec,
+        stack: contextlib.AsyncExitStack,
+    ) -> LaunchedEngine:
+        """A process that waits to be released, on nobody's record yet."""
         try:
-            process = EngineProcess.spawn(argv, env, self.programs.folder, log_file)
+            log_file = LogFile.make(self.state.log_file(place.instance))
+            stack.callback(log_file.close)
+            log_start = logs.size_of(log_file.path)
+            process = EngineProcess.spawn(argv, env, self.programs.folder, log_file.path)
         except OSError as error:
             raise LaunchError(Reason.CRASHED, f"cannot start a process: {error}") from error
-        group = self.cgroups.take_in(f"{file_name(place.instance)}.{place.own_name[-8:]}", process.pid)
+        if log_file.problem:
+            log.warning("an engine's output is passed on alone", instance=place.instance, why=log_file.problem)
         record = EngineRecord(
             place.instance, place.own_name, process.pid, process.started, place.port, place.credential, place.folder,
-            str(log_file), spec, log_start, datetime.now(UTC).isoformat(), cgroup=group,
+            log_file.recorded(process.pid), self.fingerprint(spec), log_start, datetime.now(UTC).isoformat(),
+            devices=tuple(sorted(self.devices(spec))),
         )  # fmt: skip
-        self.state.record(record)
-        output = Output(place.instance, log_file, log_start, log_start, self.pass_on)
-        return LaunchedEngine(process, record, output, self.state)
+        output = Output(
+            place.instance, log_file.path, log_start, log_start, self.pass_on, most_bytes=log_file.most_bytes
+        )
+        return LaunchedEngine(process, record, output, log_file, self.state)
+
+    def _put_on_record(self, engine: LaunchedEngine) -> None:
+        descriptors.give(engine.pid, self.open_files)
+        name = f"{file_name(engine.place.instance)}.{engine.place.own_name[-8:]}"
+        engine.record = replace(engine.record, cgroup=self.cgroups.take_in(name, engine.pid))
+        note(self.state, engine.record)
 
     @contextlib.asynccontextmanager
-    async def _living(
-        self, engine: LaunchedEngine, stop_timeout: Callable[[], float], taken: contextlib.AsyncExitStack
-    ) -> AsyncIterator[None]:
+    async def _living(self, engine: LaunchedEngine, owner: Owner, taken: contextlib.ExitStack) -> AsyncIterator[None]:
         process, output = engine.process, engine.output
         pump = asyncio.create_task(output.pump(partial(vitals.work, engine.pid, process.started)))
-        note = asyncio.create_task(engine.look_after())
+        noting = asyncio.create_task(engine.look_after())
         try:
             yield
         finally:
-            note.cancel()
+            noting.cancel()
             if engine.kept and not engine.exited.done():
                 process.leave()
                 taken.pop_all()  # port and folder stay its own
+                owner.ended()
                 log.info("engine kept", instance=engine.place.instance, pid=engine.pid, port=engine.place.port)
             else:
                 # A stop that comes while the engine is ended already must not leave the rest of it alive.
-                await to_the_end(self._end, engine, stop_timeout())
+                await to_the_end(self._end, engine.record, process.end, owner, taken)
             pump.cancel()
             await asyncio.wait({pump})
             output.read(last=True)
 
-    async def _end(self, engine: LaunchedEngine, grace_seconds: float) -> None:
-        record = self.state.on_record(engine.place.own_name)
-        if await bury(record, partial(engine.process.end, grace_seconds), self.state):
-            log.info("engine ended", instance=record.instance, pid=engine.pid)
+    async def _end(self, record: EngineRecord, end: End, owner: Owner, taken: contextlib.ExitStack) -> None:
+        """End an engine; where that was given up, what was taken for it stays taken."""
+        attempt = partial(end_engine, record, end, self.state)
+        if await until_ended(record, attempt, owner, self.stopping):
+            log.info("engine ended", instance=record.instance, pid=record.pid)
+        else:
+            taken.pop_all()
+
+
+def note(state: StateDirectory, record: EngineRecord) -> None:
+    """Put an engine on record. Where that cannot be done, it runs all the same, and is ended as any other."""
+    try:
+        state.record(record)
+    except OSError as error:
+        log.error("an engine is not on record: a later daemon would not know of it",
+                  instance=record.instance, error=str(error))  # fmt: skip
 
 
 def _refuse(problems: Sequence[tuple[str, str]]) -> None:
     if problems:
         listed = "; ".join(f"{path}: {message}" for path, message in problems)
         raise LaunchError(Reason.INVALID_ARGUMENTS, f"vLLM would refuse its options: {listed}")
-
-
-async def bury(record: EngineRecord, end: Callable[[], Awaitable[bool]], state: StateDirectory) -> bool:
-    """`end` every process of an engine, then remove what they leave behind.
-
-    True when nothing is left. What could not be ended stays on record for the next daemon.
-    """
-    mapped = await asyncio.to_thread(vitals.shared_segments, record.pid, record.started)
-    try:
-        if not (await end() and await cgroup.end(record.cgroup)):
-            return False
-    except OSError as error:  # not ours to signal
-        log.error("the engine cannot be ended", instance=record.instance, pid=record.pid, error=str(error))
-        return False
-    if removed := await asyncio.to_thread(vitals.remove_segments, {*mapped, *record.segments}):
-        log.info("shared memory of a dead engine removed", instance=record.instance, names=removed)
-    shutil.rmtree(record.folder, ignore_errors=True)
-    state.forget(record.own_name)
-    return True

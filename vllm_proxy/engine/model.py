@@ -73,6 +73,8 @@ class Model:
     def diagnosis(self) -> Diagnosis | None:
         """Why it is not what the file asks for, where there is a reason."""
         state = self.state
+        if not_ended := next((one.diagnosis for one in self.instances if _is_not_ended(one)), None):
+            return not_ended
         if state is State.STOPPED:
             return _STOPPED_BY_HAND if self.rests else None
         if state is not State.ERROR and self._trial.refusal is not None:
@@ -246,6 +248,10 @@ class Model:
         if state is not State.READY:  # the time counts from when it can be used
             return policy.idle_timeout
         return policy.idle_timeout - self._around.registry.idle_seconds(self.spec.id)
+
+
+def _is_not_ended(one: Supervisor) -> bool:
+    return one.diagnosis is not None and one.diagnosis.reason is Reason.NOT_ENDED
 
 
 def _in_order(instances: list[Supervisor]) -> tuple[Supervisor, ...]:

@@ -12,6 +12,7 @@ from vllm_proxy.domain import progress
 from vllm_proxy.domain.lifecycle import Phase
 from vllm_proxy.domain.progress import Progress
 from vllm_proxy.engine import logs
+from vllm_proxy.engine.log_file import MOST_BYTES
 from vllm_proxy.engine.logs import LogReader
 from vllm_proxy.engine.vitals import Work
 
@@ -28,8 +29,20 @@ _NO_PROGRESS = re.compile(r"No available shared memory broadcast block|Waiting f
 class Output:
     """The output of one engine. `activity` grows whenever the engine does something that can be seen."""
 
-    def __init__(self, instance: str, file: Path, start: int, read_from: int, pass_on: PassOn) -> None:
-        """`start`: where this engine's output begins in the file; `read_from`: from where it is new to us, bytes."""
+    def __init__(
+        self,
+        instance: str,
+        file: Path,
+        start: int,
+        read_from: int,
+        pass_on: PassOn,
+        *,
+        most_bytes: int = MOST_BYTES,
+    ) -> None:
+        """`start`: where this engine's output begins in the file; `read_from`: from where it is new to us, bytes.
+
+        `most_bytes`: a larger file is cut.
+        """
         self.progress = progress.START
         self.activity = 0
         self.loading = True  # while it does, each line is looked at
@@ -38,6 +51,7 @@ class Output:
         self._start = start
         self._reader = LogReader(file, read_from)
         self._pass_on = pass_on
+        self._most_bytes = most_bytes
 
     def tail(self, lines: int) -> tuple[str, ...]:
         """The last lines that it wrote."""
@@ -77,7 +91,7 @@ class Output:
             self._pass_on(self._instance, lines)
             for line in lines:
                 self._follow(line)
-        if moved := logs.cut(self._file):
+        if moved := logs.cut(self._file, self._most_bytes):
             self._reader.shift(moved)
             self._start = max(0, self._start - moved)
         return bool(lines)

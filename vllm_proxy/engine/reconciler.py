@@ -8,19 +8,21 @@ from pathlib import Path
 import structlog
 
 from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec
+from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.domain.plan import Action, plan
+from vllm_proxy.engine.ending import LAST_TRIES_SECONDS, end_engine
+from vllm_proxy.engine.gate import Leaving
 from vllm_proxy.engine.history import History
-from vllm_proxy.engine.launch import bury
 from vllm_proxy.engine.model import Model
 from vllm_proxy.engine.process import end_session, is_alive
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
-from vllm_proxy.engine.supervisor import Surroundings
+from vllm_proxy.engine.supervisor import Supervisor, Surroundings
 from vllm_proxy.errors import RequestError
 
 log = structlog.get_logger()
 
 _ORPHAN_GRACE_SECONDS = 10.0
-_BURIAL_SECONDS = 45.0  # until what ignores SIGTERM is killed, reaped and tidied up behind
+_ENDING_SECONDS = 40.0 + LAST_TRIES_SECONDS  # until what ignores SIGTERM is killed, reaped and tidied up behind
 
 type Adoptable = dict[str, dict[int, EngineRecord]]  # by model and instance
 
@@ -58,9 +60,40 @@ async def end_left(records: Iterable[EngineRecord], state: StateDirectory) -> bo
 
     async def end(record: EngineRecord) -> bool:
         log.warning("ending an engine that an earlier daemon left", instance=record.instance, pid=record.pid)
-        return await bury(record, partial(end_session, record.pid, record.started, _ORPHAN_GRACE_SECONDS), state)
+        end = partial(end_session, record.pid, record.started)
+        if (why := await end_engine(record, end, state, _ORPHAN_GRACE_SECONDS)) is not None:
+            log.error("an engine cannot be ended", instance=record.instance, why=why)
+        return why is None
 
     return all(await asyncio.gather(*(end(record) for record in records)))
+
+
+class _Left:
+    """An engine that an earlier daemon left and that is being ended. `changed` is called when it could not be."""
+
+    def __init__(self, leaving: Leaving, changed: Callable[[], None]) -> None:
+        self.tried = asyncio.Event()
+        self._leaving = leaving
+        self._changed = changed
+
+    def stop_timeout(self) -> float:
+        """Seconds between SIGTERM and SIGKILL."""
+        return _ORPHAN_GRACE_SECONDS
+
+    def waits(self, why: str | None) -> None:
+        """It does not start."""
+
+    def not_ended(self, why: str) -> None:
+        """Who needs what it has waits on."""
+        self._leaving.fails(why)
+        self.tried.set()
+        self._changed()
+
+    def ended(self) -> None:
+        """Nobody waits for it any more."""
+        self._leaving.gone()
+        self.tried.set()
+        self._changed()
 
 
 class Reconciler:
@@ -76,9 +109,10 @@ class Reconciler:
         self._fingerprint = fingerprint
         self._listeners: list[Callable[[Model], None]] = []
         self._models: dict[str, Model] = {}
-        self._clearing: asyncio.Task[None] | None = None
-        self._burials: set[asyncio.Task[None]] = set()
-        self.stopping = asyncio.Event()  # set: nothing that has no end goes on
+        self._clearing: list[asyncio.Task[None]] = []
+        self._lefts: list[_Left] = []
+        self._ends: set[asyncio.Task[None]] = set()
+        self.stopping = around.stopping
 
     def listen(self, listener: Callable[[Model], None]) -> None:
         """Call `listener` with a model after every change of what it shows."""
@@ -87,7 +121,8 @@ class Reconciler:
     def start(self) -> None:
         """Run every enabled model, on engines of an earlier daemon where they fit. Returns at once."""
         adoptable, others = sort_out(self._state.left_behind(), self.config.models, self._fingerprint)
-        self._clearing = asyncio.create_task(self._clear(others))
+        self._clearing = [self._clear(record) for record in others]
+        self._clearing.append(asyncio.create_task(self._all_tried(), name="first tries to end what was left"))
         for spec in self.config.models.values():
             self._declare(spec)
         for model in self._models.values():
@@ -127,15 +162,12 @@ class Reconciler:
         self.registry.close()
         keep = self.config.server.on_exit == "keep"
         ends = [model.end(keep=keep and not model.ends) for model in self._models.values()]
-        if ends or self._burials:
-            await asyncio.wait({*ends, *self._burials})
-        if self._clearing is not None:
-            await asyncio.wait({self._clearing})
+        await asyncio.wait({*ends, *self._ends, *self._clearing})
 
     def longest_stop(self) -> float:
-        """Seconds that `stop` takes at most, unless the kernel holds a process back."""
+        """Seconds that `stop` takes at most."""
         grace = max((model.spec.policy.stop_timeout for model in self._models.values()), default=0.0)
-        return self.config.server.shutdown_timeout + grace + _BURIAL_SECONDS
+        return self.config.server.shutdown_timeout + grace + _ENDING_SECONDS
 
     def hurry(self) -> None:
         """Do not wait for requests in flight any more."""
@@ -167,8 +199,14 @@ class Reconciler:
             RequestError: `model_not_found`.
 
         """
-        names = [one.name for one in self.model(model_id).instances] or [f"{model_id}/0"]
-        return [(name, self._state.log_file(name)) for name in names]
+        instances = self.model(model_id).instances
+        if not instances:
+            return [(f"{model_id}/0", self._state.log_file(f"{model_id}/0"))]
+        return [(one.name, self._log_of(one)) for one in instances]
+
+    def _log_of(self, one: Supervisor) -> Path:
+        """Of what runs the file that it has open: on disk there may be none."""
+        return one.engine.log.path if one.engine and one.engine.log.problem else self._state.log_file(one.name)
 
     def _declare(self, spec: ModelSpec) -> None:
         history = History(self._state, self._fingerprint)
@@ -187,13 +225,15 @@ class Reconciler:
         elif spec is not None:
             model.become(spec)
         else:
-            burial = asyncio.create_task(self._bury(model, model.end(keep=False)), name=f"end of {model_id}")
-            self._burials.add(burial)
-            burial.add_done_callback(self._burials.discard)
+            end = asyncio.create_task(self._end(model, model.end(keep=False)), name=f"end of {model_id}")
+            self._ends.add(end)
+            end.add_done_callback(self._ends.discard)
 
-    async def _bury(self, model: Model, ending: asyncio.Task[None]) -> None:
+    async def _end(self, model: Model, ending: asyncio.Task[None]) -> None:
         """When nothing is left of a model that is gone from the file, its name may come again."""
         await asyncio.wait({ending})
+        if any(one.state is not State.STOPPED for one in model.instances):  # nobody could end it
+            return
         model_id = model.spec.id
         del self._models[model_id]
         self.registry.forget(model_id)
@@ -202,11 +242,29 @@ class Reconciler:
             self._follow(model_id)
             self._sort()
 
-    async def _clear(self, left: list[EngineRecord]) -> None:
-        try:
-            await end_left(left, self._state)
-        finally:
-            self._around.cleared.set()
+    def _clear(self, record: EngineRecord) -> asyncio.Task[None]:
+        """End an engine of an earlier daemon. Nobody who needs what it has starts before."""
+
+        def changed() -> None:
+            model_id = record.instance.rpartition("/")[0]
+            if model := self._models.get(model_id) or next(iter(self._models.values()), None):
+                self._tell(model)
+
+        leaving = self._around.gate.leave(frozenset(record.devices), record.instance)
+        left = _Left(leaving, changed)
+        self._lefts.append(left)
+        task = asyncio.create_task(self._around.launcher.end_left(record, left), name=f"end of {record.instance}")
+        task.add_done_callback(lambda _: left.tried.set())  # whatever ended it
+        return task
+
+    async def _all_tried(self) -> None:
+        """What an earlier daemon left is gone, or known not to go: ports and memory are as free as they will be."""
+        await asyncio.gather(*(left.tried.wait() for left in self._lefts))
+        self._around.cleared.set()
+
+    def not_ended(self) -> dict[str, str]:
+        """The instances whose engines could not be ended, those of an earlier daemon included, and why."""
+        return self._around.gate.not_ended()
 
     def _changed(self, model: Model) -> None:
         message = model.diagnosis.message if model.diagnosis else None

@@ -9,7 +9,7 @@ import hashlib
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 from urllib.parse import quote
@@ -18,6 +18,7 @@ import msgspec
 import structlog
 import tomli_w
 
+from vllm_proxy.engine.gate import ANY_DEVICE
 from vllm_proxy.engine.process import boot_id
 from vllm_proxy.errors import StartupError
 
@@ -49,6 +50,7 @@ class EngineRecord:
     ready: bool = False  # it has served
     segments: tuple[str, ...] = ()  # its files in /dev/shm
     cgroup: str = ""  # the folder of its own, where it has one
+    devices: tuple[str, ...] = (ANY_DEVICE,)  # the GPUs that it has
 
 
 def file_name(instance: str) -> str:
@@ -121,14 +123,6 @@ class StateDirectory:
         """Put an engine on record."""
         self._records[engine.own_name] = engine
         self._write()
-
-    def on_record(self, own_name: str) -> EngineRecord:
-        """What is known of an engine."""
-        return self._records[own_name]
-
-    def amend(self, own_name: str, *, ready: bool, segments: tuple[str, ...]) -> None:
-        """An engine on record has changed."""
-        self.record(replace(self._records[own_name], ready=ready, segments=segments))
 
     def forget(self, own_name: str) -> None:
         """Nothing of the engine is left."""

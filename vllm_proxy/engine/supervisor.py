@@ -19,7 +19,8 @@ from vllm_proxy.domain.diagnose import Diagnosis, Exit, diagnose
 from vllm_proxy.domain.lifecycle import Event, Life, Phase, Reason, State
 from vllm_proxy.domain.progress import Progress
 from vllm_proxy.engine.ejection import mind
-from vllm_proxy.engine.gate import DeviceGate
+from vllm_proxy.engine.ending import Owner
+from vllm_proxy.engine.gate import DeviceGate, Leaving
 from vllm_proxy.engine.history import History
 from vllm_proxy.engine.launch import Engine
 from vllm_proxy.engine.liveness import until_stalled
@@ -41,15 +42,14 @@ class Launcher(Protocol):
     def devices(self, spec: EngineSpec) -> frozenset[str]:
         """The GPUs that an engine measures while it loads."""
 
-    def running(
-        self, model: ModelSpec, instance: str, stop_timeout: Callable[[], float]
-    ) -> contextlib.AbstractAsyncContextManager[Engine]:
+    def running(self, model: ModelSpec, instance: str, owner: Owner) -> contextlib.AbstractAsyncContextManager[Engine]:
         """An engine that runs inside the block."""
 
-    def adopted(
-        self, record: EngineRecord, stop_timeout: Callable[[], float]
-    ) -> contextlib.AbstractAsyncContextManager[Engine]:
+    def adopted(self, record: EngineRecord, owner: Owner) -> contextlib.AbstractAsyncContextManager[Engine]:
         """One that runs already."""
+
+    async def end_left(self, record: EngineRecord, owner: Owner) -> None:
+        """End one that an earlier daemon left."""
 
     async def objection(self, model: ModelSpec) -> Diagnosis | None:
         """Why no engine would start for a model, as far as it can be known without starting one."""
@@ -67,7 +67,8 @@ class Surroundings:
     registry: Registry
     probe: Probe
     hurry: asyncio.Event  # set: do not wait for requests any more
-    cleared: asyncio.Event  # set: what an earlier daemon left is gone, its ports and its memory are free
+    cleared: asyncio.Event  # set: what an earlier daemon left is gone, or keeps its place in the gate's line
+    stopping: asyncio.Event  # set: the daemon stops, nothing that has no end goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,9 @@ class Supervisor:
         self._history = history
         self._changed = changed
         self._failures = 0
+        self._lives = False  # an engine, or what is left of one
+        self._failure: Diagnosis | None = None  # of its last engine, until the next one serves
+        self._leaving: Leaving | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -114,7 +118,7 @@ class Supervisor:
     def start(self, record: EngineRecord | None = None) -> None:
         """Begin to run, with an engine of an earlier daemon where there is one. Returns at once."""
         self._failures = 0
-        self.diagnosis = None
+        self.diagnosis = self._failure = None
         self._move(Event.START)
         self._task = asyncio.create_task(self._run(record), name=f"supervisor of {self.name}")
 
@@ -125,22 +129,69 @@ class Supervisor:
         """
         assert self._task is not None, "only a started one can be stopped"
         assert self._life.state not in {State.STOPPED, State.UNLOADING}, "it is stopped once"
-        left = self._around.gate.leave(self._around.launcher.devices(self.spec.engine))
-        self._move(Event.STOP, Phase.DRAINING)
+        self._leave_devices()
+        is_told = self.diagnosis is not None and self.diagnosis.reason is Reason.NOT_ENDED and self._lives
+        self._move(Event.STOP, Phase.STOPPING if is_told else Phase.DRAINING)
         if keep and self.engine is not None:
             self.engine.keep()
         self._task.cancel()
-        return asyncio.create_task(self._leave(self._task, left), name=f"stop of {self.name}")
+        return asyncio.create_task(self._leave(self._task), name=f"stop of {self.name}")
 
-    async def _leave(self, running: asyncio.Task[None], left: Callable[[], None]) -> None:
+    async def _leave(self, running: asyncio.Task[None]) -> None:
+        """It stays `unloading` where nobody tries any more to end what could not be ended."""
         await asyncio.wait({running})
-        left()
-        self._move(Event.GONE)
+        if not self._lives:
+            self._left()
+            self.diagnosis = None
+            self._move(Event.GONE)
+
+    def _leave_devices(self) -> Leaving:
+        """Keep others from what its engine has until nothing of that is left."""
+        if self._leaving is None:
+            self._leaving = self._around.gate.leave(self._around.launcher.devices(self.spec.engine), self.name)
+        return self._leaving
+
+    def _left(self) -> None:
+        if self._leaving is not None:
+            self._leaving.gone()
+            self._leaving = None
+
+    # What the launcher says
+
+    def stop_timeout(self) -> float:
+        """Seconds between SIGTERM and SIGKILL."""
+        return self.spec.policy.stop_timeout
+
+    def waits(self, why: str | None) -> None:
+        """No port is free yet."""
+        self._wait_for(Reason.PORT_IN_USE, why)
+
+    def not_ended(self, why: str) -> None:
+        """Its engine could not be ended, which is tried again."""
+        self._lives = True
+        if self.state is State.READY:
+            self._move(Event.DIED)
+        self._leave_devices().fails(why)
+        self.diagnosis = Diagnosis(Reason.NOT_ENDED, f"cannot end its engine: {why}")
+        self._show(Phase.STOPPING)
+
+    def ended(self) -> None:
+        """Nothing is left of its engine, or it was left to the next daemon."""
+        self._lives = False
+
+    def _waits_for_an_end(self, why: str | None) -> None:
+        self._wait_for(Reason.NOT_ENDED, why)
+
+    def _wait_for(self, reason: Reason, why: str | None) -> None:
+        """A start waits for what stands in its way; None: nothing does any more, and what was told before counts."""
+        if self.state is State.LOADING:
+            self.diagnosis = Diagnosis(reason, f"waits: {why}") if why else self._failure
+            self._show(Phase.QUEUED)
 
     @property
     def failure(self) -> Diagnosis | None:
         """Why its last engine failed; None where one serves, or the first one is on its way."""
-        return self.diagnosis if self._failures and self.state in {State.LOADING, State.ERROR} else None
+        return self._failure if self.state in {State.LOADING, State.ERROR} else None
 
     def seconds_left(self) -> float | None:
         """How long this start may still take, as the last ones of the same spec went; None where nothing is known."""
@@ -165,18 +216,31 @@ class Supervisor:
     async def _run(self, record: EngineRecord | None) -> None:
         try:
             while True:
-                self.diagnosis = await self._one_life(record)
+                failure = await self._one_life(record)
+                if self._lives:  # the daemon stops, and cannot end it
+                    return
+                self._left()
                 record = None
-                self._history.failed(self.name, self.diagnosis.reason)
-                if not await self._may_try_again(self.diagnosis):
+                self.diagnosis = self._failure = failure
+                self._history.failed(self.name, failure.reason)
+                if not await self._may_try_again(failure):
                     return
         except Exception:  # a bug in here must not take the other models along
             log.exception("the supervisor failed", instance=self.name)
-            self.diagnosis = Diagnosis(Reason.CRASHED, "a fault of the daemon itself: see its log")
-            if self.state is State.READY:
-                self._move(Event.DIED)
-            if self.state is State.LOADING:  # else it is stopped just now, which goes on
-                self._move(Event.GAVE_UP)
+            self._rest_in_fault()
+
+    def _rest_in_fault(self) -> None:
+        """It rests in `error`; where its engine may live, it is said that it does, and nobody starts beside it."""
+        fault = "a fault of the daemon itself: see its log"
+        if self._lives:
+            self.not_ended(f"{fault}; end it by hand, then restart the daemon")
+            return
+        self._left()
+        if self.state is State.READY:
+            self._move(Event.DIED)
+        self.diagnosis = Diagnosis(Reason.CRASHED, fault)
+        if self.state is State.LOADING:  # else it is stopped just now, which goes on
+            self._move(Event.GAVE_UP)
 
     async def _may_try_again(self, diagnosis: Diagnosis) -> bool:
         """Wait out the backoff; False when the instance rests in `error`."""
@@ -204,9 +268,11 @@ class Supervisor:
                 if record is None:
                     await around.cleared.wait()
                 devices = around.launcher.devices(self.spec.engine)
-                await gate.enter_async_context(around.gate.hold(devices, at_once=record is not None))
+                hold = around.gate.hold(devices, self.name, at_once=record is not None, told=self._waits_for_an_end)
+                await gate.enter_async_context(hold)
+                self._lives = record is not None
                 async with self._living(record) as engine:
-                    self.engine, self.started_at = engine, engine.started_at
+                    self.engine, self.started_at, self._lives = engine, engine.started_at, True
                     self._show(Phase.IMPORTING)
                     ready = await until_ready(engine, around.probe, self._startup_timeout, self._progress)
                     if not isinstance(ready, Ready):
@@ -223,8 +289,8 @@ class Supervisor:
 
     def _living(self, record: EngineRecord | None) -> contextlib.AbstractAsyncContextManager[Engine]:
         if record is not None:
-            return self._around.launcher.adopted(record, self._stop_timeout)
-        return self._around.launcher.running(self.spec, self.name, self._stop_timeout)
+            return self._around.launcher.adopted(record, self)
+        return self._around.launcher.running(self.spec, self.name, self)
 
     async def _serve(self, engine: Engine, ready: Ready) -> Diagnosis:
         """Let requests in until the engine ends or stalls; when stopped, wait for those in flight."""
@@ -288,15 +354,18 @@ class Supervisor:
             ended = engine.exited.result()
             tail = engine.output.tail(_DIAGNOSED_LINES)
             verdict = diagnose(ended, tail, was_ready=was_ready, known_options=known_options)
+            if verdict.reason is Reason.CRASHED and (problem := engine.log.look()):
+                verdict = Diagnosis(Reason.CRASHED, f"{verdict.message}; {problem}")
         self.last_exit = LastExit(verdict, ended, datetime.now(UTC), engine.output.tail(_TAIL_LINES))
         self.diagnosis = verdict
+        self._leave_devices()
         event = Event.STALLED if was_ready and verdict.reason is Reason.STALLED else Event.DIED
         self._move(event, Phase.STOPPING, generation=generation)  # the rest of its processes
         return verdict
 
     def _note_ready(self, engine: Engine) -> None:
         self.ready_at = datetime.now(UTC)
-        self.diagnosis = None
+        self.diagnosis = self._failure = None
         seconds = round((self.ready_at - engine.started_at).total_seconds(), 1)
         if not engine.was_ready:
             self._history.started(self.spec.engine, seconds)
@@ -307,9 +376,6 @@ class Supervisor:
 
     def _startup_timeout(self) -> float:
         return self.spec.policy.startup_timeout
-
-    def _stop_timeout(self) -> float:
-        return self.spec.policy.stop_timeout
 
     def _stall_timeout(self) -> float:
         return self.spec.policy.stall_timeout

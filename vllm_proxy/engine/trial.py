@@ -15,7 +15,7 @@ from vllm_proxy.domain.lifecycle import Reason, State
 
 log = structlog.get_logger()
 
-_BY_CHANCE = frozenset({Reason.PORT_IN_USE})  # says nothing about the spec
+_BY_CHANCE = frozenset({Reason.PORT_IN_USE, Reason.NOT_ENDED})  # says nothing about the spec
 
 
 class Instance(Protocol):

@@ -1,0 +1,174 @@
+"""How engines are ended. Its one rule: an engine is gone when nothing of it is left, and nobody says so before.
+
+What cannot be ended is told and tried again without end. Only a daemon that stops gives up, and leaves the record.
+"""
+
+import asyncio
+import errno
+import shutil
+from collections.abc import Awaitable, Callable, Collection
+from functools import partial
+from typing import Protocol
+
+import structlog
+
+from vllm_proxy.domain.lifecycle import backoff_seconds
+from vllm_proxy.engine import cgroup, descriptors, vitals
+from vllm_proxy.engine.process import members
+from vllm_proxy.engine.state import EngineRecord, StateDirectory
+
+log = structlog.get_logger()
+
+LAST_TRIES_SECONDS = 5.0  # of a daemon that stops
+_LOOK_SECONDS = 1.0  # the kernel may hold back who reads of a process that hangs
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries
+_SHOWN = 8  # processes in a sentence
+_NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
+
+# Both take the seconds between SIGTERM and SIGKILL.
+type End = Callable[[float], Awaitable[bool]]  # whether no process is left
+type Attempt = Callable[[float], Awaitable[str | None]]  # why some are left
+
+
+class Owner(Protocol):
+    """Who runs an engine, as far as its start and its end are concerned."""
+
+    def stop_timeout(self) -> float:
+        """Seconds between SIGTERM and SIGKILL."""
+
+    def waits(self, why: str | None) -> None:
+        """The start waits for something that time alone brings; None: it does no more."""
+
+    def not_ended(self, why: str) -> None:
+        """The engine could not be ended, which is tried again. Called when that, or why, is new."""
+
+    def ended(self) -> None:
+        """Nothing is left of the engine, or it was left to the next daemon."""
+
+
+async def until_ended(record: EngineRecord, attempt: Attempt, owner: Owner, stopping: asyncio.Event) -> bool:
+    """End an engine, again and again until nothing is left of it.
+
+    `stopping`: once it is set, tries end after a few seconds. False then: the engine stays on record as it is.
+    """
+    loop, told, failures, give_up_at = asyncio.get_running_loop(), "", 0, None
+    grace = owner.stop_timeout()
+    while True:
+        try:
+            async with asyncio.timeout_at(give_up_at) as limit:
+                why = await attempt(grace)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            return _give_up(record, told)
+        if why is None:
+            if told:
+                log.info("the engine is ended at last", instance=record.instance, pid=record.pid)
+            owner.ended()
+            return True
+        if why != told:
+            log.error("an engine cannot be ended", instance=record.instance, why=why)
+            owner.not_ended(why)
+        told, grace, failures = why, 0.0, failures + 1
+        if stopping.is_set():
+            give_up_at = give_up_at or loop.time() + LAST_TRIES_SECONDS
+            if loop.time() >= give_up_at:
+                return _give_up(record, told)
+        await _pause(failures, stopping)
+
+
+def _give_up(record: EngineRecord, why: str) -> bool:
+    log.error("an engine is left to the next daemon: it cannot be ended", instance=record.instance, why=why)
+    return False
+
+
+async def _pause(failures: int, stopping: asyncio.Event) -> None:
+    """Until the next try is worth it, or the daemon stops."""
+    if stopping.is_set():
+        await asyncio.sleep(_FIRST_PAUSE)
+        return
+    try:
+        async with asyncio.timeout(backoff_seconds(failures, _FIRST_PAUSE, _LONGEST_PAUSE, 0)):
+            await stopping.wait()
+    except TimeoutError:
+        return
+
+
+async def end_engine(record: EngineRecord, end: End, state: StateDirectory, grace: float) -> str | None:
+    """Try once to `end` every process of an engine, then remove what they leave behind. Returns why some are left.
+
+    None when nothing is left. What could not be ended stays on record, its folder and its shared memory stay.
+    """
+    with descriptors.spare():
+        mapped = await _segments(record)  # known of the living alone
+        try:
+            ended = await end(grace) and await cgroup.end(record.cgroup)
+        except Exception as error:  # whatever it is, nothing is known to be gone
+            log.debug("an engine was not ended", instance=record.instance, exc_info=True)
+            return _sentence(await _left(record), error)
+        if not ended:
+            return _sentence(await _left(record), None)
+        await _tidy_up(record, mapped, state)
+        return None
+
+
+async def _segments(record: EngineRecord) -> Collection[str]:
+    """Its shared memory, as far as that can be seen within a moment."""
+    try:
+        async with asyncio.timeout(_LOOK_SECONDS):
+            return await asyncio.to_thread(vitals.shared_segments, record.pid, record.started)
+    except (OSError, RuntimeError, ValueError, TimeoutError) as error:
+        log.debug("the shared memory of an engine cannot be seen", instance=record.instance, error=str(error))
+        return ()
+
+
+async def _left(record: EngineRecord) -> list[int]:
+    """The processes that live, as far as they can be seen."""
+    try:
+        async with asyncio.timeout(_LOOK_SECONDS):
+            found = await asyncio.to_thread(members, record.pid, record.started)
+    except (OSError, RuntimeError, ValueError, TimeoutError):
+        return []
+    return sorted(process.pid for process in found if process.alive)
+
+
+def _sentence(pids: list[int], error: Exception | None) -> str:
+    names = ", ".join(map(str, pids[:_SHOWN])) + (" and more" if len(pids) > _SHOWN else "")
+    who = f"process{'' if len(pids) == 1 else 'es'} {names}" if pids else "its processes"
+    if error is None:
+        return (
+            f"{who} survived SIGKILL, so the kernel holds them back: see dmesg; a hung driver or file system lets go"
+            " with a reset of the device or a restart of the machine"
+        )
+    if isinstance(error, PermissionError):
+        return f"{who} may not be looked at or signalled ({error.strerror}): end them as root"
+    if isinstance(error, OSError) and error.errno in _NO_DESCRIPTORS:
+        return f"{who}: no file descriptor is left to do it ({error.strerror}): raise LimitNOFILE="
+    return f"{who}: {type(error).__name__}: {error}; end them by hand"
+
+
+async def _tidy_up(record: EngineRecord, mapped: Collection[str], state: StateDirectory) -> None:
+    """Remove what the dead leave. What cannot be removed is told, and holds nothing up."""
+    segments = {*mapped, *record.segments}
+    if removed := await _try(record, "remove its shared memory", partial(vitals.remove_segments, segments)):
+        log.info("shared memory of a dead engine removed", instance=record.instance, names=removed)
+    await _try(record, "remove its folder", partial(shutil.rmtree, record.folder, ignore_errors=True))
+    try:
+        state.forget(record.own_name)
+    except OSError as error:
+        _complain(record, "take it off the record", error)
+
+
+async def _try[T](record: EngineRecord, what: str, work: Callable[[], T]) -> T | None:
+    try:
+        return await asyncio.to_thread(work)
+    except OSError as error:
+        _complain(record, what, error)
+    except Exception:  # the dead stay dead, whatever fails behind them
+        log.exception("a fault of the daemon behind the end of an engine", instance=record.instance, failed=what)
+    return None
+
+
+def _complain(record: EngineRecord, what: str, error: Exception) -> None:
+    log.warning("an engine has ended, but not all that it left is gone", instance=record.instance,
+                failed=what, error=str(error))  # fmt: skip
