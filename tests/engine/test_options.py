@@ -2,10 +2,13 @@
 
 import ast
 import asyncio
+import gc
 import json
 import os
+import signal
 import stat
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -288,6 +291,28 @@ async def test_one_that_takes_too_long_is_ended(python: Path, tmp_path: Path) ->
     assert said[0]["error"] == "no answer within 0.5 s"
     process = look_up(int(left.read_text()))
     assert process is None or not process.alive
+
+
+@pytest.mark.parametrize("text", ["exec cat /dev/zero", f"setsid sleep 1000 & echo $! >left; echo '{PRINTED}'"])
+async def test_nothing_is_left_open_behind_a_reading(text: str, python: Path, tmp_path: Path) -> None:
+    """Not a pipe that nobody has read to its end, nor one that a process that got away holds open."""
+    left = tmp_path / "left"
+    program(python, f"#!/bin/sh\n{text.replace('left', str(left))}\n")
+    before = descriptors()
+    with structlog.testing.capture_logs(), warnings.catch_warnings(record=True) as complaints:
+        warnings.simplefilter("always")
+        await OptionTables(tmp_path / "options", seconds=0.5).load(python, os.environ)
+        await asyncio.sleep(0)  # what was closed is let go of in the next turn
+        gc.collect()
+    if left.exists():
+        os.kill(int(left.read_text()), signal.SIGKILL)
+    assert descriptors() == before
+    assert [str(complaint.message) for complaint in complaints] == []
+
+
+def descriptors() -> set[str]:
+    """What this process has open."""
+    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
 
 
 async def test_closing_ends_what_runs(tables: OptionTables, python: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from asyncio.subprocess import SubprocessStreamProtocol
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ SCRIPT = Path(__file__).with_name("read_options.py")
 
 _SECONDS = 120.0
 _BYTES = 4 * 2**20
+_BUFFERED = 2**16
 _LAST_SECONDS = 1.0
 _LAST_WORDS = 2000  # bytes of what a failed run said
 _FILES_KEPT = 20
@@ -255,7 +257,9 @@ async def _output(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
         ValueError: it failed or printed too much.
 
     """
-    child = await asyncio.create_subprocess_exec(
+    loop = asyncio.get_running_loop()
+    transport, streams = await loop.subprocess_exec(
+        lambda: SubprocessStreamProtocol(_BUFFERED, loop),
         *argv,
         env={**env, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_COLOR": "0"},
         cwd="/",
@@ -264,6 +268,7 @@ async def _output(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
     )
+    child = asyncio.subprocess.Process(transport, streams, loop)
     process = look_up(child.pid)
     started = process.started if process else 0  # reaped already: what is left of its session is found all the same
     assert child.stdout is not None
@@ -272,7 +277,10 @@ async def _output(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
     try:
         output = await _bounded(child.stdout)
     finally:
-        said = await to_the_end(_end, child, started, words)
+        try:
+            said = await to_the_end(_end, child, started, words)
+        finally:
+            transport.close()  # the pipes: nobody may have read them to their ends, or somebody else may hold them
     if not output:
         msg = said or "it ended in silence"
         raise ValueError(msg)
