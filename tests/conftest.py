@@ -4,6 +4,9 @@ import itertools
 import random
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("thorough", max_examples=2000, deadline=None)
 
 _blocks = itertools.cycle(range(12_000, 31_800, 200))  # below the kernel's ephemeral ports
 for _ in range(random.randrange(99)):  # two test runs at once must not share
