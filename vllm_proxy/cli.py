@@ -1,6 +1,7 @@
 """Commands and exit statuses. Its one rule: what a person must read is never in a traceback."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -8,15 +9,21 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+import aiohttp
 import uvloop
 
 from vllm_proxy import __version__, control, daemon, demo, logsetup, settings
-from vllm_proxy.control import CommandError, NoDaemonError
+from vllm_proxy.connection import LostError, NoDaemonError, RefusedError, Resource
 from vllm_proxy.domain.plan import plan
-from vllm_proxy.errors import ConfigError, NotEndedError, Problem, StartupError
+from vllm_proxy.errors import ConfigError, Problem, StartupError, VllmProxyError
 from vllm_proxy.settings import Settings
 
 OK, FAILED, CHANGES, NO_DAEMON, CONFIG_INVALID = 0, 1, 2, 3, os.EX_CONFIG
+_ABOUT_A_FILE = frozenset({"serve", "check", "plan", "demo"})  # for others a file that cannot be used is a failure
+
+
+class OutputError(VllmProxyError):
+    """What is printed cannot be written."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -25,17 +32,29 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status: int = options.command(options)
     except ConfigError as error:
-        _print_problems(error, options)
-        return CONFIG_INVALID
-    except (StartupError, CommandError, NotEndedError) as error:
-        print(f"vllm-proxy: {error}", file=sys.stderr)
-        return FAILED
-    except NoDaemonError as error:
-        print(f"vllm-proxy: {error}", file=sys.stderr)
+        return _refused(error, options)
+    except (NoDaemonError, LostError) as error:
+        _complain(str(error))
         return NO_DAEMON
+    except VllmProxyError as error:
+        _complain(str(error))
+        return FAILED
     except (KeyboardInterrupt, BrokenPipeError):
         return FAILED
+    except (OSError, aiohttp.ClientError, UnicodeError) as error:  # what nobody has a better sentence for
+        if getattr(options, "log_level", "") == "debug":
+            raise
+        _complain(f"cannot {options.action}: {_why(error)}")
+        return FAILED
     return status
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # of getcwd(2)
+        return "the working directory is gone; cd into one that is there"
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error) or type(error).__name__
+    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,26 +129,37 @@ def _check(options: argparse.Namespace) -> int:
     config = daemon.read_config(loaded)
     file = str(loaded.config_file)
     if options.json:
-        print(json.dumps({"file": file, "revision": config.revision, "models": list(config.models), "problems": []}))
+        _say(json.dumps({"file": file, "revision": config.revision, "models": list(config.models), "problems": []}))
     else:
-        print(f"{file}: valid, {len(config.models)} model{'' if len(config.models) == 1 else 's'}")
+        _say(f"{file}: valid, {len(config.models)} model{'' if len(config.models) == 1 else 's'}")
     return OK
 
 
 def _init(options: argparse.Namespace) -> int:
     chosen = options.config or os.environ.get("VLLM_PROXY_CONFIG") or "models.toml"
     file = Path(chosen).absolute()
+    text = files("vllm_proxy").joinpath("first_models.toml").read_text(encoding="utf-8")
     try:
-        with file.open("x", encoding="utf-8") as target:
-            target.write(files("vllm_proxy").joinpath("first_models.toml").read_text(encoding="utf-8"))
+        _write_new(file, text)
     except FileExistsError:
         msg = f"cannot write {file}: it exists already; choose another place with --config"
         raise StartupError(msg) from None
     except OSError as error:
-        msg = f"cannot write {file}: {error.strerror}"
+        msg = f"cannot write {file}: {error.strerror}; choose another place with --config"
         raise StartupError(msg) from error
-    print(json.dumps({"file": str(file)}) if options.json else f"wrote {file}")
+    _say(json.dumps({"file": str(file)}) if options.json else f"wrote {file}")
     return OK
+
+
+def _write_new(file: Path, text: str) -> None:
+    """All of it or nothing: half a file would be in the way of the next try."""
+    with file.open("x", encoding="utf-8") as target:
+        try:
+            target.write(text)
+            target.flush()
+        except OSError:
+            file.unlink()
+            raise
 
 
 def _act(options: argparse.Namespace) -> int:
@@ -137,10 +167,13 @@ def _act(options: argparse.Namespace) -> int:
     say = _silent if options.json else _say
     logsetup.set_up("error", logsetup.resolve("auto", os.environ))  # `say` tells the rest
     if getattr(options, "all", False):
-        return OK if uvloop.run(control.stop_all(loaded, say)) else FAILED
+        outcome = uvloop.run(control.stop_all(loaded, say))
+        if options.json:
+            _say(json.dumps(outcome))
+        return OK if outcome["ended"] else FAILED
     resource = uvloop.run(control.act(loaded, options.action, options.model, say))
     if options.json:
-        print(json.dumps(resource))
+        _say(json.dumps(resource))
     return FAILED if control.failed(resource) else OK
 
 
@@ -158,24 +191,21 @@ def _reload(options: argparse.Namespace) -> int:
     loaded = _load(options)
     try:
         return _print_changes(options, uvloop.run(control.reload(loaded)), OK)
-    except control.RefusedError as error:
+    except RefusedError as error:
         if options.json:
-            print(json.dumps({"problems": error.problems}))
+            _say(json.dumps({"problems": error.problems}))
         else:
-            for problem in error.problems:
-                found = Problem(problem["line"], problem["path"], problem["message"])
-                print(found.render(str(loaded.config_file)), file=sys.stderr)
+            found = [Problem(problem["line"], problem["path"], problem["message"]) for problem in error.problems]
+            _complain_of_lines([problem.render(str(loaded.config_file)) for problem in found])
         return CONFIG_INVALID
 
 
-def _print_changes(options: argparse.Namespace, changes: Sequence[control.Resource], status: int) -> int:
+def _print_changes(options: argparse.Namespace, changes: Sequence[Resource], status: int) -> int:
     if options.json:
-        print(json.dumps({"changes": changes}))
+        _say(json.dumps({"changes": changes}))
     else:
-        for change in changes:
-            print(f"{change['action']} {change['model']}: {change['reason']}")
-        if not changes:
-            print("nothing to do")
+        lines = [f"{change['action']} {change['model']}: {change['reason']}" for change in changes]
+        _say("\n".join(lines or ["nothing to do"]))
     return status
 
 
@@ -188,11 +218,29 @@ def _logs(options: argparse.Namespace) -> int:
     return OK
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+def _say(text: str) -> None:
+    """Print at once, since whoever reads may go or have no room.
+
+    Raises:
+        OutputError: it cannot be written; a `BrokenPipeError` where nobody reads any more.
+
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        msg = f"cannot write to the standard output: {error.strerror}"
+        raise OutputError(msg) from error
 
 
-def _silent(line: str) -> None:
+def _complain(text: str) -> None:
+    """Say why it failed; where nobody can hear it, the exit status has to do."""
+    with contextlib.suppress(OSError):
+        print(f"vllm-proxy: {text}", file=sys.stderr, flush=True)
+
+
+def _silent(_text: str) -> None:
     """With --json the result alone is printed."""
 
 
@@ -203,11 +251,19 @@ def _demo(options: argparse.Namespace) -> int:
     return OK
 
 
-def _print_problems(error: ConfigError, options: argparse.Namespace) -> None:
+def _refused(error: ConfigError, options: argparse.Namespace) -> int:
     """What was asked for, the verdict of `check`, goes to stdout; a reason why something does not run, to stderr."""
     if getattr(options, "json", False):
         problems = [{"line": item.line, "path": item.path, "message": item.message} for item in error.problems]
-        print(json.dumps({"file": error.file, "problems": problems}))
-        return
-    for line in error.lines():
-        print(line, file=sys.stdout if options.command is _check else sys.stderr)
+        _say(json.dumps({"file": error.file, "problems": problems}))
+    elif options.command is _check:
+        _say("\n".join(error.lines()))
+    else:
+        _complain_of_lines(error.lines())
+    return CONFIG_INVALID if options.action in _ABOUT_A_FILE else FAILED
+
+
+def _complain_of_lines(lines: Sequence[str]) -> None:
+    """Each as it is: editors jump to `FILE:LINE:`."""
+    with contextlib.suppress(OSError):
+        print("\n".join(lines), file=sys.stderr, flush=True)

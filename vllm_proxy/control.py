@@ -1,107 +1,22 @@
 """Commands that act on a running daemon, through its control socket. Its one rule: they end with what became of it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+import contextlib
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
-import aiohttp
-
+from vllm_proxy.connection import CommandError, NoDaemonError, Resource, connected
 from vllm_proxy.domain.plan import Action
 from vllm_proxy.engine.process import adopt_orphans
 from vllm_proxy.engine.reconciler import end_left
 from vllm_proxy.engine.state import StateDirectory
-from vllm_proxy.errors import VllmProxyError
-from vllm_proxy.settings import Settings, short_name
+from vllm_proxy.settings import Settings
 
 _POLL_SECONDS = 0.2
-_SYSTEM_SOCKET = Path("/run/vllm-proxy/control.sock")  # of the unit, for a shell that has not its environment
 
 type Say = Callable[[str], None]
-type Resource = dict[str, Any]
-
-
-class NoDaemonError(VllmProxyError):
-    """No daemon listens."""
-
-
-class CommandError(VllmProxyError):
-    """The daemon refused, or could not do it."""
-
-
-class RefusedError(CommandError):
-    """The daemon refuses its configuration file; `problems` as REST has them."""
-
-    def __init__(self, message: str, problems: Sequence[Resource]) -> None:
-        super().__init__(message)
-        self.problems = problems
-
-
-class Connection:
-    """A running daemon."""
-
-    def __init__(self, session: aiohttp.ClientSession) -> None:
-        self._session = session
-
-    async def ask(self, method: str, path: str, toml: bytes | None = None) -> Any:  # noqa: ANN401 - JSON
-        """The JSON answer to a request, without a body or with one in TOML.
-
-        Raises:
-            CommandError: with the daemon's own words; a `RefusedError` where it lists problems.
-
-        """
-        headers = {"Content-Type": "application/toml"} if toml is not None else {}
-        async with self._session.request(method, path, data=toml, headers=headers) as answer:
-            found = await answer.json()
-            if answer.status >= 400:
-                error = found["error"]
-                raise (
-                    RefusedError(error["message"], error["problems"])
-                    if error.get("problems")
-                    else CommandError(error["message"])
-                )
-            return found
-
-    async def stream(self, path: str) -> AsyncIterator[bytes]:
-        """The lines of a text answer, as they come.
-
-        Raises:
-            CommandError: with the daemon's own words.
-
-        """
-        async with self._session.get(path, timeout=aiohttp.ClientTimeout(total=None)) as answer:
-            if answer.status >= 400:
-                raise CommandError((await answer.json())["error"]["message"])
-            async for line in answer.content:
-                yield line
-
-
-@asynccontextmanager
-async def connected(settings: Settings) -> AsyncIterator[Connection]:
-    """The daemon of these settings.
-
-    Raises:
-        NoDaemonError: when none listens.
-
-    """
-    places = [settings.control_socket, settings.state_dir / "control.sock", _SYSTEM_SOCKET]
-    for place in dict.fromkeys(places):
-        if not place.is_socket():
-            continue
-        with short_name(place) as name:
-            connector = aiohttp.UnixConnector(name)
-            async with aiohttp.ClientSession("http://localhost", connector=connector) as session:
-                try:
-                    async with session.get("/health"):
-                        pass
-                except aiohttp.ClientConnectorError:
-                    continue  # left by a daemon that was killed
-                yield Connection(session)
-                return
-    msg = f"cannot reach a daemon: none listens on {settings.control_socket}; is --state-dir the daemon's?"
-    raise NoDaemonError(msg)
 
 
 async def act(settings: Settings, action: str, model_id: str, say: Say) -> Resource:
@@ -109,10 +24,11 @@ async def act(settings: Settings, action: str, model_id: str, say: Say) -> Resou
 
     Raises:
         NoDaemonError: when none listens.
-        CommandError: when the daemon refuses.
+        CommandError: when the daemon refuses, or does not answer.
+        LostError: when it ends meanwhile.
 
     """
-    path = f"/models/{quote(model_id, safe='')}"
+    path = _path(model_id)
     async with connected(settings) as daemon:
         before = _engines(await daemon.ask("GET", path))
         resource = await daemon.ask("POST", f"{path}/{action}")
@@ -133,7 +49,8 @@ async def planned(settings: Settings, toml: bytes) -> list[Resource]:
 
     Raises:
         NoDaemonError: when none listens.
-        CommandError: when the daemon refuses.
+        CommandError: when the daemon refuses, or does not answer.
+        LostError: when it ends meanwhile.
 
     """
     async with connected(settings) as daemon:
@@ -150,18 +67,23 @@ async def reload(settings: Settings) -> list[Resource]:
 
     Raises:
         NoDaemonError: when none listens.
-        RefusedError: when the file is invalid.
+        CommandError: when it does not answer; a `RefusedError` when the file is invalid.
+        LostError: when it ends meanwhile.
 
     """
     async with connected(settings) as daemon:
         return list((await daemon.ask("POST", "/config/reload"))["changes"])
 
 
-async def stop_all(settings: Settings, say: Say) -> bool:
-    """Stop every model of the running daemon; without one, end what an earlier daemon left. True when all of it ended.
+async def stop_all(settings: Settings, say: Say) -> Resource:
+    """Stop every model of the running daemon; without one, end what an earlier daemon left.
+
+    Returns `models`, their resources; `engines`, what was left; and whether all of it has `ended`.
 
     Raises:
-        StartupError: when the state directory is in use by a daemon that does not answer.
+        CommandError: when the daemon refuses, or does not answer.
+        LostError: when it ends meanwhile.
+        StartupError: when the state directory cannot be used, or is in use by a daemon that does not listen.
 
     """
     try:
@@ -170,14 +92,21 @@ async def stop_all(settings: Settings, say: Say) -> bool:
     except NoDaemonError:
         return await _end_left(settings, say)
     enabled = [model["id"] for model in models if model["effective"]["enabled"]]
-    await asyncio.gather(*(act(settings, "stop", model_id, say) for model_id in enabled))
-    return True
+    found = await asyncio.gather(
+        *(act(settings, "stop", model_id, say) for model_id in enabled), return_exceptions=True
+    )
+    for error in found:
+        if isinstance(error, BaseException) and not isinstance(error, CommandError):
+            raise error
+    if errors := list(dict.fromkeys(str(error) for error in found if isinstance(error, CommandError))):
+        raise CommandError("; ".join(errors))
+    return {"models": found, "engines": [], "ended": True}
 
 
-async def _end_left(settings: Settings, say: Say) -> bool:
-    if not settings.state_dir.exists():
+async def _end_left(settings: Settings, say: Say) -> Resource:
+    if not _is_there(settings.state_dir):
         say("no daemon runs, and none has left engines here")
-        return True
+        return {"models": [], "engines": [], "ended": True}
     with StateDirectory(settings.state_dir) as state:
         left = state.left_behind()
         adopt_orphans()
@@ -185,7 +114,18 @@ async def _end_left(settings: Settings, say: Say) -> bool:
             say(f"ending {record.instance}, process {record.pid}")
         ended = await end_left(left, state)
     say(f"no daemon runs; engines that one had left: {len(left)}{'' if ended else ', not all of them could be ended'}")
-    return ended
+    engines = [{"instance": record.instance, "pid": record.pid} for record in left]
+    return {"models": [], "engines": engines, "ended": ended}
+
+
+def _is_there(state_dir: Path) -> bool:
+    with contextlib.suppress(PermissionError):
+        if not state_dir.exists():
+            return False
+    if not os.access(state_dir, os.R_OK | os.X_OK):
+        msg = f"permission denied: cannot look for engines in {state_dir}, which another user has; run it with sudo"
+        raise CommandError(msg)
+    return True
 
 
 async def print_logs(settings: Settings, model_id: str, lines: int, say: Say, *, follow: bool) -> None:
@@ -193,17 +133,23 @@ async def print_logs(settings: Settings, model_id: str, lines: int, say: Say, *,
 
     Raises:
         NoDaemonError: when none listens.
-        CommandError: when there is no such model.
+        CommandError: when there is no such model, or the daemon does not answer.
+        LostError: when it ends otherwise than in order.
 
     """
-    path = f"/models/{quote(model_id, safe='')}/logs?lines={lines}{'&follow=1' if follow else ''}"
+    path = f"{_path(model_id)}/logs?lines={lines}{'&follow=1' if follow else ''}"
     async with connected(settings) as daemon:
-        async for raw in daemon.stream(path):
-            line = raw.decode(errors="replace").rstrip("\n")
+        async for raw in daemon.lines(path):
+            line = raw.decode(errors="replace")
             if not follow:
                 say(line)
             elif line.startswith("data: "):
                 say(line.removeprefix("data: "))
+
+
+def _path(model_id: str) -> str:
+    """Of a model, whatever bytes somebody took for one."""
+    return f"/models/{quote(model_id, safe='', errors='surrogateescape')}"
 
 
 def failed(resource: Resource) -> bool:

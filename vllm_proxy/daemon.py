@@ -48,6 +48,10 @@ log = structlog.get_logger()
 
 _SWITCH_SECONDS = 0.001  # Python's own is 5 ms, of which a request would wait several
 _FIRST_REQUEST_SECONDS = 1.0  # for connections that were accepted before a stop to say what they want
+_WAYS_OUT: dict[type[OSError], str] = {
+    FileNotFoundError: "; `vllm-proxy init` writes a first one",
+    PermissionError: "; run it with sudo, or let this user read it",
+}
 _LAST_WORDS_SECONDS = 2.0  # for handlers to end once the engines are gone
 
 
@@ -66,7 +70,7 @@ def read_config(settings: Settings) -> Config:
     try:
         data = file.read_bytes()
     except OSError as error:
-        hint = "; `vllm-proxy init` writes a first one" if isinstance(error, FileNotFoundError) else ""
+        hint = _WAYS_OUT.get(type(error), "")
         raise ConfigError(str(file), [Problem(0, "", f"cannot read it: {error.strerror}{hint}")]) from None
     return parse_config(data, str(file), settings.overrides)
 

@@ -22,7 +22,9 @@ _TEXTS = frozenset({"host", "on_exit"})
 _WEAKER_NAMES = {"port": "APP_PORT"}
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _NUMBER = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?")
-_CONFIG_PLACES = (Path("models.toml"), Path("/etc/vllm-proxy/models.toml"))
+_OWN_FILE, _SYSTEM_FILE = Path("models.toml"), Path("/etc/vllm-proxy/models.toml")
+_SYSTEM_STATE = Path("/var/lib/vllm-proxy")
+_SYSTEM_SOCKET = Path("/run/vllm-proxy/control.sock")  # of the unit, for a shell that has not its environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class Settings:
     state_dir: Path
     scratch: Path  # for the engines' temporary folders: short, since sockets lie there
     control_socket: Path  # where the daemon listens for commands
+    sockets: tuple[Path, ...]  # where commands look for one, in this order
     overrides: Mapping[str, Override]
     engine_environment: Mapping[str, str]  # the daemon's own, `.env` merged in
     warnings: tuple[str, ...]
@@ -57,10 +60,14 @@ def load(
     }
     runtime = env.get("RUNTIME_DIRECTORY", "").split(":")[0]
     state_dir = _state_dir(flags.get("state_dir"), env)
+    control_socket = Path(runtime or state_dir, "control.sock")
+    chosen = flags.get("state_dir") or env.get(PREFIX + "STATE_DIR")
+    of_system = [_SYSTEM_SOCKET] if not chosen or state_dir == _SYSTEM_STATE else []  # not by mistake
     return Settings(
         config_file=_config_file(flags.get("config"), env),
         state_dir=state_dir,
-        control_socket=Path(runtime or state_dir, "control.sock"),
+        control_socket=control_socket,
+        sockets=tuple(dict.fromkeys([control_socket, state_dir / "control.sock", *of_system])),
         scratch=Path(runtime or "/tmp"),  # noqa: S108 - TMPDIR may be too long for a socket's path
         overrides=overrides,
         engine_environment=env,
@@ -83,7 +90,8 @@ def _dotenv(file: Path) -> dict[str, str]:
         values = dotenv.dotenv_values(file)
     except (OSError, UnicodeDecodeError) as error:
         why = "expected UTF-8, got other bytes" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise ConfigError(str(file), [Problem(0, "", f"cannot read it: {why}")]) from None
+        way_out = "mend it, or work in another folder: settings are read from the .env of the working directory"
+        raise ConfigError(str(file), [Problem(0, "", f"cannot read it: {why}; {way_out}")]) from None
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -122,7 +130,16 @@ def _typed(key: str, value: str) -> object:
 def _config_file(flag: str | int | None, env: Mapping[str, str]) -> Path:
     if chosen := flag or env.get(PREFIX + "CONFIG"):
         return Path(str(chosen)).absolute()
-    return next((place for place in _CONFIG_PLACES if place.exists()), _CONFIG_PLACES[0]).absolute()
+    if os.path.exists(_OWN_FILE) or not _is_there(_SYSTEM_FILE):  # noqa: PTH110 - a folder of others has none of ours
+        return _OWN_FILE.absolute()
+    return _SYSTEM_FILE
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError:  # in a folder that is closed to this user: whoever reads it is told so
+        return True
 
 
 def _state_dir(flag: str | int | None, env: Mapping[str, str]) -> Path:
