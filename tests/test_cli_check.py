@@ -161,7 +161,8 @@ def test_init_where_no_file_can_be_is_told(folder: Path, capsys: pytest.CaptureF
     """Exit status 1 and the reason of the system."""
     assert run(["init", "-c", "no/such/folder/x.toml"]) == 1
     assert capsys.readouterr().err == (
-        f"vllm-proxy: cannot write {folder}/no/such/folder/x.toml: No such file or directory\n"
+        f"vllm-proxy: cannot write {folder}/no/such/folder/x.toml: No such file or directory; "
+        "choose another place with --config\n"
     )
 
 

@@ -1,6 +1,7 @@
 """What comes from outside the file."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_the_stronger_place_wins(
     ("name", "value", "meaning"),
     [
         ("HOST", "0.0.0.0", "0.0.0.0"),
-        ("HOST", "1234", "1234"),
+        ("HOST", "gpu7", "gpu7"),
         ("HOST", "true", "true"),
         ("PORT", "9000", 9000),
         ("CORS_ORIGINS", "https://a.example, http://b:1 ,", ("https://a.example", "http://b:1")),
@@ -124,7 +125,9 @@ def test_a_dotenv_that_is_no_text_is_an_error_that_names_it(tmp_path: Path) -> N
     file.write_bytes(b"A=\xff\n")
     with pytest.raises(ConfigError) as raised:
         load(dotenv=file)
-    assert raised.value.lines() == [f"{file}: cannot read it: expected UTF-8, got other bytes"]
+    assert raised.value.lines() == [
+        f"{file}: cannot read it: expected UTF-8, got other bytes; mend it, or run this in another folder"
+    ]
 
 
 def test_the_file_is_the_flags_then_the_variables_then_the_folders(
@@ -165,3 +168,29 @@ def test_the_state_directory_is_found_in_the_order_of_the_contract(
 def test_scratch_is_short(environ: dict[str, str], expected: str) -> None:
     """Sockets lie there, whose paths may have 107 bytes: never under a TMPDIR of unknown length."""
     assert load(environ).scratch == Path(expected)
+
+
+SYSTEM = Path("/run/vllm-proxy/control.sock")
+
+
+@pytest.mark.parametrize(
+    ("env", "flags", "asked"),
+    [
+        ({"HOME": "/h"}, {}, True),
+        ({"STATE_DIRECTORY": "/var/lib/vllm-proxy"}, {}, True),
+        ({}, {"state_dir": "/var/lib/vllm-proxy"}, True),
+        ({}, {"state_dir": "/srv/mine"}, False),
+        ({"VLLM_PROXY_STATE_DIR": "/srv/mine"}, {}, False),
+    ],
+)
+def test_who_names_a_daemon_never_gets_the_systems(env: dict[str, str], flags: dict[str, Any], *, asked: bool) -> None:
+    """A state directory whose daemon does not run must not make `stop --all` stop another one."""
+    loaded = load(env, **flags)
+    assert (SYSTEM in loaded.sockets) is asked
+    assert loaded.sockets[0] == loaded.control_socket
+
+
+def test_the_runtime_directorys_socket_is_asked_before_that_of_the_state() -> None:
+    """As the daemon chooses it."""
+    loaded = load({"RUNTIME_DIRECTORY": "/run/x:/run/y"}, state_dir="/srv/mine")
+    assert loaded.sockets == (Path("/run/x/control.sock"), Path("/srv/mine/control.sock"))

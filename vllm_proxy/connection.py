@@ -17,7 +17,7 @@ from vllm_proxy.errors import VllmProxyError
 from vllm_proxy.settings import Settings, short_name
 
 _ANSWER_SECONDS = 10.0  # longest for `/health`
-_LOOK_SECONDS = 5.0  # between two looks at a daemon that works on something
+_LOOK_SECONDS = 2.0  # between two looks at a daemon that works on something
 _LONGEST_LINE = 16 * 2**20  # of a text; more comes as the next line
 
 type Resource = dict[str, Any]

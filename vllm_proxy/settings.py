@@ -90,8 +90,8 @@ def _dotenv(file: Path) -> dict[str, str]:
         values = dotenv.dotenv_values(file)
     except (OSError, UnicodeDecodeError) as error:
         why = "expected UTF-8, got other bytes" if isinstance(error, UnicodeDecodeError) else error.strerror
-        way_out = "mend it, or work in another folder: settings are read from the .env of the working directory"
-        raise ConfigError(str(file), [Problem(0, "", f"cannot read it: {why}; {way_out}")]) from None
+        msg = f"cannot read it: {why}; mend it, or run this in another folder"
+        raise ConfigError(str(file), [Problem(0, "", msg)]) from None
     return {name: value for name, value in values.items() if value is not None}
 
 

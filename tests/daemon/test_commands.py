@@ -101,6 +101,26 @@ async def test_stop_all_stops_every_model_of_the_running_daemon(tmp_path: Path, 
         assert running.process.returncode is None
 
 
+async def test_stop_all_tells_its_outcome_in_json(tmp_path: Path, port_start: int) -> None:
+    """One document: the models of a running daemon, or the engines that one had left."""
+    config = '[server]\non_exit = "keep"\n' + fake_engines(port_start) + TWO
+    async with daemon(config, tmp_path) as running:
+        await running.all_ready()
+        status, out, _ = await vllm_proxy(tmp_path, "stop", "--all", "--json")
+        found = json.loads(out)
+        assert (status, found["ended"], found["engines"]) == (0, True, [])
+        assert [model["status"]["state"] for model in found["models"]] == ["stopped"]
+        await running.post("/models/chat/start", {}, 202)
+        await running.all_ready()
+        pids = await running.pids("chat")
+        await running.stop()
+    status, out, _ = await vllm_proxy(tmp_path, "stop", "--all", "--json")
+    found = json.loads(out)
+    assert (status, found["ended"], found["models"]) == (0, True, [])
+    left = {(engine["instance"], engine["pid"]) for engine in found["engines"]}
+    assert left == {("chat/0", pids[0]), ("chat/1", pids[1])}
+
+
 async def test_the_control_socket_is_the_owners_alone_and_lies_in_the_runtime_directory(
     tmp_path: Path, port_start: int
 ) -> None:
@@ -201,6 +221,31 @@ async def test_logs_f_prints_lines_as_they_come(tmp_path: Path, port_start: int)
             pass
         follower.send_signal(signal.SIGINT)
         assert await follower.wait() == 1
+
+
+async def test_a_line_may_be_as_long_as_a_log_can_hold(tmp_path: Path, port_start: int) -> None:
+    """A megabyte without a newline, before and while it is followed."""
+    async with daemon(fake_engines(port_start) + CHAT, tmp_path) as running:
+        await running.all_ready()
+        (log,) = (running.state_dir / "logs").iterdir()
+        with log.open("a") as file:
+            file.write("x" * 2**20 + "\n")
+        status, out, _ = await vllm_proxy(tmp_path, "logs", "chat", "-n", "1")
+        assert (status, out) == (0, "x" * 2**20 + "\n")
+        follower = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "vllm_proxy", "logs", "chat", "-f", "-n", "1", "--state-dir", str(running.state_dir),
+            env=clean_environment(), stdout=asyncio.subprocess.PIPE, limit=2**22,
+        )  # fmt: skip
+        assert follower.stdout is not None
+        assert await follower.stdout.readline() == b"x" * 2**20 + b"\n"
+        with log.open("a") as file:
+            file.write("y" * 2**20 + "\nlast\n")
+        seen = b""
+        while not seen.endswith(b"last\n"):
+            seen += await follower.stdout.readline()
+        assert seen.count(b"y") == 2**20
+        await running.stop()
+        assert await follower.wait() == 0
 
 
 async def test_engine_output_is_passed_on_with_its_instance(tmp_path: Path, port_start: int) -> None:

@@ -248,7 +248,8 @@ async def in_the_middle(folder: Path) -> list[asyncio.subprocess.Process]:
         assert await process.stdout.readline()
         return process
 
-    return await asyncio.gather(begun("logs", "chat", "-f"), begun("start", "chat"), begun("restart", "chat"))
+    commands = (("logs", "chat", "-f"), ("start", "chat"), ("restart", "chat"))
+    return list(await asyncio.gather(*(begun(*command) for command in commands)))
 
 
 async def ends_of(processes: Sequence[asyncio.subprocess.Process]) -> list[tuple[int | None, str]]:
@@ -308,7 +309,7 @@ def test_a_dotenv_that_cannot_be_used_is_told(fork: Forks, folder: Path, what: s
         closed(file)
     statuses = dict.fromkeys(ASKING, 1) | dict.fromkeys([*OF_A_FILE, "plan", "plan --json", "serve"], 78)
     found = ended(fork, {**ASKING, **OF_A_FILE, "serve": SERVING["serve"]}, run)
-    each_says(found, statuses, ".env", "cannot read it", "work in another folder")
+    each_says(found, statuses, ".env", "cannot read it", "in another folder")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
