@@ -287,6 +287,134 @@ def test_a_wrong_table_is_told_with_its_line(text: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[models.Qwen2.5-7B]\nmodel = "x"',
+         ['1: models.Qwen2.5-7B: an id with a dot needs quotes: write [models."Qwen2.5-7B"]']),
+        ('\n[models.Qwen2.5-VL-7B.1]\nmodel = "x"\n[models.gpt-4.1.args]\nseed = 1',
+         ['2: models.Qwen2.5-VL-7B.1: an id with a dot needs quotes: write [models."Qwen2.5-VL-7B.1"]',
+          '4: models.gpt-4.1: an id with a dot needs quotes: write [models."gpt-4.1"]']),
+        ('[models.v1]\nmodel = "x"\n[models.v1.5]\nmodel = "y"',
+         ['3: models.v1.5: an id with a dot needs quotes: write [models."v1.5"]']),
+        ("[models.Qwen2.5-7B]", ['1: models.Qwen2.5-7B: an id with a dot needs quotes: write [models."Qwen2.5-7B"]']),
+        ('[models]\nQwen2.5-7B = { model = "x" }',
+         ['2: models.Qwen2.5-7B: an id with a dot needs quotes: write [models."Qwen2.5-7B"]']),
+        ('[models.chat]\nmodel = "x"\n[models.chat.arg]\nseed = 1',
+         ["3: models.chat.arg: unknown key; did you mean args?"]),
+        ("[models.chat.arg]\nseed = 1",
+         ["1: models.chat.arg: unknown key; did you mean args?",
+          '1: models.chat.model: missing: every model needs model = "a Hugging Face id, path or URL"']),
+    ],
+)  # fmt: skip
+def test_an_id_with_a_dot_and_no_quotes_is_explained(text: str, expected: list[str]) -> None:
+    """TOML takes it for tables in each other; the mistake is told once, and no other problem that follows from it."""
+    assert problems(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("[models.Qwen/Qwen3-0.6B]",
+         'an id with other characters than letters, digits, _ and - needs quotes: write [models."Qwen/Qwen3-0.6B"]'),
+        ("  [ models.org:7b.args ] # mine",
+         'an id with other characters than letters, digits, _ and - needs quotes: write [models."org:7b".args]'),
+        ("[models.my chat]", '"my chat": expected an id of 1 to 200 letters, digits and . _ : @ / -'),
+        ('org/chat = { model = "x" }',
+         'a key with other characters than letters, digits, _ and - needs quotes: write "org/chat" ='),
+        ("model = Qwen/Qwen3-0.6B", 'text needs quotes: write model = "Qwen/Qwen3-0.6B"'),
+        ("max_model_len = 8k # tokens", 'text needs quotes: write max_model_len = "8k"'),
+        ("idle_timeout = 5m", 'text needs quotes: write idle_timeout = "5m"'),
+        ("aliases = [gpt-4o, 'b']", 'text needs quotes: "gpt-4o"'),
+        ("enabled = True", "write enabled = true"),
+        ("enabled = off", "write enabled = false"),
+        ("dtype = None", "there is no such value: leave dtype out"),
+        ("replicas: 2", "write replicas = 2"),
+        ("models:", "this is TOML, not YAML: write [models]"),
+    ],
+)  # fmt: skip
+def test_what_is_no_toml_is_told_with_what_was_probably_meant(line: str, hint: str) -> None:
+    """Behind Python's own words, at its line."""
+    (found,) = problems(f"# first\n{line}\n")
+    assert found.startswith("2: this is no TOML: ")
+    assert found.endswith(f"; {hint}")
+
+
+@pytest.mark.parametrize("line", ["a = 1 b = 2", "[models.chat", "= 1", 'a = "x', "a = [1", "[models.a]]", "x" * 1000])
+def test_what_cannot_be_guessed_is_not_guessed(line: str) -> None:
+    """Python's own words have to do."""
+    (found,) = problems(line)
+    assert found.startswith("1: this is no TOML: ")
+    assert ";" not in found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[model.chat]\nmodel = "x"', "1: model: unknown table; a model has one of its own: write [models.chat]"),
+        ('[Models."a/b"]\nmodel = "x"', '1: Models: unknown table; a model has one of its own: write [models."a/b"]'),
+        ('[chat]\nmodel = "x"', "1: chat: unknown table; a model has one of its own: write [models.chat]"),
+        ("[default]\nreplicas = 1", "1: default: unknown key; did you mean defaults?"),
+        ('model = "x"',
+         "1: model: unknown key; model belongs into the table of a model, such as [models.chat], or into [defaults]"),
+        ("[models.chat]\nmodel = 'x'\n[models.chat.aliases]\ngpt-4.1 = true",
+         '3: models.chat.aliases: expected a list, got {"gpt-4": {"1": true}}'),
+    ],
+)  # fmt: skip
+def test_a_table_in_the_wrong_place_is_told_with_the_right_one(text: str, expected: str) -> None:
+    """With the header to write."""
+    assert problems(text) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('host = "localhost:8000"', 'host: expected "localhost", without port and brackets, got "localhost:8000"'),
+        ('host = "[::1]:80"', 'host: expected "::1", without port and brackets, got "[::1]:80"'),
+        ('host = "http://a.example"', 'host: expected an address or a name of a machine, got the URL "http://a.example"'),
+        ('host = "*"', 'host: expected the address or the name of one machine, without *, got "*"'),
+        ('host = "my host"',
+         'host: expected an address or a name such as "127.0.0.1", "::" or "gpu.example.org", got "my host"'),
+        ('host = "127.0.0.256"',
+         'host: expected an address or a name such as "127.0.0.1", "::" or "gpu.example.org", got "127.0.0.256"'),
+        ('allowed_hosts = ["a", "b:80"]', 'allowed_hosts.1: expected "b", without port and brackets, got "b:80"'),
+        ('allowed_hosts = ["*.lan"]',
+         'allowed_hosts.0: expected the address or the name of one machine, without *, got "*.lan"'),
+        ('cors_origins = ["https://ui.lan/"]',
+         'cors_origins.0: expected an origin as browsers send it, "https://ui.lan", got "https://ui.lan/"'),
+        ('cors_origins = ["https://UI.lan:443/app"]',
+         'cors_origins.0: expected an origin as browsers send it, "https://ui.lan", got "https://UI.lan:443/app"'),
+        ('cors_origins = ["https://ui.lan:443"]',
+         'cors_origins.0: expected "https://ui.lan", since browsers leave out port 443, got "https://ui.lan:443"'),
+        ('cors_origins = ["http://ui.lan:70000"]',
+         'cors_origins.0: expected a port of at most 65535, got "http://ui.lan:70000"'),
+        ('cors_origins = ["ui.lan"]',
+         'cors_origins.0: expected "*" or an origin such as "https://ui.example.org", got "ui.lan"'),
+        ('cors_origins = ["https://*.lan"]',
+         'cors_origins.0: expected "*" or an origin such as "https://ui.example.org", got "https://*.lan"'),
+        ('cors_origins = [""]', 'cors_origins.0: expected a string that is not empty, got ""'),
+    ],
+)  # fmt: skip
+def test_a_host_or_an_origin_that_cannot_work_is_refused(line: str, message: str) -> None:
+    """Nothing could listen there, or no client would ever send it; the message has the spelling that works."""
+    assert problems(f"[server]\n{line}") == [f"2: server.{message}"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(f'host = "{host}"' for host in ("::", "fe80::1%eth0", "0.0.0.0", "gpu-7.example.org.", "a_b", "b\u00fccher")),
+        'allowed_hosts = ["Proxy.LAN", "192.168.0.7", "fd00::7", "proxy"]',
+        'cors_origins = ["*"]',
+        'cors_origins = ["null", "http://localhost:3000", "http://[::1]:8080", "https://a.example:8443"]',
+        'cors_origins = ["tauri://localhost", "app://obsidian.md", "vscode-webview://1-2", "chrome-extension://abc"]',
+    ],
+)
+def test_a_host_or_an_origin_that_may_work_is_taken(line: str) -> None:
+    """Addresses, names, and what browsers and programs with a browser in them send."""
+    assert refusal(f"[server]\n{line}".encode()) is None
+
+
+@pytest.mark.parametrize(
     ("data", "expected"),
     [
         (b"\n\nx = '\xff'", "3: expected UTF-8, got other bytes"),

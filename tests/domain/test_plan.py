@@ -98,6 +98,21 @@ def test_what_gives_room_comes_before_what_needs_it() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        ("idle_timeout = 900", "idle_timeout = '5m'", "idle_timeout 15m -> 5m"),
+        ("queue_timeout = '1h30m'", "queue_timeout = 0.25", "queue_timeout 1h30m -> 250ms"),
+        ("request_timeout = 0", "request_timeout = 1.5", "request_timeout 0s -> 1.5s"),
+        ("restart = { backoff = 1 }", "restart = { backoff = 90 }", "restart.backoff 1s -> 1m30s"),
+        ("gpu_memory_utilization = 0.9", "gpu_memory_utilization = 0.5", "gpu_memory_utilization 0.9 -> 0.5"),
+    ],
+)
+def test_a_duration_is_shown_as_people_write_it(before: str, after: str, reason: str) -> None:
+    """In the reasons of `plan`, of REST and of the log."""
+    assert [row[2] for row in told(CHAT + after, CHAT + before)] == [reason]
+
+
 def test_a_long_value_is_shortened() -> None:
     """The reason is a line in a log."""
     (row,) = told(CHAT + f'description = "{"x" * 1000}"', CHAT)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_proxy.domain.units import parse_duration, parse_size, show
+from vllm_proxy.domain.units import parse_duration, parse_size, show, show_duration, show_size
 
 
 @pytest.mark.parametrize(
@@ -123,3 +123,36 @@ def test_a_shown_value_fits_on_a_line(value: object) -> None:
     shown = show(value)
     assert "\n" not in shown
     assert len(shown) <= 80
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.0, "0s"), (0.25, "250ms"), (1.5, "1.5s"), (59.0, "59s"), (60.0, "1m"), (900.0, "15m"), (3723.0, "1h2m3s")],
+)
+def test_a_duration_is_shown_as_people_write_it(seconds: float, shown: str) -> None:
+    """In the units in which it is short."""
+    assert show_duration(seconds) == shown
+
+
+@given(st.integers(0, 10**9) | st.integers(0, 10**9).map(lambda millis: millis / 1000))
+def test_a_duration_that_is_shown_can_be_written_so(seconds: float) -> None:
+    """It means the same."""
+    assert parse_duration(show_duration(seconds)) == seconds
+
+
+@given(st.floats(0, allow_infinity=False), st.floats(0, allow_infinity=False))
+def test_durations_that_differ_look_different(one: float, other: float) -> None:
+    """Else a plan would say "1s -> 1s"."""
+    assert (show_duration(one) == show_duration(other)) is (one == other)
+
+
+@pytest.mark.parametrize(("size", "shown"), [(0, "0B"), (1000, "1000B"), (64 * 2**20, "64MiB"), (3 * 2**30, "3GiB")])
+def test_a_size_is_shown_in_the_largest_unit_that_divides_it(size: int, shown: str) -> None:
+    """Nothing is rounded."""
+    assert show_size(size) == shown
+
+
+@given(st.integers(0, 2**60))
+def test_a_size_that_is_shown_can_be_written_so(size: int) -> None:
+    """It means the same."""
+    assert parse_size(show_size(size)) == size

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
+from vllm_proxy.domain import hosts
 from vllm_proxy.domain.units import Bytes, Seconds, show
 
 type TomlTable = Mapping[str, Any]  # a table as tomllib reads it: str, int, float, bool, dates, lists, tables
@@ -104,7 +105,9 @@ Device = Annotated[int | str, BeforeValidator(_device)]
 Devices = Annotated[tuple[Device, ...], Strict(strict=False), AfterValidator(_each_once)]
 ModelName = Annotated[NonEmptyText, AfterValidator(_no_option)]
 Aliases = Annotated[tuple[Annotated[str, AfterValidator(_alias)], ...], Strict(strict=False)]
-Texts = Annotated[tuple[Text, ...], Strict(strict=False)]
+Host = Annotated[NonEmptyText, AfterValidator(hosts.host)]
+Hosts = Annotated[tuple[Host, ...], Strict(strict=False)]
+Origins = Annotated[tuple[Annotated[NonEmptyText, AfterValidator(hosts.origin)], ...], Strict(strict=False)]
 Command = Annotated[tuple[NonEmptyText, ...], Strict(strict=False), Field(min_length=1)]
 Environment = dict[Annotated[str, AfterValidator(_env_name)], Annotated[Text, BeforeValidator(_env_value)]]
 Dtype = Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
@@ -139,10 +142,10 @@ class Table(BaseModel):
 class Server(Table):
     """`[server]`: how the daemon itself listens and behaves. All of it live, `host` and `port` aside."""
 
-    host: NonEmptyText = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: Port = 8000
-    cors_origins: Texts = ()
-    allowed_hosts: Texts = ()
+    cors_origins: Origins = ()
+    allowed_hosts: Hosts = ()
     allow_remote_admin: bool = False
     max_body_size: Bytes = 64 * 2**20
     shutdown_timeout: Seconds = 30.0

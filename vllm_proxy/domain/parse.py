@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from vllm_proxy.domain import args
+from vllm_proxy.domain import args, hints
 from vllm_proxy.domain.config import (
     Config,
     EngineDefaults,
@@ -78,7 +78,11 @@ def parse_config(data: bytes, file: str, overrides: Mapping[str, Override] | Non
     if unusable := list(_unusable(document)):
         raise ConfigError(file, _problems(unusable, text, {}))
     overrides = overrides or {}
-    found: list[Found] = [((key,), _unknown(key, _TABLES)) for key in document if key not in _TABLES]
+    found: list[Found] = [
+        ((key,), hints.of_unknown_table(key, value) or _unknown(key, _TABLES))
+        for key, value in document.items()
+        if key not in _TABLES
+    ]
     server_table = {**_table(document, "server", found), **{key: item.value for key, item in overrides.items()}}
     server = _validate(Server, server_table, ("server",), found)
     engine = _validate(EngineDefaults, _table(document, "engine", found), ("engine",), found)
@@ -105,7 +109,8 @@ def _read(data: bytes, file: str) -> tuple[str, TomlTable]:
         place = _SYNTAX_PLACE.search(message)
         line = int(place[1]) if place and place[1] else text.count("\n") + 1
         what = _SYNTAX_PLACE.sub("", message)
-        raise ConfigError(file, [Problem(line, "", f"this is no TOML: {what}")]) from None
+        hint = hints.of_syntax(text.split("\n")[line - 1])
+        raise ConfigError(file, [Problem(line, "", f"this is no TOML: {what}{hint and '; '}{hint}")]) from None
     except RecursionError:
         raise ConfigError(file, [Problem(0, "", "cannot read this TOML: nested too deeply")]) from None
     except ValueError:  # Python's own limit on the digits of a number
@@ -163,10 +168,21 @@ def _models(document: TomlTable, engine: EngineDefaults, found: list[Found]) -> 
         if not isinstance(table, Mapping):
             found.append((path, f'expected a table: write [{dotted(path)}] with model = "..."'))
             continue
-        found += _repeated(path, table)
-        if model := _model(model_id, table, defaults, engine, found):
+        own = _without_dotted_ids(model_id, table, found)
+        if table and not own:
+            continue
+        found += _repeated(path, own)
+        if model := _model(model_id, own, defaults, engine, found):
             models.append(model)
     return models
+
+
+def _without_dotted_ids(name: str, table: TomlTable, found: list[Found]) -> TomlTable:
+    """A model's table without the tables in it that were meant as other models."""
+    ids = list(hints.dotted_ids(table, name))
+    found += [(("models", *parts), f"an id with a dot needs quotes: {hints.quoted('.'.join(parts))}") for parts in ids]
+    meant = {parts[1] for parts in ids}
+    return {key: value for key, value in table.items() if key not in meant}
 
 
 def _model(

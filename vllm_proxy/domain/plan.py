@@ -5,16 +5,20 @@ is replaced only where a key on its command line or in its environment differs.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
+
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy, Restart, Server, differ
-from vllm_proxy.domain.units import show
+from vllm_proxy.domain.units import parse_duration, parse_size, show, show_duration, show_size
 
 _SECRET = re.compile(r"token|key|secret|password|credential", re.IGNORECASE)
 _LONGEST = 60  # characters of a value that is shown
+_UNITS: Mapping[object, Callable[[Any], str]] = {parse_duration: show_duration, parse_size: show_size}
 RESTART_KEYS = ("host", "port")  # of [server]: the sockets are open already
 _OF_THEIR_OWN = {  # of the policy keys
     "enabled": "stops the model, or starts it",
@@ -126,19 +130,27 @@ def _changes(old: EngineSpec | Policy | Restart, new: EngineSpec | Policy | Rest
         elif isinstance(before, Restart) and isinstance(after, Restart):
             yield from (f"{key}.{change}" for change in _changes(before, after))
         else:
-            yield _change(key, before, after)
+            yield _change(key, before, after, _shown_as(type(new).model_fields[key]))
 
 
-def _change(key: str, before: object, after: object, *, hidden: bool = False) -> str:
+def _change(
+    key: str, before: object, after: object, shown: Callable[[Any], str] = show, *, hidden: bool = False
+) -> str:
     if hidden or _SECRET.search(key):
         return f"{key} changed"
-    return f"{key} {_shown(before)} -> {_shown(after)}"
+    return f"{key} {_short(before, shown)} -> {_short(after, shown)}"
 
 
-def _shown(value: Any) -> str:  # noqa: ANN401 - a TOML value
+def _shown_as(field: FieldInfo) -> Callable[[Any], str]:
+    """How people write the values of a key."""
+    read = (mark.func for mark in field.metadata if isinstance(mark, BeforeValidator))
+    return next((_UNITS[function] for function in read if function in _UNITS), show)
+
+
+def _short(value: Any, shown: Callable[[Any], str]) -> str:  # noqa: ANN401 - a TOML value
     if value is None:
         return "not given"
-    text = show(list(value) if isinstance(value, tuple) else value)
+    text = shown(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 

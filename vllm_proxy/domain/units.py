@@ -49,6 +49,24 @@ def parse_size(value: object) -> int:
     raise ValueError(msg)
 
 
+def show_duration(seconds: float) -> str:
+    """As people write it: "15m", "1h30m", "1.5s", "250ms"; different ones look different."""
+    whole = round(seconds)
+    if seconds == whole:
+        parts = [(whole // 3600, "h"), (whole % 3600 // 60, "m"), (whole % 60, "s")]
+        return "".join(f"{count}{unit}" for count, unit in parts if count) or "0s"
+    millis = round(seconds * 1000)
+    return f"{millis}ms" if seconds < 1 and millis / 1000 == seconds else f"{seconds!r}s"
+
+
+def show_size(size: int) -> str:
+    """As people write it, in the largest unit of which it is a multiple: "64MiB", "1000000B"."""
+    units = ("TiB", "GiB", "MiB", "KiB")
+    return next(
+        (f"{size // _SIZE_UNITS[unit]}{unit}" for unit in units if size and size % _SIZE_UNITS[unit] == 0), f"{size}B"
+    )
+
+
 def show(value: object) -> str:
     """A value as TOML would spell it, short enough for a message."""
     if isinstance(value, bool):
