@@ -1,9 +1,12 @@
 """The configuration file is replaced whole or not at all. On real file systems: root may mount tiny ones."""
 
+import contextlib
 import errno
 import os
+import pwd
 import stat
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,6 +128,57 @@ def test_a_file_that_is_mounted_alone_says_to_mount_its_folder(file: Path, tmp_p
     error = refused(file)
     assert error.code == "config_read_only"
     assert "mount its folder" in error.message
+
+
+@contextlib.contextmanager
+def being(user: pwd.struct_passwd) -> Iterator[None]:
+    """Be another user than root for a while."""
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setegid(user.pw_gid)
+    os.seteuid(user.pw_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+
+
+@pytest.mark.parametrize(
+    ("roots", "told"),
+    [
+        (["file"], "it belongs to root; `chown nobody {file}` lets the daemon replace it"),
+        (["folder"], "its folder belongs to root; `chown nobody {folder}` lets the daemon replace it"),
+        (["folder", "file"], "its folder and it belong to root; `chown nobody {folder} {file}` lets the daemon"),
+        ([], "its folder has no write bit; `chmod u+wx {folder}`"),
+    ],
+)
+def test_what_root_left_in_the_daemons_folder_is_told_with_its_owner(roots: list[str], told: str) -> None:
+    """Who edits as root, or restores a backup, leaves a file that the daemon may read and not replace."""
+    user = pwd.getpwnam("nobody")
+    with tempfile.TemporaryDirectory() as made:  # pytest's own folders are closed to others
+        places = {"folder": Path(made), "file": Path(made, "models.toml")}
+        places["file"].write_bytes(OLD)
+        for name, place in places.items():
+            os.chown(place, *((0, 0) if name in roots else (user.pw_uid, user.pw_gid)))
+        places["folder"].chmod(0o755 if roots else 0o555)
+        places["file"].chmod(0o644)
+        with being(user):
+            error = refused(places["file"])
+    assert error.code == "config_read_only"
+    assert told.format(**places) in error.message
+
+
+def test_what_the_system_forbids_for_no_reason_of_ownership_may_be_immutable(file: Path) -> None:
+    """EPERM where all of it is ours."""
+
+    def forbidden(_: int) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    error = refused(file, Store(file, forbidden))
+    assert error.code == "config_read_only"
+    assert "immutable" in error.message
 
 
 def test_a_full_disk_leaves_the_old_file(file: Path, mounts: list[Path]) -> None:

@@ -6,7 +6,9 @@ Everything here blocks; callers run it in a thread.
 import contextlib
 import errno
 import os
+import pwd
 import secrets
+import shlex
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +17,8 @@ from vllm_proxy.errors import RequestError
 
 _NIX_STORE = Path("/nix/store")
 _NEW_MODE = 0o644
+_NOT_PERMITTED = {errno.EACCES, errno.EPERM}
 _READ_ONLY = {
-    errno.EACCES: "the daemon's user may not write there; give it the file and its folder",
-    errno.EPERM: "the system does not permit it; is the file immutable?",
     errno.EROFS: "its file system is read-only; change it where it comes from",
     errno.EBUSY: "it is mounted as a single file; mount its folder instead",
 }
@@ -94,6 +95,8 @@ class Store:
             os.close(descriptor)
 
     def _refusal(self, error: OSError) -> RequestError:
+        if error.errno in _NOT_PERMITTED:
+            return self._read_only(_not_permitted(Path(os.path.realpath(self.file))))
         if error.errno in _READ_ONLY:
             return self._read_only(_READ_ONLY[error.errno])
         way_out = "; make room on the disk" if error.errno in {errno.ENOSPC, errno.EDQUOT} else ""
@@ -102,6 +105,33 @@ class Store:
 
     def _read_only(self, why: str) -> RequestError:
         return RequestError("config_read_only", f"cannot write {self.file}: {why}")
+
+
+def _not_permitted(target: Path) -> str:
+    """Why this user may not replace a file: it or its folder may be somebody else's, as when root has edited it."""
+    folder, us = target.parent, os.geteuid()
+    try:
+        closed = not os.access(folder, os.W_OK | os.X_OK, effective_ids=True)
+        owners = {place: place.stat().st_uid for place in (folder, target) if place.exists()}
+    except OSError:
+        return "the daemon's user may not look at it; give it the file and its folder"
+    needed = [place for place in (folder, target) if owners.get(place, us) != us and (closed or place is target)]
+    if needed:
+        names = " and ".join("it" if place is target else "its folder" for place in needed)
+        whose = " and ".join(sorted({_user(owners[place]) for place in needed}))
+        places = " ".join(shlex.quote(str(place)) for place in needed)
+        verb = "belongs" if len(needed) == 1 else "belong"
+        return f"{names} {verb} to {whose}; `chown {_user(us)} {places}` lets the daemon replace it"
+    if closed:
+        return f"its folder has no write bit; `chmod u+wx {shlex.quote(str(folder))}`"
+    return "the system does not permit it; is the file immutable (lsattr)?"
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
 
 
 def _copy_attributes(source: Path, descriptor: int) -> None:
