@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import random
 import tempfile
+import time
 from pathlib import Path
 
 from tests.chaos.run import chaos
@@ -18,8 +19,13 @@ def main() -> None:
     parser.add_argument("--port-start", type=int, default=20_000, help="the first of 200 ports for engines")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
+    end = time.monotonic() + options.seconds
+
+    def over(_faults: object, _outcomes: object) -> bool:
+        return time.monotonic() > end
+
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        found = asyncio.run(chaos(Path(folder), options.port_start, options.seconds, options.clients, options.seed))
+        found = asyncio.run(chaos(Path(folder), options.port_start, over, options.clients, options.seed))
     for title, counts in found.items():
         print(title)
         for name, count in counts.most_common():

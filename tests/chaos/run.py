@@ -3,15 +3,18 @@
 import asyncio
 import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.chaos.crowd import Crowd
 from tests.chaos.trouble import Fleet, Trouble, nothing_is_wrong
 from tests.harness import vllm_proxy
 
+type Enough = Callable[[Counter[str], Counter[str]], bool]  # of faults and of outcomes
 
-async def chaos(folder: Path, port_start: int, seconds: float, clients: int, seed: int) -> dict[str, Counter[str]]:
-    """Make trouble for so long under the load of so many clients; returns the faults and the outcomes.
+
+async def chaos(folder: Path, port_start: int, enough: Enough, clients: int, seed: int) -> dict[str, Counter[str]]:
+    """Make trouble until it is enough, under the load of so many clients; returns the faults and the outcomes.
 
     Raises:
         AssertionError: when an answer lied, a request got none, or something was left.
@@ -25,7 +28,7 @@ async def chaos(folder: Path, port_start: int, seconds: float, clients: int, see
         async with asyncio.TaskGroup() as group:
             group.create_task(crowd.run())
             try:
-                await trouble.make(seconds)
+                await trouble.make(lambda: enough(trouble.made, crowd.outcomes))
             finally:
                 crowd.enough.set()
         await nothing_is_wrong(fleet)

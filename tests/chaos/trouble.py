@@ -107,11 +107,9 @@ class Trouble:
         }  # fmt: skip
         self._faults = [fault for fault, weight in faults.items() for _ in range(weight)]
 
-    async def make(self, seconds: float) -> None:
-        """Go on for so long."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + seconds
-        while loop.time() < end:
+    async def make(self, enough: Callable[[], bool]) -> None:
+        """Go on until it is enough."""
+        while not enough():
             await asyncio.sleep(self._choose.uniform(*PAUSE_SECONDS))
             fault = self._choose.choice(self._faults)
             await fault()
