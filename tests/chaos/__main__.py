@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--port-start", type=int, default=20_000, help="the first of 200 ports for engines")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
-    end = time.monotonic() + options.seconds
+    end: float = time.monotonic() + options.seconds
 
     def over(_faults: object, _outcomes: object) -> bool:
         return time.monotonic() > end

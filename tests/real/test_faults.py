@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 
 from tests.harness import Daemon, daemon, session_of, vllm_proxy
+from vllm_proxy.demo.threads import openmp
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
 LOAD_SECONDS = 900.0  # of several starts side by side on two slow cores
 ASK = {"model": "embed", "input": "Hello"}
+
+
+ENVIRONMENT = "\n".join(f'{name} = "{value}"' for name, value in openmp(2).items())
 
 
 def model_folder() -> Path:
@@ -27,13 +31,14 @@ def model_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-ENGINES = """
+ENGINES = f"""
 [engine.env]
+{ENVIRONMENT}
 CUDA_VISIBLE_DEVICES = ""
 HF_HUB_OFFLINE = "1"
 VLLM_CPU_OMP_THREADS_BIND = "nobind"
 [defaults]
-restart = { max_failures = 1 }
+restart = {{ max_failures = 1 }}
 [defaults.args]
 enforce_eager = true
 """

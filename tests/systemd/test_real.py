@@ -9,15 +9,18 @@ import pytest
 
 from tests.systemd.conftest import configure, drop_in, ready
 from tests.systemd.machine import Machine, booted
+from vllm_proxy.demo.threads import openmp
 
 pytestmark = [pytest.mark.systemd, pytest.mark.real]
 
 LOAD_SECONDS = 600.0
-CONFIG = """
+ENVIRONMENT = "\n".join(f'{name} = "{value}"' for name, value in openmp(1).items())
+CONFIG = f"""
 [engine]
 command = ["/usr/local/bin/python3.13", "-m", "vllm.entrypoints.openai.api_server"]
 
 [engine.env]
+{ENVIRONMENT}
 CUDA_VISIBLE_DEVICES = ""
 HF_HUB_OFFLINE = "1"
 PYTHONPATH = "/opt/vllm"
@@ -27,7 +30,7 @@ VLLM_CPU_OMP_THREADS_BIND = "nobind"
 [models.embed]
 model = "/srv/models/embed"
 gpu_memory_utilization = 0.1
-args = { enforce_eager = true }
+args = {{ enforce_eager = true }}
 """
 ASK = "curl -sS --fail-with-body -H 'Content-Type: application/json' localhost:8000/v1/embeddings -d"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import tomli_w
 
 from vllm_proxy import daemon, settings
+from vllm_proxy.demo.threads import openmp
 from vllm_proxy.domain.config import Config
 from vllm_proxy.errors import StartupError
 from vllm_proxy.listen import listen
@@ -125,12 +126,13 @@ def _tick(text: str) -> None:
 
 
 def _configuration(chat: Path, embed: Path) -> str:
+    models = {
+        "chat": {"model": str(chat), "max_model_len": 1024, "description": "SmolLM2-135M-Instruct"},
+        "embed": {"model": str(embed), "description": "all-MiniLM-L6-v2"},
+    }
     document = {
-        "engine": {"env": _OFFLINE_CPU},
+        "engine": {"env": {**_OFFLINE_CPU, **openmp(len(models))}},
         "defaults": {"gpu_memory_utilization": 0.1, "args": {"enforce_eager": True}},
-        "models": {
-            "chat": {"model": str(chat), "max_model_len": 1024, "description": "SmolLM2-135M-Instruct"},
-            "embed": {"model": str(embed), "description": "all-MiniLM-L6-v2"},
-        },
+        "models": models,
     }
     return "# Written anew by every `vllm-proxy demo`; copy it before you edit it.\n\n" + tomli_w.dumps(document)

@@ -1,0 +1,66 @@
+"""What the demo prepares, without vLLM."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vllm_proxy.demo.threads import openmp
+
+
+def threads(root: Path, engines: int = 1) -> int:
+    """Of each engine, on a machine of which `root` is a picture."""
+    found = openmp(engines, root)
+    assert found["OMP_WAIT_POLICY"] == "passive"
+    return int(found["OMP_NUM_THREADS"])
+
+
+def picture(root: Path, cgroup: str, files: dict[str, str]) -> Path:
+    """A machine whose control groups say so."""
+    for name, text in {"proc/self/cgroup": cgroup, **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_engines_share_the_cores_that_this_process_may_use(tmp_path: Path) -> None:
+    """Never more threads than cores, and each engine one at least."""
+    cores = os.process_cpu_count()
+    assert cores is not None
+    assert threads(tmp_path) == cores
+    assert threads(tmp_path, 2) == max(1, cores // 2)
+    assert threads(tmp_path, 1000) == 1
+
+
+def test_a_process_that_is_bound_to_one_core_has_one(tmp_path: Path) -> None:
+    """However many the machine has: `taskset`, cpusets."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert threads(tmp_path) == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files"),
+    [
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "100000 100000\n"}),
+        ("0::/a.slice/b.service\n", {"sys/fs/cgroup/a.slice/b.service/cpu.max": "150000 100000\n"}),
+        ("0::/a.slice/b\n",
+         {"sys/fs/cgroup/a.slice/b/cpu.max": "max 100000\n", "sys/fs/cgroup/a.slice/cpu.max": "50000 100000\n"}),
+        ("4:memory:/x\n3:cpu,cpuacct:/x\n0::/\n",
+         {"sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "100000\n", "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000\n"}),
+    ],
+)  # fmt: skip
+def test_a_container_or_a_service_with_a_share_of_the_cores_is_known(
+    tmp_path: Path, cgroup: str, files: dict[str, str]
+) -> None:
+    """Of both kinds of control groups, the own one or one around it."""
+    assert threads(picture(tmp_path, cgroup, files)) == 1
+
+
+@pytest.mark.parametrize("text", ["max 100000\n", "", "nonsense\n"])
+def test_a_control_group_without_a_limit_limits_nothing(tmp_path: Path, text: str) -> None:
+    """Nor does one that cannot be understood."""
+    assert threads(picture(tmp_path, "0::/\n", {"sys/fs/cgroup/cpu.max": text})) == os.process_cpu_count()
