@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
+import random
 import signal
 import socket
 import sys
@@ -21,6 +23,16 @@ from vllm_proxy.engine.process import look_up
 
 FAKE = Path(__file__).parent / "fakes" / "fake_vllm.py"
 WAIT_SECONDS = 60.0
+
+
+_blocks = itertools.cycle(range(12_000, 32_600, 200))  # below the kernel's ephemeral ports
+for _ in range(random.randrange(99)):  # two test runs at once must not share
+    next(_blocks)
+
+
+def port_block() -> int:
+    """The first of two hundred ports for the engines of one daemon."""
+    return next(_blocks)
 
 
 def free_port() -> int:

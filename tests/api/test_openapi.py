@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from tests.harness import Daemon, daemon, fake_engines
+from tests.harness import Daemon, daemon, fake_engines, port_block
 from vllm_proxy.api import app, docs
 from vllm_proxy.api.envelope import envelope
 from vllm_proxy.api.openapi import document
@@ -189,7 +189,7 @@ async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daem
         restart.max_failures = 1
         args.fake_exit_at = "weights"
     """
-    config = fake_engines(10_600) + re.sub(r"(?m)^ +", "", text)
+    config = fake_engines(port_block()) + re.sub(r"(?m)^ +", "", text)
     async with daemon(config, tmp_path_factory.mktemp("openapi")) as running:
         yield running
 

@@ -9,7 +9,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from tests.browser.chromium import Browser, Page, browser
-from tests.harness import Daemon, daemon, fake_engines
+from tests.harness import Daemon, daemon, fake_engines, port_block
 
 pytestmark = pytest.mark.browser
 CHAT = '[models.chat]\nmodel = "org/chat"\n'
@@ -19,7 +19,7 @@ NEW = {"id": "evil", "model": "org/evil", "trust_remote_code": True}
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One daemon for all of them."""
-    async with daemon(fake_engines(10_800) + CHAT, tmp_path_factory.mktemp("browser")) as running:
+    async with daemon(fake_engines(port_block()) + CHAT, tmp_path_factory.mktemp("browser")) as running:
         await running.all_ready()
         yield running
 

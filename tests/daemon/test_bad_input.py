@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import clean_environment, daemon, fake_engines
+from tests.harness import clean_environment, daemon, fake_engines, port_block
 
 CHAT = '[models.chat]\nmodel = "org/chat"\n'
 
@@ -75,7 +75,7 @@ async def test_a_foreign_host_name_is_refused(shared: Any) -> None:  # noqa: ANN
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:  # noqa: ANN401 - an async generator
     """One daemon for all of them."""
-    config = '[server]\nmax_body_size = "1KiB"\n' + fake_engines(11_000) + CHAT
+    config = '[server]\nmax_body_size = "1KiB"\n' + fake_engines(port_block()) + CHAT
     async with daemon(config, tmp_path_factory.mktemp("bad_input")) as running:
         await running.until("1 of 1 models ready")
         yield running

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Answer, Client, Daemon, connected, daemon, fake_engines, memory, request, until
+from tests.harness import Answer, Client, Daemon, connected, daemon, fake_engines, memory, port_block, request, until
 
 PATH = "/v1/chat/completions"
 ECHO = b'{"model": "chat", "fake": {"echo": true}}'
@@ -19,7 +19,7 @@ ECHO = b'{"model": "chat", "fake": {"echo": true}}'
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One daemon for all of them."""
-    config = fake_engines(32_000) + '[models.chat]\nmodel = "org/chat"\naliases = ["short"]\n'
+    config = fake_engines(port_block()) + '[models.chat]\nmodel = "org/chat"\naliases = ["short"]\n'
     async with daemon(config, tmp_path_factory.mktemp("bytes")) as running:
         await running.until("1 of 1 models ready")
         yield running

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.harness import Daemon, daemon, fake_engines, session_of, vllm_proxy
+from tests.harness import Daemon, daemon, fake_engines, port_block, session_of, vllm_proxy
 from vllm_proxy.domain.parse import parse_config
 
 ASK = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
@@ -459,7 +459,7 @@ async def test_a_write_that_cannot_be_is_refused_with_every_problem(
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One daemon for what changes nothing."""
     folder = tmp_path_factory.mktemp("shared")
-    async with daemon(fake_engines(24600) + CHAT + EMBED, folder) as running:
+    async with daemon(fake_engines(port_block()) + CHAT + EMBED, folder) as running:
         await running.all_ready()
         yield running
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Answer, Client, Daemon, connected, daemon, fake_engines, request, until
+from tests.harness import Answer, Client, Daemon, connected, daemon, fake_engines, port_block, request, until
 
 PATH = "/v1/chat/completions"
 MODELS = """
@@ -40,7 +40,7 @@ JSON_HEAD = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One daemon for all of them; at its end no request is counted anywhere."""
-    async with daemon(fake_engines(32_400) + MODELS, tmp_path_factory.mktemp("failure")) as running:
+    async with daemon(fake_engines(port_block()) + MODELS, tmp_path_factory.mktemp("failure")) as running:
         await running.all_ready()
         yield running
         await nothing_in_flight(running)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.harness import Daemon, connected, daemon, fake_engines, request
+from tests.harness import Daemon, connected, daemon, fake_engines, port_block, request
 
 PATH = "/v1/chat/completions"
 BODY = b'{"model": "chat", "fake": {"echo": true}}'
@@ -16,7 +16,7 @@ HIDDEN = b'POST /v1/completions HTTP/1.1\r\nX-Request-Id: %s\r\nContent-Length: 
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One daemon for all of them."""
-    config = '[server]\nmax_body_size = "2KiB"\n' + fake_engines(32_200) + '[models.chat]\nmodel = "org/chat"\n'
+    config = '[server]\nmax_body_size = "2KiB"\n' + fake_engines(port_block()) + '[models.chat]\nmodel = "org/chat"\n'
     async with daemon(config, tmp_path_factory.mktemp("framing")) as running:
         await running.until("1 of 1 models ready")
         yield running

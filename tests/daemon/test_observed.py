@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Daemon, connected, daemon, fake_engines, request, until
+from tests.harness import Daemon, connected, daemon, fake_engines, port_block, request, until
 
 PATH = "/v1/chat/completions"
 MODELS = """
@@ -29,7 +29,7 @@ FIELDS = "id model instance status bytes seconds first_byte".split()
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One daemon for all of them, its log in JSON."""
     folder = tmp_path_factory.mktemp("observed")
-    async with daemon(fake_engines(11_200) + MODELS, folder, "--log-format", "json") as running:
+    async with daemon(fake_engines(port_block()) + MODELS, folder, "--log-format", "json") as running:
         await running.all_ready()
         yield running
 

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
-from tests.harness import Daemon, connected, daemon, fake_engines, request, until
+from tests.harness import Daemon, connected, daemon, fake_engines, port_block, request, until
 
 MODELS = """
 [server]
@@ -34,7 +34,7 @@ type Socket = aiohttp.ClientWebSocketResponse
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One daemon for all of them; at its end no session is counted anywhere."""
-    async with daemon(fake_engines(11_400) + MODELS, tmp_path_factory.mktemp("realtime")) as running:
+    async with daemon(fake_engines(port_block()) + MODELS, tmp_path_factory.mktemp("realtime")) as running:
         await running.until("2 of 2 models ready")
         yield running
         await free(running)

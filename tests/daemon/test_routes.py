@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from tests.harness import Daemon, connected, daemon, fake_engines, memory, request
+from tests.harness import Daemon, connected, daemon, fake_engines, memory, port_block, request
 from vllm_proxy.api.app import BY_FORM_MODEL, BY_JSON_MODEL
 
 MODELS = """
@@ -47,7 +47,7 @@ UNSUPPORTED = (
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One daemon for all of them."""
-    async with daemon(fake_engines(31_800) + MODELS, tmp_path_factory.mktemp("routes")) as running:
+    async with daemon(fake_engines(port_block()) + MODELS, tmp_path_factory.mktemp("routes")) as running:
         await running.all_ready()
         yield running
 
