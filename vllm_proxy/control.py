@@ -33,7 +33,7 @@ async def act(settings: Settings, action: str, model_id: str, say: Say) -> Resou
         before = _engines(await daemon.ask("GET", path))
         resource = await daemon.ask("POST", f"{path}/{action}")
         said = ""
-        while not _at_rest(resource, action, before):
+        while not (_at_rest(resource, action, before) or _is_stuck(resource)):
             now = f"{model_id}: {_sentence(resource)}"
             if now != said:
                 say(now)
@@ -100,7 +100,8 @@ async def stop_all(settings: Settings, say: Say) -> Resource:
             raise error
     if errors := list(dict.fromkeys(str(error) for error in found if isinstance(error, CommandError))):
         raise CommandError("; ".join(errors))
-    return {"models": found, "engines": [], "ended": True}
+    resources = [resource for resource in found if not isinstance(resource, BaseException)]
+    return {"models": resources, "engines": [], "ended": not any(_is_stuck(resource) for resource in resources)}
 
 
 async def _end_left(settings: Settings, say: Say) -> Resource:
@@ -153,8 +154,13 @@ def _path(model_id: str) -> str:
 
 
 def failed(resource: Resource) -> bool:
-    """Whether the model rests in error."""
-    return bool(resource["status"]["state"] == "error")
+    """Whether the model rests in error, or an engine that cannot be ended is in the way."""
+    return bool(resource["status"]["state"] == "error") or _is_stuck(resource)
+
+
+def _is_stuck(resource: Resource) -> bool:
+    """Whether it goes on only once somebody has ended an engine by hand, which may take for ever."""
+    return bool(resource["status"]["reason"] == "not_ended")
 
 
 def _engines(resource: Resource) -> list[tuple[int | None, str | None]]:

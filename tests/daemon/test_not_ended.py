@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import FAKE, Client, Daemon, connected, daemon, fake_engines, session_of
+from tests.harness import FAKE, Client, Daemon, connected, daemon, fake_engines, session_of, vllm_proxy
 from vllm_proxy.engine.process import look_up
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
@@ -75,6 +75,11 @@ async def test_an_engine_that_may_not_be_signalled_is_told_retried_and_blocks_it
         assert series['vllm_proxy_instance_state{instance="chat/0",model="chat",state="unloading"}'] == 1
         assert series["vllm_proxy_engines_not_ended"] == 1
         assert "not ended: chat/0" in running.notes.status
+        for command in (["stop", "chat"], ["start", "chat"], ["stop", "--all"]):
+            code, out, _ = await vllm_proxy(tmp_path, *command)
+            assert (code, "cannot end its engine" in out) == (1, True), (
+                "whoever waits for it is told, and waits no more"
+            )
         await running.post("/models/chat/start", {}, 202)
         assert (await running.instance("chat"))["state"] == "unloading"
         assert running.log().count("an engine cannot be ended") == 1, "told once, though tried again"
