@@ -143,12 +143,18 @@ class Daemon:
         return [instance["port"] for instance in resource["status"]["instances"]]
 
     async def seen(self, request_id: str, model: str = "chat") -> list[dict[str, Any]]:
-        """What the fake engines of a model tell of the requests with this id, in no order."""
-        found: list[dict[str, Any]] = []
-        for port in await self.ports(model):
-            async with self.session.get(f"http://127.0.0.1:{port}/fake/seen") as answer:
-                found += [seen for seen in await answer.json() if ["X-Request-Id", request_id] in seen["headers"]]
-        return found
+        """What the fake engines of a model tell of the requests that clients sent with this id, in no order."""
+        return [seen for port in await self.ports(model) for seen in await self.seen_at(port, request_id)]
+
+    async def seen_at(self, port: int, request_id: str) -> list[dict[str, Any]]:
+        """As `seen`, of the engine on this port."""
+
+        def is_of(seen: dict[str, Any]) -> bool:
+            ids = [value for name, value in seen["headers"] if name == "X-Request-Id"]
+            return any(value == request_id or value.startswith(request_id + ".") for value in ids)
+
+        async with self.session.get(f"http://127.0.0.1:{port}/fake/seen") as answer:
+            return [seen for seen in await answer.json() if is_of(seen)]
 
     async def metrics(self) -> dict[str, float]:
         """The exposition: value by series, labels as they are written."""

@@ -107,6 +107,7 @@ STATUS = {
     "revision_mismatch": 412,
     "request_too_large": 413,
     "unsupported_media_type": 415,
+    "expectation_failed": 417,
     "invalid_model": 422,
     "invalid_config": 422,
     "headers_too_large": 431,

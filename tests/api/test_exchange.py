@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import socket
 from typing import cast
 
 import pytest
@@ -21,11 +22,22 @@ EARLY = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
 
 
 class Client:
-    """A transport that remembers."""
+    """A transport that remembers, and its own socket."""
 
     def __init__(self) -> None:
         self.got = b""
         self.cut = False
+        self.linger = b""  # SO_LINGER as it was set last
+
+    def get_extra_info(self, name: str) -> "Client":
+        """The socket."""
+        assert name == "socket"
+        return self
+
+    def setsockopt(self, level: int, option: int, value: bytes) -> None:
+        """How its end is told."""
+        assert (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER)
+        self.linger = value
 
     def write(self, data: bytes) -> None:
         """Bytes for the client."""

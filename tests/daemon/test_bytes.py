@@ -136,6 +136,7 @@ async def test_hop_by_hop_headers_of_a_client_end_at_the_daemon(shared: Daemon) 
         "Connection: keep-alive, X-Secret", "Keep-Alive: timeout=5", "X-Secret: 1", "Proxy-Authorization: Basic eA==",
         "Proxy-Connection: keep-alive", "TE: trailers", "Trailer: x", "Authorization: Bearer client-key",
         "X-Api-Key: client-key", "Api-Key: client-key", "Connection: x-other", "X-OTHER: 2",
+        "X-Vllm-Priority: -1", "x-vllm-PRIORITY: 0", "X-data-parallel-rank: 1", "X-Data-Parallel-Rank: 0",
     ]  # fmt: skip
     seen = await arrived(shared, ECHO, *kept, *dropped)
     found = [f"{name}: {value}" for name, value in seen["headers"]]

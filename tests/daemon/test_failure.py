@@ -20,6 +20,9 @@ model = "org/chat"
 replicas = 3
 [models.alone]
 model = "org/alone"
+[models.pair]
+model = "org/pair"
+replicas = 2
 [models.hasty]
 model = "org/hasty"
 request_timeout = "300ms"
@@ -147,15 +150,42 @@ async def test_a_kept_alive_connection_that_closed_is_replaced_by_another_instan
     assert len({found["pid"] for found in await shared.seen(request_id)}) == 2
 
 
-@pytest.mark.parametrize("used", [False, True])
-async def test_where_there_is_no_other_instance_it_is_502_at_once(shared: Daemon, used: bool) -> None:  # noqa: FBT001 - a parameter
+async def test_where_there_is_no_other_instance_it_is_502_at_once(shared: Daemon) -> None:
     """The only engine gets the request once; the answer names the instance and the reason."""
-    await (kept_alive_everywhere if used else fresh)(shared, "alone")
+    await fresh(shared, "alone")
     answer, request_id = await ask(shared, body("alone", raw=[], end="close"))
     assert is_engine_failed(answer)
     assert "alone/0" in json.loads(answer.body)["error"]["message"]
     assert answer.all("x-request-id") == [request_id]
     assert len(await shared.seen(request_id, "alone")) == 1
+
+
+@pytest.mark.parametrize("model", ["alone", "pair"])
+async def test_a_kept_alive_connection_that_closed_is_replaced_by_a_fresh_one_where_nobody_else_is(
+    shared: Daemon, tmp_path: Path, model: str
+) -> None:
+    """Of one instance, or of several that are all gone but one; the engine never sees an id twice."""
+    await fresh(shared, model)
+    *others, port = await shared.ports(model)
+    for other in others:
+        async with shared.session.post(f"http://127.0.0.1:{other}/fake/deaf") as told:
+            assert told.status == 200
+    for _ in range(4):  # until one of them was answered by the last
+        await ask(shared, body(model))
+    answer, request_id = await ask(shared, body(model, raw=[], end="close", once=str(tmp_path / "once")))
+    assert answer.status == 200
+    seen = await shared.seen_at(port, request_id)
+    ids = [dict(found["headers"])["X-Request-Id"] for found in seen]
+    assert (len(seen), len(set(ids)), len({found["pid"] for found in seen})) == (2, 2, 1)
+    assert answer.all("x-request-id") == [request_id]
+
+
+async def test_a_fresh_connection_that_breaks_behind_a_kept_alive_one_is_the_last(shared: Daemon) -> None:
+    """The only engine gets the request twice, then it is 502."""
+    await kept_alive_everywhere(shared, "alone")
+    answer, request_id = await ask(shared, body("alone", raw=[], end="close"))
+    assert is_engine_failed(answer)
+    assert len(await shared.seen(request_id, "alone")) == 2
 
 
 @pytest.mark.parametrize(

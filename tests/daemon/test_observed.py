@@ -22,7 +22,7 @@ aliases = ["an-alias"]
 model = "org/other"
 """
 ECHO = b'{"model": "chat", "fake": {"echo": true}}'
-FIELDS = "id model instance status bytes seconds first_byte".split()
+FIELDS = "id engine_id model instance status bytes seconds first_byte".split()
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ async def ask(running: Daemon, data: bytes = ECHO, *lines: str, path: str = PATH
 
 
 @pytest.mark.parametrize("given", ["abc", "a" * 200, "req_8f/9+x==", "~!$'()*"])
-async def test_a_usable_request_id_is_kept_everywhere(shared: Daemon, given: str) -> None:
-    """The answer, the engine and the log carry the client's own."""
+async def test_a_usable_request_id_is_given_back_and_logged(shared: Daemon, given: str) -> None:
+    """The engine's begins with it, so that it is found in the engine's log too."""
     given += uuid.uuid4().hex if len(given) < 100 else ""
     assert await ask(shared, ECHO, f"X-Request-Id: {given}") == (200, [given])
     assert len(await shared.seen(given)) == 1
@@ -77,6 +77,16 @@ async def test_a_missing_or_unusable_request_id_is_replaced(shared: Daemon, give
     assert re.fullmatch(r"[0-9a-f]{16,64}", made)
     (seen,) = await shared.seen(made)
     assert [value for name, value in seen["headers"] if name.lower() == "x-request-id"] == [made]
+
+
+async def test_an_engine_never_sees_one_id_twice(shared: Daemon) -> None:
+    """Clients may send the same one: vLLM aborts by id, so that one that leaves would take the other along."""
+    request_id = uuid.uuid4().hex
+    answers = await asyncio.gather(*(ask(shared, ECHO, f"X-Request-Id: {request_id}") for _ in range(20)))
+    assert answers == [(200, [request_id])] * 20
+    ids = [dict(seen["headers"])["X-Request-Id"] for seen in await shared.seen(request_id)]
+    assert len(ids) == len(set(ids)) == 20
+    assert request_id not in ids
 
 
 async def test_made_ids_differ(shared: Daemon) -> None:
@@ -114,6 +124,8 @@ async def test_a_request_is_one_line_with_every_field(shared: Daemon) -> None:
         "method": "POST", "route": PATH, "model": "chat", "status": 201, "bytes": 5,
     }  # fmt: skip
     assert line["instance"] in {"chat/0", "chat/1"}
+    (seen,) = await shared.seen(request_id)
+    assert line["engine_id"] == dict(seen["headers"])["X-Request-Id"] != request_id
     assert 0 < line["first_byte"] <= line["seconds"] < 60
 
 
@@ -195,7 +207,8 @@ async def test_in_text_a_request_is_one_line_too(tmp_path: Path, port_start: int
     assert (first["id"], first["model"], first["instance"], first["status"]) == ("mine", "chat", "chat/0", "200")
     assert float(first["first_byte"]) <= float(first["seconds"])
     assert (second["id"], second["model"], second["instance"], second["status"]) == ("bad", "-", "-", "400")
-    assert second["first_byte"] == "-"
+    assert (second["first_byte"], second["engine_id"]) == ("-", "-")
+    assert first["engine_id"].startswith("mine.")
 
 
 # The metrics

@@ -37,6 +37,19 @@ def completion(asked: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def batch(asked: dict[str, Any]) -> dict[str, Any]:
+    """A chat completion with a choice for each conversation."""
+    found = [completion({"model": asked["model"], "messages": chat})["choices"][0] for chat in asked["messages"]]
+    choices = [choice | {"index": index} for index, choice in enumerate(found)]
+    return completion({"model": asked["model"], "messages": [{}]}) | {"choices": choices}
+
+
+def scores(asked: dict[str, Any]) -> dict[str, Any]:
+    """A score for each item."""
+    data = [{"object": "score", "index": index, "score": 0.5} for index, _ in enumerate(asked["items"])]
+    return {"object": "list", "model": asked["model"], "data": data, "usage": {"prompt_tokens": 1, "total_tokens": 1}}
+
+
 def embeddings(asked: dict[str, Any]) -> dict[str, Any]:
     """One small vector."""
     data = [{"object": "embedding", "index": 0, "embedding": [0.25, 0.5]}]

@@ -20,6 +20,11 @@ import fake_options  # type: ignore[import-not-found] # as above
 import fake_realtime  # type: ignore[import-not-found] # as above
 import fake_start  # type: ignore[import-not-found] # as above
 
+_ANSWERS = {
+    "/v1/embeddings": fake_answers.embeddings,
+    "/v1/chat/completions/batch": fake_answers.batch,
+    "/generative_scoring": fake_answers.scores,
+}
 KEEPALIVE = float(os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "5"))
 
 
@@ -236,8 +241,8 @@ class Fake:
         if path == "/v1/responses":
             self.responses.append(f"resp_{os.getpid()}_{len(self.responses)}")
             return await self.json(writer, 200, {"id": self.responses[-1], "object": "response"})
-        if path == "/v1/embeddings":
-            return await self.json(writer, 200, fake_answers.embeddings(asked))
+        if answer := _ANSWERS.get(path):
+            return await self.json(writer, 200, answer(asked))
         if asked.get("stream"):
             return await self.stream(writer, asked, fault)
         await self.pause(fault)

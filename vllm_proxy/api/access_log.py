@@ -39,7 +39,8 @@ class AccessLog:
             return
         head = "<6>" if self._form == "journal" else f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} [info     ] "
         self._lines.append(
-            f"{head}request id={call.request_id.decode()} {call.request.method} {call.route} model={call.model or '-'} "
+            f"{head}request id={call.request_id.decode()} engine_id={_engine_id(call) or '-'} "
+            f"{call.request.method} {call.route} model={call.model or '-'} "
             f"instance={call.instance or '-'} status={call.status} bytes={call.bytes_out} seconds={seconds:.4f} "
             f"first_byte={'-' if first is None else f'{first:.4f}'}\n"
         )
@@ -52,12 +53,18 @@ class AccessLog:
             self._stream.flush()
 
 
+def _engine_id(call: Call) -> str | None:
+    """The id that the engine got; of a request that was sent again, the last one."""
+    return call.engine_id.decode() if call.instance else None
+
+
 def _json(call: Call, seconds: float, first: float | None) -> str:
     fields = {
         "event": "request",
         "level": "info",
         "timestamp": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}",
         "id": call.request_id.decode(),
+        "engine_id": _engine_id(call),
         "method": call.request.method,
         "route": call.route,
         "model": call.model or None,

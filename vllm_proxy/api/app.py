@@ -23,14 +23,16 @@ from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
 
 BY_JSON_MODEL = (
-    "/v1/chat/completions /v1/completions /v1/embeddings /v1/responses /v1/messages /v1/messages/count_tokens "
-    "/v1/rerank /rerank /v2/rerank /v1/score /score /classify /pooling /tokenize /detokenize /v2/embed"
+    "/v1/chat/completions /v1/chat/completions/batch /v1/completions /v1/embeddings /v1/responses /v1/messages "
+    "/v1/messages/count_tokens /v1/rerank /rerank /v2/rerank /v1/score /score /generative_scoring /classify /pooling "
+    "/tokenize /detokenize /v2/embed"
 ).split()
 BY_FORM_MODEL = ("/v1/audio/transcriptions", "/v1/audio/translations")
 UNSUPPORTED = (
     "/v1/moderations /v1/images /v1/audio/speech /v1/assistants /v1/threads /v1/fine_tuning /v1/files /v1/batches "
     "/v1/uploads /v1/vector_stores"
 ).split()
+_ENDLESS = {"/v1/realtime", "/events"}  # no length to tell to a HEAD
 _MODEL_ID = "{model_id:.+}"
 _ONE_MODEL = f"/models/{_MODEL_ID}"
 
@@ -71,7 +73,7 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     app.on_response_prepare.append(cors.on_prepare)
     for method, path, handler in table:
         app.router.add_route(method, path, handler)
-        if method == "GET" and path != "/v1/realtime":
+        if method == "GET" and path not in _ENDLESS:
             app.router.add_route("HEAD", path, handler)
     for path in UNSUPPORTED:
         app.router.add_route("*", path, openai.unsupported)

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from vllm_proxy.api.call import Call
+from vllm_proxy.api.envelope import EXPECTATION
 from vllm_proxy.api.front import ask_for_body, check_codings
 from vllm_proxy.domain.scan import find_member
 from vllm_proxy.errors import RequestError
@@ -20,14 +21,14 @@ class _Named(msgspec.Struct):
 
 
 _named = msgspec.json.Decoder(_Named)
-_raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # not JSON's, but engines take it
 
 
 def check_head(call: Call, limit: int) -> None:
     """Refuse a body that cannot be taken before any of it is read, and ask for one that waits to be asked for.
 
     Raises:
-        RequestError: `request_too_large`, `unsupported_media_type` or `bad_request`.
+        RequestError: `request_too_large`, `unsupported_media_type`, `bad_request` or `expectation_failed`.
 
     """
     head = call.head
@@ -39,7 +40,9 @@ def check_head(call: Call, limit: int) -> None:
             head.get(b"transfer-encoding", b"chunked").decode("latin-1"),
             head.get(b"content-encoding", b"").decode("latin-1"),
         )
-    if head.get(b"expect", b"").lower() == b"100-continue":
+    if b"expect" in head and call.request.version >= (1, 1):
+        if head[b"expect"].strip().lower() != b"100-continue":
+            raise RequestError("expectation_failed", EXPECTATION)
         ask_for_body(call.request)
 
 
@@ -93,11 +96,13 @@ def model_name(body: bytes) -> str:
 
     """
     try:
-        name = _named.decode(body).model
+        name = _named.decode(body[3:] if body.startswith(_BYTE_ORDER_MARK) else body).model
     except msgspec.ValidationError:
         name = None  # JSON, but no object
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _no_json(error) from None
+    except RecursionError:
+        raise _no_json("its values are nested too deeply") from None
     return _usable(name)
 
 
@@ -112,10 +117,12 @@ async def model_name_of_large(body: bytes) -> tuple[str, slice]:
         return _usable(msgspec.json.decode(body[span[0] : span[1]])), slice(*span)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _no_json(error) from None
+    except RecursionError:
+        raise _no_json("its model is nested too deeply") from None
 
 
-def _no_json(error: Exception) -> RequestError:
-    return RequestError("invalid_json", f"cannot read the body: it is no JSON: {error}")
+def _no_json(why: Exception | str) -> RequestError:
+    return RequestError("invalid_json", f"cannot read the body: it is no JSON: {why}")
 
 
 def _usable(name: object) -> str:
@@ -125,9 +132,8 @@ def _usable(name: object) -> str:
     raise RequestError("missing_model", msg, param="model")
 
 
-def with_model(body: bytes, model_id: str, place: slice | None = None) -> bytes:
-    """The body with another `model`; every other value keeps its bytes. `place`: where the name is known to stand."""
-    name = msgspec.json.encode(model_id)
-    if place is not None:
-        return b"".join((body[: place.start], name, body[place.stop :]))
-    return msgspec.json.encode(_raw_fields.decode(body) | {"model": msgspec.Raw(name)})
+async def with_model(body: bytes, model_id: str, place: slice | None) -> bytes:
+    """The body with another `model`, every other byte as it was. `place`: of the name, where that is known."""
+    if place is None:
+        _, place = await model_name_of_large(body)
+    return b"".join((body[: place.start], msgspec.json.encode(model_id), body[place.stop :]))

@@ -9,14 +9,13 @@ import structlog
 from aiohttp import web
 
 from vllm_proxy.api.cors import Cors
-from vllm_proxy.api.envelope import error_response
-from vllm_proxy.api.head import read_head, request_id
+from vllm_proxy.api.envelope import as_request_error, error_response, is_anthropic
+from vllm_proxy.api.head import engine_id, read_head, request_id
 from vllm_proxy.errors import RequestError
 
 log = structlog.get_logger()
 
 CLIENT_GONE = 499  # nginx's status for a client that left before its answer was complete; only ever logged
-ANTHROPIC = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 
 
 class Call:
@@ -38,7 +37,9 @@ class Call:
         self.route = route
         self.start_line = start_line if request.raw_path == route else _start_line(request)
         self.head, self.forwarded = read_head(request.raw_headers)
-        self.request_id = request_id(self.head.get(b"x-request-id"))
+        given = self.head.get(b"x-request-id")
+        self.request_id = request_id(given)  # the client's
+        self.engine_id = engine_id(given) if self.request_id is given else self.request_id
         self.started_at = time.monotonic()
 
     def cors_lines(self) -> bytes:
@@ -48,7 +49,7 @@ class Call:
     @property
     def is_anthropic(self) -> bool:
         """Whether the client speaks Anthropic's API, which has an envelope of its own."""
-        return self.route in ANTHROPIC
+        return is_anthropic(self.route)
 
 
 type Observer = Callable[[Call], None]
@@ -72,8 +73,13 @@ def observed(
         except (asyncio.CancelledError, ConnectionError):
             call.status = call.status or CLIENT_GONE
             raise
+        except web.HTTPException as error:  # aiohttp's own
+            return _refuse(call, as_request_error(request, error))
         except Exception:
             log.exception("a request failed by a fault of the daemon", path=route, request_id=call.request_id.decode())
+            if call.status and request.transport is not None:  # the answer has begun: an error would be read as its end
+                request.transport.abort()
+                raise ConnectionResetError from None
             return _refuse(call, RequestError("internal_error", "cannot answer: a fault of the daemon, see its log"))
         finally:
             observe(call)
@@ -83,7 +89,7 @@ def observed(
 
 def _start_line(request: web.BaseRequest) -> bytes:
     target = request.raw_path if request.raw_path.startswith("/") else request.rel_url.raw_path_qs
-    return f"{request.method} {target} HTTP/1.1\r\n".encode()
+    return f"{request.method} {target} HTTP/1.1\r\n".encode("utf-8", "surrogateescape")  # as it came
 
 
 def _refuse(call: Call, error: RequestError) -> web.StreamResponse:
@@ -93,6 +99,6 @@ def _refuse(call: Call, error: RequestError) -> web.StreamResponse:
     response.headers.update(call.cors)
     if call.model:
         response.headers["X-Vllm-Proxy-Model"] = call.model
-    if error.code in {"request_too_large", "unsupported_media_type", "bad_request"}:
+    if error.code in {"request_too_large", "unsupported_media_type", "bad_request", "expectation_failed"}:
         response.force_close()  # the rest of the body is not worth reading
     return response

@@ -102,6 +102,8 @@ class Writes:
             keys = msgspec.json.decode(await self._body(request))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RequestError("invalid_json", f"cannot read this body as JSON: {error}") from None
+        except RecursionError:
+            raise RequestError("invalid_json", "cannot read this body as JSON: it is nested too deeply") from None
         if not isinstance(keys, dict):
             raise RequestError("invalid_json", "cannot read this body: expected a JSON object of a model's keys")
         return keys

@@ -1,6 +1,6 @@
 """Errors as HTTP answers: OpenAI's envelope, made in one place."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 
 import msgspec
@@ -8,56 +8,58 @@ import structlog
 from aiohttp import web
 
 from vllm_proxy.api.head import request_id
-from vllm_proxy.errors import InvalidError, Problem, RequestError
+from vllm_proxy.errors import InvalidError, RequestError
 
 log = structlog.get_logger()
 
 type Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-# Source: Anthropic's API reference, "Errors".
+# Source: Anthropic's API reference, "Errors". Other statuses: by their first digit.
 _ANTHROPIC_TYPES = {
-    400: "invalid_request_error",
+    401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     413: "request_too_large",
-    415: "invalid_request_error",
+    429: "rate_limit_error",
     503: "overloaded_error",
     504: "timeout_error",
 }
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+EXPECTATION = "cannot meet what the header Expect asks for: 100-continue is all that is known"
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 417: "expectation_failed"}
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path is of Anthropic's API, which has an envelope of its own."""
+    return path.startswith("/v1/messages") and path[12:13] in {"", "/"}
 
 
 def error_response(error: RequestError, *, anthropic: bool = False) -> web.Response:
     """`{"error": {"message", "type", "param", "code"}}` with the status of its code, or Anthropic's envelope."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    message = error.message.encode("utf-8", "backslashreplace").decode()  # it may repeat bytes that are no text
     if anthropic:
-        kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
-        body = {"type": "error", "error": {"type": kind, "message": error.message, "code": error.code}}
+        other = "api_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+        kind = _ANTHROPIC_TYPES.get(error.status, other)
+        body = {"type": "error", "error": {"type": kind, "message": message, "code": error.code}}
         return json_response(body, status=error.status, headers=headers)
-    return _response(
-        error.status,
-        error.message,
-        error.code,
-        error.param,
-        headers,
-        problems=error.problems if isinstance(error, InvalidError) else (),
-    )
+    kind = "server_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    told: dict[str, object] = {"message": message, "type": kind, "param": error.param, "code": error.code}
+    if isinstance(error, InvalidError):
+        told["problems"] = [{"path": item.path, "line": item.line, "message": item.message} for item in error.problems]
+    return json_response({"error": told}, status=error.status, headers=headers)
 
 
-def _response(
-    status: int,
-    message: str,
-    code: str,
-    param: str | None,
-    headers: dict[str, str],
-    *,
-    problems: Sequence[Problem] = (),
-) -> web.Response:
-    kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-    error: dict[str, object] = {"message": message, "type": kind, "param": param, "code": code}
-    if problems:
-        error["problems"] = [{"path": item.path, "line": item.line, "message": item.message} for item in problems]
-    return json_response({"error": error}, status=status, headers=headers)
+def refusal(request: web.BaseRequest, error: RequestError) -> web.Response:
+    """An error as the answer to a request outside of a call: in the envelope of its path, with an X-Request-Id."""
+    response = error_response(error, anthropic=is_anthropic(request.path))
+    response.headers["X-Request-Id"] = _id_of(request)
+    return response
+
+
+def _id_of(request: web.BaseRequest) -> str:
+    given = request.headers.get("X-Request-Id", "").encode("utf-8", "surrogateescape")
+    return request_id(given).decode()
 
 
 def json_response(value: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
@@ -71,8 +73,7 @@ async def envelope(request: web.Request, handler: Handler) -> web.StreamResponse
     """Turn every error into an answer, and give every answer its X-Request-Id."""
     response = await _answer(request, handler)
     if isinstance(response, web.Response) and "X-Request-Id" not in response.headers:
-        given = request.headers.get("X-Request-Id", "").encode("utf-8", "surrogateescape")
-        response.headers["X-Request-Id"] = request_id(given).decode()
+        response.headers["X-Request-Id"] = _id_of(request)
     return response
 
 
@@ -80,23 +81,31 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except RequestError as error:
-        return error_response(error)
+        return refusal(request, error)
     except web.HTTPException as error:
-        code = _CODES.get(error.status)
-        if code is None:
-            raise
-        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-        return _response(error.status, _message(request, error), code, None, headers)
+        response = refusal(request, as_request_error(request, error))
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
     except ConnectionResetError:
         raise
     except Exception:
         log.exception("a request failed by a fault of the daemon", path=request.path)
-        return error_response(RequestError("internal_error", "cannot answer: a fault of the daemon, see its log"))
+        return refusal(request, RequestError("internal_error", "cannot answer: a fault of the daemon, see its log"))
 
 
-def _message(request: web.Request, error: web.HTTPException) -> str:
+def as_request_error(request: web.BaseRequest, error: web.HTTPException) -> RequestError:
+    """What aiohttp itself answers (no such path, no such method, ...) as one of our errors."""
+    return RequestError(_CODES.get(error.status, "bad_request"), _message(request, error))
+
+
+def _message(request: web.BaseRequest, error: web.HTTPException) -> str:
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         return "cannot take this request: its body is larger than server.max_body_size"
     if isinstance(error, web.HTTPMethodNotAllowed):
         return f"cannot {request.method} {request.path}: it takes {', '.join(sorted(error.allowed_methods))}"
-    return f"cannot find {request.path}: see GET / for what there is"
+    if isinstance(error, web.HTTPNotFound):
+        return f"cannot find {request.path}: see GET / for what there is"
+    if isinstance(error, web.HTTPExpectationFailed):
+        return EXPECTATION
+    return f"cannot take this request: {(error.text or error.reason).strip()}"

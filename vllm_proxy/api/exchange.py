@@ -2,25 +2,29 @@
 
 Its one rule: an answer that broke off never looks whole. llhttp (through httptools) follows the framing, chunks
 included, so the bytes behind the head go to the client's transport as they came, in one write for each read.
+
+Where only the connection's end tells a client that it has all of an answer, that connection is set to end in a reset as
+the answer begins, and set back when it is whole: a cut, a stop and a kill of the daemon are then all told from the end.
+Unix sockets know no reset; over them such a client (HTTP/1.0) cannot tell.
 """
 
 import asyncio
-import re
+import socket
+import struct
 import time
 from collections.abc import Callable
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 import httptools
 
 from vllm_proxy.api.head import AnswerHead, passes_as_it_is
+from vllm_proxy.api.sse import USUAL_END, Position
 from vllm_proxy.engine.wire import EngineConnection
 
 _HEAD_LIMIT = 64 * 1024
-_BOUNDARIES = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _LAST_CHUNK = b"0\r\n\r\n"
-_DONE = b"data: [DONE]"
-_CHUNK_SIZE = re.compile(rb"(?:^|\r\n)[0-9A-Fa-f]+(?:;[^\r\n]*)?\r\n")
+_RESET, _ORDERLY = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # for SO_LINGER
 
 
 class Ending(Enum):
@@ -46,6 +50,19 @@ class Client(Protocol):
     def is_closing(self) -> bool:
         """Whether nothing can be sent any more."""
 
+    def get_extra_info(self, name: str) -> Any:  # noqa: ANN401 - asyncio's signature
+        """Its `socket`."""
+
+
+def end_in_reset(client: Client, *, reset: bool) -> None:
+    """Whether the connection, whatever ends it, ends in a reset from now on, what was not sent yet being dropped.
+
+    Not to be called once the transport has told that the connection is lost: its descriptor may be another's by then.
+    """
+    connection = client.get_extra_info("socket")
+    if connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET if reset else _ORDERLY)
+
 
 class Exchange:
     """One request's answer. `ended` tells how it went; a client that is slow calls `pause` and `resume`."""
@@ -59,9 +76,11 @@ class Exchange:
     decoded = b""  # the body without its chunks, for a client that knows none
     _raw_head = b""
     _buffer = b""
-    _last = b""  # the end of what was passed on, to know where a stream broke
+    by_closing = False  # whether only the connection's end tells the client that it has all
+    orderly = False  # whether the client has all that there will be, and may see an orderly end
+    _position: Position | None = None  # in an event stream, from the first read on that ends in an unusual place
     _interim = 0  # 1xx answers in front of the real one
-    _started = _complete = _garbage = _in_chunk = _reusable = _dechunk = False
+    _started = _complete = _garbage = _in_chunk = _reusable = _dechunk = _is_events = _inside = False
 
     def __init__(
         self,
@@ -148,6 +167,7 @@ class Exchange:
         if not self.first_byte_at:
             self._end(Ending.UNANSWERED)
         elif self._started and error is None and not self._is_framed():
+            self.orderly = True
             self._end(Ending.WHOLE)  # by the connection's end
         else:
             self._break()
@@ -191,6 +211,10 @@ class Exchange:
             self._break()
             return
         self._started = True
+        if self.by_closing:
+            end_in_reset(self._client, reset=True)
+        if not self._complete:
+            self._is_events = b"text/event-stream" in self._raw_head.lower()
         if self.no_body:  # an answer to HEAD: its length tells of a body that does not come
             self._complete = True
             self.abandon()
@@ -206,8 +230,9 @@ class Exchange:
             return None
         if self.http10 and head.has(b"transfer-encoding"):
             self._dechunk = self.close = True
+            self.by_closing = not self.no_body
         elif not (self.no_body or self._is_framed()):
-            self.close = True
+            self.by_closing = self.close = True
         lines = [self._extra]
         if head.has(b"transfer-encoding") and not self.http10:
             lines.append(b"Transfer-Encoding: chunked\r\n")
@@ -230,8 +255,10 @@ class Exchange:
             return
         payload = data if body is None else body
         self.body_bytes += len(payload)
-        if payload:
-            self._last = (self._last[-64:] + payload)[-64:] if len(payload) < 64 else payload[-64:]
+        if self._is_events and (
+            self._inside or self._in_chunk or b"[DONE]" in payload or not payload.endswith(USUAL_END)
+        ):
+            self._follow(payload)
         if self._dechunk:
             decoded, self.decoded = self.decoded, b""
             self._client.write(decoded if body is None else data + decoded)
@@ -240,7 +267,19 @@ class Exchange:
         if self._complete:
             self._finish()
 
+    def _follow(self, payload: bytes) -> None:
+        """Look closely at where an event stream stands, as long as it is not at the end of an event."""
+        if self._complete or not payload:
+            return
+        if self._position is None:
+            self._position = Position()
+        self._position.feed(payload)
+        self._inside = self._in_chunk or not self._position.is_boundary
+        if self._position.is_done:
+            self._is_events = False  # nothing is added any more, so it need not be followed
+
     def _finish(self) -> None:
+        self.orderly = True
         connection, self.connection = self.connection, None
         if connection is not None:
             if self._reusable and not self.sending:
@@ -260,19 +299,19 @@ class Exchange:
             event = self._event_error
             framed = event if self._dechunk else b"%x\r\n%s\r\n" % (len(event), event) + _LAST_CHUNK
             self._client.write(framed)
+            self.orderly = True
         else:
             self._client.abort()
         self._end(Ending.BROKEN)
 
     def _can_say_so(self) -> bool:
         """Whether an event stream stands at an event's boundary, with a framing that takes one more, before [DONE]."""
+        if not self._is_events or self._inside or self._garbage:
+            return False
         head = AnswerHead.of(self._raw_head)
         if head is None or not head.value(b"content-type").startswith(b"text/event-stream"):
             return False
-        if head.has(b"content-encoding") or not head.has(b"transfer-encoding") or self._in_chunk or self._garbage:
-            return False
-        sent = _CHUNK_SIZE.sub(b"", self._last.removesuffix(b"\r\n"))  # the end of the last chunks, without framing
-        return not self._last or (sent.endswith(_BOUNDARIES) and _DONE not in sent)
+        return head.has(b"transfer-encoding") and not head.has(b"content-encoding")
 
     def _end(self, ending: Ending) -> None:
         self._parser = None  # it refers back to this object: without the cycle both go at once

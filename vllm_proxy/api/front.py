@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, cast
 
+import structlog
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import LineTooLong
@@ -16,9 +17,11 @@ from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
 
-from vllm_proxy.api.envelope import error_response
-from vllm_proxy.api.exchange import Exchange
+from vllm_proxy.api.envelope import refusal
+from vllm_proxy.api.exchange import Exchange, end_in_reset
 from vllm_proxy.errors import RequestError
+
+log = structlog.get_logger()
 
 _LOOK_SECONDS = 0.01
 
@@ -28,12 +31,13 @@ type Direct = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 class ClientConnection(RequestHandler):
     """One client's connection. `exchange` is the answer that is being written to it."""
 
-    __slots__ = ("asked", "exchange")
+    __slots__ = ("asked", "end_orderly", "exchange")
 
     def __init__(self, manager: web.Server, *, loop: asyncio.AbstractEventLoop, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's options
         super().__init__(manager, loop=loop, **kwargs)
         self.exchange: Exchange | None = None
         self.asked = False  # for anything yet
+        self.end_orderly: asyncio.Transport | None = None  # its own, once an answer that its end frames is whole
 
     @property
     def is_idle(self) -> bool:
@@ -62,6 +66,8 @@ class ClientConnection(RequestHandler):
         """The client has left: its engine stops now, not when the handler's cancellation gets its turn."""
         if self.exchange is not None:
             self.exchange.abandon()
+        if self.end_orderly is not None and exc is None and not self.end_orderly.get_write_buffer_size():
+            end_in_reset(self.end_orderly, reset=False)
         super().connection_lost(exc)
 
     def handle_error(
@@ -72,14 +78,17 @@ class ClientConnection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """A request that the parser refused, or a fault that no handler caught, in the envelope."""
-        if status >= 500 or request.writer.output_size > 0:
+        if request.writer.output_size > 0:
             return super().handle_error(request, status, exc, message)
-        if isinstance(exc, LineTooLong) or (message or "").startswith("Too many headers"):
+        if status >= 500:
+            log.error("a request failed by a fault of the daemon", path=request.path, exc_info=exc)
+            error = RequestError("internal_error", "cannot answer: a fault of the daemon, see its log")
+        elif isinstance(exc, LineTooLong) or (message or "").startswith("Too many headers"):
             error = RequestError("headers_too_large", "cannot read the request: its head is too large")
         else:
             reason = (message or "it is no HTTP/1.1").strip().splitlines()[0].rstrip(":")
             error = RequestError("bad_request", f"cannot read the request: {reason}")
-        response = error_response(error)
+        response = refusal(request, error)
         response.force_close()
         return response
 
@@ -165,7 +174,7 @@ async def _checked(
             request.headers.get("Transfer-Encoding", "chunked"), request.headers.get("Content-Encoding", "identity")
         )
     except RequestError as error:
-        response = error_response(error)
+        response = refusal(request, error)
         response.force_close()
         return response
     return await handler(request)

@@ -13,6 +13,7 @@ HOP_BY_HOP = frozenset(
 # Of a client's head: what ends here, since it speaks of this connection, or since the daemon says it anew.
 _ENDS_HERE = HOP_BY_HOP | frozenset(
     b"host content-length content-encoding authorization x-api-key api-key expect x-request-id"
+    b" x-vllm-priority x-data-parallel-rank"  # who comes first, and where it runs, is not for clients to say
     b" origin".split()  # an engine would add what browsers look at, and the daemon says that
 )
 _USUAL = frozenset({b"keep-alive", b"close", b""})  # values of Connection that name no other header
@@ -33,6 +34,14 @@ def request_id(given: bytes | None) -> bytes:
     if given is not None and _USABLE_ID.fullmatch(given):
         return given
     return b"%s%x" % (_boot, next(_numbers))
+
+
+def engine_id(client_id: bytes) -> bytes:
+    """An id that no other request to an engine has, whatever clients send; it begins with the client's.
+
+    vLLM aborts by id: of two requests with one id, the end of either would be the end of both.
+    """
+    return b"%s.%s%x" % (client_id, _boot, next(_numbers))
 
 
 def read_head(raw_headers: Sequence[tuple[bytes, bytes]]) -> tuple[dict[bytes, bytes], bytes]:

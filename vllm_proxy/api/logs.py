@@ -23,11 +23,14 @@ def engine_output(reconciler: Reconciler) -> Handler:
     """
 
     async def handle(request: web.Request) -> web.StreamResponse:
+        follows = request.query.get("follow", "0").lower() not in {"", "0", "false"}
+        if follows and request.method == "HEAD":
+            raise web.HTTPMethodNotAllowed("HEAD", ["GET"])  # there is no length to tell
         files = reconciler.log_files(request.match_info["model_id"])
         count = _lines(request.query.get("lines", ""))
         ends = {name: size_of(file) for name, file in files}
         lines = [line for name, file in files for line in _named(name, last_lines(file, count), several=len(files) > 1)]
-        if request.query.get("follow", "0").lower() in {"", "0", "false"} or request.method == "HEAD":
+        if not follows:
             text = "".join(f"{line}\n" for line in lines)
             return web.Response(text=text, content_type="text/plain", headers={"Cache-Control": "no-store"})
         return await _follow(request, files, ends, lines, reconciler.stopping)

@@ -1,6 +1,7 @@
 """Uploads: multipart forms kept in a temporary file, searched for the field `model` as they come in."""
 
 import asyncio
+import re
 import tempfile
 from collections.abc import Iterator
 from typing import IO, Self
@@ -15,6 +16,7 @@ from vllm_proxy.errors import RequestError
 
 _IN_MEMORY = 1024 * 1024  # larger uploads go to a file
 _NAME_LIMIT = 1024
+_BOUNDARY = re.compile(rb"[ -~]{0,69}[!-~]")  # RFC 2046, section 5.1.1, which allows fewer signs still
 
 
 class Upload:
@@ -37,7 +39,7 @@ class Upload:
         """
         check_head(call, limit)
         request = call.request
-        finder = _Finder(request.headers.get("Content-Type", ""))
+        finder = _Finder(next((value for name, value in request.raw_headers if name.lower() == b"content-type"), b""))
         file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - closed by __exit__, or below
         try:
             size = await _spool(request, file, finder, limit)
@@ -103,11 +105,14 @@ async def _spool(request: web.BaseRequest, file: IO[bytes], finder: "_Finder", l
 class _Finder:
     """Follows a form part by part and remembers where the field `model` is."""
 
-    def __init__(self, content_type: str) -> None:
+    def __init__(self, content_type: bytes) -> None:
         kind, options = parse_options_header(content_type)
         boundary = options.get(b"boundary")
         if kind != b"multipart/form-data" or not boundary:
             raise RequestError("unsupported_media_type", "cannot read the body: expected multipart/form-data")
+        if not _BOUNDARY.fullmatch(boundary):
+            msg = "cannot read the form: expected a boundary of at most 70 printable ASCII characters"
+            raise RequestError("bad_request", msg)
         self._parser = MultipartParser(boundary, {
             "on_part_begin": self._begin, "on_header_field": self._field, "on_header_value": self._value,
             "on_header_end": self._header, "on_part_data": self._data, "on_end": self._end,

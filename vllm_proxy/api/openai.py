@@ -52,7 +52,7 @@ def by_json_model(registry: Registry, settings: Settings) -> Work:
         route = registry.find(name)
         with _lease_now(call, registry, route) or await _wait(call, registry, route) as lease:
             if name != lease.model_id:
-                body = with_model(body, lease.model_id, place)
+                body = await with_model(body, lease.model_id, place)
             return _passed_on(await carry(call, lease, body))
 
     return work

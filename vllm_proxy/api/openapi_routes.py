@@ -253,6 +253,7 @@ _ASKED = ("not_found", "engine_failed", "shutting_down")
 _ANTHROPIC = "Errors come in Anthropic's envelope."
 _INFERENCE_ROUTES = {
     "POST /v1/chat/completions": _infer("Chat"),
+    "POST /v1/chat/completions/batch": _infer("Have several chats at once"),
     "POST /v1/completions": _infer("Complete a text"),
     "POST /v1/embeddings": _infer("Embed texts"),
     "POST /v1/responses": _infer("Create a response"),
@@ -260,6 +261,7 @@ _INFERENCE_ROUTES = {
     "POST /v1/messages/count_tokens": _infer("Count the tokens of a chat", description=_ANTHROPIC),
     **{f"POST {path}": _infer("Rank documents by a query") for path in ("/v1/rerank", "/rerank", "/v2/rerank")},
     **{f"POST {path}": _infer("Score pairs of texts") for path in ("/v1/score", "/score")},
+    "POST /generative_scoring": _infer("Score texts by how likely each label follows"),
     "POST /classify": _infer("Classify texts"),
     "POST /pooling": _infer("What a pooling model makes of texts"),
     "POST /tokenize": _infer("Text to tokens"),

@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 
+from vllm_proxy.api.body import with_model
 from vllm_proxy.api.call import Call, Work
 from vllm_proxy.domain.config import Server
 from vllm_proxy.engine.registry import Lease, Registry
@@ -33,7 +34,7 @@ def realtime(registry: Registry, session: aiohttp.ClientSession, settings: Calla
             registry.find(name)  # an unknown model is a 404, before anything is upgraded
         # Closed by hand: aiohttp would cut the connection, and with it this handler, before the engine has the code.
         client = web.WebSocketResponse(max_msg_size=settings().max_body_size, compress=False, autoclose=False)
-        if not client.can_prepare(call.request):
+        if not _can_upgrade(client, call.request):
             raise RequestError("bad_request", "cannot speak here without a WebSocket upgrade")
         await client.prepare(call.request)
         call.status = 101
@@ -46,6 +47,14 @@ def realtime(registry: Registry, session: aiohttp.ClientSession, settings: Calla
         return client
 
     return work
+
+
+def _can_upgrade(client: web.WebSocketResponse, request: web.Request) -> bool:
+    """Whether the request is a WebSocket's handshake."""
+    try:
+        return bool(client.can_prepare(request))
+    except ValueError:  # a header of the handshake is no text
+        return False
 
 
 async def _converse(
@@ -63,7 +72,7 @@ async def _converse(
             raise RequestError("missing_model", msg, param="model")
     with await registry.acquire(name) as lease:
         call.model, call.instance = lease.model_id, lease.endpoint.instance
-        headers = {"Authorization": f"Bearer {lease.endpoint.credential}", "X-Request-Id": call.request_id.decode()}
+        headers = {"Authorization": f"Bearer {lease.endpoint.credential}", "X-Request-Id": call.engine_id.decode()}
         address = f"http://127.0.0.1:{lease.endpoint.port}/v1/realtime"
         try:
             async with session.ws_connect(address, headers=headers, max_msg_size=0) as engine:
@@ -117,8 +126,7 @@ async def _pass_on(
         if named is None or named == lease.model_id:
             await to.send_str(message.data)
         else:  # an alias: the engine knows the id alone
-            event = msgspec.json.decode(message.data)
-            await to.send_str(msgspec.json.encode(event | {"model": lease.model_id}).decode())
+            await to.send_str((await with_model(message.data.encode(), lease.model_id, None)).decode())
 
 
 def _model_of(message: WSMessage) -> str | None:
@@ -132,7 +140,7 @@ def _model_of(message: WSMessage) -> str | None:
 def _field(message: WSMessage, name: str) -> Any:  # noqa: ANN401 - JSON
     try:
         event = msgspec.json.decode(message.data)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return None
     return event.get(name) if isinstance(event, dict) else None
 

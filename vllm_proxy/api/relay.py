@@ -15,7 +15,8 @@ from aiohttp import web
 from vllm_proxy.api.call import Call
 from vllm_proxy.api.exchange import Ending, Exchange
 from vllm_proxy.api.front import WRITTEN, WRITTEN_LAST, client_is_slow, client_of
-from vllm_proxy.engine.registry import Lease
+from vllm_proxy.api.head import engine_id
+from vllm_proxy.engine.registry import Endpoint, Lease
 from vllm_proxy.engine.wire import EngineConnection
 from vllm_proxy.errors import EngineFailedError, RequestError
 
@@ -69,30 +70,60 @@ async def _within(
 async def _carry(
     call: Call, lease: Lease, body: bytes | Body, on_head: Callable[[int], bool] | None
 ) -> web.StreamResponse | None:
-    fresh_breaks = 0
+    tries: _Tries | None = None  # made where one failed
     if client_is_slow(call.request):
         await call.request.writer.drain()
     call.model = lease.model_id
     while True:
         call.instance = lease.endpoint.instance
         exchange = _exchange(call, lease, on_head)
-        ending, was_used = await _attempt(call, lease, exchange, body)
+        ending, was_used = await _attempt(call, lease, exchange, body, fresh=tries is not None and tries.fresh)
         if ending is Ending.WHOLE or ending is Ending.BROKEN:
             lease.endpoint.failures = 0
             call.status = exchange.status
             call.bytes_out = exchange.body_bytes
             call.first_byte_at = exchange.first_byte_at
+            if exchange.by_closing and exchange.orderly:
+                client_of(call.request).end_orderly = call.request.transport
             if ending is Ending.BROKEN:
-                log.warning("the engine broke off its answer", instance=call.instance, id=call.request_id.decode())
+                log.warning("the engine broke off its answer", instance=call.instance, id=call.request_id.decode(),
+                            engine_id=call.engine_id.decode())  # fmt: skip
             return WRITTEN_LAST if exchange.close else WRITTEN
         if ending is Ending.DECLINED:
             return None
         lease.endpoint.failed()
-        fresh_breaks += ending is Ending.UNANSWERED and not was_used
-        again = ending in {Ending.UNANSWERED, Ending.REFUSED} and fresh_breaks <= 1
-        if not again or not lease.move():
+        tries = tries or _Tries()
+        if not tries.again(lease, ending, was_used=was_used):
             raise EngineFailedError(f"cannot get an answer from {call.instance}: {_WHY[ending]}")
         call.retries += 1
+        call.engine_id = engine_id(call.request_id)  # the engine may still be at work on the one before
+
+
+class _Tries:
+    """What was tried for one request, to know whether it may be sent again, and where."""
+
+    def __init__(self) -> None:
+        self.fresh = False  # whether the next try wants a fresh connection
+        self._unanswered = self._fresh_unanswered = 0
+        self._stale: Endpoint | None = None  # whose kept-alive connection closed, where that was the only try
+
+    def again(self, lease: Lease, ending: Ending, *, was_used: bool) -> bool:
+        """Move the lease to where the request may be sent next; False where it may not, or there is nobody."""
+        self.fresh = False
+        if ending is Ending.UNANSWERED:
+            self._unanswered += 1
+            self._fresh_unanswered += not was_used
+            self._stale = lease.endpoint if was_used and self._unanswered == 1 else None
+        elif ending is not Ending.REFUSED:
+            return False
+        if self._fresh_unanswered > 1:
+            return False
+        if lease.move():
+            return True
+        if self._stale is None or not lease.move_back(self._stale):
+            return False
+        self._stale, self.fresh = None, True  # it was idle for too long, perhaps: the engine itself may be well
+        return True
 
 
 _WHY = {
@@ -102,10 +133,12 @@ _WHY = {
 }
 
 
-async def _attempt(call: Call, lease: Lease, exchange: Exchange, body: bytes | Body) -> tuple[Ending, bool]:
-    """One try on one instance: how it ended, and whether its connection had been used before."""
+async def _attempt(
+    call: Call, lease: Lease, exchange: Exchange, body: bytes | Body, *, fresh: bool
+) -> tuple[Ending, bool]:
+    """One try on one instance: how it ended, and whether its connection, unless `fresh`, had been used before."""
     pool = lease.endpoint.pool
-    connection = pool.take()
+    connection = None if fresh else pool.take()
     if connection is None:
         try:
             connection = await pool.connect()
@@ -153,7 +186,7 @@ def _request_head(call: Call, lease: Lease, length: int) -> bytes:
     """The client's head as the engine gets it."""
     framing = b"Content-Length: %d\r\n" % length if length or call.request.method != "GET" else b""
     own = lease.endpoint.own_headers
-    return b"%s%s%s%sX-Request-Id: %s\r\n\r\n" % (call.start_line, own, framing, call.forwarded, call.request_id)
+    return b"%s%s%s%sX-Request-Id: %s\r\n\r\n" % (call.start_line, own, framing, call.forwarded, call.engine_id)
 
 
 def _exchange(call: Call, lease: Lease, on_head: Callable[[int], bool] | None) -> Exchange:

@@ -8,6 +8,7 @@ _STEP_TURNS = 2_000  # or turns of the loop, one for each string, comma and brac
 _STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # possessive: nothing is kept to go back to
 _PLAIN = re.compile(rb'[^"\[\]{},:]*+')
 _PLAIN_INSIDE = re.compile(rb'[^"\[\]{}]*+')  # in a deeper value no comma and no colon means anything
+_SPACE = b" \t\r\n"
 _OPENING, _CLOSING = b"[{", b"]}"
 
 
@@ -48,12 +49,18 @@ def find_member(text: bytes, name: bytes) -> Iterator[tuple[int, int] | None]:  
         elif byte in _CLOSING or byte == 0x2C:
             if depth == 1:
                 if key is not None and _unescaped(key) == name:
-                    found = (begin, end)
+                    found = _without_space(text, begin, end)
                 key = string = None
             depth -= byte in _CLOSING
             if depth == 0:
                 break
     yield found
+
+
+def _without_space(text: bytes, begin: int, end: int) -> tuple[int, int]:
+    """The span of a value, without the spaces around it."""
+    value = text[begin:end].rstrip(_SPACE)
+    return begin + len(value) - len(value.lstrip(_SPACE)), begin + len(value)
 
 
 def _string_end(

@@ -103,7 +103,17 @@ class Lease:
 
     def move(self) -> bool:
         """Give the instance up for one that was not tried yet; False, and nothing changed, where there is none."""
-        other = _least_loaded(self._route, self._tried)
+        return self._move(_least_loaded(self._route, self._tried))
+
+    def move_back(self, endpoint: Endpoint) -> bool:
+        """Return to an instance that was given up; False, and nothing changed, where it is gone or full by now."""
+        if endpoint is self.endpoint:
+            return endpoint in self._route.endpoints
+        most = self.policy.max_in_flight
+        usable = endpoint in self._route.endpoints and (not most or endpoint.in_flight < most)
+        return self._move(endpoint if usable else None)
+
+    def _move(self, other: Endpoint | None) -> bool:
         if other is None:
             return False
         self._route._add(other, 1)  # noqa: SLF001 - the counters are this module's
