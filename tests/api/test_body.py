@@ -136,3 +136,33 @@ async def test_a_search_of_a_large_body_lets_others_run() -> None:
     finally:
         task.cancel()
     assert turns >= 32
+
+
+@given(
+    body=st.binary(max_size=60)
+    | st.lists(
+        st.sampled_from(
+            [
+                b'{"model":',
+                b'"x"',
+                b",",
+                b"}",
+                b'"\\ud800"',
+                b"\xff",
+                BYTE_ORDER_MARK,
+                b"[",
+                b"]",
+                b" ",
+                b"1",
+                b'"mo\\u0064el"',
+                b":",
+                b"\0",
+            ]
+        )
+    ).map(b"".join)
+)
+def test_no_body_is_a_fault(body: bytes) -> None:
+    """Whatever its bytes are: it names a model, which can then be replaced, or it is refused with a reason."""
+    if not (name := name_of(body)).startswith("refused: "):
+        assert name_of(body, large=True) == name
+        assert name_of(asyncio.run(with_model(body, "id", None))) == "id"

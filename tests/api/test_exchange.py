@@ -2,11 +2,12 @@
 
 import asyncio
 import itertools
+import re
 import socket
 from typing import cast
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_proxy.api.exchange import Ending, Exchange
@@ -197,6 +198,42 @@ def test_after_done_nothing_is_added_however_it_was_cut_into_chunks(pieces: tupl
     run = Run().feed(CHUNKED, EVENTS, *(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)).lost()
     assert run.client.cut
     assert EVENT_ERROR not in run.client.got
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    parts=st.lists(
+        st.sampled_from(
+            [
+                b'data: {"a": "data: [DONE]"}\n\n',
+                b"data: [DONE]\n\n",
+                b"data:[DONE]\r\n\r\n",
+                b": [DONE]\n\n",
+                b"event: x\ndata: {}\n\n",
+                b"data: a\r\r",
+                b"\n",
+                b"data: [DONE]",
+            ]
+        ),
+        max_size=5,
+    ),
+    chunks=PLACES,
+    places=PLACES,
+    bytewise=st.booleans(),
+)
+def test_an_error_event_is_added_behind_an_event_and_before_done_however_all_is_cut(
+    parts: list[bytes], chunks: list[int], places: list[int], *, bytewise: bool
+) -> None:
+    """Into chunks of any size, and into reads of any size."""
+    text = b"".join(parts)
+    pieces = [text[n : n + 1] for n in range(len(text))] if bytewise else [p for p in cut_at(text, chunks) if p]
+    framed = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+    run = Run().feed(CHUNKED).feed(*cut_at(framed, places)).lost()
+    lines = re.split(rb"\r\n|\n|\r", text)[:-1]
+    done = any(line.startswith((b"data: [DONE]", b"data:[DONE]")) for line in lines)
+    at_an_end = not text or text.endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
+    assert (EVENT_ERROR in run.client.got) is (at_an_end and not done)
+    assert run.client.cut is (EVENT_ERROR not in run.client.got)
 
 
 @given(cut=st.integers(1, len(LENGTH) - 1), places=PLACES, reset=st.booleans())

@@ -1,6 +1,7 @@
 """Uploads: what a form says of its model, wherever the pieces that it comes in are cut."""
 
 import asyncio
+import contextlib
 import itertools
 from typing import Any, cast
 
@@ -179,3 +180,37 @@ def test_a_large_form_lies_in_a_file_and_goes_with_it() -> None:
         assert file._rolled
         assert b"".join(upload.pieces(2**18)) == body
     assert file.closed
+
+
+@given(
+    kind=st.binary(max_size=40) | st.binary(max_size=9).map(lambda odd: b"multipart/form-data; boundary=b; " + odd),
+    body=st.lists(
+        st.sampled_from(
+            [
+                b"--b",
+                b"\r\n",
+                b"--",
+                b"Content-Disposition: form-data; ",
+                b'name="model"',
+                b"\xff",
+                b"\0",
+                b"name*=utf-8''%ff",
+                b'"',
+                b";",
+                b"=",
+                b"chat",
+            ]
+        )
+    ).map(b"".join),
+)
+def test_no_form_is_a_fault(kind: bytes, body: bytes) -> None:
+    """Whatever its bytes and those of its Content-Type are: it is taken, or refused with a reason."""
+
+    async def receive() -> None:
+        request = Request([body], "")
+        request.raw_headers = ((b"Content-Type", kind),)
+        with await Upload.receive(cast("Call", request), 10**6) as upload:
+            assert upload.model
+
+    with contextlib.suppress(RequestError):
+        asyncio.run(receive())

@@ -191,3 +191,27 @@ async def test_an_event_that_speaks_of_done_is_not_the_end(shared: Daemon) -> No
     answer = await ask(shared, request(PATH, body(raw=[STREAM, f"{len(event):x}\r\n{event}\r\n"], end="close")))
     assert answer.whole
     assert b"engine_failed" in answer.body
+
+
+# Routes beside the usual ones
+
+
+async def test_a_batch_of_chats_is_answered_by_the_engine(shared: Daemon) -> None:
+    """`/v1/chat/completions/batch`: a choice for each conversation, the body's `model` found, an alias replaced."""
+    chats = [[{"role": "user", "content": text}] for text in ("one", "two")]
+    for name in ("chat", "an-alias"):
+        answer = await shared.post("/v1/chat/completions/batch", {"model": name, "messages": chats})
+        assert [(choice["index"], choice["message"]["content"]) for choice in answer["choices"]] == [
+            (0, "echo: one"), (1, "echo: two"),
+        ]  # fmt: skip
+    assert (await shared.post("/v1/chat/completions/batch", {}, 400))["error"]["code"] == "missing_model"
+
+
+async def test_generative_scores_are_the_engines(shared: Daemon) -> None:
+    """`/generative_scoring`: a score for each item."""
+    asked = {"model": "an-alias", "query": "a", "items": ["b", "c"], "label_token_ids": [1, 2]}
+    answer = await shared.post("/generative_scoring", asked)
+    assert (answer["model"], [item["index"] for item in answer["data"]]) == ("chat", [0, 1])
+    assert (await shared.post("/generative_scoring", asked | {"model": "nobody"}, 404))["error"][
+        "code"
+    ] == "model_not_found"

@@ -93,6 +93,34 @@ async def test_events_pass_byte_for_byte(shared: Daemon) -> None:
     assert (await messages(shared, request_id))[:2] == texts
 
 
+async def test_of_an_event_with_an_alias_every_other_byte_stays(shared: Daemon) -> None:
+    """Wherever the name stands; and the engine gets a request id of its own."""
+    request_id = uuid.uuid4().hex
+    text = '{ "n": 1e400,\t"model" :"an-alias" , "type":"session.update", "x":"\u00e9 \\u00e9"}'
+    async with shared.session.ws_connect("/v1/realtime", headers={"X-Request-Id": request_id}) as socket:
+        await hears(socket, "session.created")
+        await socket.send_str(text)
+        await socket.send_json({"type": "odd"})
+        await hears(socket, "error")
+    assert (await messages(shared, request_id))[0] == text.replace("an-alias", "chat")
+    (seen,) = await shared.seen(request_id)
+    assert request_id not in dict(seen["headers"]).values()
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_an_event_that_is_nested_too_deeply_names_no_model(shared: Daemon, first: bool) -> None:  # noqa: FBT001 - a parameter
+    """As the first one it ends the session with the reason, later it is the engine's."""
+    deep = '{"type": "session.update", "model": "chat", "x": ' + "[" * 30_000 + "]" * 30_000 + "}"
+    async with shared.session.ws_connect("/v1/realtime" + ("" if first else "?model=chat")) as socket:
+        await hears(socket, "session.created")
+        await socket.send_str(deep)
+        if first:
+            assert (await hears(socket, "error"))["error"]["code"] == "missing_model"
+        else:
+            assert (await socket.receive(timeout=20)).type in {WSMsgType.TEXT, WSMsgType.CLOSE}
+    await free(shared)
+
+
 async def test_bytes_pass_both_ways(shared: Daemon) -> None:
     """Binary messages are passed on as such."""
     request_id = uuid.uuid4().hex

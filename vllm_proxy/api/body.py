@@ -6,8 +6,7 @@ from typing import Any
 import msgspec
 
 from vllm_proxy.api.call import Call
-from vllm_proxy.api.envelope import EXPECTATION
-from vllm_proxy.api.front import ask_for_body, check_codings
+from vllm_proxy.api.front import ask_for_body, check_codings, check_expectation
 from vllm_proxy.domain.scan import find_member
 from vllm_proxy.errors import RequestError
 
@@ -40,9 +39,7 @@ def check_head(call: Call, limit: int) -> None:
             head.get(b"transfer-encoding", b"chunked").decode("latin-1"),
             head.get(b"content-encoding", b"").decode("latin-1"),
         )
-    if b"expect" in head and call.request.version >= (1, 1):
-        if head[b"expect"].strip().lower() != b"100-continue":
-            raise RequestError("expectation_failed", EXPECTATION)
+    if b"expect" in head and check_expectation(call.request, head[b"expect"].decode("latin-1")):
         ask_for_body(call.request)
 
 

@@ -25,8 +25,7 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-EXPECTATION = "cannot meet what the header Expect asks for: 100-continue is all that is known"
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 417: "expectation_failed"}
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
 def is_anthropic(path: str) -> bool:
@@ -106,6 +105,4 @@ def _message(request: web.BaseRequest, error: web.HTTPException) -> str:
         return f"cannot {request.method} {request.path}: it takes {', '.join(sorted(error.allowed_methods))}"
     if isinstance(error, web.HTTPNotFound):
         return f"cannot find {request.path}: see GET / for what there is"
-    if isinstance(error, web.HTTPExpectationFailed):
-        return EXPECTATION
     return f"cannot take this request: {(error.text or error.reason).strip()}"

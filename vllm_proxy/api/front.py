@@ -173,6 +173,8 @@ async def _checked(
         check_codings(
             request.headers.get("Transfer-Encoding", "chunked"), request.headers.get("Content-Encoding", "identity")
         )
+        if "Expect" in request.headers:
+            check_expectation(request, request.headers["Expect"])
     except RequestError as error:
         response = refusal(request, error)
         response.force_close()
@@ -193,6 +195,21 @@ def check_codings(transfer: str, content: str) -> None:
         raise RequestError(
             "unsupported_media_type", f"cannot take a body of content-encoding {content!r}: send it plain"
         )
+
+
+def check_expectation(request: web.BaseRequest, expectation: str) -> bool:
+    """Whether the client waits to be told to send its body. Those of HTTP/1.0 may not, and would not understand.
+
+    Raises:
+        RequestError: `expectation_failed`.
+
+    """
+    if request.version < (1, 1):
+        return False
+    if expectation.strip().lower() != "100-continue":
+        msg = "cannot meet what the header Expect asks for: 100-continue is all that is known"
+        raise RequestError("expectation_failed", msg)
+    return True
 
 
 class _Done:
@@ -235,5 +252,5 @@ def client_is_slow(request: web.BaseRequest) -> bool:
 
 def ask_for_body(request: web.BaseRequest) -> None:
     """Tell a client that sent `Expect: 100-continue` to go on. The router has done this for its own routes."""
-    if type(request) is DirectRequest and request.version >= (1, 1) and request.transport is not None:
+    if type(request) is DirectRequest and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

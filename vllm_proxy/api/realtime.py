@@ -88,7 +88,7 @@ async def _converse(
 async def _greeted(engine: aiohttp.ClientWebSocketResponse) -> None:
     """Take the engine's greeting: the client has had one."""
     message = await engine.receive()
-    if message.type is not WSMsgType.TEXT or _field(message, "type") != _GREETING:
+    if message.type is not WSMsgType.TEXT or _read(message).type != _GREETING:
         raise EngineFailedError("cannot open a session: the engine did not greet")
 
 
@@ -133,16 +133,26 @@ def _model_of(message: WSMessage) -> str | None:
     """The model that a `session.update` names."""
     if message.type is not WSMsgType.TEXT or "session.update" not in message.data:
         return None
-    model = _field(message, "model")
-    return model if isinstance(model, str) and _field(message, "type") == "session.update" else None
+    event = _read(message)
+    return event.model if isinstance(event.model, str) and event.type == "session.update" else None
 
 
-def _field(message: WSMessage, name: str) -> Any:  # noqa: ANN401 - JSON
+class _Event(msgspec.Struct):
+    """The fields of an event that decide anything here; the others are skipped, not decoded."""
+
+    type: Any = None
+    model: Any = None
+
+
+_decoder = msgspec.json.Decoder(_Event)
+
+
+def _read(message: WSMessage) -> _Event:
+    """An event; an empty one where it is none."""
     try:
-        event = msgspec.json.decode(message.data)
-    except (msgspec.DecodeError, RecursionError):
-        return None
-    return event.get(name) if isinstance(event, dict) else None
+        return _decoder.decode(message.data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _Event()
 
 
 def _event(kind: str, **fields: object) -> bytes:
