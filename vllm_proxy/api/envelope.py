@@ -25,7 +25,6 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
 def is_anthropic(path: str) -> bool:
@@ -95,14 +94,12 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 def as_request_error(request: web.BaseRequest, error: web.HTTPException) -> RequestError:
     """What aiohttp itself answers (no such path, no such method, ...) as one of our errors."""
-    return RequestError(_CODES.get(error.status, "bad_request"), _message(request, error))
-
-
-def _message(request: web.BaseRequest, error: web.HTTPException) -> str:
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return "cannot take this request: its body is larger than server.max_body_size"
-    if isinstance(error, web.HTTPMethodNotAllowed):
-        return f"cannot {request.method} {request.path}: it takes {', '.join(sorted(error.allowed_methods))}"
     if isinstance(error, web.HTTPNotFound):
-        return f"cannot find {request.path}: see GET / for what there is"
-    return f"cannot take this request: {(error.text or error.reason).strip()}"
+        return RequestError("not_found", f"cannot find {request.path}: see GET / for what there is")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return RequestError("method_not_allowed", f"cannot {request.method} {request.path}: it takes {allowed}")
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        msg = "cannot take this request: its body is larger than server.max_body_size"
+        return RequestError("request_too_large", msg)
+    return RequestError("bad_request", f"cannot take this request: {(error.text or error.reason).strip()}")
