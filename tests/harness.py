@@ -23,6 +23,12 @@ from vllm_proxy.engine.process import look_up
 
 FAKE = Path(__file__).parent / "fakes" / "fake_vllm.py"
 WAIT_SECONDS = 60.0
+# Root is exempt from the limit of processes; whoever may read and write everything is not (`access` too, by its bits).
+NOBODY = 54321
+AS_NOBODY = (
+    "setpriv", f"--reuid={NOBODY}", "--clear-groups", "--securebits=+no_setuid_fixup",
+    "--inh-caps=-all,+dac_override", "--ambient-caps=+dac_override", "--bounding-set=-all,+dac_override",
+)  # fmt: skip
 
 
 _blocks = itertools.cycle(range(12_000, 32_600, 200))  # below the kernel's ephemeral ports
@@ -245,8 +251,9 @@ async def running_command(
     seconds: float = WAIT_SECONDS,
     port: int | None = None,
     below: Sequence[str] = (),
+    program: Sequence[str] = (sys.executable, "-m", "vllm_proxy"),
 ) -> AsyncIterator[Daemon]:
-    """A command that is a daemon, once it listens; it is stopped when the block ends."""
+    """A command that is a daemon, once it listens; it is stopped when the block ends. `program` runs the command."""
     port = port or free_port()
     with tempfile.TemporaryDirectory() as short:
         loop = asyncio.get_running_loop()
@@ -256,7 +263,7 @@ async def running_command(
         )
         with (folder / "daemon.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                *below, sys.executable, "-m", "vllm_proxy", command,
+                *below, *program, command,
                 "--port", str(port), "--state-dir", str(folder / "state"), *flags,
                 env={**clean_environment(), "NOTIFY_SOCKET": f"{short}/notify", **(env or {})},
                 cwd=folder, stdout=log, stderr=log,

@@ -1,6 +1,8 @@
 """`check`, `init` and `--help`."""
 
 import json
+import os
+import stat
 import tomllib
 from pathlib import Path
 
@@ -83,7 +85,10 @@ def test_check_of_a_missing_file_says_how_to_get_one(folder: Path, capsys: pytes
 def test_check_of_a_folder_is_a_problem_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What cannot be read as a file is no traceback."""
     assert run(["check", "-c", str(folder)]) == 78
-    assert capsys.readouterr().out == f"{folder}: cannot read it: Is a directory\n"
+    assert (
+        capsys.readouterr().out
+        == f"{folder}: cannot read it: it is a directory; expected a regular file, since it is read again and again\n"
+    )
 
 
 @pytest.mark.parametrize("data", [b"\xff", b"\xef\xbb\xbf", b"\0", b"a = " + b"[" * 5000, b"a = " + b"9" * 5000])
@@ -204,3 +209,14 @@ def test_serve_without_a_file_is_78(capsys: pytest.CaptureFixture[str]) -> None:
     """The daemon does not start on a configuration that is not there."""
     assert run(["serve", "-c", "none.toml"]) == 78
     assert "cannot read it" in capsys.readouterr().err
+
+
+def test_the_first_file_is_not_readable_by_all(folder: Path) -> None:
+    """It may come to hold keys; umask narrows it further and widens nothing."""
+    for umask, mode in (0o022, 0o640), (0o077, 0o600), (0o000, 0o640):
+        before = os.umask(umask)
+        try:
+            assert run(["init", "-c", f"{umask}.toml"]) == 0
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((folder / f"{umask}.toml").stat().st_mode) == mode

@@ -32,6 +32,50 @@ def test_modules_and_functions_stay_small(module: Path) -> None:
             assert node.end_lineno - node.lineno < 60, node.name
 
 
+# Who owns what the event loop calls: a callback that raises is logged by `background.log_faults`, and then this holds.
+CALLBACKS = {
+    ("api/access_log.py", "schedule"),  # its lines are gathered anew
+    ("api/events.py", "add_done_callback"),  # an open stream, which ends with its connection at the latest
+    ("daemon.py", "add_signal_handler"),  # three that set events
+    ("engine/background.py", "add_done_callback"),  # a set
+    ("engine/check.py", "add_done_callback"),  # a set
+    ("engine/clock.py", "call_later"),  # the next beat is set first
+    ("engine/desired.py", "add_done_callback"),  # a set
+    ("engine/inotify.py", "add_reader"),  # the look now and then
+    ("engine/inotify.py", "call_later"),  # as above
+    ("engine/model.py", "add_done_callback"),  # the model looks again after every change
+    ("engine/process.py", "add_reader"),  # the end of an engine
+    ("engine/reconciler.py", "add_done_callback"),  # a set
+    ("engine/threads.py", "add_done_callback"),  # a semaphore
+    ("engine/threads.py", "call_soon_threadsafe"),  # as above
+    ("status.py", "call_at"),  # the next change says it
+}
+MAKES_A_TASK = {"create_task", "ensure_future", "TaskGroup"}
+CALLS_BACK = {
+    *("call_later", "call_at", "call_soon", "call_soon_threadsafe", "add_done_callback", "add_reader", "add_writer"),
+    *("add_signal_handler", "schedule"),
+}
+
+
+def called(module: Path) -> Iterator[tuple[str, str]]:
+    """Each function that a module calls by its name: the module, and the name's last part."""
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            yield str(module.relative_to(PACKAGE)), name.lstrip("_")
+
+
+def test_every_task_is_made_where_a_failure_is_seen() -> None:
+    """`engine/background.py` makes tasks, and nothing else does."""
+    makers = {(module, name) for path in MODULES for module, name in called(path) if name in MAKES_A_TASK}
+    assert makers == {("engine/background.py", "create_task")}
+
+
+def test_every_callback_has_an_owner() -> None:
+    """A new one has to say here who goes on where it fails."""
+    assert {(module, name) for path in MODULES for module, name in called(path) if name in CALLS_BACK} == CALLBACKS
+
+
 def test_the_top_level_holds_what_the_user_fixed() -> None:
     """Nothing stands beside the agreed names but dot files."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -1,5 +1,6 @@
 """What comes from outside the file."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,12 @@ def test_the_runtime_directorys_socket_is_asked_before_that_of_the_state() -> No
     """As the daemon chooses it."""
     loaded = load({"RUNTIME_DIRECTORY": "/run/x:/run/y"}, state_dir="/srv/mine")
     assert loaded.sockets == (Path("/run/x/control.sock"), Path("/srv/mine/control.sock"))
+
+
+def test_a_dotenv_that_is_no_regular_file_is_an_error_and_a_folder_is_none(tmp_path: Path) -> None:
+    """A FIFO would hold up every command; a virtual environment that is called so is nothing to read."""
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ConfigError) as raised:
+        load(dotenv=tmp_path / "fifo")
+    assert "cannot read it: it is a pipe or FIFO" in raised.value.lines()[0]
+    assert load({"A": "real"}, dotenv=tmp_path).engine_environment == {"A": "real"}

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from tests.engine.virtual import VirtualLoop, settle, virtual
 from vllm_proxy.systemd import Systemd, watchdog_seconds
 
 
@@ -179,3 +181,18 @@ def test_what_does_not_listen_is_refused(kind: socket.SocketKind) -> None:
     """A connection (`Accept=yes`) or datagrams: the unit is wrong, and says so."""
     with socket.socket(type=kind) as other:
         assert "cannot use the inherited descriptor 3: only listening stream sockets" in inherit([other])
+
+
+def test_more_time_is_asked_for_as_often_as_it_takes_whatever_the_clock_says(notify_socket: socket.socket) -> None:
+    """A machine that stood still has not used its time up."""
+
+    @virtual
+    async def run() -> None:
+        with telling() as systemd:
+            asking = asyncio.ensure_future(systemd.extend(45))
+            await settle()
+            cast("VirtualLoop", asyncio.get_running_loop()).jump(3600)
+            await asking
+
+    run()
+    assert heard(notify_socket) == ["EXTEND_TIMEOUT_USEC=30000000"] * 5

@@ -15,7 +15,9 @@ import uvloop
 from vllm_proxy import __version__, control, daemon, demo, logsetup, settings
 from vllm_proxy.connection import LostError, NoDaemonError, RefusedError, Resource
 from vllm_proxy.domain.plan import plan
+from vllm_proxy.engine.threads import DaemonLoop
 from vllm_proxy.errors import ConfigError, Problem, StartupError, VllmProxyError
+from vllm_proxy.regular_file import read_regular_file
 from vllm_proxy.settings import Settings
 
 OK, FAILED, CHANGES, NO_DAEMON, CONFIG_INVALID = 0, 1, 2, 3, os.EX_CONFIG
@@ -113,7 +115,8 @@ def _serve(options: argparse.Namespace) -> int:
     loaded = _load(options)
     config = daemon.read_config(loaded)
     form = _set_up_log(options)
-    uvloop.run(daemon.serve(loaded, config, form, pass_on=logsetup.engine_output(form)))
+    serving = daemon.serve(loaded, config, form, pass_on=logsetup.engine_output(form))
+    uvloop.run(serving, loop_factory=DaemonLoop)
     return OK
 
 
@@ -153,13 +156,18 @@ def _init(options: argparse.Namespace) -> int:
 
 def _write_new(file: Path, text: str) -> None:
     """All of it or nothing: half a file would be in the way of the next try."""
-    with file.open("x", encoding="utf-8") as target:
+    with open(file, "x", encoding="utf-8", opener=_readable_by_its_group) as target:
         try:
             target.write(text)
             target.flush()
         except OSError:
             file.unlink()
             raise
+
+
+def _readable_by_its_group(file: str, flags: int) -> int:
+    """It may come to hold keys; umask may narrow it further."""
+    return os.open(file, flags, 0o640)
 
 
 def _act(options: argparse.Namespace) -> int:
@@ -181,7 +189,7 @@ def _plan(options: argparse.Namespace) -> int:
     loaded = _load(options)
     config = daemon.read_config(loaded)
     try:
-        changes = uvloop.run(control.planned(loaded, loaded.config_file.read_bytes()))
+        changes = uvloop.run(control.planned(loaded, read_regular_file(loaded.config_file)))
     except NoDaemonError:
         changes = control.shown(plan(config.models, {}))
     return _print_changes(options, changes, CHANGES if changes else OK)
@@ -247,7 +255,7 @@ def _silent(_text: str) -> None:
 def _demo(options: argparse.Namespace) -> int:
     form = _set_up_log(options)
     loaded, config = demo.prepare(os.environ, {name: getattr(options, name) for name in ("host", "port", "state_dir")})
-    uvloop.run(daemon.serve(loaded, config, form, demo.watch))
+    uvloop.run(daemon.serve(loaded, config, form, demo.watch), loop_factory=DaemonLoop)
     return OK
 
 

@@ -7,12 +7,13 @@ import asyncio
 import contextlib
 import json
 import stat
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from vllm_proxy.engine.background import ask
 from vllm_proxy.errors import VllmProxyError
 from vllm_proxy.settings import Settings, short_name
 
@@ -121,10 +122,10 @@ class Connection:
         if not isinstance(health, dict) or not {"version", "models"} <= health.keys():
             raise ValueError("it is no health of a daemon")
 
-    async def _while_it_lives[T](self, work: Awaitable[T]) -> T:
+    async def _while_it_lives[T](self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which may take long; for as long as the daemon answers at all."""
-        working = asyncio.ensure_future(work)
-        looking = asyncio.create_task(self._look_on())
+        working = ask(work, "an answer of the daemon")
+        looking = ask(self._look_on(), "whether the daemon lives")
         try:
             await asyncio.wait({working, looking}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import aiohttp
 import structlog
@@ -16,17 +17,17 @@ from aiohttp import web
 from vllm_proxy.api import access_log, app
 from vllm_proxy.api.access import Access
 from vllm_proxy.api.access_log import AccessLog
+from vllm_proxy.api.front import FrontRunner
 from vllm_proxy.domain.config import Config
-from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.domain.parse import parse_config
-from vllm_proxy.engine import descriptors
+from vllm_proxy.engine import clock, descriptors, threads
+from vllm_proxy.engine.background import keep_running, log_faults, run_once
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.desired import Desired
 from vllm_proxy.engine.find import find_vllm, has_gpus
 from vllm_proxy.engine.gate import DeviceGate
 from vllm_proxy.engine.launch import Launcher
-from vllm_proxy.engine.model import Model
 from vllm_proxy.engine.options import OptionTables
 from vllm_proxy.engine.output import PassOn
 from vllm_proxy.engine.ports import Ports
@@ -38,10 +39,13 @@ from vllm_proxy.engine.registry import Registry
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.engine.store import Store
 from vllm_proxy.engine.supervisor import Surroundings
+from vllm_proxy.engine.threads import Disk
 from vllm_proxy.engine.watch import watch
 from vllm_proxy.errors import ConfigError, NotEndedError, Problem
 from vllm_proxy.listen import BACKLOG, Doors, address_of, listen, listen_for_commands
+from vllm_proxy.regular_file import read_regular_file
 from vllm_proxy.settings import Settings
+from vllm_proxy.status import StatusLine, sentence
 from vllm_proxy.systemd import Systemd, inherited_sockets, watchdog_seconds
 
 log = structlog.get_logger()
@@ -52,6 +56,7 @@ _WAYS_OUT: dict[type[OSError], str] = {
     FileNotFoundError: "; `vllm-proxy init` writes a first one",
     PermissionError: "; run it with sudo, or let this user read it",
 }
+_WRITE_SECONDS = 2.0  # for a write that was begun; its disk may not answer, and nothing else waits for that
 _LAST_WORDS_SECONDS = 2.0  # for handlers to end once the engines are gone
 
 
@@ -68,7 +73,7 @@ def read_config(settings: Settings) -> Config:
     """
     file = settings.config_file
     try:
-        data = file.read_bytes()
+        data = read_regular_file(file)
     except OSError as error:
         hint = _WAYS_OUT.get(type(error), "")
         raise ConfigError(str(file), [Problem(0, "", f"cannot read it: {error.strerror}{hint}")]) from None
@@ -97,7 +102,9 @@ async def serve(
         faulthandler.enable()  # systemd ends a hung daemon with SIGABRT: its stack says where it hangs
     open_files = descriptors.raise_limit()
     adopt_orphans()
+    log_faults(asyncio.get_running_loop())
     async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(clock.Pulse())
         state = stack.enter_context(StateDirectory(settings.state_dir))
         inherited = inherited_sockets(os.environ)
         sockets = inherited or listen(config.server)
@@ -110,12 +117,16 @@ async def serve(
                                         pass_on=pass_on, open_files=open_files)  # fmt: skip
         reconciler = Reconciler(config, around, state, launcher.fingerprint)
         store = Store(settings.config_file)
+        disk = Disk("the configuration's file")
+        stack.callback(disk.close)
         desired = Desired(store, settings.overrides, reconciler, launcher.check, launcher.ports,
-                          address_is_given=bool(inherited))  # fmt: skip
+                          away=disk, address_is_given=bool(inherited))  # fmt: skip
         lines = (
             AccessLog(sys.stderr, access_log_form, asyncio.get_running_loop().call_later) if access_log_form else None
         )
         await _run(desired, doors, stack, lines, shown)
+    if hanging := threads.running():
+        log.warning("calls that have not come back are left behind; a disk does not answer", calls=hanging)
     if left := reconciler.not_ended():
         listed = "; ".join(f"cannot end {instance}: {why}" for instance, why in left.items())
         raise NotEndedError(f"{listed}. The next daemon tries again, and so does `vllm-proxy stop --all`")
@@ -134,52 +145,62 @@ async def _run(
     commands = os.fsdecode(doors.commands.getsockname())
     access = Access(lambda: reconciler.config.server, doors.addresses(), commands)
     systemd = Systemd()
-    beating = asyncio.create_task(systemd.beat())
+    beating = keep_running(systemd.beat, "watchdog")
     stack.callback(beating.cancel)
     stopping = _catch_signals(reconciler)
     changed, asked = _catch_hang_ups()  # before systemd knows that there is somebody to send them to
-
-    def tell(_: object) -> None:
-        systemd.status(sentence(reconciler, desired))
-
-    reconciler.listen(tell)
-    desired.listen(tell)
-    reconciler.start()
+    status = StatusLine(lambda: sentence(reconciler, desired), systemd.status)
+    stack.callback(status.close)
+    reconciler.listen(status.changed)
+    desired.listen(status.changed)
     parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines)
     runner = app.build(parts, _LAST_WORDS_SECONDS)
-    await runner.setup()
-    for listener in (*doors.clients, doors.commands):
-        await web.SockSite(runner, listener, backlog=BACKLOG).start()
-    _tune_python()
-    tell(None)
-    systemd.ready()
-    following = asyncio.create_task(_follow(desired, systemd, changed, asked))
-    log.info("listening", address=address_of(doors.clients[0]), models=len(reconciler.config.models))
-    if shown:
-        shown(reconciler, address_of(doors.clients[0]))
+    following: asyncio.Task[None] | None = None
+    reconciler.start()
     try:
+        await runner.setup()
+        for listener in (*doors.clients, doors.commands):
+            await web.SockSite(runner, listener, backlog=BACKLOG).start()
+        _tune_python()
+        status.show()
+        systemd.ready()
+        following = keep_running(partial(_follow, desired, systemd, changed, asked), "following the file")
+        log.info("listening", address=address_of(doors.clients[0]), models=len(reconciler.config.models))
+        if shown:
+            shown(reconciler, address_of(doors.clients[0]))
         await stopping.wait()
     finally:
-        systemd.stopping()
-        systemd.status("stopping")
-        log.info("stopping")
-        extending = asyncio.create_task(systemd.extend(reconciler.longest_stop()))
-        stack.callback(extending.cancel)
-        following.cancel()
-        await asyncio.wait({following})
-        await desired.close()
-        reconciler.registry.wind_down()
-        await runner.wind_down(_FIRST_REQUEST_SECONDS)
-        await reconciler.stop()
-        await runner.cleanup()
+        await _stop(desired, runner, systemd, following)
         if lines is not None:
             lines.flush()
         log.info("stopped")
 
 
+async def _stop(desired: Desired, runner: FrontRunner, systemd: Systemd, following: asyncio.Task[None] | None) -> None:
+    reconciler = desired.reconciler
+    systemd.stopping()
+    systemd.status("stopping")
+    log.info("stopping")
+    extending = keep_running(partial(systemd.extend, reconciler.longest_stop()), "time to stop")
+    try:
+        if following is not None:
+            following.cancel()
+            await asyncio.wait({following})
+        await desired.close(_WRITE_SECONDS)
+        reconciler.registry.wind_down()
+        await runner.wind_down(_FIRST_REQUEST_SECONDS)
+    finally:  # whatever failed before, no engine is left behind
+        await reconciler.stop()
+        await runner.cleanup()
+        if not await desired.close(_WRITE_SECONDS):
+            log.error("a change of the file has not come to its end: its disk does not answer", file=str(desired.file))
+        extending.cancel()
+
+
 async def _follow(desired: Desired, systemd: Systemd, changed: asyncio.Event, asked: asyncio.Event) -> None:
     """Reload when the file `changed`, or when SIGHUP `asked` for it, until cancelled."""
-    watching = asyncio.create_task(watch(desired.file, changed.set, lambda: desired.revision))
+    look = partial(watch, desired.file, changed.set, lambda: desired.revision, away=desired.away)
+    watching = keep_running(look, "watch of the file")
     try:
         while True:
             await changed.wait()
@@ -203,35 +224,6 @@ async def _follow(desired: Desired, systemd: Systemd, changed: asyncio.Event, as
         await asyncio.wait({watching})
 
 
-def sentence(reconciler: Reconciler, desired: Desired | None = None) -> str:
-    """The fleet in one sentence: "2 of 3 models ready; loading: chat; error: old"."""
-    enabled = [model for model in reconciler.models() if model.spec.policy.enabled]
-    asleep = [model for model in enabled if model.state is State.STOPPED and not model.rests]
-    awake = [model for model in enabled if model not in asleep]
-    text = f"{sum(model.state is State.READY for model in awake)} of {len(awake)} models ready"
-    for state in (State.LOADING, State.UNLOADING, State.ERROR, State.STOPPED):
-        if names := [_with_progress(model) for model in awake if model.state is state]:
-            text += f"; {state}: {', '.join(names)}"
-    text += f"; on demand: {', '.join(model.spec.id for model in asleep)}" if asleep else ""
-    left = reconciler.not_ended()
-    text += f"; not ended: {', '.join(left)}" if left else ""
-    rejected = desired.rejected if desired else None
-    return text + (f"; configuration rejected: {rejected.lines()[0]}" if rejected else "")
-
-
-def _with_progress(model: Model) -> str:
-    """The id, and for a model that loads its phase, how much of that is done, and how long it may take."""
-    loading = next((one for one in model.instances if one.state is State.LOADING), None)
-    if model.state is not State.LOADING or loading is None or loading.phase is None:
-        return model.spec.id
-    facts = loading.phase.value
-    if loading.fraction is not None:
-        facts += f" {loading.fraction:.0%}"
-    if (left := loading.seconds_left()) is not None:
-        facts += f", about {round(left)} s left"
-    return f"{model.spec.id} ({facts})"
-
-
 def _surroundings(
     settings: Settings,
     config: Config,
@@ -247,7 +239,9 @@ def _surroundings(
     stack.push_async_callback(questions.close)
     env = settings.engine_environment
     programs = Programs(settings.config_file.parent, env, find_vllm(env))
-    check = OptionCheck(programs, OptionTables(settings.state_dir / "options"))
+    disk = Disk("vLLM's files")
+    stack.callback(disk.close)
+    check = OptionCheck(programs, OptionTables(settings.state_dir / "options", away=disk), disk)
     stack.push_async_callback(check.close)
     check.learn(model.engine for model in config.models.values())
     hurry, cleared, stopping = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -277,7 +271,11 @@ def _catch_signals(reconciler: Reconciler) -> asyncio.Event:
             log.warning("a second signal: not waiting for requests any more")
             reconciler.hurry()
         stopping.set()
-        loop.call_later(reconciler.config.server.shutdown_timeout, reconciler.hurry)
+        run_once(in_time, "end of the wait for requests")
+
+    async def in_time() -> None:
+        await clock.sleep(reconciler.config.server.shutdown_timeout)
+        reconciler.hurry()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)

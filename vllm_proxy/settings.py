@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import dotenv
@@ -15,6 +16,7 @@ import dotenv
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.parse import Override
 from vllm_proxy.errors import ConfigError, Problem
+from vllm_proxy.regular_file import read_regular_file
 
 PREFIX = "VLLM_PROXY_"
 _LISTS = frozenset({"cors_origins", "allowed_hosts"})
@@ -87,8 +89,12 @@ def short_name(path: Path) -> Iterator[str]:
 
 def _dotenv(file: Path) -> dict[str, str]:
     try:
-        values = dotenv.dotenv_values(file)
+        values = dotenv.dotenv_values(stream=StringIO(read_regular_file(file).decode(), newline=None))
+    except FileNotFoundError:
+        return {}
     except (OSError, UnicodeDecodeError) as error:
+        if file.is_dir():  # of a virtual environment, as some call theirs
+            return {}
         why = "expected UTF-8, got other bytes" if isinstance(error, UnicodeDecodeError) else error.strerror
         msg = f"cannot read it: {why}; mend it, or run this in another folder"
         raise ConfigError(str(file), [Problem(0, "", msg)]) from None

@@ -8,16 +8,17 @@ from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from structlog.testing import capture_logs
 
-from tests.engine.virtual import Stage, VirtualLoop, passes, settle
+from tests.engine.virtual import Stage, VirtualLoop, now, passes, settle, virtual
 from vllm_proxy.domain import edit
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.lifecycle import State
-from vllm_proxy.domain.parse import parse_config
+from vllm_proxy.domain.parse import parse_config, revision_of
 from vllm_proxy.engine.desired import Desired
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.reconciler import Reconciler
@@ -239,3 +240,115 @@ TestFleet.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+class Disk:
+    """Calls what it is given, but for the function that hangs until `answers`."""
+
+    def __init__(self, hangs: str) -> None:
+        self.hangs = hangs
+        self.answers = asyncio.Event()
+        self.asked = asyncio.Event()
+
+    async def __call__[**P, T](self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """In place of a thread."""
+        if function.__name__ == self.hangs:
+            self.asked.set()
+            await self.answers.wait()
+        return function(*args, **kwargs)
+
+
+async def following(folder: Path, disk: Disk) -> Desired:
+    """A file without models that is followed."""
+    file = folder / "models.toml"
+    file.write_text("# old\n")
+    stage = Stage()
+    reconciler = Reconciler(parse_config(b"# old\n", ""), stage.around, StateDirectory(folder), lambda spec: spec.model)
+    reconciler.start()
+    return Desired(Store(file), {}, reconciler, NoCheck(), Ports(9000, 9999, []), away=disk)
+
+
+@virtual
+async def test_a_write_that_hangs_is_told_so_and_holds_up_no_stop(tmp_path: Path) -> None:
+    """Who waits for it learns that it may still happen, who waits behind it that nothing has; the end is bounded."""
+    disk = Disk("replace")
+    desired = await following(tmp_path, disk)
+    first = asyncio.ensure_future(desired.write(lambda _: b"# first\n", None, blind=True))
+    await disk.asked.wait()
+    await passes(10)
+    second = asyncio.ensure_future(desired.write(lambda _: b"# second\n", None, blind=True))
+    with pytest.raises(
+        RequestError, match="has not answered for 30 s; the file is the old one or the new one"
+    ) as error:
+        await first
+    assert error.value.code == "config_not_written"
+    with pytest.raises(RequestError, match="nothing has changed"):
+        await second
+    began = now()
+    assert await desired.close(2) is False
+    assert now() == pytest.approx(began + 2)
+    disk.answers.set()
+    assert await desired.close(2) is True
+    assert desired.file.read_bytes() == b"# first\n", (
+        "what has begun comes to its end, what waited behind it never does"
+    )
+    assert desired.revision == revision_of(b"# first\n")
+    await desired.write(lambda _: b"# third\n", None, blind=True)
+    assert desired.revision == revision_of(b"# third\n")
+
+
+@virtual
+async def test_a_read_that_hangs_is_a_rejection_until_the_disk_answers(tmp_path: Path) -> None:
+    """It is seen everywhere a rejected file is; when the disk answers the file is followed without another change."""
+    disk = Disk("_read_new")
+    desired = await following(tmp_path, disk)
+    told: list[object] = []
+    desired.listen(told.append)
+    desired.file.write_text("# new\n")
+    with capture_logs(), pytest.raises(ConfigError) as error:
+        await desired.reload()
+    assert "its disk has not answered for 30 s" in error.value.lines()[0]
+    assert desired.rejected is told[0]
+    disk.answers.set()
+    await settle()
+    assert desired.rejected is None
+    assert desired.revision == revision_of(b"# new\n")
+
+
+@pytest.mark.parametrize("hangs", ["_read", "_glance"])
+def test_who_only_reads_waits_no_longer_than_that_either(tmp_path: Path, hangs: str) -> None:
+    """`GET /config`, and the wait until nobody writes."""
+
+    @virtual
+    async def run() -> None:
+        desired = await following(tmp_path, Disk(hangs))
+        if hangs == "_glance":
+            await desired.still()
+        else:
+            with pytest.raises(ConfigError, match="1 problem"):
+                await desired.text()
+        assert now() == pytest.approx(30)
+
+    run()
+
+
+@virtual
+async def test_a_listener_that_fails_keeps_no_other_from_being_told(tmp_path: Path) -> None:
+    """Of the file, and of a model; what was adopted is adopted."""
+    desired = await following(tmp_path, Disk(""))
+    told: list[str] = []
+
+    def broken(_: object) -> None:
+        raise ValueError("a bug")
+
+    desired.listen(broken)
+    desired.listen(lambda _: told.append("file"))
+    desired.reconciler.listen(broken)
+    desired.reconciler.listen(lambda model: told.append(model.state))
+    with capture_logs() as logs:
+        await desired.write(lambda _: b'[models.a]\nmodel = "m"\n', None, blind=True)
+        await settle()
+    assert set(told) == {"file", State.LOADING}
+    assert {entry["event"] for entry in logs if entry["log_level"] == "error"} == {"a listener failed"}
+    assert "a" in desired.reconciler.specs()
+    await desired.reconciler.stop()

@@ -1,5 +1,7 @@
 """Passive ejection, in virtual time."""
 
+from structlog.testing import capture_logs
+
 from tests.engine.virtual import Stage, model, passes, settle, virtual
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.engine.registry import Endpoint
@@ -76,3 +78,27 @@ async def test_the_last_instance_is_never_ejected() -> None:
         endpoint.ejected = True
     leases = [await stage.registry.acquire("chat") for _ in range(2)]
     assert {lease.endpoint for lease in leases} == set(endpoints)
+
+
+@virtual
+async def test_a_bug_while_its_health_is_asked_for_does_not_leave_an_instance_ejected_for_good() -> None:
+    """It is logged, and asked again: with good health the instance gets requests again."""
+    stage = Stage()
+    stage.probe.health = False
+    supervisor = stage.supervisor(model())
+    supervisor.start()
+    await stage.serving(supervisor)
+    endpoint = supervisor.endpoint
+    assert endpoint is not None
+    with capture_logs() as logs:
+        for _ in range(3):
+            endpoint.failed()
+        await settle()
+        assert endpoint.ejected
+        stage.probe.bugs.append(RuntimeError("a bug"))
+        await passes(1.5)
+        stage.probe.health = True
+        await passes(5)
+    assert not endpoint.ejected
+    assert [entry["task"] for entry in logs if "task" in entry] == ["ejection of chat/0"]
+    await supervisor.stop()

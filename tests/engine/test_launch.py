@@ -6,7 +6,8 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -448,3 +449,28 @@ async def test_output_that_no_file_takes_goes_on_in_memory_and_is_adopted(
             assert adopted.output.tail(5) == ("before", "hello")
         assert second.passed_on == ["chat/0 hello"]
     go.close()
+
+
+async def test_a_fault_while_an_engines_output_is_read_does_not_end_the_reading(
+    tmp_path: Path, port_start: int, event: Event
+) -> None:
+    """What it writes later is passed on, and its activity is seen."""
+    faults = [ValueError("a bug")]
+
+    def pass_on(instance: str, lines: Sequence[str]) -> None:
+        if faults:
+            raise faults.pop()
+        here._pass_on(instance, lines)
+
+    with place(tmp_path, port_start) as here, capture_logs() as logs:
+        launcher = replace(here.launcher, pass_on=pass_on)
+        spec = model(tmp_path, f"echo one; read x < {event.path}; echo two; exec sleep 1000")
+        async with launcher.running(spec, "chat/0", Owner()) as engine:
+            async with asyncio.timeout(20):
+                while faults:
+                    await asyncio.sleep(0.01)
+                event.path.write_text("go\n")
+                while "chat/0 two" not in here.passed_on:
+                    await asyncio.sleep(0.01)
+            assert engine.output.activity >= 1
+    assert [entry["task"] for entry in logs if entry["event"].startswith("a background")] == ["output of chat/0"]

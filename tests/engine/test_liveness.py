@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from structlog.testing import capture_logs
 
 from tests.engine.virtual import FakeEngine, Stage, model, now, passes, settle, virtual
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
@@ -173,3 +174,17 @@ async def test_a_death_is_not_waited_out_as_a_stall() -> None:
     await passes(1000)
     await settle()
     assert (chat.state, chat.restarts) == (State.READY, 1)
+
+
+@virtual
+async def test_a_bug_in_the_watch_for_stalls_costs_no_engine_and_no_watch() -> None:
+    """It is logged, and the watch goes on: the engine that hangs afterwards is found."""
+    stage = Stage()
+    chat, engine = await ready(stage, stall_timeout=300)
+    stage.probe.bugs.append(RuntimeError("a bug"))
+    with capture_logs() as logs:
+        await passes(1000)
+    assert [entry["task"] for entry in logs if "task" in entry] == ["stall watch of chat/0"]
+    assert (chat.state, engine.buried) == (State.READY, None)
+    Waiting(chat)
+    await stage.until(lambda: chat.phase is Phase.BACKOFF)

@@ -1,12 +1,15 @@
 """One model does what is wanted of it: by the file, by hand, by requests that wait. In virtual time."""
 
 import asyncio
+from dataclasses import replace
+from typing import cast
 
 import pytest
 from structlog.testing import capture_logs
 
 from tests.engine.virtual import Stage, model, now, passes, settle, virtual
-from vllm_proxy.domain.config import ModelSpec, Restart
+from vllm_proxy.domain.config import EngineSpec, ModelSpec, Restart
+from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.engine.model import Model
 from vllm_proxy.errors import RequestError
@@ -358,3 +361,43 @@ async def test_a_bug_while_a_model_follows_does_not_make_it_deaf() -> None:
     stage.launcher.teardown_error = None
     chat.start()
     await serving(stage, chat)
+
+
+@virtual
+async def test_a_bug_in_the_check_of_a_change_does_not_make_a_model_deaf() -> None:
+    """What could not be checked is tried, as if nothing were known against it; the next change is checked again."""
+    stage = Stage()
+    chat = begun(stage, model())
+    await serving(stage, chat)
+    stage.launcher.objection_error = RuntimeError("can't start new thread")
+    with capture_logs() as logs:
+        chat.become(replace(chat.spec, engine=EngineSpec(model="other/model")))
+        (await stage.engine(2)).listens = True
+        await serving(stage, chat)
+    assert stage.launcher.engines[1].spec == EngineSpec(model="other/model")
+    assert [entry["task"] for entry in logs if entry["event"] == "a background task failed"] == ["check of chat"]
+    stage.launcher.objection_error = None
+    stage.launcher.known_objection = Diagnosis(Reason.INVALID_ARGUMENTS, "no")
+    with capture_logs():
+        chat.become(replace(chat.spec, engine=EngineSpec(model="third/model")))
+        await stage.until(lambda: chat.diagnosis is not None)
+    assert len(stage.launcher.engines) == 2
+
+
+@virtual
+async def test_a_bug_in_what_counts_idle_time_does_not_end_the_model() -> None:
+    """Its task is begun again, and it follows what is wanted of it as before."""
+    stage = Stage()
+    chat = begun(stage, model(start="on-demand", idle_timeout=100))
+    route = stage.registry.find("chat")
+    request = asyncio.create_task(stage.registry.acquire("chat"))
+    (await stage.engine()).listens = True
+    with await request:
+        pass
+    with capture_logs() as logs:
+        route.idle_since = cast("float", None)
+        chat._news.set()
+        await passes(10)
+        route.idle_since = now()
+        await stage.until(lambda: chat.state is State.STOPPED)
+    assert {entry["task"] for entry in logs if "task" in entry} == {"model chat"}

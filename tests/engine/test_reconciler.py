@@ -9,7 +9,6 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.engine.virtual import Stage, model, now, passes, settle, virtual
-from vllm_proxy.daemon import sentence
 from vllm_proxy.domain.config import Config, EngineDefaults, ModelSpec, Restart, Server
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.domain.progress import Progress
@@ -18,6 +17,7 @@ from vllm_proxy.engine.process import look_up
 from vllm_proxy.engine.reconciler import Reconciler, sort_out
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 from vllm_proxy.errors import RequestError
+from vllm_proxy.status import sentence
 
 
 def reconciler_of(
@@ -206,7 +206,7 @@ async def test_the_sentence_says_how_far_a_start_is_and_how_long_it_may_take(tmp
     reconciler = reconciler_of(stage, tmp_path, model("chat"))
     (await stage.engine()).output.progress = Progress(Phase.LOADING_WEIGHTS, 0.4)
     await passes(1)
-    assert sentence(reconciler) == "0 of 1 models ready; loading: chat (loading_weights 40%, about 100 s left)"
+    assert sentence(reconciler) == "0 of 1 models ready; loading: chat (loading_weights 40%, about 99 s left)"
 
 
 @virtual

@@ -14,6 +14,7 @@ import pytest
 
 from vllm_proxy.engine.store import Store
 from vllm_proxy.errors import RequestError
+from vllm_proxy.regular_file import MOST_BYTES
 
 OLD, NEW = b"# old\n", b"# new\n"
 
@@ -91,10 +92,22 @@ def test_a_chain_of_links_stays_and_its_target_is_written(file: Path, tmp_path: 
 
 
 def test_a_file_that_is_missing_is_made(tmp_path: Path) -> None:
-    """Readable by all, as an editor makes it."""
+    """Not readable by all: it may come to hold keys."""
     Store(tmp_path / "models.toml").replace(NEW)
     assert (tmp_path / "models.toml").read_bytes() == NEW
-    assert stat.S_IMODE((tmp_path / "models.toml").stat().st_mode) == 0o644
+    assert stat.S_IMODE((tmp_path / "models.toml").stat().st_mode) == 0o640
+
+
+def test_the_umask_may_narrow_the_mode_of_a_new_file(tmp_path: Path) -> None:
+    """Whoever keeps his files to himself keeps this one too; a wide umask opens nothing."""
+    for umask, mode in (0o077, 0o600), (0o000, 0o640):
+        file = tmp_path / f"{umask}.toml"
+        before = os.umask(umask)
+        try:
+            Store(file).replace(NEW)
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(file.stat().st_mode) == mode
 
 
 def test_a_file_without_a_write_bit_is_read_only_for_root_too(file: Path) -> None:
@@ -231,3 +244,17 @@ def test_a_folder_that_is_missing_is_told(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="No such file") as error:
         Store(tmp_path / "none" / "models.toml").replace(NEW)
     assert error.value.code == "config_not_written"
+
+
+def test_what_is_no_regular_file_is_not_written_over(tmp_path: Path) -> None:
+    """A FIFO stays one, and nobody waits at it."""
+    os.mkfifo(tmp_path / "models.toml")
+    with pytest.raises(RequestError, match="no regular file") as error:
+        Store(tmp_path / "models.toml").replace(NEW)
+    assert error.value.code == "config_not_written"
+    assert stat.S_ISFIFO((tmp_path / "models.toml").stat().st_mode)
+
+
+def test_nothing_is_written_that_could_not_be_read(file: Path) -> None:
+    """More than the bound of what is read."""
+    assert refused(file, data=b"#" * (MOST_BYTES + 1)).code == "config_not_written"

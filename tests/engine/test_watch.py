@@ -3,13 +3,18 @@
 import asyncio
 import os
 import shutil
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
+from tests.engine.virtual import passes, virtual
 from vllm_proxy.domain.parse import revision_of
+from vllm_proxy.engine.background import keep_running
 from vllm_proxy.engine.watch import links_to, watch
 
 
@@ -186,3 +191,91 @@ def test_a_ring_of_links_has_an_end(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     assert {Path(name).name for name in links_to(tmp_path / "a")} == {"a", "b"}
+
+
+async def test_a_look_that_fails_does_not_end_the_watch(tmp_path: Path) -> None:
+    """No thread can be made for it, say: it is logged, and the file is followed afterwards."""
+    file = tmp_path / "models.toml"
+    file.write_text("0")
+    faults = [RuntimeError("can't start new thread")]
+
+    async def away[**P, T](function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if faults:
+            raise faults.pop()
+        return await asyncio.to_thread(function, *args, **kwargs)
+
+    found = Watched(file)
+    look = partial(watch, file, found.changed, lambda: found.adopted, 0.1, away)
+    with capture_logs() as logs:
+        task = keep_running(look, "watch")
+        file.write_text("1")
+        await found.reads("1")
+        task.cancel()
+        await asyncio.wait({task})
+    assert [entry["task"] for entry in logs] == ["watch"]
+
+
+async def test_where_nothing_can_be_watched_the_file_is_looked_at(tmp_path: Path) -> None:
+    """All of the user's inotify instances are taken: it is said, and changes are seen all the same."""
+    file = tmp_path / "models.toml"
+    file.write_text("0")
+    process = await asyncio.create_subprocess_exec(
+        "unshare", "--user", "--map-root-user", "sh", "-c",
+        'echo 0 > /proc/sys/user/max_inotify_instances; exec "$@"', "sh", sys.executable, "-c", FOLLOWS, file,
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    async with asyncio.timeout(30):
+        assert b"cannot be watched" in await process.stdout.readline()
+        file.write_text("1")
+        assert await process.stdout.readline() == b"changed\n"
+        await process.wait()
+
+
+FOLLOWS = """
+import asyncio, sys
+from pathlib import Path
+from tests.engine.virtual import passes, virtual
+from vllm_proxy.domain.parse import revision_of
+from vllm_proxy.engine.background import keep_running
+from vllm_proxy.engine.watch import watch
+
+async def main():
+    adopted = revision_of(b"0")
+    changed = asyncio.Event()
+    task = asyncio.create_task(watch(Path(sys.argv[1]), changed.set, lambda: adopted, 0.1))
+    await changed.wait()
+    print("changed", flush=True)
+    task.cancel()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_disk_that_does_not_answer_is_said_once_and_waited_for(tmp_path: Path) -> None:
+    """One look hangs: no other is begun meanwhile, and when it comes back the file is followed."""
+    file = tmp_path / "models.toml"
+    file.write_text("0")
+    looks: list[asyncio.Future[None]] = []
+
+    @virtual
+    async def run() -> None:
+        async def away[**P, T](function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+            looks.append(asyncio.get_running_loop().create_future())
+            await looks[-1]
+            return function(*args, **kwargs)
+
+        changed = asyncio.Event()
+        with capture_logs() as logs:
+            task = asyncio.create_task(watch(file, changed.set, lambda: "", 2.0, away))
+            await passes(3600)
+            assert len(looks) == 1
+            assert ["does not answer" in entry["event"] for entry in logs] == [True]
+            looks[0].set_result(None)
+            await passes(1)
+            looks[1].set_result(None)
+            await changed.wait()
+            task.cancel()
+            await asyncio.wait({task})
+
+    await asyncio.to_thread(run)

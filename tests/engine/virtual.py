@@ -48,13 +48,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         self._now = 0.0
-        super().__init__(_Jumping(self._jump))
+        super().__init__(_Jumping(self.jump))
 
     def time(self) -> float:
         """Seconds since the loop was made."""
         return self._now
 
-    def _jump(self, seconds: float) -> None:
+    def jump(self, seconds: float) -> None:
+        """So many seconds pass at once."""
         self._now += seconds
 
 
@@ -138,6 +139,10 @@ class FakeEngine:
         self.buried: float | None = None
         self.spec: EngineSpec | None = None  # what it was started for; not known of an adopted one
 
+    def age_seconds(self) -> float:
+        """Since it was born."""
+        return now() - self.born
+
     def serves(self) -> None:
         """It is put on record that it is ready."""
         self.noted_ready = True
@@ -160,6 +165,7 @@ class FakeLauncher:
         self.refusal: LaunchError | None = None
         self.no_port: str | None = None  # why there is none for a minute
         self.known_objection: Diagnosis | None = None
+        self.objection_error: Exception | None = None
         self.teardown_seconds = 0.0
         self.end_error: Exception | None = None
         self.teardown_error: Exception | None = None  # behind the end
@@ -174,6 +180,8 @@ class FakeLauncher:
 
     async def objection(self, model: ModelSpec) -> Diagnosis | None:  # noqa: ARG002 - one answer for all
         """Why no engine would start."""
+        if self.objection_error:
+            raise self.objection_error
         return self.known_objection
 
     async def option_names(self, spec: EngineSpec) -> frozenset[str]:  # noqa: ARG002 - one vLLM for all
@@ -252,9 +260,12 @@ class FakeProbe:
         self.error: Exception | None = None
         self.health = True
         self.work: str | None = "0"
+        self.bugs: list[Exception] = []  # raised by what is asked next
 
     async def healthy(self, port: int) -> bool:  # noqa: ARG002 - one answer for all
         """Whether `/health` answers 200."""
+        if self.bugs:
+            raise self.bugs.pop()
         return self.health
 
     async def counters(self, port: int) -> str | None:  # noqa: ARG002 - as above

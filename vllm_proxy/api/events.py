@@ -8,6 +8,7 @@ import msgspec
 from aiohttp import web
 
 from vllm_proxy.api.config import changes
+from vllm_proxy.engine.background import ask
 from vllm_proxy.engine.desired import Desired, Outcome
 from vllm_proxy.engine.model import Model
 from vllm_proxy.engine.reconciler import Reconciler
@@ -34,7 +35,7 @@ class Events:
         await response.prepare(request)
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_WAITING)
         self._readers.add(queue)
-        stopping = asyncio.create_task(self._reconciler.stopping.wait())
+        stopping = ask(self._reconciler.stopping.wait(), "end of an event stream")
         stopping.add_done_callback(lambda _: _end(queue))
         try:
             await response.write(b":\n\n")  # the reader knows from here on that nothing is missed

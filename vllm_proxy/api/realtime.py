@@ -12,13 +12,17 @@ from typing import Any
 
 import aiohttp
 import msgspec
+import structlog
 from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 
 from vllm_proxy.api.body import with_model
 from vllm_proxy.api.call import Call, Work
 from vllm_proxy.domain.config import Server
+from vllm_proxy.engine.background import ask
 from vllm_proxy.engine.registry import Lease, Registry
 from vllm_proxy.errors import EngineFailedError, RequestError
+
+log = structlog.get_logger()
 
 _GREETING = "session.created"
 _DATA = frozenset({WSMsgType.TEXT, WSMsgType.BINARY})
@@ -103,13 +107,15 @@ async def _both_ways(client: web.WebSocketResponse, engine: aiohttp.ClientWebSoc
         async for message in engine:
             await _pass_on(message, client, lease)
 
-    tasks = {asyncio.create_task(upwards()), asyncio.create_task(downwards())}
+    tasks = {ask(upwards(), f"to {lease.endpoint.instance}"), ask(downwards(), f"from {lease.endpoint.instance}")}
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for fault in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(fault, Exception) and not isinstance(fault, OSError | aiohttp.ClientError):
+                log.error("a session ended by a fault of the daemon", instance=lease.endpoint.instance, exc_info=fault)
     broken = engine.close_code in {None, WSCloseCode.ABNORMAL_CLOSURE} and engine.closed
     code = WSCloseCode.INTERNAL_ERROR if broken else engine.close_code or WSCloseCode.OK
     await engine.close(code=client.close_code or WSCloseCode.OK)

@@ -3,10 +3,10 @@
 import sys
 import time
 
-from vllm_proxy.daemon import sentence
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.engine.model import Model
 from vllm_proxy.engine.reconciler import Reconciler
+from vllm_proxy.status import sentence
 
 
 def watch(reconciler: Reconciler, address: str) -> None:

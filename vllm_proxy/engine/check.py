@@ -5,28 +5,37 @@ Its one rule: nobody waits for a table that is not there yet; what it would have
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from vllm_proxy.domain import options
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.options import OptionTable
+from vllm_proxy.engine.background import run_once
 from vllm_proxy.engine.options import OptionTables
 from vllm_proxy.engine.program import Programs
+from vllm_proxy.engine.threads import Away
 
 _NAMES_SECONDS = 30.0
+_DISK_SECONDS = 10.0  # what lies on a disk that does not answer is not known
 
 
 class OptionCheck:
-    """What the vLLM of each engine would refuse."""
+    """What the vLLM of each engine would refuse. `away` has what reads its installation done elsewhere."""
 
-    def __init__(self, programs: Programs, tables: OptionTables) -> None:
+    def __init__(self, programs: Programs, tables: OptionTables, away: Away = asyncio.to_thread) -> None:
         self._programs = programs
         self._tables = tables
+        self._away = away
         self._learning: set[asyncio.Task[None]] = set()
 
     async def problems(self, model: ModelSpec) -> list[tuple[str, str]]:
         """(key path, message) for each; none where nothing is known of its vLLM, which is then looked at."""
-        table = await asyncio.to_thread(self._known, model.engine)
+        try:
+            async with asyncio.timeout(_DISK_SECONDS):
+                table = await self._away(self._known, model.engine)
+        except TimeoutError:
+            return []
         if table is None:
             self.learn([model.engine])
             return []
@@ -46,7 +55,7 @@ class OptionCheck:
 
     def learn(self, specs: Iterable[EngineSpec]) -> None:
         """Have the options of each vLLM read in the background, once a version."""
-        task = asyncio.create_task(self._learn(list(specs)), name="options of vLLM")
+        task = run_once(partial(self._learn, list(specs)), "options of vLLM")
         self._learning.add(task)
         task.add_done_callback(self._learning.discard)
 
@@ -58,7 +67,7 @@ class OptionCheck:
         await self._tables.close()
 
     async def _learn(self, specs: Sequence[EngineSpec]) -> None:
-        for python, env in await asyncio.to_thread(self._sources, specs):
+        for python, env in await self._away(self._sources, specs):
             await self._tables.load(python, env)
 
     def _sources(self, specs: Sequence[EngineSpec]) -> list[tuple[Path, Mapping[str, str]]]:

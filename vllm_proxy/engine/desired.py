@@ -5,9 +5,11 @@ no edit is lost between two others, and none is half applied.
 """
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -15,25 +17,22 @@ import structlog
 from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec
 from vllm_proxy.domain.parse import Override, dotted, parse_config, revision_of
 from vllm_proxy.domain.plan import Action, plan, restart_needed
+from vllm_proxy.engine import clock
+from vllm_proxy.engine.background import ask, tell
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.store import Store
-from vllm_proxy.errors import ConfigError, Problem, RequestError
+from vllm_proxy.engine.threads import Away
+from vllm_proxy.errors import ConfigError, Problem, RequestError, VllmProxyError
 
 log = structlog.get_logger()
 
 _STILL_SECONDS = 0.03  # unchanged for so long: whoever wrote it has done
 _EMPTY_SECONDS = 1.0  # an empty file is believed after this long
+_DISK_SECONDS = 30.0  # nobody waits longer for a disk that does not answer, nor for whoever waits for it
 _NOTHING = revision_of(b"")
 
 type Edit = Callable[[bytes], bytes]  # called in a thread
-
-
-class Away(Protocol):
-    """Calls a function where it may block."""
-
-    async def __call__[**P, T](self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """What the function returns or raises."""
 
 
 class Check(Protocol):
@@ -52,6 +51,14 @@ class Outcome:
 
     revision: str
     changes: tuple[Action, ...]
+
+
+class _NoAnswerError(Exception):
+    """It took too long; `begun`: it goes on, and may still come to its end."""
+
+    def __init__(self, *, begun: bool) -> None:
+        super().__init__()
+        self.begun = begun
 
 
 class Desired:
@@ -78,7 +85,7 @@ class Desired:
         self.reconciler = reconciler
         self._check = check
         self._ports = ports
-        self._away = away
+        self.away = away
         self._started_with = None if address_is_given else reconciler.config.server
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -105,7 +112,7 @@ class Desired:
             ConfigError: when it cannot be read.
 
         """
-        return await self._away(self._read)
+        return await self._in_time(self._read)
 
     async def plan(self, data: bytes) -> tuple[Action, ...]:
         """What adopting a file with these bytes would change.
@@ -114,7 +121,7 @@ class Desired:
             ConfigError: with every problem in it.
 
         """
-        config = await self._away(self._parse, data)
+        config = await self._in_time(self._parse, data)
         return plan(config.models, self.reconciler.specs())
 
     async def still(self) -> None:
@@ -123,21 +130,27 @@ class Desired:
         Many programs truncate a file and then fill it, and a part of it, or nothing, may be a valid configuration.
         """
         loop = asyncio.get_running_loop()
-        deadline, seen = loop.time() + _EMPTY_SECONDS, await self._away(self._glance)
-        while loop.time() < deadline:
-            await asyncio.sleep(_STILL_SECONDS)
-            before, seen = seen, await self._away(self._glance)
-            if seen == before and seen != _NOTHING:
-                return
+        began = loop.time()
+        with contextlib.suppress(ConfigError):  # its disk does not answer: whoever reads it next says so
+            seen = await self._in_time(self._glance)
+            while loop.time() - began < _EMPTY_SECONDS:
+                await asyncio.sleep(_STILL_SECONDS)
+                before, seen = seen, await self._in_time(self._glance)
+                if seen == before and seen != _NOTHING:
+                    return
 
     async def reload(self) -> Outcome:
         """Read the file and follow it; nothing happens when its bytes are the adopted ones.
 
         Raises:
-            ConfigError: when it is invalid; what runs goes on.
+            ConfigError: when it is invalid, or its disk does not answer; what runs goes on.
 
         """
-        return await self._alone(self._reload())
+        try:
+            return await self._alone(self._reload)
+        except _NoAnswerError as error:
+            self._reject(self._unanswered())
+            raise self._unanswered() from error
 
     async def write(self, edit: Edit, if_match: str | None, *, blind: bool = False) -> Outcome:
         """Change what is on disk, then follow it. It goes on though the caller gives up.
@@ -149,52 +162,89 @@ class Desired:
             RequestError: `revision_mismatch`, `config_read_only`, `config_not_written`, or what `edit` raises.
 
         """
-        return await self._alone(self._write(edit, if_match, blind=blind))
+        try:
+            return await self._alone(partial(self._write, edit, if_match, blind=blind))
+        except _NoAnswerError as error:
+            what = "the file is the old one or the new one, look again" if error.begun else "nothing has changed"
+            msg = f"cannot write {self._file}: its disk has not answered for {_DISK_SECONDS:g} s; {what}"
+            raise RequestError("config_not_written", msg) from error
 
-    async def close(self) -> None:
-        """Let what was begun come to its end."""
+    async def close(self, seconds: float) -> bool:
+        """Let what was begun come to its end, but wait no longer than that; whether it has."""
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            await asyncio.wait(self._tasks, timeout=seconds)
+        return not self._tasks
 
-    async def _alone[T](self, work: Coroutine[Any, Any, T]) -> T:
+    async def _alone[T](self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do it when everybody who came before has done; it goes on though the caller gives up.
+
+        Raises:
+            _NoAnswerError: when it takes too long. What has begun goes on and keeps its turn, the rest is dropped.
+
+        """
+        begun = asyncio.Event()
+
         async def in_turn() -> T:
             async with self._turn:
-                return await work
+                begun.set()
+                return await work()
 
-        task = asyncio.create_task(in_turn())
+        task = ask(in_turn(), "the configuration file's turn")
         self._tasks.add(task)
         task.add_done_callback(self._done)
-        return await asyncio.shield(task)
+        if await clock.wait({task}, _DISK_SECONDS):
+            return task.result()
+        if not begun.is_set():
+            task.cancel()
+        raise _NoAnswerError(begun=begun.is_set())
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # who asked for it may have gone
+        error = None if task.cancelled() else task.exception()  # who asked for it may have gone
+        if error is not None and not isinstance(error, VllmProxyError):
+            log.error("the configuration could not be read or written", exc_info=error)
+
+    async def _in_time[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call what changes nothing elsewhere, and do not wait for a disk that does not answer."""
+        answer = ask(self.away(function, *args, **kwargs), "a read of the configuration")
+        try:
+            if await clock.wait({answer}, _DISK_SECONDS):
+                return answer.result()
+        finally:
+            answer.cancel()
+        raise self._unanswered()
+
+    def _unanswered(self) -> ConfigError:
+        message = f"cannot read it: its disk has not answered for {_DISK_SECONDS:g} s"
+        return ConfigError(self._file, [Problem(0, "", message)])
+
+    def _reject(self, error: ConfigError) -> None:
+        self.reloads["rejected"] += 1
+        if self.rejected is None or self.rejected.problems != error.problems:
+            self.rejected = error
+            log.error("the configuration is rejected, what runs goes on", problems=error.lines())
+            tell(self._listeners, error)
 
     async def _reload(self) -> Outcome:
         try:
-            config = await self._away(self._read_new)
+            config = await self.away(self._read_new)
         except ConfigError as error:
-            self.reloads["rejected"] += 1
-            if self.rejected is None or self.rejected.problems != error.problems:
-                self.rejected = error
-                log.error("the configuration is rejected, what runs goes on", problems=error.lines())
-                self._tell(error)
+            self._reject(error)
             raise
         self.reloads["accepted" if config else "unchanged"] += 1
         if config is None:
             if self.rejected is not None:  # it was broken, and is again what runs
                 self.rejected = None
-                self._tell(Outcome(self.reconciler.config.revision, ()))
+                tell(self._listeners, Outcome(self.reconciler.config.revision, ()))
             return Outcome(self.reconciler.config.revision, ())
         return self._adopt(config)
 
     async def _write(self, edit: Edit, if_match: str | None, *, blind: bool) -> Outcome:
-        before, after, config = await self._away(self._edited, edit, if_match, blind=blind)
+        before, after, config = await self.away(self._edited, edit, if_match, blind=blind)
         if found := await self._refused(config):
             raise ConfigError(self._file, found)
         if after != before:
-            await self._away(self._store.replace, after)
+            await self.away(self._store.replace, after)
         if config.revision == self.reconciler.config.revision:
             return Outcome(config.revision, ())
         return self._adopt(config)
@@ -253,9 +303,5 @@ class Desired:
         outcome = Outcome(config.revision, self.reconciler.adopt(config))
         self._check.learn(model.engine for model in config.models.values())
         log.info("the configuration is adopted", revision=config.revision, changes=len(outcome.changes))
-        self._tell(outcome)
+        tell(self._listeners, outcome)
         return outcome
-
-    def _tell(self, outcome: Outcome | ConfigError) -> None:
-        for listener in self._listeners:
-            listener(outcome)

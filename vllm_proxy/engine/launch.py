@@ -23,7 +23,8 @@ from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.progress import Progress
-from vllm_proxy.engine import cgroup, descriptors, logs, vitals
+from vllm_proxy.engine import cgroup, clock, descriptors, logs, vitals
+from vllm_proxy.engine.background import keep_running
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.ending import End, Owner, end_engine, until_ended
@@ -105,6 +106,9 @@ class Engine(Protocol):
     def log(self) -> Log:
         """Where that goes."""
 
+    def age_seconds(self) -> float:
+        """Since its first process started; the wall clock has no part in it."""
+
     def serves(self) -> None:
         """It is ready: put that on record."""
 
@@ -156,6 +160,10 @@ class LaunchedEngine:
     def _memory(self) -> int:
         self.log.look()
         return cgroup.memory_bytes(self.record.cgroup) or vitals.memory_bytes(self.pid, self.process.started)
+
+    def age_seconds(self) -> float:
+        """Since its first process started."""
+        return clock.seconds_since_ticks(self.process.started)
 
     def keep(self) -> None:
         """Leave it to the next daemon where the block ends."""
@@ -321,8 +329,10 @@ class Launcher:
     @contextlib.asynccontextmanager
     async def _living(self, engine: LaunchedEngine, owner: Owner, taken: contextlib.ExitStack) -> AsyncIterator[None]:
         process, output = engine.process, engine.output
-        pump = asyncio.create_task(output.pump(partial(vitals.work, engine.pid, process.started)))
-        noting = asyncio.create_task(engine.look_after())
+        name = engine.place.instance
+        work = partial(vitals.work, engine.pid, process.started)
+        pump = keep_running(partial(output.pump, work), f"output of {name}")
+        noting = keep_running(engine.look_after, f"look after {name}")
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ import structlog
 
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason
+from vllm_proxy.engine import clock
 from vllm_proxy.engine.probe import Probe
 from vllm_proxy.engine.registry import Endpoint
 
@@ -37,10 +38,10 @@ async def until_stalled(endpoint: Endpoint, probe: Probe, stall_timeout: Callabl
             seen, moved_at = mark, loop.time()
         if not limit:
             continue
-        if loop.time() - moved_at >= limit:
+        if clock.elapsed(moved_at) >= limit:
             message = f"requests wait and nothing moved for {limit:g} s; a long silent request? raise stall_timeout"
             return Diagnosis(Reason.STALLED, message)
-        if loop.time() - healthy_at >= limit:
+        if clock.elapsed(healthy_at) >= limit:
             return Diagnosis(Reason.STALLED, f"/health gave no good answer for {limit:g} s; see its log")
 
 

@@ -18,6 +18,7 @@ from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.domain.rollout import Seat, Strategy
+from vllm_proxy.engine.background import keep_running
 from vllm_proxy.engine.history import History
 from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.engine.supervisor import Supervisor, Surroundings
@@ -89,6 +90,11 @@ class Model:
         return self._wanted is Wanted.REST and self._task is not None and self.spec.policy.enabled
 
     @property
+    def sleeps(self) -> bool:
+        """Whether the next request starts it."""
+        return self._wanted is Wanted.SLEEP and self.spec.policy.enabled
+
+    @property
     def ends(self) -> bool:
         """Whether it was told to stop for good."""
         return self._wanted is Wanted.END
@@ -103,7 +109,7 @@ class Model:
             self.instances = _in_order([self._supervisor(index) for index in records])
             for instance in self.instances:
                 instance.start(records[instance.index])
-        self._task = asyncio.create_task(self._follow(), name=f"model {self.spec.id}")
+        self._task = keep_running(self._follow, f"model {self.spec.id}")
         self._look()
 
     def become(self, spec: ModelSpec) -> None:

@@ -19,8 +19,10 @@ from pathlib import Path
 import structlog
 
 from vllm_proxy.domain.options import OptionTable
+from vllm_proxy.engine.background import ask
 from vllm_proxy.engine.process import end_session, look_up, to_the_end
 from vllm_proxy.engine.state import replace_file
+from vllm_proxy.engine.threads import Away
 
 log = structlog.get_logger()
 
@@ -162,11 +164,15 @@ def _version(python: Path, env: Mapping[str, str]) -> _Version:
 
 
 class OptionTables:
-    """The tables that are known. `folder` keeps them for later daemons; it is made when first needed."""
+    """The tables that are known. `folder` keeps them for later daemons; it is made when first needed.
 
-    def __init__(self, folder: Path, seconds: float = _SECONDS) -> None:
+    `away` has what reads an installation done elsewhere.
+    """
+
+    def __init__(self, folder: Path, seconds: float = _SECONDS, away: Away = asyncio.to_thread) -> None:
         self._folder = folder
         self._seconds = seconds
+        self._away = away
         self._tables: dict[_Version, OptionTable | None] = {}  # None: it failed, and is not tried again
         self._readings: dict[_Version, asyncio.Task[OptionTable | None]] = {}
         self._one_at_a_time = asyncio.Lock()  # an import of vLLM takes a processor and a GB for ten seconds
@@ -183,12 +189,12 @@ class OptionTables:
 
         `env` is what the engine would run with.
         """
-        version = await asyncio.to_thread(_version, python, env)
+        version = await self._away(_version, python, env)
         if version in self._tables:
             return self._tables[version]
         reading = self._readings.get(version)
         if reading is None:
-            reading = asyncio.create_task(self._load(version, env), name=f"options of {python}")
+            reading = ask(self._load(version, env), f"options of {python}")
             self._readings[version] = reading
         try:
             return await asyncio.shield(reading)  # a caller that gives up leaves it to the others
@@ -273,7 +279,7 @@ async def _output(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
     started = process.started if process else 0  # reaped already: what is left of its session is found all the same
     assert child.stdout is not None
     assert child.stderr is not None
-    words = asyncio.create_task(_tail(child.stderr))
+    words = ask(_tail(child.stderr), "last words of a vLLM")
     try:
         output = await _bounded(child.stdout)
     finally:
@@ -290,7 +296,7 @@ async def _output(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
 async def _end(child: asyncio.subprocess.Process, started: int, words: asyncio.Task[str]) -> str:
     """End the whole session; returns its last words."""
     await end_session(child.pid, started, 0.0)
-    exited = asyncio.create_task(child.wait())
+    exited = ask(child.wait(), "end of a vLLM")
     await asyncio.wait({words, exited}, timeout=_LAST_SECONDS)  # whoever has left the session may hold the pipe
     exited.cancel()
     words.cancel()

@@ -11,13 +11,16 @@ import errno
 import os
 import signal
 import subprocess
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 
 from vllm_proxy.domain.diagnose import Exit
+from vllm_proxy.engine import clock
+from vllm_proxy.engine.background import ask
 
 log = structlog.get_logger()
 
@@ -77,9 +80,9 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "cannot become a subreaper")
 
 
-async def to_the_end[**P, T](work: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+async def to_the_end[**P, T](work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
     """Await `work(...)` to its end whatever is cancelled meanwhile; the cancellation is raised behind it."""
-    task = asyncio.ensure_future(work(*args, **kwargs))
+    task = ask(work(*args, **kwargs), getattr(work, "__qualname__", "to the end"))
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
@@ -98,8 +101,8 @@ async def end_session(session: int, started: int, grace_seconds: float) -> bool:
     """
     loop = asyncio.get_running_loop()
     if _signal(session, started, signal.SIGTERM):
-        deadline = loop.time() + grace_seconds
-        while loop.time() < deadline and is_alive(session, started):  # noqa: ASYNC110 - the kernel tells nobody
+        began = loop.time()
+        while clock.elapsed(began) < grace_seconds and is_alive(session, started):  # noqa: ASYNC110 - the kernel tells nobody
             await asyncio.sleep(SWEEP_SECONDS)
     deadline = loop.time() + KILL_SECONDS
     while left := await asyncio.to_thread(members, session, started):

@@ -10,6 +10,7 @@ import structlog
 from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.domain.plan import Action, plan
+from vllm_proxy.engine.background import run_once, tell
 from vllm_proxy.engine.ending import LAST_TRIES_SECONDS, end_engine
 from vllm_proxy.engine.gate import Leaving
 from vllm_proxy.engine.history import History
@@ -122,7 +123,7 @@ class Reconciler:
         """Run every enabled model, on engines of an earlier daemon where they fit. Returns at once."""
         adoptable, others = sort_out(self._state.left_behind(), self.config.models, self._fingerprint)
         self._clearing = [self._clear(record) for record in others]
-        self._clearing.append(asyncio.create_task(self._all_tried(), name="first tries to end what was left"))
+        self._clearing.append(run_once(self._all_tried, "first tries to end what was left"))
         for spec in self.config.models.values():
             self._declare(spec)
         for model in self._models.values():
@@ -225,7 +226,7 @@ class Reconciler:
         elif spec is not None:
             model.become(spec)
         else:
-            end = asyncio.create_task(self._end(model, model.end(keep=False)), name=f"end of {model_id}")
+            end = run_once(partial(self._end, model, model.end(keep=False)), f"end of {model_id}")
             self._ends.add(end)
             end.add_done_callback(self._ends.discard)
 
@@ -237,7 +238,7 @@ class Reconciler:
         model_id = model.spec.id
         del self._models[model_id]
         self.registry.forget(model_id)
-        self._tell(model)
+        tell(self._listeners, model)
         if model_id in self.config.models and not self.stopping.is_set():
             self._follow(model_id)
             self._sort()
@@ -248,12 +249,13 @@ class Reconciler:
         def changed() -> None:
             model_id = record.instance.rpartition("/")[0]
             if model := self._models.get(model_id) or next(iter(self._models.values()), None):
-                self._tell(model)
+                tell(self._listeners, model)
 
         leaving = self._around.gate.leave(frozenset(record.devices), record.instance)
         left = _Left(leaving, changed)
         self._lefts.append(left)
-        task = asyncio.create_task(self._around.launcher.end_left(record, left), name=f"end of {record.instance}")
+        end = partial(self._around.launcher.end_left, record, left)
+        task = run_once(end, f"end of {record.instance}")
         task.add_done_callback(lambda _: left.tried.set())  # whatever ended it
         return task
 
@@ -267,10 +269,8 @@ class Reconciler:
         return self._around.gate.not_ended()
 
     def _changed(self, model: Model) -> None:
+        tell([self._report, *self._listeners], model)
+
+    def _report(self, model: Model) -> None:
         message = model.diagnosis.message if model.diagnosis else None
         self.registry.report(model.spec.id, model.state, message, rests=model.rests)
-        self._tell(model)
-
-    def _tell(self, model: Model) -> None:
-        for listener in self._listeners:
-            listener(model)

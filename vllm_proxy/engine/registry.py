@@ -13,6 +13,7 @@ from typing import Self
 
 from vllm_proxy.domain.config import ModelSpec, Policy
 from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.engine import clock
 from vllm_proxy.engine.wire import Pool
 from vllm_proxy.errors import RequestError
 
@@ -232,7 +233,7 @@ class Registry:
         route = self._routes[model_id]
         if route.in_flight or self.is_awaited(model_id):
             return 0.0
-        return asyncio.get_running_loop().time() - route.idle_since
+        return clock.elapsed(route.idle_since)
 
     def counts(self, model_id: str) -> tuple[int, int]:
         """Requests in flight and requests waiting, of one model."""
@@ -309,19 +310,18 @@ class Registry:
         future: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
         route.waiting.append(future)
         try:
-            async with asyncio.timeout(policy.queue_timeout):
-                return await future
-        except BaseException as error:
+            if await clock.wait({future}, policy.queue_timeout):
+                return future.result()
+        except BaseException:
             if future.done() and not future.cancelled() and future.exception() is None:
                 self.give_back(route, future.result())  # it came in the very moment we left
-            if isinstance(error, TimeoutError):
-                msg = f"cannot serve {route.spec.id}: it was not ready or free within {policy.queue_timeout:g} s"
-                raise RequestError("queue_timeout", msg) from None
             raise
         finally:
             if future in route.waiting:
                 route.waiting.remove(future)
             route.idle_since = asyncio.get_running_loop().time()
+        msg = f"cannot serve {route.spec.id}: it was not ready or free within {policy.queue_timeout:g} s"
+        raise RequestError("queue_timeout", msg)
 
     def _serve_waiting(self, route: Route) -> None:
         while route.waiting and (endpoint := _least_loaded(route)):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.progress import Progress
+from vllm_proxy.engine import clock
 from vllm_proxy.engine.launch import Engine
 from vllm_proxy.engine.probe import Probe, Ready
 
@@ -29,9 +30,9 @@ async def until_ready(
             activity, moved_at = output.activity, loop.time()
         if output.progress != shown:
             show(shown := output.progress)
-        if engine.was_ready and loop.time() - moved_at > _BACK_SECONDS:
+        if engine.was_ready and clock.elapsed(moved_at) > _BACK_SECONDS:
             return Diagnosis(Reason.STALLED, "the adopted engine does not answer any more")
-        if loop.time() - moved_at > (limit := startup_timeout()):
+        if clock.elapsed(moved_at) > (limit := startup_timeout()):
             message = f"nothing happened for {limit:g} s in phase {output.progress.phase}"
             return Diagnosis(Reason.STARTUP_TIMEOUT, f"{message}; see its log, or raise startup_timeout")
         await asyncio.wait({engine.exited}, timeout=_POLL_SECONDS)

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vllm_proxy.errors import RequestError
+from vllm_proxy.regular_file import MOST_BYTES, read_regular_file
 
 _NIX_STORE = Path("/nix/store")
-_NEW_MODE = 0o644
+_NEW_MODE = 0o640  # it may hold keys; umask may narrow it
 _NOT_PERMITTED = {errno.EACCES, errno.EPERM}
 _READ_ONLY = {
     errno.EROFS: "its file system is read-only; change it where it comes from",
@@ -35,10 +36,10 @@ class Store:
         """Its bytes.
 
         Raises:
-            OSError: as it comes.
+            OSError: as it comes, with a `strerror` for people.
 
         """
-        return self.file.read_bytes()
+        return read_regular_file(self.file)
 
     def replace(self, data: bytes) -> None:
         """Write it anew: symbolic links stay and their target is written, with its mode, owner and attributes.
@@ -58,6 +59,10 @@ class Store:
             raise self._refusal(error) from error
         if before is not None and not before.st_mode & 0o222:
             raise self._read_only("it has no write bit; `chmod u+w` it, or change it where it is made, then reload")
+        if before is not None and not stat.S_ISREG(before.st_mode):
+            raise RequestError("config_not_written", f"cannot write {self.file}: it is no regular file")
+        if len(data) > MOST_BYTES:
+            raise RequestError("config_not_written", f"cannot write {self.file}: more than {MOST_BYTES} bytes")
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
         try:
             try:
@@ -72,13 +77,12 @@ class Store:
             raise self._refusal(error) from error
 
     def _write(self, temporary: Path, data: bytes, target: Path, before: os.stat_result | None) -> None:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        first_mode = _NEW_MODE if before is None else 0o600
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, first_mode)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
-            if before is None:
-                os.fchmod(descriptor, _NEW_MODE)
-            else:
+            if before is not None:
                 if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
                     os.fchown(descriptor, before.st_uid, before.st_gid)
                 os.fchmod(descriptor, stat.S_IMODE(before.st_mode))

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -18,6 +19,8 @@ from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.diagnose import Diagnosis, Exit, diagnose
 from vllm_proxy.domain.lifecycle import Event, Life, Phase, Reason, State
 from vllm_proxy.domain.progress import Progress
+from vllm_proxy.engine import clock
+from vllm_proxy.engine.background import ask, keep_running, run_once
 from vllm_proxy.engine.ejection import mind
 from vllm_proxy.engine.ending import Owner
 from vllm_proxy.engine.gate import DeviceGate, Leaving
@@ -120,7 +123,7 @@ class Supervisor:
         self._failures = 0
         self.diagnosis = self._failure = None
         self._move(Event.START)
-        self._task = asyncio.create_task(self._run(record), name=f"supervisor of {self.name}")
+        self._task = run_once(partial(self._run, record), f"supervisor of {self.name}")
 
     def stop(self, *, keep: bool = False) -> asyncio.Task[None]:
         """Stop routing, wait for the requests in flight, end the engine; the task is done when nothing of it is left.
@@ -135,7 +138,7 @@ class Supervisor:
         if keep and self.engine is not None:
             self.engine.keep()
         self._task.cancel()
-        return asyncio.create_task(self._leave(self._task), name=f"stop of {self.name}")
+        return run_once(partial(self._leave, self._task), f"stop of {self.name}")
 
     async def _leave(self, running: asyncio.Task[None]) -> None:
         """It stays `unloading` where nobody tries any more to end what could not be ended."""
@@ -197,8 +200,7 @@ class Supervisor:
         """How long this start may still take, as the last ones of the same spec went; None where nothing is known."""
         if self.state is not State.LOADING or self.engine is None:
             return None
-        elapsed = (datetime.now(UTC) - self.engine.started_at).total_seconds()
-        return progress.estimate(self._history.past_starts(self.spec.engine), elapsed)
+        return progress.estimate(self._history.past_starts(self.spec.engine), self.engine.age_seconds())
 
     def _move(self, event: Event, phase: Phase | None = None, *, generation: int | None = None) -> None:
         before = self._life
@@ -302,8 +304,10 @@ class Supervisor:
         self._move(Event.LISTENING, Phase.SERVING, generation=generation)
         registry.open(self.spec.id, endpoint)
         self.endpoint = endpoint
-        minding = asyncio.create_task(mind(endpoint, self._around.probe, lambda: registry.readmit(self.spec.id)))
-        stalling = asyncio.create_task(until_stalled(endpoint, self._around.probe, self._stall_timeout))
+        readmit = partial(registry.readmit, self.spec.id)
+        minding = keep_running(partial(mind, endpoint, self._around.probe, readmit), f"ejection of {self.name}")
+        stall = partial(until_stalled, endpoint, self._around.probe, self._stall_timeout)
+        stalling = keep_running(stall, f"stall watch of {self.name}")
         try:
             ends: set[asyncio.Future[Any]] = {engine.exited, stalling}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -313,7 +317,7 @@ class Supervisor:
             raise
         else:
             registry.withdraw(self.spec.id, endpoint)  # before anything else, and before anyone is told
-            if loop.time() - since > self.spec.policy.restart.max_backoff:
+            if clock.elapsed(since) > self.spec.policy.restart.max_backoff:
                 self._failures = 0  # it served for a while: what came before is forgiven
             stalled = None if engine.exited.done() else stalling.result()
             if stalled is not None:
@@ -326,11 +330,11 @@ class Supervisor:
 
     async def _drain(self, endpoint: Endpoint, engine: Engine) -> None:
         """Wait for the requests in flight, but not for longer than allowed, nor for a dead engine."""
-        idle = asyncio.ensure_future(endpoint.wait_idle())
-        hurry = asyncio.ensure_future(self._around.hurry.wait())
+        idle = ask(endpoint.wait_idle(), f"last requests of {self.name}")
+        hurry = ask(self._around.hurry.wait(), "hurry")
         waits: set[asyncio.Future[Any]] = {idle, hurry, engine.exited}
         try:
-            await asyncio.wait(waits, timeout=self.spec.policy.drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+            await clock.wait(waits, self.spec.policy.drain_timeout)
         finally:
             idle.cancel()
             hurry.cancel()
@@ -366,7 +370,7 @@ class Supervisor:
     def _note_ready(self, engine: Engine) -> None:
         self.ready_at = datetime.now(UTC)
         self.diagnosis = self._failure = None
-        seconds = round((self.ready_at - engine.started_at).total_seconds(), 1)
+        seconds = round(engine.age_seconds(), 1)
         if not engine.was_ready:
             self._history.started(self.spec.engine, seconds)
         log.info("engine ready", instance=self.name, seconds=seconds)

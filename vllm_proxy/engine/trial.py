@@ -5,6 +5,7 @@ Its one rule: a spec that an engine was ready with is not given up for one that 
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -12,6 +13,7 @@ import structlog
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason, State
+from vllm_proxy.engine.background import run_once
 
 log = structlog.get_logger()
 
@@ -67,7 +69,7 @@ class Trial:
             return wanted
         if self.refusal is None and self._checked != wanted:
             if self._checking is None:
-                self._checking = asyncio.create_task(self._look(self._wanted), name=f"check of {self._wanted.id}")
+                self._begin_check(self._wanted)
             return self._good
         failures = [one.failure for one in instances if one.spec.engine == wanted]
         failure = next((found for found in failures if found and found.reason not in _BY_CHANCE), None)
@@ -90,8 +92,17 @@ class Trial:
         self.refusal = Diagnosis(Reason.REPLACEMENT_FAILED, message)
         log.error("a replacement failed", model=self._wanted.id, reason=failure.reason, message=failure.message)
 
+    def _begin_check(self, wanted: ModelSpec) -> None:
+        # A check that failed has found nothing; what it would have found, the engine tells soon.
+        failed = partial(self._end_check, wanted, None)
+        self._checking = run_once(partial(self._look, wanted), f"check of {wanted.id}", failed)
+
     async def _look(self, wanted: ModelSpec) -> None:
-        found = await self._check.objection(wanted)
+        self._end_check(wanted, await self._check.objection(wanted))
+
+    def _end_check(self, wanted: ModelSpec, found: Diagnosis | None) -> None:
+        if wanted is not self._wanted:
+            return
         self._checking = None
         self._checked = wanted.engine
         if found is not None:

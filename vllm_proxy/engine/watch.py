@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
-from watchfiles import Change, awatch
 
 from vllm_proxy.domain.parse import revision_of
+from vllm_proxy.engine import clock
+from vllm_proxy.engine.background import ask
+from vllm_proxy.engine.inotify import DirectoryEvents
+from vllm_proxy.engine.threads import Away
+from vllm_proxy.regular_file import read_regular_file
 
 log = structlog.get_logger()
 
-_STEP_MS = 20  # without another event, a change is told
-_DEBOUNCE_MS = 200  # a burst is told at the latest after this long
+_SLOW_SECONDS = 10.0  # a look that takes longer is worth a word
+_BLIND_SECONDS = 60.0  # then it is tried again to watch, though the way to the file is the same
 _MOST_LINKS = 40  # as Linux has it
 
 
@@ -44,33 +48,68 @@ def links_to(file: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-async def watch(file: Path, changed: Callable[[], None], adopted: Callable[[], str], poll_seconds: float = 2.0) -> None:
+async def watch(
+    file: Path,
+    changed: Callable[[], None],
+    adopted: Callable[[], str],
+    poll_seconds: float = 2.0,
+    away: Away = asyncio.to_thread,
+) -> None:
     """Call `changed` soon after the file may have changed, until cancelled.
 
     `adopted`: the revision that is followed; a look tells what differs from it, once for each content. A file that
-    is missing is told by a look alone, since editors put another in its place.
+    is missing is told by a look alone, since editors put another in its place. `away` has the looks done elsewhere.
     """
     told: str | None = None
     woken = asyncio.Event()
+
+    def happened(gone: bool) -> None:  # noqa: FBT001 - the signature is given
+        if not gone:
+            changed()
+        woken.set()
+
     while True:
-        way = await asyncio.to_thread(_look, file)
-        events = asyncio.create_task(_events(way, changed, woken))
-        await asyncio.sleep(0)  # it watches: what happens from here on is told, what was before is seen by the look
-        try:
+        way = await _patient_look(file, away)
+        with contextlib.ExitStack() as watching:
+            sees = _begin(watching, way, happened)  # what was before is seen by the look
+            until = asyncio.get_running_loop().time() + _BLIND_SECONDS
             while True:
                 woken.clear()
-                now = await asyncio.to_thread(_look, file)
+                now = await _patient_look(file, away)
                 if now.revision not in {adopted(), told}:
                     changed()
                 told = now.revision
-                if (now.names, now.folders) != (way.names, way.folders) or events.done():
+                if (now.names, now.folders) != (way.names, way.folders):
                     break  # another way leads to it: that is to be watched
+                if not sees and asyncio.get_running_loop().time() > until:
+                    break
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(poll_seconds):
                         await woken.wait()
-        finally:
-            events.cancel()
-            await asyncio.wait({events})
+
+
+def _begin(watching: contextlib.ExitStack, way: "_Look", happened: Callable[[bool], None]) -> bool:
+    """Whether events tell of what happens on the way to the file."""
+    folders = {folder for folder, _, _ in way.folders}
+    try:
+        watching.enter_context(DirectoryEvents(folders, way.names, happened))
+    except OSError as error:
+        log.warning("the configuration is looked at now and then, since it cannot be watched", error=error.strerror)
+        return False
+    return True
+
+
+async def _patient_look(file: Path, away: Away) -> "_Look":
+    """A look, however long its disk takes; that it takes long is said, once."""
+    look = ask(away(_look, file), "look at the configuration file")
+    try:
+        if not await clock.wait({look}, _SLOW_SECONDS):
+            log.error("the configuration file cannot be looked at: its disk does not answer", file=str(file))
+            await asyncio.wait({look})
+            log.info("the configuration file can be looked at again", file=str(file))
+        return look.result()
+    finally:
+        look.cancel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,28 +129,7 @@ def _look(file: Path) -> _Look:
             found = os.stat(folder)  # noqa: PTH116 - as above
             folders.add((folder, found.st_dev, found.st_ino))
     try:
-        revision = revision_of(file.read_bytes())
+        revision = revision_of(read_regular_file(file))
     except OSError:
         revision = ""
     return _Look(names, frozenset(folders), revision)
-
-
-async def _events(now: _Look, changed: Callable[[], None], woken: asyncio.Event) -> None:
-    def ours(_: Change, path: str) -> bool:
-        return path in now.names
-
-    watched = awatch(
-        *sorted(folder for folder, _, _ in now.folders),
-        watch_filter=ours,
-        debounce=_DEBOUNCE_MS,
-        step=_STEP_MS,
-        recursive=False,
-    )
-    try:
-        async for changes in watched:
-            if any(change is not Change.deleted for change, _ in changes):
-                changed()
-            woken.set()
-    except (OSError, RuntimeError) as error:  # too many watches, a directory that went meanwhile
-        log.warning("the configuration is looked at now and then, since it cannot be watched", error=str(error))
-        await asyncio.Event().wait()

@@ -1,0 +1,86 @@
+"""Time in which this process ran. Its one rule: nothing is called too slow before it had a chance to move.
+
+A paused container, a frozen cgroup, a machine that is moved elsewhere: when it goes on, its clocks have moved and
+nothing else has. So whoever judges by time asks here: where the event loop itself stood still, every wait begins anew.
+"""
+
+import asyncio
+import os
+import time
+import weakref
+from collections.abc import Collection
+from typing import Any
+
+import structlog
+
+log = structlog.get_logger()
+
+_PULSE_SECONDS = 0.25
+_STOOD_STILL_SECONDS = 1.0  # without a pulse for so long, the loop did not run
+_SHORTEST_WAIT_SECONDS = 1e-6
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+
+
+class Pulse:
+    """Notices that an event loop stood still. Use as a context manager, on that loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._last = self._since = self._loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> None:
+        _pulses[self._loop] = self
+        self._beat()
+
+    def __exit__(self, *_: object) -> None:
+        del _pulses[self._loop]
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def ran_since(self) -> float:
+        """Since when the loop has run without a break, on its clock."""
+        now, last = self._loop.time(), self._last
+        self._last = now
+        if now - last > _STOOD_STILL_SECONDS:
+            self._since = now
+            log.warning("the daemon stood still: what waits for time to pass begins anew", seconds=round(now - last, 1))
+        return self._since
+
+    def _beat(self) -> None:
+        self._timer = self._loop.call_later(_PULSE_SECONDS, self._beat)
+        self.ran_since()
+
+
+_pulses: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pulse] = weakref.WeakKeyDictionary()
+
+
+def elapsed(since: float) -> float:
+    """Seconds since a time of the running loop's clock, or since it last stood still, which is later."""
+    loop = asyncio.get_running_loop()
+    pulse = _pulses.get(loop)
+    return loop.time() - (max(since, pulse.ran_since()) if pulse else since)
+
+
+async def wait(futures: Collection[asyncio.Future[Any]], seconds: float) -> bool:
+    """Wait until one of the futures is done, for so many seconds at most; whether one is."""
+    began = asyncio.get_running_loop().time()
+    left = seconds
+    while not any(future.done() for future in futures):
+        if left < _SHORTEST_WAIT_SECONDS:
+            return False
+        await asyncio.wait(futures, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        left = seconds - elapsed(began)
+    return True
+
+
+async def sleep(seconds: float) -> None:
+    """Until so many seconds have passed."""
+    began = asyncio.get_running_loop().time()
+    while (left := seconds - elapsed(began)) >= _SHORTEST_WAIT_SECONDS:  # noqa: ASYNC110 - time is what it waits for
+        await asyncio.sleep(left)
+
+
+def seconds_since_ticks(ticks: int) -> float:
+    """How long ago a process started, as /proc tells it: in clock ticks since boot. No wall clock is asked."""
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / _TICKS_PER_SECOND)

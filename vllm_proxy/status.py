@@ -1,0 +1,102 @@
+"""What `systemctl status` shows: the fleet in one sentence. Its one rule: it is short, however large the fleet is."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.engine.desired import Desired
+from vllm_proxy.engine.model import Model
+from vllm_proxy.engine.reconciler import Reconciler
+
+_NAMED = 5  # models of each state
+_LONGEST = 1500  # characters: systemd drops a message of more than 4,096 bytes
+_LONGEST_PROBLEM = 300
+_BETWEEN_SECONDS = 0.25
+_ORDER = (State.LOADING, State.UNLOADING, State.ERROR, State.STOPPED)
+
+
+class StatusLine:
+    """Gives `show` the sentence after changes: for many of them once, and at most four times a second."""
+
+    def __init__(self, sentence: Callable[[], str], show: Callable[[str], None]) -> None:
+        self._sentence = sentence
+        self._show = show
+        self._loop = asyncio.get_running_loop()
+        self._shown_at = self._loop.time() - _BETWEEN_SECONDS
+        self._timer: asyncio.TimerHandle | None = None
+
+    def changed(self, _: object = None) -> None:
+        """There may be something new to say."""
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._shown_at + _BETWEEN_SECONDS, self.show)
+
+    def show(self) -> None:
+        """Say it now."""
+        self.close()
+        self._shown_at = self._loop.time()
+        self._show(self._sentence())
+
+    def close(self) -> None:
+        """Say nothing of what has changed."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def sentence(reconciler: Reconciler, desired: Desired | None = None) -> str:
+    """The fleet in one sentence: "2 of 3 models ready; loading: chat; error: old"."""
+    ready, asleep = 0, list[Model]()
+    by_state = defaultdict[State, list[Model]](list)
+    for model in reconciler.models():
+        if not model.spec.policy.enabled:
+            continue
+        state = model.state
+        if state is State.READY:
+            ready += 1
+        elif state is not State.STOPPED or model.rests:
+            by_state[state].append(model)
+        elif model.sleeps:
+            asleep.append(model)
+        else:  # between two engines: it starts in a moment
+            by_state[State.LOADING].append(model)
+    text = f"{ready} of {ready + sum(map(len, by_state.values()))} models ready"
+    for state in _ORDER:
+        if state in by_state:
+            text += f"; {state}: {_named(by_state[state])}"
+    text += f"; on demand: {_named(asleep)}" if asleep else ""
+    if left := list(reconciler.not_ended()):
+        text += f"; not ended: {_listed(left)}"
+    problem = ""
+    if desired is not None and (rejected := desired.rejected):
+        first = rejected.problems[0].render(rejected.file)
+        problem = f"; configuration rejected: {_cut(first, _LONGEST_PROBLEM)}"
+    return _cut(text, _LONGEST - len(problem)) + problem
+
+
+def _named(models: Sequence[Model]) -> str:
+    """The first ones, and how many more there are."""
+    shown = [_with_progress(model) for model in models[:_NAMED]]
+    return _listed([*shown, *(model.spec.id for model in models[_NAMED:])])
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _with_progress(model: Model) -> str:
+    """The id, and for a model that loads its phase, how much of that is done, and how long it may take."""
+    loading = next((one for one in model.instances if one.state is State.LOADING), None)
+    if model.state is not State.LOADING or loading is None or loading.phase is None:
+        return model.spec.id
+    facts = loading.phase.value
+    if loading.fraction is not None:
+        facts += f" {loading.fraction:.0%}"
+    if left := round(loading.seconds_left() or 0):
+        facts += f", about {left} s left"
+    return f"{model.spec.id} ({facts})"
