@@ -182,7 +182,7 @@ def _act(options: argparse.Namespace) -> int:
     resource = uvloop.run(control.act(loaded, options.action, options.model, say))
     if options.json:
         _say(json.dumps(resource))
-    return FAILED if control.failed(resource) else OK
+    return FAILED if control.failed(resource, options.action) else OK
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.settings import Settings
 
 _POLL_SECONDS = 0.2
+_OFTEN = 5  # looks in a row
 
 type Say = Callable[[str], None]
 
@@ -32,14 +33,15 @@ async def act(settings: Settings, action: str, model_id: str, say: Say) -> Resou
     async with connected(settings) as daemon:
         before = _engines(await daemon.ask("GET", path))
         resource = await daemon.ask("POST", f"{path}/{action}")
-        said = ""
-        while not (_at_rest(resource, action, before) or _is_stuck(resource)):
+        said, against = "", 0  # how often in a row it went another way than it was told to
+        while not (_at_rest(resource, action, before) or _is_stuck(resource) or against >= _OFTEN):
             now = f"{model_id}: {_sentence(resource)}"
             if now != said:
                 say(now)
             said = now
             await asyncio.sleep(_POLL_SECONDS)
             resource = await daemon.ask("GET", path)
+            against = against + 1 if _goes_another_way(resource, action) else 0
         say(f"{model_id}: {_sentence(resource)}")
         return dict(resource)
 
@@ -101,7 +103,7 @@ async def stop_all(settings: Settings, say: Say) -> Resource:
     if errors := list(dict.fromkeys(str(error) for error in found if isinstance(error, CommandError))):
         raise CommandError("; ".join(errors))
     resources = [resource for resource in found if not isinstance(resource, BaseException)]
-    return {"models": resources, "engines": [], "ended": not any(_is_stuck(resource) for resource in resources)}
+    return {"models": resources, "engines": [], "ended": not any(failed(one, "stop") for one in resources)}
 
 
 async def _end_left(settings: Settings, say: Say) -> Resource:
@@ -153,9 +155,21 @@ def _path(model_id: str) -> str:
     return f"/models/{quote(model_id, safe='', errors='surrogateescape')}"
 
 
-def failed(resource: Resource) -> bool:
-    """Whether the model rests in error, or an engine that cannot be ended is in the way."""
-    return bool(resource["status"]["state"] == "error") or _is_stuck(resource)
+def failed(resource: Resource, action: str) -> bool:
+    """Whether a model has not come to where the action was to bring it; one that has gone to sleep again has."""
+    state, effective = resource["status"]["state"], resource["effective"]
+    if state == "error" or _is_stuck(resource):
+        return True
+    if action == "stop":
+        return bool(state != "stopped")
+    sleeps = effective["start"] == "on-demand" and effective["enabled"] and resource["status"]["reason"] is None
+    return state == "stopped" and not sleeps
+
+
+def _goes_another_way(resource: Resource, action: str) -> bool:
+    """Whether somebody else may have told it something else; a model that is started anew is stopped for a moment."""
+    states = {one["state"] for one in resource["status"]["instances"]}
+    return bool(states & {"loading", "ready"}) if action == "stop" else states == {"stopped"}
 
 
 def _is_stuck(resource: Resource) -> bool:

@@ -115,7 +115,7 @@ def test_any_other_page_is_refused(origin: str) -> None:
     [
         (("http://ui.lan",), None),
         (("*",), None),
-        (("http://ui.lan:80",), "origin_not_allowed"),
+        (("http://ui.lan:81",), "origin_not_allowed"),
         (("http://ui.lan.evil.example",), "origin_not_allowed"),
     ],
 )

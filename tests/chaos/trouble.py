@@ -9,6 +9,7 @@ import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -41,6 +42,9 @@ model = "x"
 start = "on-demand"
 idle_timeout = "1s"
 """
+
+
+MODELS_SERVED = ("a", "b", "rare")
 
 
 class Fleet:
@@ -167,7 +171,7 @@ def _signal(pid: int, number: signal.Signals) -> None:
 
 
 async def nothing_is_wrong(fleet: Fleet) -> None:
-    """At rest: every model is ready or sleeps, no request is counted, and no process is without an owner.
+    """At rest: every model serves, no request is counted, and no process is without an owner.
 
     Raises:
         AssertionError: when something is.
@@ -175,8 +179,10 @@ async def nothing_is_wrong(fleet: Fleet) -> None:
     """
     daemon = fleet.daemon
     await daemon.post("/models/rare/start", {}, 202)
-    await daemon.all_ready()
-    listing = await daemon.eventually("/models", lambda found: all(_idle(model) for model in found["models"]))
+    for name in MODELS_SERVED:
+        await daemon.post("/v1/chat/completions", {"model": name, "messages": [{"role": "user", "content": "hi"}]})
+    await daemon.post("/models/rare/stop", {}, 202)  # else it goes to sleep while it is counted
+    listing = await daemon.eventually("/models", lambda found: all(_rests(model) for model in found["models"]))
     engines = {one["pid"] for model in listing["models"] for one in model["status"]["instances"] if one["pid"]}
     await daemon.eventually("/health", lambda _: not fleet.strays(engines))
     await daemon.eventually("/health", lambda _: len(list((fleet.folder / "run").glob("vp-*"))) == len(engines))
@@ -190,5 +196,7 @@ async def nothing_is_wrong(fleet: Fleet) -> None:
     assert "fault of the daemon" not in log
 
 
-def _idle(model: dict[str, dict[str, int]]) -> bool:
-    return (model["status"]["in_flight"], model["status"]["queued"]) == (0, 0)
+def _rests(model: dict[str, Any]) -> bool:
+    status, wanted = model["status"], "stopped" if model["id"] == "rare" else "ready"
+    idle = (status["in_flight"], status["queued"]) == (0, 0)
+    return idle and all(instance["state"] == wanted for instance in status["instances"])

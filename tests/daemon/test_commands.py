@@ -58,6 +58,23 @@ async def test_a_start_that_fails_exits_with_1_and_the_reason(tmp_path: Path, po
         assert "BadLuck: no" in out
 
 
+async def test_who_waits_for_a_model_is_told_that_somebody_else_wants_it_otherwise(
+    tmp_path: Path, port_start: int
+) -> None:
+    """Instead of waiting for ever; but a model that has gone to sleep again was started."""
+    models = CHAT + f'args = {{ fake_phase_until = "weights={tmp_path / "never"}" }}\n'
+    models += '[models.quick]\nmodel = "x"\nstart = "on-demand"\nidle_timeout = "50ms"\n'
+    async with daemon(fake_engines(port_start) + models, tmp_path) as running:
+        before = (await running.once("chat", lambda one: one["pid"] is not None))["pid"]
+        starting = asyncio.create_task(vllm_proxy(tmp_path, "restart", "chat"))
+        await running.once("chat", lambda one: one["pid"] not in {None, before})
+        await running.post("/models/chat/stop", {}, 202)
+        quick = await vllm_proxy(tmp_path, "start", "quick")
+        assert quick[0] == 0
+        status, out, _ = await starting
+        assert (status, out.splitlines()[-1]) == (1, "chat: stopped: stopped by hand; start it by hand, or change it")
+
+
 async def test_what_the_daemon_does_not_know_or_allow_is_1(tmp_path: Path, port_start: int) -> None:
     """A model that there is not, one that is disabled: in the daemon's words."""
     async with daemon(fake_engines(port_start) + CHAT + "enabled = false\n", tmp_path):
