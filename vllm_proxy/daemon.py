@@ -153,7 +153,7 @@ async def _run(
     stack.callback(status.close)
     reconciler.listen(status.changed)
     desired.listen(status.changed)
-    parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines)
+    parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines, commands)
     runner = app.build(parts, _LAST_WORDS_SECONDS)
     following: asyncio.Task[None] | None = None
     reconciler.start()

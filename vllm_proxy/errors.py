@@ -92,6 +92,21 @@ class EngineFailedError(RequestError):
         super().__init__("engine_failed", message)
 
 
+class LateRequestError(RequestError):
+    """A client did not send its request in time. The code is that of an answer that took too long, the status is not.
+
+    With 408 the client was too slow, with 504 the engine.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("request_timeout", message)
+
+    @property
+    def status(self) -> int:
+        """408, Request Timeout."""
+        return 408
+
+
 STATUS = {
     "invalid_json": 400,
     "missing_model": 400,
@@ -118,8 +133,10 @@ STATUS = {
     "model_disabled": 503,
     "model_stopped": 503,
     "queue_full": 503,
+    "overloaded": 503,
     "shutting_down": 503,
     "queue_timeout": 504,
     "request_timeout": 504,
     "config_not_written": 507,
+    "storage_full": 507,
 }

@@ -3,7 +3,7 @@
 import importlib.metadata
 import inspect
 
-from aiohttp import web, web_protocol, web_request
+from aiohttp import StreamReader, base_protocol, web, web_protocol, web_request
 from aiohttp.http_exceptions import LineTooLong
 
 from vllm_proxy.api import front
@@ -50,3 +50,16 @@ def test_a_request_shows_what_the_relay_reads_of_it() -> None:
     """raw_path, raw_headers, version, keep_alive, transport and content are properties of BaseRequest."""
     for name in ("raw_path", "raw_headers", "version", "keep_alive", "transport", "content", "protocol", "method"):
         assert hasattr(web_request.BaseRequest, name), name
+
+
+def test_a_connection_has_what_the_looks_at_it_read() -> None:
+    """What a connection does now, and the timer of its rest, are kept under these names; the server has all of them."""
+    slots = {*web_protocol.RequestHandler.__slots__, *base_protocol.BaseProtocol.__slots__}
+    assert slots >= {
+        "_messages", "_waiter", "_current_request", "_request_count", "_keepalive_handle", "_lingering_time",
+        "_paused", "_reading_paused", "_upgraded", "transport",
+    }  # fmt: skip
+    assert "self._process_keepalive" in inspect.getsource(web_protocol.RequestHandler.connection_made)
+    assert "self._lingering_time" in inspect.getsource(web_protocol.RequestHandler.start)
+    assert "self._connections" in inspect.getsource(web.Server)
+    assert hasattr(StreamReader, "set_exception")

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_proxy.api.budget import Budget
 from vllm_proxy.api.call import Call
 from vllm_proxy.api.multipart import Upload
+from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
 
 BOUNDARY = "----b0undary"
@@ -41,6 +43,7 @@ class Request:
         self.raw_headers = ((b"Content-Type", kind.encode()),)
         self.head: dict[bytes, bytes] = {b"content-type": kind.encode()}
         self.request = self
+        self.held = 0
 
 
 def part(head: str, value: bytes) -> bytes:
@@ -67,7 +70,7 @@ def cut_at(data: bytes, places: list[int]) -> list[bytes]:
 def received(pieces: list[bytes], kind: str = KIND, limit: int = 2**26) -> Upload:
     """The upload."""
     call: Any = Request(pieces, kind)
-    return asyncio.run(Upload.receive(cast("Call", call), limit))
+    return asyncio.run(Upload.receive(cast("Call", call), Server(max_body_size=limit), Budget()))
 
 
 def refusal(body: bytes, kind: str = KIND, limit: int = 2**26) -> str:
@@ -166,7 +169,7 @@ def test_a_form_over_the_limit_is_refused_as_soon_as_it_is() -> None:
     pieces = cut_at(body, [1000, 2000, 3000])
     call: Any = Request(pieces, KIND)
     with pytest.raises(RequestError):
-        asyncio.run(Upload.receive(call, 1500))
+        asyncio.run(Upload.receive(call, Server(max_body_size=1500), Budget()))
     assert len(call.content.pieces) == 2
     with received([body], limit=len(body)) as upload:
         assert len(upload) == len(body)
@@ -209,7 +212,7 @@ def test_no_form_is_a_fault(kind: bytes, body: bytes) -> None:
     async def receive() -> None:
         request = Request([body], "")
         request.raw_headers = ((b"Content-Type", kind),)
-        with await Upload.receive(cast("Call", request), 10**6) as upload:
+        with await Upload.receive(cast("Call", request), Server(), Budget()) as upload:
             assert upload.model
 
     with contextlib.suppress(RequestError):

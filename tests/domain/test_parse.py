@@ -52,6 +52,10 @@ def test_an_empty_file_is_valid() -> None:
         "allowed_hosts": (),
         "allow_remote_admin": False,
         "max_body_size": 67108864,
+        "max_buffered": 2**30,
+        "max_connections": 0,
+        "head_timeout": 30.0,
+        "body_timeout": 60.0,
         "shutdown_timeout": 30.0,
         "on_exit": "stop",
     }

@@ -23,6 +23,14 @@ def is_loopback(host: str) -> bool:
         return host.lower() in _LOOPBACK_NAMES or host.lower().endswith(".localhost")
 
 
+def is_command(at: socket.socket | None, commands: str) -> bool:
+    """Whether a connection came by the control socket, whose address is `commands`.
+
+    Another Unix socket may be a web server's way to the daemon.
+    """
+    return at is not None and at.family == socket.AF_UNIX and os.fsdecode(at.getsockname()) == commands
+
+
 class Access:
     """The rules for one set of listening addresses."""
 
@@ -41,7 +49,7 @@ class Access:
 
         """
         server = self._server()
-        if self._is_command(request):
+        if is_command(request.get_extra_info("socket"), self._commands):
             return  # the control socket: its file has an owner
         if not self._local:
             if public:
@@ -60,11 +68,6 @@ class Access:
         if request.body_exists and request.content_type not in _DECLARED:  # a page sends other types unasked
             msg = f"cannot take a body of type {request.content_type}: declare it as application/json or text/toml"
             raise RequestError("unsupported_media_type", msg)
-
-    def _is_command(self, request: web.Request) -> bool:
-        """Whether it came by the control socket: another Unix socket may be a web server's way to the daemon."""
-        at = request.get_extra_info("socket")
-        return getattr(at, "family", None) == socket.AF_UNIX and os.fsdecode(at.getsockname()) == self._commands
 
     def _check_host(self, host: str, server: Server) -> None:
         allowed = {name.lower() for name in server.allowed_hosts}

@@ -1,7 +1,7 @@
 """All routes in one table. Its one rule: a path that is not in the table does not reach an engine."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import aiohttp
 from aiohttp import web
@@ -9,13 +9,14 @@ from aiohttp import web
 from vllm_proxy.api import config, docs, logs, models, openai
 from vllm_proxy.api.access import Access
 from vllm_proxy.api.access_log import AccessLog
+from vllm_proxy.api.budget import Budget
 from vllm_proxy.api.call import Call, observed
 from vllm_proxy.api.cors import Cors
 from vllm_proxy.api.envelope import Handler, envelope
 from vllm_proxy.api.events import Events
-from vllm_proxy.api.front import Direct, FrontRunner
+from vllm_proxy.api.front import Direct, FrontRunner, client_of
 from vllm_proxy.api.metrics import Metrics
-from vllm_proxy.api.realtime import realtime
+from vllm_proxy.api.realtime import Sessions, realtime
 from vllm_proxy.domain.config import Server
 from vllm_proxy.engine.desired import Desired
 from vllm_proxy.engine.model import Model
@@ -47,6 +48,8 @@ class Parts:
     engines: aiohttp.ClientSession
     access: Access
     access_log: AccessLog | None
+    commands: str = ""  # the address of the control socket
+    budget: Budget = field(default_factory=Budget)
 
     def server(self) -> Server:
         """The `[server]` table now."""
@@ -55,9 +58,12 @@ class Parts:
 
 def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     """The server, ready to be given sockets."""
-    metrics = Metrics(parts.reconciler, parts.registry, parts.desired.reloads)
+    metrics = Metrics(
+        parts.reconciler, parts.registry, parts.desired.reloads, lambda: (runner.connections, parts.budget.held)
+    )
 
     def observe(call: Call) -> None:
+        parts.budget.give_back(call)
         metrics.count(call)
         if parts.access_log is not None:
             parts.access_log.write(call)
@@ -78,19 +84,22 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     for path in UNSUPPORTED:
         app.router.add_route("*", path, openai.unsupported)
         app.router.add_route("*", path + "/{rest:.*}", openai.unsupported)
-    return FrontRunner(app, direct, keepalive_timeout=75, shutdown_timeout=shutdown_seconds)
+    runner = FrontRunner(
+        app, direct, parts.server, parts.commands, keepalive_timeout=75, shutdown_timeout=shutdown_seconds
+    )
+    return runner
 
 
 def _inference(
     parts: Parts, observe: Callable[[Call], None], cors: Cors
 ) -> tuple[dict[tuple[str, str], Direct], list[tuple[str, str, Handler]]]:
     """The inference routes: those with a fixed path, past the router; and all of them, for the router."""
-    by_json = openai.by_json_model(parts.registry, parts.server)
-    by_form = openai.by_form_model(parts.registry, parts.server)
-    by_asking = openai.by_asking(parts.registry, parts.server)
+    by_json = openai.by_json_model(parts.registry, parts.server, parts.budget)
+    by_form = openai.by_form_model(parts.registry, parts.server, parts.budget)
+    by_asking = openai.by_asking(parts.registry, parts.server, parts.budget)
     direct = {("POST", path): observed("POST", path, by_json, observe, cors) for path in BY_JSON_MODEL}
     direct |= {("POST", path): observed("POST", path, by_form, observe, cors) for path in BY_FORM_MODEL}
-    sessions = realtime(parts.registry, parts.engines, parts.server)
+    sessions = realtime(Sessions(parts.registry, parts.engines, parts.server, parts.budget))
     table: list[tuple[str, str, Handler]] = [(method, path, handler) for (method, path), handler in direct.items()]
     table += [
         ("GET", "/v1/responses/{id}", observed("GET", "/v1/responses/{id}", by_asking, observe, cors)),
@@ -104,7 +113,7 @@ def _inference(
 
 def _administration(parts: Parts, metrics: Metrics) -> list[tuple[str, str, Handler]]:
     reconciler, registry = parts.reconciler, parts.registry
-    writes = config.Writes(parts.desired, reconciler, parts.server)
+    writes = config.Writes(parts.desired, reconciler, parts.server, parts.budget)
     events = Events(reconciler, parts.desired)
     actions = {"start": Model.start, "stop": Model.stop, "restart": Model.restart}
     return [
@@ -126,6 +135,9 @@ def _administration(parts: Parts, metrics: Metrics) -> list[tuple[str, str, Hand
 def _guarded(parts: Parts, handler: Handler, *, public: bool = False) -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
         parts.access.check(request, public=public)
-        return await handler(request)
+        try:
+            return await handler(request)
+        finally:
+            parts.budget.give_back(client_of(request))
 
     return handle

@@ -4,9 +4,12 @@ import asyncio
 from typing import Any
 
 import msgspec
+from aiohttp import StreamReader
 
+from vllm_proxy.api.budget import Budget, Holder
 from vllm_proxy.api.call import Call
 from vllm_proxy.api.front import ask_for_body, check_codings, check_expectation
+from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.scan import find_member
 from vllm_proxy.errors import RequestError
 
@@ -23,33 +26,32 @@ _named = msgspec.json.Decoder(_Named)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # not JSON's, but engines take it
 
 
-def check_head(call: Call, limit: int) -> None:
+def check_head(call: Call, server: Server, budget: Budget) -> None:
     """Refuse a body that cannot be taken before any of it is read, and ask for one that waits to be asked for.
 
     Raises:
-        RequestError: `request_too_large`, `unsupported_media_type`, `bad_request` or `expectation_failed`.
+        RequestError: `request_too_large`, `overloaded`, `unsupported_media_type`, `bad_request` or
+            `expectation_failed`.
 
     """
+    length = call.head.get(b"content-length")
+    if length is not None:
+        budget.check_length(int(length), server)
+    _check_framing(call)
+    if b"expect" in call.head and check_expectation(call.request, call.head[b"expect"].decode("latin-1")):
+        ask_for_body(call.request)
+
+
+def _check_framing(call: Call) -> None:
     head = call.head
-    length = head.get(b"content-length")
-    if length is not None and int(length) > limit:
-        raise too_large(limit)
     if b"transfer-encoding" in head or b"content-encoding" in head:
         check_codings(
             head.get(b"transfer-encoding", b"chunked").decode("latin-1"),
             head.get(b"content-encoding", b"").decode("latin-1"),
         )
-    if b"expect" in head and check_expectation(call.request, head[b"expect"].decode("latin-1")):
-        ask_for_body(call.request)
 
 
-def too_large(limit: int) -> RequestError:
-    """The refusal of a body over the limit, in bytes."""
-    msg = f"cannot take this request: its body is larger than server.max_body_size ({limit} bytes)"
-    return RequestError("request_too_large", msg)
-
-
-def body_at_hand(call: Call, limit: int) -> bytes:
+def body_at_hand(call: Call, server: Server, budget: Budget) -> bytes:
     """A body that came together with its head, as small ones do; b"" where there is more to wait for.
 
     Raises:
@@ -59,29 +61,30 @@ def body_at_hand(call: Call, limit: int) -> bytes:
     content = call.request.content
     if not content.is_eof() or b"expect" in call.head:
         return b""
-    check_head(call, limit)
+    _check_framing(call)
     data = content.read_nowait()
-    if len(data) > limit:  # in chunks, which declare no length
-        raise too_large(limit)
+    budget.take(call, len(data), server)
     return data
 
 
-async def read_body(call: Call, limit: int) -> bytes:
+async def read_body(call: Call, server: Server, budget: Budget) -> bytes:
     """The whole body.
 
     Raises:
-        RequestError: as `check_head`.
+        RequestError: as `check_head`, and `request_timeout` where it stops coming.
 
     """
-    check_head(call, limit)
-    content = call.request.content
-    parts, size = [], 0
+    check_head(call, server, budget)
+    return await read_content(call.request.content, call, server, budget)
+
+
+async def read_content(content: StreamReader, holder: Holder, server: Server, budget: Budget) -> bytes:
+    """As `read_body`, of a request whose head has been looked at."""
+    parts = []
     while not content.at_eof():
         part = await content.readany()
+        budget.take(holder, len(part), server)
         parts.append(part)
-        size += len(part)
-        if size > limit:
-            raise too_large(limit)
     return b"".join(parts)
 
 

@@ -30,6 +30,7 @@ class Call:
     cors: Mapping[str, str] = MappingProxyType({})  # headers for the page that asks
     status = 0
     bytes_out = 0
+    held = 0  # bytes of its body that are counted in the budget
     retries = 0
 
     def __init__(self, request: web.BaseRequest, route: str, start_line: bytes) -> None:
@@ -99,6 +100,9 @@ def _refuse(call: Call, error: RequestError) -> web.StreamResponse:
     response.headers.update(call.cors)
     if call.model:
         response.headers["X-Vllm-Proxy-Model"] = call.model
-    if error.code in {"request_too_large", "unsupported_media_type", "bad_request", "expectation_failed"}:
+    if (
+        error.code in {"unsupported_media_type", "bad_request", "expectation_failed"}
+        or not call.request.content.is_eof()
+    ):
         response.force_close()  # the rest of the body is not worth reading
     return response

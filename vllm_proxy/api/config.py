@@ -8,7 +8,10 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from vllm_proxy.api.body import read_content
+from vllm_proxy.api.budget import Budget
 from vllm_proxy.api.envelope import Handler, json_response
+from vllm_proxy.api.front import client_of
 from vllm_proxy.api.models import resource
 from vllm_proxy.domain import edit
 from vllm_proxy.domain.config import Server
@@ -26,10 +29,12 @@ _OF_A_MODEL = re.compile(r"models\b")
 class Writes:
     """The handlers of one daemon."""
 
-    def __init__(self, desired: Desired, reconciler: Reconciler, server: Callable[[], Server]) -> None:
+    def __init__(self, desired: Desired, reconciler: Reconciler, server: Callable[[], Server], budget: Budget) -> None:
+        """`server`: the `[server]` table now; `budget`: bodies count there until their request has ended."""
         self._desired = desired
         self._reconciler = reconciler
         self._server = server
+        self._budget = budget
 
     # /models
 
@@ -160,14 +165,9 @@ class Writes:
         return await self._body(request)
 
     async def _body(self, request: web.Request) -> bytes:
-        limit = self._server().max_body_size
-        body = bytearray()
-        async for chunk in request.content.iter_any():
-            body += chunk
-            if len(body) > limit:
-                msg = f"cannot take this request: its body is larger than server.max_body_size ({limit} bytes)"
-                raise RequestError("request_too_large", msg)
-        return bytes(body)
+        server = self._server()
+        self._budget.check_length(request.content_length or 0, server)
+        return await read_content(request.content, client_of(request), server, self._budget)
 
 
 def routes(writes: Writes, model_path: str) -> list[tuple[str, str, Handler]]:

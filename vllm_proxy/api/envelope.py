@@ -79,7 +79,10 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except RequestError as error:
-        return refusal(request, error)
+        response = refusal(request, error)
+        if not request.content.is_eof():
+            response.force_close()  # the rest of its body is not worth reading
+        return response
     except web.HTTPException as error:
         response = refusal(request, as_request_error(request, error))
         if "Allow" in error.headers:

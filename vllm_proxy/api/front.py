@@ -1,115 +1,133 @@
-"""The seam to aiohttp's server: everything that touches its inside is in this file, and tests pin it.
+"""The seam to aiohttp's server: everything that touches its inside is here and in `client.py`, and tests pin it.
 
 What it adds to `aiohttp.web`: routes that are found without the router and answer by writing to the client's
-transport; a slow client that slows its engine; errors of the HTTP parser in the envelope; request shapes that
-aiohttp's parser lets pass and that a proxy must not.
+transport; a bound on connections, and a look at each of them once a second; request shapes that aiohttp's parser lets
+pass and that a proxy must not.
 """
 
 import asyncio
+import resource
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, cast
 
 import structlog
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http_exceptions import LineTooLong
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
 
+from vllm_proxy.api.access import is_command
+from vllm_proxy.api.client import ClientConnection, Refused, in_bytes
 from vllm_proxy.api.envelope import refusal
-from vllm_proxy.api.exchange import Exchange, end_in_reset
+from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
 
 log = structlog.get_logger()
 
-_LOOK_SECONDS = 0.01
+_WIND_DOWN_SECONDS = 0.01  # between two looks for what still has to end
+_LOOK_SECONDS = 1.0
+_OPEN_FILES = 2**20  # where there is no limit
+_RESERVED_FILES = 256  # for the engines' logs and processes, files that are written, and clients that are refused
+_REFUSED_AT_ONCE = 64  # so many stay until they have heard it; more are closed at once
+_TOO_MANY = in_bytes(
+    RequestError(
+        "overloaded",
+        "cannot take this connection: there are as many as server.max_connections or the limit of open files allows;"
+        " try again",
+        retry_after=1,
+    )
+)
 
 type Direct = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
-class ClientConnection(RequestHandler):
-    """One client's connection. `exchange` is the answer that is being written to it."""
-
-    __slots__ = ("asked", "end_orderly", "exchange")
-
-    def __init__(self, manager: web.Server, *, loop: asyncio.AbstractEventLoop, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's options
-        super().__init__(manager, loop=loop, **kwargs)
-        self.exchange: Exchange | None = None
-        self.asked = False  # for anything yet
-        self.end_orderly: asyncio.Transport | None = None  # its own, once an answer that its end frames is whole
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether it waits for another request. Closed in the middle of one, it would drop the rest of its body."""
-        return self.asked and self._waiter is not None and not self._messages
-
-    @property
-    def is_asking(self) -> bool:
-        """Whether its first request, or the rest of one, is still to come."""
-        request = self._current_request
-        return not self.asked or (request is not None and not request.content.is_eof())
-
-    def pause_writing(self) -> None:
-        """The client reads more slowly than its engine writes."""
-        super().pause_writing()
-        if self.exchange is not None:
-            self.exchange.pause()
-
-    def resume_writing(self) -> None:
-        """It has caught up."""
-        super().resume_writing()
-        if self.exchange is not None:
-            self.exchange.resume()
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        """The client has left: its engine stops now, not when the handler's cancellation gets its turn."""
-        if self.exchange is not None:
-            self.exchange.abandon()
-        if self.end_orderly is not None and exc is None and not self.end_orderly.get_write_buffer_size():
-            end_in_reset(self.end_orderly, reset=False)
-        super().connection_lost(exc)
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """A request that the parser refused, or a fault that no handler caught, in the envelope."""
-        if request.writer.output_size > 0:
-            return super().handle_error(request, status, exc, message)
-        if status >= 500:
-            log.error("a request failed by a fault of the daemon", path=request.path, exc_info=exc)
-            error = RequestError("internal_error", "cannot answer: a fault of the daemon, see its log")
-        elif isinstance(exc, LineTooLong) or (message or "").startswith("Too many headers"):
-            error = RequestError("headers_too_large", "cannot read the request: its head is too large")
-        else:
-            reason = (message or "it is no HTTP/1.1").strip().splitlines()[0].rstrip(":")
-            error = RequestError("bad_request", f"cannot read the request: {reason}")
-        response = refusal(request, error)
-        response.force_close()
-        return response
+def most_connections(open_files: int) -> int:
+    """How many clients a limit of open files allows: a stream takes two, the client's connection and the engine's."""
+    if open_files == resource.RLIM_INFINITY:
+        open_files = _OPEN_FILES
+    return max((open_files - _RESERVED_FILES) // 2, open_files // 4)
 
 
 class Front(web.Server):
-    """aiohttp's server with a short way for some routes."""
+    """aiohttp's server with a bound on connections, and deadlines for what clients do."""
+
+    def __init__(self, handler: Any, settings: Callable[[], Server], commands: str, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's options
+        """`settings`: the `[server]` table now; `commands`: the address of the socket that is never full."""
+        super().__init__(handler, **kwargs)
+        self._settings = settings
+        self._commands = commands
+        self._most = most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self._refused: set[Refused] = set()
+        self._awake = 0.0  # seconds in which it could hear its clients
+        self._looked_at = self._loop.time()
+        self._next_look = self._loop.call_later(_LOOK_SECONDS, self._look)
 
     def __call__(self) -> RequestHandler:
         """A protocol for one more connection."""
         return ClientConnection(self, loop=self._loop, **self._kwargs)
 
+    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+        """A client has come, and was not refused."""
+        super().connection_made(handler, transport)
+        cast("ClientConnection", handler).is_command = is_command(transport.get_extra_info("socket"), self._commands)
+
+    def has_room(self, transport: asyncio.BaseTransport) -> bool:
+        """Whether one more connection may be taken in."""
+        most = min(self._settings().max_connections or self._most, self._most)
+        return len(self._connections) < most or is_command(transport.get_extra_info("socket"), self._commands)
+
+    def refuse(self, transport: asyncio.Transport) -> None:
+        """Tell a client that there is no room, and close."""
+        refused = Refused(transport, self._refused)
+        transport.set_protocol(refused)
+        transport.write(_TOO_MANY)
+        if len(self._refused) > _REFUSED_AT_ONCE:
+            transport.close()
+        else:
+            refused.linger()
+
+    def stop_looking(self) -> None:
+        """Set no more deadlines."""
+        self._next_look.cancel()
+
+    def _look(self) -> None:
+        self._next_look = self._loop.call_later(_LOOK_SECONDS, self._look)
+        now = self._loop.time()
+        self._awake += min(now - self._looked_at, 2 * _LOOK_SECONDS)  # a daemon that was frozen blames nobody for it
+        self._looked_at = now
+        server = self._settings()
+        for connection in self.connections:
+            try:
+                cast("ClientConnection", connection).look(self._awake, server)
+            except Exception:  # the others are to be looked at all the same
+                log.exception("a fault of the daemon: a connection could not be looked at")
+
 
 class FrontRunner(web.AppRunner):
     """Runs an application whose `direct` routes, exact (method, path) pairs, go past its router and middlewares."""
 
-    __slots__ = ("_direct",)
+    __slots__ = ("_commands", "_direct", "_settings")
 
-    def __init__(self, app: web.Application, direct: Mapping[tuple[str, str], Direct], **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's options
+    def __init__(
+        self,
+        app: web.Application,
+        direct: Mapping[tuple[str, str], Direct],
+        settings: Callable[[], Server],
+        commands: str = "",
+        **kwargs: Any,  # noqa: ANN401 - aiohttp's options
+    ) -> None:
+        """`settings`, `commands`: as of `Front`."""
         super().__init__(app, access_log=None, handle_signals=False, handler_cancellation=True,
                          auto_decompress=False, **kwargs)  # fmt: skip
         self._direct = direct
+        self._settings = settings
+        self._commands = commands
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected."""
+        return len(self._clients())
 
     async def wind_down(self, seconds: float) -> None:
         """Accept no more connections and close those that idle, as soon as they do.
@@ -123,7 +141,7 @@ class FrontRunner(web.AppRunner):
         deadline, calm = loop.time() + seconds, 0
         # Twice calm: what was asked a moment ago has been taken up by then, and what was accepted is a connection.
         while calm < 2 and loop.time() < deadline:
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_WIND_DOWN_SECONDS)
             for connection in self._clients():
                 if connection.is_idle:
                     connection.force_close()  # `close` alone would leave it to the server's end
@@ -131,6 +149,12 @@ class FrontRunner(web.AppRunner):
 
     def _clients(self) -> list[ClientConnection]:
         return cast("list[ClientConnection]", self.server.connections) if self.server else []
+
+    async def cleanup(self) -> None:
+        """Close everything."""
+        if self.server is not None:
+            cast("Front", self.server).stop_looking()
+        await super().cleanup()
 
     async def _make_server(self) -> web.Server:
         inner = await super()._make_server()
@@ -144,7 +168,8 @@ class FrontRunner(web.AppRunner):
             writer: AbstractStreamWriter,
             task: "asyncio.Task[None]",
         ) -> web.BaseRequest:
-            protocol.asked = True  # type: ignore[attr-defined] # ours: a ClientConnection
+            connection = cast("ClientConnection", protocol)
+            connection.in_head, connection.head_bytes = False, 0
             route = routes.get((message.method, message.path))
             if route is None:
                 return app_request(message, payload, protocol, writer, task)
@@ -157,7 +182,15 @@ class FrontRunner(web.AppRunner):
                 return request.route(request)
             return _checked(request, app_handler)
 
-        return Front(handle, request_factory=make_request, handler_cancellation=True, loop=loop, **inner._kwargs)  # noqa: SLF001 - the seam
+        return Front(
+            handle,
+            self._settings,
+            self._commands,
+            request_factory=make_request,
+            handler_cancellation=True,
+            loop=loop,
+            **inner._kwargs,  # noqa: SLF001 - the seam
+        )
 
 
 class DirectRequest(web.BaseRequest):

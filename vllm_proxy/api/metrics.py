@@ -5,7 +5,7 @@ somebody asks.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -35,8 +35,15 @@ class Numbers:
 class Metrics(Collector):
     """All series of contract section 7 that requests and models give."""
 
-    def __init__(self, reconciler: Reconciler, registry: Registry, reloads: Mapping[str, int]) -> None:
-        """`reloads`: looks at the configuration file, by result."""
+    def __init__(
+        self,
+        reconciler: Reconciler,
+        registry: Registry,
+        reloads: Mapping[str, int],
+        front: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    ) -> None:
+        """`reloads`: looks at the configuration file, by result. `front`: clients, and bytes of bodies, now."""
+        self._front = front
         self._reconciler = reconciler
         self._registry = registry
         self._reloads = reloads
@@ -74,9 +81,17 @@ class Metrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Called by prometheus-client."""
+        yield from self._of_clients()
         yield from self._of_requests()
         yield from self._of_models()
         yield from self._of_engines()
+
+    def _of_clients(self) -> Iterable[Metric]:
+        connections, buffered = self._front()
+        yield GaugeMetricFamily("vllm_proxy_connections", "Connections of clients.", value=connections)
+        yield GaugeMetricFamily(
+            "vllm_proxy_buffered_bytes", "Bytes of request bodies that are held, in TMPDIR too.", value=buffered
+        )
 
     def _of_requests(self) -> Iterable[Metric]:
         requests = CounterMetricFamily(

@@ -1,17 +1,19 @@
 """Uploads: multipart forms kept in a temporary file, searched for the field `model` as they come in."""
 
 import asyncio
+import contextlib
 import re
 import tempfile
 from collections.abc import Iterator
 from typing import IO, Self
 
-from aiohttp import web
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from vllm_proxy.api.body import check_head, too_large
+from vllm_proxy.api.body import check_head
+from vllm_proxy.api.budget import Budget
 from vllm_proxy.api.call import Call
+from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
 
 _IN_MEMORY = 1024 * 1024  # larger uploads go to a file
@@ -30,24 +32,26 @@ class Upload:
         self.model = model
 
     @classmethod
-    async def receive(cls, call: Call, limit: int) -> Self:
+    async def receive(cls, call: Call, server: Server, budget: Budget) -> Self:
         """Read a form to its end.
 
         Raises:
-            RequestError: `request_too_large`, `bad_request` or `missing_model`.
+            RequestError: as `check_head`, `missing_model`, `request_timeout` where it stops coming, and
+                `storage_full` where it cannot be kept.
 
         """
-        check_head(call, limit)
+        check_head(call, server, budget)
         request = call.request
         finder = _Finder(next((value for name, value in request.raw_headers if name.lower() == b"content-type"), b""))
         file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - closed by __exit__, or below
         try:
-            size = await _spool(request, file, finder, limit)
+            size = await _spool(call, file, finder, server, budget)
             model, span = finder.result()
             _check_span(file, span, model)
             return cls(file, size, model, span)
         except BaseException:
-            file.close()
+            with contextlib.suppress(OSError):  # what it still buffers finds no room either
+                file.close()
             raise
 
     def renamed(self, model_id: str) -> Self:
@@ -85,21 +89,34 @@ class Upload:
 
 def _check_span(file: IO[bytes], span: tuple[int, int], model: str) -> None:
     """A name that does not stand in one piece could not be replaced."""
-    file.seek(span[0])
-    if file.read(span[1] - span[0]) != model.encode():
+    try:
+        file.seek(span[0])  # writes what was buffered
+        found = file.read(span[1] - span[0])
+    except OSError as error:
+        raise _not_kept(error) from None
+    if found != model.encode():
         raise RequestError("bad_request", "cannot read the form: its field model is no plain text")
 
 
-async def _spool(request: web.BaseRequest, file: IO[bytes], finder: "_Finder", limit: int) -> int:
-    size = 0
-    while not request.content.at_eof():
-        data = await request.content.readany()
+async def _spool(call: Call, file: IO[bytes], finder: "_Finder", server: Server, budget: Budget) -> int:
+    content, size = call.request.content, 0
+    while not content.at_eof():
+        data = await content.readany()
+        budget.take(call, len(data), server)
         size += len(data)
-        if size > limit:
-            raise too_large(limit)
         finder.feed(data)
-        await asyncio.to_thread(file.write, data) if size > _IN_MEMORY else file.write(data)
+        try:
+            await asyncio.to_thread(file.write, data) if size > _IN_MEMORY else file.write(data)
+        except OSError as error:
+            raise _not_kept(error) from None
     return size
+
+
+def _not_kept(error: OSError) -> RequestError:
+    """The folder for temporary files is full, or there is none."""
+    place = tempfile.tempdir or "it"
+    msg = f"cannot keep this upload in the folder for temporary files: {error.strerror}; make room in {place}"
+    return RequestError("storage_full", f"{msg}, or set TMPDIR to another")
 
 
 class _Finder:

@@ -1,29 +1,24 @@
 """The inference routes: which model a request means, and the list of models."""
 
-import contextlib
 import time
 from collections.abc import Callable
-from http import HTTPStatus
 from typing import Any
 
 from aiohttp import web
 
+from vllm_proxy.api.asking import ask_everybody
 from vllm_proxy.api.body import LARGE, body_at_hand, model_name, model_name_of_large, read_body, with_model
+from vllm_proxy.api.budget import Budget
 from vllm_proxy.api.call import Call, Work
 from vllm_proxy.api.envelope import Handler, json_response
 from vllm_proxy.api.multipart import Upload
-from vllm_proxy.api.relay import carry
+from vllm_proxy.api.relay import carry, within
 from vllm_proxy.domain.config import Server
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Lease, Registry, Route
-from vllm_proxy.errors import EngineFailedError, RequestError
+from vllm_proxy.errors import RequestError
 
 type Settings = Callable[[], Server]  # the `[server]` table now
-
-
-def _lease_now(call: Call, registry: Registry, route: Route) -> Lease | None:
-    call.model = route.spec.id
-    return registry.lease(route)
 
 
 async def _wait(call: Call, registry: Registry, route: Route) -> Lease:
@@ -34,62 +29,58 @@ async def _wait(call: Call, registry: Registry, route: Route) -> Lease:
         call.queue_seconds = time.monotonic() - began
 
 
-def _passed_on(answer: web.StreamResponse | None) -> web.StreamResponse:
-    assert answer is not None, "nothing declines"
-    return answer
-
-
-def by_json_model(registry: Registry, settings: Settings) -> Work:
+def by_json_model(registry: Registry, settings: Settings, budget: Budget) -> Work:
     """The routes whose JSON body names the model."""
 
     async def work(call: Call) -> web.StreamResponse:
-        limit = settings().max_body_size
-        body = body_at_hand(call, limit) or await read_body(call, limit)
+        server = settings()
+        body = body_at_hand(call, server, budget) or await read_body(call, server, budget)
         if len(body) < LARGE:
             name, place = model_name(body), None
         else:
             name, place = await model_name_of_large(body)
         route = registry.find(name)
-        with _lease_now(call, registry, route) or await _wait(call, registry, route) as lease:
+        seconds = route.spec.policy.request_timeout
+        if seconds:
+            return await within(seconds, call, serve(call, route, name, body, place))
+        return await serve(call, route, name, body, place)
+
+    async def serve(call: Call, route: Route, name: str, body: bytes, place: slice | None) -> web.StreamResponse:
+        call.model = route.spec.id
+        with registry.lease(route) or await _wait(call, registry, route) as lease:
             if name != lease.model_id:
                 body = await with_model(body, lease.model_id, place)
-            return _passed_on(await carry(call, lease, body))
+            return await carry(call, lease, body)
 
     return work
 
 
-def by_form_model(registry: Registry, settings: Settings) -> Work:
+def by_form_model(registry: Registry, settings: Settings, budget: Budget) -> Work:
     """The routes whose multipart form names the model."""
 
     async def work(call: Call) -> web.StreamResponse:
-        with await Upload.receive(call, settings().max_body_size) as upload:
-            name = upload.model
-            route = registry.find(name)
-            with _lease_now(call, registry, route) or await _wait(call, registry, route) as lease:
-                form = upload if name == lease.model_id else upload.renamed(lease.model_id)
-                return _passed_on(await carry(call, lease, form))
+        with await Upload.receive(call, settings(), budget) as upload:
+            route = registry.find(upload.model)
+            seconds = route.spec.policy.request_timeout
+            serving = serve(call, route, upload)
+            return await (within(seconds, call, serving) if seconds else serving)
+
+    async def serve(call: Call, route: Route, upload: Upload) -> web.StreamResponse:
+        call.model = route.spec.id
+        with registry.lease(route) or await _wait(call, registry, route) as lease:
+            form = upload if upload.model == lease.model_id else upload.renamed(lease.model_id)
+            return await carry(call, lease, form)
 
     return work
 
 
-def by_asking(registry: Registry, settings: Settings) -> Work:
-    """The routes of a stored response, which lives in the memory of one instance: the first that knows it answers."""
+def by_asking(registry: Registry, settings: Settings, budget: Budget) -> Work:
+    """The routes of a stored response, which lives in the memory of one instance."""
 
     async def work(call: Call) -> web.StreamResponse:
-        body = await read_body(call, settings().max_body_size)
-        for lease in registry.every_instance():
-            with lease, contextlib.suppress(EngineFailedError):
-                answer = await carry(call, lease, body, on_head=_knows)
-                if answer is not None:
-                    return answer
-        call.model = call.instance = ""
-        raise RequestError("not_found", "cannot find this response: no ready instance knows it")
+        return await ask_everybody(call, registry, await read_body(call, settings(), budget))
 
     return work
-
-
-def _knows(status: int) -> bool:
-    return status != HTTPStatus.NOT_FOUND
 
 
 def list_models(registry: Registry, reconciler: Reconciler) -> Handler:

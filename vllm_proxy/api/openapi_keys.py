@@ -78,7 +78,7 @@ KEYS = {
     "stall_timeout": "Requests in flight and nothing moves for this long: the engine is restarted; 0 never.",
     "replace": "`surge`: new beside old, then switch; `drain`: old away first; `auto`: one at a time where there are "
     "several replicas, else `drain`.",
-    "request_timeout": "For a whole request; 0 none.",
+    "request_timeout": "For a whole request, from its head on; 0 none.",
     "max_in_flight": "Requests at once for each instance; 0 no limit; more wait in the queue.",
     "queue_size": "Requests that may wait; more get 503 at once.",
     "queue_timeout": "Longest wait for an instance to become ready or free.",

@@ -81,13 +81,13 @@ def _text(kind: str) -> dict[str, Schema]:
 _HERE = ("host_not_allowed", "origin_not_allowed")
 _ADMIN = (*_HERE, "remote_admin_disabled")
 _NO_FILE = ("revision_mismatch", "config_read_only", "config_not_written")
-_BODY = ("unsupported_media_type", "request_too_large")
+_BODY = ("unsupported_media_type", "request_too_large", "overloaded")
 _WRITE = (*_ADMIN, *_BODY, "invalid_json", "invalid_model", "invalid_config", *_NO_FILE)
 _ETAG = ("ETag",)
 _TOML = {"text/toml": {"type": "string"}, "application/toml": {"type": "string"}}
 _INFERENCE = (
-    "unsupported_media_type", "request_too_large", "invalid_json", "missing_model", "model_not_found", "engine_failed",
-    "model_error", "model_disabled", "model_stopped", "queue_full", "shutting_down", "queue_timeout", "request_timeout",
+    *_BODY, "invalid_json", "missing_model", "model_not_found", "engine_failed", "model_error",
+    "model_disabled", "model_stopped", "queue_full", "shutting_down", "queue_timeout", "request_timeout",
 )  # fmt: skip
 
 
@@ -246,10 +246,11 @@ _ENGINES: Mapping[str, Schema] = {"application/json": {"type": "object"}, "text/
 
 
 def _infer(summary: str, body: Schema = _NAMES_MODEL, kind: str = "application/json", **more: Any) -> Operation:  # noqa: ANN401 - what Operation takes
-    return Operation("Inference", summary, (Answer(200, "The engine's.", _ENGINES),), _INFERENCE, {kind: body}, **more)
+    errors = _INFERENCE if kind == "application/json" else (*_INFERENCE, "storage_full")
+    return Operation("Inference", summary, (Answer(200, "The engine's.", _ENGINES),), errors, {kind: body}, **more)
 
 
-_ASKED = ("not_found", "engine_failed", "shutting_down")
+_ASKED = ("request_too_large", "overloaded", "not_found", "engine_failed", "shutting_down", "request_timeout")
 _ANTHROPIC = "Errors come in Anthropic's envelope."
 _INFERENCE_ROUTES = {
     "POST /v1/chat/completions": _infer("Chat"),

@@ -2,12 +2,15 @@
 
 vLLM greets with `session.created` before it knows the model, and clients wait for that greeting; so where the address
 names no model, the daemon greets, and drops the engine's own greeting later.
+
+Its one rule: a session ends when either side is gone, be it without a word: both are pinged.
 """
 
 import asyncio
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -16,34 +19,53 @@ import structlog
 from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 
 from vllm_proxy.api.body import with_model
+from vllm_proxy.api.budget import Budget
 from vllm_proxy.api.call import Call, Work
+from vllm_proxy.api.front import client_of
 from vllm_proxy.domain.config import Server
 from vllm_proxy.engine.background import ask
 from vllm_proxy.engine.registry import Lease, Registry
-from vllm_proxy.errors import EngineFailedError, RequestError
+from vllm_proxy.errors import EngineFailedError, LateRequestError, RequestError
 
 log = structlog.get_logger()
 
+_HEARTBEAT_SECONDS = 20.0  # whoever has not answered a ping half of that later is gone
+_OPEN_SECONDS = 10.0  # for an engine to take a session, and to greet
 _GREETING = "session.created"
 _DATA = frozenset({WSMsgType.TEXT, WSMsgType.BINARY})
 
 
-def realtime(registry: Registry, session: aiohttp.ClientSession, settings: Callable[[], Server]) -> Work:
-    """The route. `session` holds the connections to engines."""
+@dataclass(frozen=True, slots=True)
+class Sessions:
+    """What all sessions share. `engines` holds the connections to engines; messages that come in count in `budget`."""
+
+    registry: Registry
+    engines: aiohttp.ClientSession
+    settings: Callable[[], Server]
+    budget: Budget
+    heartbeat: float = _HEARTBEAT_SECONDS
+
+
+def realtime(sessions: Sessions) -> Work:
+    """The route."""
 
     async def work(call: Call) -> web.StreamResponse:
         assert isinstance(call.request, web.Request)
         name = call.request.query.get("model")
         if name:
-            registry.find(name)  # an unknown model is a 404, before anything is upgraded
+            sessions.registry.find(name)  # an unknown model is a 404, before anything is upgraded
         # Closed by hand: aiohttp would cut the connection, and with it this handler, before the engine has the code.
-        client = web.WebSocketResponse(max_msg_size=settings().max_body_size, compress=False, autoclose=False)
+        limit = sessions.settings().max_body_size
+        client = web.WebSocketResponse(
+            max_msg_size=limit, compress=False, autoclose=False, heartbeat=sessions.heartbeat
+        )
         if not _can_upgrade(client, call.request):
             raise RequestError("bad_request", "cannot speak here without a WebSocket upgrade")
         await client.prepare(call.request)
         call.status = 101
+        client_of(call.request).on_message_bytes = _counted(call, sessions)
         try:
-            await _converse(call, registry, session, client, name)
+            await _converse(call, sessions, client, name)
         except RequestError as error:
             call.status = error.status
             await client.send_str(_event("error", error={"message": error.message, "code": error.code}).decode())
@@ -61,47 +83,83 @@ def _can_upgrade(client: web.WebSocketResponse, request: web.Request) -> bool:
         return False
 
 
-async def _converse(
-    call: Call, registry: Registry, session: aiohttp.ClientSession, client: web.WebSocketResponse, name: str | None
-) -> None:
+def _counted(call: Call, sessions: Sessions) -> Callable[[int], None]:
+    """Counts bytes of messages that are not passed on yet."""
+
+    def count(size: int) -> None:
+        try:
+            sessions.budget.take(call, size, sessions.settings())
+        except RequestError as error:
+            if error.code == "overloaded" and call.request.transport is not None:  # the other has a close code
+                log.info("a session was cut: no room for its message", id=call.request_id.decode())
+                call.status = error.status
+                call.request.transport.abort()
+
+    return count
+
+
+async def _converse(call: Call, sessions: Sessions, client: web.WebSocketResponse, name: str | None) -> None:
     first: WSMessage | None = None
     if name is None:
         await client.send_str(_event(_GREETING, id=f"sess-{secrets.token_hex(8)}", created=int(time.time())).decode())
-        first = await client.receive()
+        first = await _first(client, sessions.settings().body_timeout)
         if first.type not in _DATA:
             return
         name = _model_of(first)
         if name is None:
             msg = "cannot route this session: name the model as ?model= or in a first session.update"
             raise RequestError("missing_model", msg, param="model")
-    with await registry.acquire(name) as lease:
+    with await sessions.registry.acquire(name) as lease:
         call.model, call.instance = lease.model_id, lease.endpoint.instance
         headers = {"Authorization": f"Bearer {lease.endpoint.credential}", "X-Request-Id": call.engine_id.decode()}
         address = f"http://127.0.0.1:{lease.endpoint.port}/v1/realtime"
         try:
-            async with session.ws_connect(address, headers=headers, max_msg_size=0) as engine:
+            async with asyncio.timeout(_OPEN_SECONDS):
+                engine = await sessions.engines.ws_connect(
+                    address, headers=headers, max_msg_size=0, heartbeat=sessions.heartbeat
+                )
+            async with engine:
                 if first is not None:
                     await _greeted(engine)
                     await _pass_on(first, engine, lease)
-                await _both_ways(client, engine, lease)
+                sessions.budget.give_back(call)
+                await _both_ways(client, engine, lease, lambda: sessions.budget.give_back(call))
         except (aiohttp.ClientError, OSError) as error:
-            msg = f"cannot open a session with {lease.endpoint.instance}: {error}"
+            msg = f"cannot open a session with {lease.endpoint.instance}: {str(error) or 'it does not answer'}"
             raise EngineFailedError(msg) from error
+
+
+async def _first(client: web.WebSocketResponse, seconds: float) -> WSMessage:
+    """What is to name the model."""
+    try:
+        return await client.receive(timeout=seconds or None)
+    except TimeoutError:
+        msg = f"cannot route this session: no session.update came within server.body_timeout ({seconds:g} s)"
+        raise LateRequestError(msg) from None
 
 
 async def _greeted(engine: aiohttp.ClientWebSocketResponse) -> None:
     """Take the engine's greeting: the client has had one."""
-    message = await engine.receive()
+    message = await engine.receive(timeout=_OPEN_SECONDS)
     if message.type is not WSMsgType.TEXT or _read(message).type != _GREETING:
         raise EngineFailedError("cannot open a session: the engine did not greet")
 
 
-async def _both_ways(client: web.WebSocketResponse, engine: aiohttp.ClientWebSocketResponse, lease: Lease) -> None:
-    """Pass messages until either side closes; then the other is closed the same way."""
+async def _both_ways(
+    client: web.WebSocketResponse,
+    engine: aiohttp.ClientWebSocketResponse,
+    lease: Lease,
+    passed_on: Callable[[], None],
+) -> None:
+    """Pass messages until either side closes; then the other is closed the same way.
+
+    `passed_on`: told after each message of the client's.
+    """
 
     async def upwards() -> None:
         async for message in client:
             await _pass_on(message, engine, lease)
+            passed_on()
 
     async def downwards() -> None:
         async for message in engine:

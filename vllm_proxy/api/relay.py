@@ -36,61 +36,51 @@ class Body(Protocol):
         """All of it, from the beginning, in pieces of at most `size` bytes."""
 
 
-def carry(
-    call: Call, lease: Lease, body: bytes | Body, on_head: Callable[[int], bool] | None = None
-) -> Coroutine[Any, Any, web.StreamResponse | None]:
-    """Send the request to the leased instance, or to others where contract section 5 says so, and pass the answer on.
-
-    None when `on_head` declined the answer by its status.
+async def within(seconds: float, call: Call, answered: Coroutine[Any, Any, web.StreamResponse]) -> web.StreamResponse:
+    """What `answered` returns, if that is done `seconds` after the request's head came: `request_timeout`.
 
     Raises:
-        RequestError: `engine_failed` or `request_timeout`, while nothing of an answer was passed on.
-        ConnectionResetError: when the answer broke off and the client has been cut.
+        RequestError: `request_timeout`, while nothing of an answer was passed on.
+        ConnectionResetError: when the answer had begun; the client has been cut.
 
     """
-    seconds = lease.policy.request_timeout
-    carried = _carry(call, lease, body, on_head)
-    return _within(seconds, call, carried) if seconds else carried
-
-
-async def _within(
-    seconds: float, call: Call, carried: Coroutine[Any, Any, web.StreamResponse | None]
-) -> web.StreamResponse | None:
+    left = call.started_at + seconds - time.monotonic()
+    if left <= 0:  # its body took that long
+        answered.close()
+        raise _too_late(seconds)
     try:
-        async with asyncio.timeout(seconds):
-            return await carried
+        async with asyncio.timeout(left):
+            return await answered
     except TimeoutError:
         if call.status:  # the answer has begun: cut it
             if call.request.transport is not None:
                 call.request.transport.abort()
             raise ConnectionResetError from None
-        raise RequestError("request_timeout", f"cannot answer within request_timeout ({seconds:g} s)") from None
+        raise _too_late(seconds) from None
 
 
-async def _carry(
-    call: Call, lease: Lease, body: bytes | Body, on_head: Callable[[int], bool] | None
-) -> web.StreamResponse | None:
+def _too_late(seconds: float) -> RequestError:
+    return RequestError("request_timeout", f"cannot answer within request_timeout ({seconds:g} s)")
+
+
+async def carry(call: Call, lease: Lease, body: bytes | Body) -> web.StreamResponse:
+    """Send the request to the leased instance, or to others where contract section 5 says so, and pass the answer on.
+
+    Raises:
+        RequestError: `engine_failed`, while nothing of an answer was passed on.
+        ConnectionResetError: when the answer broke off and the client has been cut.
+
+    """
     tries: _Tries | None = None  # made where one failed
     if client_is_slow(call.request):
         await call.request.writer.drain()
     call.model = lease.model_id
     while True:
         call.instance = lease.endpoint.instance
-        exchange = _exchange(call, lease, on_head)
+        exchange = _exchange(call, lease)
         ending, was_used = await _attempt(call, lease, exchange, body, fresh=tries is not None and tries.fresh)
         if ending is Ending.WHOLE or ending is Ending.BROKEN:
-            lease.endpoint.failures = 0
-            call.status = exchange.status
-            call.bytes_out = exchange.body_bytes
-            call.first_byte_at = exchange.first_byte_at
-            if exchange.by_closing and exchange.orderly:
-                client_of(call.request).end_orderly = call.request.transport
-            if ending is Ending.BROKEN:
-                log.warning("the engine broke off its answer", instance=call.instance, id=call.request_id.decode(),
-                            engine_id=call.engine_id.decode())  # fmt: skip
-            return WRITTEN_LAST if exchange.close else WRITTEN
-        if ending is Ending.DECLINED:
-            return None
+            return _written(call, lease, exchange, ending)
         lease.endpoint.failed()
         tries = tries or _Tries()
         if not tries.again(lease, ending, was_used=was_used):
@@ -126,6 +116,48 @@ class _Tries:
         return True
 
 
+def _written(call: Call, lease: Lease, exchange: Exchange, ending: Ending) -> web.StreamResponse:
+    """The answer has been passed on, or as much of it as there was."""
+    lease.endpoint.failures = 0
+    call.status = exchange.status
+    call.bytes_out = exchange.body_bytes
+    call.first_byte_at = exchange.first_byte_at
+    if exchange.by_closing and exchange.orderly:
+        client_of(call.request).end_orderly = call.request.transport
+    if ending is Ending.BROKEN:
+        log.warning("the engine broke off its answer", instance=call.instance, id=call.request_id.decode(),
+                    engine_id=call.engine_id.decode())  # fmt: skip
+    return WRITTEN_LAST if exchange.close else WRITTEN
+
+
+async def ask(call: Call, lease: Lease, body: bytes, wanted: Callable[[int], bool]) -> web.StreamResponse | None:
+    """Send the request to the leased instance alone; pass its answer on if the status is `wanted`, None if it is not.
+
+    Raises:
+        RequestError: `engine_failed`, when there is no answer.
+        ConnectionResetError: as `carry`.
+
+    """
+
+    def on_head(status: int) -> bool:
+        if not wanted(status):
+            return False
+        client_of(call.request).exchange = exchange
+        return True
+
+    call.model, call.instance = lease.model_id, lease.endpoint.instance
+    while True:
+        exchange = _exchange(call, lease, on_head)
+        ending, was_used = await _attempt(call, lease, exchange, body, alone=False)
+        if ending is Ending.WHOLE or ending is Ending.BROKEN:
+            return _written(call, lease, exchange, ending)
+        if ending is Ending.DECLINED:
+            return None
+        lease.endpoint.failed()
+        if ending is not Ending.UNANSWERED or not was_used:
+            raise EngineFailedError(f"cannot get an answer from {call.instance}: {_WHY[ending]}")
+
+
 _WHY = {
     Ending.REFUSED: "it takes no connection",
     Ending.UNANSWERED: "it closed the connection without one",
@@ -134,9 +166,12 @@ _WHY = {
 
 
 async def _attempt(
-    call: Call, lease: Lease, exchange: Exchange, body: bytes | Body, *, fresh: bool
+    call: Call, lease: Lease, exchange: Exchange, body: bytes | Body, *, fresh: bool = False, alone: bool = True
 ) -> tuple[Ending, bool]:
-    """One try on one instance: how it ended, and whether its connection, unless `fresh`, had been used before."""
+    """One try on one instance: how it ended, and whether its connection, unless `fresh`, had been used before.
+
+    `alone`: no other instance is being asked, so that the client's connection belongs to this exchange.
+    """
     pool = lease.endpoint.pool
     connection = None if fresh else pool.take()
     if connection is None:
@@ -146,7 +181,9 @@ async def _attempt(
             return Ending.REFUSED, False
     was_used = connection.used
     client = client_of(call.request)
-    client.exchange, exchange.connection = exchange, connection
+    exchange.connection = connection
+    if alone:
+        client.exchange = exchange
     head = _request_head(call, lease, len(body))
     call.sent_at = time.monotonic()
     try:
@@ -158,7 +195,8 @@ async def _attempt(
     except ConnectionError:  # while sending: `lost` has told the exchange
         return await exchange.ended, was_used
     finally:
-        client.exchange = None
+        if client.exchange is exchange:
+            client.exchange = None
         if not exchange.ended.done() or exchange.ended.cancelled():  # the client has left, or it took too long
             call.status = call.status or exchange.passed_status
             call.bytes_out, call.first_byte_at = exchange.body_bytes, exchange.first_byte_at
@@ -189,7 +227,7 @@ def _request_head(call: Call, lease: Lease, length: int) -> bytes:
     return b"%s%s%s%sX-Request-Id: %s\r\n\r\n" % (call.start_line, own, framing, call.forwarded, call.engine_id)
 
 
-def _exchange(call: Call, lease: Lease, on_head: Callable[[int], bool] | None) -> Exchange:
+def _exchange(call: Call, lease: Lease, on_head: Callable[[int], bool] | None = None) -> Exchange:
     request = call.request
     assert request.transport is not None
     return Exchange(

@@ -148,6 +148,10 @@ class Server(Table):
     allowed_hosts: Hosts = ()
     allow_remote_admin: bool = False
     max_body_size: Bytes = 64 * 2**20
+    max_buffered: Annotated[Bytes, Field(ge=1)] = 2**30
+    max_connections: CountOrZero = 0
+    head_timeout: Seconds = 30.0
+    body_timeout: Seconds = 60.0
     shutdown_timeout: Seconds = 30.0
     on_exit: Literal["stop", "keep"] = "stop"
 
