@@ -42,7 +42,7 @@ from vllm_proxy.engine.supervisor import Surroundings
 from vllm_proxy.engine.threads import Disk
 from vllm_proxy.engine.watch import watch
 from vllm_proxy.errors import ConfigError, NotEndedError, Problem
-from vllm_proxy.listen import BACKLOG, Doors, address_of, listen, listen_for_commands
+from vllm_proxy.listen import BACKLOG, Doors, address_of, listen, listen_for_commands, notice_departed_clients
 from vllm_proxy.regular_file import read_regular_file
 from vllm_proxy.settings import Settings
 from vllm_proxy.status import StatusLine, sentence
@@ -110,6 +110,7 @@ async def serve(
         sockets = inherited or listen(config.server)
         for listener in sockets:
             stack.callback(listener.close)
+            notice_departed_clients(listener)
         doors = Doors(sockets, listen_for_commands(settings.control_socket))
         stack.callback(settings.control_socket.unlink, missing_ok=True)
         stack.callback(doors.commands.close)

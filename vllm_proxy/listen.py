@@ -70,6 +70,24 @@ def listen_for_commands(path: Path) -> socket.socket:
     return listener
 
 
+def notice_departed_clients(listener: socket.socket, seconds: int = 60) -> None:
+    """Let the kernel end a connection whose client has vanished without a word; by itself it waits for two hours.
+
+    Accepted sockets inherit this. A connection that carries nothing is probed (aiohttp switches that on for each); one
+    with bytes on the way ends when its client has taken none of them for `seconds`.
+    """
+    if listener.family == socket.AF_UNIX:
+        return  # its clients end with their descriptors
+    probing = {
+        socket.TCP_KEEPIDLE: max(seconds // 3, 1),
+        socket.TCP_KEEPINTVL: max(seconds // 6, 1),
+        socket.TCP_KEEPCNT: 4,
+        socket.TCP_USER_TIMEOUT: seconds * 1000,
+    }
+    for option, value in probing.items():
+        listener.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
 def address_of(listener: socket.socket) -> str:
     """The URL of a listening socket; for a Unix socket `unix:` and its path."""
     if listener.family == socket.AF_UNIX:
