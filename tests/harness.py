@@ -19,7 +19,7 @@ import aiohttp
 from yarl import URL
 
 from vllm_proxy.domain.parse import revision_of
-from vllm_proxy.engine.process import look_up
+from vllm_proxy.engine.proc import look_up
 
 FAKE = Path(__file__).parent / "fakes" / "fake_vllm.py"
 WAIT_SECONDS = 60.0

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from vllm_proxy.connection import CommandError, NoDaemonError, Resource, connected
 from vllm_proxy.domain.plan import Action
+from vllm_proxy.engine.files import become_owner
 from vllm_proxy.engine.process import adopt_orphans
 from vllm_proxy.engine.reconciler import end_left
 from vllm_proxy.engine.state import StateDirectory
@@ -82,12 +83,16 @@ async def stop_all(settings: Settings, say: Say) -> Resource:
 
     Returns `models`, their resources; `engines`, what was left; and whether all of it has `ended`.
 
+    Root becomes the state directory's owner first: nothing that user wrote is acted on with root's rights.
+
     Raises:
         CommandError: when the daemon refuses, or does not answer.
         LostError: when it ends meanwhile.
-        StartupError: when the state directory cannot be used, or is in use by a daemon that does not listen.
+        StartupError: when the state directory cannot be used, is not to be trusted, or is in use by a daemon that does
+            not listen.
 
     """
+    become_owner(settings.state_dir)
     try:
         async with connected(settings) as daemon:
             models = (await daemon.ask("GET", "/models"))["models"]
@@ -110,7 +115,7 @@ async def _end_left(settings: Settings, say: Say) -> Resource:
     if not _is_there(settings.state_dir):
         say("no daemon runs, and none has left engines here")
         return {"models": [], "engines": [], "ended": True}
-    with StateDirectory(settings.state_dir) as state:
+    with StateDirectory(settings.state_dir, settings.scratch) as state:
         left = state.left_behind()
         adopt_orphans()
         for record in left:

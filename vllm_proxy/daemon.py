@@ -32,7 +32,7 @@ from vllm_proxy.engine.options import OptionTables
 from vllm_proxy.engine.output import PassOn
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.probe import HttpProbe
-from vllm_proxy.engine.process import adopt_orphans
+from vllm_proxy.engine.process import adopt_orphans, reap_orphans
 from vllm_proxy.engine.program import Programs
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
@@ -105,7 +105,9 @@ async def serve(
     log_faults(asyncio.get_running_loop())
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(clock.Pulse())
-        state = stack.enter_context(StateDirectory(settings.state_dir))
+        state = stack.enter_context(StateDirectory(settings.state_dir, settings.scratch))
+        reaping = keep_running(reap_orphans, "reaping of orphans")
+        stack.callback(reaping.cancel)
         inherited = inherited_sockets(os.environ)
         sockets = inherited or listen(config.server)
         for listener in sockets:

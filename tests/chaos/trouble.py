@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 
 from tests.harness import Daemon, fake_engines, free_port, running_command, session_of
-from vllm_proxy.engine.process import look_up
+from vllm_proxy.engine.proc import look_up
 
 PAUSE_SECONDS = (0.05, 1.0)  # between two faults
 MODELS = """

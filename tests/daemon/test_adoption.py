@@ -1,14 +1,23 @@
 """The daemon's own death: what the next one finds, takes over, or ends."""
 
 import asyncio
+import contextlib
 import os
+import re
+import shutil
 import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.harness import Daemon, daemon, fake_engines, session_of, until, vllm_proxy
+from vllm_proxy.domain.command import marked
+from vllm_proxy.engine.proc import look_up
+from vllm_proxy.engine.state import EngineRecord, StateDirectory
 
 CHAT = '[models.chat]\nmodel = "org/chat"\nreplicas = 2\n'
 EMBED = '[models.embed]\nmodel = "org/embed"\n'
@@ -201,20 +210,181 @@ async def test_a_daemon_killed_again_and_again_leaves_one_set_of_engines(tmp_pat
     assert not any(session_of(pid) for pid in seen | mine)
 
 
+# Forks twice, as every classic daemon does: what stays is in a session whose leader is gone.
+DAEMON = """
+import os, signal, sys
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+        signal.pause()
+    os._exit(0)
+os.wait()
+"""
+
+
+@contextlib.asynccontextmanager
+async def a_daemon_of_somebody_elses() -> AsyncIterator[tuple[int, int]]:
+    """Its pid and its session; it lives on at the end of the block, whatever happened in it."""
+    starter = await asyncio.create_subprocess_exec(sys.executable, "-S", "-c", DAEMON)
+    await starter.wait()
+    found = (look_up(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    (pid, session) = next((one.pid, one.session) for one in found if one and one.alive and is_daemon(one.pid))
+    try:
+        yield pid, session
+        assert session_of(session) == {pid}
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+def is_daemon(pid: int) -> bool:
+    """Whether this is what DAEMON leaves."""
+    try:
+        return DAEMON.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def forge(folder: Path, key: str, old: object, new: object) -> None:
+    """Change what is on record of an engine."""
+    file = folder / "state" / "engines.toml"
+    text = file.read_text()
+    assert f"{key} = {old}\n" in text
+    file.write_text(text.replace(f"{key} = {old}\n", f"{key} = {new}\n"))
+
+
 async def test_a_stranger_with_a_recorded_pid_is_left_alone(tmp_path: Path, port_start: int) -> None:
-    """A record with another start time speaks of a process that is gone; the one that has its pid now lives on."""
+    """A record with another start time speaks of a process that is gone; the engine itself is known by its mark."""
     async with daemon(KEEP + fake_engines(port_start) + EMBED, tmp_path) as first:
         before = await fleet(first)
         await first.stop()
     stranger = await asyncio.create_subprocess_exec("sleep", "1000")
-    file = tmp_path / "state" / "engines.toml"
-    file.write_text(file.read_text().replace(f"pid = {before['embed/0'][0]}\n", f"pid = {stranger.pid}\n"))
+    forge(tmp_path, "pid", before["embed/0"][0], stranger.pid)
     try:
         async with daemon(fake_engines(port_start) + EMBED, tmp_path) as second:
             after = await fleet(second)
-            assert after["embed/0"][1] != before["embed/0"][1], "the port is still taken by what nobody knows"
+            assert after["embed/0"][0] != before["embed/0"][0]
+            assert session_of(before["embed/0"][0]) == set()
             assert stranger.returncode is None
     finally:
         stranger.kill()
         await stranger.wait()
-        os.killpg(before["embed/0"][0], signal.SIGKILL)
+
+
+async def test_members_of_a_later_session_with_a_recorded_number_are_left_alone(
+    tmp_path: Path, port_start: int
+) -> None:
+    """The engine is gone, and its pid belongs to another program: neither a daemon nor a command ends that."""
+    async with a_daemon_of_somebody_elses() as (_, session):
+        for ends in ("by the next daemon", "by a command"):
+            async with daemon(KEEP + fake_engines(port_start) + EMBED, tmp_path) as first:
+                (pid, _) = (await fleet(first))["embed/0"]
+                await first.stop()
+            for process in session_of(pid):
+                os.kill(process, signal.SIGKILL)
+            forge(tmp_path, "pid", pid, session)
+            if ends == "by a command":
+                assert (await vllm_proxy(tmp_path, "stop", "--all"))[0] == 0
+            else:
+                async with daemon(fake_engines(port_start) + EMBED, tmp_path) as second:
+                    await fleet(second)
+                    await second.stop()
+            assert "engines = []" in (tmp_path / "state" / "engines.toml").read_text()
+
+
+async def test_a_record_that_cannot_be_used_costs_its_engine_alone(tmp_path: Path, port_start: int) -> None:
+    """Garbage in one record: it is reported and stays, the other engine is adopted, the daemon starts."""
+    async with daemon(KEEP + fake_engines(port_start) + EMBED + CHAT.replace("2", "1"), tmp_path) as first:
+        before = await fleet(first)
+        await first.stop()
+    pid = before["embed/0"][0]
+    forge(tmp_path, "pid", pid, 0)
+    try:
+        async with daemon(fake_engines(port_start) + EMBED + CHAT.replace("2", "1"), tmp_path) as second:
+            after = await fleet(second)
+            assert after["chat/0"] == before["chat/0"]
+            assert "a record of an engine cannot be used and is left alone" in second.log()
+            assert len(session_of(pid)) == 2
+            assert await second.stop() == 0
+        assert "pid = 0" in (tmp_path / "state" / "engines.toml").read_text()
+    finally:
+        os.killpg(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A folder that every user can reach; pytest's own are root's alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="NEEDS ROOT: becomes another user; CI runs it")
+NOBODY = 65534
+
+
+@ROOT
+async def test_stop_all_as_root_acts_with_the_rights_of_who_wrote_the_state(open_path: Path, port_start: int) -> None:
+    """What the record names of root's is neither killed nor removed, and no link leads it astray."""
+    tmp_path = open_path
+    async with daemon(KEEP + fake_engines(port_start) + CHAT, tmp_path) as first:
+        before = await fleet(first)
+        await first.stop()
+    state = tmp_path / "state"
+    precious = Path(f"/tmp/vp-{os.getpid()}")
+    precious.mkdir()
+    (state / ".engines.toml.new").symlink_to(precious / "made")
+    text = (state / "engines.toml").read_text()
+    (state / "engines.toml").write_text(re.sub(r'folder = ".*"', f'folder = "{precious}"', text, count=1))
+    for path in (state, *state.rglob("*")):
+        os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+    try:
+        status, out, err = await vllm_proxy(tmp_path, "stop", "--all")
+        assert "Traceback" not in err, err
+        assert status == 1, "engines of root's are not nobody's to end"
+        assert "not all of them could be ended" in out
+        assert all(len(session_of(leader)) == 2 for leader, _ in before.values())
+        assert list(precious.iterdir()) == []
+    finally:
+        for leader, _ in before.values():
+            os.killpg(leader, signal.SIGKILL)
+        precious.rmdir()
+
+
+@ROOT
+async def test_stop_all_as_root_ends_the_engines_of_who_wrote_the_state(open_path: Path) -> None:
+    """That user's rights are enough for that user's engines, and their folders."""
+    engine = await asyncio.create_subprocess_exec(
+        "setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups", "sleep", "1000",
+        env={**os.environ, **marked("chat/0", "secret")}, start_new_session=True,
+    )  # fmt: skip
+    found = look_up(engine.pid)
+    assert found is not None
+    folder = Path(tempfile.mkdtemp(prefix="vp-", dir="/tmp"))
+    record = EngineRecord("chat/0", "engine-0", engine.pid, found.started, 8001, "secret", str(folder), "")
+    with StateDirectory(open_path / "state") as state:
+        state.record(record)
+    socket = folder / "socket"
+    socket.touch()
+    for path in (folder, socket, open_path / "state", *(open_path / "state").rglob("*")):
+        os.chown(path, NOBODY, NOBODY)
+    try:
+        status, _, err = await vllm_proxy(open_path, "stop", "--all")
+        assert (status, err) == (0, "")
+        assert await engine.wait() == -signal.SIGTERM
+        assert not socket.exists()
+        assert (open_path / "state/engines.toml").stat().st_uid == NOBODY
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(ProcessLookupError):
+            engine.kill()
+
+
+@ROOT
+async def test_root_does_not_serve_from_what_another_user_wrote(tmp_path: Path) -> None:
+    """A sentence that says whose it is, and what to do."""
+    (tmp_path / "state").mkdir()
+    os.chown(tmp_path / "state", NOBODY, -1)
+    (tmp_path / "models.toml").touch()
+    status, _, err = await vllm_proxy(tmp_path, "serve", "--config", str(tmp_path / "models.toml"))
+    assert (status, "it belongs to nobody, and this is root" in err) == (1, True)

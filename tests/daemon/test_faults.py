@@ -8,13 +8,17 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
-from tests.harness import FAKE, Daemon, daemon, fake_engines, session_of
+from tests.harness import FAKE, Daemon, daemon, fake_engines, session_of, until
+from vllm_proxy.engine.proc import Process, look_up
 
 ASK = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
 NEIGHBOUR = '[models.other]\nmodel = "org/other"\n'
@@ -176,6 +180,34 @@ async def test_an_unknown_option_is_refused_before_anything_is_started(tmp_path:
     assert (tmp_path / "vllm/starts").read_text() == before
 
 
+async def test_whoever_takes_an_engines_port_first_gets_neither_its_credential_nor_a_request(
+    tmp_path: Path, port_start: int
+) -> None:
+    """Port and own name stand on a command line that every user can read: who knows both is not believed."""
+    gate = tmp_path / "go"
+    asked: list[str] = []
+    async with beside_a_neighbour(tmp_path, port_start, chat(fake_phase_until=f"import={gate}")) as running:
+        now = await running.once("chat", lambda one: one["pid"] is not None and one["port"] is not None)
+        words = Path(f"/proc/{now['pid']}/cmdline").read_text().split("\0")
+
+        async def answer(request: web.Request) -> web.Response:
+            asked.append(f"{request.path} {request.headers.get('Authorization')}")
+            return web.json_response({"data": [{"id": word} for word in words]})
+
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", answer)
+        async with TestServer(app, host="127.0.0.1", port=now["port"]):
+            async with asyncio.timeout(60):
+                while len(asked) < 10:
+                    await asyncio.sleep(0)
+            assert (await running.instance("chat"))["state"] == "loading"
+            gate.touch()
+            now = await running.once("chat", lambda one: exits(one, "port_in_use"))
+        assert (await running.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
+        assert set(asked) == {"/health None"}
+        assert running.log().count("what answers on an engine's port is not provably the engine") == 1
+
+
 # While it serves
 
 
@@ -313,6 +345,53 @@ async def test_an_engine_that_does_not_go_is_killed_to_its_last_process(
         assert session_of(pid) == set()
 
 
+def is_new(old: int, found: Any) -> bool:  # noqa: ANN401 - JSON
+    """Whether an instance serves with another process."""
+    return bool(found["state"] == "ready" and found["pid"] != old)
+
+
+def commands_of(pid: int) -> bytes:
+    """A process's command line; empty where it is gone, and for a zombie."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def processes() -> list[Process]:
+    """All of them."""
+    found = (look_up(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return [process for process in found if process]
+
+
+async def test_what_left_an_engines_session_ends_with_it_and_nothing_stays_a_zombie(
+    tmp_path: Path, port_start: int
+) -> None:
+    """Children with a session of their own, orphaned or not; one that ended by itself meanwhile is reaped as well."""
+    forever = f"1000.{port_start}"
+    script = f'setsid sleep {forever} & (setsid sleep {forever} & setsid true &) & exec "$@"'
+    command = ["sh", "-c", script, "sh", sys.executable, "-S", str(FAKE), "serve"]
+
+    def escaped() -> list[int]:
+        return [one.pid for one in processes() if commands_of(one.pid) == f"sleep\0{forever}\0".encode()]
+
+    async def zombies() -> list[int]:
+        return [one.pid for one in processes() if one.parent == running.process.pid and not one.alive]
+
+    async with beside_a_neighbour(tmp_path, port_start, chat(f"command = {command}")) as running:
+        for _ in range(3):
+            await running.all_ready()
+            assert len(escaped()) == 2
+            (pid,) = await running.pids("chat")
+            assert await until(zombies, lambda found: not found) == []
+            os.kill(pid, signal.SIGKILL)
+            await running.once("chat", partial(is_new, pid))
+        await running.post("/models/chat/stop", {}, 202)
+        await running.eventually("/models/chat", lambda found: found["status"]["state"] == "stopped")
+        assert escaped() == []
+        assert await until(zombies, lambda found: not found) == []
+
+
 async def test_shared_memory_of_a_killed_engine_is_removed(tmp_path: Path, port_start: int) -> None:
     """What it had in /dev/shm would otherwise fill that until no engine can start."""
     async with beside_a_neighbour(tmp_path, port_start, chat(fake_shm=True)) as running:
@@ -342,8 +421,7 @@ async def segments_on_record(running: Daemon) -> list[str]:
 
 async def test_a_disk_that_is_full_costs_the_record_and_no_engine(tmp_path: Path, port_start: int) -> None:
     """The state cannot be written: that is logged, and every model starts and serves."""
-    (tmp_path / "state").mkdir()
-    (tmp_path / "state" / ".engines.toml.new").mkdir()  # what a full disk does to a write
+    (tmp_path / "state" / "engines.toml").mkdir(parents=True)  # what a full disk does to a write
     async with beside_a_neighbour(tmp_path, port_start, chat()) as running:
         assert (await running.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
         assert "the state cannot be written" in running.log()

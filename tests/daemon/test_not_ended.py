@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.harness import FAKE, Client, Daemon, connected, daemon, fake_engines, session_of, vllm_proxy
-from vllm_proxy.engine.process import look_up
+from vllm_proxy.engine.proc import look_up
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
 
@@ -74,7 +74,7 @@ async def test_an_engine_that_may_not_be_signalled_is_told_retried_and_blocks_it
         series = await running.metrics()
         assert series['vllm_proxy_instance_state{instance="chat/0",model="chat",state="unloading"}'] == 1
         assert series["vllm_proxy_engines_not_ended"] == 1
-        assert "not ended: chat/0" in running.notes.status
+        await running.until(lambda status: "not ended: chat/0" in status)
         for command in (["stop", "chat"], ["start", "chat"], ["stop", "--all"]):
             code, out, _ = await vllm_proxy(tmp_path, *command)
             assert (code, "cannot end its engine" in out) == (1, True), (
@@ -130,7 +130,7 @@ async def test_a_stop_of_the_daemon_gives_up_says_so_and_the_next_one_goes_on(
         assert (status["state"], status["instances"][0]["phase"], status["instances"][0]["pid"]) == (
             "loading", "queued", None
         )  # fmt: skip
-        assert "not ended: chat/0" in second.notes.status
+        await second.until(lambda status: "not ended: chat/0" in status)
         end(one["pid"])
         assert (await second.once("chat", lambda one: one["state"] == "ready"))["pid"] != one["pid"]
 

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from tests.harness import clean_environment, connected, daemon, fake_engines, request, session_of
-from vllm_proxy.engine.process import look_up
+from vllm_proxy.engine.proc import look_up
 
 CHAT = '[models.chat]\nmodel = "org/chat"\nreplicas = 2\n'
 READY = "1 of 1 models ready"

@@ -131,7 +131,8 @@ def test_the_models_environment_beats_the_inherited_one_and_the_defaults() -> No
     [
         ("VLLM_API_KEY", "secret"),
         ("VLLM_RPC_BASE_PATH", "/tmp/vp/1"),
-        ("ENGINE_INSTANCE", "chat/1"),
+        ("ENGINE_INSTANCE", "chat/1.2bb80d537b1da3e3"),
+        ("SPT_NOENV", "1"),
         ("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75"),
     ],
 )

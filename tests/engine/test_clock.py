@@ -12,7 +12,7 @@ from tests.engine.test_liveness import Waiting
 from tests.engine.virtual import Stage, VirtualLoop, model, now, passes, settle, virtual
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.engine import clock
-from vllm_proxy.engine.process import look_up
+from vllm_proxy.engine.proc import look_up
 from vllm_proxy.errors import RequestError
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,14 +16,15 @@ from structlog.testing import capture_logs
 
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.diagnose import Exit
-from vllm_proxy.engine import process
+from vllm_proxy.engine import process, vitals
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.ending import end_engine
 from vllm_proxy.engine.launch import Engine, LaunchedEngine, Launcher
 from vllm_proxy.engine.options import OptionTables
 from vllm_proxy.engine.ports import Ports
-from vllm_proxy.engine.process import end_session, look_up
+from vllm_proxy.engine.proc import look_up
+from vllm_proxy.engine.process import end_processes
 from vllm_proxy.engine.program import LaunchError, Programs
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 
@@ -64,7 +66,7 @@ class Place:
 @contextlib.contextmanager
 def place(folder: Path, port_start: int) -> Iterator[Place]:
     """What one daemon has; one after another in the same folder."""
-    with StateDirectory(folder / "state") as state:
+    with StateDirectory(folder / "state", folder) as state:
         yield Place(folder, state, Ports(port_start, port_start + 100, []))
 
 
@@ -155,7 +157,7 @@ async def left_running(
     try:
         yield record
     finally:
-        await end_session(record.pid, record.started, 0)
+        await end_processes(record.identity, 0)
 
 
 async def test_a_stop_while_a_crashed_engine_is_cleaned_up_leaves_no_process(
@@ -208,7 +210,7 @@ async def test_an_engines_output_begins_where_its_predecessors_ended(tmp_path: P
 async def test_a_kept_engine_lives_on_and_is_on_record_as_it_was(tmp_path: Path, port_start: int, event: Event) -> None:
     """Its process, its folder and its port are left alone; its record says that it has served."""
     async with left_running(tmp_path, port_start, event) as record:
-        assert process.is_alive(record.pid, record.started)
+        assert process.is_alive(record.identity)
         assert Path(record.folder).is_dir()
         assert record.ready
         with place(tmp_path, port_start) as second:
@@ -230,7 +232,7 @@ async def test_an_adopted_engine_is_as_one_of_our_own(tmp_path: Path, port_start
                 assert second.ports.take() != record.port
                 go.path.write_text("hello\n")
                 await event.happened()
-            assert not process.is_alive(record.pid, record.started)
+            assert not process.is_alive(record.identity)
             assert second.state.left_behind() == []
             assert not Path(record.folder).exists()
             assert second.passed_on == ["chat/0 hello"], "what an earlier daemon passed on is not said twice"
@@ -268,42 +270,101 @@ async def test_what_is_left_of_an_engine_that_died_unwatched_is_ended_before_its
             assert second.ports.take() == record.port
 
 
+# Opens or makes the files that it is told, maps them, says so, and waits.
+MAPPING = """
+import mmap, os, sys, signal
+def mapped(name):
+    file = os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
+    os.ftruncate(file, 4096)
+    return mmap.mmap(file, 4096)
+maps = [mapped(name) for name in sys.argv[2:]]
+open(sys.argv[1], 'w').write('up')
+signal.pause()
+"""
+
+
+@contextlib.contextmanager
+def shared_memory(*names: str) -> Iterator[list[Path]]:
+    """Paths in /dev/shm; what is there is removed behind the block."""
+    paths = [Path("/dev/shm", name) for name in names]
+    try:
+        yield paths
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+def number(index: int) -> str:
+    """Eight digits that no other test uses."""
+    return f"{os.getpid() * 16 + index:08x}"
+
+
 async def test_shared_memory_that_a_killed_engine_leaves_is_removed(
     tmp_path: Path, port_start: int, event: Event
 ) -> None:
     """The segments that it had mapped when it was ready; a file that a live process maps as well is left alone."""
-    segments = [Path(f"/dev/shm/psm_test_{os.getpid()}_{name}") for name in ("mine", "shared")]
-    mapping = (
-        "import mmap, os, sys, signal\n"
-        "maps = [mmap.mmap(os.open(name, os.O_RDWR), 4096) for name in sys.argv[2:]]\n"
-        "open(sys.argv[1], 'w').write('up')\n"
-        "signal.pause()\n"
-    )
-    for segment in segments:
-        segment.write_bytes(bytes(4096))
+    names = f"psm_{number(0)}", f"torch_{os.getpid()}_1_1", f"nccl-{number(1)[-6:]}", f"psm_{number(2)}"
+    other, mapping = Event(tmp_path / "other"), tmp_path / "mapping.py"
+    mapping.write_text(MAPPING)
+    with shared_memory(*names) as segments, contextlib.ExitStack() as stack:
+        script = f"exec python3 {mapping} {event.path} {' '.join(map(str, segments))}"
+        with place(tmp_path, port_start) as here:
+            async with here.launcher.running(model(tmp_path, script), "chat/0", Owner()) as engine:
+                await event.happened()
+                arguments = ["python3", str(mapping), str(other.path), str(segments[-1])]
+                neighbour = stack.enter_context(subprocess.Popen(arguments))  # noqa: ASYNC220 - waits for nothing
+                stack.callback(neighbour.kill)
+                await other.happened()
+                engine.serves()
+                while not engine.record.ready:
+                    await asyncio.sleep(0)
+                assert engine.record.segments == tuple(sorted(map(str, segments)))
+                os.kill(engine.pid, signal.SIGKILL)
+                await engine.exited
+        assert [segment.exists() for segment in segments] == [False, False, False, True]
+    other.close()
+
+
+async def test_weights_in_shared_memory_survive_a_stop_in_the_middle_of_their_load(
+    tmp_path: Path, port_start: int, event: Event
+) -> None:
+    """Only what is called as vLLM's segments are, lies directly in /dev/shm and is younger than the engine goes."""
+    folder = Path(f"/dev/shm/models-{os.getpid()}/x")
+    folder.mkdir(parents=True)
+    mapping = tmp_path / "mapping.py"
+    mapping.write_text(MAPPING)
+    names = "model.safetensors", f"psm_{number(3)}", f"psm_{number(4)}", "vllm_offload_models"
     try:
-        other = Event(tmp_path / "other")
-        arguments = ["python3", "-c", mapping, str(other.path), str(segments[1])]
-        with subprocess.Popen(arguments) as neighbour:  # noqa: ASYNC220 - waits for nothing
-            await other.happened()
-            program = tmp_path / "program.py"
-            program.write_text(mapping)
-            script = f"exec python3 {program} {event.path} {segments[0]} {segments[1]}"
+        with shared_memory(*names) as (weights, older, segment, data):
+            nested = [folder / name for name in ("model.safetensors", segment.name)]
+            for file in (weights, older, data, *nested):
+                file.write_bytes(bytes(4096))
+            used = " ".join(map(str, (weights, older, segment, data, *nested)))
             with place(tmp_path, port_start) as here:
-                async with here.launcher.running(model(tmp_path, script), "chat/0", Owner()) as engine:
+                script = f"exec python3 {mapping} {event.path} {used}"
+                async with here.launcher.running(model(tmp_path, script), "chat/0", Owner()):
                     await event.happened()
-                    engine.serves()
-                    while not engine.record.ready:
-                        await asyncio.sleep(0)
-                    assert engine.record.segments == tuple(sorted(map(str, segments)))
-                    os.kill(engine.pid, signal.SIGKILL)
-                    await engine.exited
-            assert [segment.exists() for segment in segments] == [False, True]
-            neighbour.kill()
-        other.close()
+                    assert segment.exists()
+            assert [file.exists() for file in (weights, older, data, *nested)] == [True] * 5
+            assert not segment.exists()
     finally:
-        for segment in segments:
-            segment.unlink(missing_ok=True)
+        shutil.rmtree(folder.parent)
+
+
+async def test_nothing_is_removed_from_shared_memory_while_nobody_can_tell_who_uses_it() -> None:
+    """With every descriptor taken it is not known what is mapped: it is left, and that is logged."""
+    with shared_memory(f"psm_{number(5)}") as (segment,), capture_logs() as logs:
+        segment.touch()
+        taken = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)]
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 2, limits[1]))  # one is left: for /dev/shm itself
+        try:
+            assert vitals.remove_segments([str(segment)], 0.0) == []
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            os.close(taken[0])
+        assert segment.exists()
+    assert [entry["event"] for entry in logs] == ["shared memory of a dead engine may be left"]
 
 
 class Stubborn:
@@ -325,12 +386,14 @@ class Stubborn:
 def nobody(folder: Path) -> EngineRecord:
     """An engine on record whose processes are gone."""
     folder.mkdir()
-    return EngineRecord("chat/0", "engine-1", 2**22 - 1, 1, 8001, "secret", str(folder), "")
+    return EngineRecord(
+        "chat/0", "engine-1", 2**22 - 1, 1, 8001, "secret", str(folder), str(folder.parent / "state/logs/chat%2F0.log")
+    )
 
 
 async def test_what_cannot_be_ended_stays_on_record(tmp_path: Path, port_start: int) -> None:
     """The next daemon tries again; nothing of it is removed meanwhile."""
-    record = nobody(tmp_path / "folder")
+    record = nobody(tmp_path / "vp-folder")
     with place(tmp_path, port_start) as here:
         here.state.record(record)
         for outcome in (False, PermissionError(1, "not ours"), OSError(24, "too many"), RuntimeError("no thread")):
@@ -343,7 +406,7 @@ async def test_the_record_of_a_dead_engine_that_cannot_be_written_is_told_and_ho
     tmp_path: Path, port_start: int
 ) -> None:
     """Leftovers are looked for behind the end, each on its own: shared memory that cannot be seen hides nothing."""
-    record, outcome = nobody(tmp_path / "folder"), True
+    record, outcome = nobody(tmp_path / "vp-folder"), True
     with place(tmp_path, port_start) as here, capture_logs() as logs:
         forgetting = RefusingState(here.state.path)
         assert await end_engine(record, Stubborn(outcome).end, forgetting, 0) is None
@@ -376,7 +439,7 @@ async def test_an_engine_that_was_not_ended_keeps_its_port_its_folder_and_its_re
         assert here.ports.take() != engine.place.port
         assert Path(engine.place.folder).is_dir()
         (record,) = here.state.left_behind()
-        assert process.is_alive(record.pid, record.started)
+        assert process.is_alive(record.identity)
         await end(0)
     with place(tmp_path, port_start) as second:
         await second.launcher.end_left(record, again := Owner())
@@ -434,7 +497,7 @@ async def test_output_that_no_file_takes_goes_on_in_memory_and_is_adopted(
         (tmp_path / "state" / "logs").rmdir()
         (tmp_path / "state" / "logs").write_text("in the way of a folder")
         with capture_logs() as logs:
-            spec = model(tmp_path, f"echo before; echo up > {event.path}; {script}")
+            spec = model(tmp_path, f"echo before; (echo up > {event.path}); {script}")  # its own output stays open
             async with first.launcher.running(spec, "chat/0", Owner()) as engine:
                 await event.happened()
                 assert "File exists" in (engine.log.problem or "")

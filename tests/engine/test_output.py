@@ -8,7 +8,8 @@ from subprocess import PIPE
 
 from vllm_proxy.domain.lifecycle import Phase
 from vllm_proxy.engine.output import Output
-from vllm_proxy.engine.process import look_up
+from vllm_proxy.engine.ownership import Identity, Owned
+from vllm_proxy.engine.proc import look_up
 from vllm_proxy.engine.vitals import Work, work
 
 
@@ -39,7 +40,7 @@ def work_of(process: subprocess.Popen[str]) -> Work:
     assert process.stdout.readline() == "there\n"
     found = look_up(process.pid)
     assert found is not None
-    return work(found.pid, found.started)
+    return work(Owned(Identity(found.pid, found.started)))
 
 
 def test_a_file_that_is_not_fetched_whole_yet_is_a_download(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Whether an engine is ready, asked of real servers on loopback."""
 
 import asyncio
+import gzip
+import itertools
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,6 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from aiohttp.typedefs import Handler
 
 from vllm_proxy.engine.probe import HttpProbe, Ready
 
@@ -37,13 +40,23 @@ def cards(*names: str, **fields: object) -> str:
     return json.dumps({"object": "list", "data": [{"id": name, **fields} for name in names]})
 
 
+async def ours() -> bool:
+    """The port is the engine's."""
+    return True
+
+
+async def not_ours() -> bool:
+    """Another program's."""
+    return False
+
+
 @asynccontextmanager
-async def probing() -> AsyncIterator[Callable[[int], Any]]:
+async def probing(is_engines: Callable[[], Awaitable[bool]] = ours) -> AsyncIterator[Callable[[int], Any]]:
     """A probe for the engine "own"."""
     connector = aiohttp.TCPConnector(force_close=True)
     async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
         probe = HttpProbe(session)
-        yield lambda port: probe.ready(port, "own", "secret")
+        yield lambda port: probe.ready(port, "own", "secret", is_engines)
 
 
 async def ask(app: web.Application) -> Ready | None:
@@ -120,3 +133,124 @@ async def test_a_server_that_hangs_up_is_not_ready() -> None:
         server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
         async with server, probing() as ready:
             assert await ready(server.sockets[0].getsockname()[1]) is None
+
+
+# Whom it asks, and for how long
+
+
+async def test_a_port_that_is_not_the_engines_gets_no_credential() -> None:
+    """It may be healthy, and know every name that stands on the command line: it is asked for its health alone."""
+    asked: list[str] = []
+
+    async def listen(request: web.Request) -> web.Response:
+        asked.append(f"{request.path} {request.headers.get('Authorization')}")
+        return web.Response(text=cards("own"), content_type="application/json")
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", listen)
+    async with TestServer(app) as server, probing(not_ours) as ready:
+        assert server.port is not None
+        assert await ready(server.port) is None
+    assert asked == ["/health None"]
+
+
+async def test_a_port_that_does_not_answer_is_not_looked_at() -> None:
+    """While an engine loads it is asked twenty times a second: whose the port is costs a look at all processes."""
+
+    async def never() -> bool:
+        raise AssertionError
+
+    async with TestServer(answering(cards("own"), health=503)) as server, probing(never) as ready:
+        assert server.port is not None
+        assert await ready(server.port) is None
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models"])
+async def test_a_redirect_is_never_followed(path: str) -> None:
+    """It would lead the credential, and the daemon, to wherever it says."""
+    followed: list[str] = []
+    app = answering(cards("own"))
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        followed.append(request.path)
+        return web.Response(text=cards("own"), content_type="application/json")
+
+    @web.middleware
+    async def redirect(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path == path:
+            return web.Response(status=307, headers={"Location": "/elsewhere"})
+        return await handler(request)
+
+    app.middlewares.append(redirect)
+    app.router.add_get("/elsewhere", elsewhere)
+    assert await ask(app) is None
+    assert followed == []
+
+
+def streaming(path: str, pieces: Callable[[], Iterator[bytes]], **headers: str) -> tuple[web.Application, list[int]]:
+    """A healthy server that answers one path with these pieces; how many bytes it got rid of."""
+    sent = [0]
+    app = web.Application()
+
+    async def healthy(_request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(request)
+        for piece in pieces():
+            await response.write(piece)
+            sent[0] += len(piece)
+        return response
+
+    app.router.add_get("/health", healthy)
+    app.router.add_get(path, answer)
+    return app, sent
+
+
+def endless(piece: bytes) -> Callable[[], Iterator[bytes]]:
+    """The same again and again."""
+    return lambda: itertools.repeat(piece)
+
+
+async def test_a_model_list_without_an_end_is_not_read_to_it() -> None:
+    """A mebibyte is enough for any: what has more is no engine."""
+    app, sent = streaming("/v1/models", endless(b" " * 2**16))
+    assert await ask(app) is None
+    assert sent[0] < 2**24
+
+
+async def test_an_encoded_model_list_is_not_read() -> None:
+    """A small one can be large inside; nobody asked for it."""
+    body = gzip.compress(cards("own").encode())
+    app, _ = streaming("/v1/models", lambda: iter([body]), **{"Content-Encoding": "gzip"})
+    assert await ask(app) is None
+
+
+async def counters(app: web.Application) -> str | None:
+    """What the probe reads of this server's metrics."""
+    async with TestServer(app) as server, aiohttp.ClientSession() as session:
+        assert server.port is not None
+        return await HttpProbe(session).counters(server.port)
+
+
+LINES = 'vllm:prompt_tokens_total{engine="0"} 5.0', 'vllm:kv_cache_usage_perc{engine="0"} 0.25'
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+async def test_counters_are_found_however_the_answer_is_cut(size: int) -> None:
+    """Their lines alone, the last one without an end too."""
+    text = f"# HELP x\n{LINES[0]}\nother{{}} 1\n vllm:prompt_tokens_total{{}} 1\n{LINES[1]}".encode()
+    app, _ = streaming("/metrics", lambda: (text[at : at + size] for at in range(0, len(text), size)))
+    assert await counters(app) == "\n".join(LINES)
+
+
+@pytest.mark.parametrize("piece", [b"x" * 2**16, b"vllm:x{} 1\n" * 6000, (LINES[0] + "\n").encode() * 1500])
+async def test_metrics_without_an_end_are_not_read_to_it(piece: bytes) -> None:
+    """As one line, as many, as counters alone: what was found by then counts."""
+    app, sent = streaming("/metrics", itertools.chain([LINES[0].encode() + b"\n"], itertools.repeat(piece)).__iter__)
+    found = await counters(app)
+    assert found is not None
+    assert found.startswith(LINES[0])
+    assert len(found) < 2**21
+    assert sent[0] < 2**26

@@ -18,7 +18,9 @@ import pytest
 
 from vllm_proxy.domain.diagnose import Exit
 from vllm_proxy.engine import process
-from vllm_proxy.engine.process import EngineProcess, Process, end_session, look_up, members, to_the_end
+from vllm_proxy.engine.ownership import Identity, Owned
+from vllm_proxy.engine.proc import KERNEL, Process, look_up
+from vllm_proxy.engine.process import EngineProcess, end_processes, to_the_end
 from vllm_proxy.engine.reconciler import end_left
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 
@@ -89,6 +91,11 @@ def started(pid: int) -> int:
     return found.started
 
 
+def members(pid: int, start: int) -> list[Process]:
+    """The processes of the engine whose first one this is."""
+    return Owned(Identity(pid, start)).look()
+
+
 def shell(script: str) -> list[str]:
     """A program in the shell's language."""
     return ["sh", "-c", script]
@@ -120,7 +127,9 @@ def test_a_name_with_spaces_and_parentheses_is_parsed(tmp_path: Path, name: str)
         assert child.stdout is not None
         assert child.stdout.readline() == b"up\n"
         assert Path(f"/proc/{child.pid}/comm").read_text(encoding="utf-8", errors="replace").startswith(name[:8])
-        assert look_up(child.pid) == Process(child.pid, alive=True, session=child.pid, started=started(child.pid))
+        assert look_up(child.pid) == Process(
+            child.pid, alive=True, parent=os.getpid(), session=child.pid, started=started(child.pid)
+        )
         assert [member.pid for member in members(child.pid, started(child.pid))] == [child.pid]
 
 
@@ -161,15 +170,16 @@ def test_a_process_whose_first_thread_alone_has_ended_is_alive() -> None:
 
 
 async def test_members_are_found_also_when_the_leader_is_dead(output: Output, tmp_path: Path) -> None:
-    """An API server that died and was reaped leaves workers, which are still in its session."""
+    """An API server that died leaves workers; until they are gone it is not reaped, and its session is its own."""
     script = "sleep 1000 & echo $!; sh -c 'sleep 1000 & echo $!'; kill -9 $$"
     async with engine(shell(script), output.path, tmp_path) as spawned:
         spawned.release()
         workers = {int(await output.line()), int(await output.line())}
         assert await spawned.exited == Exit(None, signal.SIGKILL)
-        assert look_up(spawned.pid) is None
-        assert {member.pid for member in members(spawned.pid, spawned.started)} == workers
+        found = members(spawned.pid, spawned.started)
+        assert {member.pid for member in found if member.alive} == workers
         assert await spawned.end(LONG)
+        assert look_up(spawned.pid) is None
         assert await output.rest() == ""
         assert [look_up(worker) for worker in workers] == [None, None], "dead, and no zombie is left"
 
@@ -223,8 +233,7 @@ async def test_another_process_with_the_recorded_pid_is_never_signalled() -> Non
     """The pid of a record may be anybody's by now; only with the recorded start time is it the engine."""
     with stranger() as child:
         for wrong in (started(child.pid) - 1, started(child.pid) + 1):
-            assert await end_session(child.pid, wrong, LONG)
-            assert not process._signal(child.pid, wrong, signal.SIGKILL)
+            assert await end_processes(Identity(child.pid, wrong), LONG)
         assert child.communicate(b"alive")[0] == b"alive"
         assert child.returncode == 0
 
@@ -244,9 +253,10 @@ async def test_a_recorded_pid_that_is_a_threads_number_now_is_nobodys() -> None:
     thread.start()
     up.wait()
     try:
-        assert look_up(numbers[0]) is not None
-        assert await end_session(numbers[0], 1, LONG)
-        assert not process._signal(numbers[0], 1, signal.SIGKILL)
+        found = look_up(numbers[0])
+        assert found is not None
+        assert await end_processes(Identity(numbers[0], found.started), LONG)
+        assert not KERNEL.send(numbers[0], signal.SIGKILL, lambda _: True)
     finally:
         done.set()
         thread.join()
@@ -258,7 +268,7 @@ async def test_orphans_of_an_earlier_daemon_are_ended_and_strangers_are_not(tmp_
         gone_started = started(gone.pid)
         gone.wait()
         records = [
-            EngineRecord(f"chat/{index}", f"engine-{index}", pid, time, 8001, "secret", str(tmp_path / "folder"), "")
+            EngineRecord(f"chat/{index}", f"engine-{index}", pid, time, 8001, "secret", "/tmp/vp-none", "")
             for index, (pid, time) in enumerate([
                 (left.pid, started(left.pid)), (foreign.pid, started(foreign.pid) - 1), (gone.pid, gone_started),
             ])
@@ -351,7 +361,7 @@ async def test_a_leader_that_is_a_zombie_already_is_left_to_who_started_it() -> 
     with stranger(*shell("exit 5")) as child:
         time = started(child.pid)
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222 - at once
-        assert await end_session(child.pid, time, LONG)
+        assert await end_processes(Identity(child.pid, time), LONG)
         assert child.wait() == 5
 
 

@@ -13,7 +13,7 @@ from vllm_proxy.domain.config import Config, EngineDefaults, ModelSpec, Restart,
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.domain.progress import Progress
 from vllm_proxy.engine.model import Model
-from vllm_proxy.engine.process import look_up
+from vllm_proxy.engine.proc import look_up
 from vllm_proxy.engine.reconciler import Reconciler, sort_out
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 from vllm_proxy.errors import RequestError
@@ -39,8 +39,9 @@ def alive(instance: str = "a/0", **more: object) -> EngineRecord:
     found = look_up(os.getpid())
     assert found is not None
     record = EngineRecord(
-        instance, f"own-{instance}", found.pid, found.started, 9500, "secret", "/nowhere", "", spec="some/model"
-    )
+        instance, f"own-{instance}", found.pid, found.started, 9500, "secret", "/tmp/vp-nowhere", "", spec="some/model",
+        started_at="2026-01-01T00:00:00+00:00",
+    )  # fmt: skip
     return replace(record, **more)  # type: ignore[arg-type]
 
 

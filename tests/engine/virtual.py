@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import functools
 import selectors
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,10 @@ class FakeEngine:
         self.born = now()
         self.buried: float | None = None
         self.spec: EngineSpec | None = None  # what it was started for; not known of an adopted one
+
+    async def holds_port(self) -> bool:
+        """Nobody else is there."""
+        return True
 
     def age_seconds(self) -> float:
         """Since it was born."""
@@ -272,8 +276,11 @@ class FakeProbe:
         """What changes while the engine works."""
         return self.work
 
-    async def ready(self, port: int, own_name: str, credential: str) -> Ready | None:
+    async def ready(
+        self, port: int, own_name: str, credential: str, is_engines: Callable[[], Awaitable[bool]]
+    ) -> Ready | None:
         """What the engine on this port says of itself."""
+        assert await is_engines()
         await asyncio.sleep(0)
         if self.error:
             raise self.error

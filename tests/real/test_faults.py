@@ -89,6 +89,12 @@ def core_of(session: int) -> int:
     return next(pid for pid, name in names.items() if name.startswith("VLLM::EngineCor"))
 
 
+def marks_of(session: int) -> set[bytes]:
+    """By what /proc shows of their environment, whose processes they are."""
+    environs = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in session_of(session)]
+    return {next((one for one in environ if one.startswith(b"ENGINE_INSTANCE=")), b"") for environ in environs}
+
+
 @pytest.fixture(scope="module")
 async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One model that works and three that cannot."""
@@ -126,6 +132,14 @@ async def test_a_model_folder_that_does_not_exist_is_named(fleet: Daemon) -> Non
     assert "/no/such/folder" in status["message"]
     error = (await fleet.post("/v1/embeddings", ASK | {"model": "nowhere"}, 503))["error"]
     assert error["code"] == "model_error"
+
+
+async def test_every_process_of_vllm_shows_whose_it_is(fleet: Daemon) -> None:
+    """Though they give themselves titles, with a library that would write over what /proc shows of the environment."""
+    now = await once(fleet, "embed", "ready")
+    assert len(session_of(now["pid"])) > 1
+    (mark,) = marks_of(now["pid"])
+    assert mark.startswith(b"ENGINE_INSTANCE=embed/0.")
 
 
 async def test_a_killed_api_server_leaves_no_core_behind(fleet: Daemon) -> None:

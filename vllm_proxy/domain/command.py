@@ -17,6 +17,7 @@ ENGINE_SHUTDOWN_SECONDS = 15
 # Longer than any pooled connection of ours stays idle, so that the engine never closes one as a request leaves.
 ENGINE_KEEPALIVE_SECONDS = 75
 
+_MARKER = "ENGINE_INSTANCE"  # of a name that starts with VLLM, vLLM warns
 _MODEL_PLACE = "{model}"
 _API_SERVER = "api_server"
 _OPTIONS = tuple(name for name in args.OWN_KEYS.values() if name != "model")
@@ -82,8 +83,22 @@ def environment(inherited: Mapping[str, str], spec: EngineSpec, place: Place) ->
         "VLLM_RPC_BASE_PATH": place.folder,  # sockets: removed with the folder, short enough for AF_UNIX
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(ENGINE_KEEPALIVE_SECONDS),
         "VLLM_API_KEY": place.credential,
-        "ENGINE_INSTANCE": place.instance,  # for people who look at processes; must not start with VLLM
+        **marked(place.instance, place.credential),
     }
+
+
+def mark(instance: str, credential: str) -> str:
+    """What every process of an engine has in its environment, and no other process can: "ENGINE_INSTANCE=chat/0.HASH".
+
+    For people who look at processes it begins with a name; whoever does not know the credential cannot make it up.
+    """
+    return f"{_MARKER}={instance}.{hashlib.sha256(credential.encode()).hexdigest()[:16]}"
+
+
+def marked(instance: str, credential: str) -> dict[str, str]:
+    """The mark as a part of an environment, and what keeps it readable in /proc/PID/environ."""
+    name, _, value = mark(instance, credential).partition("=")
+    return {name: value, "SPT_NOENV": "1"}  # setproctitle, which vLLM uses, would write a title over it
 
 
 def fingerprint(spec: EngineSpec, folder: str) -> str:

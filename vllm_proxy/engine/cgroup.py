@@ -14,6 +14,7 @@ from pathlib import Path
 
 import structlog
 
+from vllm_proxy.engine.proc import KERNEL
 from vllm_proxy.engine.process import KILL_SECONDS, SWEEP_SECONDS
 
 log = structlog.get_logger()
@@ -21,6 +22,7 @@ log = structlog.get_logger()
 _PROC_SELF = Path("/proc/self")
 _MOUNT = re.compile(r"^\S+ \S+ \S+ (?P<root>\S+) (?P<point>\S+) .* - cgroup2 ", re.MULTILINE)
 _OWN = re.compile(r"^0::(/.*)$", re.MULTILINE)
+_NAME = re.compile(r".+\.[0-9a-f]{8}")  # instance, then the end of the engine's own name
 _MEMORY = re.compile(r"^(?:anon|shmem) (\d+)$", re.MULTILINE)
 
 
@@ -75,7 +77,7 @@ class Cgroups:
         root = delegated(own, _is_marked, os.geteuid())
         if root is not None and root != own:  # else no controller may be enabled: the group holds processes
             with contextlib.suppress(OSError):  # there is no such controller
-                (root / "cgroup.subtree_control").write_text("+memory", encoding="ascii")
+                (root / "cgroup.subtree_control").write_text("+memory", encoding="utf-8")
         return cls(root)
 
     def take_in(self, name: str, pid: int) -> str:
@@ -85,7 +87,7 @@ class Cgroups:
         group = self._root / name
         try:
             group.mkdir()
-            (group / "cgroup.procs").write_text(str(pid), encoding="ascii")
+            (group / "cgroup.procs").write_text(str(pid), encoding="utf-8")
         except OSError as error:
             log.warning("an engine gets no cgroup of its own", cgroup=str(group), error=str(error))
             with contextlib.suppress(OSError):
@@ -99,48 +101,74 @@ def memory_bytes(group: str) -> int:
     if not group:
         return 0
     try:
-        stat = Path(group, "memory.stat").read_text(encoding="ascii")
+        stat = Path(group, "memory.stat").read_text(encoding="utf-8")
     except OSError:
         return 0
     return sum(int(number) for number in _MEMORY.findall(stat))
 
 
 async def end(group: str) -> bool:
-    """Kill every process of a group, reap what is ours, and remove the group; True when nothing is left."""
+    """Kill every process of a group, reap what is ours, and remove the group.
+
+    True when nothing is left; False where something lives on, or the group is none of ours: that is logged.
+
+    Raises:
+        OSError: nobody can tell, or nothing in it may be killed.
+
+    """
     if not group:
         return True
-    loop, strays = asyncio.get_running_loop(), set[int]()
+    if not is_engines(group):
+        log.error("a cgroup is not one of an engine and is left alone", cgroup=group)
+        return False
+    loop, strays = asyncio.get_running_loop(), frozenset[int]()
     deadline = loop.time() + KILL_SECONDS
-    try:
-        while _is_populated(group):
-            strays |= _processes(group)
+    while True:
+        problem: OSError | None = None
+        try:
+            if not _is_populated(group):
+                break
+            strays |= KERNEL.members(group)
             _kill(group)
-            if loop.time() > deadline:
-                log.error("processes do not die", cgroup=group, pids=sorted(strays))
-                return False
-            await asyncio.sleep(SWEEP_SECONDS)
-        for pid in strays:
-            with contextlib.suppress(ChildProcessError):  # somebody else's child
-                os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - does not wait
-        _remove(group)
-    except FileNotFoundError:  # systemd removes what is empty when the unit stops
-        return True
-    except OSError as error:
-        log.warning("the cgroup of an engine cannot be removed", cgroup=group, error=str(error))
+        except FileNotFoundError:  # systemd removes what is empty when the unit stops
+            break
+        except OSError as error:
+            problem = error
+        if loop.time() > deadline:
+            log.error("processes do not die", cgroup=group, pids=sorted(strays))
+            if problem is not None:
+                raise problem
+            return False
+        await asyncio.sleep(SWEEP_SECONDS)
+    for pid in strays:
+        KERNEL.reap(pid)
+    _remove(group)
     return True
 
 
+def is_engines(group: str) -> bool:
+    """Whether a group may be one that was made for an engine: by its name, which no unit of systemd's bears."""
+    path = Path(group)
+    return path.is_absolute() and ".." not in path.parts and _NAME.fullmatch(path.name) is not None
+
+
+def name_of(instance: str, own_name: str) -> str:
+    """The name of an engine's group."""
+    return f"{instance}.{own_name[-8:]}"
+
+
 def _is_populated(group: str) -> bool:
-    return "populated 1" in Path(group, "cgroup.events").read_text(encoding="ascii")
-
-
-def _processes(group: str) -> set[int]:
-    return {int(line) for line in Path(group, "cgroup.procs").read_text(encoding="ascii").split()}
+    return "populated 1" in Path(group, "cgroup.events").read_text(encoding="utf-8")
 
 
 def _remove(group: str) -> None:
-    Path(group).rmdir()
+    try:
+        Path(group).rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("the cgroup of an engine cannot be removed", cgroup=group, error=str(error))
 
 
 def _kill(group: str) -> None:
-    Path(group, "cgroup.kill").write_text("1", encoding="ascii")
+    Path(group, "cgroup.kill").write_text("1", encoding="utf-8")

@@ -5,16 +5,16 @@ What cannot be ended is told and tried again without end. Only a daemon that sto
 
 import asyncio
 import errno
-import shutil
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import structlog
 
 from vllm_proxy.domain.lifecycle import backoff_seconds
-from vllm_proxy.engine import cgroup, descriptors, vitals
-from vllm_proxy.engine.process import members
+from vllm_proxy.engine import cgroup, descriptors, files, vitals
+from vllm_proxy.engine.ownership import Owned
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 
 log = structlog.get_logger()
@@ -116,7 +116,7 @@ async def _segments(record: EngineRecord) -> Collection[str]:
     """Its shared memory, as far as that can be seen within a moment."""
     try:
         async with asyncio.timeout(_LOOK_SECONDS):
-            return await asyncio.to_thread(vitals.shared_segments, record.pid, record.started)
+            return await asyncio.to_thread(vitals.shared_segments, Owned(record.identity))
     except (OSError, RuntimeError, ValueError, TimeoutError) as error:
         log.debug("the shared memory of an engine cannot be seen", instance=record.instance, error=str(error))
         return ()
@@ -126,7 +126,7 @@ async def _left(record: EngineRecord) -> list[int]:
     """The processes that live, as far as they can be seen."""
     try:
         async with asyncio.timeout(_LOOK_SECONDS):
-            found = await asyncio.to_thread(members, record.pid, record.started)
+            found = await asyncio.to_thread(Owned(record.identity).look)
     except (OSError, RuntimeError, ValueError, TimeoutError):
         return []
     return sorted(process.pid for process in found if process.alive)
@@ -150,9 +150,11 @@ def _sentence(pids: list[int], error: Exception | None) -> str:
 async def _tidy_up(record: EngineRecord, mapped: Collection[str], state: StateDirectory) -> None:
     """Remove what the dead leave. What cannot be removed is told, and holds nothing up."""
     segments = {*mapped, *record.segments}
-    if removed := await _try(record, "remove its shared memory", partial(vitals.remove_segments, segments)):
+    if removed := await _try(
+        record, "remove its shared memory", partial(vitals.remove_segments, segments, record.since)
+    ):
         log.info("shared memory of a dead engine removed", instance=record.instance, names=removed)
-    await _try(record, "remove its folder", partial(shutil.rmtree, record.folder, ignore_errors=True))
+    await _try(record, "remove its folder", partial(files.remove_tree, Path(record.folder)))
     try:
         state.forget(record.own_name)
     except OSError as error:

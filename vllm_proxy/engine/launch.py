@@ -6,7 +6,6 @@ The exception is an engine that is kept for the next daemon, which adopts it.
 import asyncio
 import contextlib
 import secrets
-import shutil
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,15 +22,16 @@ from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.progress import Progress
-from vllm_proxy.engine import cgroup, clock, descriptors, logs, vitals
+from vllm_proxy.engine import cgroup, clock, descriptors, files, logs, vitals
 from vllm_proxy.engine.background import keep_running
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.ending import End, Owner, end_engine, until_ended
 from vllm_proxy.engine.log_file import LogFile
 from vllm_proxy.engine.output import Output, PassOn
+from vllm_proxy.engine.ownership import Owned
 from vllm_proxy.engine.ports import NoPortError, Ports
-from vllm_proxy.engine.process import EngineProcess, end_session, to_the_end
+from vllm_proxy.engine.process import EngineProcess, end_processes, to_the_end
 from vllm_proxy.engine.program import LaunchError, Programs
 from vllm_proxy.engine.state import EngineRecord, StateDirectory, file_name
 
@@ -106,6 +106,9 @@ class Engine(Protocol):
     def log(self) -> Log:
         """Where that goes."""
 
+    async def holds_port(self) -> bool:
+        """Whether all that listens on its port is provably its own: nobody else is to get its credential."""
+
     def age_seconds(self) -> float:
         """Since its first process started; the wall clock has no part in it."""
 
@@ -135,6 +138,20 @@ class LaunchedEngine:
         self._state = state
         self.memory_bytes = 0  # of its processes, 0 until it was looked at
         self._serving = asyncio.Event()
+        self._lost_port = False
+
+    async def holds_port(self) -> bool:
+        """Whether all that listens on its port is provably its own; that it is not is logged once."""
+        why = "another program has it, or the engine's processes cannot be looked at"
+        try:
+            holds = await asyncio.to_thread(self.process.owned.listens_on, self.place.port)
+        except OSError as error:
+            holds, why = False, str(error)
+        if not holds and not self._lost_port:
+            log.error("what answers on an engine's port is not provably the engine: it gets no credential and no "
+                      "request", instance=self.place.instance, pid=self.pid, port=self.place.port, why=why)  # fmt: skip
+        self._lost_port = not holds
+        return holds
 
     def serves(self) -> None:
         """It is ready: put that on record."""
@@ -144,7 +161,7 @@ class LaunchedEngine:
     async def look_after(self) -> None:
         """Once it serves, put that on record, with what would be left of it if it were killed; then report on it."""
         await self._serving.wait()
-        found = await asyncio.to_thread(vitals.shared_segments, self.pid, self.process.started)
+        found = await asyncio.to_thread(vitals.shared_segments, self.process.owned)
         self.record = replace(self.record, ready=True, segments=tuple(sorted(found)))
         note(self._state, self.record)
         noted = 0
@@ -159,7 +176,7 @@ class LaunchedEngine:
 
     def _memory(self) -> int:
         self.log.look()
-        return cgroup.memory_bytes(self.record.cgroup) or vitals.memory_bytes(self.pid, self.process.started)
+        return cgroup.memory_bytes(self.record.cgroup) or vitals.memory_bytes(self.process.owned)
 
     def age_seconds(self) -> float:
         """Since its first process started."""
@@ -250,25 +267,29 @@ class Launcher:
             taken = stack.enter_context(contextlib.ExitStack())
             self.ports.hold(record.port)
             taken.callback(self.ports.give_back, record.port)
-            taken.callback(shutil.rmtree, record.folder, ignore_errors=True)
+            taken.callback(files.remove_tree, Path(record.folder))
             engine, why = None, "the engine ended while no daemon watched it"
             try:
                 engine = self._adopt(record, stack)
             except OSError as error:
                 why = f"cannot adopt the engine, so it was ended: {error}"
             if engine is None:
-                await to_the_end(self._end, record, partial(end_session, record.pid, record.started), owner, taken)
+                await to_the_end(self._end, record, partial(end_processes, record.identity), owner, taken)
                 raise LaunchError(Reason.CRASHED, why)
             await stack.enter_async_context(self._living(engine, owner, taken))
             log.info("engine adopted", instance=record.instance, pid=engine.pid, port=record.port)
             yield engine
 
     def _adopt(self, record: EngineRecord, stack: contextlib.AsyncExitStack) -> LaunchedEngine | None:
-        log_file = LogFile.of_running(record.pid, record.log)
-        stack.callback(log_file.close)
-        process = EngineProcess.adopt(record.pid, record.started)
+        process = EngineProcess.adopt(record.identity)
         if process is None:
             return None
+        try:
+            log_file = LogFile.of_running(record.pid, record.log)
+        except OSError:
+            process.leave()
+            raise
+        stack.callback(log_file.close)
         start = (record.instance, log_file.path, record.log_start, logs.size_of(log_file.path))
         output = Output(*start, self.pass_on, most_bytes=log_file.most_bytes)
         output.catch_up()
@@ -280,7 +301,7 @@ class Launcher:
         with contextlib.ExitStack() as taken:
             self.ports.hold(record.port)
             taken.callback(self.ports.give_back, record.port)
-            await self._end(record, partial(end_session, record.pid, record.started), owner, taken)
+            await self._end(record, partial(end_processes, record.identity), owner, taken)
 
     async def _take_place(self, instance: str, owner: Owner, taken: contextlib.ExitStack) -> Place:
         try:
@@ -289,7 +310,7 @@ class Launcher:
             folder = tempfile.mkdtemp(prefix="vp-", dir=self.scratch)
         except (NoPortError, OSError) as error:
             raise LaunchError(Reason.CRASHED, f"cannot make room for an engine: {error}") from error
-        taken.callback(shutil.rmtree, folder, ignore_errors=True)
+        taken.callback(files.remove_tree, Path(folder))
         return Place(instance, f"engine-{secrets.token_hex(8)}", port, secrets.token_urlsafe(24), folder)
 
     def _spawn(
@@ -322,16 +343,16 @@ class Launcher:
 
     def _put_on_record(self, engine: LaunchedEngine) -> None:
         descriptors.give(engine.pid, self.open_files)
-        name = f"{file_name(engine.place.instance)}.{engine.place.own_name[-8:]}"
+        name = cgroup.name_of(file_name(engine.place.instance), engine.place.own_name)
         engine.record = replace(engine.record, cgroup=self.cgroups.take_in(name, engine.pid))
+        engine.process.owned = Owned(engine.record.identity)
         note(self.state, engine.record)
 
     @contextlib.asynccontextmanager
     async def _living(self, engine: LaunchedEngine, owner: Owner, taken: contextlib.ExitStack) -> AsyncIterator[None]:
         process, output = engine.process, engine.output
         name = engine.place.instance
-        work = partial(vitals.work, engine.pid, process.started)
-        pump = keep_running(partial(output.pump, work), f"output of {name}")
+        pump = keep_running(partial(output.pump, lambda: vitals.work(process.owned)), f"output of {name}")
         noting = keep_running(engine.look_after, f"look after {name}")
         try:
             yield

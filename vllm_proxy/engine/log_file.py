@@ -35,7 +35,7 @@ class LogFile:
         """
         try:
             file.parent.mkdir(mode=0o700, exist_ok=True)
-            fd = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             if (problem := _of_the_disk(fd)) is None:
                 return cls(fd, str(file), None, in_memory=False)
             os.close(fd)

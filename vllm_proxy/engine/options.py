@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from asyncio.subprocess import SubprocessStreamProtocol
 from collections.abc import Mapping, Sequence
@@ -18,16 +19,20 @@ from pathlib import Path
 
 import structlog
 
+from vllm_proxy.domain.command import mark, marked
 from vllm_proxy.domain.options import OptionTable
 from vllm_proxy.engine.background import ask
-from vllm_proxy.engine.process import end_session, look_up, to_the_end
-from vllm_proxy.engine.state import replace_file
+from vllm_proxy.engine.files import replace_file
+from vllm_proxy.engine.ownership import Identity
+from vllm_proxy.engine.proc import KERNEL, look_up
+from vllm_proxy.engine.process import end_processes, to_the_end
 from vllm_proxy.engine.threads import Away
 
 log = structlog.get_logger()
 
 SCRIPT = Path(__file__).with_name("read_options.py")
 
+_NAME = "options"  # in the mark of its processes
 _SECONDS = 120.0
 _BYTES = 4 * 2**20
 _BUFFERED = 2**16
@@ -263,11 +268,18 @@ async def _output(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
         ValueError: it failed or printed too much.
 
     """
+    secret = secrets.token_hex()
     loop = asyncio.get_running_loop()
     transport, streams = await loop.subprocess_exec(
         lambda: SubprocessStreamProtocol(_BUFFERED, loop),
         *argv,
-        env={**env, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_COLOR": "0"},
+        env={
+            **env,
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_LOGGING_COLOR": "0",
+            **marked(_NAME, secret),
+        },
         cwd="/",
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
@@ -275,8 +287,10 @@ async def _output(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
         start_new_session=True,
     )
     child = asyncio.subprocess.Process(transport, streams, loop)
-    process = look_up(child.pid)
-    started = process.started if process else 0  # reaped already: what is left of its session is found all the same
+    KERNEL.waited_for.add(child.pid)
+    # Once it is reaped, its number is not its own any more: what is left of it bears its mark.
+    process = look_up(child.pid) if child.returncode is None else None
+    who = Identity(child.pid if process else 0, process.started if process else 0, mark(_NAME, secret))
     assert child.stdout is not None
     assert child.stderr is not None
     words = ask(_tail(child.stderr), "last words of a vLLM")
@@ -284,8 +298,9 @@ async def _output(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
         output = await _bounded(child.stdout)
     finally:
         try:
-            said = await to_the_end(_end, child, started, words)
+            said = await to_the_end(_end, child, who, words)
         finally:
+            KERNEL.waited_for.discard(child.pid)
             transport.close()  # the pipes: nobody may have read them to their ends, or somebody else may hold them
     if not output:
         msg = said or "it ended in silence"
@@ -293,9 +308,12 @@ async def _output(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
     return output
 
 
-async def _end(child: asyncio.subprocess.Process, started: int, words: asyncio.Task[str]) -> str:
-    """End the whole session; returns its last words."""
-    await end_session(child.pid, started, 0.0)
+async def _end(child: asyncio.subprocess.Process, who: Identity, words: asyncio.Task[str]) -> str:
+    """End all of its processes; returns its last words."""
+    try:
+        await end_processes(who, 0.0)
+    except OSError as error:
+        log.warning("what read vLLM's options may be left", pid=child.pid, error=str(error))
     exited = ask(child.wait(), "end of a vLLM")
     await asyncio.wait({words, exited}, timeout=_LAST_SECONDS)  # whoever has left the session may hold the pipe
     exited.cancel()

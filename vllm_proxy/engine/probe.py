@@ -1,6 +1,12 @@
-"""Is an engine truly ready? Alive is the supervisor's business; here: healthy, and the one that we started."""
+"""Is an engine truly ready? Alive is the supervisor's business; here: healthy, and the one that we started.
 
+Its one rule: whatever answers, it is read with a bound and a deadline, and leads nowhere else.
+"""
+
+import json
 import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Protocol
@@ -8,12 +14,14 @@ from typing import Protocol
 import aiohttp
 
 _TIMEOUT = aiohttp.ClientTimeout(total=5)
-
+_MODELS_BYTES = 2**20
+_METRICS_BYTES = 16 * 2**20
+_LINE_BYTES = 2**16
+_COUNTERS_BYTES = 2**20  # of the lines that are kept
 
 # Moved by vLLM's engine core alone, never by its server: what stands still in a hung engine that takes new requests.
 _COUNTERS = re.compile(
-    r"^vllm:(?:prompt_tokens_total|generation_tokens_total|iteration_tokens_total_count|kv_cache_usage_perc)\{.*$",
-    re.MULTILINE,
+    rb"vllm:(?:prompt_tokens_total|generation_tokens_total|iteration_tokens_total_count|kv_cache_usage_perc)\{.*"
 )
 
 
@@ -27,8 +35,13 @@ class Ready:
 class Probe(Protocol):
     """What asks engines how they are."""
 
-    async def ready(self, port: int, own_name: str, credential: str) -> Ready | None:
-        """What the engine on this port says of itself, None while it is not ready or not ours."""
+    async def ready(
+        self, port: int, own_name: str, credential: str, is_engines: Callable[[], Awaitable[bool]]
+    ) -> Ready | None:
+        """What the engine on this port says of itself, None while it is not ready or not ours.
+
+        `is_engines`: whether the port is the engine's, asked before the credential is sent there.
+        """
 
     async def healthy(self, port: int) -> bool:
         """Whether `/health` answers 200."""
@@ -46,29 +59,28 @@ class HttpProbe:
     async def healthy(self, port: int) -> bool:
         """Whether `/health` answers 200."""
         try:
-            async with self._session.get(f"http://127.0.0.1:{port}/health", timeout=_TIMEOUT) as answer:
+            async with self._answer(port, "/health") as answer:
                 return answer.status == HTTPStatus.OK
-        except (aiohttp.ClientError, OSError, TimeoutError):
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
             return False
 
     async def counters(self, port: int) -> str | None:
         """The lines of `/metrics` that change while the engine works; "" where it keeps none, None for no answer."""
         try:
-            async with self._session.get(f"http://127.0.0.1:{port}/metrics", timeout=_TIMEOUT) as answer:
-                text = await answer.text() if answer.status == HTTPStatus.OK else ""
+            async with self._answer(port, "/metrics") as answer:
+                return await _counters(answer.content) if answer.status == HTTPStatus.OK else ""
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
             return None
-        return "\n".join(_COUNTERS.findall(text))
 
-    async def ready(self, port: int, own_name: str, credential: str) -> Ready | None:
-        """`Ready` when `/health` answers 200 and the model list holds `own_name`, which no foreign server can know."""
-        if not await self.healthy(port):
+    async def ready(
+        self, port: int, own_name: str, credential: str, is_engines: Callable[[], Awaitable[bool]]
+    ) -> Ready | None:
+        """`Ready` when `/health` answers 200, `is_engines` holds, and the model list holds `own_name`."""
+        if not (await self.healthy(port) and await is_engines()):
             return None
-        base = f"http://127.0.0.1:{port}"
-        headers = {"Authorization": f"Bearer {credential}"}
         try:
-            async with self._session.get(f"{base}/v1/models", headers=headers, timeout=_TIMEOUT) as answer:
-                cards = (await answer.json())["data"] if answer.status == 200 else []
+            async with self._answer(port, "/v1/models", {"Authorization": f"Bearer {credential}"}) as answer:
+                cards = json.loads(await _body(answer.content))["data"] if answer.status == HTTPStatus.OK else []
             mine = next((card for card in cards if card["id"] == own_name), None)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError, RecursionError):
             return None  # not listening yet, or something that is no vLLM
@@ -76,3 +88,42 @@ class HttpProbe:
             return None
         length = mine.get("max_model_len")
         return Ready(length if isinstance(length, int) else None)
+
+    @asynccontextmanager
+    async def _answer(
+        self, port: int, path: str, headers: dict[str, str] | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """An answer's head; what it is not read of ends with the block. The deadline is one for all of it."""
+        async with self._session.get(
+            f"http://127.0.0.1:{port}{path}",
+            headers={"Accept-Encoding": "identity", **(headers or {})},
+            timeout=_TIMEOUT,
+            allow_redirects=False,  # an engine's answer is its own, and its credential is for it alone
+        ) as answer:
+            if "Content-Encoding" in answer.headers:  # a small one can be large inside
+                raise ValueError("it is encoded though nobody asked for that")
+            yield answer
+
+
+async def _body(stream: aiohttp.StreamReader) -> bytes:
+    body = bytearray()
+    async for chunk in stream.iter_any():
+        body += chunk
+        if len(body) > _MODELS_BYTES:
+            raise ValueError("it is too long")
+    return bytes(body)
+
+
+async def _counters(stream: aiohttp.StreamReader) -> str:
+    """The lines with counters, as far as the bounds reach; nothing more is held."""
+    rest, read = b"", 0
+    found: list[bytes] = []
+    async for chunk in stream.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        rest = rest[:_LINE_BYTES]
+        found += (line for line in lines if _COUNTERS.fullmatch(line))
+        read += len(chunk)
+        if read > _METRICS_BYTES or sum(map(len, found)) > _COUNTERS_BYTES:
+            break
+    found += [rest] if _COUNTERS.fullmatch(rest) else []
+    return b"\n".join(found).decode(errors="replace")

@@ -1,76 +1,37 @@
 """One engine's processes: started in a session of their own, watched, and ended to the last one.
 
 Its one rule: nothing that was started here is left unburied. vLLM's first process (the API server) starts others
-that outlive it; all of them stay in the session that the first one leads, which is how they are found.
+that outlive it; which ones those are, `ownership` proves.
 """
 
 import asyncio
 import contextlib
 import ctypes
-import errno
 import os
 import signal
 import subprocess
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 
 from vllm_proxy.domain.diagnose import Exit
 from vllm_proxy.engine import clock
 from vllm_proxy.engine.background import ask
+from vllm_proxy.engine.ownership import Identity, Owned
+from vllm_proxy.engine.proc import KERNEL, Kernel, Process, look_up, open_pidfd
 
 log = structlog.get_logger()
 
 _PR_SET_CHILD_SUBREAPER = 36
 SWEEP_SECONDS = 0.02
-_NO_PROCESS = {errno.ESRCH, errno.EINVAL, errno.ENOENT}  # the latter: the number is a thread's now
+_LONGEST_SWEEP_SECONDS = 0.5
 KILL_SECONDS = 15.0  # a process that survives SIGKILL for this long hangs in the kernel
+_REAP_SECONDS = 2.0
 # The engine waits for one line before it becomes the engine, so that it is on record before it does anything:
 # a daemon that is killed in between leaves a shell that ends by itself.
 _GATE = 'read -r go && exec "$0" "$@" </dev/null'
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """One line of /proc. `started` is in clock ticks since boot, which with the pid names a process for good."""
-
-    pid: int
-    alive: bool  # false: a zombie, waiting to be reaped
-    session: int
-    started: int
-
-
-def boot_id() -> str:
-    """The kernel's name of this boot: pids mean nothing beyond it."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-
-
-def look_up(pid: int) -> Process | None:
-    """The process with this pid, None where there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = stat[stat.rindex(")") + 2 :].split()  # the command in front may hold spaces and parentheses
-    # A first thread that is dead while others live makes no dead process: the memory, on GPUs too, is still taken.
-    alive = fields[0] not in "ZX" or int(fields[17]) > 1
-    return Process(pid, alive, int(fields[3]), int(fields[19]))
-
-
-def members(session: int, started: int) -> list[Process]:
-    """Every process of the session that `session` led when it started at `started`, zombies included.
-
-    A pid is not given away while a session bears it, so a leader with another start time means a later session.
-    """
-    leader = look_up(session)
-    if leader is not None and leader.started != started:
-        return []
-    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-    found = (look_up(pid) for pid in pids)
-    return [process for process in found if process and process.session == session and process.started >= started]
 
 
 def adopt_orphans() -> None:
@@ -94,85 +55,140 @@ async def to_the_end[**P, T](work: Callable[P, Coroutine[Any, Any, T]], *args: P
     return task.result()
 
 
-async def end_session(session: int, started: int, grace_seconds: float) -> bool:
-    """End every process of a session: SIGTERM to its leader, after the grace SIGKILL to all. True when none is left.
+async def end_processes(
+    identity: Identity, grace_seconds: float, kernel: Kernel = KERNEL, patience: float = KILL_SECONDS
+) -> bool:
+    """End an engine's processes: SIGTERM to the first one, after the grace SIGKILL to all. True when none is left.
 
-    vLLM's workers die at once on a SIGTERM of their own, so only the leader gets one.
+    vLLM's workers die at once on a SIGTERM of their own, so only the first process gets one. False: something has
+    survived SIGKILL for `patience` seconds.
+
+    Raises:
+        OSError: something may not be signalled, or for so long nobody could tell what is left.
+
+    """
+    loop, owned = asyncio.get_running_loop(), Owned(identity, kernel)
+    await _look(owned)  # who has left the session is known by its parent while that one lives
+    with contextlib.suppress(OSError):  # `_kill_all` tells why
+        if owned.send_to_first(signal.SIGTERM):
+            began = loop.time()
+            while clock.elapsed(began) < grace_seconds and _may_live(owned):  # noqa: ASYNC110 - the kernel tells nobody
+                await asyncio.sleep(SWEEP_SECONDS)
+    return await _kill_all(owned, patience)
+
+
+def is_alive(identity: Identity) -> bool:
+    """Whether the first process of an engine is known to live; one that cannot be looked at is not, and not gone."""
+    try:
+        first = Owned(identity).first()
+    except OSError:
+        return False
+    return first is not None and first.alive
+
+
+def _may_live(owned: Owned) -> bool:
+    try:
+        first = owned.first()
+    except OSError:
+        return True
+    return first is not None and first.alive
+
+
+async def _kill_all(owned: Owned, patience: float) -> bool:
+    """SIGKILL to every process of an engine until a look finds none alive; then they are reaped.
+
+    Raises:
+        OSError: as `end_processes`.
+
     """
     loop = asyncio.get_running_loop()
-    if _signal(session, started, signal.SIGTERM):
-        began = loop.time()
-        while clock.elapsed(began) < grace_seconds and is_alive(session, started):  # noqa: ASYNC110 - the kernel tells nobody
-            await asyncio.sleep(SWEEP_SECONDS)
-    deadline = loop.time() + KILL_SECONDS
-    while left := await asyncio.to_thread(members, session, started):
+    deadline, pause = loop.time() + patience, SWEEP_SECONDS
+    while True:
+        left, problem = await _look(owned)
+        alive = [process for process in left if process.alive]
         for process in left:
             if process.alive:
-                _signal(process.pid, process.started, signal.SIGKILL)
-            elif process.pid != session:  # the leader's exit code belongs to who started it
-                with contextlib.suppress(ChildProcessError):  # somebody else's child: init reaps it
-                    os.waitpid(process.pid, os.WNOHANG)  # noqa: ASYNC222 - does not wait
-        if not any(process.alive for process in left):
+                problem = _kill(owned, process) or problem
+            elif process.pid != owned.identity.pid:  # whose exit belongs to who started it
+                owned.kernel.reap(process.pid)
+        if not alive and problem is None:
             return True
+        if problem is not None and (loop.time() > deadline or isinstance(problem, PermissionError)):
+            raise problem
         if loop.time() > deadline:
-            log.error("processes do not die", pids=[process.pid for process in left if process.alive])
             return False
-        await asyncio.sleep(SWEEP_SECONDS)
-    return True
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_SWEEP_SECONDS)
 
 
-def is_alive(pid: int, started: int) -> bool:
-    """Whether exactly this process lives."""
-    process = look_up(pid)
-    return process is not None and process.alive and process.started == started
-
-
-def _signal(pid: int, started: int, number: signal.Signals) -> bool:
-    """Send a signal to exactly this process; False when it is gone."""
+async def _look(owned: Owned) -> tuple[list[Process], OSError | None]:
     try:
-        fd = os.pidfd_open(pid)
+        return await asyncio.to_thread(owned.look), None
+    except OSError as error:  # no descriptor left, or /proc is closed: nobody can say that nothing is there
+        return [], error
+
+
+def _kill(owned: Owned, process: Process) -> OSError | None:
+    try:
+        owned.send(process, signal.SIGKILL)
     except OSError as error:
-        if error.errno in _NO_PROCESS:
-            return False
-        raise
-    try:
-        # Behind the open: the descriptor and the line speak of the same process.
-        if not is_alive(pid, started):
-            return False
-        signal.pidfd_send_signal(fd, number)
-    except ProcessLookupError:
-        return False
-    finally:
-        os.close(fd)
-    return True
+        return error
+    return None
+
+
+async def reap_orphans(kernel: Kernel = KERNEL, seconds: float = _REAP_SECONDS) -> NoReturn:
+    """Reap what was left to this process by its dead parents and has ended, until cancelled.
+
+    Only what nobody has waited for since the look before: an exit belongs to who started the process.
+    """
+    before: set[tuple[int, int]] = set()
+    while True:
+        await asyncio.sleep(seconds)
+        dead: set[tuple[int, int]] = set()
+        if kernel.has_dead_child():
+            try:
+                dead = _unclaimed(await asyncio.to_thread(kernel.processes), kernel)
+            except OSError as error:
+                log.warning("dead processes cannot be looked for", error=str(error))
+        for pid, _ in dead & before:
+            kernel.reap(pid)
+        before = dead
+
+
+def _unclaimed(processes: Sequence[Process], kernel: Kernel) -> set[tuple[int, int]]:
+    return {
+        (process.pid, process.started)
+        for process in processes
+        if not process.alive and process.parent == kernel.own_pid and process.pid not in kernel.waited_for
+    }
 
 
 class EngineProcess:
     """The first process of an engine: a child of this daemon, or of an earlier one."""
 
-    def __init__(self, pid: int, started: int, pidfd: int, child: subprocess.Popen[bytes] | None) -> None:
-        self.pid = pid
-        self.started = started
+    def __init__(self, identity: Identity, pidfd: int, child: subprocess.Popen[bytes] | None) -> None:
+        self.owned = Owned(identity)  # of a child more is known once it is on record
+        self.pid = identity.pid
+        self.started = identity.started
         self._child = child
         loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[Exit] = loop.create_future()
         self._pidfd = pidfd
-        loop.add_reader(pidfd, self._reap)
+        loop.add_reader(pidfd, self._ended)
 
     @classmethod
-    def adopt(cls, pid: int, started: int) -> "EngineProcess | None":
-        """The process that an earlier daemon started; None where it is gone."""
+    def adopt(cls, identity: Identity) -> "EngineProcess | None":
+        """The process that an earlier daemon started; None where it is gone, or that cannot be told: see `is_alive`."""
         try:
-            pidfd = os.pidfd_open(pid)
-        except OSError as error:
-            if error.errno in _NO_PROCESS:
-                return None
-            raise
-        # Behind the open: the descriptor and the line speak of the same process.
-        if not is_alive(pid, started):
-            os.close(pidfd)
+            pidfd = open_pidfd(identity.pid)
+        except OSError:
             return None
-        return cls(pid, started, pidfd, None)
+        # Behind the open: the descriptor and the line speak of the same process.
+        if pidfd is None or not is_alive(identity):
+            if pidfd is not None:
+                os.close(pidfd)
+            return None
+        return cls(identity, pidfd, None)
 
     @classmethod
     def spawn(cls, argv: Sequence[str], env: Mapping[str, str], folder: Path, log_file: Path) -> "EngineProcess":
@@ -195,9 +211,16 @@ class EngineProcess:
             )
         finally:
             os.close(output)
-        stat = look_up(child.pid)
-        assert stat is not None, "a child is there until it is reaped"
-        return cls(child.pid, stat.started, os.pidfd_open(child.pid), child)
+        KERNEL.waited_for.add(child.pid)
+        try:
+            stat = look_up(child.pid)
+            assert stat is not None, "a child is there until it is reaped"
+            return cls(Identity(child.pid, stat.started), os.pidfd_open(child.pid), child)
+        except OSError:  # no descriptor left: it is still at the gate
+            child.kill()
+            child.wait()
+            KERNEL.waited_for.discard(child.pid)
+            raise
 
     def release(self) -> None:
         """Let it become the engine."""
@@ -213,23 +236,53 @@ class EngineProcess:
             return
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
+        KERNEL.waited_for.discard(self.pid)
         if self._child is not None:
             self._child.returncode = 0  # Popen warns of a child that nobody waited for
 
-    async def end(self, grace_seconds: float) -> bool:
-        """End it with all that it started, and reap; True when nothing is left."""
+    async def end(self, grace_seconds: float, patience: float = KILL_SECONDS) -> bool:
+        """End it with all that it started, and reap; True when nothing is left, else it may be called again.
+
+        The first process is signalled through the descriptor that is open already: that needs no look at /proc.
+
+        Raises:
+            OSError: as `end_processes`.
+
+        """
         if self._child is not None and self._child.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._child.stdin.close()
-        emptied = await end_session(self.pid, self.started, grace_seconds)
-        if emptied:
-            await self.exited
+        await _look(self.owned)  # who has left the session is known by its parent while that one lives
+        for number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, 0.0)):
+            if not self.exited.done():
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._pidfd, number)
+                await clock.wait({self.exited}, seconds)
+        emptied = await _kill_all(self.owned, patience)
+        await asyncio.wait({self.exited}, timeout=patience)
+        if not self.exited.done():
+            return False
+        if emptied and self._child is not None:
+            self._child.wait()  # at once: until here it kept its number, by which its session is known
+            KERNEL.waited_for.discard(self.pid)
         return emptied
 
-    def _reap(self) -> None:
+    def _ended(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
+        ended = Exit(None, None) if self._child is None else _exit_of(self._pidfd)
         os.close(self._pidfd)
-        # It returns at once: the descriptor says that it ended. How a stranger's child ended, its parent alone learns.
-        code = None if self._child is None else self._child.wait()
         if not self.exited.done():
-            self.exited.set_result(Exit(code, None) if code is None or code >= 0 else Exit(None, -code))
+            self.exited.set_result(ended)
+
+
+def _exit_of(pidfd: int) -> Exit:
+    """How a child ended, which stays a zombie. Of a stranger's child its parent alone learns that."""
+    try:
+        found = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        found = None
+    if found is None:
+        return Exit(None, None)
+    if found.si_code == os.CLD_EXITED:
+        return Exit(found.si_status, None)
+    return Exit(None, found.si_status)

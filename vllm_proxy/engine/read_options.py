@@ -46,7 +46,7 @@ def _be_modest() -> None:
     with contextlib.suppress(OSError):
         os.nice(19)
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:

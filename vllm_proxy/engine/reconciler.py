@@ -15,7 +15,7 @@ from vllm_proxy.engine.ending import LAST_TRIES_SECONDS, end_engine
 from vllm_proxy.engine.gate import Leaving
 from vllm_proxy.engine.history import History
 from vllm_proxy.engine.model import Model
-from vllm_proxy.engine.process import end_session, is_alive
+from vllm_proxy.engine.process import end_processes, is_alive
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 from vllm_proxy.engine.supervisor import Supervisor, Surroundings
 from vllm_proxy.errors import RequestError
@@ -46,7 +46,7 @@ def sort_out(
             and model.policy.enabled
             and len(adoptable.get(model_id, {})) < model.policy.replicas
             and fingerprint(model.engine) == record.spec
-            and is_alive(record.pid, record.started)
+            and is_alive(record.identity)
         )
         mine = adoptable.setdefault(model_id, {})
         if wanted and int(number) not in mine:
@@ -57,11 +57,11 @@ def sort_out(
 
 
 async def end_left(records: Iterable[EngineRecord], state: StateDirectory) -> bool:
-    """End engines that an earlier daemon left: every live process of each session. True when nothing is left."""
+    """End engines that an earlier daemon left: each process that is provably theirs. True when nothing is left."""
 
     async def end(record: EngineRecord) -> bool:
         log.warning("ending an engine that an earlier daemon left", instance=record.instance, pid=record.pid)
-        end = partial(end_session, record.pid, record.started)
+        end = partial(end_processes, record.identity)
         if (why := await end_engine(record, end, state, _ORPHAN_GRACE_SECONDS)) is not None:
             log.error("an engine cannot be ended", instance=record.instance, why=why)
         return why is None

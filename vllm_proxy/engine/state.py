@@ -6,10 +6,13 @@ written is logged and the engine runs all the same: a full disk must not take mo
 
 import fcntl
 import hashlib
+import math
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Self
 from urllib.parse import quote
@@ -18,20 +21,31 @@ import msgspec
 import structlog
 import tomli_w
 
+from vllm_proxy.domain.command import mark
+from vllm_proxy.engine import cgroup, files, vitals
 from vllm_proxy.engine.gate import ANY_DEVICE
-from vllm_proxy.engine.process import boot_id
+from vllm_proxy.engine.ownership import Identity
+from vllm_proxy.engine.proc import PID_LIMIT, boot_id, pid_namespace
 from vllm_proxy.errors import StartupError
 
 log = structlog.get_logger()
 
+SCRATCH = Path("/tmp")  # noqa: S108 - where there is no RUNTIME_DIRECTORY; engines' folders in it are private
 _NAME_LIMIT = 200
 _STARTS_KEPT = 5  # of one spec
 _SPECS_KEPT = 200
+_FOREIGN_KEPT = 100  # records of other pid namespaces
+_FILE_LIMIT = 16 * 2**20  # bytes, of what is read back
+_NAMESPACE = "pid_namespace"
+_INSTANCE = re.compile(r"[A-Za-z0-9._:@/-]{1,200}/[0-9]{1,6}")
+_WORD = re.compile(r"[!-~]{1,200}")
+_FOLDER = re.compile(r"vp-\w+")  # as `launch` makes them
+_SEGMENT = re.compile(rf"{vitals.SHARED_MEMORY}.+")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """What adopts or ends an engine without having started it. `started` as in `process.Process`.
+    """What adopts or ends an engine without having started it. `started` as in `proc.Process`.
 
     What has a default came later: a record of an older daemon is still read.
     """
@@ -52,6 +66,16 @@ class EngineRecord:
     cgroup: str = ""  # the folder of its own, where it has one
     devices: tuple[str, ...] = (ANY_DEVICE,)  # the GPUs that it has
 
+    @property
+    def identity(self) -> Identity:
+        """What its processes are known by."""
+        return Identity(self.pid, self.started, mark(self.instance, self.credential), self.cgroup)
+
+    @property
+    def since(self) -> float:
+        """When it was started, in seconds of the epoch; never, where that is not known."""
+        return datetime.fromisoformat(self.started_at).timestamp() if self.started_at else math.inf
+
 
 def file_name(instance: str) -> str:
     """The name of an instance without slashes, short enough for a file's name with something behind it."""
@@ -64,19 +88,24 @@ def file_name(instance: str) -> str:
 class StateDirectory:
     """One daemon's place for what outlives it. Use as a context manager: it is locked inside."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, scratch: Path = SCRATCH) -> None:
+        """`scratch`: where engines' temporary folders are made by this daemon."""
         self.path = path
+        self._scratch = scratch
         self._file = path / "engines.toml"
         self._starts_file = path / "starts.toml"
         self._records: dict[str, EngineRecord] = {}
+        self._kept: list[object] = []  # entries that are not acted on, as they were read
         self._starts: dict[str, list[float]] | None = None  # read when first asked for
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            files.refuse_foreign(self.path)
             (self.path / "logs").mkdir(exist_ok=True, mode=0o700)
-            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = os.open(self.path / "lock", flags, 0o600)
         except OSError as error:
             msg = f"cannot use the state directory {self.path}: {error.strerror}; choose another with --state-dir"
             raise StartupError(msg) from error
@@ -86,6 +115,8 @@ class StateDirectory:
             os.close(self._lock)
             msg = f"cannot use the state directory {self.path}: another daemon does; choose another with --state-dir"
             raise StartupError(msg) from None
+        for file in (self._file, self._starts_file):
+            files.remove_temporaries(file)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -97,27 +128,73 @@ class StateDirectory:
         return self.path / "logs" / f"{file_name(instance)}.log"
 
     def left_behind(self) -> list[EngineRecord]:
-        """The engines that an earlier daemon had on record in this boot."""
+        """The engines that an earlier daemon had on record in this boot.
+
+        What cannot be one, and what was counted in another pid namespace (a container that is no more, or one beside
+        this), is reported, stays in the file and is not acted on.
+        """
         try:
-            document = tomllib.loads(self._file.read_text(encoding="utf-8"))
-            if document["boot_id"] != boot_id():
-                return []
-            records = msgspec.convert(document["engines"], list[EngineRecord])
+            entries = self._entries()
         except FileNotFoundError:
             return []
-        except (
-            OSError,
-            UnicodeDecodeError,
-            tomllib.TOMLDecodeError,
-            KeyError,
-            TypeError,
-            msgspec.ValidationError,
-        ) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            aside = None if isinstance(error, OSError) else self._set_aside()
             log.error("the record of engines cannot be read; engines of an earlier daemon may be left",
-                      file=str(self._file), error=str(error))  # fmt: skip
+                      file=str(self._file), error=str(error) or repr(error), kept_as=aside)  # fmt: skip
             return []
-        self._records |= {record.own_name: record for record in records}  # until somebody forgets them
-        return records
+        here = pid_namespace()
+        elsewhere = [entry for entry in entries if _text_of(entry, _NAMESPACE) not in {"", here}]
+        if elsewhere:
+            log.warning("engines on record are of another pid namespace (a container) and are left alone: "
+                        "where they run, `vllm-proxy stop --all` ends them", file=str(self._file),
+                        instances=[_text_of(entry, "instance") for entry in elsewhere])  # fmt: skip
+        records: dict[str, EngineRecord] = {}
+        faulty = []
+        for entry in (entry for entry in entries if entry not in elsewhere):
+            try:
+                record = self._usable(entry, records)
+            except ValueError as error:  # msgspec's are, too
+                log.error("a record of an engine cannot be used and is left alone; the engine may be left",
+                          file=str(self._file), entry=_shown(entry), error=str(error))  # fmt: skip
+                faulty.append(entry)
+            else:
+                records[record.own_name] = record
+        self._kept = [*elsewhere[-_FOREIGN_KEPT:], *faulty]
+        self._records |= records  # until somebody forgets them
+        return list(records.values())
+
+    def _entries(self) -> list[object]:
+        document = tomllib.loads(files.read_file(self._file, _FILE_LIMIT).decode())
+        if document["boot_id"] != boot_id():
+            return []
+        return msgspec.convert(document["engines"], list[object])
+
+    def _usable(self, entry: object, others: Mapping[str, EngineRecord]) -> EngineRecord:
+        """A record that a daemon may have written beside the `others`, by own name.
+
+        Raises:
+            ValueError: it is none; says why.
+
+        """
+        record = msgspec.convert(entry, EngineRecord)
+        fault = next((name for name, holds in _facts(record, self._scratch) if not holds), None)
+        if fault is not None:
+            shown = "this" if fault == "credential" else repr(getattr(record, fault))
+            raise ValueError(f"{fault}: no daemon writes {shown}")
+        if record.own_name in others:
+            raise ValueError("own_name: it is that of another record")
+        # Where an engine writes to is known, whatever is on record: that file is read, and cut when it is long.
+        in_memory = f"/proc/{record.pid}/fd/1"
+        return record if record.log == in_memory else replace(record, log=str(self.log_file(record.instance)))
+
+    def _set_aside(self) -> str | None:
+        """Keep a file that is none of ours for who wants to know what it was; its new name."""
+        aside = self._file.with_name(f"{self._file.name}.unreadable")
+        try:
+            self._file.rename(aside)
+        except OSError:
+            return None
+        return aside.name
 
     def record(self, engine: EngineRecord) -> None:
         """Put an engine on record."""
@@ -143,38 +220,71 @@ class StateDirectory:
     def _all_starts(self) -> dict[str, list[float]]:
         if self._starts is None:
             try:
-                document = tomllib.loads(self._starts_file.read_text(encoding="utf-8"))
-                self._starts = msgspec.convert(document["seconds"], dict[str, list[float]])
-            except (OSError, ValueError, KeyError, msgspec.ValidationError):
+                document = tomllib.loads(files.read_file(self._starts_file, _FILE_LIMIT).decode())
+                found = msgspec.convert(document["seconds"], dict[str, list[float]])
+                self._starts = {spec: [one for one in starts if 0 <= one < math.inf] for spec, starts in found.items()}
+            except (OSError, ValueError, KeyError, RecursionError):
                 self._starts = {}  # an estimate is worth no complaint
         return self._starts
 
     def _write(self) -> None:
-        engines = [asdict(record) for record in self._records.values()]
-        self._replace(self._file, {"boot_id": boot_id(), "engines": engines})
+        here = pid_namespace()
+        engines = [asdict(record) | {_NAMESPACE: here} for record in self._records.values()]
+        self._replace(self._file, {"boot_id": boot_id(), "engines": [*engines, *self._kept]})
 
     def _replace(self, file: Path, document: Mapping[str, object]) -> None:
         try:
             # Not worth an fsync each: what a crash of the machine destroys, no later boot could use.
-            replace_file(file, tomli_w.dumps(document).encode(), durable=False)
+            files.replace_file(file, tomli_w.dumps(document).encode(), durable=False)
         except OSError as error:
             log.error("the state cannot be written", file=str(file), error=str(error))
 
 
-def replace_file(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = True) -> None:
-    """Put `data` in the place of a file, whole or not at all; `durable`: also when the machine stops in the middle."""
-    temporary = path.with_name(f".{path.name}.new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
-    temporary.replace(path)
-    if not durable:
-        return
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _text_of(entry: object, key: str) -> str:
+    """Of an entry; empty where it is not said, as in a record of an older daemon."""
+    found = entry.get(key) if isinstance(entry, dict) else None
+    return found if isinstance(found, str) else ""
+
+
+def _shown(entry: object) -> str:
+    """An entry without its secret."""
+    return repr(
+        {key: value for key, value in entry.items() if key != "credential"} if isinstance(entry, dict) else entry
+    )
+
+
+def _facts(record: EngineRecord, scratch: Path) -> list[tuple[str, bool]]:
+    """What holds of every record that a daemon writes, by field."""
+    return [
+        ("instance", _INSTANCE.fullmatch(record.instance) is not None),
+        ("own_name", _WORD.fullmatch(record.own_name) is not None),
+        ("credential", _WORD.fullmatch(record.credential) is not None),
+        ("pid", 1 < record.pid <= PID_LIMIT),
+        ("started", 0 < record.started < 2**63),
+        ("port", 0 < record.port < 2**16),
+        ("log_start", record.log_start >= 0),
+        ("started_at", _is_moment(record.started_at) or not (record.started_at or record.spec)),
+        ("folder", _is_engines_folder(Path(record.folder), scratch)),
+        ("segments", all(_SEGMENT.fullmatch(path) and "/../" not in path for path in record.segments)),
+        ("cgroup", not record.cgroup or _is_cgroup_of(record)),
+    ]
+
+
+def _is_moment(text: str) -> bool:
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        return datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False
+
+
+def _is_engines_folder(folder: Path, scratch: Path) -> bool:
+    """Whether it lies where some daemon makes engines' folders: in RUNTIME_DIRECTORY, which is below /run, or /tmp."""
+    place = folder.parent
+    is_there = place in {scratch, SCRATCH} or place.parts[:2] == ("/", "run")
+    return is_there and ".." not in place.parts and _FOLDER.fullmatch(folder.name) is not None
+
+
+def _is_cgroup_of(record: EngineRecord) -> bool:
+    """By its name, which holds a part of the engine's: a later daemon, or a command, has another group of its own."""
+    wanted = cgroup.name_of(file_name(record.instance), record.own_name)
+    return cgroup.is_engines(record.cgroup) and Path(record.cgroup).name == wanted

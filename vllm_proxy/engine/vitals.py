@@ -1,92 +1,138 @@
 """What an engine's processes use, read from /proc, and the shared memory that they leave behind.
 
-Its one rule: a process that ends while it is looked at, or may not be looked at, counts as nothing.
+Its one rule: a process that ends while it is looked at, or may not be looked at, counts as nothing; but nothing is
+removed where the look itself failed.
 """
 
+import contextlib
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from vllm_proxy.engine.process import members
+import structlog
 
-_PROC = Path("/proc")
+from vllm_proxy.engine import files
+from vllm_proxy.engine.ownership import Owned
+from vllm_proxy.engine.proc import KERNEL, Process, open_files, read
+
+log = structlog.get_logger()
+
+SHARED_MEMORY = "/dev/shm/"  # noqa: S108 - what is in there is told apart below
 _IO = re.compile(r"^(?:wchar|read_bytes): (\d+)$", re.MULTILINE)
 _MEMORY = re.compile(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
-_SHARED = re.compile(r" (/dev/shm/[^\n]+)$", re.MULTILINE)
+_SHARED = re.compile(rf" {SHARED_MEMORY}([^\n/]+)$", re.MULTILINE)
 _DELETED = " (deleted)"
 _INCOMPLETE = ".incomplete"  # huggingface_hub's name for it
+# What vLLM 0.32, torch, multiprocessing and NCCL call theirs; a file of weights is never called so.
+_SEGMENT = re.compile(
+    r"psm_[0-9a-f]{8}"  # multiprocessing.shared_memory
+    r"|sem\.mp-[a-z0-9_]{8}"  # multiprocessing's locks and queues
+    r"|torch_\d+_\d+_\d+"  # tensors that torch.multiprocessing shares
+    r"|nccl-[A-Za-z0-9]{6}"
+    r"|vllm_(?:mm_[\w-]{22}|engram_[a-z0-9_]{8}|(?:offload|ec)_[\w.-]{1,128}\.mmap)"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a session's processes do. `moved_bytes`: written anywhere, or read from disks, so far."""
+    """What an engine's processes do. `moved_bytes`: written anywhere, or read from disks, so far."""
 
     moved_bytes: int
     downloads: bool  # from the Hugging Face hub, right now
 
 
-def work(session: int, started: int) -> Work:
-    """What a session's live processes do."""
-    moved = _sum(session, started, lambda pid: _IO.findall(_read(pid, "io")))
-    return Work(moved, any(_downloads(process.pid) for process in members(session, started)))
+def work(owned: Owned) -> Work:
+    """What an engine's live processes do."""
+    moved = _sum(owned, lambda pid: _IO.findall(_text(pid, "io")))
+    return Work(moved, any(_downloads(process.pid) for process in _processes(owned)))
 
 
-def memory_bytes(session: int, started: int) -> int:
-    """Memory of a session's processes that no file backs; what they share counts for each."""
-    return 1024 * _sum(session, started, lambda pid: _MEMORY.findall(_read(pid, "status")))
+def memory_bytes(owned: Owned) -> int:
+    """Memory of an engine's processes that no file backs; what they share counts for each."""
+    return 1024 * _sum(owned, lambda pid: _MEMORY.findall(_text(pid, "status")))
 
 
-def shared_segments(session: int, started: int) -> frozenset[str]:
-    """The files in /dev/shm that a session's processes have mapped."""
-    return frozenset(name for process in members(session, started) for name in _segments_of(process.pid))
+def shared_segments(owned: Owned) -> frozenset[str]:
+    """The paths of the segments in /dev/shm that an engine's processes have mapped, as far as it can be seen."""
+    try:
+        return frozenset(SHARED_MEMORY + name for process in _processes(owned) for name in _segments_of(process.pid))
+    except OSError:
+        return frozenset()
 
 
-def remove_segments(names: Iterable[str]) -> list[str]:
-    """Remove what a dead session left in /dev/shm, unless a live process maps it too; returns what was removed."""
-    left = [name for name in sorted(names) if os.path.lexists(name)]
-    if not left:  # the usual case: nothing more to look at
+def remove_segments(paths: Iterable[str], since: float) -> list[str]:
+    """Remove what a dead engine left in /dev/shm; returns what was removed.
+
+    That is: files directly in there that are called as vLLM's are, belong to this user, were made after `since`
+    (seconds of the epoch), and are mapped by no live process.
+    """
+    names = {path.removeprefix(SHARED_MEMORY) for path in paths if path.startswith(SHARED_MEMORY)}
+    wanted = sorted(name for name in names if _SEGMENT.fullmatch(name))
+    if not wanted:
         return []
-    pids = (int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit())
-    in_use = {name for pid in pids for name in _segments_of(pid)}
+    try:
+        folder = os.open(SHARED_MEMORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        log.warning("shared memory of a dead engine may be left", names=wanted, error=str(error))
+        return []
+    try:
+        return _remove(folder, [name for name in wanted if _is_made_by_us(folder, name, since)])
+    except OSError as error:
+        log.warning("shared memory of a dead engine may be left", names=wanted, error=str(error))
+        return []
+    finally:
+        os.close(folder)
+
+
+def _remove(folder: int, names: list[str]) -> list[str]:
+    if not names:  # the usual case: nothing more to look at
+        return []
+    in_use = {name for process in KERNEL.processes() for name in _segments_of(process.pid)}
     removed = []
-    for name in left:
+    for name in names:
         if name not in in_use:
-            try:
-                Path(name).unlink()
-            except OSError:
-                continue
-            removed.append(name)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
+                removed.append(SHARED_MEMORY + name)
     return removed
 
 
+def _is_made_by_us(folder: int, name: str, since: float) -> bool:
+    try:
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        is_own = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+        return is_own and files.made_at(name, folder) >= since
+    except FileNotFoundError:
+        return False
+
+
 def _segments_of(pid: int) -> set[str]:
-    return {name for name in _SHARED.findall(_read(pid, "maps")) if not name.endswith(_DELETED)}
+    return {name for name in _SHARED.findall(_text(pid, "maps")) if not name.endswith(_DELETED)}
+
+
+def _processes(owned: Owned) -> list[Process]:
+    try:
+        return owned.look()
+    except OSError:
+        return []
 
 
 def _downloads(pid: int) -> bool:
     """Whether a process has a file open that huggingface_hub has not fetched whole yet."""
     try:
-        descriptors = list((_PROC / str(pid) / "fd").iterdir())
+        return any(target.endswith(_INCOMPLETE) for target in open_files(pid))
     except OSError:
         return False
-    return any(_target(descriptor).endswith(_INCOMPLETE) for descriptor in descriptors)
 
 
-def _target(link: Path) -> str:
+def _sum(owned: Owned, numbers: Callable[[int], list[str]]) -> int:
     try:
-        return str(link.readlink())
+        return sum(int(number) for process in _processes(owned) for number in numbers(process.pid))
     except OSError:
-        return ""
+        return 0
 
 
-def _sum(session: int, started: int, numbers: Callable[[int], list[str]]) -> int:
-    return sum(int(number) for process in members(session, started) for number in numbers(process.pid))
-
-
-def _read(pid: int, name: str) -> str:
-    try:
-        return (_PROC / str(pid) / name).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+def _text(pid: int, name: str) -> str:
+    return read(pid, name).decode("utf-8", "replace")

@@ -1,0 +1,180 @@
+"""Which live processes are an engine's, provably. Its one rule: what is not proven is somebody else's.
+
+Numbers prove nothing by themselves: a pid, and with it a session's, is given away again. A process is an engine's when
+its environment carries the engine's own mark, or it is in the engine's own cgroup, or it is the first process
+with the recorded start, or in its session while that one is there (as a zombie too: the number is not given away then),
+or a descendant of one of these. What was proven once stays so: pid and start name a process for good.
+"""
+
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_proxy.engine.proc import KERNEL, Kernel, Process
+
+_LISTENS = "0A"
+
+
+def _printed(address: bytes) -> str:
+    """As /proc/net has it: word by word, as numbers of this machine."""
+    words = (address[at : at + 4] for at in range(0, len(address), 4))
+    return "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
+
+
+_V4 = [socket.inet_aton(address) for address in ("127.0.0.1", "0.0.0.0")]  # noqa: S104 - looked for, not bound
+_V6 = [socket.inet_pton(socket.AF_INET6, address) for address in ("::", "::ffff:127.0.0.1", "::ffff:0.0.0.0")]
+_REACHED = frozenset(map(_printed, (*_V4, *_V6)))  # where who connects to 127.0.0.1 may arrive
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What an engine's processes are known by. `started` as in `proc.Process`; pid 0: not known."""
+
+    pid: int  # of the first process, which leads its session
+    started: int
+    mark: str = ""  # in the environment of each process, as `command.mark` makes it
+    cgroup: str = ""  # the folder of its own, where it has one
+
+
+class Owned:
+    """The processes of one engine, as they come and go."""
+
+    def __init__(self, identity: Identity, kernel: Kernel = KERNEL) -> None:
+        self.identity = identity
+        self.kernel = kernel
+        self._mark = identity.mark.encode()
+        self._proven: frozenset[tuple[int, int]] = frozenset()  # pid and start
+        self._unmarked: frozenset[tuple[int, int]] = frozenset()  # whose environment was read
+        self._one_look = threading.Lock()
+
+    def first(self) -> Process | None:
+        """The first process itself, as a zombie too; None when it is gone.
+
+        Raises:
+            OSError: when that cannot be told.
+
+        """
+        found = self.kernel.look_up(self.identity.pid)
+        return found if found and found.started == self.identity.started else None
+
+    def look(self) -> list[Process]:
+        """Every process of the engine, zombies included. Takes milliseconds: not for the event loop.
+
+        Raises:
+            OSError: when that cannot be told; whatever lives then still does.
+
+        """
+        with self._one_look:
+            there = {process.pid: process for process in self.kernel.processes() if self._may_be(process)}
+            # Asked behind the table: whoever got a number only then is not the one that stands there with it.
+            first, grouped = self.first(), self.kernel.members(self.identity.cgroup)
+            keys = {(process.pid, process.started) for process in there.values()}
+            self._unmarked &= keys
+            found = {
+                pid: process
+                for pid, process in there.items()
+                if _key(process) in self._proven
+                or process == first
+                or (first is not None and process.session == first.pid)
+                or pid in grouped
+                or self._is_marked(process)
+            }
+            _add_descendants(found, there)
+            self._proven = frozenset(_key(process) for process in found.values() if process.started)
+            return list(found.values())
+
+    def send(self, process: Process, number: signal.Signals) -> bool:
+        """Send a signal to a process that `look` has found; False when it is gone.
+
+        Raises:
+            OSError: when it cannot be told whether it is still the same, or it may not be signalled.
+
+        """
+        return self.kernel.send(process.pid, number, self._is_still)
+
+    def send_to_first(self, number: signal.Signals) -> bool:
+        """Send a signal to the first process; False when it is gone.
+
+        Raises:
+            OSError: as `send`.
+
+        """
+        return self.kernel.send(self.identity.pid, number, lambda found: found.started == self.identity.started)
+
+    def listens_on(self, port: int) -> bool:
+        """Whether all that takes connections to 127.0.0.1:`port` is the engine's. Not for the event loop.
+
+        Raises:
+            OSError: when that cannot be told.
+
+        """
+        wanted = listeners(port)
+        if not wanted:
+            return False
+        # The first process most often holds it; all that listen must be known.
+        processes = sorted(self.look(), key=lambda process: process.pid != self.identity.pid)
+        for process in processes:
+            wanted -= self.kernel.sockets(process.pid)
+            if not wanted:
+                return True
+        return False
+
+    def _may_be(self, process: Process) -> bool:
+        """Nothing of an engine is older than its first process; where a start is hidden, its session may tell."""
+        return process.pid != self.kernel.own_pid and (not process.started or process.started >= self.identity.started)
+
+    def _is_marked(self, process: Process) -> bool:
+        key = _key(process)
+        if not self._mark or not process.started or not process.alive or key in self._unmarked:
+            return False
+        if self._mark in self.kernel.environment(process.pid).split(b"\0"):
+            return True
+        self._unmarked |= {key}
+        return False
+
+    def _is_still(self, process: Process) -> bool:
+        if process.started:
+            return _key(process) in self._proven
+        first = self.first()
+        return first is not None and process.session == first.pid
+
+
+def _key(process: Process) -> tuple[int, int]:
+    return process.pid, process.started
+
+
+def _add_descendants(found: dict[int, Process], there: Mapping[int, Process]) -> None:
+    """Who has a parent among the found ones is found too. A parent younger than its child has the number of another."""
+    grew = True
+    while grew:
+        grew = False
+        for pid, process in there.items():
+            parent = found.get(process.parent)
+            if pid not in found and parent is not None and parent.started <= process.started and parent.started:
+                found[pid] = process
+                grew = True
+
+
+def listeners(port: int) -> frozenset[int]:
+    """The inodes of the sockets that a connection to 127.0.0.1:`port` may come to.
+
+    Raises:
+        OSError: when that cannot be told.
+
+    """
+    found = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = Path("/proc/net", table).read_text(encoding="utf-8").splitlines()[1:]
+        except FileNotFoundError:  # a kernel without IPv6
+            continue
+        for line in lines:
+            fields = line.split()
+            address, _, number = fields[1].rpartition(":")
+            if fields[3] == _LISTENS and int(number, 16) == port and address in _REACHED:
+                found.add(int(fields[9]))
+    return frozenset(found)
