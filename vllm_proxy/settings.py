@@ -93,6 +93,8 @@ def _dotenv(file: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
+        if not os.access(file.parent, os.X_OK):  # a folder of somebody else, in which nothing can be meant
+            return {}
         if file.is_dir():  # of a virtual environment, as some call theirs
             return {}
         why = "expected UTF-8, got other bytes" if isinstance(error, UnicodeDecodeError) else error.strerror

@@ -294,6 +294,19 @@ def test_a_working_directory_that_is_gone_is_told(fork: Forks, folder: Path) -> 
     each_says(found, 1, "the working directory is gone; cd into one that is there")
 
 
+@pytest.mark.skipif(not IS_ROOT, reason="nobody else comes into a folder that is closed to him")
+def test_a_working_directory_of_another_user_is_no_hindrance(fork: Forks, folder: Path) -> None:
+    """As with `sudo -u vllm-proxy` in root's home: nothing in there can be meant."""
+    run = somebody(folder)
+    (folder / "mine.toml").write_text(CHAT)
+    (folder / "mine.toml").chmod(0o644)
+    closed(folder / "work")
+    each_says(ended(fork, {"check": ("check", "-c", str(folder / "mine.toml"))}, run), 0)
+    asking = {name: tokens for name, tokens in ASKING.items() if not name.startswith("plan")}
+    each_says(ended(fork, asking, run), WITHOUT_A_DAEMON, "none listens on")
+    each_says(ended(fork, {"check": ("check",)}, run), 78, "models.toml", "Permission denied")
+
+
 @pytest.mark.parametrize("what", ["folder", "unreadable", "no text"])
 def test_a_dotenv_that_cannot_be_used_is_told(fork: Forks, folder: Path, what: str) -> None:
     """A folder of that name is somebody's virtual environment; anything else would be a setting."""

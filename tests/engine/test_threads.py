@@ -46,7 +46,8 @@ def test_a_hanging_call_holds_up_no_other(hanging: threading.Event) -> None:
         for _ in range(3):
             pool.submit(hanging.wait)
         assert pool.submit(divmod, 7, 2).result(20) == (3, 1)
-        assert running().count("Event.wait") == 3
+        while running().count("Event.wait") < 3:  # which of four threads runs first, nobody knows
+            pass
 
 
 def test_as_many_threads_are_made_as_are_needed_and_no_more(hanging: threading.Event) -> None:
