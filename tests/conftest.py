@@ -10,7 +10,9 @@ from tests.harness import port_block
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; commands would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+settings.register_profile("usual", deadline=None)  # a loaded machine says nothing about what is tested
 settings.register_profile("thorough", max_examples=2000, deadline=None)
+settings.load_profile("usual")
 
 
 @pytest.fixture

@@ -200,7 +200,7 @@ def test_after_done_nothing_is_added_however_it_was_cut_into_chunks(pieces: tupl
     assert EVENT_ERROR not in run.client.got
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     parts=st.lists(
         st.sampled_from(

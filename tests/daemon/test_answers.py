@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Answer, Daemon, connected, daemon, fake_engines, request, until
+from tests.harness import Answer, Daemon, connected, daemon, fake_engines, port_block, request, until
 
 PATH = "/v1/chat/completions"
 MODELS = """
@@ -34,7 +34,7 @@ PART = "5\r\nhello\r\n"
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One daemon for all of them."""
-    async with daemon(fake_engines(33_000) + MODELS, tmp_path_factory.mktemp("answers")) as running:
+    async with daemon(fake_engines(port_block()) + MODELS, tmp_path_factory.mktemp("answers")) as running:
         await running.all_ready()
         yield running
 

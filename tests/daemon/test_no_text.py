@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.harness import Answer, Daemon, connected, daemon, fake_engines, request
+from tests.harness import Answer, Daemon, connected, daemon, fake_engines, port_block, request
 
 PATH = "/v1/chat/completions"
 FORM = "/v1/audio/transcriptions"
@@ -22,7 +22,7 @@ KEY = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One daemon for all of them, which in the end has logged no fault of its own."""
-    async with daemon(fake_engines(33_300) + MODELS, tmp_path_factory.mktemp("no-text")) as running:
+    async with daemon(fake_engines(port_block()) + MODELS, tmp_path_factory.mktemp("no-text")) as running:
         await running.until("1 of 1 models ready")
         yield running
         assert "fault of the daemon" not in running.log()
@@ -317,3 +317,16 @@ async def test_no_shapeless_request_is_a_fault_of_the_daemon(shared: Daemon, see
             assert not line.startswith(b"HTTP/1.1 500"), data
             client.leave()
     assert (await ask(shared, request("/health", b"", method="GET"))).status == 200
+
+
+@pytest.mark.parametrize("path", ["/events", "/models/chat/logs?follow=1", "/v1/realtime?model=chat"])
+async def test_streams_have_an_id_too(shared: Daemon, path: str) -> None:
+    """The client's, or one that is made: in the head, as in every other answer's."""
+    upgrade = [KEY, *UPGRADE] if "realtime" in path else []
+    for lines, wanted in ((["X-Request-Id: mine"], ["mine"]), ([], None)):
+        async with connected(shared.port) as client:
+            await client.send(request(path, b"", *lines, *upgrade, method="GET"))
+            head = (await client.reader.readuntil(b"\r\n\r\n")).decode()
+            found = re.findall(r"(?i)x-request-id: (\S+)", head)
+            assert found == wanted if wanted else len(found) == 1
+            client.leave()

@@ -12,7 +12,7 @@ from vllm_proxy.api.access_log import AccessLog
 from vllm_proxy.api.budget import Budget
 from vllm_proxy.api.call import Call, observed
 from vllm_proxy.api.cors import Cors
-from vllm_proxy.api.envelope import Handler, envelope
+from vllm_proxy.api.envelope import Handler, envelope, identify
 from vllm_proxy.api.events import Events
 from vllm_proxy.api.front import Direct, FrontRunner, client_of
 from vllm_proxy.api.metrics import Metrics
@@ -77,6 +77,7 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     table.append(("GET", "/", _guarded(parts, models.root(offered), public=True)))
     app = web.Application(middlewares=[envelope, cors.preflight])
     app.on_response_prepare.append(cors.on_prepare)
+    app.on_response_prepare.append(identify)
     for method, path, handler in table:
         app.router.add_route(method, path, handler)
         if method == "GET" and path not in _ENDLESS:

@@ -66,16 +66,15 @@ def json_response(value: object, *, status: int = 200, headers: dict[str, str] |
     return web.Response(body=body, status=status, headers=headers, content_type="application/json")
 
 
+async def identify(request: web.Request, response: web.StreamResponse) -> None:
+    """Give an answer its X-Request-Id, streams included, before its head is sent: aiohttp's signal."""
+    if "X-Request-Id" not in response.headers:
+        response.headers["X-Request-Id"] = _id_of(request)
+
+
 @web.middleware
 async def envelope(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every error into an answer, and give every answer its X-Request-Id."""
-    response = await _answer(request, handler)
-    if isinstance(response, web.Response) and "X-Request-Id" not in response.headers:
-        response.headers["X-Request-Id"] = _id_of(request)
-    return response
-
-
-async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every error into an answer."""
     try:
         return await handler(request)
     except RequestError as error:

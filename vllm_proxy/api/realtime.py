@@ -61,6 +61,7 @@ def realtime(sessions: Sessions) -> Work:
         )
         if not _can_upgrade(client, call.request):
             raise RequestError("bad_request", "cannot speak here without a WebSocket upgrade")
+        client.headers["X-Request-Id"] = call.request_id.decode()
         await client.prepare(call.request)
         call.status = 101
         client_of(call.request).on_message_bytes = _counted(call, sessions)
