@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 
 from vllm_proxy.api.call import Call, observed
-from vllm_proxy.api.envelope import as_request_error, error_response, is_anthropic
+from vllm_proxy.api.envelope import as_request_error, error_response
 from vllm_proxy.errors import STATUS, RequestError
 
 # Source: Anthropic's API reference, "Errors".
@@ -39,16 +39,6 @@ def test_a_message_with_bytes_that_are_no_text_is_still_an_answer(anthropic: boo
     """They are shown as escapes."""
     error = RequestError("not_found", "cannot find /\udcff")
     assert told(error, anthropic=anthropic)["message"] == "cannot find /\\udcff"
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [("/v1/messages", True), ("/v1/messages/count_tokens", True), ("/v1/messages/batches", True),
-     ("/v1/messagesx", False), ("/v1", False), ("/", False)],
-)  # fmt: skip
-def test_anthropics_routes_are_those_below_messages(path: str, expected: bool) -> None:  # noqa: FBT001 - a parameter
-    """Offered or not."""
-    assert is_anthropic(path) is expected
 
 
 @pytest.mark.parametrize(

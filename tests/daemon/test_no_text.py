@@ -233,7 +233,6 @@ async def test_an_expectation_that_nobody_knows_is_417(shared: Daemon, path: str
     [
         ("GET", "/v1/messages", 405, "method_not_allowed"),
         ("PUT", "/v1/messages/count_tokens", 405, "method_not_allowed"),
-        ("POST", "/v1/messages/batches", 404, "not_found"),
         ("POST", "/v1/messages", 404, "model_not_found"),
     ],
 )

@@ -22,8 +22,9 @@ aliases = ["an-alias-longer-than-the-id"]
 model = "org/other"
 """
 JSON_ROUTES = (
-    "/v1/chat/completions /v1/completions /v1/embeddings /v1/responses /v1/messages /v1/messages/count_tokens "
-    "/v1/rerank /rerank /v2/rerank /v1/score /score /classify /pooling /tokenize /detokenize /v2/embed"
+    "/v1/chat/completions /v1/chat/completions/batch /v1/completions /v1/embeddings /v1/responses /v1/messages "
+    "/v1/messages/count_tokens /v1/rerank /rerank /v2/rerank /v1/score /score /generative_scoring /classify /pooling "
+    "/tokenize /detokenize /v2/embed"
 ).split()
 FORM_ROUTES = ("/v1/audio/transcriptions", "/v1/audio/translations")
 # Every other path of vLLM 0.32, its development and SageMaker routes included.
@@ -32,8 +33,8 @@ ENGINE_ONLY = (
     "/tokenizer_info /server_info /version /load /secret /abort_requests /pause /resume /is_paused /start_profile "
     "/stop_profile /reset_prefix_cache /reset_mm_cache /reset_encoder_cache /get_world_size /update_weights "
     "/init_weight_transfer_engine /scale_elastic_ep /is_scaling_elastic_ep /fault_tolerance/apply "
-    "/fault_tolerance/status /inference/v1/generate /generative_scoring /cohere/v2/chat /v1/systemone "
-    "/v1/chat/completions/batch /v1/chat/completions/render /v1/chat/completions/derender /v1/completions/render "
+    "/fault_tolerance/status /inference/v1/generate /cohere/v2/chat /v1/systemone "
+    "/v1/chat/completions/render /v1/chat/completions/derender /v1/completions/render "
     "/v1/messages/render /v1/responses/render /kv_event_sources /release_kv_cache_memory /weight_info /weight_checker "
     "/fake/seen"
 ).split()
@@ -96,11 +97,12 @@ async def test_each_model_has_engines_of_its_own(shared: Daemon) -> None:
         assert answer.headers["X-Vllm-Proxy-Instance"] == "other/0"
 
 
-async def test_an_alias_changes_the_name_and_not_one_other_byte_of_a_value(shared: Daemon) -> None:
-    """Numbers keep their digits, texts their escapes; only the name is another."""
+async def test_an_alias_changes_the_name_and_not_one_other_byte(shared: Daemon) -> None:
+    """Numbers keep their digits, texts their escapes, and spaces stay; only the name is another."""
     body = rb'{"n": 1.000000000000000000001e400, "s": "\u00e9\/", "model": "an-alias-longer-than-the-id", "e": 1E0,'
-    answer = await shared.post("/v1/completions", body + b' "fake": {"echo": 1}}')
-    assert r'"n":1.000000000000000000001e400,"s":"\u00e9\/","model":"chat","e":1E0' in answer["body"].replace(": ", ":")
+    body += b' "fake": {"echo": 1}}'
+    answer = await shared.post("/v1/completions", body)
+    assert answer["body"].encode() == body.replace(b"an-alias-longer-than-the-id", b"chat")
 
 
 @pytest.mark.parametrize("path", FORM_ROUTES)

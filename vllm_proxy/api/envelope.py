@@ -14,6 +14,7 @@ log = structlog.get_logger()
 
 type Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+_ANTHROPIC = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 # Source: Anthropic's API reference, "Errors". Other statuses: by their first digit.
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -28,8 +29,8 @@ _ANTHROPIC_TYPES = {
 
 
 def is_anthropic(path: str) -> bool:
-    """Whether a path is of Anthropic's API, which has an envelope of its own."""
-    return path.startswith("/v1/messages") and path[12:13] in {"", "/"}
+    """Whether a path is of the routes of Anthropic's API, which has an envelope of its own."""
+    return path in _ANTHROPIC
 
 
 def error_response(error: RequestError, *, anthropic: bool = False) -> web.Response:
