@@ -18,10 +18,12 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
+from tests import slow_turns
 from vllm_proxy.domain.parse import revision_of
 from vllm_proxy.engine.proc import look_up
 
 FAKE = Path(__file__).parent / "fakes" / "fake_vllm.py"
+WATCHED = [sys.executable, slow_turns.__file__]  # the command line, its event loop watched
 WAIT_SECONDS = 60.0
 # Root is exempt from the limit of processes; whoever may read and write everything is not (`access` too, by its bits).
 NOBODY = 54321
@@ -251,10 +253,14 @@ async def running_command(
     seconds: float = WAIT_SECONDS,
     port: int | None = None,
     below: Sequence[str] = (),
-    program: Sequence[str] = (sys.executable, "-m", "vllm_proxy"),
+    program: Sequence[str] = WATCHED,
 ) -> AsyncIterator[Daemon]:
-    """A command that is a daemon, once it listens; it is stopped when the block ends. `program` runs the command."""
+    """A command that is a daemon, once it listens; it is stopped when the block ends. `program` runs the command.
+
+    That fails where a callback held its event loop for longer than `slow_turns` allows.
+    """
     port = port or free_port()
+    slow = folder / "slow_turns.txt"
     with tempfile.TemporaryDirectory() as short:
         loop = asyncio.get_running_loop()
         notes = Notes()
@@ -263,9 +269,10 @@ async def running_command(
         )
         with (folder / "daemon.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                *below, *program, command,
-                "--port", str(port), "--state-dir", str(folder / "state"), *flags,
-                env={**clean_environment(), "NOTIFY_SOCKET": f"{short}/notify", **(env or {})},
+                *below, *program, command, "--port", str(port), "--state-dir", str(folder / "state"), *flags,
+                env={
+                    **clean_environment(), "NOTIFY_SOCKET": f"{short}/notify", slow_turns.FILE: str(slow), **(env or {})
+                },
                 cwd=folder, stdout=log, stderr=log,
             )  # fmt: skip
         running = Daemon(process, port, folder, notes)
@@ -276,6 +283,7 @@ async def running_command(
             await running.session.close()
             await running.stop()
             transport.close()
+    assert not slow.exists(), f"a callback held the event loop for too long:\n{slow.read_text(encoding='utf-8')}"
 
 
 async def vllm_proxy(folder: Path, *arguments: str) -> tuple[int, str, str]:

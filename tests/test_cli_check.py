@@ -205,10 +205,10 @@ def test_a_wrong_command_line_is_told_with_the_usage(arguments: list[str], capsy
     assert capsys.readouterr().err.startswith("usage: vllm-proxy ")
 
 
-def test_serve_without_a_file_is_78(capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_without_a_file_is_78(capfd: pytest.CaptureFixture[str]) -> None:
     """The daemon does not start on a configuration that is not there."""
     assert run(["serve", "-c", "none.toml"]) == 78
-    assert "cannot read it" in capsys.readouterr().err
+    assert "cannot read it" in capfd.readouterr().err
 
 
 def test_the_first_file_is_not_readable_by_all(folder: Path) -> None:

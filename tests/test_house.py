@@ -34,7 +34,6 @@ def test_modules_and_functions_stay_small(module: Path) -> None:
 
 # Who owns what the event loop calls: a callback that raises is logged by `background.log_faults`, and then this holds.
 CALLBACKS = {
-    ("api/access_log.py", "schedule"),  # its lines are gathered anew
     ("api/asking.py", "add_done_callback"),  # a permit is given back
     ("api/client.py", "call_later"),  # a connection too many: its client ends it, or the next one takes its place
     ("api/events.py", "add_done_callback"),  # an open stream, which ends with its connection at the latest

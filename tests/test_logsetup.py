@@ -1,10 +1,17 @@
 """How the log looks."""
 
+import asyncio
+import gc
 import json
+import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+import threading
+import warnings
+from collections.abc import Coroutine, Iterator
+from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import structlog
@@ -12,6 +19,7 @@ import structlog
 from vllm_proxy import logsetup
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.logsetup import Format
+from vllm_proxy.logwriter import LogWriter
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +108,109 @@ def test_auto_is_journal_where_stderr_is_the_journal(capfd: pytest.CaptureFixtur
     """systemd names the stream by device and inode."""
     stat = os.fstat(sys.stderr.fileno())
     assert written(capfd, "auto", {"JOURNAL_STREAM": f"{stat.st_dev}:{stat.st_ino}"})[0].startswith("<7>")
+
+
+# What must not be in it
+
+
+def fails(prompt: str) -> None:
+    """As something in the middle of a request does."""
+    request = {"messages": [{"role": "user", "content": prompt}], "authorization": "Bearer a-key"}
+    raise RuntimeError(f"cannot take {len(request)} fields")
+
+
+@pytest.mark.parametrize("form", ["text", "json", "journal"])
+def test_variables_of_frames_are_never_logged(capsys: pytest.CaptureFixture[str], form: logsetup.Form) -> None:
+    """Prompts and keys lie in them; also where `rich` is installed, which would show them in colours."""
+    assert find_spec("rich"), "the trap is not set"
+    logsetup.set_up("info", form)
+    try:
+        fails("the-" + "prompt")
+    except RuntimeError:
+        structlog.get_logger().exception("a request failed")
+    said = capsys.readouterr().err
+    assert "cannot take 2 fields" in said
+    assert "in fails" in said or '"name":"fails"' in said.replace(" ", "")
+    for secret in ("the-prompt", "a-key", "locals"):
+        assert secret not in said
+
+
+@pytest.fixture
+def _hooks() -> Iterator[None]:
+    """Python's own ways to stderr as they were before."""
+    root, unraisable, of_threads = logging.getLogger(), sys.unraisablehook, threading.excepthook
+    handlers, level, show = root.handlers[:], root.level, warnings.showwarning
+    yield
+    logging.captureWarnings(capture=False)
+    root.handlers[:], warnings.showwarning = handlers, show
+    root.setLevel(level)
+    sys.unraisablehook, threading.excepthook = unraisable, of_threads
+
+
+async def forgotten() -> None:
+    """A task that fails and that nobody asks for."""
+    fails("the-" + "prompt")
+
+
+class Undying:
+    """What fails as it is collected."""
+
+    def __del__(self) -> None:
+        raise RuntimeError("of an object that is gone")
+
+
+@pytest.mark.usefixtures("_hooks")
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("form", ["text", "json", "journal"])
+def test_what_python_itself_would_write_is_in_the_log(form: logsetup.Form) -> None:
+    """asyncio's about tasks, warnings, failures of threads and of what is collected: queued, in the same form."""
+    out, into = os.pipe()
+    with LogWriter(into) as writer:
+        logsetup.set_up("info", form, writer)
+        logsetup.capture(writer, form)
+        with asyncio.Runner() as runner:
+            runner.run(let_go_of(forgotten()))
+        gc.collect()
+        warnings.warn("one-warning", stacklevel=1)
+        thread = threading.Thread(target=fails, args=["the-prompt"])
+        thread.start()
+        thread.join()
+        Undying()
+        logging.getLogger("aiohttp.server").error("one of %s", "aiohttp")
+    os.close(into)
+    with os.fdopen(out) as file:
+        lines = file.read().splitlines()
+    said = "\n".join(lines)
+    for words in ("Task exception was never retrieved", "one-warning", "a thread failed", "one of aiohttp",
+                  "of an object that is gone"):  # fmt: skip
+        assert words in said
+    assert "the-prompt" not in said
+    if form == "json":
+        assert {json.loads(line)["level"] for line in lines} == {"error", "warning"}
+    if form == "journal":
+        assert {line[:3] for line in lines} == {"<3>", "<4>"}
+
+
+async def let_go_of(work: Coroutine[Any, Any, None]) -> None:
+    """Begin it, and forget it."""
+    task = asyncio.create_task(work)
+    await asyncio.wait({task})
+
+
+def passed_on(form: logsetup.Form, *lines: str, engines: bool = True) -> str:
+    """What is written of an engine's lines."""
+    out, into = os.pipe()
+    with LogWriter(into) as writer:
+        logsetup.Output(writer, form, requests=True, engines=engines).pass_on("chat/0", lines)
+    os.close(into)
+    with os.fdopen(out) as file:
+        return file.read()
+
+
+def test_an_engines_lines_are_in_the_log_with_its_name() -> None:
+    """In the form of the log; nothing where the level leaves them out."""
+    assert passed_on("text", "one", "two") == "chat/0 | one\nchat/0 | two\n"
+    assert passed_on("journal", "one") == "<6>chat/0 | one\n"
+    entry = json.loads(passed_on("json", 'a "line"'))
+    assert (entry["event"], entry["instance"], entry["line"]) == ("engine output", "chat/0", 'a "line"')
+    assert passed_on("text", "one", engines=False) == ""

@@ -31,13 +31,14 @@ async def test_the_sentence_has_a_longest_length_and_the_rejection_is_in_it(tmp_
     """systemd drops a message that is too long as a whole."""
 
     class Rejecting:
-        rejected = ConfigError("models.toml", [Problem(1, "x", "y" * 9999)])
+        rejected = ConfigError("models.toml", [Problem(1, "x" * 9999, "sk-secret")])
 
     models = [model(str(number) * 200, start="on-demand") for number in range(9)]
     reconciler = reconciler_of(Stage(), tmp_path, *models)
     found = sentence(reconciler, Rejecting())  # type: ignore[arg-type]
     assert len(found.encode()) < 2000
-    assert "; configuration rejected: models.toml:1: x: yyy" in found
+    assert "; configuration rejected: models.toml:1: xxx" in found
+    assert "secret" not in found
 
 
 @virtual

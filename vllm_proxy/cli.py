@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import TextIO, cast
 
 import aiohttp
+import structlog
 import uvloop
 
 from vllm_proxy import __version__, control, daemon, demo, logsetup, settings
@@ -17,9 +19,13 @@ from vllm_proxy.connection import LostError, NoDaemonError, RefusedError, Resour
 from vllm_proxy.domain.plan import plan
 from vllm_proxy.engine.threads import DaemonLoop
 from vllm_proxy.errors import ConfigError, Problem, StartupError, VllmProxyError
+from vllm_proxy.logwriter import LogWriter
 from vllm_proxy.regular_file import read_regular_file
 from vllm_proxy.settings import Settings
 
+log = structlog.get_logger()
+
+_STDERR = 2
 OK, FAILED, CHANGES, NO_DAEMON, CONFIG_INVALID = 0, 1, 2, 3, os.EX_CONFIG
 _ABOUT_A_FILE = frozenset({"serve", "check", "plan", "demo"})  # for others a file that cannot be used is a failure
 
@@ -31,6 +37,19 @@ class OutputError(VllmProxyError):
 def run(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit status of contract section 1."""
     options = _parser().parse_args(arguments)
+    if options.command not in {_serve, _demo}:
+        return _run(options)
+    _reserve_standard_descriptors()
+    with LogWriter(_STDERR) as writer, contextlib.redirect_stderr(cast("TextIO", writer)):
+        options.writer = writer
+        try:
+            return _run(options)
+        except Exception:  # not left to Python, which would wait for ever for whoever reads stderr
+            log.exception("the daemon ends by a fault of its own")
+            return FAILED
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         status: int = options.command(options)
     except ConfigError as error:
@@ -57,6 +76,13 @@ def _why(error: Exception) -> str:
     if not isinstance(error, OSError) or not error.strerror:
         return str(error) or type(error).__name__
     return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+
+
+def _reserve_standard_descriptors() -> None:
+    """A closed one would be given to the next socket that is opened, and the log would go there."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        pass
+    os.close(descriptor)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,17 +140,18 @@ def _load(options: argparse.Namespace) -> Settings:
 def _serve(options: argparse.Namespace) -> int:
     loaded = _load(options)
     config = daemon.read_config(loaded)
-    form = _set_up_log(options)
-    serving = daemon.serve(loaded, config, form, pass_on=logsetup.engine_output(form))
+    serving = daemon.serve(loaded, config, _set_up_log(options, engines=True))
     uvloop.run(serving, loop_factory=DaemonLoop)
     return OK
 
 
-def _set_up_log(options: argparse.Namespace) -> logsetup.Form | None:
-    """The form of the access log, None where the level leaves it out."""
+def _set_up_log(options: argparse.Namespace, *, engines: bool) -> logsetup.Output:
+    """Of a daemon. `engines`: what they write is part of it, where the level lets it through."""
     form = logsetup.resolve(options.log_format, os.environ)
     logsetup.set_up(options.log_level, form)
-    return form if options.log_level in {"debug", "info"} else None
+    logsetup.capture(options.writer, form)
+    talks = options.log_level in {"debug", "info"}
+    return logsetup.Output(options.writer, form, requests=talks, engines=engines and talks)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -253,9 +280,9 @@ def _silent(_text: str) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    form = _set_up_log(options)
+    output = _set_up_log(options, engines=False)
     loaded, config = demo.prepare(os.environ, {name: getattr(options, name) for name in ("host", "port", "state_dir")})
-    uvloop.run(daemon.serve(loaded, config, form, demo.watch), loop_factory=DaemonLoop)
+    uvloop.run(daemon.serve(loaded, config, output, demo.watch), loop_factory=DaemonLoop)
     return OK
 
 

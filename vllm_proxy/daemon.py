@@ -7,14 +7,14 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import aiohttp
 import structlog
 from aiohttp import web
 
-from vllm_proxy.api import access_log, app
+from vllm_proxy.api import app
 from vllm_proxy.api.access import Access
 from vllm_proxy.api.access_log import AccessLog
 from vllm_proxy.api.front import FrontRunner
@@ -43,10 +43,12 @@ from vllm_proxy.engine.threads import Disk
 from vllm_proxy.engine.watch import watch
 from vllm_proxy.errors import ConfigError, NotEndedError, Problem
 from vllm_proxy.listen import BACKLOG, Doors, address_of, listen, listen_for_commands, notice_departed_clients
+from vllm_proxy.logsetup import Output
 from vllm_proxy.regular_file import read_regular_file
 from vllm_proxy.settings import Settings
 from vllm_proxy.status import StatusLine, sentence
 from vllm_proxy.systemd import Systemd, inherited_sockets, watchdog_seconds
+from vllm_proxy.turns import LoopLag
 
 log = structlog.get_logger()
 
@@ -58,10 +60,6 @@ _WAYS_OUT: dict[type[OSError], str] = {
 }
 _WRITE_SECONDS = 2.0  # for a write that was begun; its disk may not answer, and nothing else waits for that
 _LAST_WORDS_SECONDS = 2.0  # for handlers to end once the engines are gone
-
-
-def _say_nothing(_instance: str, _lines: Sequence[str]) -> None:
-    """Engine output goes to its file alone."""
 
 
 def read_config(settings: Settings) -> Config:
@@ -81,15 +79,9 @@ def read_config(settings: Settings) -> Config:
 
 
 async def serve(
-    settings: Settings,
-    config: Config,
-    access_log_form: access_log.Form | None = None,
-    shown: Callable[[Reconciler, str], None] | None = None,
-    pass_on: PassOn = _say_nothing,
+    settings: Settings, config: Config, output: Output, shown: Callable[[Reconciler, str], None] | None = None
 ) -> None:
     """Run until SIGTERM or SIGINT. `shown` is called with the reconciler and the address once it listens.
-
-    `access_log_form` None: no access log. `pass_on` is given the engines' output.
 
     Raises:
         StartupError: when the port or the state directory is taken.
@@ -117,17 +109,14 @@ async def serve(
         stack.callback(settings.control_socket.unlink, missing_ok=True)
         stack.callback(doors.commands.close)
         around, launcher = _surroundings(settings, config, state, doors.ports(), stack,
-                                        pass_on=pass_on, open_files=open_files)  # fmt: skip
+                                        pass_on=output.pass_on, open_files=open_files)  # fmt: skip
         reconciler = Reconciler(config, around, state, launcher.fingerprint)
         store = Store(settings.config_file)
         disk = Disk("the configuration's file")
         stack.callback(disk.close)
         desired = Desired(store, settings.overrides, reconciler, launcher.check, launcher.ports,
                           away=disk, address_is_given=bool(inherited))  # fmt: skip
-        lines = (
-            AccessLog(sys.stderr, access_log_form, asyncio.get_running_loop().call_later) if access_log_form else None
-        )
-        await _run(desired, doors, stack, lines, shown)
+        await _run(desired, doors, stack, output, shown)
     if hanging := threads.running():
         log.warning("calls that have not come back are left behind; a disk does not answer", calls=hanging)
     if left := reconciler.not_ended():
@@ -139,7 +128,7 @@ async def _run(
     desired: Desired,
     doors: Doors,
     stack: contextlib.AsyncExitStack,
-    lines: AccessLog | None,
+    output: Output,
     shown: Callable[[Reconciler, str], None] | None,
 ) -> None:
     reconciler = desired.reconciler
@@ -156,7 +145,11 @@ async def _run(
     stack.callback(status.close)
     reconciler.listen(status.changed)
     desired.listen(status.changed)
-    parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines, commands)
+    lag = LoopLag()
+    watching = keep_running(lag.watch, "loop lag")
+    stack.callback(watching.cancel)
+    lines = AccessLog(output.writer, output.form) if output.requests else None
+    parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines, lag, output.writer, commands)
     runner = app.build(parts, _LAST_WORDS_SECONDS)
     following: asyncio.Task[None] | None = None
     reconciler.start()
@@ -174,8 +167,6 @@ async def _run(
         await stopping.wait()
     finally:
         await _stop(desired, runner, systemd, following)
-        if lines is not None:
-            lines.flush()
         log.info("stopped")
 
 

@@ -35,8 +35,12 @@ class Problem:
 
     def render(self, file: str) -> str:
         """`FILE:LINE: key.path: message`, as compilers print it, so that editors can jump there."""
-        place = f"{file}:{self.line}: " if self.line else f"{file}: "
-        return place + (f"{self.path}: {self.message}" if self.path else self.message)
+        return f"{self.place(file)}: {self.message}"
+
+    def place(self, file: str) -> str:
+        """`FILE:LINE: key.path`: where it is, and nothing of what stands there."""
+        place = f"{file}:{self.line}" if self.line else file
+        return f"{place}: {self.path}" if self.path else place
 
 
 class ConfigError(VllmProxyError):
@@ -50,6 +54,10 @@ class ConfigError(VllmProxyError):
     def lines(self) -> list[str]:
         """The problems, one a line."""
         return [problem.render(self.file) for problem in self.problems]
+
+    def places(self) -> list[str]:
+        """Where the problems are, one a line: for everybody, since a message may repeat what the file says."""
+        return [problem.place(self.file) for problem in self.problems]
 
 
 class RequestError(VllmProxyError):

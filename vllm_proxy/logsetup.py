@@ -1,17 +1,22 @@
 """How the daemon's log looks: text for people, JSON for collectors, prefixed lines for the systemd journal."""
 
-import contextlib
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
-from typing import Literal
+from functools import partial
+from typing import Literal, TextIO, cast
 
+import msgspec
 import structlog
+from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
+
+from vllm_proxy.logwriter import LogWriter
 
 Format = Literal["auto", "text", "json", "journal"]
 Form = Literal["text", "json", "journal"]
@@ -25,13 +30,39 @@ def resolve(chosen: Format, environ: Mapping[str, str]) -> Form:
     return chosen
 
 
-def set_up(level: str, form: Form) -> None:
-    """Configure structlog; everything goes to stderr."""
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where a daemon's own lines go: its log, its access log where `requests`, its engines' output where `engines`."""
+
+    writer: LogWriter
+    form: Form
+    requests: bool
+    engines: bool
+
+    def pass_on(self, instance: str, lines: Sequence[str]) -> None:
+        """An engine's lines, each with its instance in front."""
+        if not self.engines:
+            return
+        if self.form == "json":
+            fields = {"event": "engine output", "level": "info", "timestamp": _now(), "instance": instance}
+            text = "".join(_json({**fields, "line": line}) + "\n" for line in lines)
+        else:
+            head = f"{'<6>' if self.form == 'journal' else ''}{instance} | "
+            text = "".join(f"{head}{line}\n" for line in lines)
+        self.writer.write(text)
+        self.writer.flush()
+
+
+def set_up(level: str, form: Form, output: LogWriter | None = None) -> None:
+    """Configure structlog, to write to `output`, else to stderr.
+
+    Of exceptions the frames are shown, never what is in their variables: prompts and keys.
+    """
     processors: list[Processor] = [structlog.processors.add_log_level, structlog.processors.StackInfoRenderer()]
     if form == "json":
         processors += [
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.dict_tracebacks,
+            structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
             structlog.processors.JSONRenderer(),
         ]
     elif form == "journal":
@@ -39,34 +70,65 @@ def set_up(level: str, form: Form) -> None:
     else:
         processors += [
             structlog.processors.TimeStamper(fmt="%Y-%m-%dT%H:%M:%SZ", utc=True),
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0),
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
+            ),
         ]
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", output or sys.stderr)),
         cache_logger_on_first_use=True,
     )
 
 
-def engine_output(form: Form | None) -> Callable[[str, Sequence[str]], None]:
-    """What passes an engine's lines on: to stderr, each with its instance in front; nowhere for no form."""
+def capture(writer: LogWriter, form: Form) -> None:
+    """Have everything that Python itself would write to stderr written by `writer`, in the form of the log."""
+    writer.notice = partial(_missing, form)
+    logging.captureWarnings(capture=True)
+    logging.basicConfig(handlers=[_Handler()], level=logging.WARNING, force=True)
+    sys.unraisablehook = _unraisable
+    threading.excepthook = _thread_failed
 
-    def pass_on(instance: str, lines: Sequence[str]) -> None:
-        if form is None:
-            return
-        if form == "json":
-            time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
-            fields = {"event": "engine output", "level": "info", "timestamp": time, "instance": instance}
-            text = "".join(json.dumps({**fields, "line": line}) + "\n" for line in lines)
-        else:
-            head = f"{'<6>' if form == 'journal' else ''}{instance} | "
-            text = "".join(f"{head}{line}\n" for line in lines)
-        with contextlib.suppress(OSError, ValueError):  # a log that cannot be written must not end models
-            sys.stderr.write(text)
-            sys.stderr.flush()
 
-    return pass_on
+class _Handler(logging.Handler):
+    """Entries of Python's own logging: asyncio's about tasks that failed, aiohttp's, warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            level = min(max(record.levelno, logging.WARNING), logging.CRITICAL)
+            structlog.get_logger().log(level, record.getMessage(), logger=record.name, exc_info=record.exc_info)
+        except Exception:  # noqa: BLE001, S110 - there is nobody left to tell
+            pass
+
+
+def _unraisable(failure: "sys.UnraisableHookArgs") -> None:
+    where = type(failure.object).__name__  # its representation may hold anything
+    structlog.get_logger().error(
+        "an exception could not be raised", message=failure.err_msg, object=where, exc_info=failure.exc_value
+    )
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    name = failure.thread.name if failure.thread else None
+    structlog.get_logger().error("a thread failed", thread=name, exc_info=failure.exc_value)
+
+
+def _missing(form: Form, lines: int) -> str:
+    """The line that says how many are missing in its place. Made without structlog, which would have it queued."""
+    event = "lines of this log are missing here"
+    if form == "json":
+        return _json({"event": event, "level": "warning", "timestamp": _now(), "lines": lines}) + "\n"
+    head = "<4>" if form == "journal" else f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} [warning  ] "
+    return f"{head}{event} lines={lines}\n"
+
+
+def _now() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+
+
+def _json(fields: Mapping[str, object]) -> str:
+    return msgspec.json.encode(fields).decode()
 
 
 def _is_journal(environ: Mapping[str, str]) -> bool:

@@ -69,7 +69,7 @@ def sentence(reconciler: Reconciler, desired: Desired | None = None) -> str:
         text += f"; not ended: {_listed(left)}"
     problem = ""
     if desired is not None and (rejected := desired.rejected):
-        first = rejected.problems[0].render(rejected.file)
+        first = rejected.places()[0]  # not what stands there: every user of this machine may read it
         problem = f"; configuration rejected: {_cut(first, _LONGEST_PROBLEM)}"
     return _cut(text, _LONGEST - len(problem)) + problem
 

@@ -1,7 +1,9 @@
 """The numbers of `/metrics`, counted by hand."""
 
+import asyncio
 import re
 import time
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,6 +17,8 @@ from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
+from vllm_proxy.logwriter import LogWriter
+from vllm_proxy.turns import LoopLag
 
 ROUTE = "/v1/completions"
 
@@ -41,6 +45,10 @@ class Fleet:
         """All that was to end has ended."""
         return {}
 
+    def knows(self, model: str) -> bool:
+        """Whether there is such a model."""
+        return model in self.config.models
+
     def counts(self, _model: str) -> tuple[int, int]:
         """In flight, queued."""
         return 2, 3
@@ -48,7 +56,7 @@ class Fleet:
 
 def metrics_of(fleet: Fleet) -> Metrics:
     """The metrics of a fleet."""
-    return Metrics(cast("Reconciler", fleet), cast("Registry", fleet), {"accepted": 2})
+    return Metrics(cast("Reconciler", fleet), cast("Registry", fleet), {"accepted": 2}, LoopLag(), LogWriter(2))
 
 
 def call(model: str = "chat", status: int = 200, **times: float) -> Call:
@@ -62,9 +70,9 @@ def call(model: str = "chat", status: int = 200, **times: float) -> Call:
     return cast("Call", ended)
 
 
-def series(metrics: Metrics) -> dict[str, float]:
+async def series(metrics: Metrics) -> dict[str, float]:
     """Value by series."""
-    _, text = metrics.text(3)
+    _, text = await metrics.text(3)
     lines = [line for line in text.decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
@@ -83,11 +91,11 @@ def test_a_histogram_counts_each_value_once_and_cumulates(values: list[float]) -
     assert histogram.total == pytest.approx(sum(values))
 
 
-def test_a_request_is_counted_with_its_times() -> None:
+async def test_a_request_is_counted_with_its_times() -> None:
     """Duration, first byte, time in the queue, and the time in the daemon itself without the queue's."""
     metrics = metrics_of(Fleet("chat"))
     metrics.count(call(took=4.0, first=2.0, sent=1.5, queued=1.25, retries=2))
-    found = series(metrics)
+    found = await series(metrics)
     labels = f'model="chat",route="{ROUTE}"'
     assert found[f'vllm_proxy_requests_total{{{labels},status="200"}}'] == 1
     assert found[f"vllm_proxy_request_duration_seconds_sum{{{labels}}}"] == pytest.approx(4.0, abs=0.5)
@@ -97,34 +105,34 @@ def test_a_request_is_counted_with_its_times() -> None:
     assert found['vllm_proxy_retries_total{model="chat"}'] == 2
 
 
-def test_a_request_that_no_engine_was_sent_has_neither_a_first_byte_nor_an_overhead() -> None:
+async def test_a_request_that_no_engine_was_sent_has_neither_a_first_byte_nor_an_overhead() -> None:
     """It is counted all the same."""
     metrics = metrics_of(Fleet("chat"))
     metrics.count(call(status=503))
-    found = series(metrics)
+    found = await series(metrics)
     assert found[f'vllm_proxy_requests_total{{model="chat",route="{ROUTE}",status="503"}}'] == 1
     assert found["vllm_proxy_overhead_seconds_count"] == 0
     assert not any(name.startswith("vllm_proxy_time_to_first_byte_seconds_count") for name in found)
 
 
-def test_the_series_of_a_removed_model_disappear() -> None:
+async def test_the_series_of_a_removed_model_disappear() -> None:
     """And come back from 0 when it does; those of requests for no model stay."""
     fleet = Fleet("chat", "other")
     metrics = metrics_of(fleet)
     for model in ("chat", "other", ""):
         metrics.count(call(model))
-    assert any('model="other"' in name for name in series(metrics))
+    assert any('model="other"' in name for name in await series(metrics))
     del fleet.config.models["other"]
-    found = series(metrics)
+    found = await series(metrics)
     assert not any('"other' in name for name in found)
     assert any('model=""' in name for name in found)
     fleet.config.models["other"] = None
-    assert not any("requests_total" in name and 'model="other"' in name for name in series(metrics))
+    assert not any("requests_total" in name and 'model="other"' in name for name in await series(metrics))
 
 
-def test_what_is_now_is_asked_when_somebody_looks() -> None:
+async def test_what_is_now_is_asked_when_somebody_looks() -> None:
     """Requests in flight and queued, the one state of each instance, and the revision."""
-    found = series(metrics_of(Fleet("chat")))
+    found = await series(metrics_of(Fleet("chat")))
     assert found['vllm_proxy_in_flight{instance="chat/0",model="chat"}'] == 2
     assert found['vllm_proxy_queued{model="chat"}'] == 3
     states = {name: value for name, value in found.items() if name.startswith("vllm_proxy_instance_state")}
@@ -135,22 +143,59 @@ def test_what_is_now_is_asked_when_somebody_looks() -> None:
     assert found['vllm_proxy_config_info{revision="r1"}'] == 1
 
 
-def test_what_became_of_engines_is_counted() -> None:
+async def test_what_became_of_engines_is_counted() -> None:
     """Their failures by reason, how long their starts took, and the memory that they hold."""
     fleet = Fleet("chat")
-    found = series(metrics_of(fleet))
+    found = await series(metrics_of(fleet))
     assert found['vllm_proxy_instance_restarts_total{instance="chat/0",model="chat",reason="killed"}'] == 4
     assert found['vllm_proxy_instance_startup_seconds_count{model="chat"}'] == 0
     assert found['vllm_proxy_instance_memory_bytes{instance="chat/0",model="chat"}'] == 1000
 
 
-def test_every_series_is_the_daemons_own_and_explained() -> None:
+async def test_every_series_is_the_daemons_own_and_explained() -> None:
     """The prefix is `vllm_proxy_`, never vLLM's; each family has a help and a type."""
     metrics = metrics_of(Fleet("chat"))
     metrics.count(call(first=0.5, sent=0.1))
-    kind, text = metrics.text(3)
+    kind, text = await metrics.text(3)
     assert kind.startswith("text/plain")
     helped = set(re.findall(r"^# HELP (\S+) \S", text.decode(), re.MULTILINE))
     typed = set(re.findall(r"^# TYPE (\S+) \S", text.decode(), re.MULTILINE))
     assert helped == typed
-    assert all(name.startswith("vllm_proxy_") for name in helped | set(series(metrics)))
+    assert all(name.startswith("vllm_proxy_") for name in helped | set(await series(metrics)))
+
+
+async def test_the_text_of_many_models_is_made_in_turns() -> None:
+    """Each family once and whole, with a model that goes meanwhile or without; others have their turns in between."""
+    fleet = Fleet(*(f"m{number}" for number in range(200)))
+    metrics = metrics_of(fleet)
+    for model in fleet.config.models:
+        for status in (200, 499, 503):
+            metrics.count(call(model, status, first=0.5, sent=0.1))
+    making = asyncio.create_task(metrics.text(3))
+    turns = 0
+    while not making.done():
+        turns += 1
+        if turns == 3:
+            del fleet.config.models["m199"]
+        await asyncio.sleep(0)
+    text = (await making)[1].decode()
+    families = re.findall(r"^# TYPE (\S+) \S", text, re.MULTILINE)
+    assert len(families) == len(set(families))
+    of_family = [line.split("{")[0].split(" ")[0] for line in text.splitlines() if not line.startswith("#")]
+    assert [name for name, _ in groupby(of_family) if name == "vllm_proxy_queued"] == ["vllm_proxy_queued"]
+    assert of_family.count("vllm_proxy_queued") == 199
+    assert of_family.count("vllm_proxy_requests_total") == 600
+    assert turns > 5
+
+
+async def test_the_loop_and_the_log_are_watched_too() -> None:
+    """How late turns came, and what of the log is missing."""
+    lag, log = LoopLag(), LogWriter(2)
+    fleet = Fleet("chat")
+    lag.note(0.3, time.monotonic())
+    log.dropped = 5
+    found = await series(Metrics(cast("Reconciler", fleet), cast("Registry", fleet), {}, lag, log))
+    assert found['vllm_proxy_loop_lag_seconds_bucket{le="0.25"}'] == 0
+    assert found['vllm_proxy_loop_lag_seconds_bucket{le="0.5"}'] == 1
+    assert found["vllm_proxy_loop_lag_max_seconds"] == 0.3
+    assert found["vllm_proxy_log_lines_dropped_total"] == 5

@@ -46,7 +46,7 @@ def described(found: dict[str, Any]) -> set[str]:
 def test_the_document_describes_the_routes_of_the_router_and_no_others() -> None:
     """Those of the application itself, but for HEAD and what is not offered."""
     fake: Any = SimpleNamespace(listen=lambda _: None, reloads={})
-    parts = app.Parts(fake, fake, fake, fake, fake, None)
+    parts = app.Parts(fake, fake, fake, fake, fake, None, fake, fake)
     routes = app.build(parts, 1.0).app.router.routes()
     offered = {
         f"{route.method} {re.sub(r'{(\w+):[^}]*}', r'{\1}', route.resource.canonical)}"

@@ -178,7 +178,7 @@ async def test_an_invalid_file_changes_nothing_and_is_seen_everywhere(tmp_path: 
         listening = asyncio.create_task(events(running, lambda kind, _: kind == "config"))
         running.edit("4096", "-1")
         health = await running.eventually("/health", lambda health: health["config"]["error"] is not None)
-        assert "models.toml:8: models.chat.max_model_len: expected" in health["config"]["error"]
+        assert health["config"]["error"].endswith("1 problem: models.toml:8: models.chat.max_model_len")
         assert health["config"]["revision"] == adopted
         await running.until(lambda status: "configuration rejected: " in status)
         assert (await running.metrics())['vllm_proxy_config_reloads_total{result="rejected"}'] >= 1
@@ -190,6 +190,20 @@ async def test_an_invalid_file_changes_nothing_and_is_seen_everywhere(tmp_path: 
         await running.eventually("/health", lambda health: health["config"]["error"] is None)
         await running.until(lambda status: "rejected" not in status)
         listening.cancel()
+
+
+async def test_what_everybody_may_see_of_a_rejected_file_is_where_it_is_wrong(tmp_path: Path, port_start: int) -> None:
+    """`/health` is public, STATUS is every local user's: lines and key paths, never what stands there."""
+    async with serving(tmp_path, port_start) as running:
+        running.edit("max_model_len = 4096", 'max_model_len = "sk-a-secret"\nreplicas = "sk-another"')
+        health = await running.eventually("/health", lambda health: health["config"]["error"] is not None)
+        await running.until(lambda status: "configuration rejected: " in status)
+        places = "models.toml:8: models.chat.max_model_len; models.toml:9: models.chat.replicas"
+        assert health["config"]["error"] == f"the configuration is rejected, 2 problems: {places}"
+        assert "models.toml:8: models.chat.max_model_len" in running.notes.status
+        assert "sk-" not in running.notes.status
+        told = await running.write("POST", "/config/reload", status=422)
+        assert "sk-a-secret" in told["error"]["problems"][0]["message"]
 
 
 async def test_events_tell_what_happens(tmp_path: Path, port_start: int) -> None:

@@ -325,6 +325,47 @@ async def test_garbage_in_a_log_is_shown_as_text(tmp_path: Path, port_start: int
         await running.once("chat", lambda one: one["restarts"] == 1 and one["state"] == "ready")
 
 
+DUMP = """
+import os, signal, sys
+line = "INFO 11-24 03:10:00 [core.py:1] dump: " + "{'prompt_token_ids': [1234, 5678], 'hub': huggingface.co " * 150
+out = sys.stdout
+out.write("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has\\n")
+out.write("".join(line + "\\n" for _ in range(400)) + "\\n" * 4_000_000)
+out.flush()
+os._exit(1)
+"""
+
+
+async def test_a_huge_log_at_a_crash_holds_up_nobody(tmp_path: Path, port_start: int) -> None:
+    """Megabytes of dumps, then of blank lines: the reason is found; a callback that took long fails this test."""
+    (tmp_path / "dump.py").write_text(DUMP)
+    command = [sys.executable, str(tmp_path / "dump.py")]
+    table = chat(f"command = {command}", "restart = { max_failures = 2, backoff = 0.01 }")
+    async with beside_a_neighbour(tmp_path, port_start, table) as running:
+        now = await running.once("chat", lambda one: one["state"] == "error")
+        assert now["last_exit"]["reason"] == "out_of_memory"
+        async with running.session.get("/models/chat/logs?lines=10000") as answer:
+            assert len((await answer.text()).splitlines()) > 400
+
+
+async def test_a_dead_engines_log_that_goes_on_growing_holds_up_nobody(tmp_path: Path, port_start: int) -> None:
+    """What has escaped writes on for ever: the engine is ended all the same, and the others are served."""
+    async with beside_a_neighbour(tmp_path, port_start, chat()) as running:
+        await running.all_ready()
+        file = running.state_dir / "logs" / "chat%2F0.log"
+        script = f"exec >>{file}; echo escaped; while :; do echo and goes on, and on, and on; done"
+        escaped = await asyncio.create_subprocess_exec("sh", "-c", script)
+        try:
+            while "and goes on" not in running.log():
+                await running.get("/health")
+            await running.post("/models/chat/stop", {}, 202)
+            await running.once("chat", lambda one: one["state"] == "stopped")
+            assert escaped.returncode is None
+        finally:
+            escaped.kill()
+            await escaped.wait()
+
+
 # While it stops
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_proxy.domain.causes import CAUSES
+from vllm_proxy.domain.causes import CAUSES, Cause
 from vllm_proxy.domain.diagnose import Exit, diagnose
 
 TAILS = Path(__file__).parent / "tails"
@@ -262,3 +262,56 @@ def test_a_message_is_short_however_long_a_line_is() -> None:
     """It must fit into a status, a log line and an answer."""
     found = diagnose(Exit(1, None), ["ValueError: " + "x" * 100_000], was_ready=False)
     assert len(found.message) <= 400
+
+
+# A log may be megabytes
+
+
+def alternatives(pattern: str) -> list[str]:
+    """The branches of an expression, at its top."""
+    branches, depth, escaped = [""], 0, False
+    for char in pattern:
+        depth += {"(": 1, ")": -1, "[": 1, "]": -1}.get(char, 0) if not escaped else 0
+        escaped = char == "\\" and not escaped
+        if char == "|" and depth == 0:
+            branches.append("")
+        else:
+            branches[-1] += char
+    return branches
+
+
+@pytest.mark.parametrize("cause", CAUSES, ids=lambda cause: cause.pattern.pattern[:30])
+def test_each_branch_of_a_pattern_has_a_mark_that_every_match_holds(cause: Cause) -> None:
+    """Else a line would be passed over that the pattern knows."""
+    for branch in alternatives(cause.pattern.pattern):
+        plain = re.sub(r"\\(.)", r"\1", branch)
+        held = [mark for mark in cause.marks if mark in plain or mark.startswith("invalid ")]
+        assert held, (branch, cause.marks)
+
+
+@pytest.mark.parametrize("file", sorted(TAILS.glob("*.txt")), ids=lambda file: file.stem)
+def test_marks_find_what_the_patterns_would_find_alone(file: Path) -> None:
+    """In what real vLLM wrote: the same place."""
+    text = file.read_text()
+    for cause in CAUSES:
+        alone, found = cause.pattern.search(text), cause.find(text)
+        assert (found and found.span()) == (alone and alone.span())
+
+
+@pytest.mark.parametrize("name", ["insufficient_memory", "too_long", "missing_folder"])
+def test_dumps_around_a_cause_do_not_hide_it(name: str) -> None:
+    """VLLM dumps its state when it dies, in lines of 8,000 characters, each like the cause and none of it."""
+    tail = (TAILS / f"{name}.txt").read_text().splitlines()
+    near = "Repo id must max seq len (x huggingface.co User-specified max_model_len ( validation errors for " * 80
+    dumps = [near] * 50
+    assert diagnose(Exit(1, None), [*dumps, *tail, *dumps], was_ready=False) == diagnose(
+        Exit(1, None), tail, was_ready=False
+    )
+
+
+def test_only_the_last_mebibyte_of_a_log_counts() -> None:
+    """And of each line its beginning."""
+    cause = "OSError: [Errno 98] Address already in use"
+    assert diagnose(Exit(1, None), [cause, *["x" * 900] * 1000], was_ready=False).reason == "port_in_use"
+    assert diagnose(Exit(1, None), [cause, *["x" * 900] * 1300], was_ready=False).reason == "crashed"
+    assert diagnose(Exit(1, None), ["x" * 1000 + cause], was_ready=False).reason == "crashed"

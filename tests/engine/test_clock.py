@@ -38,6 +38,21 @@ async def test_time_that_the_loop_did_not_run_is_not_counted() -> None:
 
 
 @virtual
+async def test_a_loop_that_stands_still_again_and_again_is_worth_few_warnings() -> None:
+    """One a minute, with how much it computed and how many were left out before."""
+    with capture_logs() as logs, clock.Pulse():
+        for _ in range(4):
+            freeze(5)
+            await passes(12)
+        await passes(60)
+        freeze(7)
+        await passes(1)
+    told = [(entry["seconds"], entry["unreported_before"]) for entry in logs]
+    assert told == [(5, 0), (7, 3)]
+    assert all(entry["computed_seconds"] < 5 for entry in logs)
+
+
+@virtual
 async def test_a_busy_loop_is_no_frozen_one() -> None:
     """Less than a second without a beat is counted as any other."""
     began = now()

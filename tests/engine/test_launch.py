@@ -537,3 +537,22 @@ async def test_a_fault_while_an_engines_output_is_read_does_not_end_the_reading(
                     await asyncio.sleep(0.01)
             assert engine.output.activity >= 1
     assert [entry["task"] for entry in logs if entry["event"].startswith("a background")] == ["output of chat/0"]
+
+
+async def test_a_folder_of_thousands_of_files_is_removed_beside_everything_else(
+    tmp_path: Path, port_start: int
+) -> None:
+    """What torch compiles fills it; removing it takes a second, and nobody waits for that."""
+    record = nobody(tmp_path / "folder")
+    for number in range(2000):
+        (tmp_path / "folder" / f"compiled-{number}").touch()
+    with place(tmp_path, port_start) as here:
+        outcome = True
+        ending = asyncio.create_task(end_engine(record, Stubborn(outcome).end, here.state, 0))
+        turns = 0
+        while not ending.done():
+            turns += 1
+            await asyncio.sleep(0)
+    assert await ending is None
+    assert turns > 10
+    assert not Path(record.folder).exists()

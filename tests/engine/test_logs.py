@@ -30,10 +30,15 @@ def append(file: Path, data: bytes) -> None:
 
 def read_all(reader: LogReader) -> list[str]:
     """Everything up to the file's end, the unfinished line too."""
-    lines = []
-    while more := reader.read():
-        lines += more
-    return lines + reader.flush()
+    return read_more(reader) + reader.flush()
+
+
+def read_more(reader: LogReader) -> list[str]:
+    """All that has ended."""
+    lines = reader.read()
+    while reader.more:
+        lines += reader.read()
+    return lines
 
 
 def test_the_last_lines_come_in_order(tmp_path: Path) -> None:
@@ -76,9 +81,24 @@ def test_it_reads_back_as_far_as_the_lines_need(tmp_path: Path, length: int) -> 
 
 
 def test_no_more_than_8_mib_are_read(tmp_path: Path) -> None:
-    """A line that is longer than that has lost its beginning."""
-    (line,) = last_lines(written(tmp_path, b"x" * 9 * MIB), 2)
-    assert len(line) == 8 * MIB
+    """What stands before is not found; `most_bytes` makes it less."""
+    file = written(tmp_path, b"first\n" + b"x" * 8 * MIB + b"\nlast\n")
+    assert last_lines(file, 9) == ("last",)
+    assert last_lines(written(tmp_path, b"first\nsecond\n"), 9, most_bytes=10) == ("second",)
+
+
+def test_of_a_line_that_is_very_long_the_beginning_is_given(tmp_path: Path) -> None:
+    """16 KiB of it, however many blocks it spans: what it is about stands there."""
+    file = written(tmp_path, b"before\nvery " + b"x" * MIB + b"\nafter")
+    before, long, after = last_lines(file, 9)
+    assert (before, after) == ("before", "after")
+    assert long == "very " + "x" * (16 * KIB - 5)
+
+
+def test_blank_lines_hide_nothing(tmp_path: Path) -> None:
+    """Megabytes of them are passed over, up to the 8 MiB that are looked at."""
+    assert last_lines(written(tmp_path, b"the cause\n" + b"\n" * 4 * MIB), 9) == ("the cause",)
+    assert last_lines(written(tmp_path, b"the cause\r" + b"\r" * 4 * MIB), 9) == ("the cause",)
 
 
 def test_bytes_that_are_no_text_are_shown_as_such(tmp_path: Path) -> None:
@@ -153,15 +173,15 @@ def test_a_line_that_does_not_end_comes_in_pieces(tmp_path: Path) -> None:
     """16 KiB are held back at most, and no character is torn apart."""
     file = written(tmp_path, b"x" + "ü€".encode() * 8000)
     reader = LogReader(file, 0)
-    pieces = reader.read()
+    pieces = read_more(reader)
     assert [len(piece.encode()) for piece in pieces] == [16 * KIB - 1, 16 * KIB - 1]
     assert "".join(pieces + reader.flush()) == "x" + "ü€" * 8000
 
 
-def test_at_most_256_kib_are_read_at_a_time(tmp_path: Path) -> None:
-    """So that an engine that writes without end stops nobody else."""
-    reader = LogReader(written(tmp_path, b"1234567\n" * 64 * KIB), 0)
-    assert [len(reader.read()) for _ in range(3)] == [32 * KIB, 32 * KIB, 0]
+def test_at_most_16_kib_are_read_at_a_time(tmp_path: Path) -> None:
+    """So that an engine that writes without end stops nobody else; whether there is more is said."""
+    reader = LogReader(written(tmp_path, b"1234567\n" * 4 * KIB), 0)
+    assert [(len(reader.read()), reader.more) for _ in range(3)] == [(2 * KIB, True), (2 * KIB, False), (0, False)]
 
 
 def test_a_reader_far_behind_skips_and_says_so(tmp_path: Path) -> None:
@@ -200,13 +220,13 @@ def test_it_does_not_matter_how_bytes_arrive(raw: list[bytes], cuts: list[int]) 
     """Any bytes in any portions give the lines that they give at once."""
     data = b"".join(raw)
     with tempfile.TemporaryDirectory() as folder:
-        at_once = LogReader(written(Path(folder), data), 0).read()
+        at_once = read_more(LogReader(written(Path(folder), data), 0))
         file = written(Path(folder), b"")
         reader, lines, start = LogReader(file, 0), [], 0
         for end in [*sorted(cuts), len(data)]:
             append(file, data[start:end])
             start = max(start, end)
-            lines += reader.read()
+            lines += read_more(reader)
     assert lines == at_once
 
 
@@ -314,11 +334,11 @@ def test_a_reader_that_is_not_told_of_a_cut_finds_its_place(tmp_path: Path) -> N
     lines = [f"line {number}" for number in range(2000)]
     file = written(tmp_path, "\n".join(lines[:1990]).encode() + b"\n")
     reader = LogReader(file, 0)
-    assert reader.read() == lines[:1990]
+    assert read_more(reader) == lines[:1990]
     append(file, "\n".join(lines[1990:]).encode() + b"\nbeg")
     assert cut(file, limit=1000, keep=3000)
     append(file, b"un\n")
-    assert reader.read() == [*lines[1990:], "begun"]
+    assert read_more(reader) == [*lines[1990:], "begun"]
 
 
 def test_an_engine_takes_64_mib_of_disk_at_most(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import asyncio
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from subprocess import PIPE
 
@@ -88,3 +89,59 @@ async def test_heartbeats_of_a_hanging_engine_are_no_progress(tmp_path: Path) ->
     found = output(tmp_path, text)
     await pumped(found, look, lambda: len(asked) > 3)
     assert found.activity == 0
+
+
+def told_by(folder: Path, text: str) -> tuple[Output, list[str]]:
+    """The output of an engine that has written this, and what is passed on of it."""
+    told: list[str] = []
+    file = folder / "engine.log"
+    file.write_text(text)
+    return Output("chat/0", file, 0, 0, lambda _, lines: told.extend(lines)), told
+
+
+async def test_the_rest_is_taken_in_when_an_engine_has_ended(tmp_path: Path) -> None:
+    """All of it, the line that it did not finish too, with turns for everybody else in between."""
+    lines = [f"line {number}" for number in range(20_000)]
+    found, told = told_by(tmp_path, "\n".join(lines))
+    finishing = asyncio.create_task(found.finish())
+    seen = 0
+    while not finishing.done():
+        seen += 1
+        await asyncio.sleep(0)
+    assert told == lines
+    assert seen > 10
+
+
+async def test_a_log_that_grows_for_ever_is_not_read_for_ever(tmp_path: Path) -> None:
+    """What has escaped of a dead engine may write on as fast as anybody can read."""
+
+    def write_on(_: str, lines: Sequence[str]) -> None:
+        with file.open("a") as log:
+            log.write("and goes on\n" * 2 * len(lines))
+
+    file = tmp_path / "engine.log"
+    file.write_text("it ends\n" * 4000)
+    await Output("chat/0", file, 0, 0, write_on).finish()
+    assert file.stat().st_size > 2**20
+
+
+async def test_an_engine_that_writes_much_is_followed_piece_by_piece(tmp_path: Path) -> None:
+    """Between two pieces of 16 KiB everybody else has a turn."""
+    found, told = told_by(tmp_path, "x\n" * 100_000)
+    steps: list[int] = []
+    pump = asyncio.create_task(found.pump(lambda: Work(0, downloads=False)))
+    while len(told) < 100_000:
+        steps.append(len(told))
+        await asyncio.sleep(0)
+    pump.cancel()
+    await asyncio.wait({pump})
+    assert max(later - earlier for earlier, later in pairwise(steps)) <= 8192
+
+
+async def test_only_the_beginning_of_a_line_is_looked_at(tmp_path: Path) -> None:
+    """The rest may be a dump of anything, and what makes expressions slow."""
+    found, _ = told_by(
+        tmp_path, "Loading " * 2000 + "Loading shards: 50% Completed |\nLoading shards: 10% Completed |\n"
+    )
+    await found.finish()
+    assert (found.progress.phase, found.progress.fraction) == (Phase.LOADING_WEIGHTS, 0.1)

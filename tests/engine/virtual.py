@@ -289,6 +289,11 @@ class FakeProbe:
         return Ready(8192) if place.listens else None
 
 
+async def at_once[T](function: Callable[[], T]) -> T:
+    """What a thread would do: virtual time knows none."""
+    return function()
+
+
 class KeptStarts:
     """The durations of starts, by fingerprint."""
 
@@ -324,6 +329,7 @@ class Stage:
             hurry=asyncio.Event(),
             cleared=cleared,
             stopping=self.launcher.stopping,
+            away=at_once,
         )
         self.starts = KeptStarts()
         self.woken: list[str] = []

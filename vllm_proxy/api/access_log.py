@@ -3,54 +3,52 @@
 A write for each request would cost more than the relay itself. What is lost at a SIGKILL is a tenth of a second.
 """
 
-import contextlib
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Literal, TextIO
+from typing import Literal, Protocol
 
 import msgspec
 
 from vllm_proxy.api.call import Call
 
 type Form = Literal["text", "json", "journal"]
-type Schedule = Callable[[float, Callable[[], None]], object]
 
-_FLUSH_SECONDS = 0.1
+
+class Lines(Protocol):
+    """What gathers lines, to be written soon."""
+
+    def write(self, text: str, /) -> object:
+        """Take whole lines, without waiting."""
 
 
 class AccessLog:
-    """Writes to `stream`. `schedule` is the event loop's `call_later`."""
+    """Writes to `lines`."""
 
-    def __init__(self, stream: TextIO, form: Form, schedule: Schedule) -> None:
-        self._stream = stream
+    def __init__(self, lines: Lines, form: Form) -> None:
+        self._lines = lines
         self._form = form
-        self._schedule = schedule
-        self._lines: list[str] = []
+        self._second, self._time = 0, ""  # the last one, and as text: to make that costs as much as the rest
 
     def write(self, call: Call) -> None:
         """One request has ended."""
-        if not self._lines:
-            self._schedule(_FLUSH_SECONDS, self.flush)
         seconds = time.monotonic() - call.started_at
         first = call.first_byte_at - call.started_at if call.first_byte_at else None
         if self._form == "json":
-            self._lines.append(_json(call, seconds, first))
+            second, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+            self._lines.write(_json(call, f"{self._as_text(second)}.{nanoseconds // 1000:06}Z", seconds, first))
             return
-        head = "<6>" if self._form == "journal" else f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} [info     ] "
-        self._lines.append(
+        head = "<6>" if self._form == "journal" else f"{self._as_text(int(time.time()))}Z [info     ] "
+        self._lines.write(
             f"{head}request id={call.request_id.decode()} engine_id={_engine_id(call) or '-'} "
             f"{call.request.method} {call.route} model={call.model or '-'} "
             f"instance={call.instance or '-'} status={call.status} bytes={call.bytes_out} seconds={seconds:.4f} "
             f"first_byte={'-' if first is None else f'{first:.4f}'}\n"
         )
 
-    def flush(self) -> None:
-        """Write what was gathered. A log that cannot be written must not end requests."""
-        lines, self._lines = self._lines, []
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write("".join(lines))
-            self._stream.flush()
+    def _as_text(self, second: int) -> str:
+        if second != self._second:
+            self._second, self._time = second, f"{datetime.fromtimestamp(second, UTC):%Y-%m-%dT%H:%M:%S}"
+        return self._time
 
 
 def _engine_id(call: Call) -> str | None:
@@ -58,11 +56,11 @@ def _engine_id(call: Call) -> str | None:
     return call.engine_id.decode() if call.instance else None
 
 
-def _json(call: Call, seconds: float, first: float | None) -> str:
+def _json(call: Call, now: str, seconds: float, first: float | None) -> str:
     fields = {
         "event": "request",
         "level": "info",
-        "timestamp": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}",
+        "timestamp": now,
         "id": call.request_id.decode(),
         "engine_id": _engine_id(call),
         "method": call.request.method,

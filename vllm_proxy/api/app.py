@@ -22,6 +22,8 @@ from vllm_proxy.engine.desired import Desired
 from vllm_proxy.engine.model import Model
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
+from vllm_proxy.logwriter import LogWriter
+from vllm_proxy.turns import LoopLag
 
 BY_JSON_MODEL = (
     "/v1/chat/completions /v1/chat/completions/batch /v1/completions /v1/embeddings /v1/responses /v1/messages "
@@ -48,6 +50,8 @@ class Parts:
     engines: aiohttp.ClientSession
     access: Access
     access_log: AccessLog | None
+    lag: LoopLag
+    log: LogWriter
     commands: str = ""  # the address of the control socket
     budget: Budget = field(default_factory=Budget)
 
@@ -59,7 +63,12 @@ class Parts:
 def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     """The server, ready to be given sockets."""
     metrics = Metrics(
-        parts.reconciler, parts.registry, parts.desired.reloads, lambda: (runner.connections, parts.budget.held)
+        parts.reconciler,
+        parts.registry,
+        parts.desired.reloads,
+        parts.lag,
+        parts.log,
+        front=lambda: (runner.connections, parts.budget.held),
     )
 
     def observe(call: Call) -> None:

@@ -1,6 +1,9 @@
 """`GET /models/{model_id}/logs`: what engines write. Its one rule: each reader has a place of its own in the file."""
 
 import asyncio
+import contextlib
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from aiohttp import web
@@ -9,9 +12,13 @@ from vllm_proxy.api.envelope import Handler
 from vllm_proxy.engine.logs import LogReader, last_lines, size_of
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.errors import RequestError
+from vllm_proxy.turns import in_turns
 
+_DESCRIPTORS = Path("/proc/self/fd")
+_EVENT = "data: {}\n\n"
 _LINES = 100
 _MOST_LINES = 10_000
+_MOST_BYTES = 8 * 2**20  # of a model's files are searched
 _POLL_SECONDS = 0.2
 _SILENT_POLLS = 75  # then a comment, so that nobody in between takes the stream for dead
 
@@ -26,24 +33,44 @@ def engine_output(reconciler: Reconciler) -> Handler:
         follows = request.query.get("follow", "0").lower() not in {"", "0", "false"}
         if follows and request.method == "HEAD":
             raise web.HTTPMethodNotAllowed("HEAD", ["GET"])  # there is no length to tell
-        files = reconciler.log_files(request.match_info["model_id"])
         count = _lines(request.query.get("lines", ""))
-        ends = {name: size_of(file) for name, file in files}
-        lines = [line for name, file in files for line in _named(name, last_lines(file, count), several=len(files) > 1)]
-        if not follows:
-            text = "".join(f"{line}\n" for line in lines)
-            return web.Response(text=text, content_type="text/plain", headers={"Cache-Control": "no-store"})
-        return await _follow(request, files, ends, lines, reconciler.stopping)
+        with contextlib.ExitStack() as stack:
+            files = _held(reconciler.log_files(request.match_info["model_id"]), stack)
+            ends = {name: size_of(file) for name, file in files}
+            if not follows:
+                text = await asyncio.to_thread(_tail, files, count, "{}\n")
+                headers = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store"}
+                return web.Response(body=text, headers=headers)
+            text = await asyncio.to_thread(_tail, files, count, _EVENT)
+            return await _follow(request, files, ends, text, reconciler.stopping)
 
     return handle
 
 
+def _held(files: list[tuple[str, Path]], stack: contextlib.ExitStack) -> list[tuple[str, Path]]:
+    """The files; one without a name is held open here too, for its number is another's once its engine has ended."""
+    held = []
+    for name, file in files:
+        if file.is_relative_to(_DESCRIPTORS):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, descriptor)
+                held.append((name, _DESCRIPTORS / str(descriptor)))
+        else:
+            held.append((name, file))
+    return held
+
+
+def _tail(files: list[tuple[str, Path]], count: int, form: str) -> bytes:
+    """The last lines of each file. For a thread."""
+    share = _MOST_BYTES // max(len(files), 1)
+    return b"".join(
+        _text(name, last_lines(file, count, most_bytes=share), form, several=len(files) > 1) for name, file in files
+    )
+
+
 async def _follow(
-    request: web.Request,
-    files: list[tuple[str, Path]],
-    ends: dict[str, int],
-    lines: list[str],
-    stopping: asyncio.Event,
+    request: web.Request, files: list[tuple[str, Path]], ends: dict[str, int], text: bytes, stopping: asyncio.Event
 ) -> web.StreamResponse:
     headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
     response = web.StreamResponse(headers=headers)
@@ -51,18 +78,22 @@ async def _follow(
     readers = [(name, LogReader(file, ends[name])) for name, file in files]
     silent = 0
     while not stopping.is_set():
-        if lines:
-            await response.write("".join(f"data: {line}\n\n" for line in lines).encode())
+        if text:
+            await response.write(text)
         elif silent >= _SILENT_POLLS:
             await response.write(b":\n\n")
-        silent = 0 if lines or silent >= _SILENT_POLLS else silent + 1
-        await asyncio.sleep(_POLL_SECONDS)
-        lines = [line for name, reader in readers for line in _named(name, reader.read(), several=len(files) > 1)]
+        silent = 0 if text or silent >= _SILENT_POLLS else silent + 1
+        more = any(reader.more for _, reader in readers)
+        await asyncio.sleep(0 if more else _POLL_SECONDS)
+        text = b""
+        async for name, reader in in_turns(readers):
+            text += _text(name, reader.read(), _EVENT, several=len(files) > 1)
     return response
 
 
-def _named(name: str, lines: list[str] | tuple[str, ...], *, several: bool) -> list[str]:
-    return [f"{name} | {line}" for line in lines] if several else list(lines)
+def _text(name: str, lines: Sequence[str], form: str, *, several: bool) -> bytes:
+    head = f"{name} | " if several else ""
+    return "".join(form.format(head + line) for line in lines).encode()
 
 
 def _lines(text: str) -> int:

@@ -1,22 +1,25 @@
 """`/metrics`: what is known of requests afterwards. Its one rule: labels are configured names alone.
 
 Counting must cost next to nothing, so the numbers are plain ones here; prometheus-client turns them into text when
-somebody asks.
+somebody asks, a model at a time, with a turn of the event loop for everybody else in between.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from vllm_proxy.api.call import Call
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.engine.model import Model
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
+from vllm_proxy.logwriter import LogWriter
+from vllm_proxy.turns import LoopLag, in_turns
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _SMALL_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0)
@@ -32,14 +35,17 @@ class Numbers:
     retries: int = 0
 
 
-class Metrics(Collector):
-    """All series of contract section 7 that requests and models give."""
+class Metrics:
+    """All series of contract section 7."""
 
     def __init__(
         self,
         reconciler: Reconciler,
         registry: Registry,
         reloads: Mapping[str, int],
+        lag: LoopLag,
+        log: LogWriter,
+        *,
         front: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
         """`reloads`: looks at the configuration file, by result. `front`: clients, and bytes of bodies, now."""
@@ -49,9 +55,8 @@ class Metrics(Collector):
         self._reloads = reloads
         self._models: dict[str, Numbers] = {}
         self._overhead = Histogram(_SMALL_SECONDS)
-        self._tasks = 0
-        self._prometheus = CollectorRegistry()
-        self._prometheus.register(self)
+        self._lag = lag
+        self._log = log
 
     def count(self, call: Call) -> None:
         """One request has ended."""
@@ -72,19 +77,27 @@ class Metrics(Collector):
             numbers.queue.add(call.queue_seconds)
         numbers.retries += call.retries
 
-    def text(self, tasks: int) -> tuple[str, bytes]:
+    async def text(self, tasks: int) -> tuple[str, bytes]:
         """(content type, exposition). `tasks` is the number of the event loop's tasks."""
-        self._tasks = tasks
         for model_id in [name for name in self._models if name and name not in self._reconciler.config.models]:
             del self._models[model_id]  # the series of a removed model disappear
-        return CONTENT_TYPE_LATEST, generate_latest(self._prometheus)
+        families: dict[bytes, list[bytes]] = {}  # samples by head
+        async for metric in in_turns(self._collect(tasks)):
+            head, samples = _rendered(metric)
+            families.setdefault(head, []).append(samples)
+        return CONTENT_TYPE_LATEST, b"".join(part for head, samples in families.items() for part in (head, *samples))
 
-    def collect(self) -> Iterable[Metric]:
-        """Called by prometheus-client."""
+    def _collect(self, tasks: int) -> Iterator[Metric]:
+        """Every family, and again for each model that has something in it."""
         yield from self._of_clients()
-        yield from self._of_requests()
-        yield from self._of_models()
-        yield from self._of_engines()
+        yield from self._of_requests({})
+        for model_id, numbers in list(self._models.items()):
+            yield from self._of_requests({model_id: numbers})
+        yield from (*self._of_models(()), *self._of_engines(()))
+        for model in self._reconciler.models():
+            if self._reconciler.knows(model.spec.id):  # still
+                yield from (*self._of_models((model,)), *self._of_engines((model,)))
+        yield from self._of_daemon(tasks)
 
     def _of_clients(self) -> Iterable[Metric]:
         connections, buffered = self._front()
@@ -93,7 +106,7 @@ class Metrics(Collector):
             "vllm_proxy_buffered_bytes", "Bytes of request bodies that are held, in TMPDIR too.", value=buffered
         )
 
-    def _of_requests(self) -> Iterable[Metric]:
+    def _of_requests(self, models: Mapping[str, Numbers]) -> Iterable[Metric]:
         requests = CounterMetricFamily(
             "vllm_proxy_requests", "Inference requests.", labels=["model", "route", "status"]
         )
@@ -111,7 +124,7 @@ class Metrics(Collector):
         retries = CounterMetricFamily(
             "vllm_proxy_retries", "Requests sent again to another instance.", labels=["model"]
         )
-        for model, numbers in self._models.items():
+        for model, numbers in models.items():
             for (route, status), count in numbers.requests.items():
                 requests.add_metric([model, route, str(status)], count)
             for route, (whole, to_first) in numbers.times.items():
@@ -120,13 +133,9 @@ class Metrics(Collector):
                     first.add_metric([model, route], to_first.buckets(), to_first.total)
             queue.add_metric([model], numbers.queue.buckets(), numbers.queue.total)
             retries.add_metric([model], numbers.retries)
-        overhead = HistogramMetricFamily(
-            "vllm_proxy_overhead_seconds", "Time in the daemon itself before the engine was sent the request."
-        )
-        overhead.add_metric([], self._overhead.buckets(), self._overhead.total)
-        return requests, durations, first, queue, retries, overhead
+        return requests, durations, first, queue, retries
 
-    def _of_models(self) -> Iterable[Metric]:
+    def _of_models(self, models: Sequence[Model]) -> Iterable[Metric]:
         in_flight = GaugeMetricFamily("vllm_proxy_in_flight", "Requests in flight.", labels=["model", "instance"])
         queued = GaugeMetricFamily("vllm_proxy_queued", "Requests that wait for an instance.", labels=["model"])
         states = GaugeMetricFamily(
@@ -134,8 +143,7 @@ class Metrics(Collector):
             "1 for the state that the instance is in.",
             labels=["model", "instance", "state"],
         )
-        info = GaugeMetricFamily("vllm_proxy_config_info", "The configuration that is applied.", labels=["revision"])
-        for each in self._reconciler.models():
+        for each in models:
             model = each.spec.id
             queued.add_metric([model], self._registry.counts(model)[1])
             for instance in each.instances:
@@ -143,15 +151,9 @@ class Metrics(Collector):
                 in_flight.add_metric([model, instance.name], busy)
                 for state in State:
                     states.add_metric([model, instance.name, state], instance.state is state)
-        info.add_metric([self._reconciler.config.revision], 1)
-        reloads = CounterMetricFamily("vllm_proxy_config_reloads", "Looks at the file, by result.", labels=["result"])
-        for result in ("accepted", "rejected", "unchanged"):
-            reloads.add_metric([result], self._reloads.get(result, 0))
-        tasks = GaugeMetricFamily("vllm_proxy_tasks", "Tasks of the event loop: about one for each open connection.")
-        tasks.add_metric([], self._tasks)
-        return in_flight, queued, states, info, reloads, tasks
+        return in_flight, queued, states
 
-    def _of_engines(self) -> Iterable[Metric]:
+    def _of_engines(self, models: Sequence[Model]) -> Iterable[Metric]:
         restarts = CounterMetricFamily(
             "vllm_proxy_instance_restarts",
             "Ends of engines that nobody asked for, and starts that failed.",
@@ -165,7 +167,7 @@ class Metrics(Collector):
             "Memory of the engine's processes that no file backs; without a cgroup what they share counts for each.",
             labels=["model", "instance"],
         )
-        for model in self._reconciler.models():
+        for model in models:
             name, history = model.spec.id, model.history
             for (instance, reason), count in history.failures.items():
                 restarts.add_metric([name, instance, reason], count)
@@ -173,6 +175,48 @@ class Metrics(Collector):
             for one in model.instances:
                 if one.engine is not None and one.engine.memory_bytes:
                     memory.add_metric([name, one.name], one.engine.memory_bytes)
+        return restarts, startup, memory
+
+    def _of_daemon(self, tasks: int) -> Iterable[Metric]:
+        overhead = HistogramMetricFamily(
+            "vllm_proxy_overhead_seconds", "Time in the daemon itself before the engine was sent the request."
+        )
+        overhead.add_metric([], self._overhead.buckets(), self._overhead.total)
+        info = GaugeMetricFamily("vllm_proxy_config_info", "The configuration that is applied.", labels=["revision"])
+        info.add_metric([self._reconciler.config.revision], 1)
+        reloads = CounterMetricFamily("vllm_proxy_config_reloads", "Looks at the file, by result.", labels=["result"])
+        for result in ("accepted", "rejected", "unchanged"):
+            reloads.add_metric([result], self._reloads.get(result, 0))
+        lag = HistogramMetricFamily(
+            "vllm_proxy_loop_lag_seconds", "How late the event loop was, looked at ten times a second."
+        )
+        lag.add_metric([], self._lag.seconds.buckets(), self._lag.seconds.total)
+        most = GaugeMetricFamily(
+            "vllm_proxy_loop_lag_max_seconds", "The latest that it was in the last one to two minutes."
+        )
+        most.add_metric([], self._lag.most())
+        dropped = CounterMetricFamily(
+            "vllm_proxy_log_lines_dropped", "Lines of the daemon's log that nobody read, or that could not be written."
+        )
+        dropped.add_metric([], self._log.dropped)
         left = GaugeMetricFamily("vllm_proxy_engines_not_ended", "Engines that live and could not be ended.")
         left.add_metric([], len(self._reconciler.not_ended()))
-        return restarts, startup, memory, left
+        count = GaugeMetricFamily("vllm_proxy_tasks", "Tasks of the event loop: about one for each open connection.")
+        count.add_metric([], tasks)
+        return overhead, info, reloads, left, lag, most, dropped, count
+
+
+class _Alone(Collector):
+    """One family."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+
+    def collect(self) -> Iterable[Metric]:
+        yield self._metric
+
+
+def _rendered(metric: Metric) -> tuple[bytes, bytes]:
+    """The lines that explain a family, and its samples."""
+    explanation, kind, samples = generate_latest(_Alone(metric)).split(b"\n", 2)
+    return b"%s\n%s\n" % (explanation, kind), samples

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -17,7 +18,10 @@ from vllm_proxy.engine.model import Model
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Registry
 from vllm_proxy.engine.supervisor import LastExit, Supervisor
-from vllm_proxy.errors import RequestError
+from vllm_proxy.errors import ConfigError, RequestError
+from vllm_proxy.turns import in_turns
+
+_SHOWN = 20  # places of problems
 
 
 def rfc3339(time: datetime | None) -> str | None:
@@ -48,12 +52,20 @@ def health(reconciler: Reconciler, desired: Desired) -> Handler:
             "not_ended": list(reconciler.not_ended()),
             "config": {
                 "revision": reconciler.config.revision,
-                "error": "\n".join(desired.rejected.lines()) if desired.rejected else None,
+                "error": _without_values(desired.rejected) if desired.rejected else None,
                 "pending_restart": desired.pending_restart(),
             },
         })  # fmt: skip
 
     return handle
+
+
+def _without_values(rejected: ConfigError) -> str:
+    """Everybody may read it, so it says where the problems are, and nothing of what stands there."""
+    places = [item.place(Path(rejected.file).name) for item in rejected.problems]
+    more = f"; and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+    count = f"{len(places)} problem{'' if len(places) == 1 else 's'}"
+    return f"the configuration is rejected, {count}: {'; '.join(places[:_SHOWN])}{more}"
 
 
 def ready(reconciler: Reconciler) -> Handler:
@@ -75,7 +87,7 @@ def exposition(metrics: Metrics) -> Handler:
     """`GET /metrics`: Prometheus text."""
 
     async def handle(_request: web.Request) -> web.Response:
-        kind, text = metrics.text(len(asyncio.all_tasks()))
+        kind, text = await metrics.text(len(asyncio.all_tasks()))
         return web.Response(body=text, headers={"Content-Type": kind})
 
     return handle
@@ -85,8 +97,12 @@ def list_models(reconciler: Reconciler, registry: Registry) -> Handler:
     """`GET /models`."""
 
     async def handle(_request: web.Request) -> web.Response:
-        models = [resource(model, registry) for model in reconciler.models()]
         revision = reconciler.config.revision
+        models = [
+            resource(model, registry)
+            async for model in in_turns(reconciler.models())
+            if reconciler.knows(model.spec.id)  # still
+        ]
         return json_response({"revision": revision, "models": models}, headers={"ETag": f'"{revision}"'})
 
     return handle

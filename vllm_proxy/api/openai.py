@@ -17,6 +17,7 @@ from vllm_proxy.domain.config import Server
 from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.engine.registry import Lease, Registry, Route
 from vllm_proxy.errors import RequestError
+from vllm_proxy.turns import in_turns
 
 type Settings = Callable[[], Server]  # the `[server]` table now
 
@@ -87,7 +88,11 @@ def list_models(registry: Registry, reconciler: Reconciler) -> Handler:
     """`GET /v1/models`: every enabled model and alias, whatever its state."""
 
     async def handle(_request: web.Request) -> web.Response:
-        cards = [_card(name, route, reconciler) for name, route in registry.names().items()]
+        cards = [
+            _card(name, route, reconciler)
+            async for name, route in in_turns(registry.names().items())
+            if reconciler.knows(route.spec.id)  # still
+        ]
         return json_response({"object": "list", "data": cards})
 
     return handle

@@ -16,6 +16,8 @@ from vllm_proxy.domain.lifecycle import Reason
 _ARGPARSE_EXIT = 2
 _NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # what a shell answers for a command it cannot run
 _MOST_CHARACTERS = 400
+_MOST_OF_A_LINE = 1000  # characters; vLLM dumps its state when it dies, in lines of 8,000
+_MOST_TEXT = 2**20  # characters
 _LINES_OF_A_DEATH = 300  # of an engine that served: what stands above is of the life before
 _PREFIX = re.compile(
     r"^(?:\([^()]*pid=\d+\) )?(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?)?"
@@ -57,16 +59,27 @@ class Exit:
 def diagnose(ended: Exit, tail: Sequence[str], *, was_ready: bool, known_options: Collection[str] = ()) -> Diagnosis:
     """From exit status and last lines. Any exit that nobody asked for is a failure: vLLM exits 0 when it dies.
 
+    For a thread: it takes some milliseconds, of a log that is full of dumps some tens, no step of it longer than one.
     `known_options`: the names of vLLM's options, kebab-case without dashes, where they are known.
     """
-    lines = [_PREFIX.sub("", line).rstrip() for line in tail]
-    if was_ready:
-        lines = lines[-_LINES_OF_A_DEATH:]
+    lines = _bounded(tail[-_LINES_OF_A_DEATH:] if was_ready else tail)
     found = (_of_the_command(ended, lines, known_options) if not was_ready else None) or _of_a_known_cause(
         ended, lines, was_ready=was_ready
     )
     when = "while it served" if was_ready else "before it was ready"
     return found or _of_the_exit(ended, lines, when)
+
+
+def _bounded(tail: Sequence[str]) -> list[str]:
+    """The last lines, of each its beginning, without vLLM's prefix."""
+    lines: list[str] = []
+    size = 0
+    for line in reversed(tail):
+        lines.append(_PREFIX.sub("", line[: 2 * _MOST_OF_A_LINE])[:_MOST_OF_A_LINE].rstrip())
+        size += len(lines[-1])
+        if size > _MOST_TEXT:
+            break
+    return lines[::-1]
 
 
 def _of_the_command(ended: Exit, lines: Sequence[str], known_options: Collection[str]) -> Diagnosis | None:
@@ -95,7 +108,7 @@ def _of_a_known_cause(ended: Exit, lines: Sequence[str], *, was_ready: bool) -> 
         return None
     text = "\n".join(lines)
     for cause in CAUSES:
-        if (cause.while_serving or not was_ready) and (found := cause.pattern.search(text)):
+        if (cause.while_serving or not was_ready) and (found := cause.find(text)):
             return Diagnosis(cause.reason, _short(_filled(cause, found)))
     return None
 
@@ -115,10 +128,14 @@ def _of_the_exit(ended: Exit, lines: Sequence[str], when: str) -> Diagnosis:
 
 def _telling(lines: Sequence[str]) -> str:
     """The last line that names an error which is not merely an echo; else the last line at all."""
-    said = [line.strip() for line in lines if line.strip()]
-    errors = [line for line in said if _ERROR.search(line)]
-    causes = [line for line in errors if not _ECHO.search(line)]
-    return next(reversed(causes or errors or said), "")
+    error = last = ""
+    for line in map(str.strip, reversed(lines)):
+        last = last or line
+        if _ERROR.search(line):
+            error = error or line
+            if not _ECHO.search(line):
+                return line
+    return error or last
 
 
 def _short(text: str) -> str:

@@ -269,11 +269,20 @@ def _message(table: type[BaseModel], detail: ErrorDetails) -> str:
     if kind == "value_error":
         return str(detail["ctx"]["error"])
     if kind not in _EXPECTED:
-        return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {show(detail['input'])}"
+        return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {_shown(detail)}"
     context = dict(detail.get("ctx", {}))
     if kind == "literal_error":
         context["expected"] = context["expected"].replace("'", '"').replace(" or ", ", ")
-    return f"expected {_EXPECTED[kind].format(**context)}, got {show(detail['input'])}"
+    return f"expected {_EXPECTED[kind].format(**context)}, got {_shown(detail)}"
+
+
+def _shown(detail: ErrorDetails) -> str:
+    """What stands there; of texts in `env`, which may be credentials, only that they are: messages are logged."""
+    value = detail["input"]
+    if "env" not in detail["loc"] or isinstance(value, bool | int | float):
+        return show(value)
+    kinds = ((str, "a string"), (list, "a list"), (Mapping, "a table"))
+    return next((name for kind, name in kinds if isinstance(value, kind)), "another value")
 
 
 def _known_keys(table: type[BaseModel], location: tuple[int | str, ...]) -> Iterable[str]:

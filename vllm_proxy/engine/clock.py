@@ -17,6 +17,7 @@ log = structlog.get_logger()
 
 _PULSE_SECONDS = 0.25
 _STOOD_STILL_SECONDS = 1.0  # without a pulse for so long, the loop did not run
+_SILENT_SECONDS = 60.0  # between two warnings of that
 _SHORTEST_WAIT_SECONDS = 1e-6
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
@@ -28,6 +29,9 @@ class Pulse:
         self._loop = asyncio.get_running_loop()
         self._last = self._since = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
+        self._computed = time.thread_time()  # at the last beat
+        self._warned_at = self._last - _SILENT_SECONDS
+        self._unreported = 0
 
     def __enter__(self) -> None:
         _pulses[self._loop] = self
@@ -44,12 +48,23 @@ class Pulse:
         self._last = now
         if now - last > _STOOD_STILL_SECONDS:
             self._since = now
-            log.warning("the daemon stood still: what waits for time to pass begins anew", seconds=round(now - last, 1))
+            self._warn(now, now - last)
         return self._since
 
     def _beat(self) -> None:
         self._timer = self._loop.call_later(_PULSE_SECONDS, self._beat)
         self.ran_since()
+        self._computed = time.thread_time()
+
+    def _warn(self, now: float, seconds: float) -> None:
+        if now - self._warned_at < _SILENT_SECONDS:
+            self._unreported += 1
+            return
+        # Little computed: it got no processor, or something blocked. Much: a fault of the daemon itself.
+        computed = time.thread_time() - self._computed
+        log.warning("the daemon stood still: what waits for time to pass begins anew", seconds=round(seconds, 1),
+                    computed_seconds=round(computed, 1), unreported_before=self._unreported)  # fmt: skip
+        self._warned_at, self._unreported = now, 0
 
 
 _pulses: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pulse] = weakref.WeakKeyDictionary()

@@ -122,7 +122,7 @@ class Desired:
 
         """
         config = await self._in_time(self._parse, data)
-        return plan(config.models, self.reconciler.specs())
+        return await self.away(plan, config.models, self.reconciler.specs())
 
     async def still(self) -> None:
         """Wait until nobody seems to write the file any more.
@@ -237,7 +237,7 @@ class Desired:
                 self.rejected = None
                 tell(self._listeners, Outcome(self.reconciler.config.revision, ()))
             return Outcome(self.reconciler.config.revision, ())
-        return self._adopt(config)
+        return await self._adopt(config)
 
     async def _write(self, edit: Edit, if_match: str | None, *, blind: bool) -> Outcome:
         before, after, config = await self.away(self._edited, edit, if_match, blind=blind)
@@ -247,7 +247,7 @@ class Desired:
             await self.away(self._store.replace, after)
         if config.revision == self.reconciler.config.revision:
             return Outcome(config.revision, ())
-        return self._adopt(config)
+        return await self._adopt(config)
 
     def _read(self) -> bytes:
         try:
@@ -297,10 +297,12 @@ class Desired:
             for path, message in await self._check.problems(model)
         ]
 
-    def _adopt(self, config: Config) -> Outcome:
+    async def _adopt(self, config: Config) -> Outcome:
+        actions = await self.away(plan, config.models, self.reconciler.specs())  # of many models it takes a while
         self.rejected = None
         self._ports.use(config.engine.port_start, config.engine.port_end)
-        outcome = Outcome(config.revision, self.reconciler.adopt(config))
+        self.reconciler.adopt(config, actions)
+        outcome = Outcome(config.revision, actions)
         self._check.learn(model.engine for model in config.models.values())
         log.info("the configuration is adopted", revision=config.revision, changes=len(outcome.changes))
         tell(self._listeners, outcome)

@@ -53,7 +53,7 @@ class Writing(Protocol):
         """How far its start is."""
 
     def tail(self, lines: int) -> tuple[str, ...]:
-        """The last lines that it wrote."""
+        """The last lines that it wrote. For a thread."""
 
 
 class Log(Protocol):
@@ -292,7 +292,6 @@ class Launcher:
         stack.callback(log_file.close)
         start = (record.instance, log_file.path, record.log_start, logs.size_of(log_file.path))
         output = Output(*start, self.pass_on, most_bytes=log_file.most_bytes)
-        output.catch_up()
         return LaunchedEngine(process, record, output, log_file, self.state)
 
     async def end_left(self, record: EngineRecord, owner: Owner) -> None:
@@ -368,7 +367,7 @@ class Launcher:
                 await to_the_end(self._end, engine.record, process.end, owner, taken)
             pump.cancel()
             await asyncio.wait({pump})
-            output.read(last=True)
+            await output.finish()
 
     async def _end(self, record: EngineRecord, end: End, owner: Owner, taken: contextlib.ExitStack) -> None:
         """End an engine; where that was given up, what was taken for it stays taken."""

@@ -9,11 +9,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-_CHUNK = 256 * 1024  # is read at a time
+_CHUNK = 16 * 1024  # is read at a time: of the shortest lines a turn of the event loop that nobody notices
+_COPY = 256 * 1024
 _LONGEST_LINE = 16 * 1024  # is held back until it ends
 _MOST_BEHIND = 4 * 2**20
+_NEAR_END = 256 * 1024  # there a reader goes on that was too far behind
 _SEEN = 1024  # of what was read last: enough to find it again
 _TAIL_BLOCK = 64 * 1024
+_MOST_STATES = 100  # of a bar are looked at for one that shows something
+_MOST_LOOKED_AT = 200_000  # lines, for those that show something
 _MOST_TAIL = 8 * 2**20
 _MOST_LINES = 10_000
 _LINE_END = re.compile(rb"[\r\n]")
@@ -41,15 +45,17 @@ class LogReader:
         self._rest = b""  # of a line that has not ended; its bytes lie before the position
         self._seen = b""  # what lies before the position
         self._skipped = 0  # not told yet, bytes
+        self.more = False  # whether the last look left something to be read
 
     def read(self) -> list[str]:
-        """The lines that ended since, from at most 256 KiB; far behind, the next of the newest ones."""
+        """The lines that ended since, from at most 16 KiB; far behind, the next of the newest ones."""
         size = size_of(self._path)
         lines = self._find_place() if size < self._position else []
         skips = size - self._position > _MOST_BEHIND
         if skips:
-            self._skip(size - _CHUNK)
+            self._skip(size - _NEAR_END)
         data = self._next() if size > self._position else b""
+        self.more = len(data) > 0 and size > self._position
         if skips and (end := _LINE_END.search(data)):
             self._skipped += end.end()
             data = data[end.end() :]
@@ -57,7 +63,7 @@ class LogReader:
             lines.append(f"[{self._skipped} bytes skipped]")
             self._skipped = 0
         *ended, self._rest = _LINE_END.split(self._rest + data) if data else (self._rest,)
-        lines += [text for line in ended for piece in _pieces(line) if (text := _text(piece))]
+        lines += [text for line in ended if line for piece in _pieces(line) if (text := _text(piece))]
         *begun, self._rest = _pieces(self._rest)
         return lines + [text for piece in begun if (text := _text(piece))]
 
@@ -127,15 +133,16 @@ def cut(path: Path, limit: int = 64 * 2**20, keep: int = 2**20) -> int:
 
 def _move_to_front(file: int, start: int) -> None:
     end = 0
-    while block := os.pread(file, _CHUNK, start + end):
+    while block := os.pread(file, _COPY, start + end):
         end += os.pwrite(file, block, end)
     os.truncate(file, end)
 
 
-def last_lines(log_file: Path, count: int, since: int = 0) -> tuple[str, ...]:
+def last_lines(log_file: Path, count: int, since: int = 0, most_bytes: int = _MOST_TAIL) -> tuple[str, ...]:
     """The last lines written after byte `since`, at most `count` and 10,000, from at most 8 MiB; oldest first.
 
-    Of a bar that rewrites itself the last state is given. A `since` beyond the end is of another file: all is given.
+    For a thread: it may take long. Of a bar that rewrites itself the last state is given, of a line over 16 KiB its
+    beginning. A `since` beyond the end is of another file: all is given.
     """
     found: list[str] = []
     count = min(count, _MOST_LINES)
@@ -143,26 +150,46 @@ def last_lines(log_file: Path, count: int, since: int = 0) -> tuple[str, ...]:
         with log_file.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             begin = since if since <= size else 0
-            floor = max(begin, size - _MOST_TAIL)
-            end, block, rest = size, _TAIL_BLOCK, b""
-            while end > floor and len(found) < count:
-                start = max(floor, end - block)
+            floor = max(begin, size - most_bytes)
+            end, rest = size, list[bytes]()  # the line that the last block begins in the middle of, its end first
+            looked_at = 0
+            while end > floor and len(found) < count and looked_at < _MOST_LOOKED_AT:
+                start = max(floor, end - _TAIL_BLOCK)
                 file.seek(start)
-                rest, *lines = (file.read(end - start) + rest).split(b"\n")
-                found += _last_states(lines)
-                end, block = start, 2 * block  # doubled, since a line may be longer than many blocks
+                block = file.read(end - start)
+                first, *lines = block.split(b"\n")
+                if block.strip():
+                    looked_at += len(lines)
+                if lines:
+                    lines[-1] += b"".join(reversed(rest))
+                    found += _last_states(lines)
+                    rest = []
+                rest.append(first)
+                end = start
     except OSError:
         return ()
     if len(found) < count and (floor == begin or not found):  # else it is the end of a line
-        found += _last_states([rest])
+        found += _last_states([b"".join(reversed(rest))])
     return tuple(reversed(found[: max(count, 0)]))
 
 
 def _last_states(lines: list[bytes]) -> Iterator[str]:
     """The last first; of each what is left to see, none for a blank one."""
     for line in reversed(lines):
-        if text := next((text for state in reversed(line.split(b"\r")) if (text := _text(state))), ""):
+        if line and (text := _last_state(line)):
             yield text
+
+
+def _last_state(line: bytes) -> str:
+    end = len(line.rstrip())
+    for _ in range(_MOST_STATES):
+        start = line.rfind(b"\r", 0, end) + 1
+        if text := _text(next(_pieces(line[start : min(end, start + _LONGEST_LINE + 1)]))):
+            return text
+        if start == 0:
+            break
+        end = start - 1
+    return ""
 
 
 def _pieces(line: bytes) -> Iterator[bytes]:

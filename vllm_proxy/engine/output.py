@@ -19,6 +19,9 @@ from vllm_proxy.engine.vitals import Work
 type PassOn = Callable[[str, Sequence[str]], None]  # instance, lines
 
 _POLL_SECONDS = 0.1
+_MOST_PIECES = 16  # of 16 KiB are read in a row: who writes more than that each poll is skipped over
+_LAST_PIECES = 256  # of what a dead engine had written; what escaped of it may go on for ever
+_MOST_LOOKED_AT = 1000  # characters of a line: the rest may be a dump of anything
 _QUIET_SECONDS = 5.0  # without a word: then it is looked at what its processes do
 _WORK_BYTES = 2**20  # in that time: heartbeats of idle processes stay far below
 _MAY_DOWNLOAD = frozenset({Phase.IMPORTING, Phase.LOADING_WEIGHTS})
@@ -52,15 +55,11 @@ class Output:
         self._reader = LogReader(file, read_from)
         self._pass_on = pass_on
         self._most_bytes = most_bytes
+        self._catches_up = read_from > start
 
     def tail(self, lines: int) -> tuple[str, ...]:
-        """The last lines that it wrote."""
+        """The last lines that it wrote. For a thread."""
         return logs.last_lines(self._file, lines, self._start)
-
-    def catch_up(self) -> None:
-        """Follow from what an earlier daemon has passed on already to how far the start had come."""
-        for line in self.tail(10_000):
-            self._follow(line)
 
     async def pump(self, look: Callable[[], Work], quiet: float = _QUIET_SECONDS) -> None:
         """Read on until cancelled. `look`: what its processes do, asked in a thread when they said nothing for `quiet`.
@@ -68,9 +67,11 @@ class Output:
         `quiet` is in seconds.
         """
         loop = asyncio.get_running_loop()
+        if self._catches_up:
+            await asyncio.to_thread(self._catch_up)
         heard_at, moved = loop.time(), 0
         while True:
-            if self.read():
+            if await self._read_on(_MOST_PIECES):
                 heard_at = loop.time()
             elif self.loading and loop.time() - heard_at > quiet:
                 work = await asyncio.to_thread(look)
@@ -80,25 +81,41 @@ class Output:
                     self.progress = Progress(Phase.DOWNLOADING, None)  # vLLM says so only when it has ended
             await asyncio.sleep(_POLL_SECONDS)
 
-    def read(self, *, last: bool = False) -> bool:
-        """Take in what is new; `last`: it has ended, and will not finish a line that it began."""
+    def _catch_up(self) -> None:
+        """Follow from what an earlier daemon has passed on already to how far the start had come. For a thread."""
+        for line in self.tail(10_000):
+            self._follow(line)
+
+    async def finish(self) -> None:
+        """It has ended, and will not finish a line that it began: take in the rest."""
+        await self._read_on(_LAST_PIECES)
+        self._take(self._reader.flush())
+
+    async def _read_on(self, most_pieces: int) -> bool:
+        """Take in what is new, with a turn for everybody else after each piece; whether there was anything."""
+        heard = self._read()
+        while self._reader.more and (most_pieces := most_pieces - 1) > 0:
+            await asyncio.sleep(0)
+            heard |= self._read()
+        return heard
+
+    def _read(self) -> bool:
         lines = self._reader.read()
-        if last:
-            while more := self._reader.read():
-                lines += more
-            lines += self._reader.flush()
-        if lines:
-            self._pass_on(self._instance, lines)
-            for line in lines:
-                self._follow(line)
+        self._take(lines)
         if moved := logs.cut(self._file, self._most_bytes):
             self._reader.shift(moved)
             self._start = max(0, self._start - moved)
         return bool(lines)
 
+    def _take(self, lines: list[str]) -> None:
+        if lines:
+            self._pass_on(self._instance, lines)
+            for line in lines:
+                self._follow(line)
+
     def _follow(self, line: str) -> None:
         if not self.loading:
             return
-        self.progress = progress.after_line(self.progress, line)
-        if not _NO_PROGRESS.search(line):
+        self.progress = progress.after_line(self.progress, line[:_MOST_LOOKED_AT])
+        if not _NO_PROGRESS.search(line, 0, _MOST_LOOKED_AT):
             self.activity += 1

@@ -9,7 +9,7 @@ import structlog
 
 from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec
 from vllm_proxy.domain.lifecycle import State
-from vllm_proxy.domain.plan import Action, plan
+from vllm_proxy.domain.plan import Action
 from vllm_proxy.engine.background import run_once, tell
 from vllm_proxy.engine.ending import LAST_TRIES_SECONDS, end_engine
 from vllm_proxy.engine.gate import Leaving
@@ -129,22 +129,19 @@ class Reconciler:
         for model in self._models.values():
             model.begin(adoptable.get(model.spec.id, {}))
 
-    def adopt(self, config: Config) -> tuple[Action, ...]:
-        """Follow another configuration; returns what it changes. Returns at once: the models go on by themselves."""
-        actions = plan(config.models, self.specs())
+    def adopt(self, config: Config, actions: Sequence[Action]) -> None:
+        """Follow another configuration, of which `actions` is the plan. Returns at once: models go on by themselves."""
         self.config = config
         if self.stopping.is_set():
-            return actions
+            return
         self.registry.update(config.models)
         for action in actions:
             log.info("plan", model=action.model, action=action.kind, reason=action.reason)
         # In the order of the plan: who leaves a GPU is in its line before who comes.
-        for model_id in reversed(dict.fromkeys(action.model for action in reversed(actions))):
-            self._follow(model_id)
-        for model_id in config.models:  # what no action is about may be written in other words
+        in_order = list(reversed(dict.fromkeys(action.model for action in reversed(actions))))
+        for model_id in dict.fromkeys((*in_order, *config.models)):  # what no action is about may be worded anew
             self._follow(model_id)
         self._sort()
-        return actions
 
     def _sort(self) -> None:
         """The file's order, here and for requests; what ends comes last."""

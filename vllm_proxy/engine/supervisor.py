@@ -36,7 +36,15 @@ from vllm_proxy.engine.state import EngineRecord
 log = structlog.get_logger()
 
 _TAIL_LINES = 20  # shown
+_SHOWN_CHARACTERS = 2000  # of each
 _DIAGNOSED_LINES = 2000  # the root of a failure stands far above vLLM's last words
+
+
+class Away(Protocol):
+    """Calls a function where it may take its time."""
+
+    async def __call__[T](self, function: Callable[[], T], /) -> T:
+        """What the function returns or raises."""
 
 
 class Launcher(Protocol):
@@ -72,6 +80,7 @@ class Surroundings:
     hurry: asyncio.Event  # set: do not wait for requests any more
     cleared: asyncio.Event  # set: what an earlier daemon left is gone, or keeps its place in the gate's line
     stopping: asyncio.Event  # set: the daemon stops, nothing that has no end goes on
+    away: Away = asyncio.to_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +289,7 @@ class Supervisor:
                     if not isinstance(ready, Ready):
                         refused = ready is None and engine.exited.result().refused
                         known = await around.launcher.option_names(self.spec.engine) if refused else frozenset()
-                        return self._failed(engine, ready, known_options=known)
+                        return await self._failed(engine, ready, known_options=known)
                     engine.serves()
                     await gate.aclose()  # its memory is taken: the next one may measure
                     return await self._serve(engine, ready)
@@ -322,7 +331,7 @@ class Supervisor:
             stalled = None if engine.exited.done() else stalling.result()
             if stalled is not None:
                 endpoint.pool.close()  # whoever waits for it learns now
-            return self._failed(engine, stalled, was_ready=True, generation=generation)
+            return await self._failed(engine, stalled, was_ready=True, generation=generation)
         finally:
             minding.cancel()
             stalling.cancel()
@@ -343,7 +352,7 @@ class Supervisor:
         endpoint.pool.close()  # vLLM waits for open connections without limit
         self._show(Phase.STOPPING)
 
-    def _failed(
+    async def _failed(
         self,
         engine: Engine,
         verdict: Diagnosis | None,
@@ -353,19 +362,24 @@ class Supervisor:
         known_options: Collection[str] = (),
     ) -> Diagnosis:
         """Write a failure down. `verdict` None: the engine ended, and how it did says why."""
-        ended = Exit(None, None)
-        if verdict is None:
-            ended = engine.exited.result()
-            tail = engine.output.tail(_DIAGNOSED_LINES)
-            verdict = diagnose(ended, tail, was_ready=was_ready, known_options=known_options)
-            if verdict.reason is Reason.CRASHED and (problem := engine.log.look()):
-                verdict = Diagnosis(Reason.CRASHED, f"{verdict.message}; {problem}")
-        self.last_exit = LastExit(verdict, ended, datetime.now(UTC), engine.output.tail(_TAIL_LINES))
-        self.diagnosis = verdict
+        ended = engine.exited.result() if verdict is None else Exit(None, None)
+
+        def look() -> tuple[Diagnosis, tuple[str, ...]]:
+            tail = engine.output.tail(_TAIL_LINES if verdict else _DIAGNOSED_LINES)
+            why = verdict or diagnose(ended, tail, was_ready=was_ready, known_options=known_options)
+            if verdict is None and why.reason is Reason.CRASHED and (problem := engine.log.look()):
+                why = Diagnosis(Reason.CRASHED, f"{why.message}; {problem}")
+            return why, tuple(line[:_SHOWN_CHARACTERS] for line in tail[-_TAIL_LINES:])
+
         self._leave_devices()
-        event = Event.STALLED if was_ready and verdict.reason is Reason.STALLED else Event.DIED
-        self._move(event, Phase.STOPPING, generation=generation)  # the rest of its processes
-        return verdict
+        stalled = was_ready and verdict is not None and verdict.reason is Reason.STALLED
+        # The rest of its processes is stopped. That is said before it is known why.
+        self._move(Event.STALLED if stalled else Event.DIED, Phase.STOPPING, generation=generation)
+        why, tail = await self._around.away(look)  # a log may be megabytes of dumps
+        self.last_exit = LastExit(why, ended, datetime.now(UTC), tail)
+        self.diagnosis = why
+        self._show(Phase.STOPPING)
+        return why
 
     def _note_ready(self, engine: Engine) -> None:
         self.ready_at = datetime.now(UTC)
