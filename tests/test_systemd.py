@@ -196,3 +196,13 @@ def test_more_time_is_asked_for_as_often_as_it_takes_whatever_the_clock_says(not
 
     run()
     assert heard(notify_socket) == ["EXTEND_TIMEOUT_USEC=30000000"] * 5
+
+
+def test_a_systemd_that_reads_nothing_holds_nobody_up(notify_socket: socket.socket) -> None:
+    """Its queue holds a few letters; the rest of what is said again is dropped, and later ones are heard."""
+    with telling() as systemd:
+        for number in range(1000):
+            systemd.status(str(number))
+        assert len(heard(notify_socket)) < 1000
+        systemd.ready()
+    assert heard(notify_socket) == ["READY=1"]

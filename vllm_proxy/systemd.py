@@ -18,6 +18,7 @@ from vllm_proxy.errors import StartupError
 _FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _EXTENSION_SECONDS = 30.0
+_PATIENCE_SECONDS = 1.0  # with a systemd that takes no letters; for those that it waits for
 
 
 class Systemd:
@@ -29,15 +30,15 @@ class Systemd:
 
     def ready(self) -> None:
         """The sockets listen and a configuration is accepted."""
-        self._tell("READY=1")
+        self._tell("READY=1", awaited=True)
 
     def reloading(self) -> None:
         """The configuration is read again; `ready` follows, whatever becomes of it."""
-        self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}", awaited=True)
 
     def stopping(self) -> None:
         """The daemon has begun to stop."""
-        self._tell("STOPPING=1")
+        self._tell("STOPPING=1", awaited=True)
 
     def status(self, sentence: str) -> None:
         """What `systemctl status` shows; told only when it changes."""
@@ -59,8 +60,10 @@ class Systemd:
             self._tell(f"EXTEND_TIMEOUT_USEC={round(_EXTENSION_SECONDS * 1_000_000)}")
             await asyncio.sleep(every)
 
-    def _tell(self, letter: str) -> None:
-        if self._notifier is not None:
+    def _tell(self, letter: str, *, awaited: bool = False) -> None:
+        """Send a letter. A systemd whose queue is full must not hold up the event loop: what comes again is dropped."""
+        if self._notifier is not None and self._notifier.socket is not None:
+            self._notifier.socket.settimeout(_PATIENCE_SECONDS if awaited else 0)
             self._notifier.notify(letter)
 
 
