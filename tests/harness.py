@@ -254,10 +254,12 @@ async def running_command(
     port: int | None = None,
     below: Sequence[str] = (),
     program: Sequence[str] = WATCHED,
+    output: int | None = None,
 ) -> AsyncIterator[Daemon]:
     """A command that is a daemon, once it listens; it is stopped when the block ends. `program` runs the command.
 
-    That fails where a callback held its event loop for longer than `slow_turns` allows.
+    `below`: a command that becomes it. `output`: where it writes, a descriptor; None: to `daemon.log`.
+    The end fails where a callback held its event loop for longer than `slow_turns` allows.
     """
     port = port or free_port()
     slow = folder / "slow_turns.txt"
@@ -273,7 +275,7 @@ async def running_command(
                 env={
                     **clean_environment(), "NOTIFY_SOCKET": f"{short}/notify", slow_turns.FILE: str(slow), **(env or {})
                 },
-                cwd=folder, stdout=log, stderr=log,
+                cwd=folder, stdout=output or log, stderr=output or log,
             )  # fmt: skip
         running = Daemon(process, port, folder, notes)
         try:

@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=30)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--port-start", type=int, default=20_000, help="the first of 200 ports for engines")
+    parser.add_argument("--around", action="store_true", help="trouble with what is around the daemon, too")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     end: float = time.monotonic() + options.seconds
@@ -25,7 +26,9 @@ def main() -> None:
         return time.monotonic() > end
 
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        found = asyncio.run(chaos(Path(folder), options.port_start, over, options.clients, options.seed))
+        found = asyncio.run(
+            chaos(Path(folder), options.port_start, over, options.clients, options.seed, around=options.around)
+        )
     for title, counts in found.items():
         print(title)
         for name, count in counts.most_common():

@@ -11,7 +11,7 @@ HANG_SECONDS = 120.0  # no request may take so long here: queue_timeout is far b
 MODELS = ["a", "a", "b", "rare", "nobody"]
 # What the daemon may say instead of an answer, while engines come and go.
 REFUSALS = frozenset(
-    {"model_not_found", "model_error", "model_stopped", "shutting_down", "queue_timeout", "engine_failed"}
+    {"model_not_found", "model_error", "model_stopped", "shutting_down", "queue_timeout", "engine_failed", "overloaded"}
 )
 
 

@@ -50,6 +50,8 @@ class Core:
         for number in range(options.fake_grandchildren):
             pid = os.fork()
             if pid == 0:
+                if options.fake_escape and number == options.fake_grandchildren - 1:
+                    os.setsid()
                 os.close(writing)
                 _name_process(f"VLLM::Worker_{number}")
                 _live()

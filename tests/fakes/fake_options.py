@@ -77,6 +77,7 @@ def _faults_of_the_core(parser: argparse.ArgumentParser) -> None:
     add("--fake-orphan", action="store_true", help="the core ignores SIGTERM; the server kills it where it ends")
     add("--fake-stubborn-core", action="store_true", help="the core ignores SIGTERM, and the server leaves it")
     add("--fake-grandchildren", type=int, default=0, metavar="N", help="the core has so many workers")
+    add("--fake-escape", action="store_true", help="the last of the workers makes a session of its own")
     add("--fake-shm", nargs="?", choices=["core", "server"], const="core", help="who maps a shared memory segment")
 
 
