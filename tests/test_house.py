@@ -43,8 +43,6 @@ CALLBACKS = {
     ("engine/check.py", "add_done_callback"),  # a set
     ("engine/clock.py", "call_later"),  # the next beat is set first
     ("engine/desired.py", "add_done_callback"),  # a set
-    ("engine/inotify.py", "add_reader"),  # the look now and then
-    ("engine/inotify.py", "call_later"),  # as above
     ("engine/model.py", "add_done_callback"),  # the model looks again after every change
     ("engine/process.py", "add_reader"),  # the end of an engine
     ("engine/reconciler.py", "add_done_callback"),  # a set

@@ -56,8 +56,14 @@ class ConfigError(VllmProxyError):
         return [problem.render(self.file) for problem in self.problems]
 
     def places(self) -> list[str]:
-        """Where the problems are, one a line: for everybody, since a message may repeat what the file says."""
-        return [problem.place(self.file) for problem in self.problems]
+        """Where the problems are, one a line: for everybody, since a message may repeat what the file says.
+
+        One of the file as a whole (it cannot be read) says nothing of what stands in it, and is told.
+        """
+        return [
+            problem.place(self.file) if problem.line or problem.path else problem.render(self.file)
+            for problem in self.problems
+        ]
 
 
 class RequestError(VllmProxyError):

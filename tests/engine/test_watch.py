@@ -252,6 +252,10 @@ asyncio.run(main())
 """
 
 
+async def nothing(*_: object) -> None:
+    """No events."""
+
+
 async def test_a_disk_that_does_not_answer_is_said_once_and_waited_for(tmp_path: Path) -> None:
     """One look hangs: no other is begun meanwhile, and when it comes back the file is followed."""
     file = tmp_path / "models.toml"
@@ -267,7 +271,7 @@ async def test_a_disk_that_does_not_answer_is_said_once_and_waited_for(tmp_path:
 
         changed = asyncio.Event()
         with capture_logs() as logs:
-            task = asyncio.create_task(watch(file, changed.set, lambda: "", 2.0, away))
+            task = asyncio.create_task(watch(file, changed.set, lambda: "", 2.0, away, events=nothing))
             await passes(3600)
             assert len(looks) == 1
             assert ["does not answer" in entry["event"] for entry in logs] == [True]

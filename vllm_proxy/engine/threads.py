@@ -106,6 +106,23 @@ class DaemonThreads(ThreadPoolExecutor):
             self._free += 1
 
 
+def can_make_threads(count: int) -> bool:
+    """Whether the system makes so many threads at once, as of now."""
+    over, made = threading.Event(), list[threading.Thread]()
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=over.wait, daemon=True)
+            thread.start()
+            made.append(thread)
+    except RuntimeError:
+        return False
+    finally:
+        over.set()
+        for thread in made:
+            thread.join()
+    return True
+
+
 _pools: weakref.WeakSet[DaemonThreads] = weakref.WeakSet()
 
 

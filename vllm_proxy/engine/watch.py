@@ -6,22 +6,33 @@ in the moment. What no event tells (bind mounts, network file systems), a look e
 
 import asyncio
 import contextlib
+import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import structlog
+from watchfiles import Change, awatch
 
 from vllm_proxy.domain.parse import revision_of
 from vllm_proxy.engine import clock
-from vllm_proxy.engine.background import ask
-from vllm_proxy.engine.inotify import DirectoryEvents
-from vllm_proxy.engine.threads import Away
+from vllm_proxy.engine.background import ask, run_once
+from vllm_proxy.engine.threads import Away, can_make_threads
 from vllm_proxy.regular_file import read_regular_file
 
 log = structlog.get_logger()
 
+with contextlib.suppress(
+    ImportError
+):  # `awatch` would import it when it is first used: a tenth of a second on the loop
+    importlib.import_module("anyio._backends._asyncio")
+
+_STEP_MS = 20  # without another event, a change is told
+_DEBOUNCE_MS = 200  # a burst is told at the latest after this long
+_THREADS = 8  # a few more than watching takes: others may want some in the same moment
 _SLOW_SECONDS = 10.0  # a look that takes longer is worth a word
 _BLIND_SECONDS = 60.0  # then it is tried again to watch, though the way to the file is the same
 _MOST_LINKS = 40  # as Linux has it
@@ -48,12 +59,45 @@ def links_to(file: Path) -> frozenset[str]:
     return frozenset(found)
 
 
+type Told = Callable[[bool], None]  # with: nothing but that names went away
+type Events = Callable[[Collection[str], Collection[str], Told], Coroutine[Any, Any, None]]
+
+
+async def events_of(folders: Collection[str], names: Collection[str], told: Told) -> None:
+    """Call `told` soon after something happened to one of the `names`, whole paths, in these folders.
+
+    Returns where that cannot be seen (any more), which is logged. A library that cannot make its thread aborts the
+    process, so it is asked for one only where there are some.
+    """
+    if not can_make_threads(_THREADS):
+        _say_blind("no thread can be made")
+        return
+    watched = awatch(
+        *sorted(folders),
+        watch_filter=lambda _, path: path in names,
+        debounce=_DEBOUNCE_MS,
+        step=_STEP_MS,
+        recursive=False,
+    )
+    try:
+        async for changes in watched:
+            told(all(change is Change.deleted for change, _ in changes))
+    except (OSError, RuntimeError) as error:  # too many watches, a directory that went meanwhile
+        _say_blind(str(error))
+
+
+def _say_blind(why: str) -> None:
+    log.warning("the configuration is looked at now and then, since it cannot be watched", error=why)
+
+
 async def watch(
     file: Path,
     changed: Callable[[], None],
     adopted: Callable[[], str],
     poll_seconds: float = 2.0,
     away: Away = asyncio.to_thread,
+    *,
+    events: Events = events_of,
 ) -> None:
     """Call `changed` soon after the file may have changed, until cancelled.
 
@@ -70,9 +114,11 @@ async def watch(
 
     while True:
         way = await _patient_look(file, away)
-        with contextlib.ExitStack() as watching:
-            sees = _begin(watching, way, happened)  # what was before is seen by the look
-            until = asyncio.get_running_loop().time() + _BLIND_SECONDS
+        folders = {folder for folder, _, _ in way.folders}
+        watching = run_once(partial(events, folders, way.names, happened), "events of the configuration file")
+        await asyncio.sleep(0)  # it watches: what happens from here on is told, what was before is seen by the look
+        until = asyncio.get_running_loop().time() + _BLIND_SECONDS
+        try:
             while True:
                 woken.clear()
                 now = await _patient_look(file, away)
@@ -81,22 +127,14 @@ async def watch(
                 told = now.revision
                 if (now.names, now.folders) != (way.names, way.folders):
                     break  # another way leads to it: that is to be watched
-                if not sees and asyncio.get_running_loop().time() > until:
+                if watching.done() and asyncio.get_running_loop().time() > until:
                     break
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(poll_seconds):
                         await woken.wait()
-
-
-def _begin(watching: contextlib.ExitStack, way: "_Look", happened: Callable[[bool], None]) -> bool:
-    """Whether events tell of what happens on the way to the file."""
-    folders = {folder for folder, _, _ in way.folders}
-    try:
-        watching.enter_context(DirectoryEvents(folders, way.names, happened))
-    except OSError as error:
-        log.warning("the configuration is looked at now and then, since it cannot be watched", error=error.strerror)
-        return False
-    return True
+        finally:
+            watching.cancel()
+            await asyncio.wait({watching})
 
 
 async def _patient_look(file: Path, away: Away) -> "_Look":
