@@ -121,6 +121,10 @@ async def _end_left(settings: Settings, say: Say) -> Resource:
         for record in left:
             say(f"ending {record.instance}, process {record.pid}")
         ended = await end_left(left, state)
+        unusable = state.unusable
+    if unusable:
+        say(f"{unusable} of its records cannot be used, so that engines may be left: see the messages above")
+        ended = False
     say(f"no daemon runs; engines that one had left: {len(left)}{'' if ended else ', not all of them could be ended'}")
     engines = [{"instance": record.instance, "pid": record.pid} for record in left]
     return {"models": [], "engines": engines, "ended": ended}

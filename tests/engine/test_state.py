@@ -117,8 +117,7 @@ def change_file(folder: Path, /, **fields: object) -> None:
         ("pid", 0), ("pid", 1), ("pid", -5), ("pid", 2**22 + 1), ("pid", 2**31), ("pid", 2**80), ("pid", None),
         ("pid", "4242"), ("pid", True), ("pid", 4242.5), ("started", 0), ("started", -1), ("started", 2**63),
         ("port", 0), ("port", 2**16), ("log_start", -1), ("started_at", "yesterday"), ("started_at", "2026-01-01"),
-        ("spec", 5), ("folder", ""), ("folder", "/"), ("folder", "/home/x/vp-1"), ("folder", "/tmp/models"),
-        ("folder", "/tmp/../home/vp-1"), ("folder", "/run/../home/vp-1"), ("folder", "vp-1"), ("folder", "/tmp/vp-1/a"),
+        ("spec", 5), ("folder", 5),
         ("segments", ["/etc/passwd"]), ("segments", ["/dev/shm/../../etc/passwd"]), ("segments", "/dev/shm/psm_1"),
         ("cgroup", "/sys/fs/cgroup/system.slice/ssh.service"), ("cgroup", "chat%2F0.engine-1"),
         ("cgroup", "/sys/fs/cgroup/x/embed%2F0.01234567"),
@@ -134,10 +133,26 @@ def test_a_record_that_no_daemon_writes_is_reported_and_left_alone(tmp_path: Pat
     for _ in range(2):
         with capture_logs() as logs, StateDirectory(tmp_path) as state:
             assert [record.own_name for record in state.left_behind()] == ["engine-2"]
+            assert state.unusable == 1
             state.record(EMBED)
         assert [(entry["log_level"], "secret" in str(entry)) for entry in logs] == [("error", False)]
         assert field in logs[0]["error"]
         assert before in tomllib.loads((tmp_path / "engines.toml").read_text())["engines"]
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["/", "/home/x/vp-1", "/tmp/models", "/tmp/../home/vp-1", "/run/../home/vp-1", "vp-1", "/tmp/vp-1/a", "."],
+)
+def test_an_engine_whose_folder_is_none_that_a_daemon_makes_is_known_without_it(tmp_path: Path, place: str) -> None:
+    """Its processes are its own by other proofs, and are adopted or ended; that folder is left alone and told."""
+    with StateDirectory(tmp_path) as state:
+        state.record(CHAT)
+    change_file(tmp_path, folder=place)
+    with capture_logs() as logs, StateDirectory(tmp_path) as state:
+        assert [(record.own_name, record.folder) for record in state.left_behind()] == [(CHAT.own_name, "")]
+        assert state.unusable == 0
+    assert [(entry["log_level"], entry["folder"]) for entry in logs] == [("warning", place)]
 
 
 def test_what_is_no_record_at_all_is_left_alone_too(tmp_path: Path) -> None:

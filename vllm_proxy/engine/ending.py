@@ -154,7 +154,8 @@ async def _tidy_up(record: EngineRecord, mapped: Collection[str], state: StateDi
         record, "remove its shared memory", partial(vitals.remove_segments, segments, record.since)
     ):
         log.info("shared memory of a dead engine removed", instance=record.instance, names=removed)
-    await _try(record, "remove its folder", partial(files.remove_tree, Path(record.folder)))
+    if record.folder:
+        await _try(record, "remove its folder", partial(files.remove_tree, Path(record.folder)))
     try:
         state.forget(record.own_name)
     except OSError as error:

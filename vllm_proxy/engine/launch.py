@@ -267,7 +267,8 @@ class Launcher:
             taken = stack.enter_context(contextlib.ExitStack())
             self.ports.hold(record.port)
             taken.callback(self.ports.give_back, record.port)
-            taken.callback(files.remove_tree, Path(record.folder))
+            if record.folder:
+                taken.callback(files.remove_tree, Path(record.folder))
             engine, why = None, "the engine ended while no daemon watched it"
             try:
                 engine = self._adopt(record, stack)

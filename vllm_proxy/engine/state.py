@@ -56,7 +56,7 @@ class EngineRecord:
     started: int
     port: int
     credential: str
-    folder: str
+    folder: str  # of its own, for temporary files; "": not known to be one, so that nothing is removed
     log: str
     spec: str = ""  # `command.fingerprint` of what it was started for
     log_start: int = 0  # where its output begins in the log, bytes
@@ -92,6 +92,7 @@ class StateDirectory:
         """`scratch`: where engines' temporary folders are made by this daemon."""
         self.path = path
         self._scratch = scratch
+        self.unusable = 0  # records of an earlier daemon that `left_behind` could not use
         self._file = path / "engines.toml"
         self._starts_file = path / "starts.toml"
         self._records: dict[str, EngineRecord] = {}
@@ -138,6 +139,7 @@ class StateDirectory:
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            self.unusable += 1
             aside = None if isinstance(error, OSError) else self._set_aside()
             log.error("the record of engines cannot be read; engines of an earlier daemon may be left",
                       file=str(self._file), error=str(error) or repr(error), kept_as=aside)  # fmt: skip
@@ -154,6 +156,7 @@ class StateDirectory:
             try:
                 record = self._usable(entry, records)
             except ValueError as error:  # msgspec's are, too
+                self.unusable += 1
                 log.error("a record of an engine cannot be used and is left alone; the engine may be left",
                           file=str(self._file), entry=_shown(entry), error=str(error))  # fmt: skip
                 faulty.append(entry)
@@ -177,12 +180,16 @@ class StateDirectory:
 
         """
         record = msgspec.convert(entry, EngineRecord)
-        fault = next((name for name, holds in _facts(record, self._scratch) if not holds), None)
+        fault = next((name for name, holds in _facts(record) if not holds), None)
         if fault is not None:
             shown = "this" if fault == "credential" else repr(getattr(record, fault))
             raise ValueError(f"{fault}: no daemon writes {shown}")
         if record.own_name in others:
             raise ValueError("own_name: it is that of another record")
+        if record.folder and not _is_engines_folder(Path(record.folder), self._scratch):
+            log.warning("the folder of an engine on record is none that a daemon makes here, and is left alone",
+                        instance=record.instance, folder=record.folder)  # fmt: skip
+            record = replace(record, folder="")
         # Where an engine writes to is known, whatever is on record: that file is read, and cut when it is long.
         in_memory = f"/proc/{record.pid}/fd/1"
         return record if record.log == in_memory else replace(record, log=str(self.log_file(record.instance)))
@@ -253,7 +260,7 @@ def _shown(entry: object) -> str:
     )
 
 
-def _facts(record: EngineRecord, scratch: Path) -> list[tuple[str, bool]]:
+def _facts(record: EngineRecord) -> list[tuple[str, bool]]:
     """What holds of every record that a daemon writes, by field."""
     return [
         ("instance", _INSTANCE.fullmatch(record.instance) is not None),
@@ -264,7 +271,6 @@ def _facts(record: EngineRecord, scratch: Path) -> list[tuple[str, bool]]:
         ("port", 0 < record.port < 2**16),
         ("log_start", record.log_start >= 0),
         ("started_at", _is_moment(record.started_at) or not (record.started_at or record.spec)),
-        ("folder", _is_engines_folder(Path(record.folder), scratch)),
         ("segments", all(_SEGMENT.fullmatch(path) and "/../" not in path for path in record.segments)),
         ("cgroup", not record.cgroup or _is_cgroup_of(record)),
     ]
