@@ -288,11 +288,12 @@ async def running_command(
     assert not slow.exists(), f"a callback held the event loop for too long:\n{slow.read_text(encoding='utf-8')}"
 
 
-async def vllm_proxy(folder: Path, *arguments: str) -> tuple[int, str, str]:
+async def vllm_proxy(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> tuple[int, str, str]:
     """Run a command beside the daemon of this folder; (exit status, stdout, stderr)."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "vllm_proxy", *arguments, "--state-dir", str(folder / "state"),
-        env=clean_environment(), cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        env={**clean_environment(), **(env or {})}, cwd=folder,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
         async with asyncio.timeout(WAIT_SECONDS):

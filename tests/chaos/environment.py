@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.bench.build import compiler
 from tests.chaos.trouble import Fleet, Trouble
 from tests.harness import request, running_command
-from vllm_proxy.engine.process import look_up
+from vllm_proxy.engine.proc import look_up
 
 OPEN_FILES = 320  # of the daemon: few enough to be taken
 CLIENTS = 400  # that come at once to take them
@@ -105,7 +105,7 @@ class Surrounded(Fleet):
         """A new daemon, once it listens."""
         flags = ("--config", str(self.folder / "models.toml"), "--log-level", "info")
         env = {
-            "RUNTIME_DIRECTORY": str(self.folder / "run"),
+            **self.places,
             "LD_PRELOAD": str(self._library),
             "CLOCK_FILE": str(self._clock),
         }

@@ -52,7 +52,7 @@ async def _chaos(fleet: Fleet, trouble: Trouble, enough: Enough, clients: int, s
         assert memory(fleet.daemon.process.pid) < before + MOST_GROWTH
     finally:
         await fleet.end(signal.SIGTERM)
-        status, out, _ = await vllm_proxy(fleet.folder, "stop", "--all")
+        status, out, _ = await vllm_proxy(fleet.folder, "stop", "--all", env=fleet.places)
         print(out, end="")
     assert status == 0
     assert fleet.strays(set()) == []

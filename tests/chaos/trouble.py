@@ -62,6 +62,11 @@ class Fleet:
         (folder / "models.toml").write_text(fake_engines(port_start) + MODELS, encoding="utf-8")
 
     @property
+    def places(self) -> dict[str, str]:
+        """What tells a daemon, and a command, where sockets and temporary folders are."""
+        return {"RUNTIME_DIRECTORY": str(self.folder / "run")}
+
+    @property
     def daemon(self) -> Daemon:
         """The one that runs."""
         assert self._daemon is not None
@@ -70,8 +75,7 @@ class Fleet:
     async def start(self) -> None:
         """A new daemon, once it listens."""
         flags = ("--config", str(self.folder / "models.toml"), "--log-level", "warning")
-        env = {"RUNTIME_DIRECTORY": str(self.folder / "run")}
-        running = running_command(self.folder, "serve", *flags, env=env, port=self.port)
+        running = running_command(self.folder, "serve", *flags, env=self.places, port=self.port)
         self._daemon = await self._stack.enter_async_context(running)
 
     async def end(self, number: signal.Signals) -> None:
