@@ -8,6 +8,7 @@ import pytest
 from aiohttp import web
 
 from vllm_proxy.api.call import Call, observed
+from vllm_proxy.api.client import in_bytes
 from vllm_proxy.api.envelope import as_request_error, error_response
 from vllm_proxy.errors import STATUS, RequestError
 
@@ -68,7 +69,9 @@ class Transport:
 @pytest.mark.parametrize("begun", [True, False])
 async def test_a_fault_behind_the_beginning_of_an_answer_cuts_it(begun: bool) -> None:  # noqa: FBT001 - a parameter
     """A second head inside a body would be read as the body's end; before the beginning it is a 500."""
-    request: Any = SimpleNamespace(raw_path="/x", raw_headers=(), transport=Transport())
+    request: Any = SimpleNamespace(
+        raw_path="/x", raw_headers=(), transport=Transport(), content=SimpleNamespace(is_eof=lambda: True)
+    )
     seen: list[int] = []
 
     async def work(call: Call) -> web.StreamResponse:
@@ -84,3 +87,13 @@ async def test_a_fault_behind_the_beginning_of_an_answer_cuts_it(begun: bool) ->
         assert (await handle(request)).status == 500
     assert request.transport.cut is begun
     assert seen == [200 if begun else 500]
+
+
+def test_an_error_that_is_written_past_the_server_is_an_answer_like_any_other() -> None:
+    """To a client that has not asked to the end, or for which there is no room: a length, an id, the envelope."""
+    head, _, body = in_bytes(RequestError("headers_too_large", "cannot")).partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    assert lines[0] == "HTTP/1.1 431 Request Header Fields Too Large"
+    assert f"Content-Length: {len(body)}" in lines
+    assert sum(line.startswith("X-Request-Id: ") for line in lines) == 1
+    assert msgspec.json.decode(body)["error"]["code"] == "headers_too_large"

@@ -16,6 +16,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from vllm_proxy.api.envelope import error_response, refusal
 from vllm_proxy.api.exchange import Exchange, end_in_reset
+from vllm_proxy.api.head import request_id
 from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import LateRequestError, RequestError
 
@@ -208,6 +209,7 @@ class Refused(asyncio.Protocol):
 def in_bytes(error: RequestError) -> bytes:
     """An error as an answer on the wire, the last of its connection."""
     answer = error_response(error)
+    answer.headers["X-Request-Id"] = request_id(None).decode()
     assert isinstance(answer.body, bytes)
     lines = [
         f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}",
