@@ -14,17 +14,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from vllm_proxy.domain.command import mark, marked
 from vllm_proxy.engine import process
 from vllm_proxy.engine.ownership import Identity, Owned
-from vllm_proxy.engine.proc import Kernel, Process, look_up, pid_namespace
+from vllm_proxy.engine.proc import KERNEL, Kernel, Process, look_up, pid_namespace
 from vllm_proxy.engine.process import EngineProcess, end_processes, reap_orphans
 
-from .virtual import virtual
+from .virtual import VirtualLoop
 
 OWN = 900  # the daemon itself
 MARK = mark("chat/0", "secret")
@@ -137,13 +137,14 @@ class AtOnce(ThreadPoolExecutor):
         return done
 
 
-@virtual
-async def end_in_virtual_time(identity: Identity, kernel: FakeKernel) -> None:
+def end_in_virtual_time(identity: Identity, kernel: FakeKernel) -> None:
     """Seconds of patience cost nothing."""
-    asyncio.get_running_loop().set_default_executor(AtOnce())
-    await end_processes(identity, 1.0, kernel)
+    with contextlib.closing(VirtualLoop()) as loop:
+        loop.set_default_executor(AtOnce())
+        loop.run_until_complete(end_processes(identity, 1.0, kernel))
 
 
+@settings(deadline=None)
 @given(innocents(), PIDS, TIMES, st.booleans())
 def test_whatever_is_on_record_an_innocent_process_is_never_signalled(
     rows: dict[int, Row],
@@ -162,6 +163,7 @@ def test_whatever_is_on_record_an_innocent_process_is_never_signalled(
     assert kernel.reaped == []
 
 
+@settings(deadline=None)
 @given(innocents(), st.data())
 def test_an_engines_processes_are_all_ended_and_nobody_else(rows: dict[int, Row], data: st.DataObject) -> None:
     """By mark, session, cgroup or parent; also where a number is another's by the time that it is signalled."""
@@ -273,16 +275,16 @@ def lives(pid: int) -> bool:
 # Its second fork is in a session whose leader is gone: all that it shows are numbers.
 DAEMON = """
 import os, signal
+reading, writing = os.pipe()
 if os.fork() == 0:
     os.setsid()
-    reading, writing = os.pipe()
-    if os.fork() == 0:
-        os.close(writing)
-        os.read(reading, 1)
-        print(os.getpid(), flush=True)
+    child = os.fork()
+    if child == 0:
         signal.pause()
+    os.write(writing, b"%d\\n" % child)
     os._exit(0)
 os.wait()
+os.write(1, os.read(reading, 100))
 signal.pause()
 """
 
@@ -304,7 +306,7 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 for _ in range(2):
     if os.fork() == 0:
         os.setsid()
-        print(os.getpid(), flush=True)
+        os.write(1, b"%d\\n" % os.getpid())
         signal.pause()
 signal.pause()
 """
@@ -348,6 +350,29 @@ async def test_what_has_the_mark_of_another_engine_is_left_alone() -> None:
     ):
         assert await end_processes(identity_of(first), 0.0)
         assert [lives(pid) for pid in others] == [True] * 3
+
+
+async def test_a_signal_is_sent_only_to_who_is_still_the_one_that_was_meant() -> None:
+    """Asked once the kernel's descriptor names the process, just before it is sent; never of the daemon itself."""
+    with running(python("import os; print(os.getpid(), flush=True); input()")) as (first, _):
+        asked: list[Process] = []
+
+        def is_it(found: Process) -> bool:
+            asked.append(found)
+            return False
+
+        assert not KERNEL.send(first, signal.SIGKILL, is_it)
+        assert asked == [look_up(first)]
+        assert lives(first)
+        assert KERNEL.send(first, signal.SIGKILL, lambda found: found == asked[0])
+    assert not KERNEL.send(os.getpid(), signal.SIGKILL, lambda _: True)
+
+
+@pytest.mark.parametrize("pid", [0, 1, -1, -5, 2**22 + 1, 2**31, 2**80])
+async def test_a_number_that_names_no_engine_names_nobody(pid: int) -> None:
+    """0 and negative ones would be whole groups; the first process is the system's."""
+    assert await end_processes(Identity(pid, 1, MARK), 1.0)
+    assert not KERNEL.send(pid, signal.SIGKILL, lambda _: True)
 
 
 # What ends by itself
