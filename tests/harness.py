@@ -77,6 +77,16 @@ class Daemon:
         """What it logged so far."""
         return (self.folder / "daemon.log").read_text(encoding="utf-8")
 
+    async def logged(self, words: str, times: int | None = None) -> None:
+        """Wait until these words stand in its log: at all, or exactly so many `times`.
+
+        It is written by a thread of its own, a moment after what it tells of.
+        """
+        async with asyncio.timeout(WAIT_SECONDS):
+            while (found := self.log().count(words)) < (times or 1):
+                await asyncio.to_thread(lambda: None)
+        assert times in {None, found}
+
     async def until(self, wanted: str | Callable[[str], bool], seconds: float = WAIT_SECONDS) -> None:
         """Wait until its STATUS is, or fulfils, what is wanted."""
         await self.notes.until(wanted, self.process, seconds)

@@ -56,7 +56,7 @@ async def test_an_engine_starts_and_serves_though_the_disk_of_its_log_is_full(tm
             assert one["restarts"] == 0
             assert "No space left on device" in one["message"]
             assert (await running.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
-            assert "chat/0 | " in running.log()
+            await running.logged("chat/0 | ")
             async with running.session.get("/models/chat/logs") as answer:
                 assert "Application startup complete" in await answer.text()
             assert await running.stop() == 0
@@ -94,7 +94,7 @@ async def test_a_state_directory_that_turns_read_only_takes_no_model_away(tmp_pa
             await running.post("/models/chat/restart", {}, 202)
             one = await running.once("chat", lambda one: ready(one) and one["pid"] != first["pid"])
             assert "Read-only file system" in one["message"]
-            assert "the state cannot be written" in running.log()
+            await running.logged("the state cannot be written")
             assert (await running.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
         assert await running.stop() == 0
 

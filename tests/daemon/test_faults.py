@@ -205,7 +205,7 @@ async def test_whoever_takes_an_engines_port_first_gets_neither_its_credential_n
             now = await running.once("chat", lambda one: exits(one, "port_in_use"))
         assert (await running.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
         assert set(asked) == {"/health None"}
-        assert running.log().count("what answers on an engine's port is not provably the engine") == 1
+        await running.logged("what answers on an engine's port is not provably the engine", 1)
 
 
 # While it serves
@@ -465,4 +465,4 @@ async def test_a_disk_that_is_full_costs_the_record_and_no_engine(tmp_path: Path
     (tmp_path / "state" / "engines.toml").mkdir(parents=True)  # what a full disk does to a write
     async with beside_a_neighbour(tmp_path, port_start, chat()) as running:
         assert (await running.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
-        assert "the state cannot be written" in running.log()
+        await running.logged("the state cannot be written")

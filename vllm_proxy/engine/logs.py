@@ -141,8 +141,8 @@ def _move_to_front(file: int, start: int) -> None:
 def last_lines(log_file: Path, count: int, since: int = 0, most_bytes: int = _MOST_TAIL) -> tuple[str, ...]:
     """The last lines written after byte `since`, at most `count` and 10,000, from at most 8 MiB; oldest first.
 
-    For a thread: it may take long. Of a bar that rewrites itself the last state is given, of a line over 16 KiB its
-    beginning. A `since` beyond the end is of another file: all is given.
+    For a thread: it may take long. Of a bar that rewrites itself the last state is given. A `since` beyond the end is
+    of another file: all is given.
     """
     found: list[str] = []
     count = min(count, _MOST_LINES)
@@ -184,7 +184,7 @@ def _last_state(line: bytes) -> str:
     end = len(line.rstrip())
     for _ in range(_MOST_STATES):
         start = line.rfind(b"\r", 0, end) + 1
-        if text := _text(next(_pieces(line[start : min(end, start + _LONGEST_LINE + 1)]))):
+        if text := "".join(map(_text, _pieces(line[start:end]))):  # in pieces: nobody waits for a long line
             return text
         if start == 0:
             break
@@ -194,11 +194,13 @@ def _last_state(line: bytes) -> str:
 
 def _pieces(line: bytes) -> Iterator[bytes]:
     """A line that is too long comes in pieces, none of which ends within a character."""
-    while len(line) > _LONGEST_LINE:
-        end = next((at for at in range(_LONGEST_LINE, _LONGEST_LINE - 4, -1) if line[at] & 0xC0 != 0x80), _LONGEST_LINE)
-        yield line[:end]
-        line = line[end:]
-    yield line
+    begin = 0
+    while len(line) - begin > _LONGEST_LINE:
+        most = begin + _LONGEST_LINE
+        end = next((at for at in range(most, most - 4, -1) if line[at] & 0xC0 != 0x80), most)
+        yield line[begin:end]
+        begin = end
+    yield line[begin:]
 
 
 def _text(line: bytes) -> str:
