@@ -38,12 +38,12 @@ def test_systemd_finds_no_fault_and_little_exposure(machine: Machine, *, keeps_m
 def test_a_start_is_done_when_the_daemon_listens(machine: Machine) -> None:
     """`activating` while it reads what it needs; then active, with models that still load, as STATUS= tells."""
     configure(machine, ENGINES + CHAT + 'args = { fake_load_until = "/tmp/go" }\n')
-    machine.shell(
-        "install -d -o vllm-proxy -m 700 /var/lib/vllm-proxy; runuser -u vllm-proxy mkfifo /var/lib/vllm-proxy/.env"
-    )
+    machine.shell("mkdir -p /opt/slow && mkfifo -m 666 /opt/slow/go")
+    machine.path("/opt/slow/sitecustomize.py").write_text('open("/opt/slow/go").read()', encoding="utf-8")
+    drop_in(machine, "Environment=PYTHONPATH=/opt/slow")
     machine.run("systemctl", "start", "--no-block", "vllm-proxy")
     machine.until("vllm-proxy", ActiveState="activating", SubState="start")
-    machine.shell("echo FROM_DOTENV=1 >/var/lib/vllm-proxy/.env")
+    machine.shell("rm /opt/slow/sitecustomize.py; echo >/opt/slow/go")
     machine.until("vllm-proxy", ActiveState="active", SubState="running")
     assert machine.get("/health")["models"]["loading"] == 1
     assert machine.show("vllm-proxy", "StatusText")["StatusText"].startswith("0 of 1 models ready; loading: chat")
@@ -52,6 +52,7 @@ def test_a_start_is_done_when_the_daemon_listens(machine: Machine) -> None:
 def test_the_status_is_a_sentence_about_the_fleet(machine: Machine) -> None:
     """As `systemctl status` shows it."""
     serve(machine)
+    machine.until_status("2 of 2 models ready")
     assert 'Status: "2 of 2 models ready"' in machine.run("systemctl", "status", "--no-pager", "vllm-proxy").stdout
 
 
