@@ -81,7 +81,7 @@ async def test_nothing_of_vllm_is_reachable_but_the_table(demo: Daemon, engine: 
     ours = {*BY_JSON_MODEL, *BY_FORM_MODEL, "/v1/models", "/health", "/metrics", "/v1/realtime",
             "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel"}  # fmt: skip
     strange = [(method, path) for path, methods in paths.items() for method in methods if path not in ours]
-    assert len(strange) > 10
+    assert len(strange) > 5
     for method, path in strange:
         url = re.sub(r"\{[^}]*\}", "x", path)
         async with demo.session.request(method, url, json={"model": "chat"}) as answer:

@@ -149,7 +149,7 @@ def test_rest_writes_the_file(machine: Machine) -> None:
     file = machine.path(FILE)
     assert file.read_text().startswith("# mine\n")
     assert "max_model_len = 256" in file.read_text()
-    assert machine.shell(f"stat -c '%U %G %a' {FILE}") == "vllm-proxy vllm-proxy 644\n"
+    assert machine.shell(f"stat -c '%U %G %a' {FILE}") == "vllm-proxy vllm-proxy 640\n"
 
 
 @pytest.mark.parametrize(
