@@ -38,12 +38,14 @@ def test_systemd_finds_no_fault_and_little_exposure(machine: Machine, *, keeps_m
 def test_a_start_is_done_when_the_daemon_listens(machine: Machine) -> None:
     """`activating` while it reads what it needs; then active, with models that still load, as STATUS= tells."""
     configure(machine, ENGINES + CHAT + 'args = { fake_load_until = "/tmp/go" }\n')
-    machine.shell("mkdir -p /opt/slow && mkfifo -m 666 /opt/slow/go")
-    machine.path("/opt/slow/sitecustomize.py").write_text('open("/opt/slow/go").read()', encoding="utf-8")
+    machine.shell("mkdir -p /opt/slow")
+    machine.path("/opt/slow/sitecustomize.py").write_text(
+        'import os, time\nwhile not os.path.exists("/opt/slow/go"):\n    time.sleep(0.01)\n', encoding="utf-8"
+    )
     drop_in(machine, "Environment=PYTHONPATH=/opt/slow")
     machine.run("systemctl", "start", "--no-block", "vllm-proxy")
     machine.until("vllm-proxy", ActiveState="activating", SubState="start")
-    machine.shell("rm /opt/slow/sitecustomize.py; echo >/opt/slow/go")
+    machine.shell("touch /opt/slow/go")
     machine.until("vllm-proxy", ActiveState="active", SubState="running")
     assert machine.get("/health")["models"]["loading"] == 1
     assert machine.show("vllm-proxy", "StatusText")["StatusText"].startswith("0 of 1 models ready; loading: chat")
