@@ -7,6 +7,7 @@ looked at before it is read, on the same descriptor.
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 MOST_BYTES = 16 * 2**20
@@ -24,32 +25,6 @@ class UnusableFileError(OSError):
     """It is there, and cannot be read as a file is. `strerror` says why."""
 
 
-def read_regular_file(path: Path, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file; it blocks for no longer than the file's disk does.
-
-    Raises:
-        UnusableFileError: it is no regular file, or has more than `most` bytes.
-        OSError: as it comes.
-
-    """
-    try:
-        # Opened without waiting for a FIFO's writer, and without making a terminal this process's own.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in {errno.ENXIO, errno.ENODEV}:  # sockets and devices refuse already here
-            refuse_special(path.stat())
-        raise
-    try:
-        refuse_special(os.fstat(descriptor))
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            data = file.read(most + 1)
-    finally:
-        os.close(descriptor)
-    if len(data) > most:
-        raise UnusableFileError(errno.EFBIG, f"it is larger than {most // 2**20} MiB")
-    return data
-
-
 def refuse_special(found: os.stat_result) -> None:
     """Nothing for a regular file.
 
@@ -61,3 +36,37 @@ def refuse_special(found: os.stat_result) -> None:
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         why = f"it is {kind}; expected a regular file, since it is read again and again"
         raise UnusableFileError(errno.EINVAL, why)
+
+
+def read_regular_file(
+    path: Path,
+    most: int = MOST_BYTES,
+    *,
+    flags: int = 0,
+    refuse: Callable[[os.stat_result], None] = refuse_special,
+) -> bytes:
+    """The bytes of a regular file; it blocks for no longer than the file's disk does.
+
+    `flags`: more of open(2). `refuse` raises for what is not to be read, once it is open.
+
+    Raises:
+        UnusableFileError: it is no regular file, or has more than `most` bytes.
+        OSError: as it comes.
+
+    """
+    try:
+        # Opened without waiting for a FIFO's writer, and without making a terminal this process's own.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | flags)
+    except OSError as error:
+        if error.errno in {errno.ENXIO, errno.ENODEV}:  # sockets and devices refuse already here
+            refuse_special(path.stat())
+        raise
+    try:
+        refuse(os.fstat(descriptor))
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(most + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > most:
+        raise UnusableFileError(errno.EFBIG, f"it is larger than {most // 2**20} MiB")
+    return data

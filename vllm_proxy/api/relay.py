@@ -74,7 +74,6 @@ async def carry(call: Call, lease: Lease, body: bytes | Body) -> web.StreamRespo
     tries: _Tries | None = None  # made where one failed
     if client_is_slow(call.request):
         await call.request.writer.drain()
-    call.model = lease.model_id
     while True:
         call.instance = lease.endpoint.instance
         exchange = _exchange(call, lease)

@@ -18,6 +18,7 @@ from pathlib import Path
 import structlog
 
 from vllm_proxy.errors import StartupError
+from vllm_proxy.regular_file import read_regular_file, refuse_special
 
 log = structlog.get_logger()
 
@@ -91,24 +92,20 @@ def _user(uid: int) -> str:
         return f"user {uid}"
 
 
-def read_file(path: Path, limit: int) -> bytes:
+def read_file(path: Path) -> bytes:
     """A regular file of this user's or root's.
 
     Raises:
-        OSError: it is something else, larger than `limit` bytes, or cannot be read; FileNotFoundError: it is not there.
+        OSError: it is something else, a link, too large, or cannot be read; FileNotFoundError: it is not there.
 
     """
-    # Not to block on a pipe that somebody has put there.
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(fd, "rb") as file:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+    def refuse(found: os.stat_result) -> None:
+        refuse_special(found)
         if not trusted(found.st_uid):
             raise PermissionError(errno.EPERM, f"it belongs to {_user(found.st_uid)}", str(path))
-        if found.st_size > limit:
-            raise OSError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
-        return file.read(limit)
+
+    return read_regular_file(path, flags=os.O_NOFOLLOW, refuse=refuse)
 
 
 def replace_file(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = True) -> None:

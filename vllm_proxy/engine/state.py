@@ -35,7 +35,6 @@ _NAME_LIMIT = 200
 _STARTS_KEPT = 5  # of one spec
 _SPECS_KEPT = 200
 _FOREIGN_KEPT = 100  # records of other pid namespaces
-_FILE_LIMIT = 16 * 2**20  # bytes, of what is read back
 _NAMESPACE = "pid_namespace"
 _INSTANCE = re.compile(r"[A-Za-z0-9._:@/-]{1,200}/[0-9]{1,6}")
 _WORD = re.compile(r"[!-~]{1,200}")
@@ -167,7 +166,7 @@ class StateDirectory:
         return list(records.values())
 
     def _entries(self) -> list[object]:
-        document = tomllib.loads(files.read_file(self._file, _FILE_LIMIT).decode())
+        document = tomllib.loads(files.read_file(self._file).decode())
         if document["boot_id"] != boot_id():
             return []
         return msgspec.convert(document["engines"], list[object])
@@ -227,7 +226,7 @@ class StateDirectory:
     def _all_starts(self) -> dict[str, list[float]]:
         if self._starts is None:
             try:
-                document = tomllib.loads(files.read_file(self._starts_file, _FILE_LIMIT).decode())
+                document = tomllib.loads(files.read_file(self._starts_file).decode())
                 found = msgspec.convert(document["seconds"], dict[str, list[float]])
                 self._starts = {spec: [one for one in starts if 0 <= one < math.inf] for spec, starts in found.items()}
             except (OSError, ValueError, KeyError, RecursionError):
