@@ -57,6 +57,12 @@ def fake_engines(port_start: int) -> str:
     return f"[engine]\ncommand = {command!r}\nport_start = {port_start}\nport_end = {port_start + 199}\n"
 
 
+def loading_until(port_start: int, gate: Path) -> str:
+    """A configuration whose only model, `chat`, loads until there is a file."""
+    args = f'args = {{ fake_phase_until = "weights={gate}" }}'
+    return f'{fake_engines(port_start)}[models.chat]\nmodel = "x"\n{args}\n'
+
+
 class Daemon:
     """A running `vllm-proxy`."""
 
@@ -193,6 +199,17 @@ class Daemon:
         """The first processes of a model's engines."""
         resource = await self.get(f"/models/{model}")
         return [instance["pid"] for instance in resource["status"]["instances"]]
+
+    async def counters_read(self, times: int, model: str = "chat") -> None:
+        """Wait until the daemon has asked for the counters of a model's only engine so many times more."""
+        (port,) = await self.ports(model)
+
+        async def so_far() -> int:
+            async with self.session.get(f"http://127.0.0.1:{port}/fake/seen") as answer:
+                return sum(seen["path"] == "/metrics" for seen in await answer.json())
+
+        before = await so_far()
+        await until(so_far, lambda found: found >= before + times)
 
     async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal and wait for the end; returns the exit status."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Daemon, daemon, fake_engines, session_of, until, vllm_proxy
+from tests.harness import Daemon, daemon, fake_engines, loading_until, session_of, until, vllm_proxy
 from vllm_proxy.domain.command import marked
 from vllm_proxy.engine.proc import look_up
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
@@ -72,9 +72,7 @@ async def test_engines_of_a_killed_daemon_are_adopted_and_serve_on(tmp_path: Pat
 async def test_an_engine_that_loads_is_adopted_too(tmp_path: Path, port_start: int) -> None:
     """A start of many minutes is not lost; the log of the start so far is known to the next daemon."""
     gate = tmp_path / "go"
-    config = (
-        fake_engines(port_start) + f'[models.chat]\nmodel = "x"\nargs = {{ fake_phase_until = "weights={gate}" }}\n'
-    )
+    config = loading_until(port_start, gate)
     async with daemon(config, tmp_path) as first:
         before = await first.once("chat", lambda one: one["pid"] and one["phase"] != "importing")
         await first.stop(signal.SIGKILL)

@@ -264,25 +264,11 @@ async def test_a_busy_engine_is_not_taken_for_a_hanging_one(tmp_path: Path, port
         await control(running, "busy")
         answer = asyncio.create_task(running.post("/v1/chat/completions", ASK | {"fake": {"hold": str(gate)}}))
         for _ in range(3):  # three beats of the watch are more than the timeout
-            await counters_read(running)
+            await running.counters_read(5)
         assert await running.pids("chat") == [pid]
         gate.touch()
         await control(running, "thaw")
         assert (await answer)["object"] == "chat.completion"
-
-
-async def counters_read(running: Daemon) -> None:
-    """Wait until the daemon has asked for the engine's counters five times more."""
-    (port,) = await running.ports("chat")
-
-    async def times() -> int:
-        async with running.session.get(f"http://127.0.0.1:{port}/fake/seen") as answer:
-            return sum(seen["path"] == "/metrics" for seen in await answer.json())
-
-    before = await times()
-    async with asyncio.timeout(30):
-        while await times() < before + 5:
-            pass
 
 
 async def test_an_engine_whose_health_stays_bad_is_restarted(tmp_path: Path, port_start: int) -> None:

@@ -25,6 +25,7 @@ from tests.harness import (
     clean_environment,
     daemon,
     fake_engines,
+    loading_until,
     running_command,
     session_of,
     until,
@@ -187,14 +188,14 @@ async def test_a_frozen_machine_calls_nothing_stalled(tmp_path: Path, port_start
         body = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "fake": {"hold": str(gate)}}
         answer = asyncio.create_task(running.post("/v1/chat/completions", body))
         await running.all_ready()
-        await counters_read(running)
+        await running.counters_read(2)  # the watch for stalls has looked once more, from begin to end
         frozen = [running.process.pid, *session_of((await running.pids("chat"))[0])]
         for process in frozen:
             os.kill(process, signal.SIGSTOP)
         await asyncio.sleep(FROZEN_SECONDS)  # it is time that must pass
         for process in frozen:
             os.kill(process, signal.SIGCONT)
-        await counters_read(running)  # it is judged
+        await running.counters_read(2)  # it is judged
         gate.touch()
         assert (await answer)["object"] == "chat.completion"
         await running.logged("the daemon stood still")
@@ -202,24 +203,10 @@ async def test_a_frozen_machine_calls_nothing_stalled(tmp_path: Path, port_start
         await running.until("0 of 0 models ready; on demand: chat")  # no request for a second of its own time
 
 
-async def counters_read(running: Daemon) -> None:
-    """Wait until the watch for stalls has looked at the engine once more, from begin to end."""
-    (port,) = await running.ports("chat")
-
-    async def times() -> int:
-        async with running.session.get(f"http://127.0.0.1:{port}/fake/seen") as answer:
-            return sum(seen["path"] == "/metrics" for seen in await answer.json())
-
-    before = await times()
-    await until(times, lambda found: found >= before + 2)
-
-
 async def test_a_clock_that_was_set_back_gives_no_negative_seconds(tmp_path: Path, port_start: int) -> None:
     """An engine that was started an hour from now, as the clock has it, and becomes ready under the next daemon."""
     gate = tmp_path / "go"
-    config = (
-        fake_engines(port_start) + f'[models.chat]\nmodel = "x"\nargs = {{ fake_phase_until = "weights={gate}" }}\n'
-    )
+    config = loading_until(port_start, gate)
     async with daemon(config, tmp_path) as first:
         before = await first.once("chat", lambda one: one["pid"] and one["phase"] != "importing")
         await first.stop(signal.SIGKILL)

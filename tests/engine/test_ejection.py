@@ -5,6 +5,7 @@ from structlog.testing import capture_logs
 from tests.engine.virtual import Stage, model, passes, settle, virtual
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.engine.registry import Endpoint
+from vllm_proxy.engine.supervisor import Supervisor
 
 
 def two(stage: Stage) -> tuple[Endpoint, Endpoint]:
@@ -16,16 +17,21 @@ def two(stage: Stage) -> tuple[Endpoint, Endpoint]:
     return endpoints
 
 
-@virtual
-async def test_three_failures_and_bad_health_eject_until_health_is_good_again() -> None:
-    """Two failures mean nothing; the third asks for /health, and only a bad answer ejects."""
-    stage = Stage()
+async def sick(stage: Stage) -> tuple[Supervisor, Endpoint]:
+    """An instance that serves, and whose health is bad from now on."""
     stage.probe.health = False
     supervisor = stage.supervisor(model())
     supervisor.start()
     await stage.serving(supervisor)
-    endpoint = supervisor.endpoint
-    assert endpoint is not None
+    assert supervisor.endpoint is not None
+    return supervisor, supervisor.endpoint
+
+
+@virtual
+async def test_three_failures_and_bad_health_eject_until_health_is_good_again() -> None:
+    """Two failures mean nothing; the third asks for /health, and only a bad answer ejects."""
+    stage = Stage()
+    supervisor, endpoint = await sick(stage)
     endpoint.failed()
     endpoint.failed()
     await settle()
@@ -84,12 +90,7 @@ async def test_the_last_instance_is_never_ejected() -> None:
 async def test_a_bug_while_its_health_is_asked_for_does_not_leave_an_instance_ejected_for_good() -> None:
     """It is logged, and asked again: with good health the instance gets requests again."""
     stage = Stage()
-    stage.probe.health = False
-    supervisor = stage.supervisor(model())
-    supervisor.start()
-    await stage.serving(supervisor)
-    endpoint = supervisor.endpoint
-    assert endpoint is not None
+    supervisor, endpoint = await sick(stage)
     with capture_logs() as logs:
         for _ in range(3):
             endpoint.failed()
