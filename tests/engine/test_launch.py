@@ -303,7 +303,8 @@ async def test_shared_memory_that_a_killed_engine_leaves_is_removed(
     tmp_path: Path, port_start: int, event: Event
 ) -> None:
     """The segments that it had mapped when it was ready; a file that a live process maps as well is left alone."""
-    names = f"psm_{number(0)}", f"torch_{os.getpid()}_1_1", f"nccl-{number(1)[-6:]}", f"psm_{number(2)}"
+    loky = f"sem.loky-{os.getpid()}-{number(6)}"
+    names = f"psm_{number(0)}", f"torch_{os.getpid()}_1_1", f"nccl-{number(1)[-6:]}", loky, f"psm_{number(2)}"
     other, mapping = Event(tmp_path / "other"), tmp_path / "mapping.py"
     mapping.write_text(MAPPING)
     with shared_memory(*names) as segments, contextlib.ExitStack() as stack:
@@ -321,7 +322,7 @@ async def test_shared_memory_that_a_killed_engine_leaves_is_removed(
                 assert engine.record.segments == tuple(sorted(map(str, segments)))
                 os.kill(engine.pid, signal.SIGKILL)
                 await engine.exited
-        assert [segment.exists() for segment in segments] == [False, False, False, True]
+        assert [segment.exists() for segment in segments] == [False, False, False, False, True]
     other.close()
 
 

@@ -143,12 +143,23 @@ async def test_every_process_of_vllm_shows_whose_it_is(fleet: Daemon) -> None:
 
 
 async def test_a_killed_api_server_leaves_no_core_behind(fleet: Daemon) -> None:
-    """SIGKILL of the first process: its engine core, which would hold a GPU for ever, is ended; a new engine serves."""
+    """SIGKILL of the first process: its engine core, which would hold a GPU for ever, is ended; a new engine serves.
+
+    Of the shared memory of all its processes nothing is left.
+    """
     now = await once(fleet, "embed", "ready")
     assert len(session_of(now["pid"])) > 1
+    mapped = {
+        Path(found)
+        for pid in session_of(now["pid"])
+        for found in re.findall(r" (/dev/shm/[^\n]+)$", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE)
+        if not found.endswith(" (deleted)")
+    }
+    assert mapped
     os.kill(now["pid"], signal.SIGKILL)
     after = await back(fleet, now["restarts"] + 1)
     assert session_of(now["pid"]) == set()
+    assert not [file for file in mapped if file.exists()]
     assert (after["last_exit"]["reason"], after["last_exit"]["signal"]) == ("killed", 9)
 
 

@@ -29,6 +29,7 @@ _INCOMPLETE = ".incomplete"  # huggingface_hub's name for it
 _SEGMENT = re.compile(
     r"psm_[0-9a-f]{8}"  # multiprocessing.shared_memory
     r"|sem\.mp-[a-z0-9_]{8}"  # multiprocessing's locks and queues
+    r"|sem\.loky-\d+-[a-z0-9_]{8}"  # joblib's, which transformers brings in through scikit-learn
     r"|torch_\d+_\d+_\d+"  # tensors that torch.multiprocessing shares
     r"|nccl-[A-Za-z0-9]{6}"
     r"|vllm_(?:mm_[\w-]{22}|engram_[a-z0-9_]{8}|(?:offload|ec)_[\w.-]{1,128}\.mmap)"
