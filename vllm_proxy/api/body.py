@@ -63,7 +63,10 @@ def body_at_hand(call: Call, server: Server, budget: Budget) -> bytes:
         return b""
     _check_framing(call)
     data = content.read_nowait()
-    budget.take(call, len(data), server)
+    call.held = len(data)  # as `budget.take`, which is asked where there is something to refuse
+    budget.held += call.held
+    if call.held > server.max_body_size or budget.held > server.max_buffered:
+        budget.take(call, 0, server)
     return data
 
 

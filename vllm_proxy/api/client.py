@@ -29,6 +29,9 @@ _HEAD_TOO_LARGE = RequestError("headers_too_large", "cannot read the request: it
 _HEAD, _BODY, _ANSWER = "head", "body", "answer"
 
 
+_received = RequestHandler.data_received
+
+
 class Manager(Protocol):
     """What a connection asks its server."""
 
@@ -79,7 +82,7 @@ class ClientConnection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the client. aiohttp bounds each line of a head and their number; here the head as a whole."""
-        super().data_received(data)
+        _received(self, data)  # not by `super()`, which is looked up anew for each read
         if self._messages:
             return
         if self._waiter is not None:

@@ -168,8 +168,8 @@ class FrontRunner(web.AppRunner):
             writer: AbstractStreamWriter,
             task: "asyncio.Task[None]",
         ) -> web.BaseRequest:
-            connection = cast("ClientConnection", protocol)
-            connection.in_head, connection.head_bytes = False, 0
+            protocol.in_head = False  # type: ignore[attr-defined] # ours: a ClientConnection
+            protocol.head_bytes = 0  # type: ignore[attr-defined] # as above
             route = routes.get((message.method, message.path))
             if route is None:
                 return app_request(message, payload, protocol, writer, task)

@@ -1,6 +1,5 @@
 """The inference routes: which model a request means, and the list of models."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,22 +11,14 @@ from vllm_proxy.api.budget import Budget
 from vllm_proxy.api.call import Call, Work
 from vllm_proxy.api.envelope import Handler, json_response
 from vllm_proxy.api.multipart import Upload
-from vllm_proxy.api.relay import carry, within
+from vllm_proxy.api.relay import carry
 from vllm_proxy.domain.config import Server
 from vllm_proxy.engine.reconciler import Reconciler
-from vllm_proxy.engine.registry import Lease, Registry, Route
+from vllm_proxy.engine.registry import Registry, Route
 from vllm_proxy.errors import RequestError
 from vllm_proxy.turns import in_turns
 
 type Settings = Callable[[], Server]  # the `[server]` table now
-
-
-async def _wait(call: Call, registry: Registry, route: Route) -> Lease:
-    began = time.monotonic()
-    try:
-        return await registry.wait(route)
-    finally:
-        call.queue_seconds = time.monotonic() - began
 
 
 def by_json_model(registry: Registry, settings: Settings, budget: Budget) -> Work:
@@ -41,17 +32,9 @@ def by_json_model(registry: Registry, settings: Settings, budget: Budget) -> Wor
         else:
             name, place = await model_name_of_large(body)
         route = registry.find(name)
-        seconds = route.spec.policy.request_timeout
-        if seconds:
-            return await within(seconds, call, serve(call, route, name, body, place))
-        return await serve(call, route, name, body, place)
-
-    async def serve(call: Call, route: Route, name: str, body: bytes, place: slice | None) -> web.StreamResponse:
-        call.model = route.spec.id
-        with registry.lease(route) or await _wait(call, registry, route) as lease:
-            if name != lease.model_id:
-                body = await with_model(body, lease.model_id, place)
-            return await carry(call, lease, body)
+        if name != route.spec.id:
+            body = await with_model(body, route.spec.id, place)
+        return await carry(call, registry, route, body)
 
     return work
 
@@ -62,15 +45,8 @@ def by_form_model(registry: Registry, settings: Settings, budget: Budget) -> Wor
     async def work(call: Call) -> web.StreamResponse:
         with await Upload.receive(call, settings(), budget) as upload:
             route = registry.find(upload.model)
-            seconds = route.spec.policy.request_timeout
-            serving = serve(call, route, upload)
-            return await (within(seconds, call, serving) if seconds else serving)
-
-    async def serve(call: Call, route: Route, upload: Upload) -> web.StreamResponse:
-        call.model = route.spec.id
-        with registry.lease(route) or await _wait(call, registry, route) as lease:
-            form = upload if upload.model == lease.model_id else upload.renamed(lease.model_id)
-            return await carry(call, lease, form)
+            form = upload if upload.model == route.spec.id else upload.renamed(route.spec.id)
+            return await carry(call, registry, route, form)
 
     return work
 

@@ -16,7 +16,7 @@ from vllm_proxy.api.call import Call
 from vllm_proxy.api.exchange import Ending, Exchange
 from vllm_proxy.api.front import WRITTEN, WRITTEN_LAST, client_is_slow, client_of
 from vllm_proxy.api.head import engine_id
-from vllm_proxy.engine.registry import Endpoint, Lease
+from vllm_proxy.engine.registry import Endpoint, Lease, Registry, Route
 from vllm_proxy.engine.wire import EngineConnection
 from vllm_proxy.errors import EngineFailedError, RequestError
 
@@ -63,29 +63,46 @@ def _too_late(seconds: float) -> RequestError:
     return RequestError("request_timeout", f"cannot answer within request_timeout ({seconds:g} s)")
 
 
-async def carry(call: Call, lease: Lease, body: bytes | Body) -> web.StreamResponse:
-    """Send the request to the leased instance, or to others where contract section 5 says so, and pass the answer on.
+def carry(call: Call, registry: Registry, route: Route, body: bytes | Body) -> Coroutine[Any, Any, web.StreamResponse]:
+    """Send the request to an instance of the model, to others where contract section 5 says so; pass the answer on.
 
     Raises:
-        RequestError: `engine_failed`, while nothing of an answer was passed on.
+        RequestError: no instance is to be had, `engine_failed` or `request_timeout`, while nothing of an answer was
+            passed on.
         ConnectionResetError: when the answer broke off and the client has been cut.
 
     """
+    seconds = route.spec.policy.request_timeout
+    carried = _carry(call, registry, route, body)
+    return within(seconds, call, carried) if seconds else carried
+
+
+async def _carry(call: Call, registry: Registry, route: Route, body: bytes | Body) -> web.StreamResponse:
     tries: _Tries | None = None  # made where one failed
-    if client_is_slow(call.request):
-        await call.request.writer.drain()
-    while True:
-        call.instance = lease.endpoint.instance
-        exchange = _exchange(call, lease)
-        ending, was_used = await _attempt(call, lease, exchange, body, fresh=tries is not None and tries.fresh)
-        if ending is Ending.WHOLE or ending is Ending.BROKEN:
-            return _written(call, lease, exchange, ending)
-        lease.endpoint.failed()
-        tries = tries or _Tries()
-        if not tries.again(lease, ending, was_used=was_used):
-            raise EngineFailedError(f"cannot get an answer from {call.instance}: {_WHY[ending]}")
-        call.retries += 1
-        call.engine_id = engine_id(call.request_id)  # the engine may still be at work on the one before
+    call.model = route.spec.id
+    with registry.lease(route) or await _wait(call, registry, route) as lease:
+        if client_is_slow(call.request):
+            await call.request.writer.drain()
+        while True:
+            call.instance = lease.endpoint.instance
+            exchange = _exchange(call, lease)
+            ending, was_used = await _attempt(call, lease, exchange, body, fresh=tries is not None and tries.fresh)
+            if ending is Ending.WHOLE or ending is Ending.BROKEN:
+                return _written(call, lease, exchange, ending)
+            lease.endpoint.failed()
+            tries = tries or _Tries()
+            if not tries.again(lease, ending, was_used=was_used):
+                raise EngineFailedError(f"cannot get an answer from {call.instance}: {_WHY[ending]}")
+            call.retries += 1
+            call.engine_id = engine_id(call.request_id)  # the engine may still be at work on the one before
+
+
+async def _wait(call: Call, registry: Registry, route: Route) -> Lease:
+    began = time.monotonic()
+    try:
+        return await registry.wait(route)
+    finally:
+        call.queue_seconds = time.monotonic() - began
 
 
 class _Tries:
