@@ -19,7 +19,7 @@ import aiohttp
 from yarl import URL
 
 from tests import slow_turns
-from vllm_proxy.domain.parse import revision_of
+from vllm_proxy.domain.file.parse import revision_of
 from vllm_proxy.engine.proc import look_up
 
 FAKE = Path(__file__).parent / "fakes" / "fake_vllm.py"

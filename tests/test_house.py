@@ -11,7 +11,7 @@ import pytest
 from vllm_proxy import errors
 from vllm_proxy.domain import lifecycle, plan
 from vllm_proxy.domain.config import EngineDefaults, ModelTable, Restart, Server
-from vllm_proxy.domain.parse import parse_config
+from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.domain.units import parse_duration, parse_size
 
 ROOT = Path(__file__).parent.parent
@@ -34,20 +34,20 @@ def test_modules_and_functions_stay_small(module: Path) -> None:
 
 # Who owns what the event loop calls: a callback that raises is logged by `background.log_faults`, and then this holds.
 CALLBACKS = {
-    ("api/asking.py", "add_done_callback"),  # a permit is given back
-    ("api/client.py", "call_later"),  # a connection too many: its client ends it, or the next one takes its place
+    ("traffic/asking.py", "add_done_callback"),  # a permit is given back
+    ("traffic/client.py", "call_later"),  # a connection too many: its client ends it, or the next one takes its place
     ("api/events.py", "add_done_callback"),  # an open stream, which ends with its connection at the latest
-    ("api/front.py", "call_later"),  # the next look is set first
+    ("traffic/front.py", "call_later"),  # the next look is set first
     ("daemon.py", "add_signal_handler"),  # three that set events
-    ("engine/background.py", "add_done_callback"),  # a set
+    ("runtime/background.py", "add_done_callback"),  # a set
     ("engine/check.py", "add_done_callback"),  # a set
-    ("engine/clock.py", "call_later"),  # the next beat is set first
-    ("engine/desired.py", "add_done_callback"),  # a set
-    ("engine/model.py", "add_done_callback"),  # the model looks again after every change
+    ("runtime/clock.py", "call_later"),  # the next beat is set first
+    ("fleet/desired.py", "add_done_callback"),  # a set
+    ("fleet/model.py", "add_done_callback"),  # the model looks again after every change
     ("engine/process.py", "add_reader"),  # the end of an engine
-    ("engine/reconciler.py", "add_done_callback"),  # a set
-    ("engine/threads.py", "add_done_callback"),  # a semaphore
-    ("engine/threads.py", "call_soon_threadsafe"),  # as above
+    ("fleet/reconciler.py", "add_done_callback"),  # a set
+    ("runtime/threads.py", "add_done_callback"),  # a semaphore
+    ("runtime/threads.py", "call_soon_threadsafe"),  # as above
     ("status.py", "call_at"),  # the next change says it
 }
 MAKES_A_TASK = {"create_task", "ensure_future", "TaskGroup"}
@@ -66,9 +66,9 @@ def called(module: Path) -> Iterator[tuple[str, str]]:
 
 
 def test_every_task_is_made_where_a_failure_is_seen() -> None:
-    """`engine/background.py` makes tasks, and nothing else does."""
+    """`runtime/background.py` makes tasks, and nothing else does."""
     makers = {(module, name) for path in MODULES for module, name in called(path) if name in MAKES_A_TASK}
-    assert makers == {("engine/background.py", "create_task")}
+    assert makers == {("runtime/background.py", "create_task")}
 
 
 def test_every_callback_has_an_owner() -> None:

@@ -19,7 +19,7 @@ import structlog
 from vllm_proxy import logsetup
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.logsetup import Format
-from vllm_proxy.logwriter import LogWriter
+from vllm_proxy.runtime.logwriter import LogWriter
 
 
 @pytest.fixture(autouse=True)

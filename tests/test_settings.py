@@ -8,7 +8,7 @@ import pytest
 
 from vllm_proxy import settings
 from vllm_proxy.domain.config import Server
-from vllm_proxy.domain.parse import Override, parse_config
+from vllm_proxy.domain.file.parse import Override, parse_config
 from vllm_proxy.errors import ConfigError
 from vllm_proxy.settings import Settings
 

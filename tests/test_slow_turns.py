@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import uvloop
 
+from tests.runtime.test_turns import compute
 from tests.slow_turns import LIMIT_SECONDS, Watch
-from tests.test_turns import compute
 
 
 async def watched(*callbacks: Callable[[], object]) -> list[str]:

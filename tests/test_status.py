@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from tests.engine.test_reconciler import reconciler_of
 from tests.engine.virtual import Stage, model, now, passes, settle, virtual
+from tests.fleet.test_reconciler import reconciler_of
 from vllm_proxy.domain.lifecycle import State
-from vllm_proxy.engine.model import Model
 from vllm_proxy.errors import ConfigError, Problem
+from vllm_proxy.fleet.model import Model
 from vllm_proxy.status import StatusLine, sentence
 
 

@@ -17,10 +17,10 @@ import uvloop
 from vllm_proxy import __version__, control, daemon, demo, logsetup, settings
 from vllm_proxy.connection import LostError, NoDaemonError, RefusedError, Resource
 from vllm_proxy.domain.plan import plan
-from vllm_proxy.engine.threads import DaemonLoop
 from vllm_proxy.errors import ConfigError, Problem, StartupError, VllmProxyError
-from vllm_proxy.logwriter import LogWriter
-from vllm_proxy.regular_file import read_regular_file
+from vllm_proxy.runtime.logwriter import LogWriter
+from vllm_proxy.runtime.regular_file import read_regular_file
+from vllm_proxy.runtime.threads import DaemonLoop
 from vllm_proxy.settings import Settings
 
 log = structlog.get_logger()

@@ -13,8 +13,8 @@ from typing import Any
 
 import aiohttp
 
-from vllm_proxy.engine.background import ask
 from vllm_proxy.errors import VllmProxyError
+from vllm_proxy.runtime.background import ask
 from vllm_proxy.settings import Settings, short_name
 
 _ANSWER_SECONDS = 10.0  # longest for `/health`

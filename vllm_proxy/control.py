@@ -9,10 +9,10 @@ from urllib.parse import quote
 
 from vllm_proxy.connection import CommandError, NoDaemonError, Resource, connected
 from vllm_proxy.domain.plan import Action
-from vllm_proxy.engine.files import become_owner
 from vllm_proxy.engine.process import adopt_orphans
-from vllm_proxy.engine.reconciler import end_left
 from vllm_proxy.engine.state import StateDirectory
+from vllm_proxy.fleet.reconciler import end_left
+from vllm_proxy.runtime.files import become_owner
 from vllm_proxy.settings import Settings
 
 _POLL_SECONDS = 0.2

@@ -15,18 +15,11 @@ import structlog
 from aiohttp import web
 
 from vllm_proxy.api import app
-from vllm_proxy.api.access import Access
-from vllm_proxy.api.access_log import AccessLog
-from vllm_proxy.api.front import FrontRunner
 from vllm_proxy.domain.config import Config
-from vllm_proxy.domain.parse import parse_config
-from vllm_proxy.engine import clock, descriptors, threads
-from vllm_proxy.engine.background import keep_running, log_faults, run_once
+from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
-from vllm_proxy.engine.desired import Desired
 from vllm_proxy.engine.find import find_vllm, has_gpus
-from vllm_proxy.engine.gate import DeviceGate
 from vllm_proxy.engine.launch import Launcher
 from vllm_proxy.engine.options import OptionTables
 from vllm_proxy.engine.output import PassOn
@@ -34,21 +27,28 @@ from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.probe import HttpProbe
 from vllm_proxy.engine.process import adopt_orphans, reap_orphans
 from vllm_proxy.engine.program import Programs
-from vllm_proxy.engine.reconciler import Reconciler
-from vllm_proxy.engine.registry import Registry
 from vllm_proxy.engine.state import StateDirectory
-from vllm_proxy.engine.store import Store
-from vllm_proxy.engine.supervisor import Surroundings
-from vllm_proxy.engine.threads import Disk
-from vllm_proxy.engine.watch import watch
 from vllm_proxy.errors import ConfigError, NotEndedError, Problem
+from vllm_proxy.fleet.desired import Desired
+from vllm_proxy.fleet.gate import DeviceGate
+from vllm_proxy.fleet.reconciler import Reconciler
+from vllm_proxy.fleet.store import Store
+from vllm_proxy.fleet.supervisor import Surroundings
+from vllm_proxy.fleet.watch import watch
 from vllm_proxy.listen import BACKLOG, Doors, address_of, listen, listen_for_commands, notice_departed_clients
 from vllm_proxy.logsetup import Output
-from vllm_proxy.regular_file import read_regular_file
+from vllm_proxy.runtime import clock, descriptors, threads
+from vllm_proxy.runtime.background import keep_running, log_faults, run_once
+from vllm_proxy.runtime.regular_file import read_regular_file
+from vllm_proxy.runtime.threads import Disk
+from vllm_proxy.runtime.turns import LoopLag
 from vllm_proxy.settings import Settings
 from vllm_proxy.status import StatusLine, sentence
 from vllm_proxy.systemd import Systemd, inherited_sockets, watchdog_seconds
-from vllm_proxy.turns import LoopLag
+from vllm_proxy.traffic.access import Access
+from vllm_proxy.traffic.access_log import AccessLog
+from vllm_proxy.traffic.front import FrontRunner
+from vllm_proxy.traffic.registry import Registry
 
 log = structlog.get_logger()
 

@@ -16,7 +16,7 @@ import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from vllm_proxy.logwriter import LogWriter
+from vllm_proxy.runtime.logwriter import LogWriter
 
 Format = Literal["auto", "text", "json", "journal"]
 Form = Literal["text", "json", "journal"]

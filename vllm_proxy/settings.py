@@ -14,9 +14,9 @@ from pathlib import Path
 import dotenv
 
 from vllm_proxy.domain.config import Server
-from vllm_proxy.domain.parse import Override
+from vllm_proxy.domain.file.parse import Override
 from vllm_proxy.errors import ConfigError, Problem
-from vllm_proxy.regular_file import read_regular_file
+from vllm_proxy.runtime.regular_file import read_regular_file
 
 PREFIX = "VLLM_PROXY_"
 _LISTS = frozenset({"cors_origins", "allowed_hosts"})

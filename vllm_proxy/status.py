@@ -5,9 +5,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from vllm_proxy.domain.lifecycle import State
-from vllm_proxy.engine.desired import Desired
-from vllm_proxy.engine.model import Model
-from vllm_proxy.engine.reconciler import Reconciler
+from vllm_proxy.fleet.desired import Desired
+from vllm_proxy.fleet.model import Model
+from vllm_proxy.fleet.reconciler import Reconciler
 
 _NAMED = 5  # models of each state
 _LONGEST = 1500  # characters: systemd drops a message of more than 4,096 bytes

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_proxy.api.call import Call
 from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import Reason, State
-from vllm_proxy.engine.reconciler import Reconciler
-from vllm_proxy.engine.registry import Registry
-from vllm_proxy.logwriter import LogWriter
-from vllm_proxy.turns import LoopLag
+from vllm_proxy.fleet.reconciler import Reconciler
+from vllm_proxy.runtime.logwriter import LogWriter
+from vllm_proxy.runtime.turns import LoopLag
+from vllm_proxy.traffic.call import Call
+from vllm_proxy.traffic.registry import Registry
 
 ROUTE = "/v1/completions"
 

@@ -13,13 +13,13 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from tests.harness import Daemon, daemon, fake_engines, port_block
 from vllm_proxy.api import app, docs
-from vllm_proxy.api.envelope import envelope
 from vllm_proxy.api.openapi import document
 from vllm_proxy.api.openapi_keys import DURATION, KEYS, MODEL_ID
 from vllm_proxy.api.openapi_routes import OPERATIONS
 from vllm_proxy.domain.config import ModelTable, Restart, id_problem
 from vllm_proxy.domain.units import parse_duration
 from vllm_proxy.errors import STATUS
+from vllm_proxy.traffic.envelope import envelope
 
 ROUTES = [tuple(route.split(" ")) for route in OPERATIONS]
 DOCUMENT = document([(method, path) for method, path in ROUTES])

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from tests.harness import Daemon, daemon, fake_engines, port_block, session_of, vllm_proxy
-from vllm_proxy.domain.parse import parse_config
+from vllm_proxy.domain.file.parse import parse_config
 
 ASK = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
 CHAT = '# Chat.\n[models.chat]\nmodel = "org/chat"  # the small one\nmax_model_len = 4096\n'

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from vllm_proxy.domain.command import ENGINE_SHUTDOWN_SECONDS, Place, argv, devices_of, environment
+from vllm_proxy.domain.command import ENGINE_SHUTDOWN_SECONDS, Place, argv, environment
 from vllm_proxy.domain.config import EngineSpec
+from vllm_proxy.domain.devices import devices_of
 
 PLACE = Place("chat/1", "chat/1-own", 8005, "secret", "/tmp/vp/1")
 

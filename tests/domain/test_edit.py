@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_proxy.domain import edit
-from vllm_proxy.domain.edit import EditError, create, delete, models_in, patch, put
+from vllm_proxy.domain.file import edit
+from vllm_proxy.domain.file.edit import EditError, create, delete, models_in, patch, put
 
 FILE = """\
 # The servers of the lab.

@@ -10,7 +10,7 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_proxy.domain.locate import KeyPath, key_lines, line_of
+from vllm_proxy.domain.file.locate import KeyPath, key_lines, line_of
 
 EXAMPLE = '''\
 # [not.a.table]

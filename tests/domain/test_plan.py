@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_proxy.domain.config import ModelSpec, Server
-from vllm_proxy.domain.parse import parse_config
+from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.domain.plan import Kind, apply, plan, restart_needed
 
 

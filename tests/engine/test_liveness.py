@@ -7,8 +7,8 @@ from structlog.testing import capture_logs
 
 from tests.engine.virtual import FakeEngine, Stage, model, now, passes, settle, virtual
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
-from vllm_proxy.engine.supervisor import Supervisor
-from vllm_proxy.engine.wire import EngineConnection
+from vllm_proxy.fleet.supervisor import Supervisor
+from vllm_proxy.traffic.wire import EngineConnection
 
 
 async def ready(stage: Stage, **policy: object) -> tuple[Supervisor, FakeEngine]:

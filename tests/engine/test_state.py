@@ -14,10 +14,10 @@ import pytest
 import tomli_w
 from structlog.testing import capture_logs
 
-from vllm_proxy.engine.files import remove_tree, replace_file
 from vllm_proxy.engine.proc import boot_id
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 from vllm_proxy.errors import StartupError
+from vllm_proxy.runtime.files import remove_tree, replace_file
 
 CHAT = EngineRecord("chat/0", "engine-1", 4242, 99, 8001, "secret", "/run/vp-1", "")
 EMBED = EngineRecord("embed/0", "engine-2", 4243, 100, 8002, "secret", "/run/vp-2", "")
@@ -300,7 +300,7 @@ def open_path() -> Iterator[Path]:
 def as_root(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     """Run Python that first becomes the owner of a folder."""
     become = f"files.become_owner(Path({str(folder)!r}))"
-    script = f"import os; from pathlib import Path; from vllm_proxy.engine import files\n{become}\n{code}"
+    script = f"import os; from pathlib import Path; from vllm_proxy.runtime import files\n{become}\n{code}"
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
 
 

@@ -18,14 +18,14 @@ from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Phase, State
 from vllm_proxy.domain.progress import START, Progress
 from vllm_proxy.engine.ending import Owner
-from vllm_proxy.engine.gate import DeviceGate
-from vllm_proxy.engine.history import History
 from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.process import to_the_end
 from vllm_proxy.engine.program import LaunchError
-from vllm_proxy.engine.registry import Registry
 from vllm_proxy.engine.state import EngineRecord
-from vllm_proxy.engine.supervisor import Supervisor, Surroundings
+from vllm_proxy.fleet.gate import DeviceGate
+from vllm_proxy.fleet.history import History
+from vllm_proxy.fleet.supervisor import Supervisor, Surroundings
+from vllm_proxy.traffic.registry import Registry
 
 
 class _Jumping(selectors.SelectSelector):

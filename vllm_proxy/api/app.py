@@ -7,23 +7,23 @@ import aiohttp
 from aiohttp import web
 
 from vllm_proxy.api import config, docs, logs, models, openai
-from vllm_proxy.api.access import Access
-from vllm_proxy.api.access_log import AccessLog
-from vllm_proxy.api.budget import Budget
-from vllm_proxy.api.call import Call, observed
-from vllm_proxy.api.cors import Cors
-from vllm_proxy.api.envelope import Handler, envelope, identify
 from vllm_proxy.api.events import Events
-from vllm_proxy.api.front import Direct, FrontRunner, client_of
 from vllm_proxy.api.metrics import Metrics
-from vllm_proxy.api.realtime import Sessions, realtime
 from vllm_proxy.domain.config import Server
-from vllm_proxy.engine.desired import Desired
-from vllm_proxy.engine.model import Model
-from vllm_proxy.engine.reconciler import Reconciler
-from vllm_proxy.engine.registry import Registry
-from vllm_proxy.logwriter import LogWriter
-from vllm_proxy.turns import LoopLag
+from vllm_proxy.fleet.desired import Desired
+from vllm_proxy.fleet.model import Model
+from vllm_proxy.fleet.reconciler import Reconciler
+from vllm_proxy.runtime.logwriter import LogWriter
+from vllm_proxy.runtime.turns import LoopLag
+from vllm_proxy.traffic.access import Access
+from vllm_proxy.traffic.access_log import AccessLog
+from vllm_proxy.traffic.budget import Budget
+from vllm_proxy.traffic.call import Call, observed
+from vllm_proxy.traffic.cors import Cors
+from vllm_proxy.traffic.envelope import Handler, envelope, identify
+from vllm_proxy.traffic.front import Direct, FrontRunner, client_of
+from vllm_proxy.traffic.realtime import Sessions, realtime
+from vllm_proxy.traffic.registry import Registry
 
 BY_JSON_MODEL = (
     "/v1/chat/completions /v1/chat/completions/batch /v1/completions /v1/embeddings /v1/responses /v1/messages "

@@ -8,18 +8,18 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from vllm_proxy.api.body import read_content
-from vllm_proxy.api.budget import Budget
-from vllm_proxy.api.envelope import Handler, json_response
-from vllm_proxy.api.front import client_of
 from vllm_proxy.api.models import resource
-from vllm_proxy.domain import edit
 from vllm_proxy.domain.config import Server
-from vllm_proxy.domain.parse import revision_of
+from vllm_proxy.domain.file import edit
+from vllm_proxy.domain.file.parse import revision_of
 from vllm_proxy.domain.plan import Action
-from vllm_proxy.engine.desired import Desired, Outcome
-from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.errors import ConfigError, InvalidError, Problem, RequestError
+from vllm_proxy.fleet.desired import Desired, Outcome
+from vllm_proxy.fleet.reconciler import Reconciler
+from vllm_proxy.traffic.body import read_content
+from vllm_proxy.traffic.budget import Budget
+from vllm_proxy.traffic.envelope import Handler, json_response
+from vllm_proxy.traffic.front import client_of
 
 _ETAG = re.compile(r'(?:W/)?"([^"]*)"')
 _TURNS = 10  # of the event loop: in these a model ends of which nothing runs

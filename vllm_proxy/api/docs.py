@@ -16,9 +16,9 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 
-from vllm_proxy.api.envelope import Handler
 from vllm_proxy.api.openapi import document
 from vllm_proxy.errors import RequestError
+from vllm_proxy.traffic.envelope import Handler
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">

@@ -8,12 +8,12 @@ import msgspec
 from aiohttp import web
 
 from vllm_proxy.api.config import changes
-from vllm_proxy.engine.background import ask
-from vllm_proxy.engine.desired import Desired, Outcome
-from vllm_proxy.engine.model import Model
-from vllm_proxy.engine.reconciler import Reconciler
-from vllm_proxy.engine.supervisor import Supervisor
 from vllm_proxy.errors import ConfigError
+from vllm_proxy.fleet.desired import Desired, Outcome
+from vllm_proxy.fleet.model import Model
+from vllm_proxy.fleet.reconciler import Reconciler
+from vllm_proxy.fleet.supervisor import Supervisor
+from vllm_proxy.runtime.background import ask
 
 _MOST_WAITING = 1000  # events that a reader may be behind
 _SILENT_SECONDS = 15.0  # then a comment, so that nobody in between takes the stream for dead

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from aiohttp import web
 
-from vllm_proxy.api.envelope import Handler
 from vllm_proxy.engine.logs import LogReader, last_lines, size_of
-from vllm_proxy.engine.reconciler import Reconciler
 from vllm_proxy.errors import RequestError
-from vllm_proxy.turns import in_turns
+from vllm_proxy.fleet.reconciler import Reconciler
+from vllm_proxy.runtime.turns import in_turns
+from vllm_proxy.traffic.envelope import Handler
 
 _DESCRIPTORS = Path("/proc/self/fd")
 _EVENT = "data: {}\n\n"

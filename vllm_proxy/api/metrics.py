@@ -12,14 +12,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vllm_proxy.api.call import Call
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import State
-from vllm_proxy.engine.model import Model
-from vllm_proxy.engine.reconciler import Reconciler
-from vllm_proxy.engine.registry import Registry
-from vllm_proxy.logwriter import LogWriter
-from vllm_proxy.turns import LoopLag, in_turns
+from vllm_proxy.fleet.model import Model
+from vllm_proxy.fleet.reconciler import Reconciler
+from vllm_proxy.runtime.logwriter import LogWriter
+from vllm_proxy.runtime.turns import LoopLag, in_turns
+from vllm_proxy.traffic.call import Call
+from vllm_proxy.traffic.registry import Registry
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _SMALL_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0)

@@ -10,16 +10,16 @@ from typing import Any
 from aiohttp import web
 
 from vllm_proxy import __version__
-from vllm_proxy.api.envelope import Handler, json_response
 from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.domain.lifecycle import State
-from vllm_proxy.engine.desired import Desired
-from vllm_proxy.engine.model import Model
-from vllm_proxy.engine.reconciler import Reconciler
-from vllm_proxy.engine.registry import Registry
-from vllm_proxy.engine.supervisor import LastExit, Supervisor
 from vllm_proxy.errors import ConfigError, RequestError
-from vllm_proxy.turns import in_turns
+from vllm_proxy.fleet.desired import Desired
+from vllm_proxy.fleet.model import Model
+from vllm_proxy.fleet.reconciler import Reconciler
+from vllm_proxy.fleet.supervisor import LastExit, Supervisor
+from vllm_proxy.runtime.turns import in_turns
+from vllm_proxy.traffic.envelope import Handler, json_response
+from vllm_proxy.traffic.registry import Registry
 
 _SHOWN = 20  # places of problems
 

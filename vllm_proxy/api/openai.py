@@ -5,18 +5,18 @@ from typing import Any
 
 from aiohttp import web
 
-from vllm_proxy.api.asking import ask_everybody
-from vllm_proxy.api.body import LARGE, body_at_hand, model_name, model_name_of_large, read_body, with_model
-from vllm_proxy.api.budget import Budget
-from vllm_proxy.api.call import Call, Work
-from vllm_proxy.api.envelope import Handler, json_response
-from vllm_proxy.api.multipart import Upload
-from vllm_proxy.api.relay import carry
 from vllm_proxy.domain.config import Server
-from vllm_proxy.engine.reconciler import Reconciler
-from vllm_proxy.engine.registry import Registry, Route
 from vllm_proxy.errors import RequestError
-from vllm_proxy.turns import in_turns
+from vllm_proxy.fleet.reconciler import Reconciler
+from vllm_proxy.runtime.turns import in_turns
+from vllm_proxy.traffic.asking import ask_everybody
+from vllm_proxy.traffic.body import LARGE, body_at_hand, model_name, model_name_of_large, read_body, with_model
+from vllm_proxy.traffic.budget import Budget
+from vllm_proxy.traffic.call import Call, Work
+from vllm_proxy.traffic.envelope import Handler, json_response
+from vllm_proxy.traffic.multipart import Upload
+from vllm_proxy.traffic.registry import Registry, Route
+from vllm_proxy.traffic.relay import carry
 
 type Settings = Callable[[], Server]  # the `[server]` table now
 

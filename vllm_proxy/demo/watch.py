@@ -4,8 +4,8 @@ import sys
 import time
 
 from vllm_proxy.domain.lifecycle import State
-from vllm_proxy.engine.model import Model
-from vllm_proxy.engine.reconciler import Reconciler
+from vllm_proxy.fleet.model import Model
+from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.status import sentence
 
 

@@ -109,18 +109,3 @@ def fingerprint(spec: EngineSpec, folder: str) -> str:
     given = spec.model_dump(mode="json", exclude_none=True)
     text = json.dumps([folder, {key: value for key, value in given.items() if value not in ({}, [])}], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def devices_of(spec: EngineSpec, inherited: Mapping[str, str]) -> frozenset[str]:
-    """The GPUs an engine will use on a machine that has some: what engines may not start on at the same time.
-
-    vLLM takes the first `tensor_parallel_size * pipeline_parallel_size` of the visible ones.
-    """
-    if spec.devices is not None:
-        return frozenset(str(device) for device in spec.devices)
-    count = (spec.tensor_parallel_size or 1) * (spec.pipeline_parallel_size or 1)
-    visible = spec.env.get("CUDA_VISIBLE_DEVICES", inherited.get("CUDA_VISIBLE_DEVICES"))
-    if visible is None:
-        return frozenset(str(index) for index in range(count))
-    named = [name.strip() for name in visible.split(",") if name.strip()]
-    return frozenset(named[:count])

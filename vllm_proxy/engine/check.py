@@ -11,10 +11,10 @@ from pathlib import Path
 from vllm_proxy.domain import options
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.options import OptionTable
-from vllm_proxy.engine.background import run_once
 from vllm_proxy.engine.options import OptionTables
 from vllm_proxy.engine.program import Programs
-from vllm_proxy.engine.threads import Away
+from vllm_proxy.runtime.background import run_once
+from vllm_proxy.runtime.threads import Away
 
 _NAMES_SECONDS = 30.0
 _DISK_SECONDS = 10.0  # what lies on a disk that does not answer is not known

@@ -13,9 +13,10 @@ from typing import Protocol
 import structlog
 
 from vllm_proxy.domain.lifecycle import backoff_seconds
-from vllm_proxy.engine import cgroup, descriptors, files, vitals
+from vllm_proxy.engine import cgroup, vitals
 from vllm_proxy.engine.ownership import Owned
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
+from vllm_proxy.runtime import descriptors, files
 
 log = structlog.get_logger()
 

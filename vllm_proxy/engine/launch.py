@@ -19,11 +19,11 @@ import structlog
 from vllm_proxy.domain import command
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
+from vllm_proxy.domain.devices import devices_of
 from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.progress import Progress
-from vllm_proxy.engine import cgroup, clock, descriptors, files, logs, vitals
-from vllm_proxy.engine.background import keep_running
+from vllm_proxy.engine import cgroup, logs, vitals
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.ending import End, Owner, end_engine, until_ended
@@ -34,6 +34,8 @@ from vllm_proxy.engine.ports import NoPortError, Ports
 from vllm_proxy.engine.process import EngineProcess, end_processes, to_the_end
 from vllm_proxy.engine.program import LaunchError, Programs
 from vllm_proxy.engine.state import EngineRecord, StateDirectory, file_name
+from vllm_proxy.runtime import clock, descriptors, files
+from vllm_proxy.runtime.background import keep_running
 
 log = structlog.get_logger()
 
@@ -206,7 +208,7 @@ class Launcher:
         """The GPUs that an engine measures while it loads."""
         if not self.has_gpus and spec.devices is None:
             return frozenset()
-        return command.devices_of(spec, self.programs.inherited)
+        return devices_of(spec, self.programs.inherited)
 
     def fingerprint(self, spec: EngineSpec) -> str:
         """What an engine is known by to be the one that a spec asks for."""

@@ -21,12 +21,12 @@ import structlog
 
 from vllm_proxy.domain.command import mark, marked
 from vllm_proxy.domain.options import OptionTable
-from vllm_proxy.engine.background import ask
-from vllm_proxy.engine.files import replace_file
 from vllm_proxy.engine.ownership import Identity
 from vllm_proxy.engine.proc import KERNEL, look_up
 from vllm_proxy.engine.process import end_processes, to_the_end
-from vllm_proxy.engine.threads import Away
+from vllm_proxy.runtime.background import ask
+from vllm_proxy.runtime.files import replace_file
+from vllm_proxy.runtime.threads import Away
 
 log = structlog.get_logger()
 

@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 import structlog
 
 from vllm_proxy.domain.diagnose import Exit
-from vllm_proxy.engine import clock
-from vllm_proxy.engine.background import ask
 from vllm_proxy.engine.ownership import Identity, Owned
 from vllm_proxy.engine.proc import KERNEL, Kernel, Process, look_up, open_pidfd
+from vllm_proxy.runtime import clock
+from vllm_proxy.runtime.background import ask
 
 log = structlog.get_logger()
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.progress import Progress
-from vllm_proxy.engine import clock
 from vllm_proxy.engine.launch import Engine
 from vllm_proxy.engine.probe import Probe, Ready
+from vllm_proxy.runtime import clock
 
 _POLL_SECONDS = 0.05  # a refused connection on loopback costs microseconds
 _BACK_SECONDS = 30.0  # for an adopted engine that has served before: it has nothing to load

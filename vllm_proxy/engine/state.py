@@ -22,11 +22,12 @@ import structlog
 import tomli_w
 
 from vllm_proxy.domain.command import mark
-from vllm_proxy.engine import cgroup, files, vitals
-from vllm_proxy.engine.gate import ANY_DEVICE
+from vllm_proxy.domain.devices import ANY_DEVICE
+from vllm_proxy.engine import cgroup, vitals
 from vllm_proxy.engine.ownership import Identity
 from vllm_proxy.engine.proc import PID_LIMIT, boot_id, pid_namespace
 from vllm_proxy.errors import StartupError
+from vllm_proxy.runtime import files
 
 log = structlog.get_logger()
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import structlog
 
-from vllm_proxy.engine import files
 from vllm_proxy.engine.ownership import Owned
 from vllm_proxy.engine.proc import KERNEL, Process, open_files, read
+from vllm_proxy.runtime import files
 
 log = structlog.get_logger()
 

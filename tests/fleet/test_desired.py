@@ -1,0 +1,354 @@
+"""Edits, writes, crashes, hands and time in any order: what is desired is what runs in the end. In virtual time."""
+
+import asyncio
+import contextlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from structlog.testing import capture_logs
+
+from tests.engine.virtual import Stage, VirtualLoop, now, passes, settle, virtual
+from vllm_proxy.domain.config import EngineSpec, ModelSpec
+from vllm_proxy.domain.file import edit
+from vllm_proxy.domain.file.parse import parse_config, revision_of
+from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.engine.ports import Ports
+from vllm_proxy.engine.state import StateDirectory
+from vllm_proxy.errors import ConfigError, RequestError
+from vllm_proxy.fleet.desired import Desired
+from vllm_proxy.fleet.reconciler import Reconciler
+from vllm_proxy.fleet.store import Store
+
+NAMES = st.sampled_from(["a", "b", "c"])
+KEYS = st.fixed_dictionaries(
+    {"model": st.sampled_from(["good", "good", "other", "bad"])},
+    optional={
+        "replicas": st.integers(1, 3),
+        "enabled": st.booleans(),
+        "replace": st.sampled_from(["auto", "surge", "drain"]),
+        "start": st.sampled_from(["always", "on-demand"]),
+        "devices": st.sampled_from([[0], [1], [0, 1]]),
+        "queue_size": st.integers(0, 2),
+        "drain_timeout": st.integers(0, 100),
+        "restart": st.fixed_dictionaries({"max_failures": st.integers(1, 3)}),
+    },
+)
+
+
+async def at_once[**P, T](function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """In place of a thread."""
+    await asyncio.sleep(0)
+    return function(*args, **kwargs)
+
+
+class NoCheck:
+    """No vLLM tells its options."""
+
+    async def problems(self, _model: ModelSpec) -> list[tuple[str, str]]:
+        """None."""
+        return []
+
+    def learn(self, specs: Iterable[EngineSpec]) -> None:
+        """Nothing is learnt."""
+
+
+class Fleet(RuleBasedStateMachine):
+    """A reconciler with its file, and everybody who may meddle."""
+
+    @initialize()
+    def begin(self) -> None:
+        """An empty file."""
+        self.runner = asyncio.Runner(loop_factory=VirtualLoop)
+        self.folder = tempfile.TemporaryDirectory()
+        self.file = Path(self.folder.name) / "models.toml"
+        self.file.write_text("# mine\n")
+        self.logs = contextlib.ExitStack()
+        self.logs.enter_context(capture_logs())
+        self.run(self._begin)
+
+    async def _begin(self) -> None:
+        self.stage = Stage()
+        self.stage.launcher.teardown_seconds = 3
+        config = parse_config(self.file.read_bytes(), "")
+        state = StateDirectory(Path(self.folder.name) / "state")
+        self.reconciler = Reconciler(config, self.stage.around, state, lambda spec: spec.model)
+        store = Store(self.file, fsync=lambda _descriptor: None)
+        self.desired = Desired(store, {}, self.reconciler, NoCheck(), Ports(9000, 9999, []), away=at_once)
+        self.reconciler.start()
+
+    def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """In virtual time."""
+        self.runner.run(work())
+
+    @rule(models=st.dictionaries(NAMES, KEYS, max_size=3))
+    def save(self, models: dict[str, dict[str, Any]]) -> None:
+        """An editor writes the whole file."""
+        text = "# mine\n"
+        for name, keys in models.items():
+            text = edit.create(text, name, keys)
+        self.file.write_text(text)
+
+    @rule()
+    def save_rubbish(self) -> None:
+        """An editor is in the middle of something."""
+        self.file.write_text(self.file.read_text() + "[models.b\n")
+
+    @rule(name=NAMES, keys=KEYS)
+    def write(self, name: str, keys: dict[str, Any]) -> None:
+        """POST where there is none, else PUT."""
+
+        def change(data: bytes) -> bytes:
+            text = data.decode()
+            there = name in edit.models_in(text)
+            return (edit.put if there else edit.create)(text, name, keys).encode()
+
+        self.run(lambda: self._write(change))
+
+    @rule(name=NAMES)
+    def delete(self, name: str) -> None:
+        """DELETE."""
+
+        def change(data: bytes) -> bytes:
+            text = data.decode()
+            return (edit.delete(text, name) if name in edit.models_in(text) else text).encode()
+
+        self.run(lambda: self._write(change))
+
+    async def _write(self, change: Callable[[bytes], bytes]) -> None:
+        with contextlib.suppress(ConfigError, RequestError):
+            await self.desired.write(change, None)
+
+    @rule()
+    def reload(self) -> None:
+        """The watch tells of a change."""
+        self.run(self._reload)
+
+    async def _reload(self) -> None:
+        with contextlib.suppress(ConfigError):
+            await self.desired.reload()
+
+    @rule(which=st.integers(0, 9), code=st.sampled_from([0, 1, 2]))
+    def crash(self, which: int, code: int) -> None:
+        """An engine dies."""
+        self.run(lambda: self._crash(which, code))
+
+    async def _crash(self, which: int, code: int) -> None:
+        living = [engine for engine in self.stage.launcher.engines if not engine.exited.done()]
+        if living:
+            living[which % len(living)].die(code)
+        await settle()
+
+    @rule(name=NAMES, what=st.sampled_from(["start", "stop", "restart", "wake"]))
+    def by_hand(self, name: str, what: str) -> None:
+        """Somebody, or a request."""
+        self.run(lambda: self._by_hand(name, what))
+
+    async def _by_hand(self, name: str, what: str) -> None:
+        with contextlib.suppress(RequestError):
+            getattr(self.reconciler.model(name), what)()
+        await settle()
+
+    @rule(seconds=st.sampled_from([0, 1, 5, 100]))
+    def time_passes(self, seconds: float) -> None:
+        """Engines become ready, or fail."""
+        self.run(lambda: self._time(seconds))
+
+    async def _time(self, seconds: float) -> None:
+        for _ in range(10):
+            for engine in self.stage.launcher.engines:
+                if not engine.exited.done() and engine.spec is not None:
+                    if engine.spec.model == "bad":
+                        engine.die()
+                    else:
+                        engine.listens = True
+            await passes(seconds / 10)  # the clock moves only once all that can happen has
+        await settle()
+
+    @invariant()
+    def never_two_engines_of_one_instance(self) -> None:
+        """Whatever is being replaced."""
+        if hasattr(self, "stage"):
+            living = Counter(engine.place.instance for engine in self.stage.launcher.engines if engine.buried is None)
+            assert max(living.values(), default=0) <= 1
+
+    def teardown(self) -> None:
+        """At rest running equals desired; after a stop nothing is left."""
+        if hasattr(self, "stage"):
+            try:
+                self.run(self._rest)
+            finally:
+                self.logs.close()
+                self.runner.close()
+                self.folder.cleanup()
+
+    async def _rest(self) -> None:
+        text = self.file.read_text().replace("[models.b\n", "").replace('"bad"', '"good"')
+        self.file.write_text(text + "\n# the end\n")
+        await self.desired.reload()
+        await self._time(100)  # what has died rests
+        for model in self.reconciler.models():
+            if model.rests or any(one.state is State.ERROR for one in model.instances):
+                model.start()
+        await self._until_nothing_moves()
+        config = parse_config(self.file.read_bytes(), "")
+        assert self.reconciler.config.revision == config.revision
+        assert [model.spec.id for model in self.reconciler.models()] == list(config.models)
+        for model in self.reconciler.models():
+            self._check_at_rest(config.models[model.spec.id], model.state, [one.state for one in model.instances])
+        await self.reconciler.stop()
+        assert all(engine.buried is not None for engine in self.stage.launcher.engines)
+
+    async def _until_nothing_moves(self) -> None:
+        """For longer than any timeout or backoff of these models lasts."""
+        seen: list[object] = []
+        while seen[-5:] != [self._moment()] * 5:
+            assert len(seen) < 60, "it never comes to rest"
+            seen.append(self._moment())
+            await self._time(100)
+
+    def _moment(self) -> object:
+        engines = len(self.stage.launcher.engines)
+        return engines, [[(one.state, one.phase) for one in model.instances] for model in self.reconciler.models()]
+
+    def _check_at_rest(self, spec: ModelSpec, state: State, instances: list[State]) -> None:
+        policy = spec.policy
+        living = [
+            engine
+            for engine in self.stage.launcher.engines
+            if engine.buried is None and engine.place.instance.startswith(f"{spec.id}/")
+        ]
+        if not policy.enabled:
+            assert (state, living) == (State.STOPPED, [])
+        elif policy.start == "always" or state is not State.STOPPED:
+            assert instances == [State.READY] * policy.replicas
+            assert [engine.spec for engine in living] == [spec.engine] * policy.replicas
+        else:
+            assert living == []
+
+
+TestFleet = Fleet.TestCase
+TestFleet.settings = settings(
+    max_examples=settings().max_examples // 4,  # each takes many events: `--hypothesis-profile thorough` for more
+    stateful_step_count=20,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+class Disk:
+    """Calls what it is given, but for the function that hangs until `answers`."""
+
+    def __init__(self, hangs: str) -> None:
+        self.hangs = hangs
+        self.answers = asyncio.Event()
+        self.asked = asyncio.Event()
+
+    async def __call__[**P, T](self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """In place of a thread."""
+        if function.__name__ == self.hangs:
+            self.asked.set()
+            await self.answers.wait()
+        return function(*args, **kwargs)
+
+
+async def following(folder: Path, disk: Disk) -> Desired:
+    """A file without models that is followed."""
+    file = folder / "models.toml"
+    file.write_text("# old\n")
+    stage = Stage()
+    reconciler = Reconciler(parse_config(b"# old\n", ""), stage.around, StateDirectory(folder), lambda spec: spec.model)
+    reconciler.start()
+    return Desired(Store(file), {}, reconciler, NoCheck(), Ports(9000, 9999, []), away=disk)
+
+
+@virtual
+async def test_a_write_that_hangs_is_told_so_and_holds_up_no_stop(tmp_path: Path) -> None:
+    """Who waits for it learns that it may still happen, who waits behind it that nothing has; the end is bounded."""
+    disk = Disk("replace")
+    desired = await following(tmp_path, disk)
+    first = asyncio.ensure_future(desired.write(lambda _: b"# first\n", None, blind=True))
+    await disk.asked.wait()
+    await passes(10)
+    second = asyncio.ensure_future(desired.write(lambda _: b"# second\n", None, blind=True))
+    with pytest.raises(
+        RequestError, match="has not answered for 30 s; the file is the old one or the new one"
+    ) as error:
+        await first
+    assert error.value.code == "config_not_written"
+    with pytest.raises(RequestError, match="nothing has changed"):
+        await second
+    began = now()
+    assert await desired.close(2) is False
+    assert now() == pytest.approx(began + 2)
+    disk.answers.set()
+    assert await desired.close(2) is True
+    assert desired.file.read_bytes() == b"# first\n", (
+        "what has begun comes to its end, what waited behind it never does"
+    )
+    assert desired.revision == revision_of(b"# first\n")
+    await desired.write(lambda _: b"# third\n", None, blind=True)
+    assert desired.revision == revision_of(b"# third\n")
+
+
+@virtual
+async def test_a_read_that_hangs_is_a_rejection_until_the_disk_answers(tmp_path: Path) -> None:
+    """It is seen everywhere a rejected file is; when the disk answers the file is followed without another change."""
+    disk = Disk("_read_new")
+    desired = await following(tmp_path, disk)
+    told: list[object] = []
+    desired.listen(told.append)
+    desired.file.write_text("# new\n")
+    with capture_logs(), pytest.raises(ConfigError) as error:
+        await desired.reload()
+    assert "its disk has not answered for 30 s" in error.value.lines()[0]
+    assert desired.rejected is told[0]
+    disk.answers.set()
+    await settle()
+    assert desired.rejected is None
+    assert desired.revision == revision_of(b"# new\n")
+
+
+@pytest.mark.parametrize("hangs", ["_read", "_glance"])
+def test_who_only_reads_waits_no_longer_than_that_either(tmp_path: Path, hangs: str) -> None:
+    """`GET /config`, and the wait until nobody writes."""
+
+    @virtual
+    async def run() -> None:
+        desired = await following(tmp_path, Disk(hangs))
+        if hangs == "_glance":
+            await desired.still()
+        else:
+            with pytest.raises(ConfigError, match="1 problem"):
+                await desired.text()
+        assert now() == pytest.approx(30)
+
+    run()
+
+
+@virtual
+async def test_a_listener_that_fails_keeps_no_other_from_being_told(tmp_path: Path) -> None:
+    """Of the file, and of a model; what was adopted is adopted."""
+    desired = await following(tmp_path, Disk(""))
+    told: list[str] = []
+
+    def broken(_: object) -> None:
+        raise ValueError("a bug")
+
+    desired.listen(broken)
+    desired.listen(lambda _: told.append("file"))
+    desired.reconciler.listen(broken)
+    desired.reconciler.listen(lambda model: told.append(model.state))
+    with capture_logs() as logs:
+        await desired.write(lambda _: b'[models.a]\nmodel = "m"\n', None, blind=True)
+        await settle()
+    assert set(told) == {"file", State.LOADING}
+    assert {entry["event"] for entry in logs if entry["log_level"] == "error"} == {"a listener failed"}
+    assert "a" in desired.reconciler.specs()
+    await desired.reconciler.stop()

@@ -1,0 +1,97 @@
+"""Starts that share a GPU go one after another."""
+
+import asyncio
+
+import pytest
+
+from tests.engine.virtual import settle, virtual
+from vllm_proxy.fleet.gate import DeviceGate
+
+
+class Start:
+    """One engine that holds its devices from `admitted` until it is told to let go."""
+
+    def __init__(self, gate: DeviceGate, *devices: str) -> None:
+        self.admitted = False
+        self.let_go = asyncio.Event()
+        self.task = asyncio.create_task(self._run(gate, frozenset(devices)))
+
+    async def _run(self, gate: DeviceGate, devices: frozenset[str]) -> None:
+        async with gate.hold(devices):
+            self.admitted = True
+            await self.let_go.wait()
+
+
+@virtual
+async def test_one_device_is_held_by_one_at_a_time_in_the_order_they_came() -> None:
+    """First come, first served."""
+    gate = DeviceGate()
+    starts = [Start(gate, "0") for _ in range(3)]
+    for number, start in enumerate(starts, start=1):
+        await settle()
+        assert [start.admitted for start in starts] == [True] * number + [False] * (3 - number)
+        start.let_go.set()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "together"),
+    [
+        (["0"], ["1"], True),
+        ([], [], True),
+        ([], ["0"], True),
+        (["GPU-a"], ["GPU-b"], True),
+        (["0"], ["0"], False),
+        (["0", "1"], ["1", "2"], False),
+        (["0"], ["GPU-a"], False),
+        (["0", "GPU-a"], ["1", "GPU-b"], False),
+    ],
+)
+@virtual
+async def test_only_sets_that_cannot_name_the_same_device_start_together(
+    one: list[str], other: list[str], *, together: bool
+) -> None:
+    """No devices at all never conflict; an index and a UUID may be the same GPU."""
+    gate = DeviceGate()
+    first = Start(gate, *one)
+    await settle()
+    assert first.admitted
+    second = Start(gate, *other)
+    await settle()
+    assert second.admitted is together
+
+
+@virtual
+async def test_who_waits_for_two_devices_is_not_starved_by_who_wants_one() -> None:
+    """A later start on a device that somebody already waits for stands behind."""
+    gate = DeviceGate()
+    first, both, second = Start(gate, "0"), Start(gate, "0", "1"), Start(gate, "1")
+    await settle()
+    assert (first.admitted, both.admitted, second.admitted) == (True, False, False)
+    first.let_go.set()
+    await settle()
+    assert (both.admitted, second.admitted) == (True, False)
+
+
+@virtual
+async def test_a_cancelled_waiter_leaves_the_line() -> None:
+    """Who stood behind only because of it goes on at once."""
+    gate = DeviceGate()
+    Start(gate, "0")
+    both, second = Start(gate, "0", "1"), Start(gate, "1")
+    await settle()
+    both.task.cancel()
+    await settle()
+    assert (both.admitted, second.admitted) == (False, True)
+
+
+@virtual
+async def test_a_holder_that_fails_lets_the_next_one_in() -> None:
+    """The gate opens however the block ends, a cancellation in the moment of admission included."""
+    gate = DeviceGate()
+    first, second, third = (Start(gate, "0") for _ in range(3))
+    await settle()
+    first.let_go.set()
+    first.task.add_done_callback(lambda _: second.task.cancel())
+    await settle()
+    assert second.task.cancelled()
+    assert third.admitted

@@ -1,0 +1,116 @@
+"""WebSocket sessions whose other end is gone without a word, in this process, with a short heartbeat."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from tests.harness import connected, request
+from vllm_proxy.domain.config import Server
+from vllm_proxy.domain.file.parse import parse_config
+from vllm_proxy.traffic.budget import Budget
+from vllm_proxy.traffic.call import Call, observed
+from vllm_proxy.traffic.front import FrontRunner
+from vllm_proxy.traffic.realtime import Sessions, realtime
+from vllm_proxy.traffic.registry import Endpoint, Registry
+
+PATH = "/v1/realtime"
+HEARTBEAT = 0.2
+UPGRADE = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13",
+           "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==")  # fmt: skip
+
+
+class Running:
+    """The route with one engine behind it."""
+
+    def __init__(self, port: int, registry: Registry) -> None:
+        self.port = port
+        self.registry = registry
+        self.noted = asyncio.Event()  # a session has been written down
+        self.engine_gone = asyncio.Event()
+
+    async def is_over(self) -> None:
+        """Wait until the session has ended and its place is free."""
+        await self.noted.wait()
+        await self.engine_gone.wait()
+        assert self.registry.counts("chat") == (0, 0)
+
+
+@asynccontextmanager
+async def running(*, engine_answers: bool = True) -> AsyncIterator[Running]:
+    """The route; the engine greets, takes what comes, and answers pings or does not."""
+
+    async def engine(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse(autoping=engine_answers)
+        await socket.prepare(request)
+        await socket.send_json({"type": "session.created"})
+        try:
+            async for _ in socket:
+                pass
+        finally:
+            found.engine_gone.set()
+        return socket
+
+    def observe(_call: Call) -> None:
+        found.noted.set()
+
+    upstream = web.Application()
+    upstream.router.add_get(PATH, engine)
+    upstream_runner = web.AppRunner(upstream, shutdown_timeout=0.1)
+    await upstream_runner.setup()
+    await web.TCPSite(upstream_runner, "127.0.0.1", 0).start()
+    registry = Registry()
+    spec = parse_config(b'[models.chat]\nmodel = "m"', "models.toml").models["chat"]
+    registry.declare(spec, lambda: None)
+    registry.open("chat", Endpoint("chat/0", upstream_runner.addresses[0][1], "key", None))
+    registry._routes["chat"].open = True
+    async with aiohttp.ClientSession() as engines:
+        sessions = Sessions(registry, engines, Server, Budget(), HEARTBEAT)
+        cors: Any = SimpleNamespace()
+        app = web.Application()
+        app.router.add_get(PATH, observed("GET", PATH, realtime(sessions), observe, cors))
+        runner = FrontRunner(app, {}, Server, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        found = Running(runner.addresses[0][1], registry)
+        yield found
+        await runner.cleanup()
+    await upstream_runner.cleanup()
+
+
+async def test_a_client_that_answers_no_ping_loses_its_session() -> None:
+    """Its machine is gone, no packet says so: the engine's place is free after a heartbeat and a half."""
+    async with running() as found, connected(found.port) as client:
+        await client.send(request(f"{PATH}?model=chat", b"", *UPGRADE, method="GET"))
+        await client.reader.readuntil(b"session.created")
+        assert found.registry.counts("chat") == (1, 0)
+        await found.is_over()
+
+
+async def test_an_engine_that_answers_no_ping_loses_its_session() -> None:
+    """The client, which is there, is told: 1011."""
+    async with running(engine_answers=False) as found, aiohttp.ClientSession() as session:
+        url = f"http://127.0.0.1:{found.port}{PATH}?model=chat"
+        async with session.ws_connect(url) as client:
+            assert (await client.receive_json())["type"] == "session.created"
+            message = await client.receive()
+            assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, 1011)
+        await found.is_over()
+
+
+async def test_a_session_in_which_nothing_is_said_lives_on() -> None:
+    """As long as both sides answer pings; here for a dozen heartbeats."""
+    async with running() as found, aiohttp.ClientSession() as session:
+        url = f"http://127.0.0.1:{found.port}{PATH}?model=chat"
+        async with session.ws_connect(url, autoping=False) as client:
+            await client.receive()
+            for _ in range(12):
+                message = await client.receive()
+                assert message.type is aiohttp.WSMsgType.PING
+                await client.pong(message.data)
+            assert found.registry.counts("chat") == (1, 0)
+        await found.is_over()

@@ -1,0 +1,1 @@
+"""models.toml as text: read, searched, edited."""

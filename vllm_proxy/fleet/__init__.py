@@ -1,0 +1,1 @@
+"""What is wanted becomes what is."""

@@ -1,0 +1,309 @@
+"""The desired state: the file is read, checked and adopted, or written and adopted; one after another.
+
+Its one rule: whatever changes the file or follows it goes through here, and sees what is on disk at that moment. So
+no edit is lost between two others, and none is half applied.
+"""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import structlog
+
+from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec
+from vllm_proxy.domain.file.parse import Override, dotted, parse_config, revision_of
+from vllm_proxy.domain.plan import Action, plan, restart_needed
+from vllm_proxy.engine.ports import Ports
+from vllm_proxy.errors import ConfigError, Problem, RequestError, VllmProxyError
+from vllm_proxy.fleet.reconciler import Reconciler
+from vllm_proxy.fleet.store import Store
+from vllm_proxy.runtime import clock
+from vllm_proxy.runtime.background import ask, tell
+from vllm_proxy.runtime.threads import Away
+
+log = structlog.get_logger()
+
+_STILL_SECONDS = 0.03  # unchanged for so long: whoever wrote it has done
+_EMPTY_SECONDS = 1.0  # an empty file is believed after this long
+_DISK_SECONDS = 30.0  # nobody waits longer for a disk that does not answer, nor for whoever waits for it
+_NOTHING = revision_of(b"")
+
+type Edit = Callable[[bytes], bytes]  # called in a thread
+
+
+class Check(Protocol):
+    """What is known of the options that engines take."""
+
+    async def problems(self, model: ModelSpec) -> list[tuple[str, str]]:
+        """(key path, message) of each that its engine would refuse."""
+
+    def learn(self, specs: Iterable[EngineSpec]) -> None:
+        """There may be an engine program of which nothing is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a reload or a write."""
+
+    revision: str
+    changes: tuple[Action, ...]
+
+
+class _NoAnswerError(Exception):
+    """It took too long; `begun`: it goes on, and may still come to its end."""
+
+    def __init__(self, *, begun: bool) -> None:
+        super().__init__()
+        self.begun = begun
+
+
+class Desired:
+    """The configuration file of one daemon."""
+
+    def __init__(
+        self,
+        store: Store,
+        overrides: Mapping[str, Override],
+        reconciler: Reconciler,
+        check: Check,
+        ports: Ports,
+        *,
+        away: Away = asyncio.to_thread,
+        address_is_given: bool = False,
+    ) -> None:
+        """`away`: has what blocks done elsewhere. `address_is_given`: it is not the file that says where to listen."""
+        self.rejected: ConfigError | None = None  # why what is on disk is not what runs
+        self.reloads = Counter[str]()  # by result
+        self._store = store
+        self.file = store.file
+        self._file = str(store.file)
+        self._overrides = overrides
+        self.reconciler = reconciler
+        self._check = check
+        self._ports = ports
+        self.away = away
+        self._started_with = None if address_is_given else reconciler.config.server
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._listeners: list[Callable[[Outcome | ConfigError], None]] = []
+
+    @property
+    def revision(self) -> str:
+        """Of the configuration that is followed."""
+        return self.reconciler.config.revision
+
+    def listen(self, listener: Callable[[Outcome | ConfigError], None]) -> None:
+        """Call `listener` with the outcome of each reload and write that found something new."""
+        self._listeners.append(listener)
+
+    def pending_restart(self) -> list[str]:
+        """Keys of `[server]` that the file has changed and only a restart of the daemon applies."""
+        now = self.reconciler.config.server
+        return restart_needed(self._started_with, now) if self._started_with else []
+
+    async def text(self) -> bytes:
+        """The file as it is on disk.
+
+        Raises:
+            ConfigError: when it cannot be read.
+
+        """
+        return await self._in_time(self._read)
+
+    async def plan(self, data: bytes) -> tuple[Action, ...]:
+        """What adopting a file with these bytes would change.
+
+        Raises:
+            ConfigError: with every problem in it.
+
+        """
+        config = await self._in_time(self._parse, data)
+        return await self.away(plan, config.models, self.reconciler.specs())
+
+    async def still(self) -> None:
+        """Wait until nobody seems to write the file any more.
+
+        Many programs truncate a file and then fill it, and a part of it, or nothing, may be a valid configuration.
+        """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        with contextlib.suppress(ConfigError):  # its disk does not answer: whoever reads it next says so
+            seen = await self._in_time(self._glance)
+            while loop.time() - began < _EMPTY_SECONDS:
+                await asyncio.sleep(_STILL_SECONDS)
+                before, seen = seen, await self._in_time(self._glance)
+                if seen == before and seen != _NOTHING:
+                    return
+
+    async def reload(self) -> Outcome:
+        """Read the file and follow it; nothing happens when its bytes are the adopted ones.
+
+        Raises:
+            ConfigError: when it is invalid, or its disk does not answer; what runs goes on.
+
+        """
+        try:
+            return await self._alone(self._reload)
+        except _NoAnswerError as error:
+            self._reject(self._unanswered())
+            raise self._unanswered() from error
+
+    async def write(self, edit: Edit, if_match: str | None, *, blind: bool = False) -> Outcome:
+        """Change what is on disk, then follow it. It goes on though the caller gives up.
+
+        `if_match`: only if that is the revision on disk; None: in any case. `blind`: whatever is on disk is valid.
+
+        Raises:
+            ConfigError: when the file would be invalid, or is and cannot be edited.
+            RequestError: `revision_mismatch`, `config_read_only`, `config_not_written`, or what `edit` raises.
+
+        """
+        try:
+            return await self._alone(partial(self._write, edit, if_match, blind=blind))
+        except _NoAnswerError as error:
+            what = "the file is the old one or the new one, look again" if error.begun else "nothing has changed"
+            msg = f"cannot write {self._file}: its disk has not answered for {_DISK_SECONDS:g} s; {what}"
+            raise RequestError("config_not_written", msg) from error
+
+    async def close(self, seconds: float) -> bool:
+        """Let what was begun come to its end, but wait no longer than that; whether it has."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+        return not self._tasks
+
+    async def _alone[T](self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do it when everybody who came before has done; it goes on though the caller gives up.
+
+        Raises:
+            _NoAnswerError: when it takes too long. What has begun goes on and keeps its turn, the rest is dropped.
+
+        """
+        begun = asyncio.Event()
+
+        async def in_turn() -> T:
+            async with self._turn:
+                begun.set()
+                return await work()
+
+        task = ask(in_turn(), "the configuration file's turn")
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        if await clock.wait({task}, _DISK_SECONDS):
+            return task.result()
+        if not begun.is_set():
+            task.cancel()
+        raise _NoAnswerError(begun=begun.is_set())
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()  # who asked for it may have gone
+        if error is not None and not isinstance(error, VllmProxyError):
+            log.error("the configuration could not be read or written", exc_info=error)
+
+    async def _in_time[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call what changes nothing elsewhere, and do not wait for a disk that does not answer."""
+        answer = ask(self.away(function, *args, **kwargs), "a read of the configuration")
+        try:
+            if await clock.wait({answer}, _DISK_SECONDS):
+                return answer.result()
+        finally:
+            answer.cancel()
+        raise self._unanswered()
+
+    def _unanswered(self) -> ConfigError:
+        message = f"cannot read it: its disk has not answered for {_DISK_SECONDS:g} s"
+        return ConfigError(self._file, [Problem(0, "", message)])
+
+    def _reject(self, error: ConfigError) -> None:
+        self.reloads["rejected"] += 1
+        if self.rejected is None or self.rejected.problems != error.problems:
+            self.rejected = error
+            log.error("the configuration is rejected, what runs goes on", problems=error.lines())
+            tell(self._listeners, error)
+
+    async def _reload(self) -> Outcome:
+        try:
+            config = await self.away(self._read_new)
+        except ConfigError as error:
+            self._reject(error)
+            raise
+        self.reloads["accepted" if config else "unchanged"] += 1
+        if config is None:
+            if self.rejected is not None:  # it was broken, and is again what runs
+                self.rejected = None
+                tell(self._listeners, Outcome(self.reconciler.config.revision, ()))
+            return Outcome(self.reconciler.config.revision, ())
+        return await self._adopt(config)
+
+    async def _write(self, edit: Edit, if_match: str | None, *, blind: bool) -> Outcome:
+        before, after, config = await self.away(self._edited, edit, if_match, blind=blind)
+        if found := await self._refused(config):
+            raise ConfigError(self._file, found)
+        if after != before:
+            await self.away(self._store.replace, after)
+        if config.revision == self.reconciler.config.revision:
+            return Outcome(config.revision, ())
+        return await self._adopt(config)
+
+    def _read(self) -> bytes:
+        try:
+            return self._store.read()
+        except OSError as error:
+            raise ConfigError(self._file, [Problem(0, "", f"cannot read it: {error.strerror}")]) from None
+
+    def _glance(self) -> str:
+        try:
+            return revision_of(self._store.read())
+        except OSError:
+            return _NOTHING
+
+    def _before(self, *, blind: bool) -> bytes:
+        """What is on disk; b"" for a file that is missing and may be written anew."""
+        return b"" if blind and not self.file.exists() else self._read()
+
+    def _parse(self, data: bytes) -> Config:
+        return parse_config(data, self._file, self._overrides)
+
+    def _read_new(self) -> Config | None:
+        """What the file says; None where that is adopted already."""
+        data = self._read()
+        return None if revision_of(data) == self.reconciler.config.revision else self._parse(data)
+
+    def _edited(self, edit: Edit, if_match: str | None, *, blind: bool) -> tuple[bytes, bytes, Config]:
+        before = self._before(blind=blind)
+        if not blind and revision_of(before) != self.reconciler.config.revision:
+            self._parse(before)  # what is wrong with it already is told as such
+        if if_match is not None and if_match != (revision := revision_of(before)):
+            msg = f"cannot write {self._file}: it is at revision {revision} now; read it again"
+            raise RequestError("revision_mismatch", msg)
+        after = edit(before)
+        return before, after, self._parse(after)
+
+    async def _refused(self, config: Config) -> list[Problem]:
+        """What the vLLM of each model that is new or changed would not take, where it is known."""
+        running = self.reconciler.specs()
+        changed = [
+            model
+            for model in config.models.values()
+            if model.id not in running or running[model.id].engine != model.engine
+        ]
+        return [
+            Problem(0, dotted(("models", model.id, *path.split(".", 1))), message)
+            for model in changed
+            for path, message in await self._check.problems(model)
+        ]
+
+    async def _adopt(self, config: Config) -> Outcome:
+        actions = await self.away(plan, config.models, self.reconciler.specs())  # of many models it takes a while
+        self.rejected = None
+        self._ports.use(config.engine.port_start, config.engine.port_end)
+        self.reconciler.adopt(config, actions)
+        outcome = Outcome(config.revision, actions)
+        self._check.learn(model.engine for model in config.models.values())
+        log.info("the configuration is adopted", revision=config.revision, changes=len(outcome.changes))
+        tell(self._listeners, outcome)
+        return outcome

@@ -1,0 +1,146 @@
+"""The configuration file on disk. Its one rule: whatever fails, it is always the old one or the new one, whole.
+
+Everything here blocks; callers run it in a thread.
+"""
+
+import contextlib
+import errno
+import os
+import pwd
+import secrets
+import shlex
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from vllm_proxy.errors import RequestError
+from vllm_proxy.runtime.regular_file import MOST_BYTES, read_regular_file
+
+_NIX_STORE = Path("/nix/store")
+_NEW_MODE = 0o640  # it may hold keys; umask may narrow it
+_NOT_PERMITTED = {errno.EACCES, errno.EPERM}
+_READ_ONLY = {
+    errno.EROFS: "its file system is read-only; change it where it comes from",
+    errno.EBUSY: "it is mounted as a single file; mount its folder instead",
+}
+
+
+class Store:
+    """One file. `fsync` is what makes a descriptor's data durable."""
+
+    def __init__(self, file: Path, fsync: Callable[[int], None] = os.fsync) -> None:
+        self.file = file
+        self._fsync = fsync
+
+    def read(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            OSError: as it comes, with a `strerror` for people.
+
+        """
+        return read_regular_file(self.file)
+
+    def replace(self, data: bytes) -> None:
+        """Write it anew: symbolic links stay and their target is written, with its mode, owner and attributes.
+
+        Raises:
+            RequestError: `config_read_only` or `config_not_written`; nothing has changed then.
+
+        """
+        target = Path(os.path.realpath(self.file))
+        if target.is_relative_to(_NIX_STORE):
+            raise self._read_only("it is a part of the Nix store; change it where it is made, then reload")
+        try:
+            before = target.stat()
+        except FileNotFoundError:
+            before = None
+        except OSError as error:
+            raise self._refusal(error) from error
+        if before is not None and not before.st_mode & 0o222:
+            raise self._read_only("it has no write bit; `chmod u+w` it, or change it where it is made, then reload")
+        if before is not None and not stat.S_ISREG(before.st_mode):
+            raise RequestError("config_not_written", f"cannot write {self.file}: it is no regular file")
+        if len(data) > MOST_BYTES:
+            raise RequestError("config_not_written", f"cannot write {self.file}: more than {MOST_BYTES} bytes")
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
+        try:
+            try:
+                self._write(temporary, data, target, before)
+                temporary.rename(target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise
+            self._make_durable(target.parent)
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def _write(self, temporary: Path, data: bytes, target: Path, before: os.stat_result | None) -> None:
+        first_mode = _NEW_MODE if before is None else 0o600
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, first_mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            if before is not None:
+                if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(descriptor, before.st_uid, before.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
+                _copy_attributes(target, descriptor)
+            self._fsync(descriptor)
+
+    def _make_durable(self, folder: Path) -> None:
+        """A file system that cannot sync a directory has renamed all the same: the new file is what everybody reads."""
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(OSError):
+                self._fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _refusal(self, error: OSError) -> RequestError:
+        if error.errno in _NOT_PERMITTED:
+            return self._read_only(_not_permitted(Path(os.path.realpath(self.file))))
+        if error.errno in _READ_ONLY:
+            return self._read_only(_READ_ONLY[error.errno])
+        way_out = "; make room on the disk" if error.errno in {errno.ENOSPC, errno.EDQUOT} else ""
+        msg = f"cannot write {self.file}: {error.strerror or error}{way_out}; nothing has changed"
+        return RequestError("config_not_written", msg)
+
+    def _read_only(self, why: str) -> RequestError:
+        return RequestError("config_read_only", f"cannot write {self.file}: {why}")
+
+
+def _not_permitted(target: Path) -> str:
+    """Why this user may not replace a file: it or its folder may be somebody else's, as when root has edited it."""
+    folder, us = target.parent, os.geteuid()
+    try:
+        closed = not os.access(folder, os.W_OK | os.X_OK, effective_ids=True)
+        owners = {place: place.stat().st_uid for place in (folder, target) if place.exists()}
+    except OSError:
+        return "the daemon's user may not look at it; give it the file and its folder"
+    needed = [place for place in (folder, target) if owners.get(place, us) != us and (closed or place is target)]
+    if needed:
+        names = " and ".join("it" if place is target else "its folder" for place in needed)
+        whose = " and ".join(sorted({_user(owners[place]) for place in needed}))
+        places = " ".join(shlex.quote(str(place)) for place in needed)
+        verb = "belongs" if len(needed) == 1 else "belong"
+        return f"{names} {verb} to {whose}; `chown {_user(us)} {places}` lets the daemon replace it"
+    if closed:
+        return f"its folder has no write bit; `chmod u+wx {shlex.quote(str(folder))}`"
+    return "the system does not permit it; is the file immutable (lsattr)?"
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def _copy_attributes(source: Path, descriptor: int) -> None:
+    """Access control lists and labels, where the file system has them."""
+    with contextlib.suppress(OSError):
+        for name in os.listxattr(source):
+            with contextlib.suppress(OSError):
+                os.setxattr(descriptor, name, os.getxattr(source, name))

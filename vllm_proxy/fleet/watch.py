@@ -1,0 +1,173 @@
+"""When may the configuration file have changed? Its one rule: a change may be told twice, and is never missed.
+
+Watched are the directories of every link on the way to the file, so that editors, `git`, Kubernetes and Nix are seen
+in the moment. What no event tells (bind mounts, network file systems), a look every two seconds finds.
+"""
+
+import asyncio
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Collection, Coroutine
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import structlog
+from watchfiles import Change, awatch
+
+from vllm_proxy.domain.file.parse import revision_of
+from vllm_proxy.runtime import clock
+from vllm_proxy.runtime.background import ask, run_once
+from vllm_proxy.runtime.regular_file import read_regular_file
+from vllm_proxy.runtime.threads import Away, can_make_threads
+
+log = structlog.get_logger()
+
+with contextlib.suppress(
+    ImportError
+):  # `awatch` would import it when it is first used: a tenth of a second on the loop
+    importlib.import_module("anyio._backends._asyncio")
+
+_STEP_MS = 20  # without another event, a change is told
+_DEBOUNCE_MS = 200  # a burst is told at the latest after this long
+_THREADS = 8  # a few more than watching takes: others may want some in the same moment
+_SLOW_SECONDS = 10.0  # a look that takes longer is worth a word
+_BLIND_SECONDS = 60.0  # then it is tried again to watch, though the way to the file is the same
+_MOST_LINKS = 40  # as Linux has it
+
+
+def links_to(file: Path) -> frozenset[str]:
+    """Every path whose change may change what `file` is: the file, and each link and its target, absolute."""
+    found: set[str] = set()
+    rest, links = [os.path.abspath(file)], 0  # noqa: PTH100 - not resolved: links are what counts here
+    while rest:
+        path = rest.pop()
+        here = "/"
+        for part in path.strip("/").split("/"):
+            here = os.path.join(here, part)  # noqa: PTH118 - text throughout
+            if not os.path.islink(here) or here in found:  # noqa: PTH114 - as above
+                continue
+            found.add(here)
+            links += 1
+            if links <= _MOST_LINKS:
+                with contextlib.suppress(OSError):
+                    target = os.path.join(os.path.dirname(here), os.readlink(here))  # noqa: PTH115, PTH118, PTH120
+                    rest.append(os.path.normpath(target + path.removeprefix(here)))
+        found.add(path)
+    return frozenset(found)
+
+
+type Told = Callable[[bool], None]  # with: nothing but that names went away
+type Events = Callable[[Collection[str], Collection[str], Told], Coroutine[Any, Any, None]]
+
+
+async def events_of(folders: Collection[str], names: Collection[str], told: Told) -> None:
+    """Call `told` soon after something happened to one of the `names`, whole paths, in these folders.
+
+    Returns where that cannot be seen (any more), which is logged. A library that cannot make its thread aborts the
+    process, so it is asked for one only where there are some.
+    """
+    if not can_make_threads(_THREADS):
+        _say_blind("no thread can be made")
+        return
+    watched = awatch(
+        *sorted(folders),
+        watch_filter=lambda _, path: path in names,
+        debounce=_DEBOUNCE_MS,
+        step=_STEP_MS,
+        recursive=False,
+    )
+    try:
+        async for changes in watched:
+            told(all(change is Change.deleted for change, _ in changes))
+    except (OSError, RuntimeError) as error:  # too many watches, a directory that went meanwhile
+        _say_blind(str(error))
+
+
+def _say_blind(why: str) -> None:
+    log.warning("the configuration is looked at now and then, since it cannot be watched", error=why)
+
+
+async def watch(
+    file: Path,
+    changed: Callable[[], None],
+    adopted: Callable[[], str],
+    poll_seconds: float = 2.0,
+    away: Away = asyncio.to_thread,
+    *,
+    events: Events = events_of,
+) -> None:
+    """Call `changed` soon after the file may have changed, until cancelled.
+
+    `adopted`: the revision that is followed; a look tells what differs from it, once for each content. A file that
+    is missing is told by a look alone, since editors put another in its place. `away` has the looks done elsewhere.
+    """
+    told: str | None = None
+    woken = asyncio.Event()
+
+    def happened(gone: bool) -> None:  # noqa: FBT001 - the signature is given
+        if not gone:
+            changed()
+        woken.set()
+
+    while True:
+        way = await _patient_look(file, away)
+        folders = {folder for folder, _, _ in way.folders}
+        watching = run_once(partial(events, folders, way.names, happened), "events of the configuration file")
+        await asyncio.sleep(0)  # it watches: what happens from here on is told, what was before is seen by the look
+        until = asyncio.get_running_loop().time() + _BLIND_SECONDS
+        try:
+            while True:
+                woken.clear()
+                now = await _patient_look(file, away)
+                if now.revision not in {adopted(), told}:
+                    changed()
+                told = now.revision
+                if (now.names, now.folders) != (way.names, way.folders):
+                    break  # another way leads to it: that is to be watched
+                if watching.done() and asyncio.get_running_loop().time() > until:
+                    break
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(poll_seconds):
+                        await woken.wait()
+        finally:
+            watching.cancel()
+            await asyncio.wait({watching})
+
+
+async def _patient_look(file: Path, away: Away) -> "_Look":
+    """A look, however long its disk takes; that it takes long is said, once."""
+    look = ask(away(_look, file), "look at the configuration file")
+    try:
+        if not await clock.wait({look}, _SLOW_SECONDS):
+            log.error("the configuration file cannot be looked at: its disk does not answer", file=str(file))
+            await asyncio.wait({look})
+            log.info("the configuration file can be looked at again", file=str(file))
+        return look.result()
+    finally:
+        look.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What is there. `folders`: the directories to watch, with what tells one from its successor."""
+
+    names: frozenset[str]
+    folders: frozenset[tuple[str, int, int]]
+    revision: str  # "" where it cannot be read
+
+
+def _look(file: Path) -> _Look:
+    names = links_to(file)
+    folders = set()
+    for folder in {os.path.dirname(name) for name in names}:  # noqa: PTH120 - text throughout
+        with contextlib.suppress(OSError):
+            found = os.stat(folder)  # noqa: PTH116 - as above
+            folders.add((folder, found.st_dev, found.st_ino))
+    try:
+        revision = revision_of(read_regular_file(file))
+    except OSError:
+        revision = ""
+    return _Look(names, frozenset(folders), revision)

@@ -1,0 +1,1 @@
+"""The process of the daemon: its tasks, threads, time, files and log."""

@@ -1,0 +1,142 @@
+"""Request bodies: read with a bound, and searched for the model's name without decoding the rest."""
+
+import asyncio
+from typing import Any
+
+import msgspec
+from aiohttp import StreamReader
+
+from vllm_proxy.domain.config import Server
+from vllm_proxy.errors import RequestError
+from vllm_proxy.traffic.budget import Budget, Holder
+from vllm_proxy.traffic.call import Call
+from vllm_proxy.traffic.front import ask_for_body, check_codings, check_expectation
+from vllm_proxy.traffic.scan import find_member
+
+LARGE = 1024 * 1024  # from here on a body is searched in slices, so that other streams go on
+
+
+class _Named(msgspec.Struct):
+    """The one field of a body that decides anything here; the others are skipped, not decoded."""
+
+    model: Any = None
+
+
+_named = msgspec.json.Decoder(_Named)
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # not JSON's, but engines take it
+
+
+def check_head(call: Call, server: Server, budget: Budget) -> None:
+    """Refuse a body that cannot be taken before any of it is read, and ask for one that waits to be asked for.
+
+    Raises:
+        RequestError: `request_too_large`, `overloaded`, `unsupported_media_type`, `bad_request` or
+            `expectation_failed`.
+
+    """
+    length = call.head.get(b"content-length")
+    if length is not None:
+        budget.check_length(int(length), server)
+    _check_framing(call)
+    if b"expect" in call.head and check_expectation(call.request, call.head[b"expect"].decode("latin-1")):
+        ask_for_body(call.request)
+
+
+def _check_framing(call: Call) -> None:
+    head = call.head
+    if b"transfer-encoding" in head or b"content-encoding" in head:
+        check_codings(
+            head.get(b"transfer-encoding", b"chunked").decode("latin-1"),
+            head.get(b"content-encoding", b"").decode("latin-1"),
+        )
+
+
+def body_at_hand(call: Call, server: Server, budget: Budget) -> bytes:
+    """A body that came together with its head, as small ones do; b"" where there is more to wait for.
+
+    Raises:
+        RequestError: as `check_head`.
+
+    """
+    content = call.request.content
+    if not content.is_eof() or b"expect" in call.head:
+        return b""
+    _check_framing(call)
+    data = content.read_nowait()
+    call.held = len(data)  # as `budget.take`, which is asked where there is something to refuse
+    budget.held += call.held
+    if call.held > server.max_body_size or budget.held > server.max_buffered:
+        budget.take(call, 0, server)
+    return data
+
+
+async def read_body(call: Call, server: Server, budget: Budget) -> bytes:
+    """The whole body.
+
+    Raises:
+        RequestError: as `check_head`, and `request_timeout` where it stops coming.
+
+    """
+    check_head(call, server, budget)
+    return await read_content(call.request.content, call, server, budget)
+
+
+async def read_content(content: StreamReader, holder: Holder, server: Server, budget: Budget) -> bytes:
+    """As `read_body`, of a request whose head has been looked at."""
+    parts = []
+    while not content.at_eof():
+        part = await content.readany()
+        budget.take(holder, len(part), server)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def model_name(body: bytes) -> str:
+    """The `model` of a JSON body.
+
+    Raises:
+        RequestError: `invalid_json` or `missing_model`.
+
+    """
+    try:
+        name = _named.decode(body[3:] if body.startswith(_BYTE_ORDER_MARK) else body).model
+    except msgspec.ValidationError:
+        name = None  # JSON, but no object
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _no_json(error) from None
+    except RecursionError:
+        raise _no_json("its values are nested too deeply") from None
+    return _usable(name)
+
+
+async def model_name_of_large(body: bytes) -> tuple[str, slice]:
+    """As `model_name`, a slice at a time with the event loop in between; and where the name stands."""
+    span: tuple[int, int] | None = None
+    for span in find_member(body, b"model"):  # noqa: B007 - the last one counts
+        await asyncio.sleep(0)
+    if span is None:
+        return _usable(None), slice(0)
+    try:
+        return _usable(msgspec.json.decode(body[span[0] : span[1]])), slice(*span)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _no_json(error) from None
+    except RecursionError:
+        raise _no_json("its model is nested too deeply") from None
+
+
+def _no_json(why: Exception | str) -> RequestError:
+    return RequestError("invalid_json", f"cannot read the body: it is no JSON: {why}")
+
+
+def _usable(name: object) -> str:
+    if isinstance(name, str) and name:
+        return name
+    msg = "cannot route this request: its body names no model; GET /v1/models lists them"
+    raise RequestError("missing_model", msg, param="model")
+
+
+async def with_model(body: bytes, model_id: str, place: slice | None) -> bytes:
+    """The body with another `model`, every other byte as it was. `place`: of the name, where that is known."""
+    if place is None:
+        _, place = await model_name_of_large(body)
+    return b"".join((body[: place.start], msgspec.json.encode(model_id), body[place.stop :]))

@@ -1,0 +1,108 @@
+"""One inference request: its id, its times, what it became. Written down once, when it ends, whatever ends it."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
+
+import structlog
+from aiohttp import web
+
+from vllm_proxy.errors import RequestError
+from vllm_proxy.traffic.cors import Cors
+from vllm_proxy.traffic.envelope import as_request_error, error_response, is_anthropic
+from vllm_proxy.traffic.head import engine_id, read_head, request_id
+
+log = structlog.get_logger()
+
+CLIENT_GONE = 499  # nginx's status for a client that left before its answer was complete; only ever logged
+
+
+class Call:
+    """A request for inference. `route` is the path of the route table, never what the client sent."""
+
+    # Defaults stand on the class: a call is made for every request, and sets only what differs.
+    sent_at = 0.0  # when the engine was sent the request
+    first_byte_at = 0.0
+    queue_seconds = 0.0
+    model = ""  # the configured id, once it is known
+    instance = ""
+    cors: Mapping[str, str] = MappingProxyType({})  # headers for the page that asks
+    status = 0
+    bytes_out = 0
+    held = 0  # bytes of its body that are counted in the budget
+    retries = 0
+
+    def __init__(self, request: web.BaseRequest, route: str, start_line: bytes) -> None:
+        self.request = request
+        self.route = route
+        self.start_line = start_line if request.raw_path == route else _start_line(request)
+        self.head, self.forwarded = read_head(request.raw_headers)
+        given = self.head.get(b"x-request-id")
+        self.request_id = request_id(given)  # the client's
+        self.engine_id = engine_id(given) if self.request_id is given else self.request_id
+        self.started_at = time.monotonic()
+
+    def cors_lines(self) -> bytes:
+        """`cors` as header lines."""
+        return "".join(f"{name}: {value}\r\n" for name, value in self.cors.items()).encode("latin-1")
+
+    @property
+    def is_anthropic(self) -> bool:
+        """Whether the client speaks Anthropic's API, which has an envelope of its own."""
+        return is_anthropic(self.route)
+
+
+type Observer = Callable[[Call], None]
+type Work = Callable[[Call], Awaitable[web.StreamResponse]]
+
+
+def observed(
+    method: str, route: str, work: Work, observe: Observer, cors: Cors
+) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
+    """A handler that does `work`, answers its errors in the envelope of the route, and tells `observe` the end."""
+    start_line = f"{method} {route} HTTP/1.1\r\n".encode()
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        call = Call(request, route, start_line)
+        if b"origin" in call.head:
+            call.cors = cors.headers(call.head[b"origin"].decode("latin-1"))
+        try:
+            return await work(call)
+        except RequestError as error:
+            return _refuse(call, error)
+        except (asyncio.CancelledError, ConnectionError):
+            call.status = call.status or CLIENT_GONE
+            raise
+        except web.HTTPException as error:  # aiohttp's own
+            return _refuse(call, as_request_error(request, error))
+        except Exception:
+            log.exception("a request failed by a fault of the daemon", path=route, request_id=call.request_id.decode())
+            if call.status and request.transport is not None:  # the answer has begun: an error would be read as its end
+                request.transport.abort()
+                raise ConnectionResetError from None
+            return _refuse(call, RequestError("internal_error", "cannot answer: a fault of the daemon, see its log"))
+        finally:
+            observe(call)
+
+    return handle
+
+
+def _start_line(request: web.BaseRequest) -> bytes:
+    target = request.raw_path if request.raw_path.startswith("/") else request.rel_url.raw_path_qs
+    return f"{request.method} {target} HTTP/1.1\r\n".encode("utf-8", "surrogateescape")  # as it came
+
+
+def _refuse(call: Call, error: RequestError) -> web.StreamResponse:
+    call.status = error.status
+    response = error_response(error, anthropic=call.is_anthropic)
+    response.headers["X-Request-Id"] = call.request_id.decode()
+    response.headers.update(call.cors)
+    if call.model:
+        response.headers["X-Vllm-Proxy-Model"] = call.model
+    if (
+        error.code in {"unsupported_media_type", "bad_request", "expectation_failed"}
+        or not call.request.content.is_eof()
+    ):
+        response.force_close()  # the rest of the body is not worth reading
+    return response

@@ -1,0 +1,41 @@
+"""Passive ejection: an instance whose connections fail gets no requests until its health is good again.
+
+Its one rule: three connections in a row without an answer raise the question, `/health` alone answers it. What an
+engine answers, 4xx and 5xx alike, never counts.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+
+from vllm_proxy.traffic.registry import Endpoint
+
+log = structlog.get_logger()
+
+_RETRY_SECONDS = 1.0
+
+
+class HealthProbe(Protocol):
+    """What asks an engine for its health."""
+
+    async def healthy(self, port: int) -> bool:
+        """Whether `/health` answers 200."""
+
+
+async def mind(endpoint: Endpoint, probe: HealthProbe, readmitted: Callable[[], None]) -> None:
+    """Stay with one endpoint until cancelled; `readmitted` is called when it takes requests again."""
+    while True:
+        await endpoint.suspect.wait()
+        while not await probe.healthy(endpoint.port):
+            if not endpoint.ejected:
+                endpoint.ejected = True
+                log.warning("the instance takes no connections and gets no requests", instance=endpoint.instance)
+            await asyncio.sleep(_RETRY_SECONDS)
+        endpoint.failures = 0
+        endpoint.suspect.clear()
+        if endpoint.ejected:
+            endpoint.ejected = False
+            log.info("the instance gets requests again", instance=endpoint.instance)
+            readmitted()

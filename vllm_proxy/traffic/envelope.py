@@ -1,0 +1,108 @@
+"""Errors as HTTP answers: OpenAI's envelope, made in one place."""
+
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from vllm_proxy.errors import InvalidError, RequestError
+from vllm_proxy.traffic.head import request_id
+
+log = structlog.get_logger()
+
+type Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_ANTHROPIC = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
+# Source: Anthropic's API reference, "Errors". Other statuses: by their first digit.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path is of the routes of Anthropic's API, which has an envelope of its own."""
+    return path in _ANTHROPIC
+
+
+def error_response(error: RequestError, *, anthropic: bool = False) -> web.Response:
+    """`{"error": {"message", "type", "param", "code"}}` with the status of its code, or Anthropic's envelope."""
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    message = error.message.encode("utf-8", "backslashreplace").decode()  # it may repeat bytes that are no text
+    if anthropic:
+        other = "api_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+        kind = _ANTHROPIC_TYPES.get(error.status, other)
+        body = {"type": "error", "error": {"type": kind, "message": message, "code": error.code}}
+        return json_response(body, status=error.status, headers=headers)
+    kind = "server_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    told: dict[str, object] = {"message": message, "type": kind, "param": error.param, "code": error.code}
+    if isinstance(error, InvalidError):
+        told["problems"] = [{"path": item.path, "line": item.line, "message": item.message} for item in error.problems]
+    return json_response({"error": told}, status=error.status, headers=headers)
+
+
+def refusal(request: web.BaseRequest, error: RequestError) -> web.Response:
+    """An error as the answer to a request outside of a call: in the envelope of its path, with an X-Request-Id."""
+    response = error_response(error, anthropic=is_anthropic(request.path))
+    response.headers["X-Request-Id"] = _id_of(request)
+    return response
+
+
+def _id_of(request: web.BaseRequest) -> str:
+    given = request.headers.get("X-Request-Id", "").encode("utf-8", "surrogateescape")
+    return request_id(given).decode()
+
+
+def json_response(value: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """A value as JSON."""
+    body = msgspec.json.encode(value)
+    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+
+
+async def identify(request: web.Request, response: web.StreamResponse) -> None:
+    """Give an answer its X-Request-Id, streams included, before its head is sent: aiohttp's signal."""
+    if "X-Request-Id" not in response.headers:
+        response.headers["X-Request-Id"] = _id_of(request)
+
+
+@web.middleware
+async def envelope(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every error into an answer."""
+    try:
+        return await handler(request)
+    except RequestError as error:
+        response = refusal(request, error)
+        if not request.content.is_eof():
+            response.force_close()  # the rest of its body is not worth reading
+        return response
+    except web.HTTPException as error:
+        response = refusal(request, as_request_error(request, error))
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
+    except ConnectionResetError:
+        raise
+    except Exception:
+        log.exception("a request failed by a fault of the daemon", path=request.path)
+        return refusal(request, RequestError("internal_error", "cannot answer: a fault of the daemon, see its log"))
+
+
+def as_request_error(request: web.BaseRequest, error: web.HTTPException) -> RequestError:
+    """What aiohttp itself answers (no such path, no such method, ...) as one of our errors."""
+    if isinstance(error, web.HTTPNotFound):
+        return RequestError("not_found", f"cannot find {request.path}: see GET / for what there is")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return RequestError("method_not_allowed", f"cannot {request.method} {request.path}: it takes {allowed}")
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        msg = "cannot take this request: its body is larger than server.max_body_size"
+        return RequestError("request_too_large", msg)
+    return RequestError("bad_request", f"cannot take this request: {(error.text or error.reason).strip()}")

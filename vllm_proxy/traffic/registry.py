@@ -1,0 +1,363 @@
+"""Who serves which name now: endpoints, leases, and the requests that wait for one.
+
+Its one rule: a permit is counted in the same step that hands it out, and given back exactly once, whatever ends the
+request. Everything here runs on the event loop, and no method but `acquire` and `wait_idle` waits.
+"""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+from vllm_proxy.domain.config import ModelSpec, Policy
+from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.errors import RequestError
+from vllm_proxy.runtime import clock
+from vllm_proxy.traffic.wire import Pool
+
+_SUSPECT_FAILURES = 3
+
+
+class Endpoint:
+    """One ready engine, as requests see it."""
+
+    def __init__(self, instance: str, port: int, credential: str, max_model_len: int | None) -> None:
+        self.instance = instance  # "chat/0"
+        self.port = port
+        self.credential = credential
+        self.max_model_len = max_model_len  # tokens, as the engine says
+        self.in_flight = 0
+        self.failures = 0  # connections in a row that gave no answer
+        self.ejected = False  # gets nothing until its health is good again
+        self.pool = Pool(port)
+        model_id = instance.rpartition("/")[0]
+        self.answer_headers = f"X-Vllm-Proxy-Model: {model_id}\r\nX-Vllm-Proxy-Instance: {instance}\r\n".encode()
+        self.own_headers = f"Host: 127.0.0.1:{port}\r\nAuthorization: Bearer {credential}\r\n".encode()
+        self.suspect = asyncio.Event()  # so many failures that its health is in question
+        self._idle: asyncio.Future[None] | None = None  # made where somebody waits
+
+    async def wait_idle(self) -> None:
+        """Until no request is in flight here."""
+        if self.in_flight:
+            if self._idle is None:
+                self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._idle)
+
+    def failed(self) -> None:
+        """A connection to this engine gave no answer."""
+        self.failures += 1
+        if self.failures >= _SUSPECT_FAILURES:
+            self.suspect.set()
+
+    def _add(self, count: int) -> None:
+        self.in_flight += count
+        assert self.in_flight >= 0, "a permit was given back twice"
+        if not self.in_flight and self._idle is not None:
+            self._idle.set_result(None)
+            self._idle = None
+
+
+@dataclass(slots=True)
+class Route:
+    """One model, as requests see it."""
+
+    spec: ModelSpec
+    wake: Callable[[], None]  # somebody waits for it, and nobody has started it
+    state: State = State.STOPPED
+    message: str | None = None  # why it is not ready
+    rests: bool = False  # stopped by hand
+    retired: bool = False  # gone from the file, while its engines drain
+    open: bool = False  # takes requests: ready, and not about to be stopped by hand
+    idle_since: float = 0.0  # of the loop's clock; since when nothing holds it
+    endpoints: list[Endpoint] = field(default_factory=list)
+    waiting: deque[asyncio.Future[Endpoint]] = field(default_factory=deque)
+    in_flight: int = 0  # requests that hold an endpoint of this model, a withdrawn one included
+
+    def _add(self, endpoint: Endpoint, count: int) -> None:
+        endpoint._add(count)  # noqa: SLF001 - the counters are this module's
+        self.in_flight += count
+        if not self.in_flight:
+            self.idle_since = asyncio.get_running_loop().time()
+
+
+class Lease:
+    """One request's hold on one instance. `with lease:` gives it back."""
+
+    def __init__(self, registry: "Registry", route: Route, endpoint: Endpoint) -> None:
+        self._registry = registry
+        self._route = route
+        self._tried = [endpoint]
+        self.endpoint = endpoint
+        self.model_id = route.spec.id
+
+    @property
+    def policy(self) -> Policy:
+        """The model's policy now: it may change while a request runs."""
+        return self._route.spec.policy
+
+    @property
+    def closing(self) -> bool:
+        """Whether the daemon is stopping, so that clients should not keep their connection."""
+        return self._registry.closing
+
+    def move(self) -> bool:
+        """Give the instance up for one that was not tried yet; False, and nothing changed, where there is none."""
+        return self._move(_least_loaded(self._route, self._tried))
+
+    def move_back(self, endpoint: Endpoint) -> bool:
+        """Return to an instance that was given up; False, and nothing changed, where it is gone or full by now."""
+        if endpoint is self.endpoint:
+            return endpoint in self._route.endpoints
+        most = self.policy.max_in_flight
+        usable = endpoint in self._route.endpoints and (not most or endpoint.in_flight < most)
+        return self._move(endpoint if usable else None)
+
+    def _move(self, other: Endpoint | None) -> bool:
+        if other is None:
+            return False
+        self._route._add(other, 1)  # noqa: SLF001 - the counters are this module's
+        self._registry.give_back(self._route, self.endpoint)
+        self._tried.append(other)
+        self.endpoint = other
+        return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._registry.give_back(self._route, self.endpoint)
+
+
+class Registry:
+    """All routes, by model id and by alias."""
+
+    def __init__(self) -> None:
+        self._routes: dict[str, Route] = {}
+        self._aliases: dict[str, str] = {}
+        self.closing = False
+        self._closed = False
+
+    # What the reconciler and its supervisors say
+
+    def declare(self, spec: ModelSpec, wake: Callable[[], None]) -> None:
+        """There is such a model, enabled or not. `wake` is called when a request waits for it, again and again."""
+        self._routes[spec.id] = Route(spec, wake, idle_since=asyncio.get_running_loop().time())
+        self._aliases |= dict.fromkeys(spec.policy.aliases, spec.id)
+
+    def update(self, specs: Mapping[str, ModelSpec]) -> None:
+        """What the file says now. Models that it does not hold any more are retired: unknown, while they drain."""
+        self._aliases = {alias: spec.id for spec in specs.values() for alias in spec.policy.aliases}
+        self._routes = {
+            **{name: self._routes[name] for name in specs if name in self._routes},
+            **{name: route for name, route in self._routes.items() if name not in specs},
+        }
+        for name, route in self._routes.items():
+            if route.retired:
+                continue  # its successor, if there is one, is declared when it is gone
+            route.retired = name not in specs
+            route.spec = specs.get(name, route.spec)
+            if route.retired or not route.spec.policy.enabled:
+                self._fail_waiting(route)
+            else:
+                self._serve_waiting(route)  # more may be let in than before
+
+    def forget(self, model_id: str) -> None:
+        """A retired model has ended."""
+        del self._routes[model_id]
+
+    def report(self, model_id: str, state: State, message: str | None, *, rests: bool = False) -> None:
+        """A model's state changed. One that will not come by itself fails whoever waits for it.
+
+        `rests`: it was stopped by hand.
+        """
+        route = self._routes[model_id]
+        route.state, route.message, route.rests = state, message, rests
+        route.open = state is State.READY and not rests
+        if rests or state is State.ERROR:
+            self._fail_waiting(route)
+
+    def open(self, model_id: str, endpoint: Endpoint) -> None:
+        """An instance is ready."""
+        route = self._routes[model_id]
+        route.endpoints.append(endpoint)
+        route.idle_since = asyncio.get_running_loop().time()
+        self._serve_waiting(route)
+
+    def withdraw(self, model_id: str, endpoint: Endpoint) -> None:
+        """No new request for this instance; those in flight keep their lease."""
+        self._routes[model_id].endpoints.remove(endpoint)
+
+    def readmit(self, model_id: str) -> None:
+        """An ejected instance takes requests again."""
+        self._serve_waiting(self._routes[model_id])
+
+    def wind_down(self) -> None:
+        """The daemon stops: clients should not keep their connections."""
+        self.closing = True
+
+    def close(self) -> None:
+        """No new request for anyone."""
+        self.closing = self._closed = True
+        for route in self._routes.values():
+            self._fail_waiting(route)
+
+    # What requests ask
+
+    def names(self) -> dict[str, Route]:
+        """Every name that clients may send, with its route: ids first, aliases behind; disabled models left out."""
+        enabled = {
+            name: route for name, route in self._routes.items() if route.spec.policy.enabled and not route.retired
+        }
+        return enabled | {alias: enabled[name] for alias, name in self._aliases.items() if name in enabled}
+
+    def find(self, name: str) -> Route:
+        """The route of an id or alias.
+
+        Raises:
+            RequestError: `model_not_found`.
+
+        """
+        route = self._routes.get(self._aliases.get(name, name))
+        if route is None or route.retired:
+            raise _not_found(name)
+        return route
+
+    def is_awaited(self, model_id: str) -> bool:
+        """Whether a request waits for this model."""
+        return self.counts(model_id)[1] > 0
+
+    def idle_seconds(self, model_id: str) -> float:
+        """For how long no request has held this model or waited for it."""
+        route = self._routes[model_id]
+        if route.in_flight or self.is_awaited(model_id):
+            return 0.0
+        return clock.elapsed(route.idle_since)
+
+    def counts(self, model_id: str) -> tuple[int, int]:
+        """Requests in flight and requests waiting, of one model."""
+        route = self._routes[model_id]
+        return route.in_flight, sum(not future.done() for future in route.waiting)
+
+    async def acquire(self, name: str) -> Lease:
+        """Hold an instance that serves `name`: at once, or when one becomes ready or free.
+
+        Raises:
+            RequestError: when none will, the queue is full or the wait too long.
+
+        """
+        route = self.find(name)
+        return self.lease(route) or await self.wait(route)
+
+    def lease(self, route: Route) -> Lease | None:
+        """Hold an instance now; None where the request must wait for one.
+
+        Raises:
+            RequestError: when none will come.
+
+        """
+        if self._closed or not route.open or not route.spec.policy.enabled:
+            self._refuse(route)
+            route.wake()
+        endpoint = _least_loaded(route)
+        if endpoint is None or (route.waiting and any(not future.done() for future in route.waiting)):
+            return None
+        route._add(endpoint, 1)  # noqa: SLF001 - as above
+        return Lease(self, route, endpoint)
+
+    async def wait(self, route: Route) -> Lease:
+        """Hold an instance when one becomes ready or free.
+
+        Raises:
+            RequestError: when none will, the queue is full or the wait too long.
+
+        """
+        return Lease(self, route, await self._queue(route))
+
+    def every_instance(self) -> Iterator[Lease]:
+        """A lease on each ready instance in turn, for what only one of them knows."""
+        for route in list(self._routes.values()):
+            for endpoint in list(route.endpoints):
+                if endpoint in route.endpoints:  # not withdrawn while another one was asked
+                    route._add(endpoint, 1)  # noqa: SLF001 - as above
+                    yield Lease(self, route, endpoint)
+
+    def give_back(self, route: Route, endpoint: Endpoint) -> None:
+        """A request has ended: its place is free."""
+        route._add(endpoint, -1)  # noqa: SLF001 - as above
+        if route.waiting:
+            self._serve_waiting(route)
+
+    def _refuse(self, route: Route) -> None:
+        name = route.spec.id
+        if self._closed:
+            raise RequestError("shutting_down", "cannot take requests: the daemon is stopping", retry_after=5)
+        if route.retired:
+            raise _not_found(name)
+        if not route.spec.policy.enabled:
+            raise RequestError("model_disabled", f"cannot serve {name}: it is disabled in the configuration")
+        if route.state is State.ERROR:
+            raise RequestError("model_error", f"cannot serve {name}: {route.message}")
+        if route.rests:
+            raise RequestError("model_stopped", f"cannot serve {name}: it was stopped by hand")
+
+    async def _queue(self, route: Route) -> Endpoint:
+        policy = route.spec.policy
+        if sum(not future.done() for future in route.waiting) >= policy.queue_size:
+            msg = f"cannot serve {route.spec.id}: {policy.queue_size} requests wait already"
+            raise RequestError("queue_full", msg, retry_after=1)
+        future: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
+        route.waiting.append(future)
+        try:
+            if await clock.wait({future}, policy.queue_timeout):
+                return future.result()
+        except BaseException:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self.give_back(route, future.result())  # it came in the very moment we left
+            raise
+        finally:
+            if future in route.waiting:
+                route.waiting.remove(future)
+            route.idle_since = asyncio.get_running_loop().time()
+        msg = f"cannot serve {route.spec.id}: it was not ready or free within {policy.queue_timeout:g} s"
+        raise RequestError("queue_timeout", msg)
+
+    def _serve_waiting(self, route: Route) -> None:
+        while route.waiting and (endpoint := _least_loaded(route)):
+            future = route.waiting.popleft()
+            if not future.done():
+                route._add(endpoint, 1)  # noqa: SLF001 - as above
+                future.set_result(endpoint)
+
+    def _fail_waiting(self, route: Route) -> None:
+        while route.waiting:
+            future = route.waiting.popleft()
+            if not future.done():
+                try:
+                    self._refuse(route)
+                except RequestError as error:
+                    future.set_exception(error)
+                else:
+                    raise AssertionError("whoever waits is failed for a reason")
+
+
+def _not_found(name: str) -> RequestError:
+    return RequestError("model_not_found", f"cannot serve {name!r}: there is no such model", param="model")
+
+
+def _least_loaded(route: Route, without: Sequence[Endpoint] = ()) -> Endpoint | None:
+    """The endpoint with the fewest requests in flight, any of them where several have; None when all are full.
+
+    Ejected ones are left out, unless there is no other.
+    """
+    most = route.spec.policy.max_in_flight
+    if len(route.endpoints) == 1 and not without:
+        only = route.endpoints[0]
+        return only if not most or only.in_flight < most else None
+    usable = [endpoint for endpoint in route.endpoints if not endpoint.ejected] or route.endpoints
+    free = [endpoint for endpoint in usable if (not most or endpoint.in_flight < most) and endpoint not in without]
+    if len(free) <= 1:
+        return free[0] if free else None
+    least = min(endpoint.in_flight for endpoint in free)
+    return random.choice([endpoint for endpoint in free if endpoint.in_flight == least])  # noqa: S311 - no secret

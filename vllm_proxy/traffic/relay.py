@@ -1,0 +1,268 @@
+"""Carries one request to an engine and its answer back: contract sections 4 to 6.
+
+Its one rule: what a client sent is sent again only where the engine cannot have begun to answer it.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from vllm_proxy.errors import EngineFailedError, RequestError
+from vllm_proxy.traffic.call import Call
+from vllm_proxy.traffic.exchange import Ending, Exchange
+from vllm_proxy.traffic.front import WRITTEN, WRITTEN_LAST, client_is_slow, client_of
+from vllm_proxy.traffic.head import engine_id
+from vllm_proxy.traffic.registry import Endpoint, Lease, Registry, Route
+from vllm_proxy.traffic.wire import EngineConnection
+
+log = structlog.get_logger()
+
+_PIECE = 256 * 1024
+_ONE_WRITE = 64 * 1024
+
+
+class Body(Protocol):
+    """A request's body that is not held in memory."""
+
+    def __len__(self) -> int:
+        """Bytes."""
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """All of it, from the beginning, in pieces of at most `size` bytes."""
+
+
+async def within(seconds: float, call: Call, answered: Coroutine[Any, Any, web.StreamResponse]) -> web.StreamResponse:
+    """What `answered` returns, if that is done `seconds` after the request's head came: `request_timeout`.
+
+    Raises:
+        RequestError: `request_timeout`, while nothing of an answer was passed on.
+        ConnectionResetError: when the answer had begun; the client has been cut.
+
+    """
+    left = call.started_at + seconds - time.monotonic()
+    if left <= 0:  # its body took that long
+        answered.close()
+        raise _too_late(seconds)
+    try:
+        async with asyncio.timeout(left):
+            return await answered
+    except TimeoutError:
+        if call.status:  # the answer has begun: cut it
+            if call.request.transport is not None:
+                call.request.transport.abort()
+            raise ConnectionResetError from None
+        raise _too_late(seconds) from None
+
+
+def _too_late(seconds: float) -> RequestError:
+    return RequestError("request_timeout", f"cannot answer within request_timeout ({seconds:g} s)")
+
+
+def carry(call: Call, registry: Registry, route: Route, body: bytes | Body) -> Coroutine[Any, Any, web.StreamResponse]:
+    """Send the request to an instance of the model, to others where contract section 5 says so; pass the answer on.
+
+    Raises:
+        RequestError: no instance is to be had, `engine_failed` or `request_timeout`, while nothing of an answer was
+            passed on.
+        ConnectionResetError: when the answer broke off and the client has been cut.
+
+    """
+    seconds = route.spec.policy.request_timeout
+    carried = _carry(call, registry, route, body)
+    return within(seconds, call, carried) if seconds else carried
+
+
+async def _carry(call: Call, registry: Registry, route: Route, body: bytes | Body) -> web.StreamResponse:
+    tries: _Tries | None = None  # made where one failed
+    call.model = route.spec.id
+    with registry.lease(route) or await _wait(call, registry, route) as lease:
+        if client_is_slow(call.request):
+            await call.request.writer.drain()
+        while True:
+            call.instance = lease.endpoint.instance
+            exchange = _exchange(call, lease)
+            ending, was_used = await _attempt(call, lease, exchange, body, fresh=tries is not None and tries.fresh)
+            if ending is Ending.WHOLE or ending is Ending.BROKEN:
+                return _written(call, lease, exchange, ending)
+            lease.endpoint.failed()
+            tries = tries or _Tries()
+            if not tries.again(lease, ending, was_used=was_used):
+                raise EngineFailedError(f"cannot get an answer from {call.instance}: {_WHY[ending]}")
+            call.retries += 1
+            call.engine_id = engine_id(call.request_id)  # the engine may still be at work on the one before
+
+
+async def _wait(call: Call, registry: Registry, route: Route) -> Lease:
+    began = time.monotonic()
+    try:
+        return await registry.wait(route)
+    finally:
+        call.queue_seconds = time.monotonic() - began
+
+
+class _Tries:
+    """What was tried for one request, to know whether it may be sent again, and where."""
+
+    def __init__(self) -> None:
+        self.fresh = False  # whether the next try wants a fresh connection
+        self._unanswered = self._fresh_unanswered = 0
+        self._stale: Endpoint | None = None  # whose kept-alive connection closed, where that was the only try
+
+    def again(self, lease: Lease, ending: Ending, *, was_used: bool) -> bool:
+        """Move the lease to where the request may be sent next; False where it may not, or there is nobody."""
+        self.fresh = False
+        if ending is Ending.UNANSWERED:
+            self._unanswered += 1
+            self._fresh_unanswered += not was_used
+            self._stale = lease.endpoint if was_used and self._unanswered == 1 else None
+        elif ending is not Ending.REFUSED:
+            return False
+        if self._fresh_unanswered > 1:
+            return False
+        if lease.move():
+            return True
+        if self._stale is None or not lease.move_back(self._stale):
+            return False
+        self._stale, self.fresh = None, True  # it was idle for too long, perhaps: the engine itself may be well
+        return True
+
+
+def _written(call: Call, lease: Lease, exchange: Exchange, ending: Ending) -> web.StreamResponse:
+    """The answer has been passed on, or as much of it as there was."""
+    lease.endpoint.failures = 0
+    call.status = exchange.status
+    call.bytes_out = exchange.body_bytes
+    call.first_byte_at = exchange.first_byte_at
+    if exchange.by_closing and exchange.orderly:
+        client_of(call.request).end_orderly = call.request.transport
+    if ending is Ending.BROKEN:
+        log.warning("the engine broke off its answer", instance=call.instance, id=call.request_id.decode(),
+                    engine_id=call.engine_id.decode())  # fmt: skip
+    return WRITTEN_LAST if exchange.close else WRITTEN
+
+
+async def ask(call: Call, lease: Lease, body: bytes, wanted: Callable[[int], bool]) -> web.StreamResponse | None:
+    """Send the request to the leased instance alone; pass its answer on if the status is `wanted`, None if it is not.
+
+    Raises:
+        RequestError: `engine_failed`, when there is no answer.
+        ConnectionResetError: as `carry`.
+
+    """
+
+    def on_head(status: int) -> bool:
+        if not wanted(status):
+            return False
+        client_of(call.request).exchange = exchange
+        return True
+
+    call.model, call.instance = lease.model_id, lease.endpoint.instance
+    while True:
+        exchange = _exchange(call, lease, on_head)
+        ending, was_used = await _attempt(call, lease, exchange, body, alone=False)
+        if ending is Ending.WHOLE or ending is Ending.BROKEN:
+            return _written(call, lease, exchange, ending)
+        if ending is Ending.DECLINED:
+            return None
+        lease.endpoint.failed()
+        if ending is not Ending.UNANSWERED or not was_used:
+            raise EngineFailedError(f"cannot get an answer from {call.instance}: {_WHY[ending]}")
+
+
+_WHY = {
+    Ending.REFUSED: "it takes no connection",
+    Ending.UNANSWERED: "it closed the connection without one",
+    Ending.BROKEN_HEAD: "what it sent is no answer",
+}
+
+
+async def _attempt(
+    call: Call, lease: Lease, exchange: Exchange, body: bytes | Body, *, fresh: bool = False, alone: bool = True
+) -> tuple[Ending, bool]:
+    """One try on one instance: how it ended, and whether its connection, unless `fresh`, had been used before.
+
+    `alone`: no other instance is being asked, so that the client's connection belongs to this exchange.
+    """
+    pool = lease.endpoint.pool
+    connection = None if fresh else pool.take()
+    if connection is None:
+        try:
+            connection = await pool.connect()
+        except (OSError, TimeoutError):
+            return Ending.REFUSED, False
+    was_used = connection.used
+    client = client_of(call.request)
+    exchange.connection = connection
+    if alone:
+        client.exchange = exchange
+    head = _request_head(call, lease, len(body))
+    call.sent_at = time.monotonic()
+    try:
+        if isinstance(body, bytes) and len(body) <= _ONE_WRITE:
+            connection.start(head + body, exchange)
+        else:
+            await _send(head, body, exchange, connection)
+        return await exchange.ended, was_used
+    except ConnectionError:  # while sending: `lost` has told the exchange
+        return await exchange.ended, was_used
+    finally:
+        if client.exchange is exchange:
+            client.exchange = None
+        if not exchange.ended.done() or exchange.ended.cancelled():  # the client has left, or it took too long
+            call.status = call.status or exchange.passed_status
+            call.bytes_out, call.first_byte_at = exchange.body_bytes, exchange.first_byte_at
+            exchange.abandon()
+
+
+async def _send(head: bytes, body: bytes | Body, exchange: Exchange, connection: EngineConnection) -> None:
+    """A large body, no faster than the engine takes it."""
+    exchange.sending = True
+    connection.start(head, exchange)
+    for piece in _pieces_of(body):
+        if exchange.ended.done():  # an answer that does not wait for the whole request
+            return
+        await connection.send(piece)
+    exchange.sending = False
+
+
+def _pieces_of(body: bytes | Body) -> Iterator[bytes]:
+    if isinstance(body, bytes):
+        return (body[start : start + _PIECE] for start in range(0, len(body), _PIECE))
+    return body.pieces(_PIECE)
+
+
+def _request_head(call: Call, lease: Lease, length: int) -> bytes:
+    """The client's head as the engine gets it."""
+    framing = b"Content-Length: %d\r\n" % length if length or call.request.method != "GET" else b""
+    own = lease.endpoint.own_headers
+    return b"%s%s%s%sX-Request-Id: %s\r\n\r\n" % (call.start_line, own, framing, call.forwarded, call.engine_id)
+
+
+def _exchange(call: Call, lease: Lease, on_head: Callable[[int], bool] | None = None) -> Exchange:
+    request = call.request
+    assert request.transport is not None
+    return Exchange(
+        request.transport,
+        b"X-Request-Id: %s\r\n%s%s"
+        % (call.request_id, lease.endpoint.answer_headers, call.cors_lines() if call.cors else b""),
+        _ANTHROPIC_EVENT if call.is_anthropic else _OPENAI_EVENT,
+        http10=request.version < _HTTP_11,
+        no_body=request.method == "HEAD",
+        close=not request.keep_alive or lease.closing,
+        on_head=on_head,
+    )
+
+
+_HTTP_11 = (1, 1)
+_FAILED = "the engine ended before its answer was complete"
+_OPENAI_EVENT = b"data: %s\n\n" % msgspec.json.encode(
+    {"error": {"message": _FAILED, "type": "server_error", "param": None, "code": "engine_failed"}}
+)
+_ANTHROPIC_EVENT = b"event: error\ndata: %s\n\n" % msgspec.json.encode(
+    {"type": "error", "error": {"type": "api_error", "message": _FAILED}}
+)
