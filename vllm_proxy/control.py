@@ -11,7 +11,7 @@ from vllm_proxy.connection import CommandError, NoDaemonError, Resource, connect
 from vllm_proxy.domain.plan import Action
 from vllm_proxy.engine.process import adopt_orphans
 from vllm_proxy.engine.state import StateDirectory
-from vllm_proxy.fleet.reconciler import end_left
+from vllm_proxy.fleet.orphans import end_left
 from vllm_proxy.runtime.files import become_owner
 from vllm_proxy.settings import Settings
 

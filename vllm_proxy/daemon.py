@@ -29,11 +29,11 @@ from vllm_proxy.engine.process import adopt_orphans, reap_orphans
 from vllm_proxy.engine.program import Programs
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.errors import ConfigError, NotEndedError, Problem
+from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.desired import Desired
-from vllm_proxy.fleet.gate import DeviceGate
+from vllm_proxy.fleet.loop import FleetLoop
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
-from vllm_proxy.fleet.supervisor import Surroundings
 from vllm_proxy.fleet.watch import watch
 from vllm_proxy.listen import BACKLOG, Doors, address_of, listen, listen_for_commands, notice_departed_clients
 from vllm_proxy.logsetup import Output
@@ -108,14 +108,14 @@ async def serve(
         doors = Doors(sockets, listen_for_commands(settings.control_socket))
         stack.callback(settings.control_socket.unlink, missing_ok=True)
         stack.callback(doors.commands.close)
-        around, launcher = _surroundings(settings, config, state, doors.ports(), stack,
+        shared, launcher = _dependencies(settings, config, state, doors.ports(), stack,
                                         pass_on=output.pass_on, open_files=open_files)  # fmt: skip
-        reconciler = Reconciler(config, around, state, launcher.fingerprint)
+        reconciler = Reconciler(config, shared, state, launcher.fingerprint)
         store = Store(settings.config_file)
         disk = Disk("the configuration's file")
         stack.callback(disk.close)
         desired = Desired(store, settings.overrides, reconciler, launcher.check, launcher.ports,
-                          away=disk, address_is_given=bool(inherited))  # fmt: skip
+                          offload=disk, address_is_given=bool(inherited))  # fmt: skip
         await _run(desired, doors, stack, output, shown)
     if hanging := threads.running():
         log.warning("calls that have not come back are left behind; a disk does not answer", calls=hanging)
@@ -193,7 +193,7 @@ async def _stop(desired: Desired, runner: FrontRunner, systemd: Systemd, followi
 
 async def _follow(desired: Desired, systemd: Systemd, changed: asyncio.Event, asked: asyncio.Event) -> None:
     """Reload when the file `changed`, or when SIGHUP `asked` for it, until cancelled."""
-    look = partial(watch, desired.file, changed.set, lambda: desired.revision, away=desired.away)
+    look = partial(watch, desired.file, changed.set, lambda: desired.revision, offload=desired.offload)
     watching = keep_running(look, "watch of the file")
     try:
         while True:
@@ -218,7 +218,7 @@ async def _follow(desired: Desired, systemd: Systemd, changed: asyncio.Event, as
         await asyncio.wait({watching})
 
 
-def _surroundings(
+def _dependencies(
     settings: Settings,
     config: Config,
     state: StateDirectory,
@@ -227,7 +227,7 @@ def _surroundings(
     *,
     pass_on: PassOn,
     open_files: int,
-) -> tuple[Surroundings, Launcher]:
+) -> tuple[Dependencies, Launcher]:
     # A connection of its own for each question: one that is kept alive would outlive the engine's readiness.
     questions = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), trust_env=False)
     stack.push_async_callback(questions.close)
@@ -235,10 +235,10 @@ def _surroundings(
     programs = Programs(settings.config_file.parent, env, find_vllm(env))
     disk = Disk("vLLM's files")
     stack.callback(disk.close)
-    check = OptionCheck(programs, OptionTables(settings.state_dir / "options", away=disk), disk)
+    check = OptionCheck(programs, OptionTables(settings.state_dir / "options", offload=disk), disk)
     stack.push_async_callback(check.close)
     check.learn(model.engine for model in config.models.values())
-    hurry, cleared, stopping = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    stopping = asyncio.Event()
     launcher = Launcher(
         programs=programs,
         check=check,
@@ -251,8 +251,8 @@ def _surroundings(
         open_files=open_files,
         stopping=stopping,
     )
-    around = Surroundings(launcher, DeviceGate(), Registry(), HttpProbe(questions), hurry, cleared, stopping)
-    return around, launcher
+    shared = Dependencies(launcher, FleetLoop(), Registry(), HttpProbe(questions), asyncio.Event(), stopping)
+    return shared, launcher
 
 
 def _catch_signals(reconciler: Reconciler) -> asyncio.Event:
@@ -263,13 +263,13 @@ def _catch_signals(reconciler: Reconciler) -> asyncio.Event:
     def stop() -> None:
         if stopping.is_set():
             log.warning("a second signal: not waiting for requests any more")
-            reconciler.hurry()
+            reconciler.skip_drain()
         stopping.set()
         run_once(in_time, "end of the wait for requests")
 
     async def in_time() -> None:
         await clock.sleep(reconciler.config.server.shutdown_timeout)
-        reconciler.hurry()
+        reconciler.skip_drain()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)

@@ -56,7 +56,7 @@ def sentence(reconciler: Reconciler, desired: Desired | None = None) -> str:
             ready += 1
         elif state is not State.STOPPED or model.rests:
             by_state[state].append(model)
-        elif model.sleeps:
+        elif model.awaits_request:
             asleep.append(model)
         else:  # between two engines: it starts in a moment
             by_state[State.LOADING].append(model)

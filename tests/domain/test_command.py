@@ -1,12 +1,13 @@
 """The command line and the environment of an engine."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from vllm_proxy.domain.command import ENGINE_SHUTDOWN_SECONDS, Place, argv, environment
 from vllm_proxy.domain.config import EngineSpec
-from vllm_proxy.domain.devices import devices_of
+from vllm_proxy.domain.devices import allocation_for
 
 PLACE = Place("chat/1", "chat/1-own", 8005, "secret", "/tmp/vp/1")
 
@@ -147,7 +148,9 @@ def test_what_the_daemon_relies_on_cannot_be_set(name: str, value: str) -> None:
 )
 def test_devices_are_what_cuda_shows(devices: list[int | str], value: str) -> None:
     """The key beats every other CUDA_VISIBLE_DEVICES; an empty list hides all GPUs."""
-    env = environment({"CUDA_VISIBLE_DEVICES": "7"}, spec(devices=devices, env={"CUDA_VISIBLE_DEVICES": "8"}), PLACE)
+    given = spec(devices=devices, env={"CUDA_VISIBLE_DEVICES": "8"})
+    place = replace(PLACE, allocation=allocation_for(given, {}))
+    env = environment({"CUDA_VISIBLE_DEVICES": "7"}, given, place)
     assert env["CUDA_VISIBLE_DEVICES"] == value
 
 
@@ -174,4 +177,4 @@ def test_an_engine_uses_the_first_visible_gpus(
     keys: dict[str, Any], inherited: dict[str, str], expected: set[str]
 ) -> None:
     """As many as its parallel sizes ask for, from what it is shown."""
-    assert devices_of(spec(**keys), inherited) == expected
+    assert allocation_for(spec(**keys), inherited).devices == expected

@@ -15,6 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
+from vllm_proxy.domain.devices import NO_DEVICES
 from vllm_proxy.domain.diagnose import Exit
 from vllm_proxy.engine import process, vitals
 from vllm_proxy.engine.cgroup import Cgroups
@@ -147,7 +148,7 @@ async def left_running(
     """An engine that a daemon which is no more has left; ended behind the block, whatever the test does."""
     script = f"{before}; echo up > {event.path}; {behind}"
     with place(folder, port_start) as first:
-        async with first.launcher.running(model(folder, script), "chat/0", Owner()) as engine:
+        async with first.launcher.running(model(folder, script), "chat/0", NO_DEVICES, Owner()) as engine:
             await event.happened()
             engine.serves()
             while not engine.record.ready:
@@ -170,7 +171,7 @@ async def test_a_stop_while_a_crashed_engine_is_cleaned_up_leaves_no_process(
     with place(tmp_path, port_start) as here:
 
         async def live() -> None:
-            async with here.launcher.running(spec, "chat/0", Owner()) as engine:
+            async with here.launcher.running(spec, "chat/0", NO_DEVICES, Owner()) as engine:
                 running.set_result(engine)
                 await leaving.wait()
 
@@ -193,7 +194,7 @@ async def test_a_stop_while_a_crashed_engine_is_cleaned_up_leaves_no_process(
 async def test_every_line_that_an_engine_wrote_is_passed_on_when_it_has_ended(tmp_path: Path, port_start: int) -> None:
     """Its last words too, those without an end of line included."""
     with place(tmp_path, port_start) as here:
-        async with here.launcher.running(model(tmp_path, "seq 3; printf bye"), "chat/0", Owner()) as engine:
+        async with here.launcher.running(model(tmp_path, "seq 3; printf bye"), "chat/0", NO_DEVICES, Owner()) as engine:
             assert await engine.exited == Exit(0, None)
         assert here.passed_on == ["chat/0 1", "chat/0 2", "chat/0 3", "chat/0 bye"]
 
@@ -202,7 +203,7 @@ async def test_an_engines_output_begins_where_its_predecessors_ended(tmp_path: P
     """The last lines of a start are never those of the one before."""
     with place(tmp_path, port_start) as here:
         for word in ("one", "two"):
-            async with here.launcher.running(model(tmp_path, f"echo {word}"), "chat/0", Owner()) as engine:
+            async with here.launcher.running(model(tmp_path, f"echo {word}"), "chat/0", NO_DEVICES, Owner()) as engine:
                 await engine.exited
                 assert engine.output.tail(10) == (word,)
 
@@ -310,7 +311,7 @@ async def test_shared_memory_that_a_killed_engine_leaves_is_removed(
     with shared_memory(*names) as segments, contextlib.ExitStack() as stack:
         script = f"exec python3 {mapping} {event.path} {' '.join(map(str, segments))}"
         with place(tmp_path, port_start) as here:
-            async with here.launcher.running(model(tmp_path, script), "chat/0", Owner()) as engine:
+            async with here.launcher.running(model(tmp_path, script), "chat/0", NO_DEVICES, Owner()) as engine:
                 await event.happened()
                 arguments = ["python3", str(mapping), str(other.path), str(segments[-1])]
                 neighbour = stack.enter_context(subprocess.Popen(arguments))  # noqa: ASYNC220 - waits for nothing
@@ -343,7 +344,7 @@ async def test_weights_in_shared_memory_survive_a_stop_in_the_middle_of_their_lo
             used = " ".join(map(str, (weights, older, segment, data, *nested)))
             with place(tmp_path, port_start) as here:
                 script = f"exec python3 {mapping} {event.path} {used}"
-                async with here.launcher.running(model(tmp_path, script), "chat/0", Owner()):
+                async with here.launcher.running(model(tmp_path, script), "chat/0", NO_DEVICES, Owner()):
                     await event.happened()
                     assert segment.exists()
             assert [file.exists() for file in (weights, older, data, *nested)] == [True] * 5
@@ -430,7 +431,7 @@ async def test_an_engine_that_was_not_ended_keeps_its_port_its_folder_and_its_re
     owner = Owner()
     spec = model(tmp_path, f"echo up > {event.path}; exec sleep 1000")
     with place(tmp_path, port_start) as here:
-        async with here.launcher.running(spec, "chat/0", owner) as engine:
+        async with here.launcher.running(spec, "chat/0", NO_DEVICES, owner) as engine:
             await event.happened()
             assert isinstance(engine, LaunchedEngine)
             end, lives = engine.process.end, False
@@ -452,7 +453,7 @@ async def test_an_engine_that_was_not_ended_keeps_its_port_its_folder_and_its_re
 async def test_an_engine_gets_the_soft_limit_that_the_daemon_was_given(tmp_path: Path, port_start: int) -> None:
     """Before its program begins."""
     with place(tmp_path, port_start) as here:
-        async with here.launcher.running(model(tmp_path, "ulimit -Sn"), "chat/0", Owner()) as engine:
+        async with here.launcher.running(model(tmp_path, "ulimit -Sn"), "chat/0", NO_DEVICES, Owner()) as engine:
             await engine.exited
             assert engine.output.tail(1) == ("1024",)
 
@@ -464,7 +465,7 @@ async def test_a_logs_folder_that_is_gone_is_made_anew(tmp_path: Path, port_star
     """Whoever removed it wanted the old output away."""
     with place(tmp_path, port_start) as here:
         (here.state.path / "logs").rmdir()
-        async with here.launcher.running(model(tmp_path, "echo hello"), "chat/0", Owner()) as engine:
+        async with here.launcher.running(model(tmp_path, "echo hello"), "chat/0", NO_DEVICES, Owner()) as engine:
             await engine.exited
             assert engine.log.problem is None
         assert here.state.log_file("chat/0").read_text() == "hello\n"
@@ -477,7 +478,7 @@ async def test_a_log_that_is_removed_while_its_engine_writes_is_followed_on(
     go = Event(tmp_path / "go")
     script = f"echo one; echo up > {event.path}; read -r word < {go.path}; echo two"
     with place(tmp_path, port_start) as here:
-        async with here.launcher.running(model(tmp_path, script), "chat/0", Owner()) as engine:
+        async with here.launcher.running(model(tmp_path, script), "chat/0", NO_DEVICES, Owner()) as engine:
             await event.happened()
             shutil.rmtree(here.state.path / "logs")
             go.path.write_text("on\n")
@@ -499,7 +500,7 @@ async def test_output_that_no_file_takes_goes_on_in_memory_and_is_adopted(
         (tmp_path / "state" / "logs").write_text("in the way of a folder")
         with capture_logs() as logs:
             spec = model(tmp_path, f"echo before; (echo up > {event.path}); {script}")  # its own output stays open
-            async with first.launcher.running(spec, "chat/0", Owner()) as engine:
+            async with first.launcher.running(spec, "chat/0", NO_DEVICES, Owner()) as engine:
                 await event.happened()
                 assert "File exists" in (engine.log.problem or "")
                 engine.keep()
@@ -529,7 +530,7 @@ async def test_a_fault_while_an_engines_output_is_read_does_not_end_the_reading(
     with place(tmp_path, port_start) as here, capture_logs() as logs:
         launcher = replace(here.launcher, pass_on=pass_on)
         spec = model(tmp_path, f"echo one; read x < {event.path}; echo two; exec sleep 1000")
-        async with launcher.running(spec, "chat/0", Owner()) as engine:
+        async with launcher.running(spec, "chat/0", NO_DEVICES, Owner()) as engine:
             async with asyncio.timeout(20):
                 while faults:
                     await asyncio.sleep(0.01)

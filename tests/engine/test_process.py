@@ -22,7 +22,7 @@ from vllm_proxy.engine.ownership import Identity, Owned
 from vllm_proxy.engine.proc import KERNEL, Process, look_up
 from vllm_proxy.engine.process import EngineProcess, end_processes, to_the_end
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
-from vllm_proxy.fleet.reconciler import end_left
+from vllm_proxy.fleet.orphans import end_left
 
 LONG = 60.0  # a grace that no test waits out
 

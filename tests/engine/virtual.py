@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
+from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Phase, State
 from vllm_proxy.domain.progress import START, Progress
@@ -22,9 +23,10 @@ from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.process import to_the_end
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.engine.state import EngineRecord
-from vllm_proxy.fleet.gate import DeviceGate
+from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
-from vllm_proxy.fleet.supervisor import Supervisor, Surroundings
+from vllm_proxy.fleet.loop import FleetLoop
+from vllm_proxy.fleet.supervisor import Supervisor
 from vllm_proxy.traffic.registry import Registry
 
 
@@ -178,9 +180,9 @@ class FakeLauncher:
         self.unkillable: dict[str, str] = {}  # instances whose engines cannot be ended, and why
         self.stopping = asyncio.Event()
 
-    def devices(self, spec: EngineSpec) -> frozenset[str]:
-        """The GPUs that an engine measures while it loads."""
-        return frozenset(str(device) for device in spec.devices or ())
+    def allocation(self, spec: EngineSpec) -> Allocation:
+        """What an engine of this spec needs."""
+        return Allocation(frozenset(str(device) for device in spec.devices or ()))
 
     async def objection(self, model: ModelSpec) -> Diagnosis | None:  # noqa: ARG002 - one answer for all
         """Why no engine would start."""
@@ -193,7 +195,9 @@ class FakeLauncher:
         return frozenset({"seed", "max-num-batched-tokens"})
 
     @contextlib.asynccontextmanager
-    async def running(self, model: ModelSpec, instance: str, owner: Owner) -> AsyncIterator[FakeEngine]:
+    async def running(
+        self, model: ModelSpec, instance: str, allocation: Allocation, owner: Owner
+    ) -> AsyncIterator[FakeEngine]:
         """An engine that runs inside the block."""
         if self.refusal:
             raise self.refusal
@@ -202,7 +206,7 @@ class FakeLauncher:
             await asyncio.sleep(60)
             owner.waits(None)
         number = len(self.engines)
-        engine = FakeEngine(Place(instance, f"engine-{number}", 9000 + number, "secret", "/nowhere"))
+        engine = FakeEngine(Place(instance, f"engine-{number}", 9000 + number, "secret", "/nowhere", allocation))
         engine.spec = model.engine
         async with self._living(engine, owner):
             yield engine
@@ -289,9 +293,9 @@ class FakeProbe:
         return Ready(8192) if place.listens else None
 
 
-async def at_once[T](function: Callable[[], T]) -> T:
+async def at_once[**P, T](function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """What a thread would do: virtual time knows none."""
-    return function()
+    return function(*args, **kwargs)
 
 
 class KeptStarts:
@@ -319,17 +323,16 @@ class Stage:
         self.launcher = FakeLauncher()
         self.probe = FakeProbe(self.launcher)
         self.registry = Registry()
-        cleared = asyncio.Event()
-        cleared.set()
-        self.around = Surroundings(
+        self.loop = FleetLoop()
+        self.loop.start()
+        self.shared = Dependencies(
             self.launcher,
-            DeviceGate(),
+            self.loop,
             self.registry,
             self.probe,
-            hurry=asyncio.Event(),
-            cleared=cleared,
+            skip_drain=asyncio.Event(),
             stopping=self.launcher.stopping,
-            away=at_once,
+            offload=at_once,
         )
         self.starts = KeptStarts()
         self.woken: list[str] = []
@@ -351,7 +354,7 @@ class Stage:
             self.moved()
 
         self.registry.declare(spec, lambda: self.woken.append(spec.id))
-        supervisor = Supervisor(spec, 0, self.around, self.history(), changed)
+        supervisor = Supervisor(spec, 0, self.shared, self.history(), changed)
         return supervisor
 
     def moved(self) -> None:

@@ -78,9 +78,9 @@ class Fleet(RuleBasedStateMachine):
         self.stage.launcher.teardown_seconds = 3
         config = parse_config(self.file.read_bytes(), "")
         state = StateDirectory(Path(self.folder.name) / "state")
-        self.reconciler = Reconciler(config, self.stage.around, state, lambda spec: spec.model)
+        self.reconciler = Reconciler(config, self.stage.shared, state, lambda spec: spec.model)
         store = Store(self.file, fsync=lambda _descriptor: None)
-        self.desired = Desired(store, {}, self.reconciler, NoCheck(), Ports(9000, 9999, []), away=at_once)
+        self.desired = Desired(store, {}, self.reconciler, NoCheck(), Ports(9000, 9999, []), offload=at_once)
         self.reconciler.start()
 
     def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -145,7 +145,7 @@ class Fleet(RuleBasedStateMachine):
             living[which % len(living)].die(code)
         await settle()
 
-    @rule(name=NAMES, what=st.sampled_from(["start", "stop", "restart", "wake"]))
+    @rule(name=NAMES, what=st.sampled_from(["start", "stop", "restart", "request"]))
     def by_hand(self, name: str, what: str) -> None:
         """Somebody, or a request."""
         self.run(lambda: self._by_hand(name, what))
@@ -263,9 +263,9 @@ async def following(folder: Path, disk: Disk) -> Desired:
     file = folder / "models.toml"
     file.write_text("# old\n")
     stage = Stage()
-    reconciler = Reconciler(parse_config(b"# old\n", ""), stage.around, StateDirectory(folder), lambda spec: spec.model)
+    reconciler = Reconciler(parse_config(b"# old\n", ""), stage.shared, StateDirectory(folder), lambda spec: spec.model)
     reconciler.start()
-    return Desired(Store(file), {}, reconciler, NoCheck(), Ports(9000, 9999, []), away=disk)
+    return Desired(Store(file), {}, reconciler, NoCheck(), Ports(9000, 9999, []), offload=disk)
 
 
 @virtual

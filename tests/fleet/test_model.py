@@ -23,8 +23,8 @@ def begun(stage: Stage, spec: ModelSpec) -> Model:
         stage.registry.report(spec.id, found.state, message, rests=found.rests)
         stage.moved()
 
-    made = Model(spec, stage.around, stage.history(), changed)
-    stage.registry.declare(spec, made.wake)
+    made = Model(spec, stage.shared, stage.history(), changed)
+    stage.registry.declare(spec, made.request)
     made.begin({})
     return made
 
@@ -170,8 +170,8 @@ async def test_a_model_stopped_by_hand_rests_and_says_so() -> None:
     chat = begun(stage, model(drain_timeout=60))
     await serving(stage, chat)
     with await stage.registry.acquire("chat"):
-        chat.stop()
-        assert await code_of(stage) == "model_stopped", "in the same moment"
+        await chat.stop()
+        assert await code_of(stage) == "model_stopped", "as soon as the hand has its answer"
         await passes(30)
         assert (chat.state, stage.launcher.engines[0].buried) == (State.UNLOADING, None)
     await stage.until(lambda: chat.state is State.STOPPED)
@@ -386,7 +386,7 @@ async def test_a_bug_in_the_check_of_a_change_does_not_make_a_model_deaf() -> No
 
 @virtual
 async def test_a_bug_in_what_counts_idle_time_does_not_end_the_model() -> None:
-    """Its task is begun again, and it follows what is wanted of it as before."""
+    """It is looked at again soon, and follows what is wanted of it as before."""
     stage = Stage()
     chat = begun(stage, model(start="on-demand", idle_timeout=100))
     route = stage.registry.find("chat")
@@ -396,8 +396,9 @@ async def test_a_bug_in_what_counts_idle_time_does_not_end_the_model() -> None:
         pass
     with capture_logs() as logs:
         route.idle_since = cast("float", None)
-        chat._news.set()
+        stage.loop.changed(chat)
         await passes(10)
         route.idle_since = now()
         await stage.until(lambda: chat.state is State.STOPPED)
-    assert {entry["task"] for entry in logs if "task" in entry} == {"model chat"}
+    failed = [entry["model"] for entry in logs if entry["event"] == "a model could not be looked at"]
+    assert set(failed) == {"chat"}

@@ -16,7 +16,8 @@ from vllm_proxy.engine.proc import look_up
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.model import Model
-from vllm_proxy.fleet.reconciler import Reconciler, sort_out
+from vllm_proxy.fleet.orphans import sort_out
+from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.status import sentence
 
 
@@ -28,7 +29,7 @@ def reconciler_of(
     with StateDirectory(folder / "state") as state:
         for record in records:
             state.record(record)
-    reconciler = Reconciler(config, stage.around, StateDirectory(folder / "state"), lambda spec: spec.model)
+    reconciler = Reconciler(config, stage.shared, StateDirectory(folder / "state"), lambda spec: spec.model)
     reconciler.listen(lambda _: stage.moved())
     reconciler.start()
     return reconciler
@@ -167,7 +168,7 @@ async def test_hurry_reaches_every_instance_that_drains(tmp_path: Path) -> None:
     stopping = asyncio.create_task(reconciler.stop())
     await passes(10)
     assert states(reconciler.model("a")) == [State.UNLOADING] * 2
-    reconciler.hurry()
+    reconciler.skip_drain()
     await stopping
     assert [engine.buried for engine in stage.launcher.engines] == [pytest.approx(ready + 10)] * 2
 
@@ -227,6 +228,7 @@ async def test_an_engine_on_record_that_fits_is_adopted_and_no_other_is_started(
         stage, tmp_path, model("b", devices=(0,)), model("a", devices=(0,)), records=(alive(ready=True),)
     )
     await stage.until(lambda: reconciler.model("a").state is State.READY)
+    await stage.engine(2)
     assert sorted(engine.place.instance for engine in stage.launcher.engines) == ["a/0", "b/0"]
     (adopted,) = [engine for engine in stage.launcher.engines if engine.place.instance == "a/0"]
     assert (adopted.place.port, adopted.was_ready, now() < 1) == (9500, True, True)
@@ -335,7 +337,7 @@ async def test_who_needs_what_an_earlier_daemon_left_waits_and_all_others_start(
     """The same instance, and whoever shares a device; told as their reason, and in the sentence of the fleet."""
     stage = Stage()
     stage.launcher.unkillable |= {"a/0": "process 7 survives", "gone/0": "process 8 survives"}
-    stage.around.cleared.clear()
+
     left = (
         alive(spec="another/model", devices=(), own_name="1"),
         alive("gone/0", devices=("1",), own_name="2"),
@@ -362,7 +364,7 @@ async def test_an_engine_of_an_older_daemon_whose_devices_are_not_known_keeps_al
     """Its record does not say; a start without any device is not concerned."""
     stage = Stage()
     stage.launcher.unkillable["gone/0"] = "process 7 survives"
-    stage.around.cleared.clear()
+
     models = model("a", devices=(0,)), model("b")
     reconciler_of(stage, tmp_path, *models, records=(alive("gone/0"),))
     await stage.engine()
@@ -375,7 +377,7 @@ async def test_a_stop_does_not_wait_for_ever_for_what_cannot_be_ended(tmp_path: 
     """Neither for an engine of ours nor for one of an earlier daemon; both are still named behind it."""
     stage = Stage()
     stage.launcher.unkillable |= {"a/0": "process 7 survives", "gone/0": "process 8 survives"}
-    stage.around.cleared.clear()
+
     reconciler = reconciler_of(stage, tmp_path, model("a"), records=(alive("gone/0"),))
     await stage.engine()
     await passes(10)

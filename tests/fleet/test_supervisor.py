@@ -7,6 +7,7 @@ from structlog.testing import capture_logs
 
 from tests.engine.virtual import Stage, model, now, passes, settle, virtual
 from vllm_proxy.domain.config import Restart
+from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Exit
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.engine.program import LaunchError
@@ -288,7 +289,7 @@ async def test_stop_works_while_it_loads() -> None:
     engine = await stage.engine()
     await chat.stop()
     assert (chat.state, engine.buried, chat.engine) == (State.STOPPED, 5, None)
-    async with stage.around.gate.hold(frozenset({"0"})):
+    async with stage.loop.room.hold("other/0", Allocation(frozenset({"0"}))):
         assert now() == 5
 
 
@@ -404,7 +405,7 @@ async def test_hurry_cuts_a_drain_short() -> None:
     with await stage.registry.acquire("chat"):
         stopping = chat.stop()
         await passes(3)
-        stage.around.hurry.set()
+        stage.shared.skip_drain.set()
         await stopping
     assert engine.buried == pytest.approx(ready + 3)
 
@@ -560,7 +561,7 @@ async def test_what_cannot_be_ended_keeps_its_instance_unloading_until_it_is_gon
     stage.launcher.unkillable.clear()
     await stopping
     assert chat.state is State.STOPPED
-    assert not stage.around.gate.not_ended()
+    assert not stage.loop.room.not_ended()
 
 
 @virtual
@@ -647,7 +648,7 @@ async def test_a_bug_while_an_engine_is_ended_never_hides_that_it_may_live() -> 
     with capture_logs():
         await chat.stop()
     assert (chat.state, reason(chat)) == (State.UNLOADING, Reason.NOT_ENDED)
-    assert list(stage.around.gate.not_ended()) == ["chat/0"]
+    assert list(stage.loop.room.not_ended()) == ["chat/0"]
     new.start()
     await passes(1000)
     assert (new.phase, len(stage.launcher.engines)) == (Phase.QUEUED, 1)
@@ -663,7 +664,7 @@ async def test_a_daemon_that_stops_leaves_what_it_could_not_end_as_it_is() -> No
     await stage.serving(chat)
     stopping = chat.stop()
     await passes(10)
-    stage.around.stopping.set()
+    stage.shared.stopping.set()
     await stopping
     assert (chat.state, reason(chat)) == (State.UNLOADING, Reason.NOT_ENDED)
 

@@ -118,7 +118,7 @@ def get_model(reconciler: Reconciler, registry: Registry) -> Handler:
     return handle
 
 
-def act(reconciler: Reconciler, registry: Registry, do: Callable[[Model], None]) -> Handler:
+def act(reconciler: Reconciler, registry: Registry, do: Callable[[Model], asyncio.Future[None]]) -> Handler:
     """`POST /models/{model_id}/start`, `/stop`, `/restart`: what a hand wants, until the model is changed."""
 
     async def handle(request: web.Request) -> web.Response:
@@ -129,7 +129,7 @@ def act(reconciler: Reconciler, registry: Registry, do: Callable[[Model], None])
         if not model.spec.policy.enabled:
             msg = f"cannot start or stop {model.spec.id}: it is disabled in the configuration"
             raise RequestError("model_disabled", msg)
-        do(model)
+        await asyncio.wait({do(model)})
         return json_response(resource(model, registry), status=202)
 
     return handle
@@ -157,11 +157,12 @@ def resource(model: Model, registry: Registry) -> dict[str, Any]:
 
 def _instance(instance: Supervisor) -> dict[str, Any]:
     engine, left, diagnosis = instance.engine, instance.seconds_left(), instance.diagnosis
+    problem = engine.log.problem if engine else instance.waits_for
     return {
         "index": instance.index,
         "state": instance.state,
         "reason": diagnosis.reason if diagnosis else None,
-        "message": diagnosis.message if diagnosis else engine.log.problem if engine else None,
+        "message": diagnosis.message if diagnosis else problem,
         "pid": engine.pid if engine else None,
         "port": engine.place.port if engine else None,
         "phase": instance.phase,

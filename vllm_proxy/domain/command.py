@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from vllm_proxy.domain import args
 from vllm_proxy.domain.config import EngineSpec
+from vllm_proxy.domain.devices import NO_DEVICES, Allocation
 
 # vLLM's own: seconds that a stopping engine may take for its teardown. It gives workers 5 and then 4 s.
 ENGINE_SHUTDOWN_SECONDS = 15
@@ -45,6 +46,7 @@ class Place:
     port: int
     credential: str
     folder: str
+    allocation: Allocation = NO_DEVICES
 
 
 def argv(model_id: str, spec: EngineSpec, command: Sequence[str], place: Place) -> list[str]:
@@ -77,8 +79,8 @@ def environment(inherited: Mapping[str, str], spec: EngineSpec, place: Place) ->
     """The environment: the inherited one scrubbed, defaults, the user's `env`, then what only the daemon may say."""
     env = {name: value for name, value in inherited.items() if not _SCRUBBED.fullmatch(name)}
     env = {**_DEFAULTS, **env, "TMPDIR": place.folder, **spec.env}
-    if spec.devices is not None:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(device) for device in spec.devices)
+    if place.allocation.visible is not None:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(place.allocation.visible)
     return env | {
         "VLLM_RPC_BASE_PATH": place.folder,  # sockets: removed with the folder, short enough for AF_UNIX
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(ENGINE_KEEPALIVE_SECONDS),

@@ -20,12 +20,12 @@ class Strategy(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """One instance. `fits`: it runs what is wanted."""
+class Replica:
+    """One instance. `up_to_date`: it runs what is wanted."""
 
     index: int
     state: State
-    fits: bool
+    up_to_date: bool
 
     @property
     def active(self) -> bool:
@@ -41,36 +41,36 @@ class Steps:
     start: tuple[int, ...] = ()
 
 
-def steps(seats: Sequence[Seat], replicas: int, strategy: Strategy) -> Steps:
+def steps(present: Sequence[Replica], replicas: int, strategy: Strategy) -> Steps:
     """What can be done now; nothing when all is as wanted, or something must end or become ready before."""
-    fitting = sorted((seat for seat in seats if seat.active and seat.fits), key=lambda seat: seat.index)
-    others = [seat for seat in seats if seat.active and not seat.fits]
-    serving = sorted((seat for seat in others if seat.state is State.READY), key=lambda seat: seat.index)
-    leaving = sum(seat.state is State.UNLOADING for seat in seats)
-    surplus, fitting = fitting[replicas:], fitting[:replicas]
+    current = sorted((one for one in present if one.active and one.up_to_date), key=lambda one: one.index)
+    others = [one for one in present if one.active and not one.up_to_date]
+    outdated = sorted((one for one in others if one.state is State.READY), key=lambda one: one.index)
+    leaving = sum(one.state is State.UNLOADING for one in present)
+    surplus, current = current[replicas:], current[:replicas]
     # Who serves nobody and is not what is wanted goes in any case.
-    stop = [*surplus, *(seat for seat in others if seat.state is not State.READY)]
-    room = replicas - len(fitting) - len(serving) - leaving - len(stop)
+    stop = [*surplus, *(one for one in others if one.state is not State.READY)]
+    room = replicas - len(current) - len(outdated) - leaving - len(stop)
     match strategy:
         case Strategy.DRAIN:
-            stop += serving
+            stop += outdated
         case Strategy.SURGE:
-            ready = sum(seat.state is State.READY for seat in fitting)
-            stop += serving[max(0, replicas - ready) :]
-            room += bool(serving)
+            ready = sum(one.state is State.READY for one in current)
+            stop += outdated[max(0, replicas - ready) :]
+            room += bool(outdated)
         case Strategy.ONE_BY_ONE:
-            too_many = max(0, len(fitting) + len(serving) - replicas)
-            waits = stop or leaving or room > 0 or any(seat.state is State.LOADING for seat in fitting)
-            stop += serving[len(serving) - too_many :] if too_many or waits else serving[:1]
-    missing = min(room, replicas - len(fitting))
-    free = _free(seats)
-    return Steps(tuple(sorted(seat.index for seat in stop)), tuple(next(free) for _ in range(missing)))
+            too_many = max(0, len(current) + len(outdated) - replicas)
+            waits = stop or leaving or room > 0 or any(one.state is State.LOADING for one in current)
+            stop += outdated[len(outdated) - too_many :] if too_many or waits else outdated[:1]
+    missing = min(room, replicas - len(current))
+    free = _free(present)
+    return Steps(tuple(sorted(one.index for one in stop)), tuple(next(free) for _ in range(missing)))
 
 
-def _free(seats: Sequence[Seat]) -> Iterator[int]:
+def _free(present: Sequence[Replica]) -> Iterator[int]:
     """Indices that nobody has: those of stopped instances first."""
-    yield from sorted(seat.index for seat in seats if seat.state is State.STOPPED)
-    taken = {seat.index for seat in seats}
+    yield from sorted(one.index for one in present if one.state is State.STOPPED)
+    taken = {one.index for one in present}
     index = 0
     while True:
         if index not in taken:

@@ -14,26 +14,26 @@ from vllm_proxy.domain.options import OptionTable
 from vllm_proxy.engine.options import OptionTables
 from vllm_proxy.engine.program import Programs
 from vllm_proxy.runtime.background import run_once
-from vllm_proxy.runtime.threads import Away
+from vllm_proxy.runtime.threads import Offload
 
 _NAMES_SECONDS = 30.0
 _DISK_SECONDS = 10.0  # what lies on a disk that does not answer is not known
 
 
 class OptionCheck:
-    """What the vLLM of each engine would refuse. `away` has what reads its installation done elsewhere."""
+    """What the vLLM of each engine would refuse. `offload` has what reads its installation done elsewhere."""
 
-    def __init__(self, programs: Programs, tables: OptionTables, away: Away = asyncio.to_thread) -> None:
+    def __init__(self, programs: Programs, tables: OptionTables, offload: Offload = asyncio.to_thread) -> None:
         self._programs = programs
         self._tables = tables
-        self._away = away
+        self._offload = offload
         self._learning: set[asyncio.Task[None]] = set()
 
     async def problems(self, model: ModelSpec) -> list[tuple[str, str]]:
         """(key path, message) for each; none where nothing is known of its vLLM, which is then looked at."""
         try:
             async with asyncio.timeout(_DISK_SECONDS):
-                table = await self._away(self._known, model.engine)
+                table = await self._offload(self._known, model.engine)
         except TimeoutError:
             return []
         if table is None:
@@ -67,7 +67,7 @@ class OptionCheck:
         await self._tables.close()
 
     async def _learn(self, specs: Sequence[EngineSpec]) -> None:
-        for python, env in await self._away(self._sources, specs):
+        for python, env in await self._offload(self._sources, specs):
             await self._tables.load(python, env)
 
     def _sources(self, specs: Sequence[EngineSpec]) -> list[tuple[Path, Mapping[str, str]]]:

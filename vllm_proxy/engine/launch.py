@@ -19,7 +19,7 @@ import structlog
 from vllm_proxy.domain import command
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
-from vllm_proxy.domain.devices import devices_of
+from vllm_proxy.domain.devices import Allocation, allocation_for
 from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.progress import Progress
@@ -204,11 +204,11 @@ class Launcher:
     open_files: int  # the soft limit that engines get
     stopping: asyncio.Event  # set: the daemon stops
 
-    def devices(self, spec: EngineSpec) -> frozenset[str]:
-        """The GPUs that an engine measures while it loads."""
+    def allocation(self, spec: EngineSpec) -> Allocation:
+        """What an engine of this spec needs, as long as nothing places it elsewhere."""
         if not self.has_gpus and spec.devices is None:
-            return frozenset()
-        return devices_of(spec, self.programs.inherited)
+            return Allocation()
+        return allocation_for(spec, self.programs.inherited)
 
     def fingerprint(self, spec: EngineSpec) -> str:
         """What an engine is known by to be the one that a spec asks for."""
@@ -229,7 +229,9 @@ class Launcher:
         return await self.check.names(spec)
 
     @contextlib.asynccontextmanager
-    async def running(self, model: ModelSpec, instance: str, owner: Owner) -> AsyncIterator[LaunchedEngine]:
+    async def running(
+        self, model: ModelSpec, instance: str, allocation: Allocation, owner: Owner
+    ) -> AsyncIterator[LaunchedEngine]:
         """An engine that runs inside the block; behind it nothing is left of it, unless its owner was told otherwise.
 
         Raises:
@@ -240,7 +242,7 @@ class Launcher:
         _refuse(await self.check.problems(model))
         async with contextlib.AsyncExitStack() as stack:
             taken = stack.enter_context(contextlib.ExitStack())
-            place = await self._take_place(instance, owner, taken)
+            place = await self._take_place(instance, allocation, owner, taken)
             argv = command.argv(model.id, model.engine, start, place)
             env = command.environment(self.programs.inherited, model.engine, place)
             with descriptors.spare():
@@ -305,7 +307,9 @@ class Launcher:
             taken.callback(self.ports.give_back, record.port)
             await self._end(record, partial(end_processes, record.identity), owner, taken)
 
-    async def _take_place(self, instance: str, owner: Owner, taken: contextlib.ExitStack) -> Place:
+    async def _take_place(
+        self, instance: str, allocation: Allocation, owner: Owner, taken: contextlib.ExitStack
+    ) -> Place:
         try:
             port = await self.ports.take_soon(owner.waits)
             taken.callback(self.ports.give_back, port)
@@ -313,7 +317,7 @@ class Launcher:
         except (NoPortError, OSError) as error:
             raise LaunchError(Reason.CRASHED, f"cannot make room for an engine: {error}") from error
         taken.callback(files.remove_tree, Path(folder))
-        return Place(instance, f"engine-{secrets.token_hex(8)}", port, secrets.token_urlsafe(24), folder)
+        return Place(instance, f"engine-{secrets.token_hex(8)}", port, secrets.token_urlsafe(24), folder, allocation)
 
     def _spawn(
         self,
@@ -336,7 +340,7 @@ class Launcher:
         record = EngineRecord(
             place.instance, place.own_name, process.pid, process.started, place.port, place.credential, place.folder,
             log_file.recorded(process.pid), self.fingerprint(spec), log_start, datetime.now(UTC).isoformat(),
-            devices=tuple(sorted(self.devices(spec))),
+            devices=tuple(sorted(place.allocation.devices)),
         )  # fmt: skip
         output = Output(
             place.instance, log_file.path, log_start, log_start, self.pass_on, most_bytes=log_file.most_bytes

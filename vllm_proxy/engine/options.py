@@ -26,7 +26,7 @@ from vllm_proxy.engine.proc import KERNEL, look_up
 from vllm_proxy.engine.process import end_processes, to_the_end
 from vllm_proxy.runtime.background import ask
 from vllm_proxy.runtime.files import replace_file
-from vllm_proxy.runtime.threads import Away
+from vllm_proxy.runtime.threads import Offload
 
 log = structlog.get_logger()
 
@@ -171,13 +171,13 @@ def _version(python: Path, env: Mapping[str, str]) -> _Version:
 class OptionTables:
     """The tables that are known. `folder` keeps them for later daemons; it is made when first needed.
 
-    `away` has what reads an installation done elsewhere.
+    `offload` has what reads an installation done elsewhere.
     """
 
-    def __init__(self, folder: Path, seconds: float = _SECONDS, away: Away = asyncio.to_thread) -> None:
+    def __init__(self, folder: Path, seconds: float = _SECONDS, offload: Offload = asyncio.to_thread) -> None:
         self._folder = folder
         self._seconds = seconds
-        self._away = away
+        self._offload = offload
         self._tables: dict[_Version, OptionTable | None] = {}  # None: it failed, and is not tried again
         self._readings: dict[_Version, asyncio.Task[OptionTable | None]] = {}
         self._one_at_a_time = asyncio.Lock()  # an import of vLLM takes a processor and a GB for ten seconds
@@ -194,7 +194,7 @@ class OptionTables:
 
         `env` is what the engine would run with.
         """
-        version = await self._away(_version, python, env)
+        version = await self._offload(_version, python, env)
         if version in self._tables:
             return self._tables[version]
         reading = self._readings.get(version)

@@ -23,7 +23,7 @@ from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime import clock
 from vllm_proxy.runtime.background import ask, tell
-from vllm_proxy.runtime.threads import Away
+from vllm_proxy.runtime.threads import Offload
 
 log = structlog.get_logger()
 
@@ -72,10 +72,10 @@ class Desired:
         check: Check,
         ports: Ports,
         *,
-        away: Away = asyncio.to_thread,
+        offload: Offload = asyncio.to_thread,
         address_is_given: bool = False,
     ) -> None:
-        """`away`: has what blocks done elsewhere. `address_is_given`: it is not the file that says where to listen."""
+        """`offload`: has what blocks done elsewhere. `address_is_given`: the file does not say where to listen."""
         self.rejected: ConfigError | None = None  # why what is on disk is not what runs
         self.reloads = Counter[str]()  # by result
         self._store = store
@@ -85,7 +85,7 @@ class Desired:
         self.reconciler = reconciler
         self._check = check
         self._ports = ports
-        self.away = away
+        self.offload = offload
         self._started_with = None if address_is_given else reconciler.config.server
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -122,7 +122,7 @@ class Desired:
 
         """
         config = await self._in_time(self._parse, data)
-        return await self.away(plan, config.models, self.reconciler.specs())
+        return await self.offload(plan, config.models, self.reconciler.specs())
 
     async def still(self) -> None:
         """Wait until nobody seems to write the file any more.
@@ -206,7 +206,7 @@ class Desired:
 
     async def _in_time[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call what changes nothing elsewhere, and do not wait for a disk that does not answer."""
-        answer = ask(self.away(function, *args, **kwargs), "a read of the configuration")
+        answer = ask(self.offload(function, *args, **kwargs), "a read of the configuration")
         try:
             if await clock.wait({answer}, _DISK_SECONDS):
                 return answer.result()
@@ -227,7 +227,7 @@ class Desired:
 
     async def _reload(self) -> Outcome:
         try:
-            config = await self.away(self._read_new)
+            config = await self.offload(self._read_new)
         except ConfigError as error:
             self._reject(error)
             raise
@@ -240,11 +240,11 @@ class Desired:
         return await self._adopt(config)
 
     async def _write(self, edit: Edit, if_match: str | None, *, blind: bool) -> Outcome:
-        before, after, config = await self.away(self._edited, edit, if_match, blind=blind)
+        before, after, config = await self.offload(self._edited, edit, if_match, blind=blind)
         if found := await self._refused(config):
             raise ConfigError(self._file, found)
         if after != before:
-            await self.away(self._store.replace, after)
+            await self.offload(self._store.replace, after)
         if config.revision == self.reconciler.config.revision:
             return Outcome(config.revision, ())
         return await self._adopt(config)
@@ -298,10 +298,10 @@ class Desired:
         ]
 
     async def _adopt(self, config: Config) -> Outcome:
-        actions = await self.away(plan, config.models, self.reconciler.specs())  # of many models it takes a while
+        actions = await self.offload(plan, config.models, self.reconciler.specs())  # of many models it takes a while
         self.rejected = None
         self._ports.use(config.engine.port_start, config.engine.port_end)
-        self.reconciler.adopt(config, actions)
+        await self.reconciler.adopt(config, actions)
         outcome = Outcome(config.revision, actions)
         self._check.learn(model.engine for model in config.models.values())
         log.info("the configuration is adopted", revision=config.revision, changes=len(outcome.changes))

@@ -1,64 +1,68 @@
-"""One model: its instances follow what is wanted of it now, by the file, by hand, or by requests that wait.
+"""One model: what is wanted of it and which instances it has. What it does next is decided by the fleet loop.
 
-Its one rule: it looks at what is and does what can be done at once, again after every change; so nothing that is
-wanted in the middle of something else is lost, and nothing has to be taken back.
+Everybody else says what happened (`start`, `stop`, `restart`, `request`: they return at once). The loop applies that,
+looks at the model (`now`) and has it do what was decided (`carry_out`); nothing is started or stopped elsewhere.
 """
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from enum import Enum
+from functools import partial
 
 import structlog
 
-from vllm_proxy.domain import lifecycle, rollout
-from vllm_proxy.domain.config import EngineSpec, ModelSpec
+from vllm_proxy.domain import lifecycle
+from vllm_proxy.domain.config import ModelSpec
+from vllm_proxy.domain.decide import InstanceNow, ModelNow, Moves, Wanted
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason, State
-from vllm_proxy.domain.rollout import Seat, Strategy
+from vllm_proxy.domain.rollback import Rollback
 from vllm_proxy.engine.state import EngineRecord
+from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
-from vllm_proxy.fleet.rollback import Trial
-from vllm_proxy.fleet.supervisor import Supervisor, Surroundings
-from vllm_proxy.runtime.background import keep_running
+from vllm_proxy.fleet.supervisor import Supervisor
+from vllm_proxy.runtime.background import run_once
 
 log = structlog.get_logger()
 
 _STOPPED_BY_HAND = Diagnosis(Reason.STOPPED_BY_HAND, "stopped by hand; start it by hand, or change it")
-_STRATEGIES = {"auto": Strategy.ONE_BY_ONE, "surge": Strategy.SURGE, "drain": Strategy.DRAIN}
 
 
-class Wanted(Enum):
-    """What a model is to do."""
+@dataclass(frozen=True, slots=True)
+class _Happened:
+    """An event for the loop's mailbox."""
 
-    RUN = "run"
-    SLEEP = "sleep"  # on-demand: the next request starts it
-    REST = "rest"  # stopped by hand: only a hand or a change starts it
-    END = "end"  # the daemon stops, or the model is gone from the file
+    what: Callable[[], None]
+
+    def apply(self) -> None:
+        """Change what is wanted."""
+        self.what()
 
 
 class Model:
     """The instances of one model. `changed` is called with it after every change of what it shows."""
 
     def __init__(
-        self, spec: ModelSpec, around: Surroundings, history: History, changed: Callable[["Model"], None]
+        self, spec: ModelSpec, shared: Dependencies, history: History, changed: Callable[["Model"], None]
     ) -> None:
         self.spec = spec
+        self.name = spec.id
         self.history = history
         self.created_at = datetime.now(UTC)
-        self._around = around
+        self._shared = shared
         self._changed = changed
         self._wanted = Wanted.REST
+        self._begun = False
         self._keep = False  # engines live on where the model ends
-        self._trial = Trial(spec, around.launcher, self._show)
+        self._requested = False  # a request came, and nobody served it
+        self._rollback = Rollback(spec.engine)
+        self._checking: asyncio.Task[None] | None = None
         self._renew: set[Supervisor] = set()  # to be started anew, though they run what is wanted
         self._leaving: dict[Supervisor, asyncio.Task[None]] = {}
-        self._news = asyncio.Event()  # anything changed
-        self._task: asyncio.Task[None] | None = None
+        self._ended: asyncio.Future[None] | None = None
         self.instances: tuple[Supervisor, ...] = ()
-        self._seat()
+        self._fill_up()
 
     @property
     def state(self) -> State:
@@ -78,8 +82,8 @@ class Model:
             return not_ended
         if state is State.STOPPED:
             return _STOPPED_BY_HAND if self.rests else None
-        if state is not State.ERROR and self._trial.refusal is not None:
-            return self._trial.refusal
+        if state is not State.ERROR and self._rollback.refusal is not None:
+            return self._rollback.refusal
         if state not in {State.LOADING, State.ERROR}:
             return None
         return next((one.diagnosis for one in self.instances if one.state is state and one.diagnosis), None)
@@ -87,30 +91,50 @@ class Model:
     @property
     def rests(self) -> bool:
         """Whether somebody stopped it by hand."""
-        return self._wanted is Wanted.REST and self._task is not None and self.spec.policy.enabled
+        return self._wanted is Wanted.REST and self._begun and self.spec.policy.enabled
 
     @property
-    def sleeps(self) -> bool:
+    def awaits_request(self) -> bool:
         """Whether the next request starts it."""
-        return self._wanted is Wanted.SLEEP and self.spec.policy.enabled
+        return self._wanted is Wanted.AWAIT and self.spec.policy.enabled
 
     @property
     def ends(self) -> bool:
         """Whether it was told to stop for good."""
         return self._wanted is Wanted.END
 
-    # What is wanted of it
+    # What happens: for everybody
+
+    def start(self) -> asyncio.Future[None]:
+        """Run, and let what rests in `error` try again. Done when that has begun."""
+        return self._post(self._start)
+
+    def stop(self) -> asyncio.Future[None]:
+        """Stop until somebody starts or changes it. Done when that has begun."""
+        return self._post(partial(self._want, Wanted.REST))
+
+    def restart(self) -> asyncio.Future[None]:
+        """Start every engine anew, one after another where there are several; a change that failed is tried again."""
+        return self._post(self._restart)
+
+    def request(self) -> None:
+        """A request came, and nobody serves it."""
+        if self._wanted is Wanted.AWAIT and not self._requested:
+            self._requested = True
+            self._shared.loop.changed(self)
+
+    # What is wanted: for the loop's events
 
     def begin(self, records: Mapping[int, EngineRecord]) -> None:
         """Start what the file asks for; `records` are engines of an earlier daemon, by instance. Returns at once."""
         asked = self.spec.policy.start == "always" or records
-        self._wanted = Wanted.RUN if asked else Wanted.SLEEP
+        self._wanted = Wanted.RUN if asked else Wanted.AWAIT
+        self._begun = True
         if records:
             self.instances = _in_order([self._supervisor(index) for index in records])
             for instance in self.instances:
                 instance.start(records[instance.index])
-        self._task = keep_running(self._follow, f"model {self.spec.id}")
-        self._look()
+        self._shared.loop.changed(self)
 
     def become(self, spec: ModelSpec) -> None:
         """The file asks for something else, or says the same in other words. Returns at once."""
@@ -119,108 +143,112 @@ class Model:
             return
         for instance in self.instances:
             instance.spec = replace(spec, engine=instance.spec.engine)
-        self._trial.change(spec)
+        self._try_anew(spec)
         self._renew |= {one for one in self.instances if one.state is State.ERROR}
-        if spec.policy.start == "always" or self._wanted is Wanted.RUN:
-            self._want(Wanted.RUN)
-        else:
-            self._want(Wanted.SLEEP)
+        runs = spec.policy.start == "always" or self._wanted is Wanted.RUN
+        self._want(Wanted.RUN if runs else Wanted.AWAIT)
 
-    def start(self) -> None:
-        """Run, and let what rests in `error` try again."""
+    def end(self, *, keep: bool) -> asyncio.Future[None]:
+        """Stop for good; done when nothing is left. `keep`: engines go on, for the next daemon."""
+        assert self._begun, "only a begun model ends"
+        self._keep = keep
+        if self._ended is None:
+            self._ended = asyncio.get_running_loop().create_future()
+        self._want(Wanted.END)
+        return self._ended
+
+    def _post(self, what: Callable[[], None]) -> asyncio.Future[None]:
+        return self._shared.loop.post(_Happened(what))
+
+    def _start(self) -> None:
         self._renew |= {one for one in self.instances if one.state is State.ERROR}
         self._want(Wanted.RUN)
 
-    def stop(self) -> None:
-        """Stop until somebody starts or changes it."""
-        self._want(Wanted.REST)
-
-    def restart(self) -> None:
-        """Start every engine anew, one after another where there are several; a change that failed is tried again."""
-        self._trial.change(self.spec)
+    def _restart(self) -> None:
+        self._try_anew(self.spec)
         self._renew |= set(self.instances)
         self._want(Wanted.RUN)
 
-    def wake(self) -> None:
-        """A request waits for it."""
-        if self._wanted is Wanted.SLEEP:
-            log.info("started by a request", model=self.spec.id)
-            self._want(Wanted.RUN)
-
-    def end(self, *, keep: bool) -> asyncio.Task[None]:
-        """Stop for good; the task is done when nothing is left. `keep`: engines go on, for the next daemon."""
-        assert self._task is not None, "only a begun model ends"
-        self._keep = keep
-        self._want(Wanted.END)
-        return self._task
+    def _try_anew(self, spec: ModelSpec) -> None:
+        self._rollback = self._rollback.change(spec.engine)
+        if self._checking is not None:
+            self._checking.cancel()
+            self._checking = None
 
     def _want(self, wanted: Wanted) -> None:
         if self._wanted is not Wanted.END:
             self._wanted = wanted
-        self._show()
-        self._look()
+        self._notify()
 
-    def _show(self) -> None:
-        self._news.set()
+    def _notify(self) -> None:
         self._changed(self)
+        self._shared.loop.changed(self)
 
-    # What it does about it
+    # What it is, and what it does: for the loop
 
-    async def _follow(self) -> None:
-        """Look again after every change, until it has ended."""
-        while True:
-            self._news.clear()
-            self._look()
-            if self._wanted is Wanted.END and not self._leaving:
-                return
-            await self._until_news()
+    def now(self) -> ModelNow:
+        """As the loop decides about it."""
+        instances = tuple(
+            InstanceNow(one.index, one.state, one.spec.engine, one.failure, one in self._renew)
+            for one in self.instances
+        )
+        policy, registry = self.spec.policy, self._shared.registry
+        return ModelNow(
+            self.name, policy, self._wanted, self._rollback, instances,
+            requested=self._requested,
+            waits_since=registry.waits_since(self.name),
+            idle_seconds=registry.idle_seconds(self.name),
+        )  # fmt: skip
 
-    def _look(self) -> None:
-        """Do what can be done now."""
-        try:
-            self._act()
-        except Exception:  # a bug in here must not leave the model without anybody who listens
-            log.exception("a model could not follow what is wanted", model=self.spec.id)
-
-    def _act(self) -> None:
-        if self._task is None:
+    def carry_out(self, moves: Moves) -> None:
+        """Begin what was decided."""
+        self._requested = False
+        if not self._begun:
             return
-        runs = self._wanted is Wanted.RUN and self.spec.policy.enabled
-        target = self._trial.target(self.instances)
-        seats = [self._seen(one, target) for one in self.instances]
-        now = rollout.steps(seats, self.spec.policy.replicas if runs else 0, self._strategy(target))
+        self._follow(moves)
         by_index = {one.index: one for one in self.instances}
-        for index in now.stop:
-            self._stop(by_index[index])
-        for index in now.start:
-            instance = by_index.get(index) or self._supervisor(index)
-            instance.spec = replace(self.spec, engine=target)
-            self._renew.discard(instance)
-            if instance not in self.instances:
-                self.instances = _in_order([*self.instances, instance])
-            instance.start()
-        self._seat()
+        for index in moves.stop:
+            self._stop_instance(by_index[index])
+        for index in moves.start:
+            self._start_instance(by_index.get(index) or self._supervisor(index))
+        self._fill_up()
+        if self.ends and not self._leaving and self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
 
-    def _seen(self, one: Supervisor, target: EngineSpec) -> Seat:
-        return Seat(one.index, one.state, one.spec.engine == target and one not in self._renew)
+    def _follow(self, moves: Moves) -> None:
+        refused, wanted = moves.rollback.failed, moves.wanted
+        if refused is not None and refused is not self._rollback.failed:
+            log.error("a replacement failed", model=self.name, reason=refused.reason, message=refused.message)
+        told = (refused, wanted) != (self._rollback.failed, self._wanted)
+        if (self._wanted, wanted) == (Wanted.AWAIT, Wanted.RUN):
+            log.info("started by a request", model=self.name)
+        if (self._wanted, wanted) == (Wanted.RUN, Wanted.AWAIT):
+            log.info("unloaded: no request for a while", model=self.name)
+        self._rollback, self._wanted = moves.rollback, wanted
+        if moves.check and self._checking is None:
+            self._begin_check(self.spec)
+        if told:
+            self._changed(self)
 
-    def _strategy(self, target: EngineSpec) -> Strategy:
-        chosen = _STRATEGIES[self.spec.policy.replace]
-        others = any(one.spec.engine != target for one in self.instances if one.state is State.READY)
-        return chosen if others or chosen is Strategy.SURGE else Strategy.ONE_BY_ONE  # a restart by hand
+    def _start_instance(self, instance: Supervisor) -> None:
+        instance.spec = replace(self.spec, engine=self._rollback.target)
+        self._renew.discard(instance)
+        if instance not in self.instances:
+            self.instances = _in_order([*self.instances, instance])
+        instance.start()
 
-    def _stop(self, instance: Supervisor) -> None:
+    def _stop_instance(self, instance: Supervisor) -> None:
         self._renew.discard(instance)
         leaving = self._leaving[instance] = instance.stop(keep=self._keep)
 
         def left(_: asyncio.Task[None]) -> None:
             if self._leaving[instance] is leaving:
                 del self._leaving[instance]
-            self._news.set()
+            self._shared.loop.changed(self)
 
         leaving.add_done_callback(left)
 
-    def _seat(self) -> None:
+    def _fill_up(self) -> None:
         """As many instances as the file asks for, and those that still leave."""
         wanted = self.spec.policy.replicas if self.spec.policy.enabled else 0
         there = [one for one in self.instances if one.state is not State.STOPPED]
@@ -231,29 +259,24 @@ class Model:
         self.instances = _in_order([*kept, *missing])
 
     def _supervisor(self, index: int) -> Supervisor:
-        return Supervisor(self.spec, index, self._around, self.history, self._show)
+        return Supervisor(self.spec, index, self._shared, self.history, self._notify)
 
-    async def _until_news(self) -> None:
-        """Wait until anything changed; an on-demand model that nobody uses goes to sleep by itself."""
-        left = self._idle_seconds_left()
-        if left is not None and left <= 0:
-            log.info("unloaded: no request for a while", model=self.spec.id)
-            self._want(Wanted.SLEEP)
+    def _begin_check(self, wanted: ModelSpec) -> None:
+        # A check that failed has found nothing; what it would have found, the engine tells soon.
+        failed = partial(self._end_check, wanted, None)
+        self._checking = run_once(partial(self._check, wanted), f"check of {wanted.id}", failed)
+
+    async def _check(self, wanted: ModelSpec) -> None:
+        self._end_check(wanted, await self._shared.launcher.objection(wanted))
+
+    def _end_check(self, wanted: ModelSpec, found: Diagnosis | None) -> None:
+        if wanted.engine is not self._rollback.wanted:
             return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(left):
-                await self._news.wait()
-
-    def _idle_seconds_left(self) -> float | None:
-        policy = self.spec.policy
-        if self._wanted is not Wanted.RUN or policy.start != "on-demand" or not policy.idle_timeout:
-            return None
-        state = self.state
-        if state is State.ERROR:  # that stays for people to see
-            return None
-        if state is not State.READY:  # the time counts from when it can be used
-            return policy.idle_timeout
-        return policy.idle_timeout - self._around.registry.idle_seconds(self.spec.id)
+        self._checking = None
+        self._rollback = self._rollback.check_ended(found)
+        if found is not None:
+            log.error("a replacement failed", model=self.name, reason=found.reason, message=found.message)
+        self._notify()
 
 
 def _is_not_ended(one: Supervisor) -> bool:

@@ -1,86 +1,45 @@
-"""One instance of a model: started, watched, started again after a failure, stopped. One task each.
+"""One instance of a model: its engine is started, watched, and ended. One task each.
 
-Its one rule: an engine's death is a value here, never an exception that could reach another model.
+An engine's death is a value here, never an exception that could reach another model. When a start may begin, and
+whether another one follows a failure, is asked of the fleet loop.
 """
 
 import asyncio
 import contextlib
-import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
-from vllm_proxy.domain import lifecycle, progress
-from vllm_proxy.domain.config import EngineSpec, ModelSpec
+from vllm_proxy.domain import progress
+from vllm_proxy.domain.config import ModelSpec, Restart
+from vllm_proxy.domain.decide import NotNow
+from vllm_proxy.domain.devices import ANY_DEVICE, Allocation
 from vllm_proxy.domain.diagnose import Diagnosis, Exit, diagnose
 from vllm_proxy.domain.lifecycle import Event, Life, Phase, Reason, State
 from vllm_proxy.domain.progress import Progress
-from vllm_proxy.engine.ending import Owner
 from vllm_proxy.engine.launch import Engine
 from vllm_proxy.engine.liveness import until_stalled
-from vllm_proxy.engine.probe import Probe, Ready
+from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.engine.start import until_ready
 from vllm_proxy.engine.state import EngineRecord
-from vllm_proxy.fleet.gate import DeviceGate, Leaving
+from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
+from vllm_proxy.fleet.room import Departure
 from vllm_proxy.runtime import clock
 from vllm_proxy.runtime.background import ask, keep_running, run_once
-from vllm_proxy.traffic.ejection import mind
-from vllm_proxy.traffic.registry import Endpoint, Registry
+from vllm_proxy.traffic.ejection import watch_health
+from vllm_proxy.traffic.registry import Endpoint
 
 log = structlog.get_logger()
 
 _TAIL_LINES = 20  # shown
 _SHOWN_CHARACTERS = 2000  # of each
 _DIAGNOSED_LINES = 2000  # the root of a failure stands far above vLLM's last words
-
-
-class Away(Protocol):
-    """Calls a function where it may take its time."""
-
-    async def __call__[T](self, function: Callable[[], T], /) -> T:
-        """What the function returns or raises."""
-
-
-class Launcher(Protocol):
-    """What starts engines."""
-
-    def devices(self, spec: EngineSpec) -> frozenset[str]:
-        """The GPUs that an engine measures while it loads."""
-
-    def running(self, model: ModelSpec, instance: str, owner: Owner) -> contextlib.AbstractAsyncContextManager[Engine]:
-        """An engine that runs inside the block."""
-
-    def adopted(self, record: EngineRecord, owner: Owner) -> contextlib.AbstractAsyncContextManager[Engine]:
-        """One that runs already."""
-
-    async def end_left(self, record: EngineRecord, owner: Owner) -> None:
-        """End one that an earlier daemon left."""
-
-    async def objection(self, model: ModelSpec) -> Diagnosis | None:
-        """Why no engine would start for a model, as far as it can be known without starting one."""
-
-    async def option_names(self, spec: EngineSpec) -> frozenset[str]:
-        """The options that the vLLM of a spec takes, without dashes; none where they are not known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What every supervisor shares."""
-
-    launcher: Launcher
-    gate: DeviceGate
-    registry: Registry
-    probe: Probe
-    hurry: asyncio.Event  # set: do not wait for requests any more
-    cleared: asyncio.Event  # set: what an earlier daemon left is gone, or keeps its place in the gate's line
-    stopping: asyncio.Event  # set: the daemon stops, nothing that has no end goes on
-    away: Away = asyncio.to_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +56,7 @@ class Supervisor:
     """The life of instance `index` of a model. `changed` is called after every change of what it shows."""
 
     def __init__(
-        self, spec: ModelSpec, index: int, around: Surroundings, history: History, changed: Callable[[], None]
+        self, spec: ModelSpec, index: int, shared: Dependencies, history: History, changed: Callable[[], None]
     ) -> None:
         self.spec = spec  # its policy may change at any time, its engine while it is stopped
         self.index = index
@@ -113,13 +72,15 @@ class Supervisor:
         self.engine: Engine | None = None
         self.endpoint: Endpoint | None = None
         self._life = Life()
-        self._around = around
+        self._shared = shared
         self._history = history
         self._changed = changed
         self._failures = 0
         self._lives = False  # an engine, or what is left of one
         self._failure: Diagnosis | None = None  # of its last engine, until the next one serves
-        self._leaving: Leaving | None = None
+        self._allocation: Allocation | None = None  # of its engine, or of the one that it waits to start
+        self._departure: Departure | None = None
+        self.waits_for: str | None = None  # what is in the way of its start
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -130,7 +91,7 @@ class Supervisor:
     def start(self, record: EngineRecord | None = None) -> None:
         """Begin to run, with an engine of an earlier daemon where there is one. Returns at once."""
         self._failures = 0
-        self.diagnosis = self._failure = None
+        self.diagnosis = self._failure = self.waits_for = None
         self._move(Event.START)
         self._task = run_once(partial(self._run, record), f"supervisor of {self.name}")
 
@@ -141,7 +102,7 @@ class Supervisor:
         """
         assert self._task is not None, "only a started one can be stopped"
         assert self._life.state not in {State.STOPPED, State.UNLOADING}, "it is stopped once"
-        self._leave_devices()
+        self._depart()
         is_told = self.diagnosis is not None and self.diagnosis.reason is Reason.NOT_ENDED and self._lives
         self._move(Event.STOP, Phase.STOPPING if is_told else Phase.DRAINING)
         if keep and self.engine is not None:
@@ -157,16 +118,18 @@ class Supervisor:
             self.diagnosis = None
             self._move(Event.GONE)
 
-    def _leave_devices(self) -> Leaving:
+    def _depart(self) -> Departure:
         """Keep others from what its engine has until nothing of that is left."""
-        if self._leaving is None:
-            self._leaving = self._around.gate.leave(self._around.launcher.devices(self.spec.engine), self.name)
-        return self._leaving
+        if self._departure is None:
+            allocation = self._allocation or self._shared.launcher.allocation(self.spec.engine)
+            self._departure = self._shared.loop.room.leave(self.name, allocation)
+        return self._departure
 
     def _left(self) -> None:
-        if self._leaving is not None:
-            self._leaving.gone()
-            self._leaving = None
+        self._allocation = None
+        if self._departure is not None:
+            self._departure.done()
+            self._departure = None
 
     # What the launcher says
 
@@ -183,22 +146,25 @@ class Supervisor:
         self._lives = True
         if self.state is State.READY:
             self._move(Event.DIED)
-        self._leave_devices().fails(why)
+        self._depart().failed(why)
         self.diagnosis = Diagnosis(Reason.NOT_ENDED, f"cannot end its engine: {why}")
-        self._show(Phase.STOPPING)
+        self._notify(Phase.STOPPING)
 
     def ended(self) -> None:
         """Nothing is left of its engine, or it was left to the next daemon."""
         self._lives = False
 
-    def _waits_for_an_end(self, why: str | None) -> None:
-        self._wait_for(Reason.NOT_ENDED, why)
+    def _not_now(self, why: NotNow | None) -> None:
+        """The fleet loop says what is in the way of its start; None: nothing is any more."""
+        stuck = why is not None and why.not_ended
+        self.waits_for = None if why is None or stuck else f"waits: {why.because}"
+        self._wait_for(Reason.NOT_ENDED, why.because if why is not None and stuck else None)
 
     def _wait_for(self, reason: Reason, why: str | None) -> None:
         """A start waits for what stands in its way; None: nothing does any more, and what was told before counts."""
         if self.state is State.LOADING:
             self.diagnosis = Diagnosis(reason, f"waits: {why}") if why else self._failure
-            self._show(Phase.QUEUED)
+            self._notify(Phase.QUEUED)
 
     @property
     def failure(self) -> Diagnosis | None:
@@ -218,9 +184,9 @@ class Supervisor:
             return
         if self._life.state is not before.state:
             self.updated_at = datetime.now(UTC)
-        self._show(phase)
+        self._notify(phase)
 
-    def _show(self, phase: Phase | None, fraction: float | None = None) -> None:
+    def _notify(self, phase: Phase | None, fraction: float | None = None) -> None:
         self.phase, self.fraction = phase, fraction
         self._changed()
 
@@ -234,7 +200,7 @@ class Supervisor:
                 record = None
                 self.diagnosis = self._failure = failure
                 self._history.failed(self.name, failure.reason)
-                if not await self._may_try_again(failure):
+                if not await self._may_start_again(failure):
                     return
         except Exception:  # a bug in here must not take the other models along
             log.exception("the supervisor failed", instance=self.name)
@@ -253,59 +219,71 @@ class Supervisor:
         if self.state is State.LOADING:  # else it is stopped just now, which goes on
             self._move(Event.GAVE_UP)
 
-    async def _may_try_again(self, diagnosis: Diagnosis) -> bool:
+    async def _may_start_again(self, failure: Diagnosis) -> bool:
         """Wait out the backoff; False when the instance rests in `error`."""
-        restart = self.spec.policy.restart
         self._failures += 1
-        if diagnosis.reason in lifecycle.FINAL or self._failures >= restart.max_failures:
-            log.error("the instance rests in error", instance=self.name, reason=diagnosis.reason,
-                      message=diagnosis.message, failures=self._failures)  # fmt: skip
+
+        def told(seconds: float) -> None:
+            log.warning("the engine failed and is started again", instance=self.name, reason=failure.reason,
+                        message=failure.message, seconds=round(seconds, 1))  # fmt: skip
+            self._notify(Phase.BACKOFF)
+
+        may_start_again = self._shared.loop.may_start_again
+        again = await may_start_again(self.name, failure.reason, self._failures, self._restart_policy, told)
+        if again:
+            self.restarts += 1
+        else:
+            log.error("the instance rests in error", instance=self.name, reason=failure.reason,
+                      message=failure.message, failures=self._failures)  # fmt: skip
             self._move(Event.GAVE_UP)
-            return False
-        seconds = lifecycle.backoff_seconds(self._failures, restart.backoff, restart.max_backoff, random.random())  # noqa: S311
-        log.warning("the engine failed and is started again", instance=self.name, reason=diagnosis.reason,
-                    message=diagnosis.message, seconds=round(seconds, 1))  # fmt: skip
-        self._show(Phase.BACKOFF)
-        await asyncio.sleep(seconds)
-        self.restarts += 1
-        return True
+        return again
+
+    def _restart_policy(self) -> Restart:
+        return self.spec.policy.restart
 
     async def _one_life(self, record: EngineRecord | None) -> Diagnosis:
         """Start or adopt an engine and stay with it until it ends by itself; returns why it did."""
-        around = self._around
+        shared = self._shared
         try:
-            async with contextlib.AsyncExitStack() as gate:
-                self._show(Phase.QUEUED)
-                if record is None:
-                    await around.cleared.wait()
-                devices = around.launcher.devices(self.spec.engine)
-                hold = around.gate.hold(devices, self.name, at_once=record is not None, told=self._waits_for_an_end)
-                await gate.enter_async_context(hold)
+            async with contextlib.AsyncExitStack() as room:
+                self._notify(Phase.QUEUED)
+                hold = shared.loop.room.hold(
+                    self.name, self._needs(record), at_once=record is not None, told=self._not_now
+                )
+                self._allocation = await room.enter_async_context(hold)
                 self._lives = record is not None
-                async with self._living(record) as engine:
+                async with self._running(record, self._allocation) as engine:
                     self.engine, self.started_at, self._lives = engine, engine.started_at, True
-                    self._show(Phase.IMPORTING)
-                    ready = await until_ready(engine, around.probe, self._startup_timeout, self._progress)
+                    self._notify(Phase.IMPORTING)
+                    ready = await until_ready(engine, shared.probe, self._startup_timeout, self._progress)
                     if not isinstance(ready, Ready):
                         refused = ready is None and engine.exited.result().refused
-                        known = await around.launcher.option_names(self.spec.engine) if refused else frozenset()
+                        known = await shared.launcher.option_names(self.spec.engine) if refused else frozenset()
                         return await self._failed(engine, ready, known_options=known)
                     engine.serves()
-                    await gate.aclose()  # its memory is taken: the next one may measure
+                    await room.aclose()  # its memory is taken: the next one may measure
                     return await self._serve(engine, ready)
         except LaunchError as error:
             return error.diagnosis
         finally:
             self.engine = self.ready_at = None
 
-    def _living(self, record: EngineRecord | None) -> contextlib.AbstractAsyncContextManager[Engine]:
+    def _needs(self, record: EngineRecord | None) -> Allocation:
+        """What its engine has, or is to have."""
+        if record is None or ANY_DEVICE in record.devices:  # of an older daemon, which did not say
+            return self._shared.launcher.allocation(self.spec.engine)
+        return Allocation(frozenset(record.devices))
+
+    def _running(
+        self, record: EngineRecord | None, allocation: Allocation
+    ) -> contextlib.AbstractAsyncContextManager[Engine]:
         if record is not None:
-            return self._around.launcher.adopted(record, self)
-        return self._around.launcher.running(self.spec, self.name, self)
+            return self._shared.launcher.adopted(record, self)
+        return self._shared.launcher.running(self.spec, self.name, allocation, self)
 
     async def _serve(self, engine: Engine, ready: Ready) -> Diagnosis:
         """Let requests in until the engine ends or stalls; when stopped, wait for those in flight."""
-        loop, place, registry = asyncio.get_running_loop(), engine.place, self._around.registry
+        loop, place, registry = asyncio.get_running_loop(), engine.place, self._shared.registry
         endpoint = Endpoint(self.name, place.port, place.credential, ready.max_model_len)
         generation = self._life.generation
         self._note_ready(engine)
@@ -314,8 +292,10 @@ class Supervisor:
         registry.open(self.spec.id, endpoint)
         self.endpoint = endpoint
         readmit = partial(registry.readmit, self.spec.id)
-        minding = keep_running(partial(mind, endpoint, self._around.probe, readmit), f"ejection of {self.name}")
-        stall = partial(until_stalled, endpoint, self._around.probe, self._stall_timeout)
+        watching_health = keep_running(
+            partial(watch_health, endpoint, self._shared.probe, readmit), f"ejection of {self.name}"
+        )
+        stall = partial(until_stalled, endpoint, self._shared.probe, self._stall_timeout)
         stalling = keep_running(stall, f"stall watch of {self.name}")
         try:
             ends: set[asyncio.Future[Any]] = {engine.exited, stalling}
@@ -333,24 +313,24 @@ class Supervisor:
                 endpoint.pool.close()  # whoever waits for it learns now
             return await self._failed(engine, stalled, was_ready=True, generation=generation)
         finally:
-            minding.cancel()
+            watching_health.cancel()
             stalling.cancel()
             self.endpoint = None
 
     async def _drain(self, endpoint: Endpoint, engine: Engine) -> None:
         """Wait for the requests in flight, but not for longer than allowed, nor for a dead engine."""
         idle = ask(endpoint.wait_idle(), f"last requests of {self.name}")
-        hurry = ask(self._around.hurry.wait(), "hurry")
-        waits: set[asyncio.Future[Any]] = {idle, hurry, engine.exited}
+        skip = ask(self._shared.skip_drain.wait(), f"drain of {self.name}")
+        waits: set[asyncio.Future[Any]] = {idle, skip, engine.exited}
         try:
             await clock.wait(waits, self.spec.policy.drain_timeout)
         finally:
             idle.cancel()
-            hurry.cancel()
+            skip.cancel()
         if endpoint.in_flight:
             log.warning("requests did not end in time", instance=self.name, in_flight=endpoint.in_flight)
         endpoint.pool.close()  # vLLM waits for open connections without limit
-        self._show(Phase.STOPPING)
+        self._notify(Phase.STOPPING)
 
     async def _failed(
         self,
@@ -371,14 +351,14 @@ class Supervisor:
                 why = Diagnosis(Reason.CRASHED, f"{why.message}; {problem}")
             return why, tuple(line[:_SHOWN_CHARACTERS] for line in tail[-_TAIL_LINES:])
 
-        self._leave_devices()
+        self._depart()
         stalled = was_ready and verdict is not None and verdict.reason is Reason.STALLED
         # The rest of its processes is stopped. That is said before it is known why.
         self._move(Event.STALLED if stalled else Event.DIED, Phase.STOPPING, generation=generation)
-        why, tail = await self._around.away(look)  # a log may be megabytes of dumps
+        why, tail = await self._shared.offload(look)  # a log may be megabytes of dumps
         self.last_exit = LastExit(why, ended, datetime.now(UTC), tail)
         self.diagnosis = why
-        self._show(Phase.STOPPING)
+        self._notify(Phase.STOPPING)
         return why
 
     def _note_ready(self, engine: Engine) -> None:
@@ -390,7 +370,7 @@ class Supervisor:
         log.info("engine ready", instance=self.name, seconds=seconds)
 
     def _progress(self, now: Progress) -> None:
-        self._show(now.phase, now.fraction)
+        self._notify(now.phase, now.fraction)
 
     def _startup_timeout(self) -> float:
         return self.spec.policy.startup_timeout

@@ -21,7 +21,7 @@ from vllm_proxy.domain.file.parse import revision_of
 from vllm_proxy.runtime import clock
 from vllm_proxy.runtime.background import ask, run_once
 from vllm_proxy.runtime.regular_file import read_regular_file
-from vllm_proxy.runtime.threads import Away, can_make_threads
+from vllm_proxy.runtime.threads import Offload, can_make_threads
 
 log = structlog.get_logger()
 
@@ -95,14 +95,14 @@ async def watch(
     changed: Callable[[], None],
     adopted: Callable[[], str],
     poll_seconds: float = 2.0,
-    away: Away = asyncio.to_thread,
+    offload: Offload = asyncio.to_thread,
     *,
     events: Events = events_of,
 ) -> None:
     """Call `changed` soon after the file may have changed, until cancelled.
 
     `adopted`: the revision that is followed; a look tells what differs from it, once for each content. A file that
-    is missing is told by a look alone, since editors put another in its place. `away` has the looks done elsewhere.
+    is missing is told by a look alone, since editors put another in its place. `offload` has the looks done elsewhere.
     """
     told: str | None = None
     woken = asyncio.Event()
@@ -113,7 +113,7 @@ async def watch(
         woken.set()
 
     while True:
-        way = await _patient_look(file, away)
+        way = await _patient_look(file, offload)
         folders = {folder for folder, _, _ in way.folders}
         watching = run_once(partial(events, folders, way.names, happened), "events of the configuration file")
         await asyncio.sleep(0)  # it watches: what happens from here on is told, what was before is seen by the look
@@ -121,7 +121,7 @@ async def watch(
         try:
             while True:
                 woken.clear()
-                now = await _patient_look(file, away)
+                now = await _patient_look(file, offload)
                 if now.revision not in {adopted(), told}:
                     changed()
                 told = now.revision
@@ -137,9 +137,9 @@ async def watch(
             await asyncio.wait({watching})
 
 
-async def _patient_look(file: Path, away: Away) -> "_Look":
+async def _patient_look(file: Path, offload: Offload) -> "_Look":
     """A look, however long its disk takes; that it takes long is said, once."""
-    look = ask(away(_look, file), "look at the configuration file")
+    look = ask(offload(_look, file), "look at the configuration file")
     try:
         if not await clock.wait({look}, _SLOW_SECONDS):
             log.error("the configuration file cannot be looked at: its disk does not answer", file=str(file))

@@ -22,7 +22,7 @@ log = structlog.get_logger()
 _MOST_THREADS = 32
 
 
-class Away(Protocol):
+class Offload(Protocol):
     """Calls a function where it may block."""
 
     async def __call__[**P, T](self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

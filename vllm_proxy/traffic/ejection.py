@@ -24,7 +24,7 @@ class HealthProbe(Protocol):
         """Whether `/health` answers 200."""
 
 
-async def mind(endpoint: Endpoint, probe: HealthProbe, readmitted: Callable[[], None]) -> None:
+async def watch_health(endpoint: Endpoint, probe: HealthProbe, readmitted: Callable[[], None]) -> None:
     """Stay with one endpoint until cancelled; `readmitted` is called when it takes requests again."""
     while True:
         await endpoint.suspect.wait()

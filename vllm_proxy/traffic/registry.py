@@ -59,6 +59,15 @@ class Endpoint:
             self._idle = None
 
 
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A request that waits for an endpoint."""
+
+    caller: str  # for whom: the client's address; "" where it is not known
+    since: float  # of the loop's clock
+    endpoint: asyncio.Future[Endpoint]
+
+
 @dataclass(slots=True)
 class Route:
     """One model, as requests see it."""
@@ -72,7 +81,7 @@ class Route:
     open: bool = False  # takes requests: ready, and not about to be stopped by hand
     idle_since: float = 0.0  # of the loop's clock; since when nothing holds it
     endpoints: list[Endpoint] = field(default_factory=list)
-    waiting: deque[asyncio.Future[Endpoint]] = field(default_factory=deque)
+    waiting: deque["Waiter"] = field(default_factory=deque)
     in_flight: int = 0  # requests that hold an endpoint of this model, a withdrawn one included
 
     def _add(self, endpoint: Endpoint, count: int) -> None:
@@ -226,7 +235,12 @@ class Registry:
 
     def is_awaited(self, model_id: str) -> bool:
         """Whether a request waits for this model."""
-        return self.counts(model_id)[1] > 0
+        return self.waits_since(model_id) is not None
+
+    def waits_since(self, model_id: str) -> float | None:
+        """Since when the oldest request has waited for this model, on the loop's clock; None: nobody does."""
+        waiting = (waiter.since for waiter in self._routes[model_id].waiting if not waiter.endpoint.done())
+        return next(waiting, None)
 
     def idle_seconds(self, model_id: str) -> float:
         """For how long no request has held this model or waited for it."""
@@ -238,7 +252,7 @@ class Registry:
     def counts(self, model_id: str) -> tuple[int, int]:
         """Requests in flight and requests waiting, of one model."""
         route = self._routes[model_id]
-        return route.in_flight, sum(not future.done() for future in route.waiting)
+        return route.in_flight, sum(not waiter.endpoint.done() for waiter in route.waiting)
 
     async def acquire(self, name: str) -> Lease:
         """Hold an instance that serves `name`: at once, or when one becomes ready or free.
@@ -261,19 +275,19 @@ class Registry:
             self._refuse(route)
             route.wake()
         endpoint = _least_loaded(route)
-        if endpoint is None or (route.waiting and any(not future.done() for future in route.waiting)):
+        if endpoint is None or (route.waiting and any(not waiter.endpoint.done() for waiter in route.waiting)):
             return None
         route._add(endpoint, 1)  # noqa: SLF001 - as above
         return Lease(self, route, endpoint)
 
-    async def wait(self, route: Route) -> Lease:
-        """Hold an instance when one becomes ready or free.
+    async def wait(self, route: Route, caller: str = "") -> Lease:
+        """Hold an instance when one becomes ready or free. `caller`: for whom it waits.
 
         Raises:
             RequestError: when none will, the queue is full or the wait too long.
 
         """
-        return Lease(self, route, await self._queue(route))
+        return Lease(self, route, await self._queue(route, caller))
 
     def every_instance(self) -> Iterator[Lease]:
         """A lease on each ready instance in turn, for what only one of them knows."""
@@ -302,13 +316,15 @@ class Registry:
         if route.rests:
             raise RequestError("model_stopped", f"cannot serve {name}: it was stopped by hand")
 
-    async def _queue(self, route: Route) -> Endpoint:
+    async def _queue(self, route: Route, caller: str) -> Endpoint:
         policy = route.spec.policy
-        if sum(not future.done() for future in route.waiting) >= policy.queue_size:
+        if sum(not waiter.endpoint.done() for waiter in route.waiting) >= policy.queue_size:
             msg = f"cannot serve {route.spec.id}: {policy.queue_size} requests wait already"
             raise RequestError("queue_full", msg, retry_after=1)
-        future: asyncio.Future[Endpoint] = asyncio.get_running_loop().create_future()
-        route.waiting.append(future)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Endpoint] = loop.create_future()
+        waiter = Waiter(caller, loop.time(), future)
+        route.waiting.append(waiter)
         try:
             if await clock.wait({future}, policy.queue_timeout):
                 return future.result()
@@ -317,22 +333,22 @@ class Registry:
                 self.give_back(route, future.result())  # it came in the very moment we left
             raise
         finally:
-            if future in route.waiting:
-                route.waiting.remove(future)
-            route.idle_since = asyncio.get_running_loop().time()
+            if waiter in route.waiting:
+                route.waiting.remove(waiter)
+            route.idle_since = loop.time()
         msg = f"cannot serve {route.spec.id}: it was not ready or free within {policy.queue_timeout:g} s"
         raise RequestError("queue_timeout", msg)
 
     def _serve_waiting(self, route: Route) -> None:
         while route.waiting and (endpoint := _least_loaded(route)):
-            future = route.waiting.popleft()
+            future = route.waiting.popleft().endpoint
             if not future.done():
                 route._add(endpoint, 1)  # noqa: SLF001 - as above
                 future.set_result(endpoint)
 
     def _fail_waiting(self, route: Route) -> None:
         while route.waiting:
-            future = route.waiting.popleft()
+            future = route.waiting.popleft().endpoint
             if not future.done():
                 try:
                     self._refuse(route)

@@ -100,7 +100,7 @@ async def _carry(call: Call, registry: Registry, route: Route, body: bytes | Bod
 async def _wait(call: Call, registry: Registry, route: Route) -> Lease:
     began = time.monotonic()
     try:
-        return await registry.wait(route)
+        return await registry.wait(route, call.request.remote or "")
     finally:
         call.queue_seconds = time.monotonic() - began
 

@@ -1,23 +1,35 @@
 """Starts that share a GPU go one after another."""
 
 import asyncio
+import itertools
 
 import pytest
 
 from tests.engine.virtual import settle, virtual
-from vllm_proxy.fleet.gate import DeviceGate
+from vllm_proxy.domain.devices import Allocation
+from vllm_proxy.fleet.loop import FleetLoop
+from vllm_proxy.fleet.room import Room
+
+_numbers = itertools.count()
+
+
+def begun() -> Room:
+    """The room of a fleet loop that decides."""
+    loop = FleetLoop()
+    loop.start()
+    return loop.room
 
 
 class Start:
     """One engine that holds its devices from `admitted` until it is told to let go."""
 
-    def __init__(self, gate: DeviceGate, *devices: str) -> None:
+    def __init__(self, room: Room, *devices: str) -> None:
         self.admitted = False
         self.let_go = asyncio.Event()
-        self.task = asyncio.create_task(self._run(gate, frozenset(devices)))
+        self.task = asyncio.create_task(self._run(room, frozenset(devices)))
 
-    async def _run(self, gate: DeviceGate, devices: frozenset[str]) -> None:
-        async with gate.hold(devices):
+    async def _run(self, room: Room, devices: frozenset[str]) -> None:
+        async with room.hold(f"start/{next(_numbers)}", Allocation(devices)):
             self.admitted = True
             await self.let_go.wait()
 
@@ -25,8 +37,8 @@ class Start:
 @virtual
 async def test_one_device_is_held_by_one_at_a_time_in_the_order_they_came() -> None:
     """First come, first served."""
-    gate = DeviceGate()
-    starts = [Start(gate, "0") for _ in range(3)]
+    room = begun()
+    starts = [Start(room, "0") for _ in range(3)]
     for number, start in enumerate(starts, start=1):
         await settle()
         assert [start.admitted for start in starts] == [True] * number + [False] * (3 - number)
@@ -51,11 +63,11 @@ async def test_only_sets_that_cannot_name_the_same_device_start_together(
     one: list[str], other: list[str], *, together: bool
 ) -> None:
     """No devices at all never conflict; an index and a UUID may be the same GPU."""
-    gate = DeviceGate()
-    first = Start(gate, *one)
+    room = begun()
+    first = Start(room, *one)
     await settle()
     assert first.admitted
-    second = Start(gate, *other)
+    second = Start(room, *other)
     await settle()
     assert second.admitted is together
 
@@ -63,8 +75,8 @@ async def test_only_sets_that_cannot_name_the_same_device_start_together(
 @virtual
 async def test_who_waits_for_two_devices_is_not_starved_by_who_wants_one() -> None:
     """A later start on a device that somebody already waits for stands behind."""
-    gate = DeviceGate()
-    first, both, second = Start(gate, "0"), Start(gate, "0", "1"), Start(gate, "1")
+    room = begun()
+    first, both, second = Start(room, "0"), Start(room, "0", "1"), Start(room, "1")
     await settle()
     assert (first.admitted, both.admitted, second.admitted) == (True, False, False)
     first.let_go.set()
@@ -75,9 +87,9 @@ async def test_who_waits_for_two_devices_is_not_starved_by_who_wants_one() -> No
 @virtual
 async def test_a_cancelled_waiter_leaves_the_line() -> None:
     """Who stood behind only because of it goes on at once."""
-    gate = DeviceGate()
-    Start(gate, "0")
-    both, second = Start(gate, "0", "1"), Start(gate, "1")
+    room = begun()
+    Start(room, "0")
+    both, second = Start(room, "0", "1"), Start(room, "1")
     await settle()
     both.task.cancel()
     await settle()
@@ -86,9 +98,9 @@ async def test_a_cancelled_waiter_leaves_the_line() -> None:
 
 @virtual
 async def test_a_holder_that_fails_lets_the_next_one_in() -> None:
-    """The gate opens however the block ends, a cancellation in the moment of admission included."""
-    gate = DeviceGate()
-    first, second, third = (Start(gate, "0") for _ in range(3))
+    """The devices are free however the block ends, a cancellation in the moment of admission included."""
+    room = begun()
+    first, second, third = (Start(room, "0") for _ in range(3))
     await settle()
     first.let_go.set()
     first.task.add_done_callback(lambda _: second.task.cancel())

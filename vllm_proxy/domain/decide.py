@@ -1,0 +1,228 @@
+"""What the whole fleet is and what is wanted of it -> what is done next, and why something is not done now.
+
+The one place where it is decided which instance starts, stops, is tried again or given up, and which start goes first.
+Pure: `decide` is called again after every event and looks at what is, never at what it said before; nothing that it
+returns has to be taken back. Effects are carried out by `fleet/loop.py`. What may be said of one model lies in
+`rollout` (which instances make room for which) and `rollback` (which spec they run).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum, StrEnum
+
+from vllm_proxy.domain import lifecycle, rollout
+from vllm_proxy.domain.config import EngineSpec, Policy, Restart
+from vllm_proxy.domain.devices import Allocation, DeviceSet
+from vllm_proxy.domain.diagnose import Diagnosis
+from vllm_proxy.domain.lifecycle import Reason, State
+from vllm_proxy.domain.rollback import Rollback, Tried
+from vllm_proxy.domain.rollout import Replica, Strategy
+
+_STRATEGIES = {"auto": Strategy.ONE_BY_ONE, "surge": Strategy.SURGE, "drain": Strategy.DRAIN}
+_NEVER = math.inf
+
+
+class Wanted(Enum):
+    """What a model is to do."""
+
+    RUN = "run"
+    AWAIT = "await"  # on-demand: the next request starts it
+    REST = "rest"  # stopped by hand: only a hand or a change starts it
+    END = "end"  # the daemon stops, or the model is gone from the file
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceNow:
+    """One instance. `renew`: it is to be started anew, though it runs what is wanted."""
+
+    index: int
+    state: State
+    engine: EngineSpec
+    failure: Diagnosis | None = None  # why its last engine failed
+    renew: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNow:
+    """One model, with the requests that wait for it and the time since one was served."""
+
+    id: str
+    policy: Policy
+    wanted: Wanted
+    rollback: Rollback
+    instances: tuple[InstanceNow, ...] = ()
+    requested: bool = False  # a request came, and nobody served it
+    waits_since: float | None = None  # when the oldest request came that waits for it; None: nobody waits
+    idle_seconds: float = 0.0  # since a request held it or waited for it
+
+
+class Standing(StrEnum):
+    """What an engine, or the start of one, has to do with its devices."""
+
+    ASKS = "asks"  # wants to start
+    LOADS = "loads"  # measures its devices: nobody else may move there
+    LEAVES = "leaves"  # sets memory free: as above
+
+
+_DOING = {Standing.ASKS: "waits for", Standing.LOADS: "loads on", Standing.LEAVES: "is leaving"}
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An instance's claim on devices, while it moves. One that serves has none."""
+
+    key: int  # names the claim
+    instance: str  # "chat/0"
+    allocation: Allocation
+    standing: Standing
+    not_ended: str | None = None  # why its engine could not be ended
+    untried: bool = False  # an engine of an earlier daemon that nobody has tried to end yet
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """An instance whose engine failed and that wants another one. `jitter`: 0..1, drawn once for each failure."""
+
+    instance: str
+    reason: Reason
+    failures: int  # in a row
+    since: float  # of the loop's clock
+    jitter: float
+    restart: Restart
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The fleet at one moment: models that something happened to, every claim in the order they came, retries."""
+
+    models: Sequence[ModelNow] = ()
+    claims: Sequence[Claim] = ()
+    retries: Sequence[Retry] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """What one model does now: instances to stop and to start, by index. `check`: look at the wanted spec first."""
+
+    wanted: Wanted
+    rollback: Rollback
+    stop: tuple[int, ...] = ()
+    start: tuple[int, ...] = ()
+    check: bool = False
+    look_again: float = _NEVER  # in so many seconds, though nothing happened
+
+
+@dataclass(frozen=True, slots=True)
+class NotNow:
+    """Why a start waits. `not_ended`: for an engine that could not be ended, which nobody knows to end soon."""
+
+    because: str
+    not_ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is done now, and what is not, with the reason."""
+
+    models: Mapping[str, Moves] = field(default_factory=dict)
+    admit: Mapping[int, Allocation] = field(default_factory=dict)  # claims that may start, with what they get
+    wait: Mapping[int, NotNow] = field(default_factory=dict)  # claims that may not
+    retries: Mapping[str, float | None] = field(default_factory=dict)  # seconds until the next try; None: give up
+
+
+def decide(now: Snapshot, time: float) -> Decision:
+    """What follows from what is. `time`: of the clock that the snapshot's times are of, in seconds."""
+    admit, wait = _admissions(now.claims)
+    return Decision(
+        models={model.id: moves_of(model) for model in now.models},
+        admit=admit,
+        wait=wait,
+        retries={retry.instance: _next_try(retry, time) for retry in now.retries},
+    )
+
+
+def moves_of(model: ModelNow) -> Moves:
+    """What one model does now."""
+    policy = model.policy
+    wanted = _wanted(model)
+    rollback = model.rollback.learn([Tried(one.engine, one.state, one.failure) for one in model.instances])
+    target = rollback.target
+    replicas = [Replica(one.index, one.state, one.engine == target and not one.renew) for one in model.instances]
+    runs = wanted is Wanted.RUN and policy.enabled
+    steps = rollout.steps(replicas, policy.replicas if runs else 0, _strategy(model, target))
+    look_again = _idle_seconds_left(model) if wanted is Wanted.RUN else _NEVER
+    return Moves(wanted, rollback, steps.stop, steps.start, rollback.needs_check, look_again)
+
+
+def _wanted(model: ModelNow) -> Wanted:
+    if model.wanted is Wanted.AWAIT and (model.requested or model.waits_since is not None):
+        return Wanted.RUN
+    if model.wanted is Wanted.RUN and _idle_seconds_left(model) <= 0:
+        return Wanted.AWAIT
+    return model.wanted
+
+
+def _idle_seconds_left(model: ModelNow) -> float:
+    policy = model.policy
+    if policy.start != "on-demand" or not policy.idle_timeout:
+        return _NEVER
+    state = lifecycle.best(one.state for one in model.instances)
+    if state is State.ERROR:  # that stays for people to see
+        return _NEVER
+    if state is not State.READY:  # the time counts from when it can be used
+        return policy.idle_timeout
+    return policy.idle_timeout - model.idle_seconds
+
+
+def _strategy(model: ModelNow, target: EngineSpec) -> Strategy:
+    chosen = _STRATEGIES[model.policy.replace]
+    others = any(one.engine != target for one in model.instances if one.state is State.READY)
+    return chosen if others or chosen is Strategy.SURGE else Strategy.ONE_BY_ONE  # a restart by hand
+
+
+def _next_try(retry: Retry, time: float) -> float | None:
+    if retry.reason in lifecycle.FINAL or retry.failures >= retry.restart.max_failures:
+        return None
+    restart = retry.restart
+    pause = lifecycle.backoff_seconds(retry.failures, restart.backoff, restart.max_backoff, retry.jitter)
+    return max(0.0, retry.since + pause - time)
+
+
+def _admissions(claims: Sequence[Claim]) -> tuple[dict[int, Allocation], dict[int, NotNow]]:
+    """Which starts may go now.
+
+    First come, first served: nobody starts beside one that loads on, has not left, or waits for what it needs. vLLM
+    measures a device while it loads, so starts that share one go one after another, and behind what leaves it.
+    """
+    admit: dict[int, Allocation] = {}
+    wait: dict[int, NotNow] = {}
+    untried = next((claim for claim in claims if claim.untried), None)
+    taken, names, before = DeviceSet(), set[str](), list[Claim]()
+    for claim in claims:
+        devices, instance = claim.allocation.devices, claim.instance
+        if claim.standing is Standing.ASKS:
+            if untried is not None:
+                wait[claim.key] = NotNow(f"{untried.instance}, which an earlier daemon left, is being ended")
+            elif instance in names or taken.overlaps(devices):
+                wait[claim.key] = _not_now(claim, before)
+            else:
+                admit[claim.key] = claim.allocation
+                claim = replace(claim, standing=Standing.LOADS)  # noqa: PLW2901 - what it is for those behind it
+        taken.add(devices)
+        names.add(instance)
+        before.append(claim)
+    return admit, wait
+
+
+def _not_now(claim: Claim, before: Sequence[Claim]) -> NotNow:
+    stuck = next((other for other in before if other.not_ended and _conflict(claim, other)), None)
+    if stuck is not None:
+        return NotNow(f"{stuck.instance} could not be ended: {stuck.not_ended}", not_ended=True)
+    first = next(other for other in before if _conflict(claim, other))
+    return NotNow(f"{first.instance} {_DOING[first.standing]} what it needs")
+
+
+def _conflict(one: Claim, other: Claim) -> bool:
+    same = one.instance == other.instance
+    return same or DeviceSet(other.allocation.devices).overlaps(one.allocation.devices)

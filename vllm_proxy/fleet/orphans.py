@@ -1,0 +1,85 @@
+"""Engines that an earlier daemon left (orphans): which of them are adopted, and the end of all others."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+import structlog
+
+from vllm_proxy.domain.config import EngineSpec, ModelSpec
+from vllm_proxy.engine.ending import end_engine
+from vllm_proxy.engine.process import end_processes, is_alive
+from vllm_proxy.engine.state import EngineRecord, StateDirectory
+from vllm_proxy.fleet.room import Departure
+
+log = structlog.get_logger()
+
+_GRACE_SECONDS = 10.0
+
+type Adoptable = dict[str, dict[int, EngineRecord]]  # by model and instance
+
+
+def sort_out(
+    records: Iterable[EngineRecord], models: Mapping[str, ModelSpec], fingerprint: Callable[[EngineSpec], str]
+) -> tuple[Adoptable, list[EngineRecord]]:
+    """What an earlier daemon left: engines that are what the file asks for and live, and all others.
+
+    An index is a name: after a replacement that put new beside old, the only instance may be number 1.
+    """
+    adoptable: Adoptable = {}
+    others: list[EngineRecord] = []
+    # Of two engines of one instance, the one that has served; of too many, those in front.
+    for record in sorted(records, key=lambda record: (not record.ready, record.instance)):
+        model_id, _, number = record.instance.rpartition("/")
+        model = models.get(model_id)
+        wanted = (
+            model is not None
+            and model.policy.enabled
+            and len(adoptable.get(model_id, {})) < model.policy.replicas
+            and fingerprint(model.engine) == record.spec
+            and is_alive(record.identity)
+        )
+        mine = adoptable.setdefault(model_id, {})
+        if wanted and int(number) not in mine:
+            mine[int(number)] = record
+        else:
+            others.append(record)
+    return adoptable, others
+
+
+async def end_left(records: Iterable[EngineRecord], state: StateDirectory) -> bool:
+    """End engines that an earlier daemon left: each process that is provably theirs. True when nothing is left."""
+
+    async def end(record: EngineRecord) -> bool:
+        log.warning("ending an engine that an earlier daemon left", instance=record.instance, pid=record.pid)
+        end = partial(end_processes, record.identity)
+        if (why := await end_engine(record, end, state, _GRACE_SECONDS)) is not None:
+            log.error("an engine cannot be ended", instance=record.instance, why=why)
+        return why is None
+
+    return all(await asyncio.gather(*(end(record) for record in records)))
+
+
+class Orphan:
+    """One that is being ended. `changed` is called when it could not be, and when it is gone."""
+
+    def __init__(self, departure: Departure, changed: Callable[[], None]) -> None:
+        self._departure = departure
+        self._changed = changed
+
+    def stop_timeout(self) -> float:
+        """Seconds between SIGTERM and SIGKILL."""
+        return _GRACE_SECONDS
+
+    def waits(self, why: str | None) -> None:
+        """It does not start."""
+
+    def not_ended(self, why: str) -> None:
+        """Who needs what it has waits on."""
+        self._departure.failed(why)
+        self._changed()
+
+    def ended(self) -> None:
+        """Nobody waits for it any more."""
+        self._departure.done()
+        self._changed()
