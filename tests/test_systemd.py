@@ -37,17 +37,17 @@ def telling() -> Iterator[Systemd]:
 
 
 def heard(end: socket.socket) -> list[str]:
-    """Every letter so far."""
-    letters = []
+    """Every message so far."""
+    messages = []
     while True:
         try:
-            letters.append(end.recv(4096).decode())
+            messages.append(end.recv(4096).decode())
         except BlockingIOError:
-            return letters
+            return messages
 
 
 def test_ready_and_stopping_are_told(notify_socket: socket.socket) -> None:
-    """Each is one letter, in the words of sd_notify(3)."""
+    """Each is one message, in the words of sd_notify(3)."""
     with telling() as systemd:
         systemd.ready()
         systemd.stopping()
@@ -55,7 +55,7 @@ def test_ready_and_stopping_are_told(notify_socket: socket.socket) -> None:
 
 
 def test_the_status_is_told_only_when_it_changes(notify_socket: socket.socket) -> None:
-    """The same sentence twice is one letter; an old one that comes back is told again."""
+    """The same sentence twice is one message; an old one that comes back is told again."""
     with telling() as systemd:
         for sentence in ("0 of 1 models ready", "0 of 1 models ready", "1 of 1 models ready", "0 of 1 models ready"):
             systemd.status(sentence)
@@ -89,25 +89,25 @@ def test_without_systemd_all_of_it_is_silence(monkeypatch: pytest.MonkeyPatch, a
 
 
 def test_a_systemd_that_goes_away_is_no_error(notify_socket: socket.socket) -> None:
-    """A letter that nobody takes is lost, and the daemon goes on."""
+    """A message that nobody takes is lost, and the daemon goes on."""
     with telling() as systemd:
         notify_socket.close()
         systemd.ready()
 
 
 async def test_the_watchdog_hears_the_event_loop(notify_socket: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A letter at once and one in half of the time that it allows, as sd_watchdog_enabled(3) asks for."""
+    """A message at once and one in half of the time that it allows, as sd_watchdog_enabled(3) asks for."""
     monkeypatch.setenv("WATCHDOG_USEC", "20000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
-    loop, letters = asyncio.get_running_loop(), []
+    loop, messages = asyncio.get_running_loop(), []
     with telling() as systemd:
         beating = asyncio.create_task(systemd.beat())
         times = []
         for _ in range(3):
-            letters.append((await loop.sock_recv(notify_socket, 100)).decode())
+            messages.append((await loop.sock_recv(notify_socket, 100)).decode())
             times.append(loop.time())
         beating.cancel()
-    assert letters == ["WATCHDOG=1"] * 3
+    assert messages == ["WATCHDOG=1"] * 3
     assert times[2] - times[0] > 0.01
 
 
@@ -127,9 +127,9 @@ async def test_more_time_is_asked_for_until_the_limit(notify_socket: socket.sock
         await systemd.extend(0)
         assert heard(notify_socket) == []
         extending = asyncio.create_task(systemd.extend(60))
-        letter = await asyncio.get_running_loop().sock_recv(notify_socket, 100)
+        message = await asyncio.get_running_loop().sock_recv(notify_socket, 100)
         extending.cancel()
-    assert letter == b"EXTEND_TIMEOUT_USEC=30000000"
+    assert message == b"EXTEND_TIMEOUT_USEC=30000000"
 
 
 INHERIT = """
@@ -199,7 +199,7 @@ def test_more_time_is_asked_for_as_often_as_it_takes_whatever_the_clock_says(not
 
 
 def test_a_systemd_that_reads_nothing_holds_nobody_up(notify_socket: socket.socket) -> None:
-    """Its queue holds a few letters; the rest of what is said again is dropped, and later ones are heard."""
+    """Its queue holds a few messages; the rest of what is said again is dropped, and later ones are heard."""
     with telling() as systemd:
         for number in range(1000):
             systemd.status(str(number))

@@ -18,7 +18,7 @@ from vllm_proxy.runtime.background import ask
 from vllm_proxy.settings import Settings, short_name
 
 _ANSWER_SECONDS = 10.0  # longest for `/health`
-_LOOK_SECONDS = 2.0  # between two looks at a daemon that works on something
+_POLL_SECONDS = 2.0  # between two looks at a daemon that works on something
 _LONGEST_LINE = 16 * 2**20  # of a text; more comes as the next line
 
 type Resource = dict[str, Any]
@@ -62,7 +62,7 @@ class Connection:
         """
         try:
             with self._told():
-                await self._look()
+                await self._poll()
         except LostError as error:
             if isinstance(error.__cause__, aiohttp.ClientConnectorError):
                 raise error.__cause__.os_error from error
@@ -116,7 +116,7 @@ class Connection:
                 raise _error(answer.status, data)
             return json.loads(data)
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         async with asyncio.timeout(_ANSWER_SECONDS), self._session.get("/health") as answer:
             health = json.loads(await answer.read())
         if not isinstance(health, dict) or not {"version", "models"} <= health.keys():
@@ -125,21 +125,21 @@ class Connection:
     async def _while_it_lives[T](self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which may take long; for as long as the daemon answers at all."""
         working = ask(work, "an answer of the daemon")
-        looking = ask(self._look_on(), "whether the daemon lives")
+        polling = ask(self._keep_polling(), "whether the daemon lives")
         try:
-            await asyncio.wait({working, looking}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({working, polling}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
-                looking.result()  # raises
+                polling.result()  # raises
             return await working
         finally:
             working.cancel()
-            looking.cancel()
-            await asyncio.gather(working, looking, return_exceptions=True)
+            polling.cancel()
+            await asyncio.gather(working, polling, return_exceptions=True)
 
-    async def _look_on(self) -> None:
+    async def _keep_polling(self) -> None:
         while True:
-            await asyncio.sleep(_LOOK_SECONDS)
-            await self._look()
+            await asyncio.sleep(_POLL_SECONDS)
+            await self._poll()
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

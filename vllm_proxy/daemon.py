@@ -35,7 +35,7 @@ from vllm_proxy.fleet.loop import FleetLoop
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.fleet.watch import watch
-from vllm_proxy.listen import BACKLOG, Doors, address_of, listen, listen_for_commands, notice_departed_clients
+from vllm_proxy.listen import BACKLOG, Listeners, address_of, listen, listen_for_commands, notice_departed_clients
 from vllm_proxy.logsetup import Output
 from vllm_proxy.runtime import clock, descriptors, threads
 from vllm_proxy.runtime.background import keep_running, log_faults, run_once
@@ -105,10 +105,10 @@ async def serve(
         for listener in sockets:
             stack.callback(listener.close)
             notice_departed_clients(listener)
-        doors = Doors(sockets, listen_for_commands(settings.control_socket))
+        listeners = Listeners(sockets, listen_for_commands(settings.control_socket))
         stack.callback(settings.control_socket.unlink, missing_ok=True)
-        stack.callback(doors.commands.close)
-        shared, launcher = _dependencies(settings, config, state, doors.ports(), stack,
+        stack.callback(listeners.commands.close)
+        shared, launcher = _dependencies(settings, config, state, listeners.ports(), stack,
                                         pass_on=output.pass_on, open_files=open_files)  # fmt: skip
         reconciler = Reconciler(config, shared, state, launcher.fingerprint)
         store = Store(settings.config_file)
@@ -116,7 +116,7 @@ async def serve(
         stack.callback(disk.close)
         desired = Desired(store, settings.overrides, reconciler, launcher.check, launcher.ports,
                           offload=disk, address_is_given=bool(inherited))  # fmt: skip
-        await _run(desired, doors, stack, output, shown)
+        await _run(desired, listeners, stack, output, shown)
     if hanging := threads.running():
         log.warning("calls that have not come back are left behind; a disk does not answer", calls=hanging)
     if left := reconciler.not_ended():
@@ -126,7 +126,7 @@ async def serve(
 
 async def _run(
     desired: Desired,
-    doors: Doors,
+    listeners: Listeners,
     stack: contextlib.AsyncExitStack,
     output: Output,
     shown: Callable[[Reconciler, str], None] | None,
@@ -134,8 +134,8 @@ async def _run(
     reconciler = desired.reconciler
     engines = aiohttp.ClientSession(trust_env=False)
     stack.push_async_callback(engines.close)
-    commands = os.fsdecode(doors.commands.getsockname())
-    access = Access(lambda: reconciler.config.server, doors.addresses(), commands)
+    commands = os.fsdecode(listeners.commands.getsockname())
+    access = Access(lambda: reconciler.config.server, listeners.addresses(), commands)
     systemd = Systemd()
     beating = keep_running(systemd.beat, "watchdog")
     stack.callback(beating.cancel)
@@ -155,15 +155,15 @@ async def _run(
     reconciler.start()
     try:
         await runner.setup()
-        for listener in (*doors.clients, doors.commands):
+        for listener in (*listeners.clients, listeners.commands):
             await web.SockSite(runner, listener, backlog=BACKLOG).start()
         _tune_python()
         status.show()
         systemd.ready()
         following = keep_running(partial(_follow, desired, systemd, changed, asked), "following the file")
-        log.info("listening", address=address_of(doors.clients[0]), models=len(reconciler.config.models))
+        log.info("listening", address=address_of(listeners.clients[0]), models=len(reconciler.config.models))
         if shown:
-            shown(reconciler, address_of(doors.clients[0]))
+            shown(reconciler, address_of(listeners.clients[0]))
         await stopping.wait()
     finally:
         await _stop(desired, runner, systemd, following)

@@ -14,7 +14,7 @@ BACKLOG = 4096  # connections that wait to be accepted: a burst of clients must 
 
 
 @dataclass(frozen=True, slots=True)
-class Doors:
+class Listeners:
     """Where requests come in."""
 
     clients: Sequence[socket.socket]

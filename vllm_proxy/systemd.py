@@ -1,6 +1,6 @@
 """What systemd and the daemon tell each other. Without systemd all of it is silence. It knows nothing of the rest.
 
-The words are those of sd_notify(3), sd_listen_fds(3) and sd_watchdog_enabled(3); the letters go through the
+The words are those of sd_notify(3), sd_listen_fds(3) and sd_watchdog_enabled(3); the messages go through the
 `sdnotify` package. Its one rule: what this process was told is for this process, and only once.
 """
 
@@ -18,7 +18,7 @@ from vllm_proxy.errors import StartupError
 _FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _EXTENSION_SECONDS = 30.0
-_PATIENCE_SECONDS = 1.0  # with a systemd that takes no letters; for those that it waits for
+_PATIENCE_SECONDS = 1.0  # with a systemd that takes no messages; for those that it waits for
 
 
 class Systemd:
@@ -60,11 +60,11 @@ class Systemd:
             self._tell(f"EXTEND_TIMEOUT_USEC={round(_EXTENSION_SECONDS * 1_000_000)}")
             await asyncio.sleep(every)
 
-    def _tell(self, letter: str, *, awaited: bool = False) -> None:
-        """Send a letter. A systemd whose queue is full must not hold up the event loop: what comes again is dropped."""
+    def _tell(self, message: str, *, awaited: bool = False) -> None:
+        """Send it. A systemd whose queue is full must not hold up the event loop: what comes again is dropped."""
         if self._notifier is not None and self._notifier.socket is not None:
             self._notifier.socket.settimeout(_PATIENCE_SECONDS if awaited else 0)
-            self._notifier.notify(letter)
+            self._notifier.notify(message)
 
 
 def watchdog_seconds(environ: Mapping[str, str]) -> float | None:

@@ -180,7 +180,7 @@ def test_a_taken_port_is_named_with_the_way_out(tmp_path: Path) -> None:
     assert "--port, APP_PORT or server.port" in ended.stderr
 
 
-async def test_engines_get_neither_the_daemons_port_nor_its_letters(tmp_path: Path, port_start: int) -> None:
+async def test_engines_get_neither_the_daemons_port_nor_its_systemd_messages(tmp_path: Path, port_start: int) -> None:
     """The daemon's own port is left out of the engines' range, and NOTIFY_SOCKET out of their environment."""
     config = fake_engines(port_start) + CHAT
     async with daemon(config, tmp_path, "--port", str(port_start), env={"MASTER_PORT": "1"}) as running:

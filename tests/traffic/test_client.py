@@ -36,7 +36,7 @@ class Served:
         """Look at it at these times."""
         connection = await self.connection()
         for now in times:
-            connection.look(now, self.server)
+            connection.enforce_deadlines(now, self.server)
 
 
 @asynccontextmanager

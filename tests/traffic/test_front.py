@@ -42,8 +42,8 @@ def test_a_written_answer_has_what_the_server_asks_of_a_response() -> None:
     assert "resp.write_eof()" in source
     start = inspect.getsource(web_protocol.RequestHandler.start)
     assert "resp.keep_alive" in start
-    assert front.Written(keep_alive=True).keep_alive is True
-    assert front.Written(keep_alive=False).keep_alive is False
+    assert front.Sent(keep_alive=True).keep_alive is True
+    assert front.Sent(keep_alive=False).keep_alive is False
 
 
 def test_a_request_shows_what_the_relay_reads_of_it() -> None:

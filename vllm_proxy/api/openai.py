@@ -16,7 +16,7 @@ from vllm_proxy.traffic.call import Call, Work
 from vllm_proxy.traffic.envelope import Handler, json_response
 from vllm_proxy.traffic.multipart import Upload
 from vllm_proxy.traffic.registry import Registry, Route
-from vllm_proxy.traffic.relay import carry
+from vllm_proxy.traffic.relay import forward
 
 type Settings = Callable[[], Server]  # the `[server]` table now
 
@@ -34,7 +34,7 @@ def by_json_model(registry: Registry, settings: Settings, budget: Budget) -> Wor
         route = registry.find(name)
         if name != route.spec.id:
             body = await with_model(body, route.spec.id, place)
-        return await carry(call, registry, route, body)
+        return await forward(call, registry, route, body)
 
     return work
 
@@ -46,7 +46,7 @@ def by_form_model(registry: Registry, settings: Settings, budget: Budget) -> Wor
         with await Upload.receive(call, settings(), budget) as upload:
             route = registry.find(upload.model)
             form = upload if upload.model == route.spec.id else upload.renamed(route.spec.id)
-            return await carry(call, registry, route, form)
+            return await forward(call, registry, route, form)
 
     return work
 

@@ -22,7 +22,7 @@ _MARKER = "ENGINE_INSTANCE"  # of a name that starts with VLLM, vLLM warns
 _MODEL_PLACE = "{model}"
 _API_SERVER = "api_server"
 _OPTIONS = tuple(name for name in args.OWN_KEYS.values() if name != "model")
-# What would mislead an engine: the daemon's own settings and systemd's letters to it, leftovers of another launcher.
+# What would mislead an engine: the daemon's own settings and systemd's messages to it, leftovers of another launcher.
 _SCRUBBED = re.compile(
     r"VLLM_PROXY_.*|NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*|VLLM_PORT|VLLM_HOST_IP|VLLM_DP_.*|MASTER_.*"
     r"|RANK|LOCAL_RANK|WORLD_SIZE|PROMETHEUS_MULTIPROC_DIR"

@@ -1,6 +1,6 @@
 """One engine's processes: started in a session of their own, watched, and ended to the last one.
 
-Its one rule: nothing that was started here is left unburied. vLLM's first process (the API server) starts others
+Its one rule: nothing that was started here is left unreaped. vLLM's first process (the API server) starts others
 that outlive it; which ones those are, `ownership` proves.
 """
 

@@ -114,7 +114,7 @@ class ClientConnection(RequestHandler):
             end_in_reset(self.end_orderly, reset=False)
         super().connection_lost(exc)
 
-    def look(self, now: float, server: Server) -> None:
+    def enforce_deadlines(self, now: float, server: Server) -> None:
         """End what the client lets wait for too long. `now`: seconds in which the daemon could have heard of it."""
         mark, limit, end = self._awaited(server)
         if not limit:

@@ -26,7 +26,7 @@ from vllm_proxy.traffic.envelope import refusal
 log = structlog.get_logger()
 
 _WIND_DOWN_SECONDS = 0.01  # between two looks for what still has to end
-_LOOK_SECONDS = 1.0
+_SWEEP_SECONDS = 1.0
 _OPEN_FILES = 2**20  # where there is no limit
 _RESERVED_FILES = 256  # for the engines' logs and processes, files that are written, and clients that are refused
 _REFUSED_AT_ONCE = 64  # so many stay until they have heard it; more are closed at once
@@ -60,8 +60,8 @@ class Front(web.Server):
         self._most = most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self._refused: set[Refused] = set()
         self._awake = 0.0  # seconds in which it could hear its clients
-        self._looked_at = self._loop.time()
-        self._next_look = self._loop.call_later(_LOOK_SECONDS, self._look)
+        self._swept_at = self._loop.time()
+        self._next_sweep = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
 
     def __call__(self) -> RequestHandler:
         """A protocol for one more connection."""
@@ -87,19 +87,19 @@ class Front(web.Server):
         else:
             refused.linger()
 
-    def stop_looking(self) -> None:
+    def stop_sweeping(self) -> None:
         """Set no more deadlines."""
-        self._next_look.cancel()
+        self._next_sweep.cancel()
 
-    def _look(self) -> None:
-        self._next_look = self._loop.call_later(_LOOK_SECONDS, self._look)
+    def _sweep(self) -> None:
+        self._next_sweep = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
         now = self._loop.time()
-        self._awake += min(now - self._looked_at, 2 * _LOOK_SECONDS)  # a daemon that was frozen blames nobody for it
-        self._looked_at = now
+        self._awake += min(now - self._swept_at, 2 * _SWEEP_SECONDS)  # a daemon that was frozen blames nobody for it
+        self._swept_at = now
         server = self._settings()
         for connection in self.connections:
             try:
-                cast("ClientConnection", connection).look(self._awake, server)
+                cast("ClientConnection", connection).enforce_deadlines(self._awake, server)
             except Exception:  # the others are to be looked at all the same
                 log.exception("a fault of the daemon: a connection could not be looked at")
 
@@ -153,7 +153,7 @@ class FrontRunner(web.AppRunner):
     async def cleanup(self) -> None:
         """Close everything."""
         if self.server is not None:
-            cast("Front", self.server).stop_looking()
+            cast("Front", self.server).stop_sweeping()
         await super().cleanup()
 
     async def _make_server(self) -> web.Server:
@@ -255,7 +255,7 @@ class _Done:
 _DONE = _Done()
 
 
-class Written(web.StreamResponse):
+class Sent(web.StreamResponse):
     """Stands for an answer whose bytes are on the wire already: of a response it has what the server asks for."""
 
     def __init__(self, *, keep_alive: bool) -> None:  # not aiohttp's: headers and cookies would be made for nobody
@@ -270,7 +270,7 @@ class Written(web.StreamResponse):
         return _DONE
 
 
-WRITTEN, WRITTEN_LAST = Written(keep_alive=True), Written(keep_alive=False)  # the connection goes on, or ends
+SENT_KEEP_ALIVE, SENT_CLOSE = Sent(keep_alive=True), Sent(keep_alive=False)  # the connection goes on, or ends
 
 
 def client_of(request: web.BaseRequest) -> ClientConnection:

@@ -15,7 +15,7 @@ from aiohttp import web
 from vllm_proxy.errors import EngineFailedError, RequestError
 from vllm_proxy.traffic.call import Call
 from vllm_proxy.traffic.exchange import Ending, Exchange
-from vllm_proxy.traffic.front import WRITTEN, WRITTEN_LAST, client_is_slow, client_of
+from vllm_proxy.traffic.front import SENT_CLOSE, SENT_KEEP_ALIVE, client_is_slow, client_of
 from vllm_proxy.traffic.head import engine_id
 from vllm_proxy.traffic.registry import Endpoint, Lease, Registry, Route
 from vllm_proxy.traffic.wire import EngineConnection
@@ -63,7 +63,9 @@ def _too_late(seconds: float) -> RequestError:
     return RequestError("request_timeout", f"cannot answer within request_timeout ({seconds:g} s)")
 
 
-def carry(call: Call, registry: Registry, route: Route, body: bytes | Body) -> Coroutine[Any, Any, web.StreamResponse]:
+def forward(
+    call: Call, registry: Registry, route: Route, body: bytes | Body
+) -> Coroutine[Any, Any, web.StreamResponse]:
     """Send the request to an instance of the model, to others where contract section 5 says so; pass the answer on.
 
     Raises:
@@ -143,7 +145,7 @@ def _written(call: Call, lease: Lease, exchange: Exchange, ending: Ending) -> we
     if ending is Ending.BROKEN:
         log.warning("the engine broke off its answer", instance=call.instance, id=call.request_id.decode(),
                     engine_id=call.engine_id.decode())  # fmt: skip
-    return WRITTEN_LAST if exchange.close else WRITTEN
+    return SENT_CLOSE if exchange.close else SENT_KEEP_ALIVE
 
 
 async def ask(call: Call, lease: Lease, body: bytes, wanted: Callable[[int], bool]) -> web.StreamResponse | None:
@@ -151,7 +153,7 @@ async def ask(call: Call, lease: Lease, body: bytes, wanted: Callable[[int], boo
 
     Raises:
         RequestError: `engine_failed`, when there is no answer.
-        ConnectionResetError: as `carry`.
+        ConnectionResetError: as `forward`.
 
     """
 
