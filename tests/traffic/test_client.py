@@ -165,10 +165,10 @@ async def test_a_daemon_that_was_frozen_lets_nobody_pay_for_it() -> None:
     async with served(head_timeout=30) as found, connected(found.port):
         front = cast("Any", found.runner.server)
         await found.connection()
-        front._look()
-        front._looked_at -= 3600
-        front._look()
-        front._look()
+        front._sweep()
+        front._swept_at -= 3600
+        front._sweep()
+        front._sweep()
         assert found.runner.connections == 1
 
 
