@@ -139,6 +139,30 @@ def test_the_state_diagram_is_the_table() -> None:
     assert text.count("\n") <= 150
 
 
+def test_the_code_map_names_every_module_in_its_ring() -> None:
+    """And nothing that is gone; a name with a star stands for all that begin so."""
+    text = (PACKAGE / "ARCHITECTURE.md").read_text()
+    rows = dict(re.findall(r"^\| (top|`(?:api|fleet|engine|traffic|runtime|domain)/`) \| (.*) \|$", text, re.MULTILINE))
+    shown = {
+        (ring.strip("`/"), name) for ring, row in rows.items() for name in re.findall(r"`([a-z_]+(?:/|\*)?)`", row)
+    }
+    there = {
+        ("top" if path.parent == PACKAGE else path.relative_to(PACKAGE).parts[0], path.stem)
+        for path in MODULES
+        if not path.stem.startswith("__") and path.parent.name != "demo"
+    }
+    stars = {(ring, name[:-1]) for ring, name in shown if name.endswith("*")}
+    starred = {(ring, name) for ring, name in there if any(ring == r and name.startswith(n) for r, n in stars)}
+    folders = {("top", "demo/"), ("domain", "file/")}
+    assert {one for one in shown if not one[1].endswith("*")} - folders == there - starred
+
+
+def test_the_glossary_stays_short() -> None:
+    """Who needs more than 25 words of ours does not find his way in."""
+    words = (PACKAGE / "ARCHITECTURE.md").read_text().partition("## Words")[2].partition("\n## ")[0]
+    assert 10 <= words.count("\n| ") - 1 <= 25
+
+
 def test_the_readme_says_what_a_change_of_each_key_costs() -> None:
     """The table is generated, and holds every key of every table once."""
     text = (ROOT / "README.md").read_text()
