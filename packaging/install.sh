@@ -61,7 +61,7 @@ install_environment() {
     # The project itself is always built anew: uv would not see that its code has changed.
     # shellcheck disable=SC2086 # two words, or none
     UV_PROJECT_ENVIRONMENT=$prefix/venv UV_PYTHON=$python UV_LINK_MODE=${UV_LINK_MODE:-copy} "$uv" sync --quiet \
-        --project "$root" --locked --no-dev --no-editable --compile-bytecode --reinstall-package vllm-proxy $vllm
+        --project "$root" --locked --no-dev --no-editable --compile-bytecode --reinstall-package vllm-proxy --extra docs $vllm
     if is_ours || [ ! -e /usr/local/bin/vllm-proxy ]; then
         mkdir -p /usr/local/bin
         ln -sf "$prefix/venv/bin/vllm-proxy" /usr/local/bin/vllm-proxy

@@ -51,7 +51,7 @@ python.pkgs.buildPythonApplication {
   };
 
   build-system = [ python.pkgs.hatchling ];
-  dependencies = map named project.dependencies;
+  dependencies = map named (project.dependencies ++ project.optional-dependencies.docs);
   optional-dependencies = builtins.mapAttrs (_: map named) project.optional-dependencies;
   pythonImportsCheck = [ "vllm_proxy" ];
 

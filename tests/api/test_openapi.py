@@ -1,7 +1,9 @@
 """The document that the API gives of itself, held against the router, the parser and a running daemon."""
 
+import contextlib
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -236,14 +238,37 @@ async def test_the_daemon_serves_its_document(shared: Daemon) -> None:
     assert described(found) == set((await shared.get("/"))["endpoints"])
 
 
-@pytest.fixture
-async def client() -> AsyncIterator[TestClient[web.Request, web.Application]]:
+@contextlib.asynccontextmanager
+async def pages(assets: Path | None) -> AsyncIterator[TestClient[web.Request, web.Application]]:
     """The pages alone."""
     site = web.Application(middlewares=[envelope])
-    for method, path, handler in docs.routes([]):
+    for method, path, handler in docs.routes([], assets):
         site.router.add_route(method, path, handler)
     async with TestClient(TestServer(site)) as found:
         yield found
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[TestClient[web.Request, web.Application]]:
+    """The pages with the extra `docs`."""
+    async with pages(docs.find_assets()) as found:
+        yield found
+
+
+async def test_without_the_extra_the_pages_say_what_to_install() -> None:
+    """501 with a plain page that names the extra; the document itself is there, and no asset is."""
+    async with pages(None) as client:
+        for path in ("/docs", "/redoc"):
+            async with client.get(path) as answer:
+                assert (answer.status, answer.content_type) == (501, "text/html")
+                text = await answer.text()
+            assert "--extra docs" in text
+            assert 'href="openapi.json"' in text
+            assert "<script" not in text
+        async with client.get("/openapi.json") as answer:
+            assert (answer.status, (await answer.json())["openapi"]) == (200, "3.1.0")
+        async with client.get("/docs/assets/swagger.js") as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (404, "not_found")
 
 
 async def test_pages_and_assets_are_kept_but_asked_for(client: TestClient[web.Request, web.Application]) -> None:

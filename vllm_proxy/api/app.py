@@ -81,7 +81,8 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     direct, inference = _inference(parts, observe, cors)
     table = [*inference, *_administration(parts, metrics)]
     known = [("GET", "/"), *((method, path) for method, path, _ in table)]
-    table += [(method, path, _guarded(parts, page, public=True)) for method, path, page in docs.routes(known)]
+    pages = docs.routes(known, docs.find_assets())
+    table += [(method, path, _guarded(parts, page, public=True)) for method, path, page in pages]
     offered = ["GET /", *(f"{method} {path.replace(':.+', '')}" for method, path, _ in table)]
     table.append(("GET", "/", _guarded(parts, models.root(offered), public=True)))
     app = web.Application(middlewares=[envelope, cors.preflight])

@@ -1,7 +1,7 @@
 """`/openapi.json`, `/docs`, `/redoc`: the API explained by itself. Its one rule: no request leaves the machine.
 
 The pages are ours. What they are made of, Swagger UI and ReDoc, is read from the installed package aiohttp-swagger3,
-whose own code is never imported.
+whose own code is never imported. It comes with the extra `docs`; where it is missing, the pages say so.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from http import HTTPStatus
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import msgspec
@@ -34,6 +34,16 @@ _PAGE = """<!DOCTYPE html>
 <noscript>This page needs JavaScript. What it shows is in <a href="openapi.json">openapi.json</a>.</noscript>
 <script src="docs/assets/{library}"></script>
 <script src="docs/assets/{name}.js"></script>
+</body>
+</html>
+"""
+_MISSING = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>vllm-proxy: API</title></head>
+<body>
+<p>This page is made of the package aiohttp-swagger3, which is not installed. It comes with the extra
+<code>docs</code> of vllm-proxy: <code>uv sync --extra docs</code> in a checkout. Then restart the daemon.</p>
+<p>What the page shows is in <a href="openapi.json">openapi.json</a>.</p>
 </body>
 </html>
 """
@@ -90,48 +100,68 @@ class _File:
         return cls(body, kind, hashlib.sha256(body).hexdigest()[:16])
 
 
-def routes(others: Iterable[tuple[str, str]]) -> list[tuple[str, str, Handler]]:
-    """Method, path and handler of each page; they describe themselves and all `others`, (method, path)."""
+def find_assets() -> Path | None:
+    """The folder of what the pages are made of; None where the extra `docs` is not installed."""
+    try:
+        return Path(str(distribution("aiohttp-swagger3").locate_file("aiohttp_swagger3")))
+    except PackageNotFoundError:
+        return None
+
+
+def routes(others: Iterable[tuple[str, str]], assets: Path | None) -> list[tuple[str, str, Handler]]:
+    """Method, path and handler of each page; they describe themselves and all `others`, (method, path).
+
+    `assets`: as `find_assets` has it.
+    """
     swagger = _PAGE.format(title="API", name="swagger", library="swagger-ui-bundle.js", style=_STYLE)
     redoc = _PAGE.format(title="API reference", name="redoc", library="redoc.standalone.js", style="")
     found = [
-        ("GET", "/docs", _constant(_File.of(swagger.encode(), "text/html"))),
-        ("GET", "/redoc", _constant(_File.of(redoc.encode(), "text/html"))),
-        ("GET", "/docs/assets/{name}", _asset),
+        ("GET", "/docs", _page(swagger, assets)),
+        ("GET", "/redoc", _page(redoc, assets)),
+        ("GET", "/docs/assets/{name}", _asset(assets)),
     ]
     described = [*others, ("GET", "/openapi.json"), *((method, path) for method, path, _ in found)]
     json = _File.of(msgspec.json.encode(document(described)), "application/json")
     return [("GET", "/openapi.json", _constant(json)), *found]
 
 
-def _constant(file: _File) -> Handler:
+def _page(text: str, assets: Path | None) -> Handler:
+    if assets is None:
+        return _constant(_File.of(_MISSING.encode(), "text/html"), HTTPStatus.NOT_IMPLEMENTED)
+    return _constant(_File.of(text.encode(), "text/html"))
+
+
+def _constant(file: _File, status: int = HTTPStatus.OK) -> Handler:
     async def handle(request: web.Request) -> web.Response:
-        return _served(request, file)
+        return _served(request, file, status)
 
     return handle
 
 
-async def _asset(request: web.Request) -> web.Response:
+def _asset(assets: Path | None) -> Handler:
     """`GET /docs/assets/{name}`."""
-    name = request.match_info["name"]
-    if name not in _OWN and name not in _PACKAGED:
-        raise RequestError("not_found", f"cannot find {request.path}: see GET / for what there is")
-    return _served(request, await asyncio.to_thread(_read, name))
+
+    async def handle(request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if assets is None or (name not in _OWN and name not in _PACKAGED):
+            raise RequestError("not_found", f"cannot find {request.path}: see GET / for what there is")
+        return _served(request, await asyncio.to_thread(_read, assets, name))
+
+    return handle
 
 
 @cache
-def _read(name: str) -> _File:
+def _read(assets: Path, name: str) -> _File:
     """A file that a page is made of; kept, once somebody has looked at the page."""
     if name in _OWN:
         return _File.of(_OWN[name].encode(), _SCRIPT)
     path, kind = _PACKAGED[name]
-    body = Path(str(distribution("aiohttp-swagger3").locate_file(f"aiohttp_swagger3/{path}"))).read_bytes()
-    return _File.of(body.replace(_LOGO, _NO_LOGO), kind)
+    return _File.of((assets / path).read_bytes().replace(_LOGO, _NO_LOGO), kind)
 
 
-def _served(request: web.Request, file: _File) -> web.Response:
+def _served(request: web.Request, file: _File, status: int = HTTPStatus.OK) -> web.Response:
     headers = {**_HEADERS, "ETag": f'"{file.etag}"'}
     if any(tag.value in {file.etag, "*"} for tag in request.if_none_match or ()):
         return web.Response(status=HTTPStatus.NOT_MODIFIED, headers=headers)
     charset = None if file.kind in {_PNG, "application/json"} else "utf-8"
-    return web.Response(body=file.body, content_type=file.kind, charset=charset, headers=headers)
+    return web.Response(status=status, body=file.body, content_type=file.kind, charset=charset, headers=headers)

@@ -215,8 +215,13 @@ _DAEMON = {
 }
 
 
-def _document(summary: str, kind: str) -> Operation:
-    return Operation("Documentation", summary, (Answer(200, "Served by the daemon itself.", _text(kind)),), _HERE)
+def _document(summary: str) -> Operation:
+    page = _text("text/html")
+    answers = (
+        Answer(200, "Served by the daemon itself.", page),
+        Answer(501, "The extra `docs` is not installed.", page),
+    )
+    return Operation("Documentation", summary, answers, _HERE)
 
 
 _DOCUMENTATION = {
@@ -226,8 +231,8 @@ _DOCUMENTATION = {
         (Answer(200, "OpenAPI 3.1.", {"application/json": {"type": "object"}}),),
         _HERE,
     ),
-    "GET /docs": _document("This document in Swagger UI", "text/html"),
-    "GET /redoc": _document("This document in ReDoc", "text/html"),
+    "GET /docs": _document("This document in Swagger UI"),
+    "GET /redoc": _document("This document in ReDoc"),
     "GET /docs/assets/{name}": Operation(
         "Documentation", "What these pages are made of", (Answer(200, "A file.", {"*/*": {}}),), (*_HERE, "not_found")
     ),
