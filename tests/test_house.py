@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from vllm_proxy import errors
-from vllm_proxy.domain import lifecycle, plan
+from vllm_proxy.domain import lifecycle
 from vllm_proxy.domain.config import EngineDefaults, ModelTable, Restart, Server
 from vllm_proxy.domain.file.parse import parse_config
-from vllm_proxy.domain.units import parse_duration, parse_size
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vllm_proxy"
@@ -161,50 +160,3 @@ def test_the_glossary_stays_short() -> None:
     """Who needs more than 25 words of ours does not find his way in."""
     words = (PACKAGE / "ARCHITECTURE.md").read_text().partition("## Words")[2].partition("\n## ")[0]
     assert 10 <= words.count("\n| ") - 1 <= 25
-
-
-def test_the_readme_says_what_a_change_of_each_key_costs() -> None:
-    """The table is generated, and holds every key of every table once."""
-    text = (ROOT / "README.md").read_text()
-    assert plan.table() in text
-    shown = re.findall(r"`([a-z_.]+)`", "\n".join(row.split("|")[1] for row in plan.table().splitlines()))
-    models = set(ModelTable.model_fields)
-    assert sorted(shown) == sorted(
-        [
-            *models,
-            *(f"server.{key}" for key in Server.model_fields),
-            *(f"engine.{key}" for key in EngineDefaults.model_fields),
-        ]
-    )
-
-
-def test_the_readme_names_a_test_for_every_fault() -> None:
-    """Each row of the table of faults ends with tests that exist."""
-    text = (ROOT / "README.md").read_text()
-    table = text.partition("| fault | requests |")[2].partition("\n\n")[0].splitlines()[2:]
-    known = {
-        name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (\w+)", file.read_text())
-    }
-    assert len(table) > 20
-    for row in table:
-        named = re.findall(r"`(\w+)`", row.rsplit(" | ", 1)[1])
-        assert named, row
-        assert set(named) <= known, row
-
-
-def test_the_readme_lists_every_key_with_its_default() -> None:
-    """The README's table of keys is complete and its defaults are those of the code."""
-    text = (ROOT / "README.md").read_text()
-    rows = dict(re.findall(r"^\| `([a-z_.]+)` \|([^|]*)\|", text, re.MULTILINE))
-    for prefix, table in (("server.", Server), ("engine.", EngineDefaults), ("", ModelTable), ("restart.", Restart)):
-        for key, field in table.model_fields.items():
-            if key == "restart":  # a table: its keys are listed
-                continue
-            assert prefix + key in rows, prefix + key
-            shown = rows[prefix + key].strip().strip("`").strip('"')
-            if isinstance(field.default, str | bool):
-                assert shown == str(field.default).lower() or shown == field.default, key
-            elif isinstance(field.default, float) and shown:
-                assert parse_duration(int(shown) if shown.isdigit() else shown) == field.default, key
-            elif isinstance(field.default, int):
-                assert parse_size(int(shown) if shown.isdigit() else shown) == field.default, key

@@ -14,7 +14,8 @@ import aiohttp
 import structlog
 import uvloop
 
-from vllm_proxy import __version__, control, daemon, demo, logsetup, settings
+from vllm_proxy import __version__, control, daemon, demo, logsetup, settings, terminal
+from vllm_proxy import help as pages
 from vllm_proxy.connection import LostError, NoDaemonError, RefusedError, Resource
 from vllm_proxy.domain.plan import plan
 from vllm_proxy.errors import ConfigError, Problem, StartupError, VllmProxyError
@@ -27,6 +28,7 @@ log = structlog.get_logger()
 
 _STDERR = 2
 OK, FAILED, CHANGES, NO_DAEMON, CONFIG_INVALID = 0, 1, 2, 3, os.EX_CONFIG
+WRONG_USAGE = 2  # argparse's own
 _ABOUT_A_FILE = frozenset({"serve", "check", "plan", "demo"})  # for others a file that cannot be used is a failure
 
 
@@ -87,7 +89,9 @@ def _reserve_standard_descriptors() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vllm-proxy", description="One OpenAI-compatible address in front of many vLLM processes."
+        prog="vllm-proxy",
+        description="One OpenAI-compatible address in front of many vLLM processes.",
+        epilog="`vllm-proxy help` lists the pages of the manual, `vllm-proxy help CODE` explains an error.",
     )
     parser.add_argument("--version", action="version", version=f"vllm-proxy {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -101,8 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     running = argparse.ArgumentParser(add_help=False)
     running.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     running.add_argument("--port", type=int, help="port to listen on (default: 8000)")
-    running.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
-    running.add_argument("--log-format", default="auto", choices=["auto", "text", "json", "journal"])
+    running.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"],
+                         help="what is logged; info: requests and engine output too (default: info)")  # fmt: skip
+    running.add_argument("--log-format", default="auto", choices=["auto", "text", "json", "journal"],
+                         help="auto: journal where stderr is the journal, else text (default: auto)")  # fmt: skip
 
     def add(
         name: str, command: object, parents: list[argparse.ArgumentParser], explanation: str
@@ -128,6 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("model", metavar="ID")
     logs.add_argument("-f", "--follow", action="store_true", help="go on as more comes")
     logs.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="how many lines back (default: 100)")
+    topic = add("help", _help, [as_json], "print a page of the manual, a section of one, or what an error code means")
+    topic.add_argument("topic", nargs="*", metavar="TOPIC", help="a page, a heading, a code; default: lists the pages")
     add("demo", _demo, [place, running], "run the daemon with two small real models on this machine's CPU")
     return parser
 
@@ -209,7 +217,11 @@ def _act(options: argparse.Namespace) -> int:
     resource = uvloop.run(control.act(loaded, options.action, options.model, say))
     if options.json:
         _say(json.dumps(resource))
-    return FAILED if control.failed(resource, options.action) else OK
+    if not control.failed(resource, options.action):
+        return OK
+    if not options.json and (reason := resource["status"]["reason"]):
+        _complain(f"`vllm-proxy help {reason}` says what to look at, and what to do")
+    return FAILED
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -250,6 +262,21 @@ def _logs(options: argparse.Namespace) -> int:
 
     say = say_json if options.json else _say
     uvloop.run(control.print_logs(_load(options), options.model, options.lines, say, follow=options.follow))
+    return OK
+
+
+def _help(options: argparse.Namespace) -> int:
+    wanted = " ".join(options.topic)
+    try:
+        text = pages.about(wanted) if wanted else pages.contents()
+    except pages.UnknownTopicError as error:
+        _complain(str(error))
+        return WRONG_USAGE
+    if options.json:
+        listed = {"topics": [{"name": name, "about": about} for name, about in pages.topics()]}
+        _say(json.dumps({"topic": wanted, "text": text} if wanted else listed))
+    else:
+        terminal.show(text, os.environ, _say)
     return OK
 
 

@@ -47,15 +47,16 @@ async def test_json_prints_the_resource_alone(tmp_path: Path, port_start: int) -
 
 
 async def test_a_start_that_fails_exits_with_1_and_the_reason(tmp_path: Path, port_start: int) -> None:
-    """The model rests in error; the sentence is the resource's."""
+    """The model rests in error; the sentence is the resource's, and where to read on is told."""
     table = (
         CHAT + 'restart = { max_failures = 1 }\nargs = { fake_exit_at = "weights", fake_exit_text = "BadLuck: no" }\n'
     )
     async with daemon(fake_engines(port_start) + table, tmp_path) as running:
         await running.once("chat", lambda one: one["state"] == "error")
-        status, out, _ = await vllm_proxy(tmp_path, "start", "chat")
+        status, out, err = await vllm_proxy(tmp_path, "start", "chat")
         assert status == 1
         assert "BadLuck: no" in out
+        assert err == "vllm-proxy: `vllm-proxy help crashed` says what to look at, and what to do\n"
 
 
 async def test_who_waits_for_a_model_is_told_that_somebody_else_wants_it_otherwise(

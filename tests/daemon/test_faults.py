@@ -1,4 +1,4 @@
-"""Every fault of an engine that the fake can be made to show, as real processes: the rows of the README's table."""
+"""Every fault of an engine that the fake can be made to show, as real processes: the rows of docs/faults.md."""
 
 import asyncio
 import json

@@ -258,19 +258,20 @@ def test_the_flake_offers_what_others_take(tmp_path: Path, inputs: list[str]) ->
 
 
 def test_the_package_takes_what_the_project_asks_for(tmp_path: Path, inputs: list[str]) -> None:
-    """Its dependencies and its extra are those of pyproject.toml, by name."""
+    """Its dependencies and its extras are those of pyproject.toml, by name; the extra `docs` is always there."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     package = f"git+file://{tmp_path}/src?dir=packaging/nix#packages.x86_64-linux.default"
     names = "package: with package; map (map (p: p.name)) [ dependencies optional-dependencies.vllm ]"
     found = json.loads(nix("nix", "eval", "--json", *inputs, package, "--apply", names))
-    wanted = (project["dependencies"], project["optional-dependencies"]["vllm"])
+    extras = project["optional-dependencies"]
+    wanted = (project["dependencies"] + extras["docs"], extras["vllm"])
     assert found == [[re.split("[<>=]", requirement)[0] for requirement in kind] for kind in wanted]
 
 
-def test_the_readme_is_a_machine(tmp_path: Path, inputs: list[str]) -> None:
-    """The flake and the configuration in the README's "NixOS" section, word for word."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## NixOS\n")[1].split("\n## ")[0]
-    flake, configuration = re.findall(r"^```nix\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+def test_the_page_is_a_machine(tmp_path: Path, inputs: list[str]) -> None:
+    """The flake and the configuration in docs/nixos.md, word for word."""
+    page = (ROOT / "vllm_proxy/docs/nixos.md").read_text(encoding="utf-8")
+    flake, configuration = re.findall(r"^```nix\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     machine = tmp_path / "machine"
     machine.mkdir()
     (machine / "flake.nix").write_text(flake, encoding="utf-8")

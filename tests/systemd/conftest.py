@@ -1,4 +1,4 @@
-"""Machines with vllm-proxy installed as the README says."""
+"""Machines with vllm-proxy installed as docs/install.md says."""
 
 import os
 import re
@@ -26,10 +26,9 @@ etc/passwd etc/group etc/shadow etc/gshadow
 """.split()
 
 
-def blocks(section: str) -> list[str]:
-    """The blocks of shell in a section of the README, in order."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    text = readme.split(f"\n## {section}\n")[1].split("\n## ")[0]
+def blocks() -> list[str]:
+    """The blocks of shell in docs/install.md, in order."""
+    text = (ROOT / "vllm_proxy/docs/install.md").read_text(encoding="utf-8")
     return re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
@@ -62,11 +61,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def installed(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README's first block of "Install" makes, as a folder to lie over a machine's root."""
+    """What the first block of docs/install.md makes, as a folder to lie over a machine's root."""
     folder = tmp_path_factory.mktemp("installed")
     folder.chmod(0o755)
     with booted(checkout) as machine:
-        machine.shell(f"cd /src; {blocks('Install')[0]}", online=True)
+        machine.shell(f"cd /src; {blocks()[0]}", online=True)
         machine.run("tar", "-C", "/", "-cf", "/tmp/installed.tar", *_INSTALLED)
         tar = machine.path("/tmp/installed.tar")
         subprocess.run(["tar", "-C", str(folder), "--same-owner", "-xf", tar], check=True)
@@ -97,7 +96,7 @@ def newer_systemd(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def newer(checkout: Path, installed: Path, newer_systemd: list[Path]) -> Iterator[Machine]:
     """As `machine`, with systemd 254 or later, and installed with that."""
     with booted(checkout, installed, *newer_systemd) as found:
-        found.shell(f"cd /src; {blocks('Install')[0]}", online=True)
+        found.shell(f"cd /src; {blocks()[0]}", online=True)
         configure(found, ENGINES + CHAT + EMBED)
         yield found
 

@@ -192,7 +192,7 @@ class Metrics:
         )
         lag.add_metric([], self._lag.seconds.buckets(), self._lag.seconds.total)
         most = GaugeMetricFamily(
-            "vllm_proxy_loop_lag_max_seconds", "The latest that it was in the last one to two minutes."
+            "vllm_proxy_loop_lag_max_seconds", "The latest that the event loop was in the last one to two minutes."
         )
         most.add_metric([], self._lag.most())
         dropped = CounterMetricFamily(

@@ -155,7 +155,7 @@ def _short(value: Any, shown: Callable[[Any], str]) -> str:  # noqa: ANN401 - a 
 
 
 def table() -> str:
-    """The README's table: what a change of each key costs. The keys come from the types, so a new one is in its row."""
+    """What a change of each key costs, for docs/changes.md. The keys come from the types: a new one is in its row."""
     live = [key for key in Policy.model_fields if key not in _OF_THEIR_OWN]
     server = [key for key in Server.model_fields if key not in RESTART_KEYS]
     rows = [

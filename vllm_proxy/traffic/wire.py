@@ -1,7 +1,7 @@
 """Connections to one engine, kept alive between requests. Its one rule: an idle connection carries nothing.
 
 What an answer means is the receiver's business; here bytes go in and come out. Source of the design: a prototype that
-writes engine bytes straight to the client took a quarter of the CPU of aiohttp's client, see the README's benchmark.
+writes engine bytes straight to the client took a quarter of the CPU of aiohttp's client, see docs/performance.md.
 """
 
 import asyncio

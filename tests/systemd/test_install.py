@@ -1,4 +1,4 @@
-"""The README's "Install", word for word."""
+"""docs/install.md, word for word."""
 
 import json
 
@@ -14,7 +14,7 @@ INSTALL, START, RELOAD, UPGRADE, KEEP, END, UNINSTALL = range(7)
 
 def test_every_block_does_what_the_text_says(machine: Machine) -> None:
     """From the first file to the uninstalled service; the installer has run already, once."""
-    lines = [f"cd /src\n{block}" for block in blocks("Install")]
+    lines = [f"cd /src\n{block}" for block in blocks()]
     assert len(lines) == 7
     configure(machine, ENGINES + CHAT + EMBED)
     health = json.loads(machine.shell(lines[START]).splitlines()[-1])
@@ -46,16 +46,16 @@ def test_what_is_installed_can_be_taken_away_and_comes_back(machine: Machine) ->
     machine.run("systemctl", "start", "vllm-proxy.socket", "vllm-proxy.service")
     before = ready(machine)
     text = machine.path("/etc/vllm-proxy/models.toml").read_text()
-    machine.shell(f"cd /src\n{blocks('Install')[UNINSTALL]}")
+    machine.shell(f"cd /src\n{blocks()[UNINSTALL]}")
     assert not any(machine.path(f"/proc/{pid}").exists() for pid in before.values())
     for name in ("/opt/vllm-proxy", "/usr/local/bin/vllm-proxy", "/usr/local/lib/systemd/system/vllm-proxy.service"):
         assert not machine.path(name).exists()
     assert machine.path("/var/lib/vllm-proxy/logs").is_dir()
-    machine.shell(f"cd /src\n{blocks('Install')[INSTALL]}", online=True)
+    machine.shell(f"cd /src\n{blocks()[INSTALL]}", online=True)
     assert machine.path("/etc/vllm-proxy/models.toml").read_text() == text
     machine.run("systemctl", "start", "vllm-proxy")
     ready(machine)
-    machine.shell(f"cd /src\n{blocks('Install')[UNINSTALL]}")
+    machine.shell(f"cd /src\n{blocks()[UNINSTALL]}")
 
 
 def test_the_installer_says_what_it_lacks(machine: Machine) -> None:

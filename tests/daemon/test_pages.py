@@ -1,0 +1,81 @@
+"""What the pages tell somebody to type, typed at a running daemon."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests import pages
+from tests.harness import Daemon, daemon, fake_engines
+from tests.test_pages import blocks
+
+CHAT = '[models.chat]\nmodel = "org/chat"\n'
+
+
+@pytest.fixture
+async def running(tmp_path: Path, port_start: int) -> AsyncIterator[Daemon]:
+    """A daemon with the model `chat`, which the pages talk about."""
+    async with daemon(f"# kept\n{fake_engines(port_start)}{CHAT}", tmp_path) as found:
+        await found.all_ready()
+        yield found
+
+
+async def typed(running: Daemon, line: str) -> str:
+    """What a `curl` line prints, with this daemon's ports instead of the page's; it must be answered with success."""
+    engine = (await running.instance("chat"))["port"]
+    line = line.replace("localhost:8000", f"localhost:{running.port}").replace("127.0.0.1:8001", f"127.0.0.1:{engine}")
+    command = f"curl -sS --fail-with-body {line.removeprefix('curl ').partition(' | ')[0]}"
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_shell(command, cwd=running.folder, stdout=pipe, stderr=pipe)
+    out, err = await process.communicate()
+    assert process.returncode == 0, (command, out, err)
+    return out.decode()
+
+
+async def test_models_change_as_the_page_types_it(running: Daemon) -> None:
+    """The blocks of docs/changes.md, line by line: a model comes, changes and goes, and a file is put back whole."""
+    before = (running.folder / "models.toml").read_bytes()
+    over_rest, whole_file = [block.splitlines() for block in blocks(pages.DOCS / "changes.md") if "curl" in block]
+    await typed(running, over_rest[0])
+    await typed(running, over_rest[1])
+    changed = (await running.get("/models/small"))["spec"]
+    assert changed == {"model": "Qwen/Qwen3-0.6B", "max_model_len": 4096, "args": {"seed": 1}}
+    await typed(running, over_rest[2])
+    await running.eventually("/models", lambda found: [model["id"] for model in found["models"]] == ["chat"])
+    assert (running.folder / "models.toml").read_bytes() == before
+    await typed(running, whole_file[0])
+    assert (running.folder / "models.toml.good").read_bytes() == before
+    assert await typed(running, whole_file[1]) == '{"changes":[]}'
+    (running.folder / "models.toml").write_bytes(before + b"description = 'bad'\n")
+    await running.eventually("/models/chat", lambda found: found["spec"].get("description") == "bad")
+    await typed(running, whole_file[2])
+    assert (running.folder / "models.toml").read_bytes() == before
+
+
+async def test_what_is_typed_at_night_is_answered(running: Daemon) -> None:
+    """Each `curl` line of docs/operating.md; those for numbers name series that are there."""
+    (running.folder / "models.toml.good").write_bytes((running.folder / "models.toml").read_bytes())
+    lines = [line for block in blocks(pages.DOCS / "operating.md") for line in block.splitlines()]
+    lines = [line for line in lines if line.startswith("curl")]
+    assert len(lines) > 10
+    for line in lines:
+        found = await typed(running, line)
+        if (filtered := re.search(r"grep -E '(.*)'", line)) and "127.0.0.1" not in line:
+            assert re.search(filtered[1], found, re.MULTILINE), line
+
+
+async def test_the_page_of_metrics_is_what_a_daemon_says(running: Daemon) -> None:
+    """Every family with its type and its explanation, and no other; labels as the page has them."""
+    body = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
+    await running.post("/v1/chat/completions", body)
+    text = await typed(running, "curl localhost:8000/metrics")
+    kinds = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE))
+    meanings = dict(re.findall(r"^# HELP (\w+) (.*)$", text, re.MULTILINE))
+    families = pages.families()
+    assert kinds == {name: kind for name, (kind, _, _) in families.items()}
+    assert meanings == {name: meaning for name, (_, _, meaning) in families.items()}
+    for name, labels in re.findall(r"^(\w+)\{(.*)\} ", text, re.MULTILINE):
+        family = name if name in families else name.rpartition("_")[0]
+        assert set(re.findall(r"(\w+)=", labels)) - {"le"} == set(families[family][1]), name

@@ -1,0 +1,274 @@
+"""The tables in `vllm_proxy/docs` that are made of the code. `python -m tests.pages` writes them anew.
+
+In a page such a table stands between `<!-- generated: NAME -->` and `<!-- end -->`. Names, types, defaults and costs
+are the code's. What the code has no words for is said in the last column of the page itself, and kept there by its
+first column; of a new row that column is empty, which a test does not let pass.
+"""
+
+import argparse
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from annotated_types import Ge, Gt, Le, MinLen
+from prometheus_client.core import Metric
+from pydantic import BaseModel, BeforeValidator
+from pydantic.fields import FieldInfo
+
+from tests.api.test_metrics import Fleet, call, metrics_of
+from vllm_proxy import cli
+from vllm_proxy.api.openapi_keys import KEYS
+from vllm_proxy.api.openapi_routes import OPERATIONS, Operation
+from vllm_proxy.domain import plan
+from vllm_proxy.domain.config import EngineDefaults, EngineSpec, Policy, Restart, Server
+from vllm_proxy.domain.lifecycle import Reason
+from vllm_proxy.domain.units import parse_duration, parse_size, show, show_duration, show_size
+from vllm_proxy.errors import STATUS
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "vllm_proxy/docs"
+COMMAND = "python -m tests.pages"
+BLOCK = re.compile(r"(<!-- generated: (?P<name>[^\n]*?) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
+
+type Rows = Iterable[Sequence[str]]  # cells; the last one "" where the page has the words
+
+
+def written(page: str) -> str:
+    """A page with its tables as the code has them now."""
+    return BLOCK.sub(lambda found: f"{found[1]}{_table(found['name'], found['table'])}\n{found[4]}", page)
+
+
+def _table(name: str, before: str) -> str:
+    made = TABLES[name]()
+    return made if isinstance(made, str) else _with_words(*made, before)
+
+
+def _with_words(head: Sequence[str], rows: Rows, before: str) -> str:
+    """A table; where a row has no words, those that stood there before."""
+    words = {cells[0]: cells[-1] for cells in map(cells_of, before.splitlines()) if len(cells) == len(head)}
+    lines = [head, ["---"] * len(head), *([*row[:-1], row[-1] or words.get(row[0], "")] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines)
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a row; a bar that is escaped parts nothing."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+# The configuration
+
+
+def _keys(
+    table: type[BaseModel], cost: Callable[[str], str], prefix: str = "", words: Mapping[str, str] = KEYS
+) -> tuple[Sequence[str], Rows]:
+    rows = [
+        (f"`{prefix}{key}`", _type_of(field), _default_of(field), cost(key), words.get(key, ""))
+        for key, field in table.model_fields.items()
+        if field.annotation is not Restart
+    ]
+    return ("key", "type", "default", "a change", "meaning"), rows
+
+
+def _type_of(field: FieldInfo) -> str:
+    return _kind(field.annotation, field.metadata)
+
+
+def _kind(annotation: Any, marks: Sequence[Any]) -> str:  # noqa: ANN401 - a type; a table of them
+    """A type as people call it. `marks`: what Annotated says of it."""
+    while typing.get_origin(annotation) is typing.Annotated:
+        annotation, *more = typing.get_args(annotation)
+        marks = [*marks, *more]
+    marks = [part for mark in marks for part in (mark.metadata if isinstance(mark, FieldInfo) else [mark])]
+    readers = {mark.func for mark in marks if isinstance(mark, BeforeValidator)}
+    if parse_duration in readers:
+        return "duration"
+    if parse_size in readers:
+        return "size" + _bounds(marks)
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in {typing.Union, types.UnionType}:
+        return " or ".join(_kind(each, marks) for each in inner if each is not type(None))
+    if origin is Literal:
+        return ", ".join(f'`"{value}"`' for value in inner)
+    if origin is tuple:
+        empty = "" if not any(isinstance(mark, MinLen) for mark in marks) else ", not empty"
+        return f"list of {_kind(inner[0], ())}{empty}"
+    if origin is dict or annotation is dict:
+        return "table"
+    names = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+    return names[annotation] + (_bounds(marks) if annotation in {int, float} else "")
+
+
+def _bounds(marks: Sequence[Any]) -> str:
+    said = {Ge: "at least {0.ge}", Gt: "above {0.gt}", Le: "at most {0.le}"}
+    return "".join(f", {said[type(mark)].format(mark)}" for mark in marks if type(mark) in said)
+
+
+def _default_of(field: FieldInfo) -> str:
+    value = field.default
+    if field.is_required():
+        return "required"
+    if value is None:
+        return ""
+    readers = {mark.func for mark in field.metadata if isinstance(mark, BeforeValidator)}
+    if value and parse_duration in readers:
+        return f'`"{show_duration(value)}"`'
+    if value and parse_size in readers:
+        return f'`"{show_size(value)}"`'
+    if isinstance(value, dict):
+        return "`{}`"
+    return f"`{show(int(value) if isinstance(value, float) else list(value) if isinstance(value, tuple) else value)}`"
+
+
+def _of_a_policy(key: str) -> str:
+    return {"enabled": "stops, starts", "replicas": "adds, removes"}.get(key, "live")
+
+
+# Commands
+
+
+def _commands() -> dict[str, argparse.ArgumentParser]:
+    choices = next(iter(cli._parser()._subparsers._group_actions)).choices  # type: ignore[union-attr]
+    return dict(typing.cast("Mapping[str, argparse.ArgumentParser]", choices))
+
+
+def command_names() -> list[str]:
+    """Of all commands."""
+    return list(_commands())
+
+
+def _usages() -> tuple[Sequence[str], Rows]:
+    rows = []
+    for name, parser in _commands().items():
+        parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=1000)
+        usage = parser.format_usage().strip().removeprefix(f"usage: {parser.prog} [-h]").strip()
+        rows.append((f"`vllm-proxy {name}`", f"`{usage}`" if usage else "", parser.description or "", ""))
+    return ("command", "takes", "does", "exit status"), rows
+
+
+def _options() -> tuple[Sequence[str], Rows]:
+    of: dict[str, tuple[list[str], str]] = {}
+    for command, parser in _commands().items():
+        for action in parser._actions:  # argparse offers no other way
+            if action.option_strings and "--help" not in action.option_strings:
+                metavar = (
+                    f" {{{','.join(action.choices)}}}"
+                    if action.choices
+                    else f" {action.metavar or action.dest.upper()}"
+                )
+                takes = metavar if action.nargs != 0 else ""
+                name = f"`{', '.join(action.option_strings)}{takes}`"
+                of.setdefault(name, ([], action.help or ""))[0].append(command)
+    rows = [(name, ", ".join(commands), explanation) for name, (commands, explanation) in of.items()]
+    return ("option", "of", "meaning"), rows
+
+
+# Routes, metrics, codes
+
+
+def _routes(tag: str) -> tuple[Sequence[str], Rows]:
+    rows = [
+        (f"`{route}`", _does(operation), _answers(operation))
+        for route, operation in OPERATIONS.items()
+        if operation.tag == tag
+    ]
+    return ("route", "does", "answers"), rows
+
+
+def _does(operation: Operation) -> str:
+    summary = operation.summary if operation.summary.endswith("?") else f"{operation.summary}."
+    return f"{summary} {operation.description}".strip().replace("|", "\\|")
+
+
+def _answers(operation: Operation) -> str:
+    return " ".join(f"{int(answer.status)}: {answer.description}" for answer in operation.answers)
+
+
+def families() -> dict[str, tuple[str, Sequence[str], str]]:
+    """Type, labels and meaning of each metric, by the name that a query has."""
+    metrics = metrics_of(Fleet("chat"))
+    metrics.count(call(first=0.5, sent=0.5))
+    found: dict[str, tuple[str, Sequence[str], str]] = {}
+    for metric in metrics._collect(1):
+        name = f"{metric.name}_total" if metric.type == "counter" else metric.name
+        found[name] = (metric.type, _labels(metric), metric.documentation)
+    return found
+
+
+def _labels(metric: Metric) -> Sequence[str]:
+    return list(typing.cast("Any", metric)._labelnames)
+
+
+def _metrics() -> tuple[Sequence[str], Rows]:
+    rows = [
+        (f"`{name}`", kind, ", ".join(f"`{label}`" for label in labels), meaning)
+        for name, (kind, labels, meaning) in sorted(families().items())
+    ]
+    return ("metric", "type", "labels", "meaning"), rows
+
+
+def _codes() -> str:
+    rows: list[tuple[str, list[str]]] = [
+        *(
+            (f"HTTP {status}", [code for code in STATUS if STATUS[code] == status])
+            for status in sorted({*STATUS.values()})
+        ),
+        ("a reason", [str(reason) for reason in Reason]),
+        ("an exit status", [str(status) for status in exit_statuses()]),
+    ]
+    lines = [
+        f"| {what} | {' '.join(f'[{code}](#{f"exit-status-{code}" if code.isdigit() else code})' for code in codes)} |"
+        for what, codes in rows
+    ]
+    return "\n".join(["| it is | code |", "|---|---|", *lines])
+
+
+def exit_statuses() -> list[int]:
+    """Those of the commands."""
+    return sorted({cli.OK, cli.FAILED, cli.CHANGES, cli.NO_DAEMON, cli.CONFIG_INVALID})
+
+
+TABLES: Mapping[str, Callable[[], str | tuple[Sequence[str], Rows]]] = {
+    "keys of the engine": lambda: _keys(EngineSpec, lambda _: "replaces"),
+    "keys of the policy": lambda: _keys(Policy, _of_a_policy),
+    "keys of restarts": lambda: _keys(Restart, lambda _: "live", "restart."),
+    "keys of the server": lambda: _keys(
+        Server, lambda key: "restart" if key in plan.RESTART_KEYS else "live", "server.", {}
+    ),
+    "keys of all engines": lambda: _keys(
+        EngineDefaults, lambda key: "replaces" if key in EngineSpec.model_fields else "live", "engine.", {}
+    ),
+    "changes": plan.table,
+    "commands": _usages,
+    "options": _options,
+    **{
+        f"routes: {tag}": lambda tag=tag: _routes(tag)  # type: ignore[misc]
+        for tag in ("Inference", "Models", "Configuration", "Daemon", "Documentation")
+    },
+    "metrics": _metrics,
+    "codes": _codes,
+}
+
+
+def main() -> None:
+    """Write every page anew that differs, and say which, and what has no words yet."""
+    for page in sorted(DOCS.glob("*.md")):
+        before = page.read_text(encoding="utf-8")
+        after = written(before)
+        if after != before:
+            page.write_text(after, encoding="utf-8")
+            print(f"wrote {page.relative_to(ROOT)}")
+        for row in wordless(after):
+            print(f"{page.relative_to(ROOT)}: say in the last column what this is: {row}")
+
+
+def wordless(page: str) -> list[str]:
+    """Rows of generated tables whose last column is empty, by their first."""
+    rows = (cells_of(line) for found in BLOCK.finditer(page) for line in found["table"].splitlines())
+    return [cells[0] for cells in rows if not cells[-1]]
+
+
+if __name__ == "__main__":
+    main()
