@@ -179,3 +179,14 @@ def test_every_metric_in_the_pages_is_one() -> None:
     for page in PAGES:
         named = set(re.findall(r"\bvllm_proxy_\w*[a-z]\b(?![(/.])", page.read_text(encoding="utf-8")))
         assert named - {"vllm_proxy_"} <= known, page
+
+
+def test_every_line_of_the_log_that_a_page_quotes_is_written() -> None:
+    """Who searches the journal for it finds it: the daemon still has that sentence."""
+    text = (pages.DOCS / "operating.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| in the log \|.*\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    quoted = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "vllm_proxy").rglob("*.py"))
+    assert len(quoted) > 3
+    for sentence in quoted:
+        assert f'"{sentence}"' in code
