@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from aiohttp import web
 from yarl import URL
 
 from tests import slow_turns
+from vllm_proxy.domain.address import UnixAddress
 from vllm_proxy.domain.file.parse import revision_of
 from vllm_proxy.engine.proc import look_up
 
@@ -430,6 +432,18 @@ async def connected(port: int, *, receive_buffer: int | None = None, limit: int 
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
+
+
+@contextlib.asynccontextmanager
+async def at_unix_socket(app: web.Application, path: Path) -> AsyncIterator[UnixAddress]:
+    """A real HTTP server that listens at a Unix socket."""
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.UnixSite(runner, str(path)).start()
+    try:
+        yield UnixAddress(str(path))
+    finally:
+        await runner.cleanup()
 
 
 def request(path: str, body: bytes, *lines: str, method: str = "POST", version: str = "1.1") -> bytes:

@@ -359,7 +359,7 @@ async def test_stop_all_as_root_ends_the_engines_of_who_wrote_the_state(open_pat
     found = look_up(engine.pid)
     assert found is not None
     folder = Path(tempfile.mkdtemp(prefix="vp-", dir="/tmp"))
-    record = EngineRecord("chat/0", "engine-0", engine.pid, found.started, 8001, "secret", str(folder), "")
+    record = EngineRecord("chat/0", "engine-0", engine.pid, found.started, "127.0.0.1:8001", "secret", str(folder), "")
     with StateDirectory(open_path / "state") as state:
         state.record(record)
     socket = folder / "socket"

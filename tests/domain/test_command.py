@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
+from vllm_proxy.domain.address import TcpAddress, UnixAddress
 from vllm_proxy.domain.command import ENGINE_SHUTDOWN_SECONDS, Place, argv, environment
 from vllm_proxy.domain.config import EngineSpec
 from vllm_proxy.domain.devices import allocation_for
 
-PLACE = Place("chat/1", "chat/1-own", 8005, "secret", "/tmp/vp/1")
+PLACE = Place("chat/1", "chat/1-own", TcpAddress("127.0.0.1", 8005), "secret", "/tmp/vp/1")
 
 
 def spec(**keys: Any) -> EngineSpec:  # noqa: ANN401 - TOML values
@@ -47,6 +48,12 @@ def test_the_command_line_is_command_model_daemon_options_keys_and_args() -> Non
         "--disable-access-log-for-endpoints=/health,/metrics,/v1/models",
         "--kv-cache-dtype=fp8",
     ]
+
+
+def test_an_engine_at_a_unix_socket_is_told_the_socket_alone() -> None:
+    """With a port beside it vLLM would not know which one is meant."""
+    line = argv("chat", spec(), ["vllm", "serve"], replace(PLACE, address=UnixAddress("/run/x.sock")))
+    assert line[2:5] == ["org/m", "--uds=/run/x.sock", "--served-model-name"]
 
 
 def test_what_is_not_given_is_not_passed() -> None:

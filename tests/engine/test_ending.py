@@ -10,7 +10,7 @@ from tests.engine.virtual import now, passes, virtual
 from vllm_proxy.engine.ending import LAST_TRIES_SECONDS, until_ended
 from vllm_proxy.engine.state import EngineRecord
 
-RECORD = EngineRecord("chat/0", "engine-1", 4242, 1, 8001, "secret", "/nowhere", "")
+RECORD = EngineRecord("chat/0", "engine-1", 4242, 1, "127.0.0.1:8001", "secret", "/nowhere", "")
 
 
 class Owner:

@@ -188,7 +188,7 @@ async def test_a_stop_while_a_crashed_engine_is_cleaned_up_leaves_no_process(
         assert look_up(engine.pid) is None
         assert here.state.left_behind() == []
         assert not Path(engine.place.folder).exists()
-        assert here.ports.take() == engine.place.port
+        assert here.ports.take() == engine.place.address.port
 
 
 async def test_every_line_that_an_engine_wrote_is_passed_on_when_it_has_ended(tmp_path: Path, port_start: int) -> None:
@@ -228,9 +228,8 @@ async def test_an_adopted_engine_is_as_one_of_our_own(tmp_path: Path, port_start
             assert second.launcher.fingerprint(spec) == record.spec
             (found,) = second.state.left_behind()
             async with second.launcher.adopted(found, Owner()) as engine:
-                assert (engine.pid, engine.place.port, engine.was_ready) == (record.pid, record.port, True)
-                assert engine.place.own_name == record.own_name
-                assert second.ports.take() != record.port
+                assert (engine.pid, engine.place, engine.was_ready) == (record.pid, record.place, True)
+                assert second.ports.take() != record.place.address.port
                 go.path.write_text("hello\n")
                 await event.happened()
             assert not process.is_alive(record.identity)
@@ -238,6 +237,22 @@ async def test_an_adopted_engine_is_as_one_of_our_own(tmp_path: Path, port_start
             assert not Path(record.folder).exists()
             assert second.passed_on == ["chat/0 hello"], "what an earlier daemon passed on is not said twice"
     go.close()
+
+
+async def test_an_engine_that_an_older_daemon_put_on_record_is_adopted(
+    tmp_path: Path, port_start: int, event: Event
+) -> None:
+    """Such a record has a port and no address, and does not say how the engine was launched."""
+    async with left_running(tmp_path, port_start, event) as record:
+        file = tmp_path / "state" / "engines.toml"
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if not line.startswith(("address = ", "launched = "))))
+        with place(tmp_path, port_start) as second:
+            (found,) = second.state.left_behind()
+            assert found == record
+            async with second.launcher.adopted(found, Owner()) as engine:
+                assert (engine.pid, engine.place) == (record.pid, record.place)
+                assert second.ports.take() != record.place.address.port
 
 
 async def test_the_death_of_an_adopted_engine_is_seen_at_once_and_its_code_is_unknown(
@@ -268,7 +283,7 @@ async def test_what_is_left_of_an_engine_that_died_unwatched_is_ended_before_its
             found = look_up(pid)
             assert found is None or not found.alive
             assert second.state.left_behind() == []
-            assert second.ports.take() == record.port
+            assert second.ports.take() == record.place.address.port
 
 
 # Opens or makes the files that it is told, maps them, says so, and waits.
@@ -389,8 +404,9 @@ def nobody(folder: Path) -> EngineRecord:
     """An engine on record whose processes are gone."""
     folder.mkdir()
     return EngineRecord(
-        "chat/0", "engine-1", 2**22 - 1, 1, 8001, "secret", str(folder), str(folder.parent / "state/logs/chat%2F0.log")
-    )
+        "chat/0", "engine-1", 2**22 - 1, 1, "127.0.0.1:8001", "secret", str(folder),
+        str(folder.parent / "state/logs/chat%2F0.log"),
+    )  # fmt: skip
 
 
 async def test_what_cannot_be_ended_stays_on_record(tmp_path: Path, port_start: int) -> None:
@@ -438,7 +454,7 @@ async def test_an_engine_that_was_not_ended_keeps_its_port_its_folder_and_its_re
             engine.process.end = Stubborn(lives).end  # type: ignore[method-assign,assignment]
             here.stopping.set()
         assert "ended" not in owner.heard
-        assert here.ports.take() != engine.place.port
+        assert here.ports.take() != engine.place.address.port
         assert Path(engine.place.folder).is_dir()
         (record,) = here.state.left_behind()
         assert process.is_alive(record.identity)

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from vllm_proxy.domain.address import TcpAddress, UnixAddress
 from vllm_proxy.domain.command import mark, marked
 from vllm_proxy.engine import process
 from vllm_proxy.engine.ownership import Identity, Owned
@@ -504,14 +505,14 @@ def test_a_port_is_the_engines_when_one_of_its_processes_listens(address: str) -
     """And only then: a port that nobody has is not."""
     with subprocess.Popen(python(LISTEN.format(address)), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
-        port = int(child.stdout.readline())
+        port = TcpAddress("127.0.0.1", int(child.stdout.readline()))
         assert Owned(identity_of(child.pid)).listens_on(port)
         assert not Owned(identity_of(os.getpid())).listens_on(port)
         child.kill()
         child.wait()
     with socket.socket() as bound:  # bound and silent, as a vLLM that loads
         bound.bind(("127.0.0.1", 0))
-        assert not Owned(identity_of(os.getppid())).listens_on(bound.getsockname()[1])
+        assert not Owned(identity_of(os.getppid())).listens_on(TcpAddress(*bound.getsockname()))
 
 
 def test_a_port_of_another_program_is_not_the_engines() -> None:
@@ -522,7 +523,31 @@ def test_a_port_of_another_program_is_not_the_engines() -> None:
             socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True),
         ):
             with server:
-                assert not Owned(identity_of(first)).listens_on(server.getsockname()[1])
+                assert not Owned(identity_of(first)).listens_on(TcpAddress("127.0.0.1", server.getsockname()[1]))
+
+
+def test_a_unix_socket_is_the_engines_when_one_of_its_processes_listens(tmp_path: Path) -> None:
+    """Not when it is only bound, not when another one listens at a path that begins or ends alike."""
+    path = tmp_path / "a b.sock"
+    listens = f"import socket; s = socket.socket(socket.AF_UNIX); s.bind({str(path)!r}); s.listen(); print(flush=True)"
+    address, other = UnixAddress(str(path)), UnixAddress(f"{tmp_path}/b.sock")
+    with subprocess.Popen(python(f"{listens}; input()"), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert Owned(identity_of(child.pid)).listens_on(address)
+        assert not Owned(identity_of(os.getpid())).listens_on(address)
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(other.path)
+            assert not Owned(identity_of(os.getpid())).listens_on(other)
+        child.kill()
+        child.wait()
+    assert not Owned(identity_of(os.getpid())).listens_on(address)
+
+
+def test_who_listens_at_a_name_cannot_be_told() -> None:
+    """It may be several addresses, and others tomorrow: not for one moment is that taken for proof."""
+    with pytest.raises(OSError, match="cannot tell who listens at a name"):
+        Owned(identity_of(os.getpid())).listens_on(TcpAddress("localhost", 1))
 
 
 def test_the_pid_namespace_has_a_name() -> None:

@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -15,6 +16,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from aiohttp.typedefs import Handler
 
+from tests.harness import at_unix_socket
+from vllm_proxy.domain.address import Address, TcpAddress, UnixAddress
+from vllm_proxy.domain.command import Place
 from vllm_proxy.engine.probe import HttpProbe, Ready
 
 
@@ -51,12 +55,17 @@ async def not_ours() -> bool:
 
 
 @asynccontextmanager
-async def probing(is_engines: Callable[[], Awaitable[bool]] = ours) -> AsyncIterator[Callable[[int], Any]]:
+async def probing(is_engines: Callable[[], Awaitable[bool]] = ours) -> AsyncIterator[Callable[[int | Address], Any]]:
     """A probe for the engine "own"."""
     connector = aiohttp.TCPConnector(force_close=True)
     async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
         probe = HttpProbe(session)
-        yield lambda port: probe.ready(port, "own", "secret", is_engines)
+        yield lambda where: probe.ready(Place("chat/0", "own", address(where), "secret", "/nowhere"), is_engines)
+
+
+def address(where: int | Address) -> Address:
+    """A port is one of this machine."""
+    return TcpAddress("127.0.0.1", where) if isinstance(where, int) else where
 
 
 async def ask(app: web.Application) -> Ready | None:
@@ -65,6 +74,20 @@ async def ask(app: web.Application) -> Ready | None:
         assert server.port is not None
         answer: Ready | None = await ready(server.port)
         return answer
+
+
+async def test_an_engine_that_listens_at_a_unix_socket_is_asked_there(tmp_path: Path) -> None:
+    """Its health, its model list and its counters; one at which nobody listens is not ready."""
+    app = answering(cards("own", max_model_len=5))
+
+    async def metrics(_request: web.Request) -> web.Response:
+        return web.Response(text="\n".join(LINES))
+
+    app.router.add_get("/metrics", metrics)
+    async with at_unix_socket(app, tmp_path / "s") as where, probing() as ready, aiohttp.ClientSession() as session:
+        assert await ready(where) == Ready(5)
+        assert await HttpProbe(session).counters(where) == "\n".join(LINES)
+        assert await ready(UnixAddress(f"{tmp_path}/nobody")) is None
 
 
 async def test_an_engine_that_lists_its_own_name_is_ready() -> None:
@@ -231,7 +254,7 @@ async def counters(app: web.Application) -> str | None:
     """What the probe reads of this server's metrics."""
     async with TestServer(app) as server, aiohttp.ClientSession() as session:
         assert server.port is not None
-        return await HttpProbe(session).counters(server.port)
+        return await HttpProbe(session).counters(address(server.port))
 
 
 LINES = 'vllm:prompt_tokens_total{engine="0"} 5.0', 'vllm:kv_cache_usage_perc{engine="0"} 0.25'

@@ -268,7 +268,7 @@ async def test_orphans_of_an_earlier_daemon_are_ended_and_strangers_are_not(tmp_
         gone_started = started(gone.pid)
         gone.wait()
         records = [
-            EngineRecord(f"chat/{index}", f"engine-{index}", pid, time, 8001, "secret", "/tmp/vp-none", "")
+            EngineRecord(f"chat/{index}", f"engine-{index}", pid, time, "127.0.0.1:8001", "secret", "/tmp/vp-none", "")
             for index, (pid, time) in enumerate([
                 (left.pid, started(left.pid)), (foreign.pid, started(foreign.pid) - 1), (gone.pid, gone_started),
             ])

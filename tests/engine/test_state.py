@@ -14,13 +14,14 @@ import pytest
 import tomli_w
 from structlog.testing import capture_logs
 
+from vllm_proxy.domain.address import UnixAddress
 from vllm_proxy.engine.proc import boot_id
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 from vllm_proxy.errors import StartupError
 from vllm_proxy.runtime.files import remove_tree, replace_file
 
-CHAT = EngineRecord("chat/0", "engine-1", 4242, 99, 8001, "secret", "/run/vp-1", "")
-EMBED = EngineRecord("embed/0", "engine-2", 4243, 100, 8002, "secret", "/run/vp-2", "")
+CHAT = EngineRecord("chat/0", "engine-1", 4242, 99, "127.0.0.1:8001", "secret", "/run/vp-1", "")
+EMBED = EngineRecord("embed/0", "engine-2", 4243, 100, "127.0.0.1:8002", "secret", "/run/vp-2", "")
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="NEEDS ROOT: other users' files; CI runs it")
 NOBODY = 65534
 
@@ -116,7 +117,9 @@ def change_file(folder: Path, /, **fields: object) -> None:
         ("instance", 5), ("own_name", ""), ("own_name", "a b"), ("credential", "a\r\nb"), ("credential", ""),
         ("pid", 0), ("pid", 1), ("pid", -5), ("pid", 2**22 + 1), ("pid", 2**31), ("pid", 2**80), ("pid", None),
         ("pid", "4242"), ("pid", True), ("pid", 4242.5), ("started", 0), ("started", -1), ("started", 2**63),
-        ("port", 0), ("port", 2**16), ("log_start", -1), ("started_at", "yesterday"), ("started_at", "2026-01-01"),
+        ("address", "127.0.0.1:0"), ("address", "127.0.0.1:65536"), ("address", "127.0.0.1:08001"), ("address", "8001"),
+        ("address", "unix:x.sock"), ("address", 8001), ("launched", "ray"), ("launched", ""), ("launched", 5),
+        ("log_start", -1), ("started_at", "yesterday"), ("started_at", "2026-01-01"),
         ("spec", 5), ("folder", 5),
         ("segments", ["/etc/passwd"]), ("segments", ["/dev/shm/../../etc/passwd"]), ("segments", "/dev/shm/psm_1"),
         ("cgroup", "/sys/fs/cgroup/system.slice/ssh.service"), ("cgroup", "chat%2F0.engine-1"),
@@ -456,13 +459,34 @@ def test_what_is_learnt_of_an_engine_later_is_put_on_record(tmp_path: Path) -> N
 
 
 def test_a_record_of_an_older_daemon_is_still_read(tmp_path: Path) -> None:
-    """What it did not know is empty: such an engine matches no spec and is ended, not lost."""
+    """It knew a port, no address. What it did not know is empty: such an engine matches no spec, is ended, not lost."""
     with StateDirectory(tmp_path) as state:
         state.record(CHAT)
     file = tmp_path / "engines.toml"
     old = ("instance", "own_name", "pid", "started", "port", "credential", "folder", "log", "boot_id", "[")
     file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith(old)))
     assert next_daemon(tmp_path) == [CHAT]
+
+
+@pytest.mark.parametrize("port", [0, 2**16, -1, True, "8001", None])
+def test_a_port_that_no_older_daemon_writes_is_reported(tmp_path: Path, port: object) -> None:
+    """Where there is no address: nobody knows where such an engine listens."""
+    with StateDirectory(tmp_path) as state:
+        state.record(CHAT)
+    change_file(tmp_path, address=None, port=port)
+    with capture_logs() as logs, StateDirectory(tmp_path) as state:
+        assert state.left_behind() == []
+    assert "address" in logs[0]["error"]
+
+
+def test_an_older_daemon_finds_the_port_where_it_looks_for_it(tmp_path: Path) -> None:
+    """Whoever goes back to one keeps the engines; one that listens at a Unix socket has none."""
+    with StateDirectory(tmp_path) as state:
+        state.record(CHAT)
+        state.record(replace(EMBED, address="unix:/run/x.sock"))
+    chat, embed = tomllib.loads((tmp_path / "engines.toml").read_text())["engines"]
+    assert (chat["port"], "port" in embed) == (8001, False)
+    assert next_daemon(tmp_path)[1].place.address == UnixAddress("/run/x.sock")
 
 
 def test_left_behind_engines_stay_on_record_until_they_are_gone(tmp_path: Path) -> None:

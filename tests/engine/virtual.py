@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vllm_proxy.domain.address import Address, TcpAddress
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.devices import Allocation
@@ -141,7 +142,7 @@ class FakeEngine:
         self.buried: float | None = None
         self.spec: EngineSpec | None = None  # what it was started for; not known of an adopted one
 
-    async def holds_port(self) -> bool:
+    async def holds_address(self) -> bool:
         """Nobody else is there."""
         return True
 
@@ -161,6 +162,11 @@ class FakeEngine:
         """Its first process ends."""
         self.listens = False
         self.exited.set_result(Exit(code, signal))
+
+
+def place_of(instance: str, number: int, allocation: Allocation) -> Place:
+    """Where the engine of that number runs."""
+    return Place(instance, f"engine-{number}", TcpAddress("127.0.0.1", 9000 + number), "secret", "/nowhere", allocation)
 
 
 class FakeLauncher:
@@ -206,7 +212,7 @@ class FakeLauncher:
             await asyncio.sleep(60)
             owner.waits(None)
         number = len(self.engines)
-        engine = FakeEngine(Place(instance, f"engine-{number}", 9000 + number, "secret", "/nowhere", allocation))
+        engine = FakeEngine(place_of(instance, number, allocation))
         engine.spec = model.engine
         async with self._living(engine, owner):
             yield engine
@@ -216,8 +222,7 @@ class FakeLauncher:
         """One that runs already."""
         if self.refusal:
             raise self.refusal
-        place = Place(record.instance, record.own_name, record.port, record.credential, record.folder)
-        engine = FakeEngine(place, was_ready=record.ready)
+        engine = FakeEngine(record.place, was_ready=record.ready)
         engine.listens = self.adopted_listen
         async with self._living(engine, owner):
             yield engine
@@ -270,27 +275,25 @@ class FakeProbe:
         self.work: str | None = "0"
         self.bugs: list[Exception] = []  # raised by what is asked next
 
-    async def healthy(self, port: int) -> bool:  # noqa: ARG002 - one answer for all
+    async def healthy(self, address: Address) -> bool:  # noqa: ARG002 - one answer for all
         """Whether `/health` answers 200."""
         if self.bugs:
             raise self.bugs.pop()
         return self.health
 
-    async def counters(self, port: int) -> str | None:  # noqa: ARG002 - as above
+    async def counters(self, address: Address) -> str | None:  # noqa: ARG002 - as above
         """What changes while the engine works."""
         return self.work
 
-    async def ready(
-        self, port: int, own_name: str, credential: str, is_engines: Callable[[], Awaitable[bool]]
-    ) -> Ready | None:
-        """What the engine on this port says of itself."""
+    async def ready(self, place: Place, is_engines: Callable[[], Awaitable[bool]]) -> Ready | None:
+        """What the engine of this place says of itself."""
         assert await is_engines()
         await asyncio.sleep(0)
         if self.error:
             raise self.error
-        place = next(engine for engine in self._launcher.engines if engine.place.port == port)
-        assert (own_name, credential) == (place.place.own_name, "secret")
-        return Ready(8192) if place.listens else None
+        engine = next(engine for engine in self._launcher.engines if engine.place.address == place.address)
+        assert place == engine.place
+        return Ready(8192) if engine.listens else None
 
 
 async def at_once[**P, T](function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

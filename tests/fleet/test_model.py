@@ -63,7 +63,7 @@ async def test_an_on_demand_model_sleeps_until_its_first_request() -> None:
     assert chat.state is State.LOADING
     engine.listens = True
     leases = await asyncio.gather(*requests)
-    assert {lease.endpoint.port for lease in leases} == {engine.place.port}
+    assert {lease.endpoint.address for lease in leases} == {engine.place.address}
     assert len(stage.launcher.engines) == 1
 
 
@@ -125,7 +125,7 @@ async def test_a_request_that_comes_while_the_model_goes_to_sleep_waits_and_is_s
     await stage.until(lambda: chat.state is State.UNLOADING)
     late = asyncio.create_task(stage.registry.acquire("chat"))
     (await stage.engine(2)).listens = True
-    assert (await late).endpoint.port == stage.launcher.engines[1].place.port
+    assert (await late).endpoint.address == stage.launcher.engines[1].place.address
 
 
 @virtual

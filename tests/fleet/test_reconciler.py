@@ -40,8 +40,8 @@ def alive(instance: str = "a/0", **more: object) -> EngineRecord:
     found = look_up(os.getpid())
     assert found is not None
     record = EngineRecord(
-        instance, f"own-{instance}", found.pid, found.started, 9500, "secret", "/tmp/vp-nowhere", "", spec="some/model",
-        started_at="2026-01-01T00:00:00+00:00",
+        instance, f"own-{instance}", found.pid, found.started, "127.0.0.1:9500", "secret", "/tmp/vp-nowhere", "",
+        spec="some/model", started_at="2026-01-01T00:00:00+00:00",
     )  # fmt: skip
     return replace(record, **more)  # type: ignore[arg-type]
 
@@ -77,7 +77,7 @@ async def test_a_model_is_ready_with_its_first_ready_instance(tmp_path: Path) ->
     await stage.until(lambda: State.ERROR in states(reconciler.model("a")))
     status = reconciler.model("a")
     assert (status.state, status.diagnosis, states(status)) == (State.READY, None, [State.ERROR, State.READY])
-    assert (await stage.registry.acquire("a")).endpoint.port == other.place.port
+    assert (await stage.registry.acquire("a")).endpoint.address == other.place.address
 
 
 @virtual
@@ -231,7 +231,7 @@ async def test_an_engine_on_record_that_fits_is_adopted_and_no_other_is_started(
     await stage.engine(2)
     assert sorted(engine.place.instance for engine in stage.launcher.engines) == ["a/0", "b/0"]
     (adopted,) = [engine for engine in stage.launcher.engines if engine.place.instance == "a/0"]
-    assert (adopted.place.port, adopted.was_ready, now() < 1) == (9500, True, True)
+    assert (adopted.place.address.port, adopted.was_ready, now() < 1) == (9500, True, True)
     assert not (tmp_path / "state" / "starts.toml").exists(), "no start to learn from"
 
 

@@ -42,7 +42,11 @@ async def test_a_started_instance_becomes_ready_and_opens_an_endpoint() -> None:
     await stage.until(lambda: chat.state is State.READY)
     await settle()
     lease = await stage.registry.acquire("chat")
-    assert (lease.endpoint.instance, lease.endpoint.port, lease.endpoint.credential) == ("chat/0", 9000, "secret")
+    assert (lease.endpoint.instance, lease.endpoint.address.port, lease.endpoint.credential) == (
+        "chat/0",
+        9000,
+        "secret",
+    )
     assert lease.endpoint.max_model_len == 8192
     assert chat.endpoint is lease.endpoint
     assert [moment[:2] for moment in stage.shown] == [
@@ -59,7 +63,7 @@ async def test_a_waiting_request_is_served_when_the_engine_is_ready() -> None:
     chat.start()
     request = asyncio.create_task(stage.registry.acquire("chat"))
     engine = await stage.serving(chat)
-    assert (await request).endpoint.port == engine.place.port
+    assert (await request).endpoint.address == engine.place.address
 
 
 @virtual

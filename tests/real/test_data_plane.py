@@ -25,7 +25,7 @@ class Engine:
 
     def __init__(self, session: aiohttp.ClientSession, record: dict[str, Any]) -> None:
         self._session = session
-        self._url = f"http://127.0.0.1:{record['port']}"
+        self._url = f"http://{record['address']}"
         self._headers = {"Authorization": f"Bearer {record['credential']}"}
 
     async def get(self, path: str) -> str:

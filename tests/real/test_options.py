@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from vllm_proxy.domain.address import TcpAddress
 from vllm_proxy.domain.args import problems_of
 from vllm_proxy.domain.command import Place, argv
 from vllm_proxy.domain.config import EngineSpec
@@ -18,7 +19,7 @@ from vllm_proxy.engine.options import OptionTables
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
-PLACE = Place("chat/0", "chat/0-own", 8001, "secret", "/tmp/engine")
+PLACE = Place("chat/0", "chat/0-own", TcpAddress("127.0.0.1", 8001), "secret", "/tmp/engine")
 PYTHON = Path(sys.executable)
 VALUES: tuple[Any, ...] = (
     True,

@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from tests.harness import Answer, connected, request
+from vllm_proxy.domain.address import TcpAddress
 from vllm_proxy.domain.config import ModelSpec, Server
 from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.traffic.asking import ask_everybody
@@ -85,7 +86,7 @@ async def fleet(engines: Mapping[str, Behaviour], seconds: float = 60.0, policy:
 
             server = await stack.enter_async_context(await asyncio.start_server(serve, "127.0.0.1", 0))
             registry.declare(spec(name, policy), lambda: None)
-            endpoint = Endpoint(f"{name}/0", server.sockets[0].getsockname()[1], "key", None)
+            endpoint = Endpoint(f"{name}/0", TcpAddress(*server.sockets[0].getsockname()), "key", None)
             stack.callback(endpoint.pool.close)
             registry.open(name, endpoint)
 
@@ -156,7 +157,7 @@ async def test_a_refused_connection_is_no_not_found() -> None:
     """502: that instance could not be asked."""
     async with fleet({"a": says(404)}) as found:
         found.registry.declare(spec("b", ""), lambda: None)
-        found.registry.open("b", Endpoint("b/0", 1, "key", None))
+        found.registry.open("b", Endpoint("b/0", TcpAddress("127.0.0.1", 1), "key", None))
         assert (await found.ask()).status == 502
         assert found.registry.counts("b") == (0, 0)
 

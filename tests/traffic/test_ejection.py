@@ -3,6 +3,7 @@
 from structlog.testing import capture_logs
 
 from tests.engine.virtual import Stage, model, passes, settle, virtual
+from vllm_proxy.domain.address import TcpAddress
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.fleet.supervisor import Supervisor
 from vllm_proxy.traffic.registry import Endpoint
@@ -11,7 +12,8 @@ from vllm_proxy.traffic.registry import Endpoint
 def two(stage: Stage) -> tuple[Endpoint, Endpoint]:
     """A model with two ready instances that nobody supervises."""
     stage.registry.declare(model(), lambda: None)
-    endpoints = Endpoint("chat/0", 1, "secret", None), Endpoint("chat/1", 2, "secret", None)
+    address = TcpAddress("127.0.0.1", 1)
+    endpoints = Endpoint("chat/0", address, "secret", None), Endpoint("chat/1", address, "secret", None)
     for endpoint in endpoints:
         stage.registry.open("chat", endpoint)
     return endpoints

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import aiohttp
 from aiohttp import web
 
 from tests.harness import connected, request
+from vllm_proxy.domain.address import TcpAddress, UnixAddress
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.traffic.budget import Budget
@@ -41,8 +43,8 @@ class Running:
 
 
 @asynccontextmanager
-async def running(*, engine_answers: bool = True) -> AsyncIterator[Running]:
-    """The route; the engine greets, takes what comes, and answers pings or does not."""
+async def running(*, engine_answers: bool = True, at: Path | None = None) -> AsyncIterator[Running]:
+    """The route; the engine greets, takes what comes, and answers pings or does not. `at`: its Unix socket."""
 
     async def engine(request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse(autoping=engine_answers)
@@ -62,11 +64,13 @@ async def running(*, engine_answers: bool = True) -> AsyncIterator[Running]:
     upstream.router.add_get(PATH, engine)
     upstream_runner = web.AppRunner(upstream, shutdown_timeout=0.1)
     await upstream_runner.setup()
-    await web.TCPSite(upstream_runner, "127.0.0.1", 0).start()
+    site = web.UnixSite(upstream_runner, str(at)) if at else web.TCPSite(upstream_runner, "127.0.0.1", 0)
+    await site.start()
+    listens = UnixAddress(str(at)) if at else TcpAddress(*upstream_runner.addresses[0])
     registry = Registry()
     spec = parse_config(b'[models.chat]\nmodel = "m"', "models.toml").models["chat"]
     registry.declare(spec, lambda: None)
-    registry.open("chat", Endpoint("chat/0", upstream_runner.addresses[0][1], "key", None))
+    registry.open("chat", Endpoint("chat/0", listens, "key", None))
     registry._routes["chat"].open = True
     async with aiohttp.ClientSession() as engines:
         sessions = Sessions(registry, engines, Server, Budget(), HEARTBEAT)
@@ -99,6 +103,14 @@ async def test_an_engine_that_answers_no_ping_loses_its_session() -> None:
             assert (await client.receive_json())["type"] == "session.created"
             message = await client.receive()
             assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, 1011)
+        await found.is_over()
+
+
+async def test_a_session_reaches_an_engine_at_a_unix_socket(tmp_path: Path) -> None:
+    """Both ways, and it ends on both sides."""
+    async with running(at=tmp_path / "s") as found, aiohttp.ClientSession() as session:
+        async with session.ws_connect(f"http://127.0.0.1:{found.port}{PATH}?model=chat") as client:
+            assert (await client.receive_json())["type"] == "session.created"
         await found.is_over()
 
 

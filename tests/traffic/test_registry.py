@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.virtual import model, now, passes, settle, virtual
+from vllm_proxy.domain.address import TcpAddress
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.registry import Endpoint, Lease, Registry
@@ -31,7 +32,7 @@ def registry_of(
 
 def opened(registry: Registry, index: int = 0) -> Endpoint:
     """An instance of "chat" that became ready."""
-    endpoint = Endpoint(f"chat/{index}", 9000 + index, "secret", None)
+    endpoint = Endpoint(f"chat/{index}", TcpAddress("127.0.0.1", 9000 + index), "secret", None)
     registry.open("chat", endpoint)
     return endpoint
 

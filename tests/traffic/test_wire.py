@@ -3,11 +3,15 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
+from aiohttp import web
 
-from tests.harness import free_port
+from tests.harness import at_unix_socket, free_port
+from vllm_proxy.domain.address import TcpAddress, UnixAddress
 from vllm_proxy.traffic import wire
+from vllm_proxy.traffic.registry import Endpoint
 from vllm_proxy.traffic.wire import EngineConnection, Pool
 
 type Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -31,10 +35,10 @@ class Receiver:
         self.ends.append(error)
         self.changed.set()
 
-    async def until(self, got: bytes | None = None) -> None:
-        """Wait for these bytes, or for the end."""
+    async def until(self, got: bytes | None = None, *, ends: bytes | None = None) -> None:
+        """Wait for these bytes, for bytes that end so, or for the end."""
         async with asyncio.timeout(20):
-            while not (self.ends if got is None else self.got == got):
+            while not (self.got.endswith(ends) if ends else self.ends if got is None else self.got == got):
                 self.changed.clear()
                 await self.changed.wait()
 
@@ -49,7 +53,7 @@ async def served(serve: Serve) -> AsyncIterator[Pool]:
         writer.close()
 
     server = await asyncio.start_server(connection, "127.0.0.1", 0)
-    pool = Pool(server.sockets[0].getsockname()[1])
+    pool = Pool(TcpAddress("127.0.0.1", server.sockets[0].getsockname()[1]))
     try:
         yield pool
     finally:
@@ -180,9 +184,31 @@ async def test_the_receiver_hears_how_a_connection_ended() -> None:
 
 async def test_an_engine_that_does_not_listen_refuses() -> None:
     """As OSError, at once."""
-    pool = Pool(free_port())
+    pool = Pool(TcpAddress("127.0.0.1", free_port()))
     with pytest.raises(OSError, match=r"Connect|refused"):
         await pool.connect()
+
+
+async def test_an_engine_at_a_unix_socket_is_asked_there(tmp_path: Path) -> None:
+    """A real HTTP server: it takes the endpoint's headers, its connection is used again; nobody there is an OSError."""
+
+    async def greet(request: web.Request) -> web.Response:
+        return web.Response(text=f"{request.host} {request.headers['Authorization']}")
+
+    app = web.Application()
+    app.router.add_get("/", greet)
+    async with at_unix_socket(app, tmp_path / "s") as address:
+        endpoint, used = Endpoint("chat/0", address, "secret", None), []
+        for _ in range(2):
+            connection, receiver = await connection_of(endpoint.pool), Receiver()
+            used.append(connection.used)
+            connection.start(b"GET / HTTP/1.1\r\n" + endpoint.own_headers + b"\r\n", receiver)
+            await receiver.until(ends=b"\r\n\r\nlocalhost Bearer secret")
+            connection.release()
+        assert used == [False, True]
+        endpoint.pool.close()
+    with pytest.raises(OSError, match=r"Connect|refused|No such file"):
+        await Pool(UnixAddress(f"{tmp_path}/nobody")).connect()
 
 
 async def test_a_body_is_sent_no_faster_than_the_engine_takes_it() -> None:

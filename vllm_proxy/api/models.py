@@ -164,7 +164,7 @@ def _instance(instance: Supervisor) -> dict[str, Any]:
         "reason": diagnosis.reason if diagnosis else None,
         "message": diagnosis.message if diagnosis else problem,
         "pid": engine.pid if engine else None,
-        "port": engine.place.port if engine else None,
+        "port": engine.place.address.port if engine else None,
         "phase": instance.phase,
         "progress": 1.0 if instance.state is State.READY else instance.fraction,
         "ready_in_seconds": None if left is None else round(left, 1),

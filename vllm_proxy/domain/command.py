@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_proxy.domain import args
+from vllm_proxy.domain.address import Address
 from vllm_proxy.domain.config import EngineSpec
 from vllm_proxy.domain.devices import NO_DEVICES, Allocation
 
@@ -43,7 +44,7 @@ class Place:
 
     instance: str  # "chat/0"
     own_name: str  # a name that only this engine's model list holds
-    port: int
+    address: Address
     credential: str
     folder: str
     allocation: Allocation = NO_DEVICES
@@ -59,8 +60,7 @@ def argv(model_id: str, spec: EngineSpec, command: Sequence[str], place: Place) 
         start = [*command, spec.model]
     return [
         *start,
-        "--host=127.0.0.1",
-        f"--port={place.port}",
+        *place.address.options(),
         "--served-model-name",
         model_id,
         place.own_name,

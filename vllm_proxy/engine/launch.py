@@ -1,4 +1,4 @@
-"""One engine from its port to its last process. Its one rule: what was taken for it is given back in the same block.
+"""One engine from its address to its last process. Its one rule: what was taken for it is given back in the same block.
 
 The exception is an engine that is kept for the next daemon, which adopts it.
 """
@@ -17,6 +17,7 @@ from typing import Protocol
 import structlog
 
 from vllm_proxy.domain import command
+from vllm_proxy.domain.address import TcpAddress
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.devices import Allocation, allocation_for
@@ -30,7 +31,7 @@ from vllm_proxy.engine.ending import End, Owner, end_engine, until_ended
 from vllm_proxy.engine.log_file import LogFile
 from vllm_proxy.engine.output import Output, PassOn
 from vllm_proxy.engine.ownership import Owned
-from vllm_proxy.engine.ports import NoPortError, Ports
+from vllm_proxy.engine.ports import HOST, NoPortError, Ports
 from vllm_proxy.engine.process import EngineProcess, end_processes, to_the_end
 from vllm_proxy.engine.program import LaunchError, Programs
 from vllm_proxy.engine.state import EngineRecord, StateDirectory, file_name
@@ -108,8 +109,8 @@ class Engine(Protocol):
     def log(self) -> Log:
         """Where that goes."""
 
-    async def holds_port(self) -> bool:
-        """Whether all that listens on its port is provably its own: nobody else is to get its credential."""
+    async def holds_address(self) -> bool:
+        """Whether all that listens at its address is provably its own: nobody else is to get its credential."""
 
     def age_seconds(self) -> float:
         """Since its first process started; the wall clock has no part in it."""
@@ -130,29 +131,29 @@ class LaunchedEngine:
         self.process = process
         self.output = output
         self.log = log_file
-        self.place = Place(record.instance, record.own_name, record.port, record.credential, record.folder)
+        self.place = record.place
         self.started_at = datetime.fromisoformat(record.started_at)
         self.was_ready = record.ready
-        self.kept = False
         self.pid = process.pid
         self.exited = process.exited
         self.record = record
         self._state = state
         self.memory_bytes = 0  # of its processes, 0 until it was looked at
         self._serving = asyncio.Event()
-        self._lost_port = False
+        self.kept = self._lost_address = False
 
-    async def holds_port(self) -> bool:
-        """Whether all that listens on its port is provably its own; that it is not is logged once."""
+    async def holds_address(self) -> bool:
+        """Whether all that listens at its address is provably its own; that it is not is logged once."""
         why = "another program has it, or the engine's processes cannot be looked at"
         try:
-            holds = await asyncio.to_thread(self.process.owned.listens_on, self.place.port)
+            holds = await asyncio.to_thread(self.process.owned.listens_on, self.place.address)
         except OSError as error:
             holds, why = False, str(error)
-        if not holds and not self._lost_port:
+        if not holds and not self._lost_address:
             log.error("what answers on an engine's port is not provably the engine: it gets no credential and no "
-                      "request", instance=self.place.instance, pid=self.pid, port=self.place.port, why=why)  # fmt: skip
-        self._lost_port = not holds
+                      "request", instance=self.place.instance, pid=self.pid,
+                      address=self.record.address, why=why)  # fmt: skip
+        self._lost_address = not holds
         return holds
 
     def serves(self) -> None:
@@ -250,13 +251,8 @@ class Launcher:
                 await stack.enter_async_context(self._living(engine, owner, taken))
                 self._put_on_record(engine)
                 engine.process.release()
-            log.info(
-                "engine started",
-                instance=instance,
-                pid=engine.pid,
-                port=place.port,
-                log=str(self.state.log_file(instance)),
-            )
+            log.info("engine started", instance=instance, pid=engine.pid, address=str(place.address),
+                     log=str(self.state.log_file(instance)))  # fmt: skip
             yield engine
 
     @contextlib.asynccontextmanager
@@ -269,8 +265,7 @@ class Launcher:
         """
         async with contextlib.AsyncExitStack() as stack:
             taken = stack.enter_context(contextlib.ExitStack())
-            self.ports.hold(record.port)
-            taken.callback(self.ports.give_back, record.port)
+            self._hold(record.place, taken)
             if record.folder:
                 taken.callback(files.remove_tree, Path(record.folder))
             engine, why = None, "the engine ended while no daemon watched it"
@@ -282,7 +277,7 @@ class Launcher:
                 await to_the_end(self._end, record, partial(end_processes, record.identity), owner, taken)
                 raise LaunchError(Reason.CRASHED, why)
             await stack.enter_async_context(self._living(engine, owner, taken))
-            log.info("engine adopted", instance=record.instance, pid=engine.pid, port=record.port)
+            log.info("engine adopted", instance=record.instance, pid=engine.pid, address=record.address)
             yield engine
 
     def _adopt(self, record: EngineRecord, stack: contextlib.AsyncExitStack) -> LaunchedEngine | None:
@@ -300,12 +295,17 @@ class Launcher:
         return LaunchedEngine(process, record, output, log_file, self.state)
 
     async def end_left(self, record: EngineRecord, owner: Owner) -> None:
-        """End an engine that an earlier daemon left. Its port stays taken until that is done."""
+        """End an engine that an earlier daemon left. Its address stays taken until that is done."""
         log.warning("ending an engine that an earlier daemon left", instance=record.instance, pid=record.pid)
         with contextlib.ExitStack() as taken:
-            self.ports.hold(record.port)
-            taken.callback(self.ports.give_back, record.port)
+            self._hold(record.place, taken)
             await self._end(record, partial(end_processes, record.identity), owner, taken)
+
+    def _hold(self, place: Place, taken: contextlib.ExitStack) -> None:
+        """Give nobody else the address of an engine that an earlier daemon started."""
+        if (port := place.address.port) is not None:
+            self.ports.hold(port)
+            taken.callback(self.ports.give_back, port)
 
     async def _take_place(
         self, instance: str, allocation: Allocation, owner: Owner, taken: contextlib.ExitStack
@@ -317,7 +317,8 @@ class Launcher:
         except (NoPortError, OSError) as error:
             raise LaunchError(Reason.CRASHED, f"cannot make room for an engine: {error}") from error
         taken.callback(files.remove_tree, Path(folder))
-        return Place(instance, f"engine-{secrets.token_hex(8)}", port, secrets.token_urlsafe(24), folder, allocation)
+        own_name, credential = f"engine-{secrets.token_hex(8)}", secrets.token_urlsafe(24)
+        return Place(instance, own_name, TcpAddress(HOST, port), credential, folder, allocation)
 
     def _spawn(
         self,
@@ -338,13 +339,12 @@ class Launcher:
         if log_file.problem:
             log.warning("an engine's output is passed on alone", instance=place.instance, why=log_file.problem)
         record = EngineRecord(
-            place.instance, place.own_name, process.pid, process.started, place.port, place.credential, place.folder,
-            log_file.recorded(process.pid), self.fingerprint(spec), log_start, datetime.now(UTC).isoformat(),
-            devices=tuple(sorted(place.allocation.devices)),
+            place.instance, place.own_name, process.pid, process.started, str(place.address), place.credential,
+            place.folder, log_file.recorded(process.pid), self.fingerprint(spec), log_start,
+            datetime.now(UTC).isoformat(), devices=tuple(sorted(place.allocation.devices)),
         )  # fmt: skip
-        output = Output(
-            place.instance, log_file.path, log_start, log_start, self.pass_on, most_bytes=log_file.most_bytes
-        )
+        start = (place.instance, log_file.path, log_start, log_start)
+        output = Output(*start, self.pass_on, most_bytes=log_file.most_bytes)
         return LaunchedEngine(process, record, output, log_file, self.state)
 
     def _put_on_record(self, engine: LaunchedEngine) -> None:
@@ -366,9 +366,9 @@ class Launcher:
             noting.cancel()
             if engine.kept and not engine.exited.done():
                 process.leave()
-                taken.pop_all()  # port and folder stay its own
+                taken.pop_all()  # address and folder stay its own
                 owner.ended()
-                log.info("engine kept", instance=engine.place.instance, pid=engine.pid, port=engine.place.port)
+                log.info("engine kept", instance=name, pid=engine.pid, address=str(engine.place.address))
             else:
                 # A stop that comes while the engine is ended already must not leave the rest of it alive.
                 await to_the_end(self._end, engine.record, process.end, owner, taken)

@@ -29,7 +29,7 @@ async def until_stalled(endpoint: Endpoint, probe: Probe, stall_timeout: Callabl
     while True:
         limit = stall_timeout()
         await asyncio.sleep(min(_BEAT_SECONDS, limit / _BEATS_IN_TIMEOUT) if limit else _BEAT_SECONDS)
-        if await probe.healthy(endpoint.port):
+        if await probe.healthy(endpoint.address):
             healthy_at = loop.time()
         else:
             endpoint.suspect.set()
@@ -53,5 +53,5 @@ async def _mark(endpoint: Endpoint, probe: Probe) -> object:
     if not endpoint.pool.waiting():
         return None
     reads = endpoint.pool.reads
-    counters = await probe.counters(endpoint.port)
+    counters = await probe.counters(endpoint.address)
     return None if counters == "" else (reads, counters)

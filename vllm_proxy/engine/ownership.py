@@ -6,28 +6,20 @@ with the recorded start, or in its session while that one is there (as a zombie 
 or a descendant of one of these. What was proven once stays so: pid and start name a process for good.
 """
 
+import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
+from vllm_proxy.domain.address import Address, TcpAddress, UnixAddress
 from vllm_proxy.engine.proc import KERNEL, Kernel, Process
 
-_LISTENS = "0A"
-
-
-def _printed(address: bytes) -> str:
-    """As /proc/net has it: word by word, as numbers of this machine."""
-    words = (address[at : at + 4] for at in range(0, len(address), 4))
-    return "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
-
-
-_V4 = [socket.inet_aton(address) for address in ("127.0.0.1", "0.0.0.0")]  # noqa: S104 - looked for, not bound
-_V6 = [socket.inet_pton(socket.AF_INET6, address) for address in ("::", "::ffff:127.0.0.1", "::ffff:0.0.0.0")]
-_REACHED = frozenset(map(_printed, (*_V4, *_V6)))  # where who connects to 127.0.0.1 may arrive
+_TCP_LISTENS = "0A"
+_UNIX_LISTENS = 1 << 16  # __SO_ACCEPTCON
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +97,14 @@ class Owned:
         """
         return self.kernel.send(self.identity.pid, number, lambda found: found.started == self.identity.started)
 
-    def listens_on(self, port: int) -> bool:
-        """Whether all that takes connections to 127.0.0.1:`port` is the engine's. Not for the event loop.
+    def listens_on(self, address: Address) -> bool:
+        """Whether all that takes connections to `address` is the engine's. Not for the event loop.
 
         Raises:
             OSError: when that cannot be told.
 
         """
-        wanted = listeners(port)
+        wanted = listeners(address)
         if not wanted:
             return False
         # The first process most often holds it; all that listen must be known.
@@ -159,13 +151,22 @@ def _add_descendants(found: dict[int, Process], there: Mapping[int, Process]) ->
                 grew = True
 
 
-def listeners(port: int) -> frozenset[int]:
-    """The inodes of the sockets that a connection to 127.0.0.1:`port` may come to.
+def listeners(address: Address) -> frozenset[int]:
+    """The inodes of the sockets that a connection to `address` may come to.
 
     Raises:
         OSError: when that cannot be told.
 
     """
+    match address:
+        case TcpAddress(host, port):
+            return _tcp_listeners(host, port)
+        case UnixAddress(path):
+            return _unix_listeners(path)
+
+
+def _tcp_listeners(host: str, port: int) -> frozenset[int]:
+    reached = _arrivals(host)
     found = set()
     for table in ("tcp", "tcp6"):
         try:
@@ -174,7 +175,32 @@ def listeners(port: int) -> frozenset[int]:
             continue
         for line in lines:
             fields = line.split()
-            address, _, number = fields[1].rpartition(":")
-            if fields[3] == _LISTENS and int(number, 16) == port and address in _REACHED:
+            local, _, number = fields[1].rpartition(":")
+            if fields[3] == _TCP_LISTENS and int(number, 16) == port and local in reached:
                 found.add(int(fields[9]))
     return frozenset(found)
+
+
+def _arrivals(host: str) -> frozenset[str]:
+    """Where who connects to an IP address may arrive, as /proc/net has it: what is bound to it, or to all of them."""
+    try:
+        to = ip_address(host)
+    except ValueError as error:
+        raise OSError(f"cannot tell who listens at a name: {error}") from error
+    every: list[IPv4Address | IPv6Address] = [to, IPv6Address(0)]
+    if isinstance(to, IPv4Address):  # an IPv6 socket may take those of IPv4 too
+        every += [IPv4Address(0), *(IPv6Address(f"::ffff:{v4}") for v4 in (to, IPv4Address(0)))]
+    return frozenset(_printed(local.packed) for local in every)
+
+
+def _printed(address: bytes) -> str:
+    """As /proc/net has it: word by word, as numbers of this machine."""
+    words = (address[at : at + 4] for at in range(0, len(address), 4))
+    return "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
+
+
+def _unix_listeners(path: str) -> frozenset[int]:
+    lines = Path("/proc/net/unix").read_bytes().split(b"\n")[1:]
+    # Num RefCount Protocol Flags Type St Inode Path
+    found = (fields for line in lines if (fields := line.split(maxsplit=7))[7:] == [os.fsencode(path)])
+    return frozenset(int(fields[6]) for fields in found if int(fields[3], 16) & _UNIX_LISTENS)

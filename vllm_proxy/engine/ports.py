@@ -32,12 +32,13 @@ class Use(Enum):
     TAKEN = "taken"
 
 
+HOST = "127.0.0.1"  # where engines of this machine listen
 _SOON_SECONDS = 90.0  # the kernel remembers closed connections for 60
 _POLL_SECONDS = 0.5
 
 
 class Ports:
-    """The ports for engines, on 127.0.0.1."""
+    """The ports for engines, of `HOST`."""
 
     def __init__(self, first: int, last: int, reserved: Collection[int]) -> None:
         self._range = range(first, last + 1)
@@ -128,7 +129,7 @@ def use_of(port: int) -> Use:
 
 def _bind(probe: socket.socket, port: int) -> bool:
     try:
-        probe.bind(("127.0.0.1", port))
+        probe.bind((HOST, port))
     except OSError as error:
         if error.errno in {errno.EADDRINUSE, errno.EACCES}:
             return False

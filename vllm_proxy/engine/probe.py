@@ -13,6 +13,10 @@ from typing import Protocol
 
 import aiohttp
 
+from vllm_proxy.domain.address import Address
+from vllm_proxy.domain.command import Place
+from vllm_proxy.traffic.dial import session_to
+
 _TIMEOUT = aiohttp.ClientTimeout(total=5)
 _MODELS_BYTES = 2**20
 _METRICS_BYTES = 16 * 2**20
@@ -35,18 +39,16 @@ class Ready:
 class Probe(Protocol):
     """What asks engines how they are."""
 
-    async def ready(
-        self, port: int, own_name: str, credential: str, is_engines: Callable[[], Awaitable[bool]]
-    ) -> Ready | None:
-        """What the engine on this port says of itself, None while it is not ready or not ours.
+    async def ready(self, place: Place, is_engines: Callable[[], Awaitable[bool]]) -> Ready | None:
+        """What the engine of this place says of itself, None while it is not ready or not ours.
 
-        `is_engines`: whether the port is the engine's, asked before the credential is sent there.
+        `is_engines`: whether who listens there is the engine, asked before the credential is sent.
         """
 
-    async def healthy(self, port: int) -> bool:
+    async def healthy(self, address: Address) -> bool:
         """Whether `/health` answers 200."""
 
-    async def counters(self, port: int) -> str | None:
+    async def counters(self, address: Address) -> str | None:
         """What changes while the engine works; "" where it keeps no counters, None where it does not answer."""
 
 
@@ -56,32 +58,31 @@ class HttpProbe:
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
 
-    async def healthy(self, port: int) -> bool:
+    async def healthy(self, address: Address) -> bool:
         """Whether `/health` answers 200."""
         try:
-            async with self._answer(port, "/health") as answer:
+            async with self._answer(address, "/health") as answer:
                 return answer.status == HTTPStatus.OK
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
             return False
 
-    async def counters(self, port: int) -> str | None:
+    async def counters(self, address: Address) -> str | None:
         """The lines of `/metrics` that change while the engine works; "" where it keeps none, None for no answer."""
         try:
-            async with self._answer(port, "/metrics") as answer:
+            async with self._answer(address, "/metrics") as answer:
                 return await _counters(answer.content) if answer.status == HTTPStatus.OK else ""
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
             return None
 
-    async def ready(
-        self, port: int, own_name: str, credential: str, is_engines: Callable[[], Awaitable[bool]]
-    ) -> Ready | None:
-        """`Ready` when `/health` answers 200, `is_engines` holds, and the model list holds `own_name`."""
-        if not (await self.healthy(port) and await is_engines()):
+    async def ready(self, place: Place, is_engines: Callable[[], Awaitable[bool]]) -> Ready | None:
+        """`Ready` when `/health` answers 200, `is_engines` holds, and the model list holds its own name."""
+        if not (await self.healthy(place.address) and await is_engines()):
             return None
         try:
-            async with self._answer(port, "/v1/models", {"Authorization": f"Bearer {credential}"}) as answer:
+            credential = {"Authorization": f"Bearer {place.credential}"}
+            async with self._answer(place.address, "/v1/models", credential) as answer:
                 cards = json.loads(await _body(answer.content))["data"] if answer.status == HTTPStatus.OK else []
-            mine = next((card for card in cards if card["id"] == own_name), None)
+            mine = next((card for card in cards if card["id"] == place.own_name), None)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError, RecursionError):
             return None  # not listening yet, or something that is no vLLM
         if mine is None:
@@ -91,15 +92,18 @@ class HttpProbe:
 
     @asynccontextmanager
     async def _answer(
-        self, port: int, path: str, headers: dict[str, str] | None = None
+        self, address: Address, path: str, headers: dict[str, str] | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """An answer's head; what it is not read of ends with the block. The deadline is one for all of it."""
-        async with self._session.get(
-            f"http://127.0.0.1:{port}{path}",
-            headers={"Accept-Encoding": "identity", **(headers or {})},
-            timeout=_TIMEOUT,
-            allow_redirects=False,  # an engine's answer is its own, and its credential is for it alone
-        ) as answer:
+        async with (
+            session_to(address, self._session) as session,
+            session.get(
+                f"http://{address.authority}{path}",
+                headers={"Accept-Encoding": "identity", **(headers or {})},
+                timeout=_TIMEOUT,
+                allow_redirects=False,  # an engine's answer is its own, and its credential is for it alone
+            ) as answer,
+        ):
             if "Content-Encoding" in answer.headers:  # a small one can be large inside
                 raise ValueError("it is encoded though nobody asked for that")
             yield answer

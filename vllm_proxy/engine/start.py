@@ -24,7 +24,7 @@ async def until_ready(
     loop, place, output = asyncio.get_running_loop(), engine.place, engine.output
     activity, moved_at, shown = output.activity, loop.time(), None
     while not engine.exited.done():
-        if ready := await probe.ready(place.port, place.own_name, place.credential, engine.holds_port):
+        if ready := await probe.ready(place, engine.holds_address):
             return ready
         if output.activity != activity:
             activity, moved_at = output.activity, loop.time()

@@ -14,17 +14,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 from urllib.parse import quote
 
 import msgspec
 import structlog
 import tomli_w
 
-from vllm_proxy.domain.command import mark
-from vllm_proxy.domain.devices import ANY_DEVICE
+from vllm_proxy.domain.address import TcpAddress, parse_address
+from vllm_proxy.domain.command import Place, mark
+from vllm_proxy.domain.devices import ANY_DEVICE, Allocation
 from vllm_proxy.engine import cgroup, vitals
 from vllm_proxy.engine.ownership import Identity
+from vllm_proxy.engine.ports import HOST
 from vllm_proxy.engine.proc import PID_LIMIT, boot_id, pid_namespace
 from vllm_proxy.errors import StartupError
 from vllm_proxy.runtime import files
@@ -37,6 +39,7 @@ _STARTS_KEPT = 5  # of one spec
 _SPECS_KEPT = 200
 _FOREIGN_KEPT = 100  # records of other pid namespaces
 _NAMESPACE = "pid_namespace"
+_PORT = "port"  # of an older daemon's records, which have no address; still written, so that one may go back to it
 _INSTANCE = re.compile(r"[A-Za-z0-9._:@/-]{1,200}/[0-9]{1,6}")
 _WORD = re.compile(r"[!-~]{1,200}")
 _FOLDER = re.compile(r"vp-\w+")  # as `launch` makes them
@@ -54,7 +57,7 @@ class EngineRecord:
     own_name: str
     pid: int  # of the first process, and of the session
     started: int
-    port: int
+    address: str  # as `parse_address` reads it
     credential: str
     folder: str  # of its own, for temporary files; "": not known to be one, so that nothing is removed
     log: str
@@ -65,6 +68,13 @@ class EngineRecord:
     segments: tuple[str, ...] = ()  # its files in /dev/shm
     cgroup: str = ""  # the folder of its own, where it has one
     devices: tuple[str, ...] = (ANY_DEVICE,)  # the GPUs that it has
+    launched: Literal["process"] = "process"  # how it was; what another daemon launched in another way is not touched
+
+    @property
+    def place(self) -> Place:
+        """Where it runs."""
+        address, allocation = parse_address(self.address), Allocation(frozenset(self.devices))
+        return Place(self.instance, self.own_name, address, self.credential, self.folder, allocation)
 
     @property
     def identity(self) -> Identity:
@@ -179,7 +189,7 @@ class StateDirectory:
             ValueError: it is none; says why.
 
         """
-        record = msgspec.convert(entry, EngineRecord)
+        record = msgspec.convert(_with_address(entry), EngineRecord)
         fault = next((name for name, holds in _facts(record) if not holds), None)
         if fault is not None:
             shown = "this" if fault == "credential" else repr(getattr(record, fault))
@@ -236,7 +246,7 @@ class StateDirectory:
 
     def _write(self) -> None:
         here = pid_namespace()
-        engines = [asdict(record) | {_NAMESPACE: here} for record in self._records.values()]
+        engines = [_written(record) | {_NAMESPACE: here} for record in self._records.values()]
         self._replace(self._file, {"boot_id": boot_id(), "engines": [*engines, *self._kept]})
 
     def _replace(self, file: Path, document: Mapping[str, object]) -> None:
@@ -245,6 +255,25 @@ class StateDirectory:
             files.replace_file(file, tomli_w.dumps(document).encode(), durable=False)
         except OSError as error:
             log.error("the state cannot be written", file=str(file), error=str(error))
+
+
+def _written(record: EngineRecord) -> dict[str, object]:
+    port = record.place.address.port
+    return asdict(record) | ({} if port is None else {_PORT: port})
+
+
+def _with_address(entry: object) -> object:
+    """An entry; of an older daemon's, whose engines all listened on a port of this machine, the address is made up."""
+    if isinstance(entry, dict) and "address" not in entry and isinstance(port := entry.get(_PORT), int):
+        return entry | {"address": str(TcpAddress(HOST, port))}
+    return entry
+
+
+def _is_address(text: str) -> bool:
+    try:
+        return str(parse_address(text)) == text
+    except ValueError:
+        return False
 
 
 def _text_of(entry: object, key: str) -> str:
@@ -268,7 +297,7 @@ def _facts(record: EngineRecord) -> list[tuple[str, bool]]:
         ("credential", _WORD.fullmatch(record.credential) is not None),
         ("pid", 1 < record.pid <= PID_LIMIT),
         ("started", 0 < record.started < 2**63),
-        ("port", 0 < record.port < 2**16),
+        ("address", _is_address(record.address)),
         ("log_start", record.log_start >= 0),
         ("started_at", _is_moment(record.started_at) or not (record.started_at or record.spec)),
         ("segments", all(_SEGMENT.fullmatch(path) and "/../" not in path for path in record.segments)),

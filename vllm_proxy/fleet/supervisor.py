@@ -284,7 +284,7 @@ class Supervisor:
     async def _serve(self, engine: Engine, ready: Ready) -> Diagnosis:
         """Let requests in until the engine ends or stalls; when stopped, wait for those in flight."""
         loop, place, registry = asyncio.get_running_loop(), engine.place, self._shared.registry
-        endpoint = Endpoint(self.name, place.port, place.credential, ready.max_model_len)
+        endpoint = Endpoint(self.name, place.address, place.credential, ready.max_model_len)
         generation = self._life.generation
         self._note_ready(engine)
         since = loop.time()

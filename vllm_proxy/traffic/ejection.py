@@ -10,6 +10,7 @@ from typing import Protocol
 
 import structlog
 
+from vllm_proxy.domain.address import Address
 from vllm_proxy.traffic.registry import Endpoint
 
 log = structlog.get_logger()
@@ -20,7 +21,7 @@ _RETRY_SECONDS = 1.0
 class HealthProbe(Protocol):
     """What asks an engine for its health."""
 
-    async def healthy(self, port: int) -> bool:
+    async def healthy(self, address: Address) -> bool:
         """Whether `/health` answers 200."""
 
 
@@ -28,7 +29,7 @@ async def watch_health(endpoint: Endpoint, probe: HealthProbe, readmitted: Calla
     """Stay with one endpoint until cancelled; `readmitted` is called when it takes requests again."""
     while True:
         await endpoint.suspect.wait()
-        while not await probe.healthy(endpoint.port):
+        while not await probe.healthy(endpoint.address):
             if not endpoint.ejected:
                 endpoint.ejected = True
                 log.warning("the instance takes no connections and gets no requests", instance=endpoint.instance)

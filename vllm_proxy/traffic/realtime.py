@@ -24,6 +24,7 @@ from vllm_proxy.runtime.background import ask
 from vllm_proxy.traffic.body import with_model
 from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call, Work
+from vllm_proxy.traffic.dial import session_to
 from vllm_proxy.traffic.front import client_of
 from vllm_proxy.traffic.registry import Lease, Registry
 
@@ -113,18 +114,22 @@ async def _converse(call: Call, sessions: Sessions, client: web.WebSocketRespons
     with await sessions.registry.acquire(name) as lease:
         call.model, call.instance = lease.model_id, lease.endpoint.instance
         headers = {"Authorization": f"Bearer {lease.endpoint.credential}", "X-Request-Id": call.engine_id.decode()}
-        address = f"http://127.0.0.1:{lease.endpoint.port}/v1/realtime"
+        address = lease.endpoint.address
         try:
-            async with asyncio.timeout(_OPEN_SECONDS):
-                engine = await sessions.engines.ws_connect(
-                    address, headers=headers, max_msg_size=0, heartbeat=sessions.heartbeat
-                )
-            async with engine:
-                if first is not None:
-                    await _greeted(engine)
-                    await _pass_on(first, engine, lease)
-                sessions.budget.give_back(call)
-                await _both_ways(client, engine, lease, lambda: sessions.budget.give_back(call))
+            async with session_to(address, sessions.engines) as session:
+                async with asyncio.timeout(_OPEN_SECONDS):
+                    engine = await session.ws_connect(
+                        f"http://{address.authority}/v1/realtime",
+                        headers=headers,
+                        max_msg_size=0,
+                        heartbeat=sessions.heartbeat,
+                    )
+                async with engine:
+                    if first is not None:
+                        await _greeted(engine)
+                        await _pass_on(first, engine, lease)
+                    sessions.budget.give_back(call)
+                    await _both_ways(client, engine, lease, lambda: sessions.budget.give_back(call))
         except (aiohttp.ClientError, OSError) as error:
             msg = f"cannot open a session with {lease.endpoint.instance}: {str(error) or 'it does not answer'}"
             raise EngineFailedError(msg) from error

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+from vllm_proxy.domain.address import Address
 from vllm_proxy.domain.config import ModelSpec, Policy
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import RequestError
@@ -23,18 +24,18 @@ _SUSPECT_FAILURES = 3
 class Endpoint:
     """One ready engine, as requests see it."""
 
-    def __init__(self, instance: str, port: int, credential: str, max_model_len: int | None) -> None:
+    def __init__(self, instance: str, address: Address, credential: str, max_model_len: int | None) -> None:
         self.instance = instance  # "chat/0"
-        self.port = port
+        self.address = address
         self.credential = credential
         self.max_model_len = max_model_len  # tokens, as the engine says
         self.in_flight = 0
         self.failures = 0  # connections in a row that gave no answer
         self.ejected = False  # gets nothing until its health is good again
-        self.pool = Pool(port)
+        self.pool = Pool(address)
         model_id = instance.rpartition("/")[0]
         self.answer_headers = f"X-Vllm-Proxy-Model: {model_id}\r\nX-Vllm-Proxy-Instance: {instance}\r\n".encode()
-        self.own_headers = f"Host: 127.0.0.1:{port}\r\nAuthorization: Bearer {credential}\r\n".encode()
+        self.own_headers = f"Host: {address.authority}\r\nAuthorization: Bearer {credential}\r\n".encode()
         self.suspect = asyncio.Event()  # so many failures that its health is in question
         self._idle: asyncio.Future[None] | None = None  # made where somebody waits
 

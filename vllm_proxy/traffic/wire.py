@@ -7,7 +7,11 @@ writes engine bytes straight to the client took a quarter of the CPU of aiohttp'
 import asyncio
 import contextlib
 import time
+from functools import partial
 from typing import Protocol, cast
+
+from vllm_proxy.domain.address import Address
+from vllm_proxy.traffic.dial import connector
 
 _IDLE_SECONDS = 60.0  # less than ENGINE_KEEPALIVE_SECONDS: the engine must not be the one that closes
 _CONNECT_SECONDS = 5.0
@@ -127,8 +131,8 @@ class EngineConnection(asyncio.Protocol):
 class Pool:
     """The connections to one engine."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, address: Address) -> None:
+        self._open = connector(address, partial(EngineConnection, self))
         self._idle: list[EngineConnection] = []
         self._busy: set[EngineConnection] = set()
         self.closed = False
@@ -158,9 +162,8 @@ class Pool:
             TimeoutError: when it does not answer at all.
 
         """
-        loop = asyncio.get_running_loop()
         async with asyncio.timeout(_CONNECT_SECONDS):
-            _, connection = await loop.create_connection(lambda: EngineConnection(self), "127.0.0.1", self._port)
+            _, connection = await self._open()
         self._busy.add(connection)
         return connection
 
