@@ -10,7 +10,8 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_proxy.domain.file.locate import KeyPath, key_lines, line_of
+from vllm_proxy.domain.file.locate import key_lines, line_of
+from vllm_proxy.domain.toml import KeyPath
 
 EXAMPLE = '''\
 # [not.a.table]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_proxy.domain.config import Config, ModelSpec, Server
-from vllm_proxy.domain.file.parse import Override, dotted, merge, parse_config, revision_of
+from vllm_proxy.domain.file.parse import Override, merge, parse_config, revision_of
 from vllm_proxy.errors import ConfigError
 
 CHAT = '[models.chat]\nmodel = "org/m"\n'
@@ -631,15 +631,6 @@ def test_a_wrong_value_from_outside_is_named_by_its_source(key: str, override: O
 def test_the_revision_is_of_the_bytes() -> None:
     """The same bytes have the same revision, one more space another one."""
     assert parse(CHAT).revision == revision_of(CHAT.encode()) != parse(CHAT + " ").revision
-
-
-@pytest.mark.parametrize(
-    ("path", "written"),
-    [(("models", "a-b_1"), "models.a-b_1"), (("a", "b.c", ""), 'a."b.c".""'), (('"', "\n"), '"\\""."\\n"')],
-)
-def test_a_path_is_written_as_toml_does(path: tuple[str, ...], written: str) -> None:
-    """Parts are quoted where TOML needs it, and stay on one line."""
-    assert dotted(path) == written
 
 
 tables = st.recursive(

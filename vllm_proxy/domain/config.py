@@ -4,7 +4,6 @@ Its one rule: what a change costs is written in the types. A change in an `Engin
 in a `Policy` is applied live. How text becomes these values, and how problems are told, is `parse.py`'s business.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from vllm_proxy.domain import hosts
+from vllm_proxy.domain.toml import same
 from vllm_proxy.domain.units import Bytes, Seconds, show
 
 type TomlTable = Mapping[str, Any]  # a table as tomllib reads it: str, int, float, bool, dates, lists, tables
@@ -113,18 +113,6 @@ Environment = dict[Annotated[str, AfterValidator(_env_name)], Annotated[Text, Be
 Dtype = Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
 
 
-def differ(one: object, other: object) -> bool:
-    """Whether two TOML values mean different things: `1`, `1.0` and `true` are equal for Python, and not for vLLM."""
-    if one != other:
-        return True
-    free = isinstance(one, dict | list) or type(one) is not type(other)  # what the types do not fix
-    return free and _spelt(one) != _spelt(other)
-
-
-def _spelt(value: object) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
-
-
 class Table(BaseModel):
     """A TOML table: no key but the known ones, no value of another type turned into the right one."""
 
@@ -134,7 +122,7 @@ class Table(BaseModel):
         """Whether both mean the same."""
         if super().__eq__(other) is not True:
             return False
-        return not any(differ(value, getattr(other, name)) for name, value in self if isinstance(value, dict))
+        return all(same(value, getattr(other, name)) for name, value in self if isinstance(value, dict))
 
     __hash__ = None  # type: ignore[assignment]  # tables hold dicts
 

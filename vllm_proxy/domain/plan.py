@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy, Restart, Server, differ
+from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy, Restart, Server
+from vllm_proxy.domain.toml import same
 from vllm_proxy.domain.units import parse_duration, parse_size, show, show_duration, show_size
 
 _SECRET = re.compile(r"token|key|secret|password|credential", re.IGNORECASE)
@@ -121,11 +122,11 @@ def _changes(old: EngineSpec | Policy | Restart, new: EngineSpec | Policy | Rest
     """Each key that differs, as "max_model_len 4096 -> 8192"."""
     for key in type(new).model_fields:
         before, after = getattr(old, key), getattr(new, key)
-        if not differ(before, after):
+        if same(before, after):
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             for name in dict.fromkeys([*before, *after]):
-                if differ(before.get(name), after.get(name)):
+                if not same(before.get(name), after.get(name)):
                     yield _change(f"{key}.{name}", before.get(name), after.get(name), hidden=key == "env")
         elif isinstance(before, Restart) and isinstance(after, Restart):
             yield from (f"{key}.{change}" for change in _changes(before, after))

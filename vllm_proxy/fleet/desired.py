@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import structlog
 
 from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec
-from vllm_proxy.domain.file.parse import Override, dotted, parse_config, revision_of
+from vllm_proxy.domain.file.parse import Override, parse_config, revision_of
 from vllm_proxy.domain.plan import Action, plan, restart_needed
+from vllm_proxy.domain.toml import dotted
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.errors import ConfigError, Problem, RequestError, VllmProxyError
 from vllm_proxy.fleet.reconciler import Reconciler

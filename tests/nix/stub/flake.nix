@@ -24,7 +24,7 @@
           pkgs = builtins.listToAttrs (
             map (name: { inherit name; value = derivation' name; }) [
               "aiohttp" "aiohttp-swagger3" "hatchling" "httptools" "msgspec" "prometheus-client" "pydantic"
-              "python-dotenv" "python-multipart" "sdnotify" "structlog" "tomli-w" "tomlkit" "uvloop" "vllm" "watchfiles"
+              "python-dotenv" "python-multipart" "sdnotify" "structlog" "tomli-w" "uvloop" "vllm" "watchfiles"
             ]
           ) // {
             buildPythonApplication = arguments: derivation' arguments.pname // arguments;

@@ -10,15 +10,15 @@ list that changes is written anew; the comment behind it stays, those inside it 
 """
 
 import math
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from vllm_proxy.domain.args import option_name
-from vllm_proxy.domain.file.layout import Layout, dotted, same, scanned, territory
-from vllm_proxy.domain.file.locate import KeyPath, Piece
+from vllm_proxy.domain.file.layout import Layout, scanned, territory
+from vllm_proxy.domain.file.lexer import Piece, comments
+from vllm_proxy.domain.toml import KeyPath, dotted, same
 from vllm_proxy.domain.units import show
 from vllm_proxy.errors import VllmProxyError
 
@@ -26,12 +26,6 @@ type Table = Mapping[str, Any]
 
 _LEAST, _MOST = -(2**63), 2**63 - 1
 _DEEPEST = 50  # tables and lists within each other; tomllib gives up at some hundreds
-_STRING_OR_COMMENT = re.compile(
-    r'"""(?:[^\\]|\\.)*?"{3,5}'
-    r"|'''.*?'{3,5}"
-    r"""|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|\#[^\r\n]*""",
-    re.DOTALL,
-)
 _GONE = object()
 
 
@@ -245,9 +239,9 @@ def _prove(before: Table, old: str, new: str, path: KeyPath, wanted: Table | Non
     elif _lines_of_others(old, path) != _lines_of_others(new, path):
         wrong = "a line of another table would change"
     else:
-        comments = [comment for _, comment in _comments(old, 0)]
-        there = [comment for _, comment in _comments(new, 0)]
-        if not (_within(_comments_to_stay(old, before, asked, path), there) and _within(there, comments)):
+        before_it = [comment for _, comment in comments(old)]
+        there = [comment for _, comment in comments(new)]
+        if not (_within(_comments_to_stay(old, before, asked, path), there) and _within(there, before_it)):
             wrong = "a comment would be lost"
     if wrong:
         msg = f"cannot write model {show(path[1])} into the file as it is laid out: {wrong}; edit the file itself"
@@ -270,13 +264,6 @@ def _lines_of_others(text: str, path: KeyPath) -> list[str]:
         and (piece.kind == "header" or path[: len(piece.path)] != piece.path)
     ]
     return [line if line.endswith("\n") else line + ("\r\n" if "\r\n" in text else "\n") for line in found]
-
-
-def _comments(text: str, start: int) -> Iterator[tuple[int, str]]:
-    """(position, comment) for each from `start`, which is outside of any value."""
-    for match in _STRING_OR_COMMENT.finditer(text, start):
-        if match[0].startswith("#"):
-            yield match.start(), match[0].rstrip()
 
 
 def _comments_to_stay(text: str, before: Table, asked: Table, model: KeyPath) -> list[str]:
@@ -302,7 +289,7 @@ def _comments_to_stay(text: str, before: Table, asked: Table, model: KeyPath) ->
             spans.append((piece.start, piece.end))
         else:
             spans.append((piece.start, _last_line(text, piece)))
-    return [comment for at, comment in _comments(text, 0) if not any(start <= at < end for start, end in spans)]
+    return [comment for at, comment in comments(text) if not any(start <= at < end for start, end in spans)]
 
 
 def _at(data: Table, path: KeyPath) -> tuple[object, int]:

@@ -1,16 +1,14 @@
 """What was probably meant by what is no TOML, or other TOML than it looks like. Its one rule: it explains, no more."""
 
-import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
 
 from vllm_proxy.domain.config import ModelTable, TomlTable, id_problem
-from vllm_proxy.domain.file.locate import KeyPath
+from vllm_proxy.domain.toml import KeyPath, dotted
 from vllm_proxy.domain.units import show
 
 _LONGEST = 300  # characters of a line that is looked at
-_PART = re.compile(r"[A-Za-z0-9_-]+")
 _BARE = re.compile(r"[A-Za-z0-9_.-]+")
 _HEADER = re.compile(r"\s*\[\s*models\.([^\"'\\\]]+?)((?:\.(?:args|env|metadata|restart))?)\s*\]\s*(?:#.*)?")
 _ASSIGNMENT = re.compile(r"\s*([^\s=#\"'\[\]{}:][^=#\"'\[\]{}]*?)\s*=\s*([^\s].*?)\s*")
@@ -42,7 +40,7 @@ def _of_header(model_id: str, rest: str) -> str:
 
 def quoted(model_id: str, rest: str = "") -> str:
     """The header of a model's table."""
-    return f"write [models.{model_id if _PART.fullmatch(model_id) else json.dumps(model_id)}{rest}]"
+    return f"write [{dotted(('models', model_id))}{rest}]"
 
 
 def _of_assignment(key: str, value: str) -> str:

@@ -2,26 +2,19 @@
 
 Its one rule: it moves whole pieces (a header, a key with its value, a comment, a blank line) and rewrites only the
 value that is set. Whether the result means what was asked for is for the caller to prove; a ValueError says that no
-place was found. tomlkit takes apart the one value that changes. It does not see the whole file, since in its tree the
-comment above a header belongs to the table before it, and goes with that.
+place was found.
 """
 
-import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, time
 from functools import lru_cache
 from typing import Any
 
-import tomlkit
-from tomlkit.exceptions import TOMLKitError
-from tomlkit.items import InlineTable, Item, Table
+from vllm_proxy.domain.file.lexer import Entry, Piece, entries, pieces, value_span
+from vllm_proxy.domain.toml import KeyPath, dotted, rendered, same
 
-from vllm_proxy.domain.file.locate import KeyPath, Piece, pieces
-
-_BARE = re.compile(r"[A-Za-z0-9_-]+")
 _INDENT = re.compile(r"[ \t]*")
 _MODEL_DEPTH = 2  # ("models", ID)
 
@@ -243,30 +236,11 @@ def _below(path: KeyPath, of: KeyPath) -> bool:
 
 def _with_value(part: _Part, path: KeyPath, value: object) -> str:
     """The text of a key with another value at a path at or below it; None removes what is there."""
-    before, raw, behind = _split(part)
+    begin, end = value_span(part.text)
+    raw = part.text[begin:end]
     old = tomllib.loads(f"x = {raw}")["x"]
     new = _changed(old, path[len(part.path) :], value)
-    return before + _retold(raw, old, new) + behind
-
-
-def _split(part: _Part) -> tuple[str, str, str]:
-    """What is in front of a key's value, the value, and what is behind it."""
-    try:
-        item = _value_item(tomlkit.parse(part.text).body)
-        raw, behind = item.as_string(), item.trivia.comment_ws + item.trivia.comment + item.trivia.trail
-    except (TOMLKitError, StopIteration, RuntimeError) as error:
-        msg = f"cannot take apart {dotted(part.path)}: {error}"
-        raise ValueError(msg) from None
-    if not part.text.endswith(raw + behind):
-        msg = f"cannot take apart {dotted(part.path)}"
-        raise ValueError(msg)
-    return part.text[: len(part.text) - len(raw) - len(behind)], raw, behind
-
-
-def _value_item(body: Sequence[tuple[Any, Item]]) -> Item:
-    """The one value of a key, which may be dotted."""
-    item = next(item for key, item in body if key is not None)
-    return _value_item(item.value.body) if isinstance(item, Table) else item
+    return part.text[:begin] + _retold(raw, old, new) + part.text[end:]
 
 
 def _changed(old: object, path: KeyPath, value: object) -> object:
@@ -286,74 +260,25 @@ def _retold(raw: str, old: object, new: object) -> str:
     if same(old, new):
         return raw
     if isinstance(old, Mapping) and isinstance(new, Mapping) and new:
-        spans = _entries(raw)
-        if spans is not None and {key for key, *_ in spans} == old.keys():
-            return _entries_retold(raw, spans, old, new)
+        found = entries(raw)
+        if found and all(len(entry.path) == 1 for entry in found):
+            return _entries_retold(raw, found, old, new)
         if "\n" in raw:
             msg = "a table in one line has dotted keys and a list over many lines; take it apart first"
             raise ValueError(msg)
     return rendered(new)
 
 
-def _entries(raw: str) -> list[tuple[str, int, int, int]] | None:
-    """(key, its start, its value's start and end) for each in an inline table; None where they cannot be told apart."""
-    item = tomlkit.parse(f"x = {raw}").item("x")
-    if not isinstance(item, InlineTable):
-        return None
-    result, position = [], 1
-    for key, value in item.value.body:
-        if key is None:
-            continue
-        if key.is_dotted():
-            return None
-        start = raw.find(key.as_string(), position)
-        begin = raw.find(value.as_string(), start + len(key.as_string()))
-        if start < 0 or begin < 0:
-            return None
-        position = begin + len(value.as_string())
-        result.append((key.key, start, begin, position))
-    return result or None  # an empty one is written anew
-
-
-def _entries_retold(
-    raw: str, spans: Sequence[tuple[str, int, int, int]], old: Mapping[str, Any], new: Mapping[str, Any]
-) -> str:
-    text, between = raw[: spans[0][1]], ""
-    for number, (key, start, begin, end) in enumerate(spans):
+def _entries_retold(raw: str, found: Sequence[Entry], old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    text, between = raw[: found[0].start], ""
+    for number, entry in enumerate(found):
+        (key,) = entry.path
         if key in new:
-            between = between and raw[spans[number - 1][3] : start]
-            text += between + raw[start:begin] + _retold(raw[begin:end], old[key], new[key])
+            between = between and raw[found[number - 1].end : entry.start]
+            text += between + raw[entry.start : entry.value] + _retold(raw[entry.value : entry.end], old[key], new[key])
             between = ", "
     for key, value in new.items():
         if key not in old:
             text += f"{between}{dotted([key])} = {rendered(value)}"
             between = ", "
-    return text + raw[spans[-1][3] :]
-
-
-def same(one: object, other: object) -> bool:
-    """Whether two TOML values mean the same: `1`, `1.0` and `true` do not, and `nan` means `nan`."""
-    if isinstance(one, Mapping):
-        return isinstance(other, Mapping) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list):
-        return isinstance(other, list) and len(one) == len(other) and all(map(same, one, other))
-    return type(one) is type(other) and (repr(one) == repr(other) if isinstance(one, float) else one == other)
-
-
-def dotted(path: Sequence[str]) -> str:
-    """A key path as TOML writes it."""
-    return ".".join(part if _BARE.fullmatch(part) else rendered(part) for part in path)
-
-
-def rendered(value: object) -> str:
-    """A value as TOML, in one line."""
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, Mapping):
-        inner = ", ".join(f"{dotted([key])} = {rendered(item)}" for key, item in value.items())
-        return f"{{ {inner} }}" if inner else "{}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(rendered, value))}]"
-    return value.isoformat() if isinstance(value, date | time) else repr(value)
+    return text + raw[found[-1].end :]

@@ -5,7 +5,6 @@ Its one rule: nothing is accepted that would only fail later, and nothing is gue
 
 import difflib
 import hashlib
-import json
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +27,8 @@ from vllm_proxy.domain.config import (
     id_problem,
 )
 from vllm_proxy.domain.file import hints
-from vllm_proxy.domain.file.locate import KeyPath, key_lines, line_of
+from vllm_proxy.domain.file.locate import key_lines, line_of
+from vllm_proxy.domain.toml import KeyPath, dotted
 from vllm_proxy.domain.units import show
 from vllm_proxy.errors import ConfigError, Problem
 
@@ -142,11 +142,6 @@ def _problems(found: Iterable[Found], text: str, overrides: Mapping[str, Overrid
         else:
             problems.append(Problem(line_of(lines, path), dotted(path), message))
     return problems
-
-
-def dotted(path: KeyPath) -> str:
-    """A key path as TOML spells it: `models."org/chat".args`."""
-    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else json.dumps(part) for part in path)
 
 
 def _table(document: TomlTable, name: str, found: list[Found]) -> TomlTable:
