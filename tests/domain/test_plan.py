@@ -80,6 +80,13 @@ def test_what_means_the_same_costs_nothing(same: str) -> None:
     assert told(same, CHAT + 'max_model_len = "8k"\nargs = { x_y = 1, z = { x = 1, y = 2 } }\n') == []
 
 
+def test_nan_is_what_it_was_before() -> None:
+    """Read twice it is two values that are not equal: no change, all the same."""
+    text = CHAT + "metadata.x = [nan]\n"
+    assert told(text, text) == []
+    assert models(text)["chat"].policy == models(text)["chat"].policy
+
+
 def test_what_gives_room_comes_before_what_needs_it() -> None:
     """Updates, stops, smaller, replacements, larger, starts; in each the file's order."""
     running = "".join(f'[models.{name}]\nmodel = "m"\nreplicas = 2\n' for name in "abcde")

@@ -120,9 +120,7 @@ class Table(BaseModel):
 
     def __eq__(self, other: object) -> bool:
         """Whether both mean the same."""
-        if super().__eq__(other) is not True:
-            return False
-        return all(same(value, getattr(other, name)) for name, value in self if isinstance(value, dict))
+        return type(self) is type(other) and all(same(value, getattr(other, name)) for name, value in self)
 
     __hash__ = None  # type: ignore[assignment]  # tables hold dicts
 
