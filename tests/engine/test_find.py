@@ -62,6 +62,15 @@ def test_a_package_without_a_script_is_run_as_a_module(tmp_path: Path) -> None:
     assert find(own) == (str(own / "python"), "-m", MODULE)
 
 
+def test_what_pip_installed_for_the_whole_system_on_debian_is_found(tmp_path: Path) -> None:
+    """Its packages lie below `local` of the interpreter's installation; that is where its options are read, too."""
+    own = venv(tmp_path / "usr", script=False, package=False)
+    module = tmp_path / "usr/local/lib/python3.13/dist-packages/vllm/entrypoints/openai/api_server.py"
+    module.parent.mkdir(parents=True)
+    module.touch()
+    assert find(own) == (str(own / "python"), "-m", MODULE)
+
+
 def test_a_link_on_path_leads_to_its_environment(tmp_path: Path) -> None:
     """Pipx and uv link the script into a folder on PATH; the metadata lies where the link leads."""
     tool = venv(tmp_path / "tools" / "vllm", metadata="vllm-0.32.0.dist-info")

@@ -2,10 +2,11 @@
 
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-_PACKAGES = ("lib*/python3*/site-packages", "lib*/python3*/dist-packages")
+# dist-packages: Debian's; below local/ what pip installs for the whole system.
+_PACKAGES = ("lib*/python3*/site-packages", "lib*/python3*/dist-packages", "local/lib/python3*/dist-packages")
 _API_SERVER = "vllm.entrypoints.openai.api_server"
 
 
@@ -26,13 +27,18 @@ def find_vllm(env: Mapping[str, str], interpreter: str = sys.executable) -> tupl
 def _command_of(script: Path) -> tuple[str, ...] | None:
     # The script itself is looked at, not what it links to, then what it links to: pipx and uv link into an environment.
     for prefix in dict.fromkeys((script.parent.parent, script.resolve().parent.parent)):
-        packages = [folder for pattern in _PACKAGES for folder in prefix.glob(pattern)]
+        packages = list(package_folders(prefix))
         if script.exists() and any(any(folder.glob("vllm-*.dist-info")) for folder in packages):
             return (str(script), "serve")
         python = prefix / "bin" / "python"
         if python.exists() and any((folder / "vllm/entrypoints/openai/api_server.py").exists() for folder in packages):
             return (str(python), "-m", _API_SERVER)
     return None
+
+
+def package_folders(prefix: Path) -> Iterator[Path]:
+    """Where the packages of an installation of Python lie, by the folder that its `bin` is in."""
+    return (folder for pattern in _PACKAGES for folder in prefix.glob(pattern))
 
 
 def has_gpus() -> bool:

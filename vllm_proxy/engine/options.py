@@ -21,6 +21,7 @@ import structlog
 
 from vllm_proxy.domain.command import mark, marked
 from vllm_proxy.domain.options import OptionTable
+from vllm_proxy.engine.find import package_folders
 from vllm_proxy.engine.ownership import Identity
 from vllm_proxy.engine.proc import KERNEL, look_up
 from vllm_proxy.engine.process import end_processes, to_the_end
@@ -41,7 +42,6 @@ _LAST_WORDS = 2000  # bytes of what a failed run said
 _FILES_KEPT = 20
 _HEAD = 64 * 2**10  # of a script: a wrapper's `exec` stands below all that it sets
 _LEVELS = 4  # of wrappers inside each other
-_PACKAGES = ("lib*/python3*/site-packages", "lib*/python3*/dist-packages", "local/lib/python3*/dist-packages")
 _METADATA = re.compile(r"vllm(_\w+)?-[0-9][^/]*\.dist-info")  # plugins, too, add options
 _OTHERS = re.compile(r"vllm_proxy-")
 _PYTHON = re.compile(r"(python|pypy)[0-9.]*t?")
@@ -160,7 +160,7 @@ def _version(python: Path, env: Mapping[str, str]) -> _Version:
     real = _resolved(python)
     found: dict[str, int] = {}
     for prefix in dict.fromkeys((python.parent.parent, real.parent.parent)):
-        for folder in (folder for pattern in _PACKAGES for folder in prefix.glob(pattern)):
+        for folder in package_folders(prefix):
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
                     if _METADATA.fullmatch(entry.name) and not _OTHERS.match(entry.name):

@@ -6,14 +6,14 @@ Everything here blocks; callers run it in a thread.
 import contextlib
 import errno
 import os
-import pwd
-import secrets
 import shlex
 import stat
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from vllm_proxy.errors import RequestError
+from vllm_proxy.runtime.files import replace_file, user_name
 from vllm_proxy.runtime.regular_file import MOST_BYTES, read_regular_file
 
 _NIX_STORE = Path("/nix/store")
@@ -63,40 +63,13 @@ class Store:
             raise RequestError("config_not_written", f"cannot write {self.file}: it is no regular file")
         if len(data) > MOST_BYTES:
             raise RequestError("config_not_written", f"cannot write {self.file}: more than {MOST_BYTES} bytes")
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
+        mode, finish = _NEW_MODE, None
+        if before is not None:
+            mode, finish = 0o600, partial(_take_over, target, before)
         try:
-            try:
-                self._write(temporary, data, target, before)
-                temporary.rename(target)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                raise
-            self._make_durable(target.parent)
+            replace_file(target, data, mode, finish=finish, fsync=self._fsync)
         except OSError as error:
             raise self._refusal(error) from error
-
-    def _write(self, temporary: Path, data: bytes, target: Path, before: os.stat_result | None) -> None:
-        first_mode = _NEW_MODE if before is None else 0o600
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, first_mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            if before is not None:
-                if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
-                    os.fchown(descriptor, before.st_uid, before.st_gid)
-                os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
-                _copy_attributes(target, descriptor)
-            self._fsync(descriptor)
-
-    def _make_durable(self, folder: Path) -> None:
-        """A file system that cannot sync a directory has renamed all the same: the new file is what everybody reads."""
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            with contextlib.suppress(OSError):
-                self._fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
     def _refusal(self, error: OSError) -> RequestError:
         if error.errno in _NOT_PERMITTED:
@@ -122,25 +95,21 @@ def _not_permitted(target: Path) -> str:
     needed = [place for place in (folder, target) if owners.get(place, us) != us and (closed or place is target)]
     if needed:
         names = " and ".join("it" if place is target else "its folder" for place in needed)
-        whose = " and ".join(sorted({_user(owners[place]) for place in needed}))
+        whose = " and ".join(sorted({user_name(owners[place]) for place in needed}))
         places = " ".join(shlex.quote(str(place)) for place in needed)
         verb = "belongs" if len(needed) == 1 else "belong"
-        return f"{names} {verb} to {whose}; `chown {_user(us)} {places}` lets the daemon replace it"
+        return f"{names} {verb} to {whose}; `chown {user_name(us)} {places}` lets the daemon replace it"
     if closed:
         return f"its folder has no write bit; `chmod u+wx {shlex.quote(str(folder))}`"
     return "the system does not permit it; is the file immutable (lsattr)?"
 
 
-def _user(number: int) -> str:
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return str(number)
-
-
-def _copy_attributes(source: Path, descriptor: int) -> None:
-    """Access control lists and labels, where the file system has them."""
-    with contextlib.suppress(OSError):
-        for name in os.listxattr(source):
+def _take_over(old: Path, before: os.stat_result, new: int) -> None:
+    """Give a new file's descriptor the owner, the mode and the attributes of the old one."""
+    if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+        os.fchown(new, before.st_uid, before.st_gid)
+    os.fchmod(new, stat.S_IMODE(before.st_mode))
+    with contextlib.suppress(OSError):  # access control lists and labels, where the file system has them
+        for name in os.listxattr(old):
             with contextlib.suppress(OSError):
-                os.setxattr(descriptor, name, os.getxattr(source, name))
+                os.setxattr(new, name, os.getxattr(old, name))

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import structlog
@@ -44,7 +44,7 @@ def refuse_foreign(folder: Path) -> None:
     found = folder.stat()
     if not trusted(found.st_uid):
         raise StartupError(
-            f"cannot use {folder}: it belongs to {_user(found.st_uid)}, and this is {_user(os.geteuid())}; "
+            f"cannot use {folder}: it belongs to {user_name(found.st_uid)}, and this is {user_name(os.geteuid())}; "
             "run as its owner, or choose another with --state-dir"
         )
     if found.st_mode & _OTHERS_MAY_WRITE:
@@ -81,15 +81,16 @@ def become_owner(folder: Path) -> None:
     os.setresuid(found.st_uid, found.st_uid, found.st_uid)
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
         raise StartupError(
-            f"cannot use {folder}: its owner, {_user(found.st_uid)}, may not; look at the folders above it"
+            f"cannot use {folder}: its owner, {user_name(found.st_uid)}, may not; look at the folders above it"
         )
 
 
-def _user(uid: int) -> str:
+def user_name(uid: int) -> str:
+    """The name of a user; the number of one that has none, as in containers."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return f"user {uid}"
+        return str(uid)
 
 
 def read_file(path: Path) -> bytes:
@@ -103,13 +104,23 @@ def read_file(path: Path) -> bytes:
     def refuse(found: os.stat_result) -> None:
         refuse_special(found)
         if not trusted(found.st_uid):
-            raise PermissionError(errno.EPERM, f"it belongs to {_user(found.st_uid)}", str(path))
+            raise PermissionError(errno.EPERM, f"it belongs to {user_name(found.st_uid)}", str(path))
 
     return read_regular_file(path, flags=os.O_NOFOLLOW, refuse=refuse)
 
 
-def replace_file(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = True) -> None:
+def replace_file(
+    path: Path,
+    data: bytes,
+    mode: int = 0o600,
+    *,
+    durable: bool = True,
+    finish: Callable[[int], None] | None = None,
+    fsync: Callable[[int], None] = os.fsync,
+) -> None:
     """Put `data` in the place of a file, whole or not at all; `durable`: also when the machine stops in the middle.
+
+    `finish` is called with the new one's descriptor before it takes the place; `fsync` makes what it gets durable.
 
     Raises:
         OSError: it cannot be written; the old one is as it was.
@@ -123,15 +134,18 @@ def replace_file(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = 
             with os.fdopen(fd, "wb") as file:
                 file.write(data)
                 file.flush()
+                if finish is not None:
+                    finish(fd)
                 if durable:
-                    os.fsync(fd)
+                    fsync(fd)
             os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=folder)
             raise
         if durable:
-            os.fsync(folder)
+            with contextlib.suppress(OSError):  # a file system that cannot sync a folder has the new one all the same
+                fsync(folder)
 
 
 def made_at(name: str, folder: int) -> float:
