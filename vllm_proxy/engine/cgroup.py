@@ -5,7 +5,6 @@ memory where systemd has put the daemon into a group of its own (`DelegateSubgro
 cannot be made or used is done without; sessions end engines too.
 """
 
-import asyncio
 import contextlib
 import os
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 import structlog
 
 from vllm_proxy.engine.proc import KERNEL
-from vllm_proxy.engine.process import KILL_SECONDS, SWEEP_SECONDS
+from vllm_proxy.engine.process import until_gone
 
 log = structlog.get_logger()
 
@@ -121,25 +120,23 @@ async def end(group: str) -> bool:
     if not is_engines(group):
         log.error("a cgroup is not one of an engine and is left alone", cgroup=group)
         return False
-    loop, strays = asyncio.get_running_loop(), frozenset[int]()
-    deadline = loop.time() + KILL_SECONDS
-    while True:
-        problem: OSError | None = None
+    strays = set[int]()
+
+    async def sweep() -> tuple[bool, OSError | None]:
         try:
             if not _is_populated(group):
-                break
-            strays |= KERNEL.members(group)
+                return True, None
+            strays.update(KERNEL.members(group))
             _kill(group)
         except FileNotFoundError:  # systemd removes what is empty when the unit stops
-            break
+            return True, None
         except OSError as error:
-            problem = error
-        if loop.time() > deadline:
-            log.error("processes do not die", cgroup=group, pids=sorted(strays))
-            if problem is not None:
-                raise problem
-            return False
-        await asyncio.sleep(SWEEP_SECONDS)
+            return False, error
+        return False, None
+
+    if not await until_gone(sweep):
+        log.error("processes do not die", cgroup=group, pids=sorted(strays))
+        return False
     for pid in strays:
         KERNEL.reap(pid)
     _remove(group)

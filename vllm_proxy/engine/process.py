@@ -10,7 +10,8 @@ import ctypes
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,13 +26,16 @@ from vllm_proxy.runtime.background import ask
 log = structlog.get_logger()
 
 _PR_SET_CHILD_SUBREAPER = 36
-SWEEP_SECONDS = 0.02
+_SWEEP_SECONDS = 0.02
 _LONGEST_SWEEP_SECONDS = 0.5
-KILL_SECONDS = 15.0  # a process that survives SIGKILL for this long hangs in the kernel
+_KILL_SECONDS = 15.0  # a process that survives SIGKILL for this long hangs in the kernel
 _REAP_SECONDS = 2.0
 # The engine waits for one line before it becomes the engine, so that it is on record before it does anything:
 # a daemon that is killed in between leaves a shell that ends by itself.
 _GATE = 'read -r go && exec "$0" "$@" </dev/null'
+
+# Kills what it finds; says whether nothing lived any more, and what stood in its way.
+type Sweep = Callable[[], Awaitable[tuple[bool, OSError | None]]]
 
 
 def adopt_orphans() -> None:
@@ -56,7 +60,7 @@ async def to_the_end[**P, T](work: Callable[P, Coroutine[Any, Any, T]], *args: P
 
 
 async def end_processes(
-    identity: Identity, grace_seconds: float, kernel: Kernel = KERNEL, patience: float = KILL_SECONDS
+    identity: Identity, grace_seconds: float, kernel: Kernel = KERNEL, patience: float = _KILL_SECONDS
 ) -> bool:
     """End an engine's processes: SIGTERM to the first one, after the grace SIGKILL to all. True when none is left.
 
@@ -69,12 +73,12 @@ async def end_processes(
     """
     loop, owned = asyncio.get_running_loop(), Owned(identity, kernel)
     await _look(owned)  # who has left the session is known by its parent while that one lives
-    with contextlib.suppress(OSError):  # `_kill_all` tells why
+    with contextlib.suppress(OSError):  # what is left tells why
         if owned.send_to_first(signal.SIGTERM):
             began = loop.time()
             while clock.elapsed(began) < grace_seconds and _may_live(owned):  # noqa: ASYNC110 - the kernel tells nobody
-                await asyncio.sleep(SWEEP_SECONDS)
-    return await _kill_all(owned, patience)
+                await asyncio.sleep(_SWEEP_SECONDS)
+    return await until_gone(partial(_sweep, owned), patience)
 
 
 def is_alive(identity: Identity) -> bool:
@@ -94,31 +98,37 @@ def _may_live(owned: Owned) -> bool:
     return first is not None and first.alive
 
 
-async def _kill_all(owned: Owned, patience: float) -> bool:
-    """SIGKILL to every process of an engine until a look finds none alive; then they are reaped.
+async def until_gone(sweep: Sweep, patience: float = _KILL_SECONDS) -> bool:
+    """Sweep again and again until nothing is left; False: something has survived SIGKILL for `patience` seconds.
 
     Raises:
-        OSError: as `end_processes`.
+        OSError: something may not be killed, or for so long nobody could tell what is left.
 
     """
     loop = asyncio.get_running_loop()
-    deadline, pause = loop.time() + patience, SWEEP_SECONDS
+    deadline, pause = loop.time() + patience, _SWEEP_SECONDS
     while True:
-        left, problem = await _look(owned)
-        alive = [process for process in left if process.alive]
-        for process in left:
-            if process.alive:
-                problem = _kill(owned, process) or problem
-            elif process.pid != owned.identity.pid:  # whose exit belongs to who started it
-                owned.kernel.reap(process.pid)
-        if not alive and problem is None:
+        gone, problem = await sweep()
+        if gone and problem is None:
             return True
-        if problem is not None and (loop.time() > deadline or isinstance(problem, PermissionError)):
+        is_late = loop.time() > deadline
+        if problem is not None and (is_late or isinstance(problem, PermissionError)):
             raise problem
-        if loop.time() > deadline:
+        if is_late:
             return False
         await asyncio.sleep(pause)
         pause = min(2 * pause, _LONGEST_SWEEP_SECONDS)
+
+
+async def _sweep(owned: Owned) -> tuple[bool, OSError | None]:
+    """SIGKILL to every process of an engine that lives; the dead are reaped."""
+    left, problem = await _look(owned)
+    for process in left:
+        if process.alive:
+            problem = _kill(owned, process) or problem
+        elif process.pid != owned.identity.pid:  # whose exit belongs to who started it
+            owned.kernel.reap(process.pid)
+    return not any(process.alive for process in left), problem
 
 
 async def _look(owned: Owned) -> tuple[list[Process], OSError | None]:
@@ -240,7 +250,7 @@ class EngineProcess:
         if self._child is not None:
             self._child.returncode = 0  # Popen warns of a child that nobody waited for
 
-    async def end(self, grace_seconds: float, patience: float = KILL_SECONDS) -> bool:
+    async def end(self, grace_seconds: float, patience: float = _KILL_SECONDS) -> bool:
         """End it with all that it started, and reap; True when nothing is left, else it may be called again.
 
         The first process is signalled through the descriptor that is open already: that needs no look at /proc.
@@ -258,7 +268,7 @@ class EngineProcess:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._pidfd, number)
                 await clock.wait({self.exited}, seconds)
-        emptied = await _kill_all(self.owned, patience)
+        emptied = await until_gone(partial(_sweep, self.owned), patience)
         await asyncio.wait({self.exited}, timeout=patience)
         if not self.exited.done():
             return False
