@@ -19,6 +19,7 @@ import structlog
 from vllm_proxy import logsetup
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.logsetup import Format
+from vllm_proxy.runtime.logline import Form
 from vllm_proxy.runtime.logwriter import LogWriter
 
 
@@ -87,9 +88,7 @@ def test_what_is_below_the_level_is_not_written(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("form", ["text", "json", "journal"])
-def test_a_name_out_of_an_enumeration_is_shown_as_its_word(
-    capsys: pytest.CaptureFixture[str], form: logsetup.Form
-) -> None:
+def test_a_name_out_of_an_enumeration_is_shown_as_its_word(capsys: pytest.CaptureFixture[str], form: Form) -> None:
     """A reason is `crashed`, whatever Python calls it."""
     logsetup.set_up("info", form)
     structlog.get_logger().info("the engine failed", reason=Reason.CRASHED)
@@ -120,7 +119,7 @@ def fails(prompt: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["text", "json", "journal"])
-def test_variables_of_frames_are_never_logged(capsys: pytest.CaptureFixture[str], form: logsetup.Form) -> None:
+def test_variables_of_frames_are_never_logged(capsys: pytest.CaptureFixture[str], form: Form) -> None:
     """Prompts and keys lie in them; also where `rich` is installed, which would show them in colours."""
     assert find_spec("rich"), "the trap is not set"
     logsetup.set_up("info", form)
@@ -162,7 +161,7 @@ class Undying:
 @pytest.mark.usefixtures("_hooks")
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("form", ["text", "json", "journal"])
-def test_what_python_itself_would_write_is_in_the_log(form: logsetup.Form) -> None:
+def test_what_python_itself_would_write_is_in_the_log(form: Form) -> None:
     """asyncio's about tasks, warnings, failures of threads and of what is collected: queued, in the same form."""
     out, into = os.pipe()
     with LogWriter(into) as writer:
@@ -197,7 +196,7 @@ async def let_go_of(work: Coroutine[Any, Any, None]) -> None:
     await asyncio.wait({task})
 
 
-def passed_on(form: logsetup.Form, *lines: str, engines: bool = True) -> str:
+def passed_on(form: Form, *lines: str, engines: bool = True) -> str:
     """What is written of an engine's lines."""
     out, into = os.pipe()
     with LogWriter(into) as writer:

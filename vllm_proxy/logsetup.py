@@ -6,21 +6,19 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import Enum
 from functools import partial
 from typing import Literal, TextIO, cast
 
-import msgspec
 import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from vllm_proxy.runtime import logline
+from vllm_proxy.runtime.logline import PRIORITIES, Form
 from vllm_proxy.runtime.logwriter import LogWriter
 
 Format = Literal["auto", "text", "json", "journal"]
-Form = Literal["text", "json", "journal"]
-_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
 
 def resolve(chosen: Format, environ: Mapping[str, str]) -> Form:
@@ -44,11 +42,11 @@ class Output:
         if not self.engines:
             return
         if self.form == "json":
-            fields = {"event": "engine output", "level": "info", "timestamp": _now(), "instance": instance}
-            text = "".join(_json({**fields, "line": line}) + "\n" for line in lines)
+            entries = ({"instance": instance, "line": line} for line in lines)
+            text = "".join(logline.as_json("engine output", "info", fields) for fields in entries)
         else:
-            head = f"{'<6>' if self.form == 'journal' else ''}{instance} | "
-            text = "".join(f"{head}{line}\n" for line in lines)
+            head = logline.head(self.form, "info") if self.form == "journal" else ""
+            text = "".join(f"{head}{instance} | {line}\n" for line in lines)
         self.writer.write(text)
         self.writer.flush()
 
@@ -118,17 +116,8 @@ def _missing(form: Form, lines: int) -> str:
     """The line that says how many are missing in its place. Made without structlog, which would have it queued."""
     event = "lines of this log are missing here"
     if form == "json":
-        return _json({"event": event, "level": "warning", "timestamp": _now(), "lines": lines}) + "\n"
-    head = "<4>" if form == "journal" else f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} [warning  ] "
-    return f"{head}{event} lines={lines}\n"
-
-
-def _now() -> str:
-    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
-
-
-def _json(fields: Mapping[str, object]) -> str:
-    return msgspec.json.encode(fields).decode()
+        return logline.as_json(event, "warning", {"lines": lines})
+    return f"{logline.head(form, 'warning')}{event} lines={lines}\n"
 
 
 def _is_journal(environ: Mapping[str, str]) -> bool:
@@ -147,7 +136,7 @@ def _plain(value: object) -> object:
 
 def _journal(_logger: WrappedLogger, _name: str, event: EventDict) -> str:
     """sd-daemon's "<N>" on every line: the journal takes each line of a traceback for an entry of its own."""
-    prefix = f"<{_PRIORITIES.get(event.pop('level', 'info'), 6)}>"
+    prefix = f"<{PRIORITIES.get(event.pop('level', 'info'), 6)}>"
     trace = event.pop("exception", "")
     message = str(event.pop("event"))
     fields = " ".join(f"{key}={_plain(value)!r}" for key, value in event.items())

@@ -4,14 +4,11 @@ A write for each request would cost more than the relay itself. What is lost at 
 """
 
 import time
-from datetime import UTC, datetime
-from typing import Literal, Protocol
+from typing import Protocol
 
-import msgspec
-
+from vllm_proxy.runtime import logline
+from vllm_proxy.runtime.logline import Form
 from vllm_proxy.traffic.call import Call
-
-type Form = Literal["text", "json", "journal"]
 
 
 class Lines(Protocol):
@@ -27,17 +24,15 @@ class AccessLog:
     def __init__(self, lines: Lines, form: Form) -> None:
         self._lines = lines
         self._form = form
-        self._second, self._time = 0, ""  # the last one, and as text: to make that costs as much as the rest
 
     def write(self, call: Call) -> None:
         """One request has ended."""
         seconds = time.monotonic() - call.started_at
         first = call.first_byte_at - call.started_at if call.first_byte_at else None
         if self._form == "json":
-            second, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
-            self._lines.write(_json(call, f"{self._as_text(second)}.{nanoseconds // 1000:06}Z", seconds, first))
+            self._lines.write(logline.as_json("request", "info", _fields(call, seconds, first)))
             return
-        head = "<6>" if self._form == "journal" else f"{self._as_text(int(time.time()))}Z [info     ] "
+        head = logline.head(self._form, "info")
         self._lines.write(
             f"{head}request id={call.request_id.decode()} engine_id={_engine_id(call) or '-'} "
             f"{call.request.method} {call.route} model={call.model or '-'} "
@@ -45,22 +40,14 @@ class AccessLog:
             f"first_byte={'-' if first is None else f'{first:.4f}'}\n"
         )
 
-    def _as_text(self, second: int) -> str:
-        if second != self._second:
-            self._second, self._time = second, f"{datetime.fromtimestamp(second, UTC):%Y-%m-%dT%H:%M:%S}"
-        return self._time
-
 
 def _engine_id(call: Call) -> str | None:
     """The id that the engine got; of a request that was sent again, the last one."""
     return call.engine_id.decode() if call.instance else None
 
 
-def _json(call: Call, now: str, seconds: float, first: float | None) -> str:
-    fields = {
-        "event": "request",
-        "level": "info",
-        "timestamp": now,
+def _fields(call: Call, seconds: float, first: float | None) -> dict[str, object]:
+    return {
         "id": call.request_id.decode(),
         "engine_id": _engine_id(call),
         "method": call.request.method,
@@ -72,4 +59,3 @@ def _json(call: Call, now: str, seconds: float, first: float | None) -> str:
         "seconds": round(seconds, 4),
         "first_byte": None if first is None else round(first, 4),
     }
-    return msgspec.json.encode(fields).decode() + "\n"
