@@ -16,8 +16,9 @@ import uvloop
 
 from vllm_proxy import __version__, control, daemon, demo, logsetup, settings, terminal
 from vllm_proxy import help as pages
-from vllm_proxy.connection import LostError, NoDaemonError, RefusedError, Resource
+from vllm_proxy.connection import LostError, NoDaemonError, RefusedError
 from vllm_proxy.domain.plan import plan
+from vllm_proxy.domain.resources import Change, changes_of, problems_of
 from vllm_proxy.errors import ConfigError, Problem, StartupError, VllmProxyError
 from vllm_proxy.runtime.logwriter import LogWriter
 from vllm_proxy.runtime.regular_file import read_regular_file
@@ -230,7 +231,7 @@ def _plan(options: argparse.Namespace) -> int:
     try:
         changes = uvloop.run(control.planned(loaded, read_regular_file(loaded.config_file)))
     except NoDaemonError:
-        changes = control.shown(plan(config.models, {}))
+        changes = changes_of(plan(config.models, {}))
     return _print_changes(options, changes, CHANGES if changes else OK)
 
 
@@ -242,12 +243,12 @@ def _reload(options: argparse.Namespace) -> int:
         if options.json:
             _say(json.dumps({"problems": error.problems}))
         else:
-            found = [Problem(problem["line"], problem["path"], problem["message"]) for problem in error.problems]
+            found = [Problem(**problem) for problem in error.problems]
             _complain_of_lines([problem.render(str(loaded.config_file)) for problem in found])
         return CONFIG_INVALID
 
 
-def _print_changes(options: argparse.Namespace, changes: Sequence[Resource], status: int) -> int:
+def _print_changes(options: argparse.Namespace, changes: Sequence[Change], status: int) -> int:
     if options.json:
         _say(json.dumps({"changes": changes}))
     else:
@@ -316,8 +317,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _refused(error: ConfigError, options: argparse.Namespace) -> int:
     """What was asked for, the verdict of `check`, goes to stdout; a reason why something does not run, to stderr."""
     if getattr(options, "json", False):
-        problems = [{"line": item.line, "path": item.path, "message": item.message} for item in error.problems]
-        _say(json.dumps({"file": error.file, "problems": problems}))
+        _say(json.dumps({"file": error.file, "problems": problems_of(error.problems)}))
     elif options.command is _check:
         _say("\n".join(error.lines()))
     else:

@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 
+from vllm_proxy.domain.resources import Problem
 from vllm_proxy.errors import VllmProxyError
 from vllm_proxy.runtime.background import ask
 from vllm_proxy.settings import Settings, short_name
@@ -20,8 +21,6 @@ from vllm_proxy.settings import Settings, short_name
 _ANSWER_SECONDS = 10.0  # longest for `/health`
 _POLL_SECONDS = 2.0  # between two looks at a daemon that works on something
 _LONGEST_LINE = 16 * 2**20  # of a text; more comes as the next line
-
-type Resource = dict[str, Any]
 
 
 class NoDaemonError(VllmProxyError):
@@ -39,7 +38,7 @@ class CommandError(VllmProxyError):
 class RefusedError(CommandError):
     """The daemon refuses its configuration file; `problems` as REST has them."""
 
-    def __init__(self, message: str, problems: Sequence[Resource]) -> None:
+    def __init__(self, message: str, problems: Sequence[Problem]) -> None:
         super().__init__(message)
         self.problems = problems
 

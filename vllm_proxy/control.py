@@ -5,10 +5,11 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypedDict
 from urllib.parse import quote
 
-from vllm_proxy.connection import CommandError, NoDaemonError, Resource, connected
-from vllm_proxy.domain.plan import Action
+from vllm_proxy.connection import CommandError, NoDaemonError, connected
+from vllm_proxy.domain.resources import Change, Model
 from vllm_proxy.engine.process import adopt_orphans
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.fleet.orphans import end_left
@@ -21,7 +22,22 @@ _OFTEN = 5  # looks in a row
 type Say = Callable[[str], None]
 
 
-async def act(settings: Settings, action: str, model_id: str, say: Say) -> Resource:
+class LeftEngine(TypedDict):
+    """An engine that a daemon had left."""
+
+    instance: str
+    pid: int
+
+
+class Stopped(TypedDict):
+    """What became of `stop --all`."""
+
+    models: list[Model]
+    engines: list[LeftEngine]
+    ended: bool  # all of it
+
+
+async def act(settings: Settings, action: str, model_id: str, say: Say) -> Model:
     """`start`, `stop` or `restart` a model and wait until it has come to rest; returns its resource.
 
     Raises:
@@ -33,7 +49,7 @@ async def act(settings: Settings, action: str, model_id: str, say: Say) -> Resou
     path = _path(model_id)
     async with connected(settings) as daemon:
         before = _engines(await daemon.ask("GET", path))
-        resource = await daemon.ask("POST", f"{path}/{action}")
+        resource: Model = await daemon.ask("POST", f"{path}/{action}")
         said, against = "", 0  # how often in a row it went another way than it was told to
         while not (_at_rest(resource, action, before) or _is_stuck(resource) or against >= _OFTEN):
             now = f"{model_id}: {_sentence(resource)}"
@@ -44,10 +60,10 @@ async def act(settings: Settings, action: str, model_id: str, say: Say) -> Resou
             resource = await daemon.ask("GET", path)
             against = against + 1 if _goes_another_way(resource, action) else 0
         say(f"{model_id}: {_sentence(resource)}")
-        return dict(resource)
+        return resource
 
 
-async def planned(settings: Settings, toml: bytes) -> list[Resource]:
+async def planned(settings: Settings, toml: bytes) -> list[Change]:
     """What the running daemon would change for a configuration file with these bytes.
 
     Raises:
@@ -60,12 +76,7 @@ async def planned(settings: Settings, toml: bytes) -> list[Resource]:
         return list((await daemon.ask("POST", "/config/plan", toml))["changes"])
 
 
-def shown(actions: Sequence[Action]) -> list[Resource]:
-    """A plan as REST shows it."""
-    return [{"model": action.model, "action": str(action.kind), "reason": action.reason} for action in actions]
-
-
-async def reload(settings: Settings) -> list[Resource]:
+async def reload(settings: Settings) -> list[Change]:
     """Have the daemon read its file; returns what changed.
 
     Raises:
@@ -78,10 +89,8 @@ async def reload(settings: Settings) -> list[Resource]:
         return list((await daemon.ask("POST", "/config/reload"))["changes"])
 
 
-async def stop_all(settings: Settings, say: Say) -> Resource:
+async def stop_all(settings: Settings, say: Say) -> Stopped:
     """Stop every model of the running daemon; without one, end what an earlier daemon left.
-
-    Returns `models`, their resources; `engines`, what was left; and whether all of it has `ended`.
 
     Root becomes the state directory's owner first: nothing that user wrote is acted on with root's rights.
 
@@ -95,7 +104,7 @@ async def stop_all(settings: Settings, say: Say) -> Resource:
     become_owner(settings.state_dir)
     try:
         async with connected(settings) as daemon:
-            models = (await daemon.ask("GET", "/models"))["models"]
+            models: list[Model] = (await daemon.ask("GET", "/models"))["models"]
     except NoDaemonError:
         return await _end_left(settings, say)
     enabled = [model["id"] for model in models if model["effective"]["enabled"]]
@@ -111,7 +120,7 @@ async def stop_all(settings: Settings, say: Say) -> Resource:
     return {"models": resources, "engines": [], "ended": not any(failed(one, "stop") for one in resources)}
 
 
-async def _end_left(settings: Settings, say: Say) -> Resource:
+async def _end_left(settings: Settings, say: Say) -> Stopped:
     if not _is_there(settings.state_dir):
         say("no daemon runs, and none has left engines here")
         return {"models": [], "engines": [], "ended": True}
@@ -126,7 +135,7 @@ async def _end_left(settings: Settings, say: Say) -> Resource:
         say(f"{unusable} of its records cannot be used, so that engines may be left: see the messages above")
         ended = False
     say(f"no daemon runs; engines that one had left: {len(left)}{'' if ended else ', not all of them could be ended'}")
-    engines = [{"instance": record.instance, "pid": record.pid} for record in left]
+    engines: list[LeftEngine] = [{"instance": record.instance, "pid": record.pid} for record in left]
     return {"models": [], "engines": engines, "ended": ended}
 
 
@@ -164,7 +173,7 @@ def _path(model_id: str) -> str:
     return f"/models/{quote(model_id, safe='', errors='surrogateescape')}"
 
 
-def failed(resource: Resource, action: str) -> bool:
+def failed(resource: Model, action: str) -> bool:
     """Whether a model has not come to where the action was to bring it; one that has gone to sleep again has."""
     state, effective = resource["status"]["state"], resource["effective"]
     if state == "error" or _is_stuck(resource):
@@ -175,23 +184,23 @@ def failed(resource: Resource, action: str) -> bool:
     return state == "stopped" and not sleeps
 
 
-def _goes_another_way(resource: Resource, action: str) -> bool:
+def _goes_another_way(resource: Model, action: str) -> bool:
     """Whether somebody else may have told it something else; a model that is started anew is stopped for a moment."""
     states = {one["state"] for one in resource["status"]["instances"]}
     return bool(states & {"loading", "ready"}) if action == "stop" else states == {"stopped"}
 
 
-def _is_stuck(resource: Resource) -> bool:
+def _is_stuck(resource: Model) -> bool:
     """Whether it goes on only once somebody has ended an engine by hand, which may take for ever."""
     return bool(resource["status"]["reason"] == "not_ended")
 
 
-def _engines(resource: Resource) -> list[tuple[int | None, str | None]]:
+def _engines(resource: Model) -> list[tuple[int | None, str | None]]:
     """Which engines a model has: process id and start of each."""
     return [(one["pid"], one["started_at"]) for one in resource["status"]["instances"]]
 
 
-def _at_rest(resource: Resource, action: str, before: Sequence[tuple[int | None, str | None]]) -> bool:
+def _at_rest(resource: Model, action: str, before: Sequence[tuple[int | None, str | None]]) -> bool:
     states = {one["state"] for one in resource["status"]["instances"]}
     if action == "stop":
         return states <= {"stopped"}
@@ -200,7 +209,7 @@ def _at_rest(resource: Resource, action: str, before: Sequence[tuple[int | None,
     return action == "start" or "error" in states or not set(before) & set(_engines(resource))
 
 
-def _sentence(resource: Resource) -> str:
+def _sentence(resource: Model) -> str:
     status = resource["status"]
     phases = {one["phase"] for one in status["instances"] if one["phase"]} - {"serving"}
     text = f"{status['state']}{f' ({", ".join(sorted(phases))})' if phases else ''}"

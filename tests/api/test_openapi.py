@@ -1,11 +1,12 @@
 """The document that the API gives of itself, held against the router, the parser and a running daemon."""
 
 import contextlib
+import inspect
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import jsonschema  # type: ignore[import-untyped]
 import msgspec
@@ -18,6 +19,7 @@ from vllm_proxy.api import app, docs
 from vllm_proxy.api.openapi import document
 from vllm_proxy.api.openapi_keys import DURATION, KEYS, MODEL_ID
 from vllm_proxy.api.openapi_routes import OPERATIONS
+from vllm_proxy.api.reply import Reply
 from vllm_proxy.domain.config import ModelTable, Restart, id_problem
 from vllm_proxy.domain.units import parse_duration
 from vllm_proxy.errors import STATUS
@@ -45,17 +47,29 @@ def described(found: dict[str, Any]) -> set[str]:
     return {f"{method.upper()} {path}" for path, methods in found["paths"].items() for method in methods}
 
 
-def test_the_document_describes_the_routes_of_the_router_and_no_others() -> None:
-    """Those of the application itself, but for HEAD and what is not offered."""
+def handlers() -> dict[str, Any]:
+    """Those of the application itself by route, but for HEAD and what is not offered."""
     fake: Any = SimpleNamespace(listen=lambda _: None, reloads={})
     parts = app.Parts(fake, fake, fake, fake, fake, None, fake, fake)
-    routes = app.build(parts, 1.0).app.router.routes()
-    offered = {
-        f"{route.method} {re.sub(r'{(\w+):[^}]*}', r'{\1}', route.resource.canonical)}"
-        for route in routes
+    return {
+        f"{route.method} {re.sub(r'{(\w+):[^}]*}', r'{\1}', route.resource.canonical)}": route.handler
+        for route in app.build(parts, 1.0).app.router.routes()
         if route.resource is not None and route.method not in {"HEAD", "*"}
     }
-    assert described(DOCUMENT) == offered
+
+
+def test_the_document_describes_the_routes_of_the_router_and_no_others() -> None:
+    """None is forgotten, none is made up."""
+    assert described(DOCUMENT) == set(handlers())
+
+
+def test_each_handler_returns_the_type_that_the_document_has_for_its_route() -> None:
+    """The type checker holds what a handler makes to that type; this holds the type to the document."""
+    for route, handler in handlers().items():
+        hint = get_type_hints(inspect.unwrap(handler))["return"]
+        returned = {get_args(kind)[0].__name__ for kind in (hint, *get_args(hint)) if get_origin(kind) is Reply}
+        schemas = [answer.content.get("application/json", {}) for answer in OPERATIONS[route].answers]
+        assert {schema["$ref"].rpartition("/")[2] for schema in schemas if "$ref" in schema} == returned, route
 
 
 def test_a_route_without_a_description_is_an_error() -> None:
@@ -228,6 +242,40 @@ async def test_writes_answer_as_the_document_says(shared: Daemon) -> None:
         assert fits("Model", await answer.json(), closed=True) == []
     assert fits("Applied", await shared.post("/config/reload", b""), closed=True) == []
     async with shared.session.delete("/models/new") as answer:
+        assert answer.status in {202, 204}
+
+
+async def test_events_are_as_the_document_says(shared: Daemon) -> None:
+    """A model comes, the file breaks and is mended: each event fits its schema."""
+
+    async def until(result: str) -> None:
+        while True:
+            kind = (await stream.content.readuntil(b"\n")).removeprefix(b"event: ").strip().decode()
+            if kind not in names:
+                continue
+            event = msgspec.json.decode((await stream.content.readuntil(b"\n")).removeprefix(b"data: "))
+            name = names[kind].get(event.get("result", ""), "")
+            assert fits(name, event, closed=True) == []
+            seen.add(name)
+            if event.get("result") == result:
+                return
+
+    names = {
+        "model": {"": "ModelEvent"},
+        "plan": {"": "PlanEvent"},
+        "config": {"accepted": "ConfigAccepted", "rejected": "ConfigRejected"},
+    }
+    seen: set[str] = set()
+    async with shared.session.get("/events") as stream:
+        await stream.content.readuntil(b"\n")  # from here on nothing is missed
+        await shared.post("/models", {"id": "event", "model": "org/new"}, 201)
+        await until("accepted")
+        shared.edit("[models.bad]", "[models.bad")
+        await until("rejected")
+        shared.edit("[models.bad", "[models.bad]")
+        await until("accepted")
+    assert seen == {"ModelEvent", "PlanEvent", "ConfigAccepted", "ConfigRejected"}
+    async with shared.session.delete("/models/event") as answer:
         assert answer.status in {202, 204}
 
 

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 import pytest
 
 from tests.harness import Daemon, connected, daemon, fake_engines, memory, port_block, request
-from vllm_proxy.api.app import BY_FORM_MODEL, BY_JSON_MODEL
+from vllm_proxy.traffic import routes
 
 MODELS = """
 [server]
@@ -74,8 +74,8 @@ async def send_form(
 
 def test_the_table_is_the_contracts() -> None:
     """The routes that find their model in a body are those of contract section 4 and no others."""
-    assert sorted(BY_JSON_MODEL) == sorted(JSON_ROUTES)
-    assert sorted(BY_FORM_MODEL) == sorted(FORM_ROUTES)
+    assert sorted(routes.paths("json")) == sorted(JSON_ROUTES)
+    assert sorted(routes.paths("form")) == sorted(FORM_ROUTES)
 
 
 @pytest.mark.parametrize("path", JSON_ROUTES)

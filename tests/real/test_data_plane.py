@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from tests.harness import Daemon
-from vllm_proxy.api.app import BY_FORM_MODEL, BY_JSON_MODEL
+from vllm_proxy.traffic import routes
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
@@ -78,7 +78,7 @@ async def test_a_client_that_leaves_aborts_its_request_in_vllm(demo: Daemon, eng
 async def test_nothing_of_vllm_is_reachable_but_the_table(demo: Daemon, engine: Engine) -> None:
     """Each path of the real vLLM's own /openapi.json that is not in the table answers 404 or 501 here."""
     paths = json.loads(await engine.get("/openapi.json"))["paths"]
-    ours = {*BY_JSON_MODEL, *BY_FORM_MODEL, "/v1/models", "/health", "/metrics", "/v1/realtime",
+    ours = {*routes.paths("json"), *routes.paths("form"), "/v1/models", "/health", "/metrics", "/v1/realtime",
             "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel"}  # fmt: skip
     strange = [(method, path) for path, methods in paths.items() for method in methods if path not in ours]
     assert len(strange) > 5

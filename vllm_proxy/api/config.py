@@ -9,16 +9,18 @@ import msgspec
 from aiohttp import web
 
 from vllm_proxy.api.models import resource
+from vllm_proxy.api.reply import Reply, answered, etag
+from vllm_proxy.domain import resources
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.file import edit
 from vllm_proxy.domain.file.parse import revision_of
-from vllm_proxy.domain.plan import Action
+from vllm_proxy.domain.resources import changes_of
 from vllm_proxy.errors import ConfigError, InvalidError, Problem, RequestError
 from vllm_proxy.fleet.desired import Desired, Outcome
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.traffic.body import read_content
 from vllm_proxy.traffic.budget import Budget
-from vllm_proxy.traffic.envelope import Handler, json_response
+from vllm_proxy.traffic.envelope import Handler
 from vllm_proxy.traffic.front import client_of
 
 _ETAG = re.compile(r'(?:W/)?"([^"]*)"')
@@ -38,7 +40,7 @@ class Writes:
 
     # /models
 
-    async def create(self, request: web.Request) -> web.Response:
+    async def create(self, request: web.Request) -> Reply[resources.Model]:
         """`POST /models`."""
         keys = await self._keys(request)
         model_id = keys.pop("id", None)
@@ -54,15 +56,15 @@ class Writes:
         outcome = await self._write(request, change)
         return self._shown(model_id, outcome, status=201, headers={"Location": f"/models/{model_id}"})
 
-    async def put(self, request: web.Request) -> web.Response:
+    async def put(self, request: web.Request) -> Reply[resources.Model]:
         """`PUT /models/{model_id}`."""
         return await self._change(request, edit.put)
 
-    async def patch(self, request: web.Request) -> web.Response:
+    async def patch(self, request: web.Request) -> Reply[resources.Model]:
         """`PATCH /models/{model_id}`."""
         return await self._change(request, edit.patch)
 
-    async def delete(self, request: web.Request) -> web.Response:
+    async def delete(self, request: web.Request) -> Reply[resources.Model] | web.Response:
         """`DELETE /models/{model_id}`: 202 while its engines drain, else 204."""
         model_id = request.match_info["model_id"]
 
@@ -75,9 +77,11 @@ class Writes:
             await asyncio.sleep(0)
         if self._reconciler.knows(model_id):
             return self._shown(model_id, outcome, status=202)
-        return web.Response(status=204, headers=_etag(outcome.revision))
+        return web.Response(status=204, headers=etag(outcome.revision))
 
-    async def _change(self, request: web.Request, how: Callable[[str, str, Mapping[str, Any]], str]) -> web.Response:
+    async def _change(
+        self, request: web.Request, how: Callable[[str, str, Mapping[str, Any]], str]
+    ) -> Reply[resources.Model]:
         model_id = request.match_info["model_id"]
         keys = await self._keys(request)
         if keys.pop("id", model_id) != model_id:
@@ -115,20 +119,20 @@ class Writes:
 
     def _shown(
         self, model_id: str, outcome: Outcome, *, status: int = 200, headers: Mapping[str, str] | None = None
-    ) -> web.Response:
+    ) -> Reply[resources.Model]:
         model = self._reconciler.model(model_id)
         answer = resource(model, self._reconciler.registry)
-        return json_response(answer, status=status, headers={**_etag(outcome.revision), **(headers or {})})
+        return Reply(answer, status, {**etag(outcome.revision), **(headers or {})})
 
     # /config
 
     async def show(self, _request: web.Request) -> web.Response:
         """`GET /config`: the file's text."""
         data = await self._text()
-        headers = {**_etag(revision_of(data)), "Content-Type": "text/toml; charset=utf-8"}
+        headers = {**etag(revision_of(data)), "Content-Type": "text/toml; charset=utf-8"}
         return web.Response(body=data, headers=headers)
 
-    async def replace(self, request: web.Request) -> web.Response:
+    async def replace(self, request: web.Request) -> Reply[resources.Applied]:
         """`PUT /config`."""
         data = await self._toml(request)
         try:
@@ -137,15 +141,15 @@ class Writes:
             raise InvalidError("invalid_config", error.problems) from None
         return _applied(outcome)
 
-    async def plan(self, request: web.Request) -> web.Response:
+    async def plan(self, request: web.Request) -> Reply[resources.Plan]:
         """`POST /config/plan`: what a text would change; without a body, what the file on disk would."""
         try:
             actions = await self._desired.plan(await self._toml(request) or await self._text())
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None
-        return json_response({"changes": changes(actions)})
+        return Reply({"changes": changes_of(actions)})
 
-    async def reload(self, _request: web.Request) -> web.Response:
+    async def reload(self, _request: web.Request) -> Reply[resources.Applied]:
         """`POST /config/reload`."""
         try:
             return _applied(await self._desired.reload())
@@ -173,20 +177,15 @@ class Writes:
 def routes(writes: Writes, model_path: str) -> list[tuple[str, str, Handler]]:
     """Method, path and handler of each; `model_path` is that of one model."""
     return [
-        ("POST", "/models", writes.create),
-        ("PUT", model_path, writes.put),
-        ("PATCH", model_path, writes.patch),
-        ("DELETE", model_path, writes.delete),
+        ("POST", "/models", answered(writes.create)),
+        ("PUT", model_path, answered(writes.put)),
+        ("PATCH", model_path, answered(writes.patch)),
+        ("DELETE", model_path, answered(writes.delete)),
         ("GET", "/config", writes.show),
-        ("PUT", "/config", writes.replace),
-        ("POST", "/config/plan", writes.plan),
-        ("POST", "/config/reload", writes.reload),
+        ("PUT", "/config", answered(writes.replace)),
+        ("POST", "/config/plan", answered(writes.plan)),
+        ("POST", "/config/reload", answered(writes.reload)),
     ]
-
-
-def changes(actions: tuple[Action, ...]) -> list[dict[str, str]]:
-    """A plan as REST shows it."""
-    return [{"model": action.model, "action": action.kind, "reason": action.reason} for action in actions]
 
 
 def _invalid(path: str, message: str) -> RequestError:
@@ -207,10 +206,6 @@ def _if_match(request: web.Request) -> str | None:
     return found[1] if found else header
 
 
-def _etag(revision: str) -> dict[str, str]:
-    return {"ETag": f'"{revision}"'}
-
-
-def _applied(outcome: Outcome) -> web.Response:
-    answer = {"revision": outcome.revision, "changes": changes(outcome.changes)}
-    return json_response(answer, headers=_etag(outcome.revision))
+def _applied(outcome: Outcome) -> Reply[resources.Applied]:
+    changes = changes_of(outcome.changes)
+    return Reply({"revision": outcome.revision, "changes": changes}, headers=etag(outcome.revision))

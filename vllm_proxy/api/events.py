@@ -2,12 +2,12 @@
 
 import asyncio
 import contextlib
-from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from vllm_proxy.api.config import changes
+from vllm_proxy.domain import resources
+from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import ConfigError
 from vllm_proxy.fleet.desired import Desired, Outcome
 from vllm_proxy.fleet.model import Model
@@ -25,7 +25,7 @@ class Events:
     def __init__(self, reconciler: Reconciler, desired: Desired) -> None:
         self._reconciler = reconciler
         self._readers: set[asyncio.Queue[bytes | None]] = set()
-        self._shown: dict[str, dict[str, Any]] = {}  # the last event of each model
+        self._shown: dict[str, resources.ModelEvent] = {}  # the last event of each model
         reconciler.listen(self._model)
         desired.listen(self._config)
 
@@ -53,9 +53,9 @@ class Events:
             return
         model_id = model.spec.id
         diagnosis = model.diagnosis
-        event = {
+        event: resources.ModelEvent = {
             "id": model_id,
-            "state": model.state if self._reconciler.knows(model_id) else "stopped",
+            "state": model.state if self._reconciler.knows(model_id) else State.STOPPED,
             "reason": diagnosis.reason if diagnosis else None,
             "message": diagnosis.message if diagnosis else None,
             "instances": [_instance(one) for one in model.instances],
@@ -66,12 +66,18 @@ class Events:
 
     def _config(self, outcome: Outcome | ConfigError) -> None:
         if isinstance(outcome, ConfigError):
-            problems = [{"path": item.path, "line": item.line, "message": item.message} for item in outcome.problems]
-            self._tell("config", {"result": "rejected", "problems": problems})
+            rejected: resources.ConfigRejected = {
+                "result": "rejected",
+                "problems": resources.problems_of(outcome.problems),
+            }
+            self._tell("config", rejected)
             return
-        self._tell("config", {"result": "accepted", "revision": outcome.revision})
+        accepted: resources.ConfigAccepted = {"result": "accepted", "revision": outcome.revision}
+        self._tell("config", accepted)
         if outcome.changes:
-            self._tell("plan", {"revision": outcome.revision, "changes": changes(outcome.changes)})
+            changes = resources.changes_of(outcome.changes)
+            planned: resources.PlanEvent = {"revision": outcome.revision, "changes": changes}
+            self._tell("plan", planned)
 
     def _tell(self, kind: str, value: object) -> None:
         event = b"event: %s\ndata: %s\n\n" % (kind.encode(), msgspec.json.encode(value))
@@ -83,7 +89,7 @@ class Events:
                 _end(queue)
 
 
-def _instance(one: Supervisor) -> dict[str, Any]:
+def _instance(one: Supervisor) -> resources.InstanceState:
     reason = one.diagnosis.reason if one.diagnosis else None
     return {"index": one.index, "state": one.state, "phase": one.phase, "reason": reason}
 

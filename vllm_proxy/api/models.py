@@ -5,12 +5,14 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import overload
 
 from aiohttp import web
 
 from vllm_proxy import __version__
 from vllm_proxy.api.metrics import Metrics
+from vllm_proxy.api.reply import Answers, Reply, etag
+from vllm_proxy.domain import resources
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import ConfigError, RequestError
 from vllm_proxy.fleet.desired import Desired
@@ -18,12 +20,16 @@ from vllm_proxy.fleet.model import Model
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.supervisor import LastExit, Supervisor
 from vllm_proxy.runtime.turns import in_turns
-from vllm_proxy.traffic.envelope import Handler, json_response
+from vllm_proxy.traffic.envelope import Handler
 from vllm_proxy.traffic.registry import Registry
 
 _SHOWN = 20  # places of problems
 
 
+@overload
+def rfc3339(time: datetime) -> str: ...
+@overload
+def rfc3339(time: None) -> None: ...
 def rfc3339(time: datetime | None) -> str | None:
     """A time in UTC, to the millisecond."""
     if time is None:
@@ -31,21 +37,21 @@ def rfc3339(time: datetime | None) -> str | None:
     return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def root(endpoints: list[str]) -> Handler:
+def root(endpoints: list[str]) -> Answers[resources.Root]:
     """`GET /`: name, version, endpoints."""
 
-    async def handle(_request: web.Request) -> web.Response:
-        return json_response({"name": "vllm-proxy", "version": __version__, "endpoints": endpoints})
+    async def handle(_request: web.Request) -> Reply[resources.Root]:
+        return Reply({"name": "vllm-proxy", "version": __version__, "endpoints": endpoints})
 
     return handle
 
 
-def health(reconciler: Reconciler, desired: Desired) -> Handler:
+def health(reconciler: Reconciler, desired: Desired) -> Answers[resources.Health]:
     """`GET /health`: 200 while the daemon lives."""
 
-    async def handle(_request: web.Request) -> web.Response:
+    async def handle(_request: web.Request) -> Reply[resources.Health]:
         states = Counter(model.state for model in reconciler.models())
-        return json_response({
+        return Reply({
             "status": "ok",
             "version": __version__,
             "models": {state: states[state] for state in State},
@@ -68,17 +74,17 @@ def _without_values(rejected: ConfigError) -> str:
     return f"the configuration is rejected, {count}: {'; '.join(places[:_SHOWN])}{more}"
 
 
-def ready(reconciler: Reconciler) -> Handler:
+def ready(reconciler: Reconciler) -> Answers[resources.Ready]:
     """`GET /ready`: 200 when every enabled model with `start = "always"` is ready, else 503 naming the others."""
 
-    async def handle(_request: web.Request) -> web.Response:
-        missing = {
+    async def handle(_request: web.Request) -> Reply[resources.Ready]:
+        missing: dict[str, State] = {
             model.spec.id: model.state
             for model in reconciler.models()
             if model.spec.policy.enabled and model.spec.policy.start == "always" and model.state is not State.READY
         }
-        answer = {"status": "waiting" if missing else "ready", "not_ready": missing}
-        return json_response(answer, status=503 if missing else 200)
+        answer: resources.Ready = {"status": "waiting" if missing else "ready", "not_ready": missing}
+        return Reply(answer, 503 if missing else 200)
 
     return handle
 
@@ -93,35 +99,37 @@ def exposition(metrics: Metrics) -> Handler:
     return handle
 
 
-def list_models(reconciler: Reconciler, registry: Registry) -> Handler:
+def list_models(reconciler: Reconciler, registry: Registry) -> Answers[resources.Models]:
     """`GET /models`."""
 
-    async def handle(_request: web.Request) -> web.Response:
+    async def handle(_request: web.Request) -> Reply[resources.Models]:
         revision = reconciler.config.revision
         models = [
             resource(model, registry)
             async for model in in_turns(reconciler.models())
             if reconciler.knows(model.spec.id)  # still
         ]
-        return json_response({"revision": revision, "models": models}, headers={"ETag": f'"{revision}"'})
+        return Reply({"revision": revision, "models": models}, headers=etag(revision))
 
     return handle
 
 
-def get_model(reconciler: Reconciler, registry: Registry) -> Handler:
+def get_model(reconciler: Reconciler, registry: Registry) -> Answers[resources.Model]:
     """`GET /models/{model_id}`."""
 
-    async def handle(request: web.Request) -> web.Response:
+    async def handle(request: web.Request) -> Reply[resources.Model]:
         model = reconciler.model(request.match_info["model_id"])
-        return json_response(resource(model, registry), headers={"ETag": f'"{reconciler.config.revision}"'})
+        return Reply(resource(model, registry), headers=etag(reconciler.config.revision))
 
     return handle
 
 
-def act(reconciler: Reconciler, registry: Registry, do: Callable[[Model], asyncio.Future[None]]) -> Handler:
+def act(
+    reconciler: Reconciler, registry: Registry, do: Callable[[Model], asyncio.Future[None]]
+) -> Answers[resources.Model]:
     """`POST /models/{model_id}/start`, `/stop`, `/restart`: what a hand wants, until the model is changed."""
 
-    async def handle(request: web.Request) -> web.Response:
+    async def handle(request: web.Request) -> Reply[resources.Model]:
         model = reconciler.model(request.match_info["model_id"])
         if model.ends:
             msg = f"cannot start or stop {model.spec.id}: it is no longer in the configuration"
@@ -130,12 +138,12 @@ def act(reconciler: Reconciler, registry: Registry, do: Callable[[Model], asynci
             msg = f"cannot start or stop {model.spec.id}: it is disabled in the configuration"
             raise RequestError("model_disabled", msg)
         await asyncio.wait({do(model)})
-        return json_response(resource(model, registry), status=202)
+        return Reply(resource(model, registry), 202)
 
     return handle
 
 
-def resource(model: Model, registry: Registry) -> dict[str, Any]:
+def resource(model: Model, registry: Registry) -> resources.Model:
     """A model as REST shows it: contract section 3."""
     in_flight, queued = registry.counts(model.spec.id)
     return {
@@ -155,7 +163,7 @@ def resource(model: Model, registry: Registry) -> dict[str, Any]:
     }
 
 
-def _instance(instance: Supervisor) -> dict[str, Any]:
+def _instance(instance: Supervisor) -> resources.Instance:
     engine, left, diagnosis = instance.engine, instance.seconds_left(), instance.diagnosis
     problem = engine.log.problem if engine else instance.waits_for
     return {
@@ -176,7 +184,7 @@ def _instance(instance: Supervisor) -> dict[str, Any]:
     }
 
 
-def _last_exit(last: LastExit | None) -> dict[str, Any] | None:
+def _last_exit(last: LastExit | None) -> resources.LastExit | None:
     if last is None:
         return None
     return {

@@ -1,10 +1,11 @@
 """The inference routes: which model a request means, and the list of models."""
 
 from collections.abc import Callable
-from typing import Any
 
 from aiohttp import web
 
+from vllm_proxy.api.reply import Answers, Reply
+from vllm_proxy.domain import resources
 from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.reconciler import Reconciler
@@ -13,7 +14,6 @@ from vllm_proxy.traffic.asking import ask_everybody
 from vllm_proxy.traffic.body import LARGE, body_at_hand, model_name, model_name_of_large, read_body, with_model
 from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call, Work
-from vllm_proxy.traffic.envelope import Handler, json_response
 from vllm_proxy.traffic.multipart import Upload
 from vllm_proxy.traffic.registry import Registry, Route
 from vllm_proxy.traffic.relay import forward
@@ -60,29 +60,29 @@ def by_asking(registry: Registry, settings: Settings, budget: Budget) -> Work:
     return work
 
 
-def list_models(registry: Registry, reconciler: Reconciler) -> Handler:
+def list_models(registry: Registry, reconciler: Reconciler) -> Answers[resources.Cards]:
     """`GET /v1/models`: every enabled model and alias, whatever its state."""
 
-    async def handle(_request: web.Request) -> web.Response:
+    async def handle(_request: web.Request) -> Reply[resources.Cards]:
         cards = [
             _card(name, route, reconciler)
             async for name, route in in_turns(registry.names().items())
             if reconciler.knows(route.spec.id)  # still
         ]
-        return json_response({"object": "list", "data": cards})
+        return Reply({"object": "list", "data": cards})
 
     return handle
 
 
-def retrieve_model(registry: Registry, reconciler: Reconciler) -> Handler:
+def retrieve_model(registry: Registry, reconciler: Reconciler) -> Answers[resources.Card]:
     """`GET /v1/models/{id}`."""
 
-    async def handle(request: web.Request) -> web.Response:
+    async def handle(request: web.Request) -> Reply[resources.Card]:
         name = request.match_info["model_id"]
         route = registry.names().get(name)
         if route is None:
             raise RequestError("model_not_found", f"cannot find model {name!r}: GET /v1/models lists them")
-        return json_response(_card(name, route, reconciler))
+        return Reply(_card(name, route, reconciler))
 
     return handle
 
@@ -92,7 +92,7 @@ async def unsupported(request: web.Request) -> web.StreamResponse:
     raise RequestError("unsupported_endpoint", f"cannot {request.method} {request.path}: it is not offered here")
 
 
-def _card(name: str, route: Route, reconciler: Reconciler) -> dict[str, Any]:
+def _card(name: str, route: Route, reconciler: Reconciler) -> resources.Card:
     spec = route.spec
     length = next((endpoint.max_model_len for endpoint in route.endpoints), spec.engine.max_model_len)
     return {

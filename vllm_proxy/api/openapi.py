@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from vllm_proxy import __version__
-from vllm_proxy.api.openapi_keys import REF, Schema
+from vllm_proxy.api.openapi_keys import REF, Generate, Schema, key_schemas
 from vllm_proxy.api.openapi_routes import HEADERS, OPERATIONS, PARAMETERS, TAGS, Answer, Operation
-from vllm_proxy.api.openapi_schemas import schemas
+from vllm_proxy.domain import resources
 from vllm_proxy.errors import STATUS
 
 _DESCRIPTION = """One OpenAI-compatible address in front of many vLLM processes, kept as one declarative file says.
@@ -16,6 +18,12 @@ _DESCRIPTION = """One OpenAI-compatible address in front of many vLLM processes,
 JSON in and out; times are RFC 3339 in UTC. Every answer has an `X-Request-Id`, the request's own where it sent one.
 Errors are `{"error": {"message", "type", "param", "code"}}`; `Retry-After` comes with them where waiting helps.
 """
+
+_ANSWERS: tuple[Any, ...] = (
+    resources.Models, resources.Plan, resources.Applied, resources.Health, resources.Ready, resources.Root,
+    resources.Cards, resources.Error, resources.ModelEvent, resources.ConfigAccepted, resources.ConfigRejected,
+    resources.PlanEvent,
+)  # fmt: skip
 
 
 def document(routes: Iterable[tuple[str, str]]) -> dict[str, Any]:
@@ -43,7 +51,7 @@ def document(routes: Iterable[tuple[str, str]]) -> dict[str, Any]:
         "servers": [{"url": "./"}],
         "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "paths": paths,
-        "components": {"schemas": schemas(), "parameters": PARAMETERS, "headers": HEADERS},
+        "components": {"schemas": _schemas(), "parameters": PARAMETERS, "headers": HEADERS},
     }
 
 
@@ -99,3 +107,15 @@ def _answer(answer: Answer) -> Schema:
 
 def _content(content: Mapping[str, Schema]) -> Schema:
     return {kind: {"schema": schema} for kind, schema in content.items()}
+
+
+def _schemas() -> dict[str, Schema]:
+    """Everything under components/schemas: what is answered, and what is taken in."""
+    adapters: list[tuple[str, Literal["serialization"], TypeAdapter[Any]]]
+    adapters = [(answer.__name__, "serialization", TypeAdapter(answer)) for answer in _ANSWERS]
+    _, made = TypeAdapter.json_schemas(adapters, ref_template=REF + "{model}", schema_generator=Generate)
+    found: dict[str, Schema] = made["$defs"]
+    for schema in found.values():
+        schema.pop("title", None)
+    found["Model"]["properties"]["effective"] = {"$ref": REF + "EffectiveModel"}
+    return dict(sorted((found | key_schemas()).items()))

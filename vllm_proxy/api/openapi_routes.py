@@ -6,6 +6,8 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm_proxy.api.openapi_keys import MODEL_ID, REF, Schema
+from vllm_proxy.domain import resources
+from vllm_proxy.traffic.routes import INFERENCE, InferenceRoute
 
 TAGS = {
     "Models": "What is declared and what runs. A write goes to the file first, then to the engines, and is answered "
@@ -70,7 +72,13 @@ class Operation:
     body_required: bool = True
 
 
-def _json(name: str) -> dict[str, Schema]:
+def _json(resource: type) -> dict[str, Schema]:
+    """A body in JSON: one of `domain.resources`."""
+    return {"application/json": {"$ref": REF + resource.__name__}}
+
+
+def _keys(name: str) -> dict[str, Schema]:
+    """A body in JSON: keys of a model."""
     return {"application/json": {"$ref": REF + name}}
 
 
@@ -92,14 +100,14 @@ _INFERENCE = (
 
 
 def _model(status: int, description: str, *headers: str) -> Answer:
-    return Answer(status, description, _json("Model"), (*_ETAG, *headers))
+    return Answer(status, description, _json(resources.Model), (*_ETAG, *headers))
 
 
 def _act(summary: str) -> Operation:
     return Operation(
         "Models",
         summary,
-        (Answer(HTTPStatus.ACCEPTED, "Begun.", _json("Model")),),
+        (Answer(HTTPStatus.ACCEPTED, "Begun.", _json(resources.Model)),),
         (*_ADMIN, "model_not_found", "model_disabled"),
         description="A running state, not a desired one: it is not written to the file, and a change of the model or "
         "a restart of the daemon forgets it.",
@@ -108,14 +116,14 @@ def _act(summary: str) -> Operation:
 
 _MODELS = {
     "GET /models": Operation(
-        "Models", "List all models", (Answer(200, "In the file's order.", _json("Models"), _ETAG),), _ADMIN
+        "Models", "List all models", (Answer(200, "In the file's order.", _json(resources.Models), _ETAG),), _ADMIN
     ),
     "POST /models": Operation(
         "Models",
         "Create a model",
         (_model(201, "Written to the file; it may still load.", "Location"),),
         (*_WRITE, "model_exists"),
-        _json("NewModel"),
+        _keys("NewModel"),
         ("if_match",),
     ),
     "GET /models/{model_id}": Operation(
@@ -126,7 +134,7 @@ _MODELS = {
         "Replace all keys of a model",
         (_model(200, "Written to the file."),),
         (*_WRITE, "model_not_found"),
-        _json("ModelKeys"),
+        _keys("ModelKeys"),
         ("if_match",),
         "A key that is left out or null is gone.",
     ),
@@ -135,7 +143,7 @@ _MODELS = {
         "Change some keys of a model",
         (_model(200, "Written to the file."),),
         (*_WRITE, "model_not_found"),
-        {"application/merge-patch+json": {"$ref": REF + "ModelKeys"}, **_json("ModelKeys")},
+        {"application/merge-patch+json": {"$ref": REF + "ModelKeys"}, **_keys("ModelKeys")},
         ("if_match",),
         "A JSON merge patch (RFC 7396): null removes a key, tables are merged key by key, the rest stays.",
     ),
@@ -167,7 +175,7 @@ _CONFIGURATION = {
     "PUT /config": Operation(
         "Configuration",
         "Replace the file",
-        (Answer(200, "Written and adopted.", _json("Applied"), _ETAG),),
+        (Answer(200, "Written and adopted.", _json(resources.Applied), _ETAG),),
         (*_ADMIN, *_BODY, "invalid_config", *_NO_FILE),
         _TOML,
         ("if_match",),
@@ -175,7 +183,7 @@ _CONFIGURATION = {
     "POST /config/plan": Operation(
         "Configuration",
         "What would a file change?",
-        (Answer(200, "Nothing is applied.", _json("Plan")),),
+        (Answer(200, "Nothing is applied.", _json(resources.Plan)),),
         (*_ADMIN, *_BODY, "invalid_config"),
         _TOML,
         description="Without a body: what would the file as it is on disk change?",
@@ -184,7 +192,7 @@ _CONFIGURATION = {
     "POST /config/reload": Operation(
         "Configuration",
         "Read the file again now",
-        (Answer(200, "Adopted.", _json("Applied"), _ETAG),),
+        (Answer(200, "Adopted.", _json(resources.Applied), _ETAG),),
         (*_ADMIN, "invalid_config"),
         description="The daemon also does so by itself when the file changes.",
     ),
@@ -193,19 +201,22 @@ _CONFIGURATION = {
         "Follow what happens",
         (Answer(200, "Until one side leaves.", _text("text/event-stream")),),
         _ADMIN,
-        description="Server-sent events: `model` (its state changed), `config` (the file was accepted, or rejected "
-        "with its problems), `plan` (what an accepted file changes).",
+        description="Server-sent events: `model` (its state changed, a `ModelEvent`), `config` (the file was accepted, "
+        "a `ConfigAccepted`, or rejected with its problems, a `ConfigRejected`), `plan` (what an accepted file "
+        "changes, a `PlanEvent`).",
     ),
 }
 _DAEMON = {
-    "GET /": Operation("Daemon", "Show name, version, endpoints", (Answer(200, "This daemon.", _json("Root")),), _HERE),
-    "GET /health": Operation("Daemon", "Is it alive?", (Answer(200, "It is.", _json("Health")),), _HERE),
+    "GET /": Operation(
+        "Daemon", "Show name, version, endpoints", (Answer(200, "This daemon.", _json(resources.Root)),), _HERE
+    ),
+    "GET /health": Operation("Daemon", "Is it alive?", (Answer(200, "It is.", _json(resources.Health)),), _HERE),
     "GET /ready": Operation(
         "Daemon",
         "Are its models ready?",
         (
-            Answer(200, 'Every enabled model with `start = "always"` is.', _json("Ready")),
-            Answer(503, "Some are not.", _json("Ready")),
+            Answer(200, 'Every enabled model with `start = "always"` is.', _json(resources.Ready)),
+            Answer(503, "Some are not.", _json(resources.Ready)),
         ),
         _HERE,
     ),
@@ -257,38 +268,26 @@ def _infer(summary: str, body: Schema = _NAMES_MODEL, kind: str = "application/j
 
 _ASKED = ("request_too_large", "overloaded", "not_found", "engine_failed", "shutting_down", "request_timeout")
 _ANTHROPIC = "Errors come in Anthropic's envelope."
+
+
+def _inference(route: InferenceRoute) -> Operation:
+    if route.names_model == "nowhere":
+        return Operation("Inference", route.summary, (Answer(200, "The engine's.", _ENGINES),), _ASKED)
+    if route.names_model == "session":
+        answer = Answer(101, "A WebSocket.", {})
+        return Operation("Inference", route.summary, (answer,), ("bad_request",), None, ("model",))
+    if route.names_model == "form":
+        return _infer(route.summary, _FORM, "multipart/form-data")
+    return _infer(route.summary, description=_ANTHROPIC if route.anthropic else "")
+
+
 _INFERENCE_ROUTES = {
-    "POST /v1/chat/completions": _infer("Chat"),
-    "POST /v1/chat/completions/batch": _infer("Have several chats at once"),
-    "POST /v1/completions": _infer("Complete a text"),
-    "POST /v1/embeddings": _infer("Embed texts"),
-    "POST /v1/responses": _infer("Create a response"),
-    "POST /v1/messages": _infer("Chat as Anthropic's API does", description=_ANTHROPIC),
-    "POST /v1/messages/count_tokens": _infer("Count the tokens of a chat", description=_ANTHROPIC),
-    **{f"POST {path}": _infer("Rank documents by a query") for path in ("/v1/rerank", "/rerank", "/v2/rerank")},
-    **{f"POST {path}": _infer("Score pairs of texts") for path in ("/v1/score", "/score")},
-    "POST /generative_scoring": _infer("Score texts by how likely each label follows"),
-    "POST /classify": _infer("Classify texts"),
-    "POST /pooling": _infer("What a pooling model makes of texts"),
-    "POST /tokenize": _infer("Text to tokens"),
-    "POST /detokenize": _infer("Tokens to text"),
-    "POST /v2/embed": _infer("Embed as Cohere's API does"),
-    "POST /v1/audio/transcriptions": _infer("Transcribe speech", _FORM, "multipart/form-data"),
-    "POST /v1/audio/translations": _infer("Translate speech", _FORM, "multipart/form-data"),
-    "GET /v1/responses/{id}": Operation(
-        "Inference", "Show a stored response", (Answer(200, "The engine's.", _ENGINES),), _ASKED
-    ),
-    "POST /v1/responses/{id}/cancel": Operation(
-        "Inference", "Cancel a response", (Answer(200, "The engine's.", _ENGINES),), _ASKED
-    ),
-    "GET /v1/realtime": Operation(
-        "Inference", "A realtime session", (Answer(101, "A WebSocket.", {}),), ("bad_request",), None, ("model",)
-    ),
+    **{f"{route.method} {route.path}": _inference(route) for route in INFERENCE},
     "GET /v1/models": Operation(
-        "Inference", "List models and aliases", (Answer(200, "Whatever their states.", _json("Cards")),)
+        "Inference", "List models and aliases", (Answer(200, "Whatever their states.", _json(resources.Cards)),)
     ),
     "GET /v1/models/{model_id}": Operation(
-        "Inference", "Show a model or alias", (Answer(200, "Its card.", _json("Card")),), ("model_not_found",)
+        "Inference", "Show a model or alias", (Answer(200, "Its card.", _json(resources.Card)),), ("model_not_found",)
     ),
 }
 

@@ -10,8 +10,9 @@ from aiohttp import web
 
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.cors import Cors
-from vllm_proxy.traffic.envelope import as_request_error, error_response, is_anthropic
+from vllm_proxy.traffic.envelope import as_request_error, error_response
 from vllm_proxy.traffic.head import engine_id, read_head, request_id
+from vllm_proxy.traffic.routes import is_anthropic
 
 log = structlog.get_logger()
 

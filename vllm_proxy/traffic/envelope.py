@@ -1,20 +1,21 @@
 """Errors as HTTP answers: OpenAI's envelope, made in one place."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 
 import msgspec
 import structlog
 from aiohttp import web
 
+from vllm_proxy.domain import resources
 from vllm_proxy.errors import InvalidError, RequestError
 from vllm_proxy.traffic.head import request_id
+from vllm_proxy.traffic.routes import is_anthropic
 
 log = structlog.get_logger()
 
 type Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_ANTHROPIC = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 # Source: Anthropic's API reference, "Errors". Other statuses: by their first digit.
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -28,11 +29,6 @@ _ANTHROPIC_TYPES = {
 }
 
 
-def is_anthropic(path: str) -> bool:
-    """Whether a path is of the routes of Anthropic's API, which has an envelope of its own."""
-    return path in _ANTHROPIC
-
-
 def error_response(error: RequestError, *, anthropic: bool = False) -> web.Response:
     """`{"error": {"message", "type", "param", "code"}}` with the status of its code, or Anthropic's envelope."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
@@ -40,13 +36,18 @@ def error_response(error: RequestError, *, anthropic: bool = False) -> web.Respo
     if anthropic:
         other = "api_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
         kind = _ANTHROPIC_TYPES.get(error.status, other)
-        body = {"type": "error", "error": {"type": kind, "message": message, "code": error.code}}
-        return json_response(body, status=error.status, headers=headers)
-    kind = "server_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-    told: dict[str, object] = {"message": message, "type": kind, "param": error.param, "code": error.code}
+        theirs = {"type": "error", "error": {"type": kind, "message": message, "code": error.code}}
+        return json_response(theirs, status=error.status, headers=headers)
+    told: resources.ErrorBody = {
+        "message": message,
+        "type": "server_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error",
+        "param": error.param,
+        "code": error.code,
+    }
     if isinstance(error, InvalidError):
-        told["problems"] = [{"path": item.path, "line": item.line, "message": item.message} for item in error.problems]
-    return json_response({"error": told}, status=error.status, headers=headers)
+        told["problems"] = resources.problems_of(error.problems)
+    body: resources.Error = {"error": told}
+    return json_response(body, status=error.status, headers=headers)
 
 
 def refusal(request: web.BaseRequest, error: RequestError) -> web.Response:
@@ -61,7 +62,7 @@ def _id_of(request: web.BaseRequest) -> str:
     return request_id(given).decode()
 
 
-def json_response(value: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+def json_response(value: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     """A value as JSON."""
     body = msgspec.json.encode(value)
     return web.Response(body=body, status=status, headers=headers, content_type="application/json")

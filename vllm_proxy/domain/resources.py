@@ -1,12 +1,16 @@
-"""What the daemon answers, as types and as JSON Schema. Its one rule: a test holds a running daemon's answers to it."""
+"""What the daemon answers in JSON, as types: handlers return them, commands read them, OpenAPI is made of them.
 
+A description stands here and nowhere else. A new key comes here first; the type checker then says who must make it.
+"""
+
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
-from vllm_proxy.api.openapi_keys import REF, Generate, Schema, key_schemas
+from vllm_proxy import errors
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
-from vllm_proxy.domain.plan import Kind
+from vllm_proxy.domain.plan import Action, Kind
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
@@ -59,7 +63,7 @@ class Model(TypedDict):
 
     id: Annotated[str, Field(examples=["chat"])]
     spec: Annotated[
-        dict[str, Any],
+        Mapping[str, Any],
         Field(description="The keys as written in the file.", examples=[{"model": "Qwen/Qwen3-0.6B"}]),
     ]
     effective: dict[str, Any]
@@ -146,6 +150,46 @@ class Cards(TypedDict):
     data: list[Card]
 
 
+class InstanceState(TypedDict):
+    """What an event says of one replica."""
+
+    index: int
+    state: State
+    phase: Phase | None
+    reason: Reason | None
+
+
+class ModelEvent(TypedDict):
+    """Event `model`: the state, the reason or the phase of a model or of one of its instances changed."""
+
+    id: str
+    state: State
+    reason: Reason | None
+    message: str | None
+    instances: list[InstanceState]
+
+
+class ConfigAccepted(TypedDict):
+    """Event `config`: a file was adopted."""
+
+    result: Literal["accepted"]
+    revision: str
+
+
+class ConfigRejected(TypedDict):
+    """Event `config`: a file was refused; what ran goes on."""
+
+    result: Literal["rejected"]
+    problems: list["Problem"]
+
+
+class PlanEvent(TypedDict):
+    """Event `plan`: what an adopted file changes."""
+
+    revision: str
+    changes: list[Change]
+
+
 class Problem(TypedDict):
     """One thing wrong with a configuration."""
 
@@ -170,16 +214,11 @@ class Error(TypedDict):
     error: ErrorBody
 
 
-_ANSWERS: tuple[Any, ...] = (Models, Plan, Applied, Health, Ready, Root, Cards, Error)
+def changes_of(actions: Iterable[Action]) -> list[Change]:
+    """A plan."""
+    return [{"model": action.model, "action": action.kind, "reason": action.reason} for action in actions]
 
 
-def schemas() -> dict[str, Schema]:
-    """Everything under components/schemas."""
-    adapters: list[tuple[str, Literal["serialization"], TypeAdapter[Any]]]
-    adapters = [(answer.__name__, "serialization", TypeAdapter(answer)) for answer in _ANSWERS]
-    _, made = TypeAdapter.json_schemas(adapters, ref_template=REF + "{model}", schema_generator=Generate)
-    found: dict[str, Schema] = made["$defs"]
-    for schema in found.values():
-        schema.pop("title", None)
-    found["Model"]["properties"]["effective"] = {"$ref": REF + "EffectiveModel"}
-    return dict(sorted((found | key_schemas()).items()))
+def problems_of(problems: Iterable[errors.Problem]) -> list[Problem]:
+    """All that is wrong with a configuration."""
+    return [{"path": item.path, "line": item.line, "message": item.message} for item in problems]

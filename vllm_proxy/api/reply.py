@@ -1,0 +1,40 @@
+"""An answer in JSON as a value: handlers return what it holds, typed as the OpenAPI document describes it."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import wraps
+from http import HTTPStatus
+
+from aiohttp import web
+
+from vllm_proxy.traffic.envelope import Handler, json_response
+
+
+@dataclass(frozen=True, slots=True)
+class Reply[T]:
+    """What is answered: one of `domain.resources`, with a status and headers."""
+
+    value: T
+    status: int = HTTPStatus.OK
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+type Answers[T] = Callable[[web.Request], Awaitable[Reply[T]]]  # a handler
+
+
+def answered[T](handler: Callable[[web.Request], Awaitable[Reply[T] | web.StreamResponse]]) -> Handler:
+    """A handler for the router. What it wraps says what it answers."""
+
+    @wraps(handler)
+    async def handle(request: web.Request) -> web.StreamResponse:
+        answer = await handler(request)
+        if not isinstance(answer, Reply):
+            return answer
+        return json_response(answer.value, status=answer.status, headers=answer.headers)
+
+    return handle
+
+
+def etag(revision: str) -> dict[str, str]:
+    """The header that says of which revision of the file an answer speaks."""
+    return {"ETag": f'"{revision}"'}

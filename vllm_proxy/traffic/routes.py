@@ -1,0 +1,75 @@
+"""The inference routes, in one table: the router, the OpenAPI document and the envelopes of errors are made from it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+# Where a request says which model it is for; nowhere: every instance is asked.
+type NamesModel = Literal["json", "form", "nowhere", "session"]
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceRoute:
+    """A route that vLLM answers."""
+
+    method: str
+    path: str  # as the router takes it
+    names_model: NamesModel
+    summary: str  # for people
+    anthropic: bool = False  # of Anthropic's API, whose errors have an envelope of their own
+
+
+def _json(path: str, summary: str, *, anthropic: bool = False) -> InferenceRoute:
+    return InferenceRoute("POST", path, "json", summary, anthropic)
+
+
+INFERENCE = (
+    _json("/v1/chat/completions", "Chat"),
+    _json("/v1/chat/completions/batch", "Have several chats at once"),
+    _json("/v1/completions", "Complete a text"),
+    _json("/v1/embeddings", "Embed texts"),
+    _json("/v1/responses", "Create a response"),
+    _json("/v1/messages", "Chat as Anthropic's API does", anthropic=True),
+    _json("/v1/messages/count_tokens", "Count the tokens of a chat", anthropic=True),
+    _json("/v1/rerank", "Rank documents by a query"),
+    _json("/rerank", "Rank documents by a query"),
+    _json("/v2/rerank", "Rank documents by a query"),
+    _json("/v1/score", "Score pairs of texts"),
+    _json("/score", "Score pairs of texts"),
+    _json("/generative_scoring", "Score texts by how likely each label follows"),
+    _json("/classify", "Classify texts"),
+    _json("/pooling", "What a pooling model makes of texts"),
+    _json("/tokenize", "Text to tokens"),
+    _json("/detokenize", "Tokens to text"),
+    _json("/v2/embed", "Embed as Cohere's API does"),
+    InferenceRoute("POST", "/v1/audio/transcriptions", "form", "Transcribe speech"),
+    InferenceRoute("POST", "/v1/audio/translations", "form", "Translate speech"),
+    InferenceRoute("GET", "/v1/responses/{id}", "nowhere", "Show a stored response"),
+    InferenceRoute("POST", "/v1/responses/{id}/cancel", "nowhere", "Cancel a response"),
+    InferenceRoute("GET", "/v1/realtime", "session", "A realtime session"),
+)
+
+# Of the OpenAI API, and served neither by vLLM nor here; what lies below them is not either.
+UNSUPPORTED = (
+    "/v1/moderations",
+    "/v1/images",
+    "/v1/audio/speech",
+    "/v1/assistants",
+    "/v1/threads",
+    "/v1/fine_tuning",
+    "/v1/files",
+    "/v1/batches",
+    "/v1/uploads",
+    "/v1/vector_stores",
+)
+
+_ANTHROPIC = frozenset(route.path for route in INFERENCE if route.anthropic)
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path is of the routes of Anthropic's API."""
+    return path in _ANTHROPIC
+
+
+def paths(names_model: NamesModel) -> list[str]:
+    """Of the routes whose requests name their model so."""
+    return [route.path for route in INFERENCE if route.names_model == names_model]
