@@ -6,6 +6,7 @@ import contextlib
 import msgspec
 from aiohttp import web
 
+from vllm_proxy.api.reply import ALIVE, begin_events
 from vllm_proxy.domain import resources
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import ConfigError
@@ -16,7 +17,7 @@ from vllm_proxy.fleet.supervisor import Supervisor
 from vllm_proxy.runtime.background import ask
 
 _MOST_WAITING = 1000  # events that a reader may be behind
-_SILENT_SECONDS = 15.0  # then a comment, so that nobody in between takes the stream for dead
+_SILENT_SECONDS = 15.0  # then it is said that the stream lives
 
 
 class Events:
@@ -31,14 +32,13 @@ class Events:
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """The handler."""
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
-        await response.prepare(request)
+        response = await begin_events(request)
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_WAITING)
         self._readers.add(queue)
         stopping = ask(self._reconciler.stopping.wait(), "end of an event stream")
         stopping.add_done_callback(lambda _: _end(queue))
         try:
-            await response.write(b":\n\n")  # the reader knows from here on that nothing is missed
+            await response.write(ALIVE)  # the reader knows from here on that nothing is missed
             while (event := await _next(queue)) is not None:
                 await response.write(event)
         finally:
@@ -105,4 +105,4 @@ async def _next(queue: asyncio.Queue[bytes | None]) -> bytes | None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_SILENT_SECONDS):
             return await queue.get()
-    return b":\n\n"
+    return ALIVE

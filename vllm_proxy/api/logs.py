@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aiohttp import web
 
+from vllm_proxy.api.reply import ALIVE, begin_events
 from vllm_proxy.engine.logs import LogReader, last_lines, size_of
 from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.reconciler import Reconciler
@@ -20,7 +21,7 @@ _LINES = 100
 _MOST_LINES = 10_000
 _MOST_BYTES = 8 * 2**20  # of a model's files are searched
 _POLL_SECONDS = 0.2
-_SILENT_POLLS = 75  # then a comment, so that nobody in between takes the stream for dead
+_SILENT_POLLS = 75  # then it is said that the stream lives
 
 
 def engine_output(reconciler: Reconciler) -> Handler:
@@ -72,16 +73,14 @@ def _tail(files: list[tuple[str, Path]], count: int, form: str) -> bytes:
 async def _follow(
     request: web.Request, files: list[tuple[str, Path]], ends: dict[str, int], text: bytes, stopping: asyncio.Event
 ) -> web.StreamResponse:
-    headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
-    response = web.StreamResponse(headers=headers)
-    await response.prepare(request)
+    response = await begin_events(request)
     readers = [(name, LogReader(file, ends[name])) for name, file in files]
     silent = 0
     while not stopping.is_set():
         if text:
             await response.write(text)
         elif silent >= _SILENT_POLLS:
-            await response.write(b":\n\n")
+            await response.write(ALIVE)
         silent = 0 if text or silent >= _SILENT_POLLS else silent + 1
         more = any(reader.more for _, reader in readers)
         await asyncio.sleep(0 if more else _POLL_SECONDS)

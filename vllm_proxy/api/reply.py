@@ -1,4 +1,4 @@
-"""An answer in JSON as a value: handlers return what it holds, typed as the OpenAPI document describes it."""
+"""Answers: in JSON as a value, typed as the OpenAPI document describes it; or a stream of server-sent events."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,6 +8,8 @@ from http import HTTPStatus
 from aiohttp import web
 
 from vllm_proxy.traffic.envelope import Handler, json_response
+
+ALIVE = b":\n\n"  # a comment, so that nobody in between takes a silent stream of events for dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,14 @@ def answered[T](handler: Callable[[web.Request], Awaitable[Reply[T] | web.Stream
         return json_response(answer.value, status=answer.status, headers=answer.headers)
 
     return handle
+
+
+async def begin_events(request: web.Request) -> web.StreamResponse:
+    """The head of a stream of server-sent events is sent; they may follow."""
+    headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
+    response = web.StreamResponse(headers=headers)
+    await response.prepare(request)
+    return response
 
 
 def etag(revision: str) -> dict[str, str]:
