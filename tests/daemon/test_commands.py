@@ -312,7 +312,7 @@ async def test_the_next_start_is_estimated_from_the_last_ones(tmp_path: Path, po
     """The resource says how long a start of the same spec may still take."""
     gate = tmp_path / "go"
     gate.touch()
-    table = CHAT + f'args = {{ fake_load_seconds = 0.5, fake_phase_until = "weights={gate}" }}\n'
+    table = CHAT + f'args = {{ fake_load_seconds = 2, fake_phase_until = "weights={gate}" }}\n'
     async with daemon(fake_engines(port_start) + table, tmp_path) as running:
         await running.all_ready()
         gate.unlink()
