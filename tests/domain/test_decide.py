@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -335,6 +335,9 @@ def test_what_no_retry_can_mend_is_given_up_at_once(reason: Reason) -> None:
 # All of it, by values alone
 
 
+type Move = tuple[int, State]  # an instance, and what it is in the end
+
+
 class Fleet:
     """One model whose decisions are carried out step by step, as the daemon does it."""
 
@@ -367,23 +370,29 @@ class Fleet:
                 return
         raise AssertionError("one decision leads to the next without end, though nothing happens")
 
-    def loading(self) -> list[int]:
-        """Instances that were let in and are not ready."""
-        return sorted(int(one.instance.rpartition("/")[2]) for one in self.claims if one.standing is LOADS)
+    def to_the_end(self, choose: Callable[[list[Move]], Move]) -> None:
+        """Whatever moves is there in the end, one after another; a check finds nothing."""
+        for _ in range(100):
+            self.settle()
+            if self.model.rollback.needs_check:
+                self.model = replace(self.model, rollback=self.model.rollback.check_ended(None))
+                continue
+            loading = [int(one.instance.rpartition("/")[2]) for one in self.claims if one.standing is LOADS]
+            leaving = [one.index for one in self.model.instances if one.state is UNLOADING]
+            moving = [*((index, READY) for index in loading), *((index, STOPPED) for index in leaving)]
+            if not moving:
+                return
+            self.ends_up(*choose(moving))
+        raise AssertionError("it has no end")
 
-    def leaving(self) -> list[int]:
-        """Instances that are being stopped."""
-        return [one.index for one in self.model.instances if one.state is UNLOADING]
+    def active(self) -> list[tuple[State, EngineSpec]]:
+        """What is not stopped."""
+        return [(one.state, one.engine) for one in self.model.instances if one.state is not STOPPED]
 
     def ends_up(self, index: int, state: State) -> None:
         """One that moved is there."""
         self._set(index, replace(self._instance(index), state=state))
         self.claims = [one for one in self.claims if one.instance != f"chat/{index}"]
-
-    def shown(self) -> tuple[object, ...]:
-        """All that there is, but for the names of claims."""
-        claims = {(one.instance, one.standing) for one in self.claims}
-        return self.model.wanted, self.model.rollback, self.model.instances, claims
 
     def _instance(self, index: int) -> InstanceNow:
         return next(one for one in self.model.instances if one.index == index)
@@ -447,38 +456,30 @@ def test_the_same_fleet_gives_the_same_decision_and_what_was_carried_out_is_not_
     assert (moves.stop, moves.start, moves.wanted) == ((), (), fleet.model.wanted)
 
 
-@given(models(NO_ERROR), ON_DEVICES, st.integers(0, 6))
-def test_a_decision_that_is_cut_off_in_the_middle_leads_to_the_same_end(
-    model: ModelNow, devices: list[frozenset[str]], most: int
-) -> None:
-    """What was done of it is seen, and the rest is decided again."""
-    whole, cut = Fleet(model, devices), Fleet(model, devices)
-    whole.settle()
-    cut.turn(most)
-    cut.settle()
-    assert cut.shown() == whole.shown()
-
-
 @given(models(NO_ERROR), ON_DEVICES, st.data())
 def test_whatever_ends_first_a_model_becomes_what_is_wanted_of_it(
     model: ModelNow, devices: list[frozenset[str]], data: st.DataObject
 ) -> None:
     """Every start that is let in becomes ready, every stop comes to its end, every check finds nothing."""
     fleet = Fleet(model, devices)
-    for _ in range(100):
-        fleet.settle()
-        if fleet.model.rollback.needs_check:
-            fleet.model = replace(fleet.model, rollback=fleet.model.rollback.check_ended(None))
-            continue
-        moving = [*((index, READY) for index in fleet.loading()), *((index, STOPPED) for index in fleet.leaving())]
-        if not moving:
-            break
-        fleet.ends_up(*data.draw(st.sampled_from(moving)))
-    active = [one for one in fleet.model.instances if one.state is not STOPPED]
+    fleet.to_the_end(lambda moving: data.draw(st.sampled_from(moving)))
     runs = fleet.model.wanted is Wanted.RUN and model.policy.enabled
     assert fleet.claims == []
-    assert [one.engine for one in active] == [fleet.model.rollback.target] * (model.policy.replicas if runs else 0)
-    assert {one.state for one in active} <= {READY}
+    assert fleet.active() == [(READY, fleet.model.rollback.target)] * (model.policy.replicas if runs else 0)
+
+
+@given(models(NO_ERROR), ON_DEVICES, st.lists(st.integers(0, 3), max_size=6))
+def test_decisions_that_are_cut_off_in_the_middle_lead_to_the_same_end(
+    model: ModelNow, devices: list[frozenset[str]], cuts: list[int]
+) -> None:
+    """What was done of one is seen, and the rest is decided again."""
+    whole, cut = Fleet(model, devices), Fleet(model, devices)
+    whole.to_the_end(lambda moving: moving[0])
+    for most in cuts:
+        cut.turn(most)
+    cut.to_the_end(lambda moving: moving[0])
+    assert cut.active() == whole.active()
+    assert (cut.model.wanted, cut.model.rollback, cut.claims) == (whole.model.wanted, whole.model.rollback, [])
 
 
 @given(models(), st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 1e6))
