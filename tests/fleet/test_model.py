@@ -531,7 +531,7 @@ async def test_a_model_that_ends_is_not_checked_any_more() -> None:
         await passes(60)
         checked.append(model.id)
 
-    stage.launcher.objection = slow  # type: ignore[method-assign,assignment]
+    stage.launcher.objection = slow  # type: ignore[method-assign]
     chat.become(replace(chat.spec, engine=EngineSpec(model="other/model")))
     await passes(1)
     await chat.end(keep=False)
