@@ -7,12 +7,13 @@ from typing import cast
 import pytest
 from structlog.testing import capture_logs
 
-from tests.engine.virtual import Stage, model, now, passes, settle, virtual
+from tests.engine.virtual import Stage, VirtualLoop, model, now, passes, settle, virtual
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Restart
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.model import Model
+from vllm_proxy.runtime import clock
 
 
 def begun(stage: Stage, spec: ModelSpec) -> Model:
@@ -402,3 +403,137 @@ async def test_a_bug_in_what_counts_idle_time_does_not_end_the_model() -> None:
         await stage.until(lambda: chat.state is State.STOPPED)
     failed = [entry["model"] for entry in logs if entry["event"] == "a model could not be looked at"]
     assert set(failed) == {"chat"}
+
+
+# What the fleet loop makes of it
+
+
+@virtual
+async def test_a_request_that_may_not_wait_starts_its_model_all_the_same() -> None:
+    """A queue of no size refuses it; the next one finds a model that loads, and then one that serves."""
+    stage = Stage()
+    chat = begun(stage, model(start="on-demand", queue_size=0))
+    assert await code_of(stage) == "queue_full"
+    await serving(stage, chat)
+    with await stage.registry.acquire("chat"):
+        pass
+
+
+@virtual
+async def test_a_stop_by_hand_beside_a_request_is_the_last_word() -> None:
+    """In either order, before anything was decided: the request is refused, and nothing starts."""
+    for hand_first in (True, False):
+        stage = Stage()
+        chat = begun(stage, model(start="on-demand"))
+        await settle()
+        if hand_first:
+            chat.stop()
+        request = asyncio.create_task(stage.registry.acquire("chat"))
+        await asyncio.sleep(0)
+        if not hand_first:
+            chat.stop()
+        with pytest.raises(RequestError) as refused:
+            await request
+        assert refused.value.code == "model_stopped"
+        await passes(100)
+        assert (stage.launcher.engines, chat.rests) == ([], True)
+
+
+@virtual
+async def test_a_machine_that_stood_still_unloads_nobody() -> None:
+    """Nobody could have asked meanwhile: the time counts anew from then on."""
+    stage = Stage()
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    with clock.Pulse():
+        chat = begun(stage, model(start="on-demand", idle_timeout=100))
+        chat.start()
+        await serving(stage, chat)
+        await passes(50)
+        with capture_logs():
+            loop.jump(10_000)
+            went_on = now()
+            await stage.until(lambda: chat.state is State.STOPPED)
+    assert now() == pytest.approx(went_on + 100, abs=1)
+
+
+@virtual
+async def test_a_start_that_waits_for_another_says_for_whom_as_long_as_it_waits() -> None:
+    """No failure is made of it, and nothing is said any more of one that is stopped or serves."""
+    stage = Stage()
+    first, other = model("first", devices=(0,)), model("other", devices=(0, 1))
+    begun(stage, first)
+    waits = begun(stage, other)
+    await stage.engine()
+    await settle()
+    (instance,) = waits.instances
+    assert (instance.phase, instance.waits_for) == (Phase.QUEUED, "waits: first/0 loads on what it needs")
+    assert (waits.diagnosis, waits.state) == (None, State.LOADING)
+    waits.stop()
+    await stage.until(lambda: waits.state is State.STOPPED)
+    assert instance.waits_for is None
+    waits.start()
+    await settle()
+    (instance,) = waits.instances
+    assert instance.waits_for is not None
+    stage.launcher.engines[0].listens = True
+    await stage.engine(2)
+    assert instance.waits_for is None
+
+
+@virtual
+async def test_a_failure_without_a_pause_is_in_the_log_too() -> None:
+    """With `backoff = 0` the next start comes at once."""
+    stage = Stage()
+    chat = begun(stage, model(restart=Restart(backoff=0)))
+    with capture_logs() as logs:
+        (await stage.engine()).die()
+        await serving(stage, chat)
+    assert [entry["seconds"] for entry in logs if entry["event"] == "the engine failed and is started again"] == [0]
+
+
+@virtual
+async def test_a_model_ends_though_a_bug_keeps_it_from_being_decided_about() -> None:
+    """A daemon that stops does not wait for ever, and leaves no engine behind."""
+    stage = Stage()
+    chat = begun(stage, model(replicas=2))
+    await serving(stage, chat)
+    with capture_logs():
+        chat.now = None  # type: ignore[assignment,method-assign]
+        await chat.end(keep=False)
+    assert [engine.buried is not None for engine in stage.launcher.engines] == [True, True]
+    assert chat.state is State.STOPPED
+
+
+@virtual
+async def test_a_bug_in_what_is_carried_out_is_tried_again_and_loses_no_request() -> None:
+    """Nothing else would make the loop look at that model again."""
+    stage = Stage()
+    chat = begun(stage, model(start="on-demand", queue_size=0))
+    await settle()
+    real, chat._follow = chat._follow, None  # type: ignore[assignment,method-assign]
+    with capture_logs():
+        assert await code_of(stage) == "queue_full"
+        await passes(3)
+    chat._follow = real  # type: ignore[method-assign]
+    await stage.engine()
+
+
+@virtual
+async def test_a_model_that_ends_is_not_checked_any_more() -> None:
+    """A check that comes to its end behind it would speak for a model that is gone."""
+    stage = Stage()
+    chat = begun(stage, model())
+    await serving(stage, chat)
+    checked: list[str] = []
+
+    async def slow(model: ModelSpec) -> None:
+        await passes(60)
+        checked.append(model.id)
+
+    stage.launcher.objection = slow  # type: ignore[method-assign]
+    chat.become(replace(chat.spec, engine=EngineSpec(model="other/model")))
+    await passes(1)
+    await chat.end(keep=False)
+    await passes(100)
+    assert checked == []

@@ -9,8 +9,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.engine.virtual import Stage, model, now, passes, settle, virtual
-from vllm_proxy.domain.config import Config, EngineDefaults, ModelSpec, Restart, Server
+from vllm_proxy.domain.config import Config, EngineDefaults, ModelSpec, Policy, Restart, Server
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
+from vllm_proxy.domain.plan import Action, plan
 from vllm_proxy.domain.progress import Progress
 from vllm_proxy.engine.proc import look_up
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
@@ -401,3 +402,124 @@ async def test_a_ready_model_says_that_one_of_its_instances_cannot_be_ended(tmp_
     found = reconciler.model("a")
     assert found.diagnosis is not None
     assert (found.state, found.diagnosis.reason) == (State.READY, Reason.NOT_ENDED)
+
+
+# Another file
+
+
+def actions(reconciler: Reconciler, config: Config) -> tuple[Action, ...]:
+    """The plan of a change."""
+    return plan(config.models, reconciler.specs())
+
+
+async def adopts(reconciler: Reconciler, *models: ModelSpec) -> None:
+    """Follow a file of these models."""
+    config = replace(reconciler.config, models={spec.id: spec for spec in models})
+    await reconciler.adopt(config, actions(reconciler, config))
+
+
+@pytest.mark.parametrize("others", [0, 200])
+@virtual
+async def test_who_comes_in_the_same_change_waits_for_who_leaves_its_device(tmp_path: Path, others: int) -> None:
+    """However many models change at once, and wherever they stand in the file: nobody loads beside one that leaves."""
+    stage = Stage()
+    stage.launcher.teardown_seconds = 20
+    many = [model(f"m{number}", start="on-demand") for number in range(others)]
+    old = model("z", devices=(0,))
+    reconciler = reconciler_of(stage, tmp_path, *many, old)
+    (await stage.engine()).listens = True
+    await stage.until(lambda: reconciler.model("z").state is State.READY)
+    await settle()
+    changed = [replace(spec, policy=Policy(start="on-demand", description="changed")) for spec in many]
+    with capture_logs():
+        await adopts(reconciler, model("a", devices=(0,)), *changed)
+    new = await stage.engine(2)
+    assert (new.place.instance, new.born) == ("a/0", stage.launcher.engines[0].buried)
+
+
+@pytest.mark.parametrize("how", ["never started", "stopped by hand", "in error"])
+@virtual
+async def test_a_model_that_runs_nothing_is_gone_when_the_change_is_adopted(tmp_path: Path, how: str) -> None:
+    """Nobody has to ask twice, though the loop has many others to look at."""
+    stage = Stage()
+    many = [model(f"m{number}", start="on-demand") for number in range(200)]
+    chat = model("chat", start="on-demand" if how == "never started" else "always")
+    reconciler = reconciler_of(stage, tmp_path, chat, *many)
+    if how == "stopped by hand":
+        await stage.engine()
+        reconciler.model("chat").stop()
+        await stage.until(lambda: reconciler.model("chat").state is State.STOPPED)
+    if how == "in error":
+        (await stage.engine()).die(2)
+        await stage.until(lambda: reconciler.model("chat").state is State.ERROR)
+    for found in reconciler.models():
+        stage.loop.changed(found)
+    with capture_logs():
+        await adopts(reconciler, *many)
+    assert not reconciler.knows("chat")
+
+
+@virtual
+async def test_a_model_that_is_gone_and_back_begins_anew_when_the_old_one_has_ended(tmp_path: Path) -> None:
+    """What is still told of the old one is nothing to the new one."""
+    stage = Stage()
+    stage.launcher.teardown_seconds = 30
+    reconciler = reconciler_of(stage, tmp_path, model("chat"), model("b", start="on-demand"))
+    (await stage.engine()).listens = True
+    await stage.until(lambda: reconciler.model("chat").state is State.READY)
+    await settle()
+    old = reconciler.model("chat")
+    with capture_logs():
+        await adopts(reconciler, model("b", start="on-demand"))
+        await adopts(reconciler, model("chat", replicas=2), model("b", start="on-demand"))
+        assert reconciler.model("chat") is old
+        await stage.engine(3)
+    assert reconciler.model("chat") is not old
+    assert [found.spec.id for found in reconciler.models()] == ["chat", "b"]
+    stage.loop.changed(old)
+    await passes(10)
+    assert (old.state, len(stage.launcher.engines)) == (State.STOPPED, 3)
+
+
+@virtual
+async def test_a_bug_in_what_follows_a_file_is_told_to_who_adopts_it(tmp_path: Path) -> None:
+    """It is no success; and the loop goes on."""
+    stage = Stage()
+    reconciler = reconciler_of(stage, tmp_path, model("chat"))
+    stage.registry.update = None  # type: ignore[assignment,method-assign]
+    with capture_logs(), pytest.raises(TypeError):
+        await adopts(reconciler, model("chat"))
+    del stage.registry.update
+    (await stage.engine()).listens = True
+    await stage.until(lambda: reconciler.model("chat").state is State.READY)
+
+
+@virtual
+async def test_a_daemon_that_stops_has_nobody_wait_for_what_was_said_just_before(tmp_path: Path) -> None:
+    """Neither a hand nor a change: nothing starts, and everybody has an answer."""
+    stage = Stage()
+    reconciler = reconciler_of(stage, tmp_path, model("chat", start="on-demand"))
+    await settle()
+    with capture_logs():
+        adopting = asyncio.create_task(adopts(reconciler, model("chat"), model("new")))
+        await asyncio.sleep(0)
+        word = reconciler.model("chat").start()
+        await reconciler.stop()
+        await asyncio.wait({adopting, word})
+        await asyncio.wait({asyncio.create_task(adopts(reconciler, model("late"))), reconciler.model("chat").start()})
+    assert stage.launcher.engines == []
+
+
+@pytest.mark.parametrize(("recorded", "waits"), [(("1",), True), (("0",), False), (("*",), False)])
+@virtual
+async def test_an_adopted_engine_that_loads_has_the_devices_of_its_record(
+    tmp_path: Path, recorded: tuple[str, ...], *, waits: bool
+) -> None:
+    """Those that it was given, whatever the file says; the file's where the record does not say."""
+    stage = Stage()
+    stage.launcher.adopted_listen = False
+    models = model("b", devices=(1,)), model("a", devices=(0,))
+    reconciler_of(stage, tmp_path, *models, records=(alive(devices=recorded),))
+    await passes(10)
+    started = [engine.place.instance for engine in stage.launcher.engines]
+    assert started == ["a/0"] if waits else ["a/0", "b/0"]

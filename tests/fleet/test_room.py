@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 
-from tests.engine.virtual import settle, virtual
+from tests.engine.virtual import passes, settle, virtual
+from vllm_proxy.domain.decide import NotNow, Standing
 from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.fleet.loop import FleetLoop
 from vllm_proxy.fleet.room import Room
@@ -107,3 +108,47 @@ async def test_a_holder_that_fails_lets_the_next_one_in() -> None:
     await settle()
     assert second.task.cancelled()
     assert third.admitted
+
+
+@virtual
+async def test_everybody_who_waits_is_told_for_whom_and_told_again_when_that_is_another_one() -> None:
+    """Hundreds of them, a few in each turn of the loop; and that nothing is in the way any more."""
+    loop = FleetLoop()
+    loop.start()
+    told: dict[int, list[str | None]] = {number: [] for number in range(300)}
+    begun_at: list[int] = []
+
+    async def start(number: int) -> None:
+        def tell(why: NotNow | None) -> None:
+            told[number].append(why.because if why else None)
+
+        async with loop.room.hold(f"m{number}/0", Allocation(frozenset("0")), told=tell):
+            begun_at.append(number)
+            await passes(10)
+
+    starts = [asyncio.create_task(start(number)) for number in range(300)]
+    await passes(15)
+    assert told[1] == ["m0/0 loads on what it needs", None]
+    assert {tuple(told[number]) for number in range(2, 300)} == {
+        ("m0/0 loads on what it needs", "m1/0 loads on what it needs")
+    }
+    await asyncio.wait(starts)
+    assert begun_at == list(range(300))
+    assert loop.room.claims() == ()
+
+
+@virtual
+async def test_a_claim_withdrawn_in_the_moment_of_its_admission_is_gone() -> None:
+    """The one behind it starts, and nothing is left of either."""
+    room = begun()
+    first, second = Start(room, "0"), Start(room, "0")
+    await asyncio.sleep(0)
+    while room.claims()[0].standing is not Standing.LOADS:
+        await asyncio.sleep(0)
+    assert not first.admitted, "it does not know yet"
+    first.task.cancel()
+    await settle()
+    assert (first.task.cancelled(), second.admitted) == (True, True)
+    second.let_go.set()
+    await settle()
+    assert room.claims() == ()

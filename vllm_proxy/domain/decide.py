@@ -7,13 +7,13 @@ returns has to be taken back. Effects are carried out by `fleet/loop.py`. What m
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
 
 from vllm_proxy.domain import lifecycle, rollout
 from vllm_proxy.domain.config import EngineSpec, Policy, Restart
-from vllm_proxy.domain.devices import Allocation, DeviceSet
+from vllm_proxy.domain.devices import Allocation, DeviceMap
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.domain.rollback import Rollback, Tried
@@ -21,6 +21,7 @@ from vllm_proxy.domain.rollout import Replica, Strategy
 
 _STRATEGIES = {"auto": Strategy.ONE_BY_ONE, "surge": Strategy.SURGE, "drain": Strategy.DRAIN}
 _NEVER = math.inf
+_NOW_SECONDS = 1e-3  # what is due so soon is due now: a timer may fire as much too early
 
 
 class Wanted(Enum):
@@ -130,6 +131,15 @@ class Decision:
     wait: Mapping[int, NotNow] = field(default_factory=dict)  # claims that may not
     retries: Mapping[str, float | None] = field(default_factory=dict)  # seconds until the next try; None: give up
 
+    def and_of(self, other: "Decision") -> "Decision":
+        """Of this part of the fleet and of another one."""
+        return Decision(
+            {**self.models, **other.models},
+            {**self.admit, **other.admit},
+            {**self.wait, **other.wait},
+            {**self.retries, **other.retries},
+        )
+
 
 def decide(now: Snapshot, time: float) -> Decision:
     """What follows from what is. `time`: of the clock that the snapshot's times are of, in seconds."""
@@ -151,14 +161,16 @@ def moves_of(model: ModelNow) -> Moves:
     replicas = [Replica(one.index, one.state, one.engine == target and not one.renew) for one in model.instances]
     runs = wanted is Wanted.RUN and policy.enabled
     steps = rollout.steps(replicas, policy.replicas if runs else 0, _strategy(model, target))
-    look_again = _idle_seconds_left(model) if wanted is Wanted.RUN else _NEVER
+    look_again = max(0.0, _idle_seconds_left(model)) if wanted is Wanted.RUN else _NEVER
     return Moves(wanted, rollback, steps.stop, steps.start, rollback.needs_check, look_again)
 
 
 def _wanted(model: ModelNow) -> Wanted:
-    if model.wanted is Wanted.AWAIT and (model.requested or model.waits_since is not None):
+    asked = model.requested or model.waits_since is not None
+    if model.wanted is Wanted.AWAIT and asked:
         return Wanted.RUN
-    if model.wanted is Wanted.RUN and _idle_seconds_left(model) <= 0:
+    idle = not asked and model.idle_seconds > 0
+    if model.wanted is Wanted.RUN and idle and _idle_seconds_left(model) < _NOW_SECONDS:
         return Wanted.AWAIT
     return model.wanted
 
@@ -167,11 +179,8 @@ def _idle_seconds_left(model: ModelNow) -> float:
     policy = model.policy
     if policy.start != "on-demand" or not policy.idle_timeout:
         return _NEVER
-    state = lifecycle.best(one.state for one in model.instances)
-    if state is State.ERROR:  # that stays for people to see
-        return _NEVER
-    if state is not State.READY:  # the time counts from when it can be used
-        return policy.idle_timeout
+    if lifecycle.best(one.state for one in model.instances) is not State.READY:
+        return _NEVER  # the time counts from when it can be used; an error stays for people to see
     return policy.idle_timeout - model.idle_seconds
 
 
@@ -186,43 +195,57 @@ def _next_try(retry: Retry, time: float) -> float | None:
         return None
     restart = retry.restart
     pause = lifecycle.backoff_seconds(retry.failures, restart.backoff, restart.max_backoff, retry.jitter)
-    return max(0.0, retry.since + pause - time)
+    left = retry.since + pause - time
+    return left if left >= _NOW_SECONDS else 0.0
+
+
+class _Line:
+    """Claims in the order they came. Who is in the way of one is found without a look at each of them."""
+
+    def __init__(self, claims: Iterable[Claim] = ()) -> None:
+        self._by_instance: dict[str, Claim] = {}
+        self._by_device = DeviceMap[Claim]()
+        for claim in claims:
+            self.add(claim)
+
+    def add(self, claim: Claim) -> None:
+        """Behind all others."""
+        self._by_instance.setdefault(claim.instance, claim)
+        self._by_device.add(claim.allocation.devices, claim)
+
+    def conflict(self, claim: Claim) -> Claim | None:
+        """Whose end or start this one has to wait for: of the same instance, or on one of its devices."""
+        return self._by_instance.get(claim.instance) or self._by_device.holder(claim.allocation.devices)
 
 
 def _admissions(claims: Sequence[Claim]) -> tuple[dict[int, Allocation], dict[int, NotNow]]:
     """Which starts may go now.
 
-    First come, first served: nobody starts beside one that loads on, has not left, or waits for what it needs. vLLM
-    measures a device while it loads, so starts that share one go one after another, and behind what leaves it.
+    Nobody starts beside one that loads on what it needs, or has not left it; else first come, first served, so that
+    who needs much is not starved by those who need little. vLLM measures a device while it loads, so starts that
+    share one go one after another, and behind what leaves it.
     """
     admit: dict[int, Allocation] = {}
     wait: dict[int, NotNow] = {}
     untried = next((claim for claim in claims if claim.untried), None)
-    taken, names, before = DeviceSet(), set[str](), list[Claim]()
+    moving = [claim for claim in claims if claim.standing is not Standing.ASKS]
+    line, stuck = _Line(moving), _Line(claim for claim in moving if claim.not_ended is not None)
     for claim in claims:
-        devices, instance = claim.allocation.devices, claim.instance
-        if claim.standing is Standing.ASKS:
-            if untried is not None:
-                wait[claim.key] = NotNow(f"{untried.instance}, which an earlier daemon left, is being ended")
-            elif instance in names or taken.overlaps(devices):
-                wait[claim.key] = _not_now(claim, before)
-            else:
-                admit[claim.key] = claim.allocation
-                claim = replace(claim, standing=Standing.LOADS)  # noqa: PLW2901 - what it is for those behind it
-        taken.add(devices)
-        names.add(instance)
-        before.append(claim)
+        if claim.standing is not Standing.ASKS:
+            continue
+        other = stuck.conflict(claim) or line.conflict(claim)
+        if untried is not None:
+            wait[claim.key] = NotNow(f"{untried.instance}, which an earlier daemon left, is being ended")
+        elif other is not None:
+            wait[claim.key] = _not_now(other)
+        else:
+            admit[claim.key] = claim.allocation
+            claim = replace(claim, standing=Standing.LOADS)  # noqa: PLW2901 - what it is for those behind it
+        line.add(claim)
     return admit, wait
 
 
-def _not_now(claim: Claim, before: Sequence[Claim]) -> NotNow:
-    stuck = next((other for other in before if other.not_ended and _conflict(claim, other)), None)
-    if stuck is not None:
-        return NotNow(f"{stuck.instance} could not be ended: {stuck.not_ended}", not_ended=True)
-    first = next(other for other in before if _conflict(claim, other))
-    return NotNow(f"{first.instance} {_DOING[first.standing]} what it needs")
-
-
-def _conflict(one: Claim, other: Claim) -> bool:
-    same = one.instance == other.instance
-    return same or DeviceSet(other.allocation.devices).overlaps(one.allocation.devices)
+def _not_now(other: Claim) -> NotNow:
+    if other.not_ended is not None:
+        return NotNow(f"{other.instance} could not be ended: {other.not_ended}", not_ended=True)
+    return NotNow(f"{other.instance} {_DOING[other.standing]} what it needs")

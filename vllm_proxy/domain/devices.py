@@ -1,6 +1,7 @@
-"""GPUs by their names: which of them an engine is given, and whether two sets may name the same one.
+"""GPUs by their names: which of them an engine is given, and who has one that may be the same.
 
-A name is an index or a UUID, as CUDA takes them.
+For `decide`, which says who may start, and for who starts an engine. A name is an index or a UUID, as CUDA takes them;
+which UUID an index is, only the machine knows, and no device is looked at here: in doubt both name the same one.
 """
 
 from collections.abc import Iterable, Mapping
@@ -38,27 +39,37 @@ def allocation_for(spec: EngineSpec, inherited: Mapping[str, str]) -> Allocation
 NO_DEVICES = Allocation()
 
 
-class DeviceSet:
-    """Devices of many engines. `overlaps`: whether a set may name one of them; an index and a UUID may be the same."""
+class DeviceMap[T]:
+    """Who was the first to have each device; asking takes as long for one holder as for thousands.
 
-    def __init__(self, devices: Iterable[str] = ()) -> None:
-        self._indices: set[str] = set()
-        self._others: set[str] = set()  # UUIDs
-        self._any = False
-        self.add(devices)
+    An index and a UUID may name the same device, and `ANY_DEVICE` may be each of them.
+    """
 
-    def add(self, devices: Iterable[str]) -> None:
-        """These too."""
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[int, T]] = {}  # by name, with its place in the order
+        self._first_index: tuple[int, T] | None = None
+        self._first_other: tuple[int, T] | None = None  # a UUID, or any
+        self._count = 0
+
+    def add(self, devices: Iterable[str], holder: T) -> None:
+        """Let a holder have these, behind all that were added before."""
+        entry = (self._count, holder)
+        self._count += 1
         for device in devices:
-            self._any |= device == ANY_DEVICE
-            (self._indices if device.isdigit() else self._others).add(device)
+            self._first.setdefault(device, entry)
+            if device.isdigit():
+                self._first_index = self._first_index or entry
+            else:
+                self._first_other = self._first_other or entry
 
-    def overlaps(self, devices: Iterable[str]) -> bool:
-        """Whether one of these may be in the set."""
-        return any(self._may_hold(device) for device in devices)
+    def holder(self, devices: Iterable[str]) -> T | None:
+        """The first holder of what may be one of these; None: nobody has any of them."""
+        found = [entry for device in devices for entry in self._may_be(device) if entry is not None]
+        return min(found, key=lambda entry: entry[0])[1] if found else None
 
-    def _may_hold(self, device: str) -> bool:
-        if self._any or device == ANY_DEVICE:
-            return bool(self._indices or self._others)
-        same, other = (self._indices, self._others) if device.isdigit() else (self._others, self._indices)
-        return bool(other) or device in same
+    def _may_be(self, device: str) -> tuple[tuple[int, T] | None, ...]:
+        if device == ANY_DEVICE:
+            return self._first_index, self._first_other
+        if device.isdigit():
+            return self._first.get(device), self._first_other
+        return self._first.get(device), self._first_index, self._first.get(ANY_DEVICE)

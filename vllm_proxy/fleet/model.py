@@ -1,7 +1,9 @@
 """One model: what is wanted of it and which instances it has. What it does next is decided by the fleet loop.
 
-Everybody else says what happened (`start`, `stop`, `restart`, `request`: they return at once). The loop applies that,
-looks at the model (`now`) and has it do what was decided (`carry_out`); nothing is started or stopped elsewhere.
+Owns its instances and what was said of it last, by the file, by hand or by requests. Everybody else says what
+happened (`start`, `stop`, `restart`, `request`: they return at once). The loop applies that, looks at the model
+(`now`) and has it do what was decided (`carry_out`). Nothing may be started or stopped outside of that, adopted
+engines aside, which run already.
 """
 
 import asyncio
@@ -30,9 +32,10 @@ _STOPPED_BY_HAND = Diagnosis(Reason.STOPPED_BY_HAND, "stopped by hand; start it 
 
 
 @dataclass(frozen=True, slots=True)
-class _Happened:
-    """An event for the loop's mailbox."""
+class _Order:
+    """Somebody's word by hand: an event for the loop's mailbox."""
 
+    name: str
     what: Callable[[], None]
 
     def apply(self) -> None:
@@ -103,19 +106,24 @@ class Model:
         """Whether it was told to stop for good."""
         return self._wanted is Wanted.END
 
+    @property
+    def runs_nothing(self) -> bool:
+        """Whether no instance runs, tries to, or is on its way out."""
+        return all(one.state in {State.STOPPED, State.ERROR} for one in self.instances)
+
     # What happens: for everybody
 
     def start(self) -> asyncio.Future[None]:
         """Run, and let what rests in `error` try again. Done when that has begun."""
-        return self._post(self._start)
+        return self._post("start", self._start)
 
     def stop(self) -> asyncio.Future[None]:
         """Stop until somebody starts or changes it. Done when that has begun."""
-        return self._post(partial(self._want, Wanted.REST))
+        return self._post("stop", partial(self._want, Wanted.REST))
 
     def restart(self) -> asyncio.Future[None]:
         """Start every engine anew, one after another where there are several; a change that failed is tried again."""
-        return self._post(self._restart)
+        return self._post("restart", self._restart)
 
     def request(self) -> None:
         """A request came, and nobody serves it."""
@@ -134,7 +142,7 @@ class Model:
             self.instances = _in_order([self._supervisor(index) for index in records])
             for instance in self.instances:
                 instance.start(records[instance.index])
-        self._shared.loop.changed(self)
+        self._shared.loop.add(self)
 
     def become(self, spec: ModelSpec) -> None:
         """The file asks for something else, or says the same in other words. Returns at once."""
@@ -152,13 +160,14 @@ class Model:
         """Stop for good; done when nothing is left. `keep`: engines go on, for the next daemon."""
         assert self._begun, "only a begun model ends"
         self._keep = keep
+        self._cancel_check()
         if self._ended is None:
             self._ended = asyncio.get_running_loop().create_future()
         self._want(Wanted.END)
         return self._ended
 
-    def _post(self, what: Callable[[], None]) -> asyncio.Future[None]:
-        return self._shared.loop.post(_Happened(what))
+    def _post(self, word: str, what: Callable[[], None]) -> asyncio.Future[None]:
+        return self._shared.loop.post(_Order(f"{word} of {self.name}", what))
 
     def _start(self) -> None:
         self._renew |= {one for one in self.instances if one.state is State.ERROR}
@@ -171,6 +180,9 @@ class Model:
 
     def _try_anew(self, spec: ModelSpec) -> None:
         self._rollback = self._rollback.change(spec.engine)
+        self._cancel_check()
+
+    def _cancel_check(self) -> None:
         if self._checking is not None:
             self._checking.cancel()
             self._checking = None
@@ -202,16 +214,25 @@ class Model:
 
     def carry_out(self, moves: Moves) -> None:
         """Begin what was decided."""
-        self._requested = False
-        if not self._begun:
-            return
         self._follow(moves)
+        self._requested = False
         by_index = {one.index: one for one in self.instances}
         for index in moves.stop:
             self._stop_instance(by_index[index])
         for index in moves.start:
             self._start_instance(by_index.get(index) or self._supervisor(index))
         self._fill_up()
+        self._note_end()
+
+    def end_anyway(self) -> None:
+        """A bug kept it from being decided about. If it is to end, that is begun all the same."""
+        if self.ends:
+            for one in self.instances:
+                if one.state not in {State.STOPPED, State.UNLOADING}:
+                    self._stop_instance(one)
+            self._note_end()
+
+    def _note_end(self) -> None:
         if self.ends and not self._leaving and self._ended is not None and not self._ended.done():
             self._ended.set_result(None)
 
@@ -225,7 +246,7 @@ class Model:
         if (self._wanted, wanted) == (Wanted.RUN, Wanted.AWAIT):
             log.info("unloaded: no request for a while", model=self.name)
         self._rollback, self._wanted = moves.rollback, wanted
-        if moves.check and self._checking is None:
+        if moves.check and self._checking is None and not self.ends:
             self._begin_check(self.spec)
         if told:
             self._changed(self)

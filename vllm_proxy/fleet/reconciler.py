@@ -1,4 +1,8 @@
-"""The models of one daemon follow the file that was adopted. Only this module makes and ends models."""
+"""The models of one daemon follow the file that was adopted.
+
+Owns the set of models: only this module makes and ends them. What a model does about what the file says of it is
+decided by the fleet loop, as an event of which the file is followed; who waits for an adoption may give up waiting.
+"""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -24,6 +28,7 @@ from vllm_proxy.runtime.background import run_once, tell
 
 log = structlog.get_logger()
 
+_AT_ONCE_SECONDS = 1.0  # in which a model has ended that ran nothing, unless a bug is in the way
 _ENDING_SECONDS = 40.0 + LAST_TRIES_SECONDS  # until what ignores SIGTERM is killed, reaped and tidied up behind
 
 
@@ -34,6 +39,11 @@ class _Adopted:
     reconciler: "Reconciler"
     config: Config
     actions: Sequence[Action]
+
+    @property
+    def name(self) -> str:
+        """As the log has it."""
+        return "adoption of the file"
 
     def apply(self) -> None:
         """Tell each model what the file says of it."""
@@ -54,7 +64,7 @@ class Reconciler:
         self._listeners: list[Callable[[Model], None]] = []
         self._models: dict[str, Model] = {}
         self._orphans: list[asyncio.Task[None]] = []  # their ends
-        self._ends: set[asyncio.Task[None]] = set()
+        self._ends: dict[asyncio.Task[None], bool] = {}  # of models gone from the file; whether that takes no time
         self.stopping = shared.stopping
 
     def listen(self, listener: Callable[[Model], None]) -> None:
@@ -72,11 +82,17 @@ class Reconciler:
         self._shared.loop.start()
 
     async def adopt(self, config: Config, actions: Sequence[Action]) -> None:
-        """Follow another configuration, of which `actions` is the plan. Returns when what follows has begun.
+        """Follow another configuration, of which `actions` is the plan.
 
-        Who gives up waiting changes nothing about it.
+        Returns when what follows has begun, and models that ran nothing are gone where the file has them no more. Who
+        gives up waiting changes nothing about it.
         """
-        await asyncio.wait({self._shared.loop.post(_Adopted(self, config, actions))})
+        followed = self._shared.loop.post(_Adopted(self, config, actions))
+        await asyncio.wait({followed})
+        if not followed.cancelled():
+            followed.result()
+        if ends := [end for end, at_once in self._ends.items() if at_once]:
+            await asyncio.wait(ends, timeout=_AT_ONCE_SECONDS)
 
     def follow(self, config: Config, actions: Sequence[Action]) -> None:
         """Have each model be what this configuration says. For the fleet loop."""
@@ -174,9 +190,10 @@ class Reconciler:
         elif spec is not None:
             model.become(spec)
         else:
+            at_once = model.runs_nothing
             end = run_once(partial(self._end, model, model.end(keep=False)), f"end of {model_id}")
-            self._ends.add(end)
-            end.add_done_callback(self._ends.discard)
+            self._ends[end] = at_once
+            end.add_done_callback(self._ends.pop)
 
     async def _end(self, model: Model, ending: asyncio.Future[None]) -> None:
         """When nothing is left of a model that is gone from the file, its name may come again."""

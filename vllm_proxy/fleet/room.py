@@ -1,6 +1,7 @@
-"""The claims of instances on devices, while engines start or leave. `domain/decide.py` says who may start.
+"""The claims of instances on devices, from when an engine asks to start until it serves, and while it is ended.
 
-A claim is made, changed and withdrawn here; each change wakes the fleet loop, which admits who waits or says why not.
+Owns the claims and their order, for supervisors, which make and withdraw them. Who may start is not decided here:
+each change wakes the fleet loop, which has `domain/decide.py` say who is admitted and why others are not.
 """
 
 import asyncio
@@ -11,6 +12,9 @@ from dataclasses import replace
 
 from vllm_proxy.domain.decide import Claim, NotNow, Standing
 from vllm_proxy.domain.devices import Allocation
+from vllm_proxy.runtime.background import tell
+
+_MOST_TOLD = 100  # who waits, in one turn of the loop: each tells others
 
 
 def _ignore(_why: NotNow | None) -> None:
@@ -26,11 +30,20 @@ class _Entry:
         self._told = told
         self._said: NotNow | None = None
 
-    def say(self, why: NotNow | None) -> None:
-        """Tell who waits, once a change."""
-        if why != self._said:
-            self._said = why
-            self._told(why)
+    def admit(self, allocation: Allocation) -> None:
+        """Let it start, unless that is wanted no more."""
+        if not self.admitted.done():
+            self.claim = replace(self.claim, standing=Standing.LOADS, allocation=allocation)
+            self.admitted.set_result(allocation)
+            self.say(None)
+
+    def say(self, why: NotNow | None) -> bool:
+        """Tell who waits, once a change; whether it was one."""
+        if why == self._said or (why is not None and self.admitted.done()):
+            return False
+        self._said = why
+        tell([self._told], why)
+        return True
 
 
 class Departure:
@@ -50,11 +63,12 @@ class Departure:
 
 
 class Room:
-    """Every claim, in the order they came. `wake` is called after each change."""
+    """Every claim. `wake` is called after each change."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
-        self._entries: list[_Entry] = []
+        self._leaving: dict[int, _Entry] = {}  # by key; in the order they came
+        self._starting: dict[int, _Entry] = {}
         self._keys = itertools.count()
 
     @asynccontextmanager
@@ -73,7 +87,7 @@ class Room:
         """
         standing = Standing.LOADS if at_once else Standing.ASKS
         entry = _Entry(Claim(next(self._keys), instance, allocation, standing), told)
-        self._entries.append(entry)
+        self._starting[entry.claim.key] = entry
         self._wake()
         try:
             yield allocation if at_once else await entry.admitted
@@ -87,28 +101,30 @@ class Room:
         memory are not free, and nobody knows whose they are.
         """
         entry = _Entry(Claim(next(self._keys), instance, allocation, Standing.LEAVES, untried=untried))
-        self._entries.insert(0, entry)
+        self._leaving[entry.claim.key] = entry
         self._wake()
         return Departure(self, entry)
 
     def claims(self) -> tuple[Claim, ...]:
         """In the order they came; what leaves stands in front."""
-        return tuple(entry.claim for entry in self._entries)
+        return tuple(entry.claim for entry in (*self._leaving.values(), *self._starting.values()))
 
     def follow(self, admit: Mapping[int, Allocation], wait: Mapping[int, NotNow]) -> None:
         """Let in who may start, and tell the others why not. Called by the fleet loop."""
-        for entry in list(self._entries):
-            key = entry.claim.key
-            if key in wait:
-                entry.say(wait[key])
-            elif key in admit and not entry.admitted.done():
-                entry.claim = replace(entry.claim, standing=Standing.LOADS, allocation=admit[key])
-                entry.admitted.set_result(admit[key])
-                entry.say(None)
+        for key, allocation in admit.items():
+            if entry := self._starting.get(key):
+                entry.admit(allocation)
+        told = 0
+        for key, why in wait.items():
+            if told == _MOST_TOLD:
+                self._wake()
+                return
+            if entry := self._starting.get(key):
+                told += entry.say(why)
 
     def not_ended(self) -> dict[str, str]:
         """The instances whose engines could not be ended, and why."""
-        claims = (entry.claim for entry in self._entries)
+        claims = (entry.claim for entry in self._leaving.values())
         return dict(sorted((claim.instance, claim.not_ended) for claim in claims if claim.not_ended is not None))
 
     def change(self, entry: _Entry, *, not_ended: str) -> None:
@@ -118,6 +134,7 @@ class Room:
 
     def remove(self, entry: _Entry) -> None:
         """It needs nothing any more."""
-        if entry in self._entries:
-            self._entries.remove(entry)
-            self._wake()
+        key = entry.claim.key
+        self._leaving.pop(key, None)
+        self._starting.pop(key, None)
+        self._wake()

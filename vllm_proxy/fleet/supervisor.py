@@ -1,7 +1,8 @@
 """One instance of a model: its engine is started, watched, and ended. One task each.
 
-An engine's death is a value here, never an exception that could reach another model. When a start may begin, and
-whether another one follows a failure, is asked of the fleet loop.
+Owns the engine, what is shown of it, and its claim on devices. An engine's death is a value here, never an exception
+that could reach another model. When a start may begin, and whether another one follows a failure, is not decided here
+but asked of the fleet loop; `start` and `stop` are for that loop's `Model` alone.
 """
 
 import asyncio
@@ -78,9 +79,9 @@ class Supervisor:
         self._failures = 0
         self._lives = False  # an engine, or what is left of one
         self._failure: Diagnosis | None = None  # of its last engine, until the next one serves
-        self._allocation: Allocation | None = None  # of its engine, or of the one that it waits to start
+        self._allocation: Allocation | None = None  # of its engine, since that was admitted
         self._departure: Departure | None = None
-        self.waits_for: str | None = None  # what is in the way of its start
+        self._waits_for: str | None = None  # whose end or start is in the way of its start
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -91,7 +92,7 @@ class Supervisor:
     def start(self, record: EngineRecord | None = None) -> None:
         """Begin to run, with an engine of an earlier daemon where there is one. Returns at once."""
         self._failures = 0
-        self.diagnosis = self._failure = self.waits_for = None
+        self.diagnosis = self._failure = None
         self._move(Event.START)
         self._task = run_once(partial(self._run, record), f"supervisor of {self.name}")
 
@@ -157,7 +158,7 @@ class Supervisor:
     def _not_now(self, why: NotNow | None) -> None:
         """The fleet loop says what is in the way of its start; None: nothing is any more."""
         stuck = why is not None and why.not_ended
-        self.waits_for = None if why is None or stuck else f"waits: {why.because}"
+        self._waits_for = None if why is None or stuck else f"waits: {why.because}"
         self._wait_for(Reason.NOT_ENDED, why.because if why is not None and stuck else None)
 
     def _wait_for(self, reason: Reason, why: str | None) -> None:
@@ -165,6 +166,11 @@ class Supervisor:
         if self.state is State.LOADING:
             self.diagnosis = Diagnosis(reason, f"waits: {why}") if why else self._failure
             self._notify(Phase.QUEUED)
+
+    @property
+    def waits_for(self) -> str | None:
+        """Whose end or start is in the way of its start, in a sentence; None where nobody's is."""
+        return self._waits_for if self.state is State.LOADING else None
 
     @property
     def failure(self) -> Diagnosis | None:
@@ -246,6 +252,7 @@ class Supervisor:
         shared = self._shared
         try:
             async with contextlib.AsyncExitStack() as room:
+                self._waits_for = None
                 self._notify(Phase.QUEUED)
                 hold = shared.loop.room.hold(
                     self.name, self._needs(record), at_once=record is not None, told=self._not_now

@@ -1,0 +1,493 @@
+"""What the fleet does next, and why something is not done now: facts about values."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_proxy.domain.config import EngineSpec, Policy, Restart
+from vllm_proxy.domain.decide import (
+    Claim,
+    InstanceNow,
+    ModelNow,
+    Moves,
+    NotNow,
+    Retry,
+    Snapshot,
+    Standing,
+    Wanted,
+    decide,
+    moves_of,
+)
+from vllm_proxy.domain.devices import ANY_DEVICE, Allocation
+from vllm_proxy.domain.diagnose import Diagnosis
+from vllm_proxy.domain.lifecycle import Reason, State
+from vllm_proxy.domain.rollback import Rollback
+
+READY, LOADING, ERROR, STOPPED, UNLOADING = (
+    State.READY, State.LOADING, State.ERROR, State.STOPPED, State.UNLOADING,
+)  # fmt: skip
+OLD, NEW = EngineSpec(model="old"), EngineSpec(model="new")
+CRASHED = Diagnosis(Reason.CRASHED, "it crashed")
+ASKS, LOADS, LEAVES = Standing.ASKS, Standing.LOADS, Standing.LEAVES
+
+
+def chat(*states: State, wanted: Wanted = Wanted.RUN, engine: EngineSpec = OLD, **policy: object) -> ModelNow:
+    """A model whose instances are in these states and run what is wanted; `policy` are policy keys."""
+    instances = tuple(InstanceNow(index, state, engine) for index, state in enumerate(states))
+    return ModelNow("chat", Policy.model_validate(policy), wanted, Rollback(OLD), instances)
+
+
+def on_demand(*states: State, wanted: Wanted = Wanted.RUN, idle: float = 0.0, timeout: float = 100.0) -> ModelNow:
+    """One that is started by requests, and has been idle for so many seconds."""
+    return replace(chat(*states, wanted=wanted, start="on-demand", idle_timeout=timeout), idle_seconds=idle)
+
+
+def steps(model: ModelNow) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The instances to stop, and those to start."""
+    moves = moves_of(model)
+    return moves.stop, moves.start
+
+
+# What is wanted
+
+
+def test_a_model_that_is_to_run_is_started_with_all_its_replicas() -> None:
+    """And left alone when they run, load, or rest in error."""
+    assert steps(chat(replicas=3)) == ((), (0, 1, 2))
+    assert steps(chat(READY, LOADING, ERROR, replicas=3)) == ((), ())
+
+
+@pytest.mark.parametrize("wanted", [Wanted.AWAIT, Wanted.REST, Wanted.END])
+def test_a_model_that_is_not_to_run_is_stopped_whatever_it_does(wanted: Wanted) -> None:
+    """What has stopped or is about to is not asked again."""
+    assert steps(chat(READY, LOADING, ERROR, STOPPED, UNLOADING, wanted=wanted, replicas=5)) == ((0, 1, 2), ())
+
+
+def test_a_disabled_model_runs_nothing() -> None:
+    """Though it is wanted."""
+    assert steps(chat(READY, enabled=False)) == ((0,), ())
+    assert steps(chat(enabled=False)) == ((), ())
+
+
+def test_an_instance_to_be_renewed_goes_though_it_runs_what_is_wanted() -> None:
+    """And is started when it has stopped."""
+    model = chat(READY)
+    renewed = replace(model, instances=(replace(model.instances[0], renew=True),))
+    assert steps(renewed) == ((0,), ())
+    assert steps(chat(STOPPED)) == ((), (0,))
+
+
+# On demand
+
+
+def test_a_model_that_awaits_a_request_starts_when_one_came() -> None:
+    """One that waits, or one that could not: a queue of no size refuses, and the model is started all the same."""
+    sleeping = on_demand(STOPPED, wanted=Wanted.AWAIT)
+    assert (moves_of(sleeping).wanted, steps(sleeping)) == (Wanted.AWAIT, ((), ()))
+    for asked in (replace(sleeping, requested=True), replace(sleeping, waits_since=0.0)):
+        assert (moves_of(asked).wanted, steps(asked)) == (Wanted.RUN, ((), (0,)))
+
+
+@pytest.mark.parametrize("wanted", [Wanted.REST, Wanted.END])
+def test_no_request_starts_what_a_hand_stopped_or_what_ends(wanted: Wanted) -> None:
+    """A hand is stronger than a request."""
+    asked = replace(on_demand(STOPPED, wanted=wanted), requested=True, waits_since=0.0)
+    assert (moves_of(asked).wanted, steps(asked)) == (wanted, ((), ()))
+
+
+def test_a_model_that_nobody_asked_for_long_enough_is_unloaded() -> None:
+    """Before, it is looked at again when that time has come."""
+    assert moves_of(on_demand(READY, idle=40)) == Moves(Wanted.RUN, Rollback(OLD, good=OLD), look_again=60)
+    unloaded = moves_of(on_demand(READY, idle=100))
+    assert (unloaded.wanted, unloaded.stop, unloaded.look_again) == (Wanted.AWAIT, (0,), math.inf)
+    early = moves_of(on_demand(READY, idle=99.9995))
+    assert early.wanted is Wanted.AWAIT, "a timer may fire a moment too early"
+
+
+def test_a_model_in_use_is_not_idle() -> None:
+    """However short its idle_timeout is."""
+    for timeout in (100.0, 0.0001):
+        assert moves_of(on_demand(READY, timeout=timeout)).wanted is Wanted.RUN
+    waited_for = replace(on_demand(READY, idle=1000), waits_since=1.0)
+    assert moves_of(waited_for).wanted is Wanted.RUN
+
+
+@pytest.mark.parametrize("model", [
+    on_demand(READY, idle=1000, timeout=0),
+    replace(chat(READY, idle_timeout=10), idle_seconds=1000),
+    on_demand(ERROR, idle=1000),
+    on_demand(LOADING, idle=1000),
+    on_demand(UNLOADING, idle=1000),
+    on_demand(READY, idle=0, wanted=Wanted.REST),
+])  # fmt: skip
+def test_what_has_no_idle_time_is_not_looked_at_for_it(model: ModelNow) -> None:
+    """No timeout, always on, an error that stays for people to see; the time counts from when it can be used."""
+    moves = moves_of(model)
+    assert (moves.wanted, moves.look_again) == (model.wanted, math.inf)
+
+
+# Which spec, and how it comes
+
+
+def changed(*instances: InstanceNow, **policy: object) -> ModelNow:
+    """A model that was ready with the old spec and is to run the new one, which nothing is known against."""
+    rollback = Rollback(NEW, good=OLD, checked=NEW)
+    return ModelNow("chat", Policy.model_validate(policy), Wanted.RUN, rollback, instances)
+
+
+def test_a_change_is_checked_before_anything_is_stopped_for_it() -> None:
+    """The good spec is what its instances are to run until then."""
+    model = replace(changed(InstanceNow(0, READY, OLD)), rollback=Rollback(NEW, good=OLD))
+    moves = moves_of(model)
+    assert (moves.check, moves.stop, moves.start) == (True, (), ())
+    assert not moves_of(changed(InstanceNow(0, READY, OLD))).check
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"), [("auto", ((0,), ())), ("surge", ((), (2,))), ("drain", ((0, 1), ()))]
+)
+def test_a_change_comes_by_its_strategy(strategy: str, expected: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """One after another; new beside old; all old ones away first."""
+    old = InstanceNow(0, READY, OLD), InstanceNow(1, READY, OLD)
+    assert steps(changed(*old, replicas=2, replace=strategy)) == expected
+
+
+@pytest.mark.parametrize(("strategy", "expected"), [("auto", ((0,), ())), ("surge", ((), (2,))), ("drain", ((0,), ()))])
+def test_a_restart_never_takes_all_away_at_once(
+    strategy: str, expected: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    """Two that run the same spec get along."""
+    model = chat(READY, READY, replicas=2, replace=strategy)
+    renewed = tuple(replace(one, renew=True) for one in model.instances)
+    assert steps(replace(model, instances=renewed)) == expected
+
+
+def test_a_change_that_failed_goes_back_to_what_was_ready() -> None:
+    """In the same step that learns of it."""
+    moves = moves_of(changed(InstanceNow(0, LOADING, NEW, CRASHED)))
+    assert (moves.rollback.failed, moves.rollback.target, moves.stop) == (CRASHED, OLD, (0,))
+
+
+# Starts
+
+
+def claim(key: int, standing: Standing, *devices: str, instance: str = "", **more: object) -> Claim:
+    """A claim on devices."""
+    return Claim(key, instance or f"m{key}/0", Allocation(frozenset(devices)), standing, **more)  # type: ignore[arg-type]
+
+
+def starts(*claims: Claim) -> tuple[list[int], dict[int, str]]:
+    """The claims that may start, and why the others may not."""
+    found = decide(Snapshot(claims=claims), 0.0)
+    return list(found.admit), {key: why.because for key, why in found.wait.items()}
+
+
+def test_starts_on_different_devices_go_together_and_are_given_what_they_claim() -> None:
+    """Those without any too."""
+    claims = claim(0, ASKS, "0"), claim(1, ASKS, "1"), claim(2, ASKS), claim(3, ASKS)
+    admitted = decide(Snapshot(claims=claims), 0.0).admit
+    assert admitted == {one.key: one.allocation for one in claims}
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        (claim(0, LOADS, "0"), "m0/0 loads on what it needs"),
+        (claim(0, LEAVES, "0"), "m0/0 is leaving what it needs"),
+        (claim(0, LEAVES, "7", instance="m1/0"), "m1/0 is leaving what it needs"),
+        (claim(0, LOADS, "GPU-a"), "m0/0 loads on what it needs"),
+        (claim(0, LEAVES, ANY_DEVICE), "m0/0 is leaving what it needs"),
+    ],
+)
+def test_nobody_starts_beside_one_that_loads_or_leaves(other: Claim, why: str) -> None:
+    """On the same device, or as the same instance; wherever it stands in the line."""
+    asks = claim(1, ASKS, "0")
+    assert starts(other, asks) == ([], {1: why})
+    assert starts(asks, other) == ([], {1: why})
+
+
+def test_who_came_first_starts_first() -> None:
+    """Each waits for the first whom it conflicts with."""
+    found = starts(claim(0, ASKS, "0"), claim(1, ASKS, "0", "1"), claim(2, ASKS, "1"), claim(3, ASKS, "2"))
+    assert found == ([0, 3], {1: "m0/0 loads on what it needs", 2: "m1/0 waits for what it needs"})
+
+
+def test_who_waits_for_an_engine_that_could_not_be_ended_is_told_so_first() -> None:
+    """That may take for ever, whatever else is in the way."""
+    stuck = claim(0, LEAVES, "0", not_ended="process 7 survives")
+    found = decide(Snapshot(claims=[claim(1, LEAVES, "1"), stuck, claim(2, ASKS, "0", "1")]), 0.0)
+    assert found.wait == {2: NotNow("m0/0 could not be ended: process 7 survives", not_ended=True)}
+
+
+def test_nobody_starts_before_it_was_tried_to_end_what_an_earlier_daemon_left() -> None:
+    """Its port and its memory are not free. Behind a try that failed, only who needs what it has waits."""
+    left = claim(0, LEAVES, "0", untried=True)
+    why = "m0/0, which an earlier daemon left, is being ended"
+    assert starts(left, claim(1, ASKS), claim(2, ASKS, "0")) == ([], {1: why, 2: why})
+    tried = replace(left, untried=False, not_ended="process 7 survives")
+    assert starts(tried, claim(1, ASKS), claim(2, ASKS, "0"))[0] == [1]
+
+
+DEVICES = st.frozensets(st.sampled_from(["0", "1", "2", "3", "GPU-a", ANY_DEVICE]), max_size=2)
+INSTANCES = st.sampled_from(["a/0", "b/0", "c/0", "d/0", "e/0"])
+
+
+@st.composite
+def claims_of_a_fleet(draw: st.DrawFn) -> list[Claim]:
+    """In any order, on any devices."""
+    made: list[Claim] = []
+    for key in range(draw(st.integers(0, 8))):
+        standing = draw(st.sampled_from(Standing))
+        leaves = standing is LEAVES
+        not_ended = draw(st.sampled_from([None, "it survives"])) if leaves else None
+        untried = leaves and not_ended is None and draw(st.integers(0, 9)) == 0
+        made.append(Claim(key, draw(INSTANCES), Allocation(draw(DEVICES)), standing, not_ended, untried))
+    return made
+
+
+def conflict(one: Claim, other: Claim) -> bool:
+    """As people would look for it."""
+    pairs = [(a, b) for a in one.allocation.devices for b in other.allocation.devices]
+    same = any(a == b or ANY_DEVICE in (a, b) or a.isdigit() != b.isdigit() for a, b in pairs)
+    return same or one.instance == other.instance
+
+
+@given(claims_of_a_fleet())
+def test_whatever_is_claimed_nobody_starts_beside_whom_it_conflicts_with_nor_before_who_came_first(
+    claims: list[Claim],
+) -> None:
+    """And nobody waits without somebody in the way."""
+    found = decide(Snapshot(claims=claims), 0.0)
+    asking = [one for one in claims if one.standing is ASKS]
+    assert {*found.admit} | {*found.wait} == {one.key for one in asking}
+    assert not {*found.admit} & {*found.wait}
+    moving = [one for one in claims if one.standing is not ASKS]
+    untried = any(one.untried for one in claims)
+    for position, one in enumerate(asking):
+        in_the_way = [other for other in (*moving, *asking[:position]) if conflict(one, other)]
+        assert (one.key in found.admit) == (not in_the_way and not untried)
+        if one.key in found.wait and not untried:
+            stuck = any(other.not_ended for other in in_the_way)
+            assert found.wait[one.key].not_ended is stuck
+            assert any(found.wait[one.key].because.startswith(other.instance) for other in in_the_way)
+
+
+@given(st.lists(DEVICES, max_size=8), st.data())
+def test_everybody_starts_in_the_end_whoever_is_ready_first(wants: list[frozenset[str]], data: st.DataObject) -> None:
+    """Nobody is starved: as long as starts come to an end, each gets its turn."""
+    line = [Claim(key, f"m{key}/0", Allocation(devices), ASKS) for key, devices in enumerate(wants)]
+    started: list[int] = []
+    while line:
+        admitted = decide(Snapshot(claims=line), 0.0).admit
+        started += admitted
+        line = [replace(one, standing=LOADS) if one.key in admitted else one for one in line]
+        loads = [one for one in line if one.standing is LOADS]
+        assert not any(conflict(one, other) for one in loads for other in loads if one is not other)
+        line.remove(data.draw(st.sampled_from(loads)))
+    assert sorted(started) == list(range(len(wants)))
+
+
+# Failures
+
+
+def retry(failures: int = 1, reason: Reason = Reason.CRASHED, jitter: float = 0.0, **restart: object) -> Retry:
+    """An engine that failed at second 100."""
+    return Retry("chat/0", reason, failures, 100.0, jitter, Restart.model_validate(restart))
+
+
+def left(asked: Retry, time: float) -> float | None:
+    """Seconds until the next try; None: given up."""
+    return decide(Snapshot(retries=[asked]), time).retries["chat/0"]
+
+
+def test_the_pause_before_the_next_try_doubles_up_to_its_maximum() -> None:
+    """It counts from the failure."""
+    pauses = [left(retry(failures, backoff=2, max_backoff=10, max_failures=9), 100.0) for failures in range(1, 6)]
+    assert pauses == [2, 4, 8, 10, 10]
+    assert [left(retry(backoff=2), time) for time in (101.0, 102.0, 500.0)] == [1, 0, 0]
+    assert left(retry(backoff=2), 101.9999) == 0, "a timer may fire a moment too early"
+
+
+def test_the_pause_is_shorter_by_up_to_a_quarter() -> None:
+    """So that those who failed together do not come back together."""
+    assert left(retry(backoff=2, jitter=1.0), 100.0) == 1.5
+
+
+def test_an_instance_is_given_up_after_so_many_failures_in_a_row() -> None:
+    """The last one included; a policy that allows more, or less, counts as it is now."""
+    assert left(retry(2, max_failures=3), 100.0) is not None
+    assert left(retry(3, max_failures=3), 100.0) is None
+    assert left(retry(3, max_failures=4), 100.0) is not None
+
+
+@pytest.mark.parametrize("reason", [Reason.INVALID_ARGUMENTS, Reason.COMMAND_NOT_FOUND])
+def test_what_no_retry_can_mend_is_given_up_at_once(reason: Reason) -> None:
+    """Only a change can."""
+    assert left(retry(reason=reason, max_failures=100), 100.0) is None
+
+
+# All of it, by values alone
+
+
+type Move = tuple[int, State]  # an instance, and what it is in the end
+
+
+class Fleet:
+    """One model whose decisions are carried out step by step, as the daemon does it."""
+
+    def __init__(self, model: ModelNow, devices: Sequence[frozenset[str]]) -> None:
+        self.model = model
+        self.claims: list[Claim] = []
+        self._devices = devices  # of each instance, by index
+        self._keys = itertools.count()
+        for one in model.instances:
+            if one.state in {LOADING, UNLOADING}:
+                self._claim(one.index, LOADS if one.state is LOADING else LEAVES)
+
+    def turn(self, most: int | None = None) -> bool:
+        """Carry out what is decided, or its first `most` steps; whether there was anything to do."""
+        moves = decide(Snapshot(models=[self.model]), 0.0).models["chat"]
+        learned = replace(self.model, wanted=moves.wanted, rollback=moves.rollback)
+        news, self.model = learned != self.model, learned
+        steps = [partial(self._stop, index) for index in moves.stop]
+        steps += [partial(self._start, index) for index in moves.start]
+        for step in steps[:most]:
+            step()
+        admitted = decide(Snapshot(claims=self.claims), 0.0).admit
+        self.claims = [replace(one, standing=LOADS) if one.key in admitted else one for one in self.claims]
+        return news or bool(steps) or bool(admitted)
+
+    def settle(self) -> None:
+        """Carry out decisions until there is nothing to do."""
+        for _ in range(5):
+            if not self.turn():
+                return
+        raise AssertionError("one decision leads to the next without end, though nothing happens")
+
+    def to_the_end(self, choose: Callable[[list[Move]], Move]) -> None:
+        """Whatever moves is there in the end, one after another; a check finds nothing."""
+        for _ in range(100):
+            self.settle()
+            if self.model.rollback.needs_check:
+                self.model = replace(self.model, rollback=self.model.rollback.check_ended(None))
+                continue
+            loading = [int(one.instance.rpartition("/")[2]) for one in self.claims if one.standing is LOADS]
+            leaving = [one.index for one in self.model.instances if one.state is UNLOADING]
+            moving = [*((index, READY) for index in loading), *((index, STOPPED) for index in leaving)]
+            if not moving:
+                return
+            self.ends_up(*choose(moving))
+        raise AssertionError("it has no end")
+
+    def active(self) -> list[tuple[State, EngineSpec]]:
+        """What is not stopped."""
+        return [(one.state, one.engine) for one in self.model.instances if one.state is not STOPPED]
+
+    def ends_up(self, index: int, state: State) -> None:
+        """One that moved is there."""
+        self._set(index, replace(self._instance(index), state=state))
+        self.claims = [one for one in self.claims if one.instance != f"chat/{index}"]
+
+    def _instance(self, index: int) -> InstanceNow:
+        return next(one for one in self.model.instances if one.index == index)
+
+    def _stop(self, index: int) -> None:
+        self._set(index, replace(self._instance(index), state=UNLOADING, renew=False))
+        self.claims = [one for one in self.claims if one.instance != f"chat/{index}"]
+        self._claim(index, LEAVES)
+
+    def _start(self, index: int) -> None:
+        self._set(index, InstanceNow(index, LOADING, self.model.rollback.target))
+        self._claim(index, ASKS)
+
+    def _claim(self, index: int, standing: Standing) -> None:
+        devices = self._devices[index % len(self._devices)]
+        made = Claim(next(self._keys), f"chat/{index}", Allocation(devices), standing)
+        self.claims.insert(0 if standing is LEAVES else len(self.claims), made)
+
+    def _set(self, index: int, one: InstanceNow) -> None:
+        others = (other for other in self.model.instances if other.index != index)
+        instances = tuple(sorted((*others, one), key=lambda one: one.index))
+        self.model = replace(self.model, instances=instances)
+
+
+@st.composite
+def models(draw: st.DrawFn, states: Sequence[State] = tuple(State)) -> ModelNow:
+    """In the middle of anything."""
+    engines = st.sampled_from([OLD, NEW])
+    rows = draw(st.lists(st.tuples(st.sampled_from(states), engines, st.booleans()), max_size=5))
+    instances = tuple(
+        InstanceNow(index, state, engine, None, renew) for index, (state, engine, renew) in enumerate(rows)
+    )
+    policy = Policy(
+        replicas=draw(st.integers(1, 4)),
+        replace=draw(st.sampled_from(["auto", "surge", "drain"])),
+        start=draw(st.sampled_from(["always", "on-demand"])),
+        enabled=draw(st.sampled_from([True, True, False])),
+    )
+    good = draw(st.none() | engines)
+    rollback = Rollback(
+        draw(engines), good, draw(st.none() | engines), draw(st.none() | st.just(CRASHED)) if good else None
+    )
+    model = ModelNow("chat", policy, draw(st.sampled_from(Wanted)), rollback, instances)
+    return replace(model, waits_since=draw(st.none() | st.just(0.0)))
+
+
+NO_ERROR = (READY, LOADING, STOPPED, UNLOADING)  # one in error is news of its spec, as long as it is there
+ON_DEVICES = st.lists(st.frozensets(st.sampled_from(["0", "1", "2"]), max_size=2), min_size=1, max_size=3)
+
+
+@given(models(), ON_DEVICES)
+def test_the_same_fleet_gives_the_same_decision_and_what_was_carried_out_is_not_decided_again(
+    model: ModelNow, devices: list[frozenset[str]]
+) -> None:
+    """As long as nothing happens, there is an end to it."""
+    snapshot = Snapshot(models=[model], claims=Fleet(model, devices).claims)
+    assert decide(snapshot, 0.0) == decide(snapshot, 0.0)
+    fleet = Fleet(model, devices)
+    fleet.settle()
+    moves = moves_of(fleet.model)
+    assert (moves.stop, moves.start, moves.wanted) == ((), (), fleet.model.wanted)
+
+
+@given(models(NO_ERROR), ON_DEVICES, st.data())
+def test_whatever_ends_first_a_model_becomes_what_is_wanted_of_it(
+    model: ModelNow, devices: list[frozenset[str]], data: st.DataObject
+) -> None:
+    """Every start that is let in becomes ready, every stop comes to its end, every check finds nothing."""
+    fleet = Fleet(model, devices)
+    fleet.to_the_end(lambda moving: data.draw(st.sampled_from(moving)))
+    runs = fleet.model.wanted is Wanted.RUN and model.policy.enabled
+    assert fleet.claims == []
+    assert fleet.active() == [(READY, fleet.model.rollback.target)] * (model.policy.replicas if runs else 0)
+
+
+@given(models(NO_ERROR), ON_DEVICES, st.lists(st.integers(0, 3), max_size=6))
+def test_decisions_that_are_cut_off_in_the_middle_lead_to_the_same_end(
+    model: ModelNow, devices: list[frozenset[str]], cuts: list[int]
+) -> None:
+    """What was done of one is seen, and the rest is decided again."""
+    whole, cut = Fleet(model, devices), Fleet(model, devices)
+    whole.to_the_end(lambda moving: moving[0])
+    for most in cuts:
+        cut.turn(most)
+    cut.to_the_end(lambda moving: moving[0])
+    assert cut.active() == whole.active()
+    assert (cut.model.wanted, cut.model.rollback, cut.claims) == (whole.model.wanted, whole.model.rollback, [])
+
+
+@given(models(), st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 1e6))
+def test_when_to_look_again_is_a_time_to_come(model: ModelNow, idle: float, timeout: float, time: float) -> None:
+    """Never before now, and in no time at all only where something follows."""
+    policy = Policy.model_validate(model.policy.model_dump() | {"idle_timeout": timeout})
+    found = decide(Snapshot(models=[replace(model, policy=policy, idle_seconds=idle)], retries=[retry()]), time)
+    assert found.models["chat"].look_again >= 0
+    pause = found.retries["chat/0"]
+    assert pause is not None
+    assert pause >= 0
