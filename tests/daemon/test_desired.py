@@ -549,8 +549,26 @@ async def test_a_deleted_model_drains_and_its_name_is_taken_until_then(tmp_path:
             gate.touch()
             assert (await stream.read()).endswith(b"data: [DONE]\n\n")
         await running.once("chat", lambda one: one["state"] == "ready")
-    async with serving(tmp_path / "again", port_start, CHAT + "enabled = false\n") as running:
-        await running.write("DELETE", "/models/chat", status=204)
+
+
+async def test_a_deleted_model_that_runs_nothing_is_gone_at_once(tmp_path: Path, port_start: int) -> None:
+    """204, whatever kept it from running; its name is free."""
+    others = "".join(
+        f'[models.{name}]\nmodel = "x"\n{keys}\n'
+        for name, keys in {
+            "disabled": "enabled = false",
+            "awaits": 'start = "on-demand"',
+            "stopped": "",
+            "failed": 'args = { fake_exit_at = "import", fake_exit_code = 2 }',
+        }.items()
+    )
+    async with daemon(fake_engines(port_start) + others, tmp_path) as running:
+        await running.eventually("/models/failed", lambda model: model["status"]["state"] == "error")
+        await running.post("/models/stopped/stop", {}, 202)
+        await running.eventually("/models/stopped", lambda model: model["status"]["state"] == "stopped")
+        for name in ("disabled", "awaits", "stopped", "failed"):
+            await running.write("DELETE", f"/models/{name}", status=204)
+            await running.write("POST", "/models", {"id": name, "model": "x", "enabled": False}, 201)
 
 
 async def test_of_many_writers_nobody_loses_anything(tmp_path: Path, port_start: int) -> None:

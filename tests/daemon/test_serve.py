@@ -152,7 +152,7 @@ async def test_a_request_for_a_loading_model_waits_for_it(tmp_path: Path, port_s
 
 
 async def test_instances_that_share_a_gpu_load_one_after_another(tmp_path: Path, port_start: int) -> None:
-    """A second engine on the same device is not even started before the first one is ready."""
+    """A second engine on the same device is not started before the first one is ready, and says what it waits for."""
     gate = tmp_path / "go"
     config = f"""
     [defaults]
@@ -166,9 +166,29 @@ async def test_instances_that_share_a_gpu_load_one_after_another(tmp_path: Path,
     async with daemon(fake_engines(port_start) + config, tmp_path) as running:
         await running.eventually("/models/first", lambda found: found["status"]["instances"][0]["pid"])
         second = (await running.get("/models/second"))["status"]["instances"][0]
-        assert (second["phase"], second["pid"]) == ("queued", None)
+        assert (second["state"], second["phase"], second["pid"]) == ("loading", "queued", None)
+        assert (second["reason"], second["message"]) == (None, "waits: first/0 loads on what it needs")
         gate.touch()
         await running.until("2 of 2 models ready")
+        assert [(await running.instance(model))["message"] for model in ("first", "second")] == [None, None]
+
+
+async def test_a_start_that_is_stopped_while_it_waits_says_no_more_what_for(tmp_path: Path, port_start: int) -> None:
+    """Nothing is in the way of what nobody wants."""
+    config = f"""
+    [defaults]
+    devices = [0]
+    [models.first]
+    model = "x"
+    args = {{ fake_load_until = "{tmp_path / "go"}" }}
+    [models.second]
+    model = "x"
+    """
+    async with daemon(fake_engines(port_start) + config, tmp_path) as running:
+        await running.once("second", lambda one: one["message"])
+        await running.post("/models/second/stop", {}, 202)
+        second = await running.once("second", lambda one: one["state"] == "stopped")
+        assert second["message"] is None
 
 
 async def test_the_listen_backlog_takes_a_burst_of_clients(tmp_path: Path, port_start: int) -> None:
