@@ -1,7 +1,7 @@
 """Which engine spec the instances of a model are to run: the file's, or the last good one while the file's fails.
 
-A spec that an engine was ready with is not given up for one that fails. Values in, values out: what is checked before
-a start, and what is logged, happens elsewhere.
+For `decide`. A spec that an engine was ready with is not given up for one that fails. Values in, values out: the check
+before a start, and the log, are `fleet/model.py`'s; which instances change over when is `rollout`'s.
 """
 
 from collections.abc import Sequence

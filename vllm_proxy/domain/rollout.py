@@ -1,7 +1,8 @@
-"""What runs and what is wanted of one model -> which instances to stop and which to start, now.
+"""What runs and what is wanted of one model -> which instances to stop and which to start, now (a rolling update).
 
-Its one rule: it looks at what is, never at what it said before. So it can be asked again after every change, and a
-change of mind in the middle of a replacement needs no special case.
+For `decide`. It looks at what is, never at what it said before: so it can be asked again after every change, and
+another change in the middle of a replacement needs no special case. When a start may really go, on which devices, is
+not decided here.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,7 @@
-"""What the supervisors of one daemon share, as far as they see it."""
+"""What the models and supervisors of one daemon share, as far as they see it.
+
+Made once, by `daemon.py` or by a test. Only names and shapes: nothing is done here.
+"""
 
 import asyncio
 import contextlib

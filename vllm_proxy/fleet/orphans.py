@@ -1,4 +1,8 @@
-"""Engines that an earlier daemon left (orphans): which of them are adopted, and the end of all others."""
+"""Engines that an earlier daemon left (orphans): which of them are adopted, and the end of all others.
+
+For the reconciler, and for `stop --all` without a daemon. Nothing is ended here but what a record names, and nothing is
+adopted: who an engine is given to is the reconciler's business.
+"""
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
