@@ -1,6 +1,5 @@
 """Changes of the desired state: `/config`, and writes to `/models`. It translates; `engine.desired` decides."""
 
-import asyncio
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +23,6 @@ from vllm_proxy.traffic.envelope import Handler
 from vllm_proxy.traffic.front import client_of
 
 _ETAG = re.compile(r'(?:W/)?"([^"]*)"')
-_TURNS = 10  # of the event loop: in these a model ends of which nothing runs
 _OF_A_MODEL = re.compile(r"models\b")
 
 
@@ -73,8 +71,6 @@ class Writes:
             return edit.delete(text, model_id)
 
         outcome = await self._write(request, change)
-        for _ in range(_TURNS):
-            await asyncio.sleep(0)
         if self._reconciler.knows(model_id):
             return self._shown(model_id, outcome, status=202)
         return web.Response(status=204, headers=etag(outcome.revision))

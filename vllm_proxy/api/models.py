@@ -137,7 +137,10 @@ def act(
         if not model.spec.policy.enabled:
             msg = f"cannot start or stop {model.spec.id}: it is disabled in the configuration"
             raise RequestError("model_disabled", msg)
-        await asyncio.wait({do(model)})
+        done = do(model)
+        await asyncio.wait({done})  # a client that leaves takes nothing back
+        if not done.cancelled():  # the daemon stops
+            done.result()
         return Reply(resource(model, registry), 202)
 
     return handle
