@@ -3,7 +3,7 @@
 What is measured is the processor time of the loop's thread, never the clock: a machine that is busy elsewhere takes
 the clock's time away, and none of this one. So the limit is one figure on an idle machine and on a loaded one:
 `LIMIT_SECONDS` of computing in one callback, or in one step of a task. The allowance is what processor time itself
-swings by, a cold cache or a neighbour on the same core: callbacks are kept at a third of the limit where they are made.
+swings by, a cold cache, another process on that core: callbacks are kept at a third of the limit where they are made.
 Waiting inside a callback (`time.sleep`, a slow disk) is not seen here.
 
 Not watched: the time before READY=1, in which modules are imported and the file is parsed for the first time.

@@ -33,7 +33,7 @@ def test_modules_and_functions_stay_small(module: Path) -> None:
 
 # Who owns what the event loop calls: a callback that raises is logged by `background.log_faults`, and then this holds.
 CALLBACKS = {
-    ("traffic/asking.py", "add_done_callback"),  # a permit is given back
+    ("traffic/fan_out.py", "add_done_callback"),  # a permit is given back
     ("traffic/client.py", "call_later"),  # a connection too many: its client ends it, or the next one takes its place
     ("api/events.py", "add_done_callback"),  # an open stream, which ends with its connection at the latest
     ("traffic/front.py", "call_later"),  # the next look is set first

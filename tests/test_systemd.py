@@ -101,7 +101,7 @@ async def test_the_watchdog_hears_the_event_loop(notify_socket: socket.socket, m
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
     loop, messages = asyncio.get_running_loop(), []
     with telling() as systemd:
-        beating = asyncio.create_task(systemd.beat())
+        beating = asyncio.create_task(systemd.ping_watchdog())
         times = []
         for _ in range(3):
             messages.append((await loop.sock_recv(notify_socket, 100)).decode())

@@ -1,4 +1,7 @@
-"""One OpenAI-compatible address in front of many vLLM processes. Start with ARCHITECTURE.md beside this file."""
+"""One OpenAI-compatible address in front of many vLLM processes.
+
+Start with ARCHITECTURE.md beside this file; HACKING.md says where a change goes.
+"""
 
 from importlib.metadata import version
 

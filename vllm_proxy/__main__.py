@@ -1,6 +1,7 @@
-"""`python -m vllm_proxy` and the console script `vllm-proxy`.
+"""Entry point: `python -m vllm_proxy` and the console script `vllm-proxy`.
 
-Its one rule: however the streams are that it was started with, a command does its work and ends with its status.
+Makes sure that a command runs and exits with its status even where the standard streams are closed, full or broken
+pipes. Commands are in `cli`, which is imported late, since that takes a second. Nothing else belongs here.
 """
 
 import contextlib
@@ -13,14 +14,16 @@ def main() -> None:
     """Run the command line and exit with its status."""
     _open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no such letter; stderr does so itself
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # for characters that the terminal's encoding lacks; stderr does that itself
     status = _run()
     sys.exit(_flushed(status))
 
 
 def _run() -> int:
     try:
-        from vllm_proxy.cli import run  # noqa: PLC0415 - takes a second, in which Ctrl-C must not be a traceback
+        from vllm_proxy.cli import run  # noqa: PLC0415 - takes a second: Ctrl-C in it must not be a traceback
 
         return run(sys.argv[1:])
     except SystemExit as ended:  # of argparse
@@ -30,7 +33,7 @@ def _run() -> int:
 
 
 def _open_missing_streams() -> None:
-    """A standard descriptor that is closed would go to the next file that is opened, and the output into that."""
+    """Open closed standard streams: their descriptors would be reused by the next file, and output written into it."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)
@@ -41,7 +44,7 @@ def _open_missing_streams() -> None:
 
 
 def _flushed(status: int) -> int:
-    """The status, once all that was printed is written; what cannot be is dropped, or Python would complain of it."""
+    """The status, after flushing; what cannot be written is dropped, since Python would report it again at exit."""
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -1,4 +1,8 @@
-"""Commands and exit statuses. Its one rule: what a person must read is never in a traceback."""
+"""The command line: parses arguments, runs one command and maps its outcome to an exit status.
+
+Results go to stdout, as JSON with `--json`; an error that a user can cause is one sentence on stderr, never a
+traceback. What commands do is in `control` (with a running daemon), `daemon` and `help`.
+"""
 
 import argparse
 import contextlib
@@ -38,7 +42,7 @@ class OutputError(VllmProxyError):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command; returns the exit status of contract section 1."""
+    """Run one command; returns the exit status, as docs/commands.md lists them."""
     options = _parser().parse_args(arguments)
     if options.command not in {_serve, _demo}:
         return _run(options)
@@ -47,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
         options.writer = writer
         try:
             return _run(options)
-        except Exception:  # not left to Python, which would wait for ever for whoever reads stderr
+        except Exception:  # not left to Python, which would block on a stderr that nobody reads
             log.exception("the daemon ends by a fault of its own")
             return FAILED
 
@@ -58,17 +62,17 @@ def _run(options: argparse.Namespace) -> int:
     except ConfigError as error:
         return _refused(error, options)
     except (NoDaemonError, LostError) as error:
-        _complain(str(error))
+        _print_error(str(error))
         return NO_DAEMON
     except VllmProxyError as error:
-        _complain(str(error))
+        _print_error(str(error))
         return FAILED
     except (KeyboardInterrupt, BrokenPipeError):
         return FAILED
-    except (OSError, aiohttp.ClientError, UnicodeError) as error:  # what nobody has a better sentence for
+    except (OSError, aiohttp.ClientError, UnicodeError) as error:  # no better message exists
         if getattr(options, "log_level", "") == "debug":
             raise
-        _complain(f"cannot {options.action}: {_why(error)}")
+        _print_error(f"cannot {options.action}: {_why(error)}")
         return FAILED
     return status
 
@@ -82,7 +86,7 @@ def _why(error: Exception) -> str:
 
 
 def _reserve_standard_descriptors() -> None:
-    """A closed one would be given to the next socket that is opened, and the log would go there."""
+    """Open closed ones: the next socket would reuse their number, and the log would be written into it."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
         pass
     os.close(descriptor)
@@ -155,7 +159,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _set_up_log(options: argparse.Namespace, *, engines: bool) -> logsetup.Output:
-    """Of a daemon. `engines`: what they write is part of it, where the level lets it through."""
+    """Of a daemon. `engines`: their output is part of it, where the level includes it."""
     form = logsetup.resolve(options.log_format, os.environ)
     logsetup.set_up(options.log_level, form)
     logsetup.capture(options.writer, form)
@@ -168,9 +172,9 @@ def _check(options: argparse.Namespace) -> int:
     config = daemon.read_config(loaded)
     file = str(loaded.config_file)
     if options.json:
-        _say(json.dumps({"file": file, "revision": config.revision, "models": list(config.models), "problems": []}))
+        _print(json.dumps({"file": file, "revision": config.revision, "models": list(config.models), "problems": []}))
     else:
-        _say(f"{file}: valid, {len(config.models)} model{'' if len(config.models) == 1 else 's'}")
+        _print(f"{file}: valid, {len(config.models)} model{'' if len(config.models) == 1 else 's'}")
     return OK
 
 
@@ -186,7 +190,7 @@ def _init(options: argparse.Namespace) -> int:
     except OSError as error:
         msg = f"cannot write {file}: {error.strerror}; choose another place with --config"
         raise StartupError(msg) from error
-    _say(json.dumps({"file": str(file)}) if options.json else f"wrote {file}")
+    _print(json.dumps({"file": str(file)}) if options.json else f"wrote {file}")
     return OK
 
 
@@ -208,20 +212,20 @@ def _readable_by_its_group(file: str, flags: int) -> int:
 
 def _act(options: argparse.Namespace) -> int:
     loaded = _load(options)
-    say = _silent if options.json else _say
-    logsetup.set_up("error", logsetup.resolve("auto", os.environ))  # `say` tells the rest
+    report = _discard if options.json else _print
+    logsetup.set_up("error", logsetup.resolve("auto", os.environ))  # `report` prints the rest
     if getattr(options, "all", False):
-        outcome = uvloop.run(control.stop_all(loaded, say))
+        outcome = uvloop.run(control.stop_all(loaded, report))
         if options.json:
-            _say(json.dumps(outcome))
+            _print(json.dumps(outcome))
         return OK if outcome["ended"] else FAILED
-    resource = uvloop.run(control.act(loaded, options.action, options.model, say))
+    resource = uvloop.run(control.act(loaded, options.action, options.model, report))
     if options.json:
-        _say(json.dumps(resource))
+        _print(json.dumps(resource))
     if not control.failed(resource, options.action):
         return OK
     if not options.json and (reason := resource["status"]["reason"]):
-        _complain(f"`vllm-proxy help {reason}` says what to look at, and what to do")
+        _print_error(f"`vllm-proxy help {reason}` says what to look at, and what to do")
     return FAILED
 
 
@@ -241,28 +245,28 @@ def _reload(options: argparse.Namespace) -> int:
         return _print_changes(options, uvloop.run(control.reload(loaded)), OK)
     except RefusedError as error:
         if options.json:
-            _say(json.dumps({"problems": error.problems}))
+            _print(json.dumps({"problems": error.problems}))
         else:
             found = [Problem(**problem) for problem in error.problems]
-            _complain_of_lines([problem.render(str(loaded.config_file)) for problem in found])
+            _print_error_lines([problem.render(str(loaded.config_file)) for problem in found])
         return CONFIG_INVALID
 
 
 def _print_changes(options: argparse.Namespace, changes: Sequence[Change], status: int) -> int:
     if options.json:
-        _say(json.dumps({"changes": changes}))
+        _print(json.dumps({"changes": changes}))
     else:
         lines = [f"{change['action']} {change['model']}: {change['reason']}" for change in changes]
-        _say("\n".join(lines or ["nothing to do"]))
+        _print("\n".join(lines or ["nothing to do"]))
     return status
 
 
 def _logs(options: argparse.Namespace) -> int:
-    def say_json(line: str) -> None:
-        _say(json.dumps({"line": line}))
+    def print_json(line: str) -> None:
+        _print(json.dumps({"line": line}))
 
-    say = say_json if options.json else _say
-    uvloop.run(control.print_logs(_load(options), options.model, options.lines, say, follow=options.follow))
+    report = print_json if options.json else _print
+    uvloop.run(control.print_logs(_load(options), options.model, options.lines, report, follow=options.follow))
     return OK
 
 
@@ -271,17 +275,17 @@ def _help(options: argparse.Namespace) -> int:
     try:
         text = pages.about(wanted) if wanted else pages.contents()
     except pages.UnknownTopicError as error:
-        _complain(str(error))
+        _print_error(str(error))
         return WRONG_USAGE
     if options.json:
         listed = {"topics": [{"name": name, "about": about} for name, about in pages.topics()]}
-        _say(json.dumps({"topic": wanted, "text": text} if wanted else listed))
+        _print(json.dumps({"topic": wanted, "text": text} if wanted else listed))
     else:
-        terminal.show(text, os.environ, _say)
+        terminal.show(text, os.environ, _print)
     return OK
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     """Print at once, since whoever reads may go or have no room.
 
     Raises:
@@ -297,13 +301,13 @@ def _say(text: str) -> None:
         raise OutputError(msg) from error
 
 
-def _complain(text: str) -> None:
-    """Say why it failed; where nobody can hear it, the exit status has to do."""
+def _print_error(text: str) -> None:
+    """Report why a command failed; where stderr cannot be written, the exit status has to do."""
     with contextlib.suppress(OSError):
         print(f"vllm-proxy: {text}", file=sys.stderr, flush=True)
 
 
-def _silent(_text: str) -> None:
+def _discard(_text: str) -> None:
     """With --json the result alone is printed."""
 
 
@@ -315,17 +319,17 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _refused(error: ConfigError, options: argparse.Namespace) -> int:
-    """What was asked for, the verdict of `check`, goes to stdout; a reason why something does not run, to stderr."""
+    """The result of `check` goes to stdout; the reason why another command fails goes to stderr."""
     if getattr(options, "json", False):
-        _say(json.dumps({"file": error.file, "problems": problems_of(error.problems)}))
+        _print(json.dumps({"file": error.file, "problems": problems_of(error.problems)}))
     elif options.command is _check:
-        _say("\n".join(error.lines()))
+        _print("\n".join(error.lines()))
     else:
-        _complain_of_lines(error.lines())
+        _print_error_lines(error.lines())
     return CONFIG_INVALID if options.action in _ABOUT_A_FILE else FAILED
 
 
-def _complain_of_lines(lines: Sequence[str]) -> None:
+def _print_error_lines(lines: Sequence[str]) -> None:
     """Each as it is: editors jump to `FILE:LINE:`."""
     with contextlib.suppress(OSError):
         print("\n".join(lines), file=sys.stderr, flush=True)

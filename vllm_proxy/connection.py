@@ -1,6 +1,7 @@
-"""A running daemon, asked through its control socket. Its one rule: whatever becomes of it, a sentence says so, soon.
+"""A client of a running daemon, through its control socket; for the commands in `control`.
 
-An answer may take as long as the daemon works on it; that it lives and answers at all is looked at meanwhile.
+A request may take as long as the daemon works on it. `/health` is polled meanwhile, so a daemon that hangs is a timeout
+and one that died an error, each with a sentence for the user. Nothing is printed here.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from vllm_proxy.runtime.background import ask
 from vllm_proxy.settings import Settings, short_name
 
 _ANSWER_SECONDS = 10.0  # longest for `/health`
-_POLL_SECONDS = 2.0  # between two looks at a daemon that works on something
+_POLL_SECONDS = 2.0  # between two polls of a daemon that works on something
 _LONGEST_LINE = 16 * 2**20  # of a text; more comes as the next line
 
 
@@ -51,7 +52,7 @@ class Connection:
         self._session = session
         self._place = place
 
-    async def greet(self) -> None:
+    async def verify(self) -> None:
         """Make sure that it is a daemon of ours, and answers.
 
         Raises:
@@ -60,14 +61,14 @@ class Connection:
 
         """
         try:
-            with self._told():
+            with self._translated_errors():
                 await self._poll()
         except LostError as error:
             if isinstance(error.__cause__, aiohttp.ClientConnectorError):
                 raise error.__cause__.os_error from error
             raise
 
-    async def ask(self, method: str, path: str, toml: bytes | None = None) -> Any:  # noqa: ANN401 - JSON
+    async def request(self, method: str, path: str, toml: bytes | None = None) -> Any:  # noqa: ANN401 - JSON
         """The JSON answer to a request, without a body or with one in TOML.
 
         Raises:
@@ -76,8 +77,8 @@ class Connection:
 
         """
         headers = {"Content-Type": "application/toml"} if toml is not None else {}
-        with self._told():
-            return await self._while_it_lives(self._ask(method, path, toml, headers))
+        with self._translated_errors():
+            return await self._while_it_lives(self._request(method, path, toml, headers))
 
     async def lines(self, path: str) -> AsyncIterator[bytes]:
         """The lines of a text answer as they come, without their ends.
@@ -87,15 +88,15 @@ class Connection:
             LostError: it ended in the middle.
 
         """
-        with self._told():
+        with self._translated_errors():
             answer = await self._while_it_lives(self._session.get(path))
         async with answer:
-            with self._told():
+            with self._translated_errors():
                 if answer.status >= 400:
                     raise _error(answer.status, await self._while_it_lives(answer.read()))
             rest = b""
             while True:
-                with self._told():
+                with self._translated_errors():
                     chunk = await self._while_it_lives(answer.content.readany())
                 if not chunk:
                     break
@@ -108,7 +109,7 @@ class Connection:
             if rest:
                 yield rest
 
-    async def _ask(self, method: str, path: str, toml: bytes | None, headers: dict[str, str]) -> Any:  # noqa: ANN401 - JSON
+    async def _request(self, method: str, path: str, toml: bytes | None, headers: dict[str, str]) -> Any:  # noqa: ANN401 - JSON
         async with self._session.request(method, path, data=toml, headers=headers) as answer:
             data = await answer.read()
             if answer.status >= 400:
@@ -141,8 +142,8 @@ class Connection:
             await self._poll()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """What can go wrong with a connection, in a sentence."""
+    def _translated_errors(self) -> Iterator[None]:
+        """Translate errors of a connection into sentences for the user."""
         try:
             yield
         except TimeoutError as error:
@@ -182,7 +183,7 @@ async def connected(settings: Settings) -> AsyncIterator[Connection]:
     for place in settings.sockets:
         async with contextlib.AsyncExitStack() as stack:
             try:
-                connection = await _reach(place, stack)
+                connection = await _connect(place, stack)
             except PermissionError:
                 denied.append(place)
                 continue
@@ -203,7 +204,7 @@ def _is_socket(place: Path) -> bool:
     return stat.S_ISSOCK(place.stat().st_mode)
 
 
-async def _reach(place: Path, stack: contextlib.AsyncExitStack) -> Connection | None:
+async def _connect(place: Path, stack: contextlib.AsyncExitStack) -> Connection | None:
     """The daemon that listens on a socket; None where there is none, or a daemon that was killed has left it."""
     try:
         if not _is_socket(place):
@@ -216,7 +217,7 @@ async def _reach(place: Path, stack: contextlib.AsyncExitStack) -> Connection | 
     )
     connection = Connection(await stack.enter_async_context(session), place)
     try:
-        await connection.greet()
+        await connection.verify()
     except (ConnectionRefusedError, FileNotFoundError):
         return None
     return connection

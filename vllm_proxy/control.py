@@ -1,4 +1,8 @@
-"""Commands that act on a running daemon, through its control socket. Its one rule: they end with what became of it."""
+"""Commands that act on a running daemon through its control socket: start, stop, restart, plan, reload, logs.
+
+Each returns when its outcome is known, not when it was requested: the model is ready, stopped, failed, or cannot be
+ended. Without a daemon, `stop --all` ends the orphans that one left. Arguments and exit statuses are in `cli`.
+"""
 
 import asyncio
 import contextlib
@@ -10,16 +14,16 @@ from urllib.parse import quote
 
 from vllm_proxy.connection import CommandError, NoDaemonError, connected
 from vllm_proxy.domain.resources import Change, Model
-from vllm_proxy.engine.process import adopt_orphans
+from vllm_proxy.engine.process import become_subreaper
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.fleet.orphans import end_left
 from vllm_proxy.runtime.files import become_owner
 from vllm_proxy.settings import Settings
 
 _POLL_SECONDS = 0.2
-_OFTEN = 5  # looks in a row
+_OFTEN = 5  # polls in a row
 
-type Say = Callable[[str], None]
+type Report = Callable[[str], None]
 
 
 class LeftEngine(TypedDict):
@@ -37,7 +41,7 @@ class Stopped(TypedDict):
     ended: bool  # all of it
 
 
-async def act(settings: Settings, action: str, model_id: str, say: Say) -> Model:
+async def act(settings: Settings, action: str, model_id: str, report: Report) -> Model:
     """`start`, `stop` or `restart` a model and wait until it has come to rest; returns its resource.
 
     Raises:
@@ -48,18 +52,18 @@ async def act(settings: Settings, action: str, model_id: str, say: Say) -> Model
     """
     path = _path(model_id)
     async with connected(settings) as daemon:
-        before = _engines(await daemon.ask("GET", path))
-        resource: Model = await daemon.ask("POST", f"{path}/{action}")
-        said, against = "", 0  # how often in a row it went another way than it was told to
+        before = _engines(await daemon.request("GET", path))
+        resource: Model = await daemon.request("POST", f"{path}/{action}")
+        reported, against = "", 0  # polls in a row in which it moved away from the requested state
         while not (_at_rest(resource, action, before) or _is_stuck(resource) or against >= _OFTEN):
-            now = f"{model_id}: {_sentence(resource)}"
-            if now != said:
-                say(now)
-            said = now
+            now = f"{model_id}: {_summary(resource)}"
+            if now != reported:
+                report(now)
+            reported = now
             await asyncio.sleep(_POLL_SECONDS)
-            resource = await daemon.ask("GET", path)
-            against = against + 1 if _goes_another_way(resource, action) else 0
-        say(f"{model_id}: {_sentence(resource)}")
+            resource = await daemon.request("GET", path)
+            against = against + 1 if _is_diverging(resource, action) else 0
+        report(f"{model_id}: {_summary(resource)}")
         return resource
 
 
@@ -73,7 +77,7 @@ async def planned(settings: Settings, toml: bytes) -> list[Change]:
 
     """
     async with connected(settings) as daemon:
-        return list((await daemon.ask("POST", "/config/plan", toml))["changes"])
+        return list((await daemon.request("POST", "/config/plan", toml))["changes"])
 
 
 async def reload(settings: Settings) -> list[Change]:
@@ -86,10 +90,10 @@ async def reload(settings: Settings) -> list[Change]:
 
     """
     async with connected(settings) as daemon:
-        return list((await daemon.ask("POST", "/config/reload"))["changes"])
+        return list((await daemon.request("POST", "/config/reload"))["changes"])
 
 
-async def stop_all(settings: Settings, say: Say) -> Stopped:
+async def stop_all(settings: Settings, report: Report) -> Stopped:
     """Stop every model of the running daemon; without one, end what an earlier daemon left.
 
     Root becomes the state directory's owner first: nothing that user wrote is acted on with root's rights.
@@ -104,12 +108,12 @@ async def stop_all(settings: Settings, say: Say) -> Stopped:
     become_owner(settings.state_dir)
     try:
         async with connected(settings) as daemon:
-            models: list[Model] = (await daemon.ask("GET", "/models"))["models"]
+            models: list[Model] = (await daemon.request("GET", "/models"))["models"]
     except NoDaemonError:
-        return await _end_left(settings, say)
+        return await _end_left(settings, report)
     enabled = [model["id"] for model in models if model["effective"]["enabled"]]
     found = await asyncio.gather(
-        *(act(settings, "stop", model_id, say) for model_id in enabled), return_exceptions=True
+        *(act(settings, "stop", model_id, report) for model_id in enabled), return_exceptions=True
     )
     for error in found:
         if isinstance(error, BaseException) and not isinstance(error, CommandError):
@@ -120,21 +124,23 @@ async def stop_all(settings: Settings, say: Say) -> Stopped:
     return {"models": resources, "engines": [], "ended": not any(failed(one, "stop") for one in resources)}
 
 
-async def _end_left(settings: Settings, say: Say) -> Stopped:
+async def _end_left(settings: Settings, report: Report) -> Stopped:
     if not _is_there(settings.state_dir):
-        say("no daemon runs, and none has left engines here")
+        report("no daemon runs, and none has left engines here")
         return {"models": [], "engines": [], "ended": True}
     with StateDirectory(settings.state_dir, settings.scratch) as state:
         left = state.left_behind()
-        adopt_orphans()
+        become_subreaper()
         for record in left:
-            say(f"ending {record.instance}, process {record.pid}")
+            report(f"ending {record.instance}, process {record.pid}")
         ended = await end_left(left, state)
         unusable = state.unusable
     if unusable:
-        say(f"{unusable} of its records cannot be used, so that engines may be left: see the messages above")
+        report(f"{unusable} of its records cannot be used, so that engines may be left: see the messages above")
         ended = False
-    say(f"no daemon runs; engines that one had left: {len(left)}{'' if ended else ', not all of them could be ended'}")
+    report(
+        f"no daemon runs; engines that one had left: {len(left)}{'' if ended else ', not all of them could be ended'}"
+    )
     engines: list[LeftEngine] = [{"instance": record.instance, "pid": record.pid} for record in left]
     return {"models": [], "engines": engines, "ended": ended}
 
@@ -149,7 +155,7 @@ def _is_there(state_dir: Path) -> bool:
     return True
 
 
-async def print_logs(settings: Settings, model_id: str, lines: int, say: Say, *, follow: bool) -> None:
+async def print_logs(settings: Settings, model_id: str, lines: int, report: Report, *, follow: bool) -> None:
     """Engine output, line by line; with `follow` until the daemon stops.
 
     Raises:
@@ -163,35 +169,35 @@ async def print_logs(settings: Settings, model_id: str, lines: int, say: Say, *,
         async for raw in daemon.lines(path):
             line = raw.decode(errors="replace")
             if not follow:
-                say(line)
+                report(line)
             elif line.startswith("data: "):
-                say(line.removeprefix("data: "))
+                report(line.removeprefix("data: "))
 
 
 def _path(model_id: str) -> str:
-    """Of a model, whatever bytes somebody took for one."""
+    """The path of a model; the id may hold any bytes."""
     return f"/models/{quote(model_id, safe='', errors='surrogateescape')}"
 
 
 def failed(resource: Model, action: str) -> bool:
-    """Whether a model has not come to where the action was to bring it; one that has gone to sleep again has."""
+    """Whether the action failed; a model that was unloaded again because nobody used it has not failed."""
     state, effective = resource["status"]["state"], resource["effective"]
     if state == "error" or _is_stuck(resource):
         return True
     if action == "stop":
         return bool(state != "stopped")
-    sleeps = effective["start"] == "on-demand" and effective["enabled"] and resource["status"]["reason"] is None
-    return state == "stopped" and not sleeps
+    unloaded = effective["start"] == "on-demand" and effective["enabled"] and resource["status"]["reason"] is None
+    return state == "stopped" and not unloaded
 
 
-def _goes_another_way(resource: Model, action: str) -> bool:
-    """Whether somebody else may have told it something else; a model that is started anew is stopped for a moment."""
+def _is_diverging(resource: Model, action: str) -> bool:
+    """Whether somebody else may have changed it; a model that is restarted is stopped for a moment."""
     states = {one["state"] for one in resource["status"]["instances"]}
     return bool(states & {"loading", "ready"}) if action == "stop" else states == {"stopped"}
 
 
 def _is_stuck(resource: Model) -> bool:
-    """Whether it goes on only once somebody has ended an engine by hand, which may take for ever."""
+    """Whether it waits for an engine that could not be ended, which may take for ever."""
     return bool(resource["status"]["reason"] == "not_ended")
 
 
@@ -209,7 +215,7 @@ def _at_rest(resource: Model, action: str, before: Sequence[tuple[int | None, st
     return action == "start" or "error" in states or not set(before) & set(_engines(resource))
 
 
-def _sentence(resource: Model) -> str:
+def _summary(resource: Model) -> str:
     status = resource["status"]
     phases = {one["phase"] for one in status["instances"] if one["phase"]} - {"serving"}
     text = f"{status['state']}{f' ({", ".join(sorted(phases))})' if phases else ''}"

@@ -1,4 +1,9 @@
-"""The composition root: opens everything in order, closes it in reverse, and listens to signals."""
+"""The composition root: creates and connects all parts, handles signals, and shuts down gracefully.
+
+Owns the order in which things are opened and closed. Graceful shutdown: stop accepting, drain the requests in flight
+for at most `shutdown_timeout`, stop the engines, close the rest in reverse order. What a model or a request does is
+decided elsewhere.
+"""
 
 import asyncio
 import contextlib
@@ -25,7 +30,7 @@ from vllm_proxy.engine.options import OptionTables
 from vllm_proxy.engine.output import PassOn
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.probe import HttpProbe
-from vllm_proxy.engine.process import adopt_orphans, reap_orphans
+from vllm_proxy.engine.process import become_subreaper, reap_orphans
 from vllm_proxy.engine.program import Programs
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.errors import ConfigError, NotEndedError, Problem
@@ -52,14 +57,14 @@ from vllm_proxy.traffic.registry import Registry
 
 log = structlog.get_logger()
 
-_SWITCH_SECONDS = 0.001  # Python's own is 5 ms, of which a request would wait several
-_FIRST_REQUEST_SECONDS = 1.0  # for connections that were accepted before a stop to say what they want
-_WAYS_OUT: dict[type[OSError], str] = {
+_SWITCH_SECONDS = 0.001  # Python's default is 5 ms, and a request may wait for several
+_FIRST_REQUEST_SECONDS = 1.0  # for connections that were accepted before a stop to send their request
+_HINTS: dict[type[OSError], str] = {
     FileNotFoundError: "; `vllm-proxy init` writes a first one",
     PermissionError: "; run it with sudo, or let this user read it",
 }
-_WRITE_SECONDS = 2.0  # for a write that was begun; its disk may not answer, and nothing else waits for that
-_LAST_WORDS_SECONDS = 2.0  # for handlers to end once the engines are gone
+_WRITE_SECONDS = 2.0  # for a write of the file that has begun: its disk may hang
+_HANDLER_SECONDS = 2.0  # for handlers to end once the engines are gone
 
 
 def read_config(settings: Settings) -> Config:
@@ -73,15 +78,15 @@ def read_config(settings: Settings) -> Config:
     try:
         data = read_regular_file(file)
     except OSError as error:
-        hint = _WAYS_OUT.get(type(error), "")
+        hint = _HINTS.get(type(error), "")
         raise ConfigError(str(file), [Problem(0, "", f"cannot read it: {error.strerror}{hint}")]) from None
     return parse_config(data, str(file), settings.overrides)
 
 
 async def serve(
-    settings: Settings, config: Config, output: Output, shown: Callable[[Reconciler, str], None] | None = None
+    settings: Settings, config: Config, output: Output, on_listening: Callable[[Reconciler, str], None] | None = None
 ) -> None:
-    """Run until SIGTERM or SIGINT. `shown` is called with the reconciler and the address once it listens.
+    """Run until SIGTERM or SIGINT. `on_listening` is called with the reconciler and the address once it listens.
 
     Raises:
         StartupError: when the port or the state directory is taken.
@@ -93,7 +98,7 @@ async def serve(
     if watchdog_seconds(os.environ) is not None:
         faulthandler.enable()  # systemd ends a hung daemon with SIGABRT: its stack says where it hangs
     open_files = descriptors.raise_limit()
-    adopt_orphans()
+    become_subreaper()
     log_faults(asyncio.get_running_loop())
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(clock.Pulse())
@@ -116,7 +121,7 @@ async def serve(
         stack.callback(disk.close)
         desired = Desired(store, settings.overrides, reconciler, launcher.check, launcher.ports,
                           offload=disk, address_is_given=bool(inherited))  # fmt: skip
-        await _run(desired, listeners, stack, output, shown)
+        await _run(desired, listeners, stack, output, on_listening)
     if hanging := threads.running():
         log.warning("calls that have not come back are left behind; a disk does not answer", calls=hanging)
     if left := reconciler.not_ended():
@@ -129,7 +134,7 @@ async def _run(
     listeners: Listeners,
     stack: contextlib.AsyncExitStack,
     output: Output,
-    shown: Callable[[Reconciler, str], None] | None,
+    on_listening: Callable[[Reconciler, str], None] | None,
 ) -> None:
     reconciler = desired.reconciler
     engines = aiohttp.ClientSession(trust_env=False)
@@ -137,10 +142,10 @@ async def _run(
     commands = os.fsdecode(listeners.commands.getsockname())
     access = Access(lambda: reconciler.config.server, listeners.addresses(), commands)
     systemd = Systemd()
-    beating = keep_running(systemd.beat, "watchdog")
-    stack.callback(beating.cancel)
-    stopping = _catch_signals(reconciler)
-    changed, asked = _catch_hang_ups()  # before systemd knows that there is somebody to send them to
+    pinging = keep_running(systemd.ping_watchdog, "watchdog")
+    stack.callback(pinging.cancel)
+    stopping = _handle_stop_signals(reconciler)
+    changed, asked = _handle_sighup()  # before READY=1, after which systemd may send SIGHUP
     status = StatusLine(lambda: sentence(reconciler, desired), systemd.status)
     stack.callback(status.close)
     reconciler.listen(status.changed)
@@ -150,7 +155,7 @@ async def _run(
     stack.callback(watching.cancel)
     lines = AccessLog(output.writer, output.form) if output.requests else None
     parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines, lag, output.writer, commands)
-    runner = app.build(parts, _LAST_WORDS_SECONDS)
+    runner = app.build(parts, _HANDLER_SECONDS)
     following: asyncio.Task[None] | None = None
     reconciler.start()
     try:
@@ -160,10 +165,10 @@ async def _run(
         _tune_python()
         status.show()
         systemd.ready()
-        following = keep_running(partial(_follow, desired, systemd, changed, asked), "following the file")
+        following = keep_running(partial(_follow_file, desired, systemd, changed, asked), "following the file")
         log.info("listening", address=address_of(listeners.clients[0]), models=len(reconciler.config.models))
-        if shown:
-            shown(reconciler, address_of(listeners.clients[0]))
+        if on_listening:
+            on_listening(reconciler, address_of(listeners.clients[0]))
         await stopping.wait()
     finally:
         await _stop(desired, runner, systemd, following)
@@ -181,9 +186,9 @@ async def _stop(desired: Desired, runner: FrontRunner, systemd: Systemd, followi
             following.cancel()
             await asyncio.wait({following})
         await desired.close(_WRITE_SECONDS)
-        reconciler.registry.wind_down()
-        await runner.wind_down(_FIRST_REQUEST_SECONDS)
-    finally:  # whatever failed before, no engine is left behind
+        reconciler.registry.disable_keep_alive()
+        await runner.drain(_FIRST_REQUEST_SECONDS)
+    finally:  # whatever failed before, no engine is leaked
         await reconciler.stop()
         await runner.cleanup()
         if not await desired.close(_WRITE_SECONDS):
@@ -191,7 +196,7 @@ async def _stop(desired: Desired, runner: FrontRunner, systemd: Systemd, followi
         extending.cancel()
 
 
-async def _follow(desired: Desired, systemd: Systemd, changed: asyncio.Event, asked: asyncio.Event) -> None:
+async def _follow_file(desired: Desired, systemd: Systemd, changed: asyncio.Event, asked: asyncio.Event) -> None:
     """Reload when the file `changed`, or when SIGHUP `asked` for it, until cancelled."""
     look = partial(watch, desired.file, changed.set, lambda: desired.revision, offload=desired.offload)
     watching = keep_running(look, "watch of the file")
@@ -199,19 +204,19 @@ async def _follow(desired: Desired, systemd: Systemd, changed: asyncio.Event, as
         while True:
             await changed.wait()
             changed.clear()
-            told = asked.is_set()
+            by_signal = asked.is_set()
             asked.clear()
-            if told:
+            if by_signal:
                 systemd.reloading()
             try:
-                if not told:
+                if not by_signal:
                     await desired.still()
                 await desired.reload()
             except ConfigError:
-                pass  # told by `desired` itself
-            except Exception:  # the next change is to be followed all the same
+                pass  # logged by `desired`
+            except Exception:  # later changes are followed all the same
                 log.exception("the configuration could not be followed")
-            if told:
+            if by_signal:
                 systemd.ready()
     finally:
         watching.cancel()
@@ -228,9 +233,9 @@ def _dependencies(
     pass_on: PassOn,
     open_files: int,
 ) -> tuple[Dependencies, Launcher]:
-    # A connection of its own for each question: one that is kept alive would outlive the engine's readiness.
-    questions = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), trust_env=False)
-    stack.push_async_callback(questions.close)
+    # No keep-alive for health checks: such a connection would outlive the engine's readiness.
+    health_checks = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), trust_env=False)
+    stack.push_async_callback(health_checks.close)
     env = settings.engine_environment
     programs = Programs(settings.config_file.parent, env, find_vllm(env))
     disk = Disk("vLLM's files")
@@ -251,11 +256,11 @@ def _dependencies(
         open_files=open_files,
         stopping=stopping,
     )
-    shared = Dependencies(launcher, FleetLoop(), Registry(), HttpProbe(questions), asyncio.Event(), stopping)
+    shared = Dependencies(launcher, FleetLoop(), Registry(), HttpProbe(health_checks), asyncio.Event(), stopping)
     return shared, launcher
 
 
-def _catch_signals(reconciler: Reconciler) -> asyncio.Event:
+def _handle_stop_signals(reconciler: Reconciler) -> asyncio.Event:
     """Set on the first SIGTERM or SIGINT; a second one skips the wait for requests."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -276,8 +281,8 @@ def _catch_signals(reconciler: Reconciler) -> asyncio.Event:
     return stopping
 
 
-def _catch_hang_ups() -> tuple[asyncio.Event, asyncio.Event]:
-    """Both are set on SIGHUP: there may be something new, and somebody waits for the verdict."""
+def _handle_sighup() -> tuple[asyncio.Event, asyncio.Event]:
+    """Both are set on SIGHUP: the file may have changed, and the result of a reload is awaited."""
     changed, asked = asyncio.Event(), asyncio.Event()
 
     def hang_up() -> None:
@@ -289,9 +294,9 @@ def _catch_hang_ups() -> tuple[asyncio.Event, asyncio.Event]:
 
 
 def _tune_python() -> None:
-    """Modules and types live for good: they are not looked at again. A request makes few cycles, so looking is rare.
+    """Freeze what the garbage collector need not scan again, and collect rarely: a request makes few cycles.
 
-    A thread that parses a configuration gives way to requests often.
+    A shorter switch interval lets requests run while a thread parses a configuration.
     """
     gc.collect()
     gc.freeze()

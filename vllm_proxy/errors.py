@@ -1,6 +1,8 @@
-"""Every error that this program raises on purpose. Its one rule: a message says "cannot X: why" and what to do.
+"""Every exception that this program raises on purpose, and the HTTP status of each error code.
 
-A `RequestError` becomes an HTTP answer in one place, `api.envelope`; anything else that reaches a request is a bug.
+For all rings, so nothing is imported from them here. A message has the form "cannot X: why" and says what to do. A
+`RequestError` becomes an HTTP answer in `traffic/envelope.py`; any other exception that reaches a request is a bug.
+tests/test_house.py checks that every code that is raised has a status.
 """
 
 from collections.abc import Sequence
@@ -38,7 +40,7 @@ class Problem:
         return f"{self.place(file)}: {self.message}"
 
     def place(self, file: str) -> str:
-        """`FILE:LINE: key.path`: where it is, and nothing of what stands there."""
+        """`FILE:LINE: key.path`: where it is, without any value of the file."""
         place = f"{file}:{self.line}" if self.line else file
         return f"{place}: {self.path}" if self.path else place
 
@@ -58,7 +60,7 @@ class ConfigError(VllmProxyError):
     def places(self) -> list[str]:
         """Where the problems are, one a line: for everybody, since a message may repeat what the file says.
 
-        One of the file as a whole (it cannot be read) says nothing of what stands in it, and is told.
+        A problem of the file as a whole (it cannot be read) reveals nothing of its content, and is shown.
         """
         return [
             problem.place(self.file) if problem.line or problem.path else problem.render(self.file)
@@ -67,7 +69,7 @@ class ConfigError(VllmProxyError):
 
 
 class RequestError(VllmProxyError):
-    """A request that cannot be served. `code` is one of contract section 5; `STATUS` gives its HTTP status."""
+    """A request that cannot be served. `code` is a key of `STATUS`, and described in docs/errors.md."""
 
     def __init__(
         self,

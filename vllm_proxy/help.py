@@ -1,7 +1,7 @@
-"""The pages of `vllm_proxy/docs`, for `vllm-proxy help`: which there are, and what a word means.
+"""The manual pages of `vllm_proxy/docs`, for `vllm-proxy help`: lists them, and finds the text that a word refers to.
 
 A word is the name of a page, the heading of a section in one, or a number that such a heading ends with ("Exit status
-78", "Clients get 503"). Nothing else is needed to find it: no daemon, no configuration, no network.
+78", "Clients get 503"). Needs no daemon, no configuration and no network. How a page is printed is in `terminal`.
 """
 
 import difflib

@@ -1,4 +1,8 @@
-"""The sockets that the daemon listens on: its own, systemd's, and the one for commands."""
+"""The listening sockets: TCP ports for clients, and the Unix control socket for commands.
+
+For `daemon`, which uses these or the sockets inherited from systemd (`systemd`). Enables the kernel's keep-alive
+probes, so that clients which vanished are noticed. Serving connections is up to `traffic/front.py`.
+"""
 
 import os
 import socket
@@ -71,7 +75,7 @@ def listen_for_commands(path: Path) -> socket.socket:
 
 
 def notice_departed_clients(listener: socket.socket, seconds: int = 60) -> None:
-    """Let the kernel end a connection whose client has vanished without a word; by itself it waits for two hours.
+    """Enable TCP keep-alive, to end connections whose client has vanished; by default the kernel waits two hours.
 
     Accepted sockets inherit this. A connection that carries nothing is probed (aiohttp switches that on for each); one
     with bytes on the way ends when its client has taken none of them for `seconds`.

@@ -1,4 +1,8 @@
-"""How the daemon's log looks: text for people, JSON for collectors, prefixed lines for the systemd journal."""
+"""Configures the daemon's log: text for people, JSON for collectors, prefixed lines for the systemd journal.
+
+Everything that Python itself would write to stderr (warnings, unhandled exceptions, asyncio's complaints) goes through
+the same writer, `runtime/logwriter.py`. A traceback never shows the values of variables: they may be prompts or keys.
+"""
 
 import logging
 import os
@@ -96,7 +100,7 @@ class _Handler(logging.Handler):
         try:
             level = min(max(record.levelno, logging.WARNING), logging.CRITICAL)
             structlog.get_logger().log(level, record.getMessage(), logger=record.name, exc_info=record.exc_info)
-        except Exception:  # noqa: BLE001, S110 - there is nobody left to tell
+        except Exception:  # noqa: BLE001, S110 - nowhere is left to report it
             pass
 
 

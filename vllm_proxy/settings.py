@@ -1,6 +1,8 @@
-"""What comes from outside the file: flags, environment, `.env`. Its one rule: the stronger layer wins whole.
+"""Settings from outside the configuration file: flags, environment variables, a `.env` file.
 
-Strongest first: flag, environment, a `.env` file in the working directory, `[server]` in the file, the default.
+Precedence, highest first: flag, environment, `.env` in the working directory, `[server]` in the file, the default. A
+value replaces a weaker one as a whole; lists are not merged. Also finds the file, the state directory and the control
+socket. Values are validated by `domain/config.py`, not here.
 """
 
 import contextlib
@@ -93,9 +95,9 @@ def _dotenv(file: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        if not os.access(file.parent, os.X_OK):  # a folder of somebody else, in which nothing can be meant
+        if not os.access(file.parent, os.X_OK):  # in a folder of another user, which cannot be meant
             return {}
-        if file.is_dir():  # of a virtual environment, as some call theirs
+        if file.is_dir():  # a virtual environment, as some people name it
             return {}
         why = "expected UTF-8, got other bytes" if isinstance(error, UnicodeDecodeError) else error.strerror
         msg = f"cannot read it: {why}; mend it, or run this in another folder"
@@ -146,7 +148,7 @@ def _config_file(flag: str | int | None, env: Mapping[str, str]) -> Path:
 def _is_there(file: Path) -> bool:
     try:
         return file.exists()
-    except OSError:  # in a folder that is closed to this user: whoever reads it is told so
+    except OSError:  # in a folder that is closed to this user: reading it will report that
         return True
 
 

@@ -1,4 +1,8 @@
-"""What `systemctl status` shows: the fleet in one sentence. Its one rule: it is short, however large the fleet is."""
+"""A summary of the fleet in one sentence, for `systemctl status` and the demo.
+
+Its length is bounded however large the fleet is, since systemd drops long messages, and updates are debounced to four a
+second. It shows no value of the configuration: every user of the machine can read it.
+"""
 
 import asyncio
 from collections import defaultdict
@@ -17,7 +21,7 @@ _ORDER = (State.LOADING, State.UNLOADING, State.ERROR, State.STOPPED)
 
 
 class StatusLine:
-    """Gives `show` the sentence after changes: for many of them once, and at most four times a second."""
+    """Passes the sentence to `show` after changes, debounced: at most four times a second."""
 
     def __init__(self, sentence: Callable[[], str], show: Callable[[str], None]) -> None:
         self._sentence = sentence
@@ -27,18 +31,18 @@ class StatusLine:
         self._timer: asyncio.TimerHandle | None = None
 
     def changed(self, _: object = None) -> None:
-        """There may be something new to say."""
+        """Show the sentence soon."""
         if self._timer is None:
             self._timer = self._loop.call_at(self._shown_at + _BETWEEN_SECONDS, self.show)
 
     def show(self) -> None:
-        """Say it now."""
+        """Show the sentence now."""
         self.close()
         self._shown_at = self._loop.time()
         self._show(self._sentence())
 
     def close(self) -> None:
-        """Say nothing of what has changed."""
+        """Cancel an update that is pending."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -46,7 +50,7 @@ class StatusLine:
 
 def sentence(reconciler: Reconciler, desired: Desired | None = None) -> str:
     """The fleet in one sentence: "2 of 3 models ready; loading: chat; error: old"."""
-    ready, asleep = 0, list[Model]()
+    ready, on_demand = 0, list[Model]()
     by_state = defaultdict[State, list[Model]](list)
     for model in reconciler.models():
         if not model.spec.policy.enabled:
@@ -57,14 +61,14 @@ def sentence(reconciler: Reconciler, desired: Desired | None = None) -> str:
         elif state is not State.STOPPED or model.rests:
             by_state[state].append(model)
         elif model.awaits_request:
-            asleep.append(model)
-        else:  # between two engines: it starts in a moment
+            on_demand.append(model)
+        else:  # between two engines: it starts soon
             by_state[State.LOADING].append(model)
     text = f"{ready} of {ready + sum(map(len, by_state.values()))} models ready"
     for state in _ORDER:
         if state in by_state:
             text += f"; {state}: {_named(by_state[state])}"
-    text += f"; on demand: {_named(asleep)}" if asleep else ""
+    text += f"; on demand: {_named(on_demand)}" if on_demand else ""
     if left := list(reconciler.not_ended()):
         text += f"; not ended: {_listed(left)}"
     problem = ""

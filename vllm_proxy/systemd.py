@@ -1,7 +1,8 @@
-"""What systemd and the daemon tell each other. Without systemd all of it is silence. It knows nothing of the rest.
+"""The protocol between systemd and the daemon: readiness, status, watchdog, stop timeout, socket activation.
 
-The words are those of sd_notify(3), sd_listen_fds(3) and sd_watchdog_enabled(3); the messages go through the
-`sdnotify` package. Its one rule: what this process was told is for this process, and only once.
+Implements sd_notify(3), sd_listen_fds(3) and sd_watchdog_enabled(3) with the package `sdnotify`; without systemd every
+call does nothing. Variables that are meant for another process are ignored, and those of socket activation are removed
+once they are read. Knows nothing of models or requests.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from vllm_proxy.errors import StartupError
 _FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _EXTENSION_SECONDS = 30.0
-_PATIENCE_SECONDS = 1.0  # with a systemd that takes no messages; for those that it waits for
+_SEND_SECONDS = 1.0  # for messages that systemd waits for, where its queue is full
 
 
 class Systemd:
@@ -30,45 +31,45 @@ class Systemd:
 
     def ready(self) -> None:
         """The sockets listen and a configuration is accepted."""
-        self._tell("READY=1", awaited=True)
+        self._send("READY=1", wait=True)
 
     def reloading(self) -> None:
         """The configuration is read again; `ready` follows, whatever becomes of it."""
-        self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}", awaited=True)
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}", wait=True)
 
     def stopping(self) -> None:
         """The daemon has begun to stop."""
-        self._tell("STOPPING=1", awaited=True)
+        self._send("STOPPING=1", wait=True)
 
     def status(self, sentence: str) -> None:
-        """What `systemctl status` shows; told only when it changes."""
+        """What `systemctl status` shows; sent only when it changes."""
         if sentence != self._status:
             self._status = sentence
-            self._tell(f"STATUS={sentence}")
+            self._send(f"STATUS={sentence}")
 
-    async def beat(self) -> None:
-        """Say that the event loop runs, twice in the time that the watchdog allows, until cancelled."""
+    async def ping_watchdog(self) -> None:
+        """Report that the event loop runs, twice in each period of the watchdog, until cancelled."""
         seconds = watchdog_seconds(os.environ)
         while seconds is not None:
-            self._tell("WATCHDOG=1")
+            self._send("WATCHDOG=1")
             await asyncio.sleep(seconds / 2)
 
     async def extend(self, seconds: float) -> None:
         """Ask for more time to stop in, again and again, for `seconds` at most or until cancelled."""
         every = _EXTENSION_SECONDS / 3
-        for _ in range(math.ceil(seconds / every)):  # counted, not timed: a machine that stood still has not used it up
-            self._tell(f"EXTEND_TIMEOUT_USEC={round(_EXTENSION_SECONDS * 1_000_000)}")
+        for _ in range(math.ceil(seconds / every)):  # counted, not timed: a freeze of the machine does not use it up
+            self._send(f"EXTEND_TIMEOUT_USEC={round(_EXTENSION_SECONDS * 1_000_000)}")
             await asyncio.sleep(every)
 
-    def _tell(self, message: str, *, awaited: bool = False) -> None:
-        """Send it. A systemd whose queue is full must not hold up the event loop: what comes again is dropped."""
+    def _send(self, message: str, *, wait: bool = False) -> None:
+        """Send it. If systemd's queue is full, the event loop must not block: periodic messages are dropped."""
         if self._notifier is not None and self._notifier.socket is not None:
-            self._notifier.socket.settimeout(_PATIENCE_SECONDS if awaited else 0)
+            self._notifier.socket.settimeout(_SEND_SECONDS if wait else 0)
             self._notifier.notify(message)
 
 
 def watchdog_seconds(environ: Mapping[str, str]) -> float | None:
-    """How long the event loop may be silent; None: nobody listens."""
+    """The watchdog's period; None: there is no watchdog."""
     try:
         microseconds = int(environ["WATCHDOG_USEC"])
         meant = int(environ.get("WATCHDOG_PID", os.getpid()))
@@ -78,7 +79,7 @@ def watchdog_seconds(environ: Mapping[str, str]) -> float | None:
 
 
 def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """The listening sockets that systemd holds for this process. The variables that told of them are removed.
+    """The listening sockets that systemd holds for this process. Its variables are removed.
 
     Raises:
         StartupError: when one of them is no listening stream socket.

@@ -1,4 +1,8 @@
-"""Markdown as a terminal shows it, and a pager to read it in. Elsewhere (a file, a pipe) the text stays as it is."""
+"""Renders Markdown for a terminal and shows it in a pager, for `vllm-proxy help`.
+
+Where stdout is no terminal (a file, a pipe) the text is printed as it is. Supports the Markdown that the pages of
+`docs` use, nothing more.
+"""
 
 import contextlib
 import itertools
@@ -21,19 +25,19 @@ _END = "\x1b[0m"
 type Paint = Callable[[str, int, str, str], Iterator[str]]  # text, width, first indent, others
 
 
-def show(text: str, environ: Mapping[str, str], say: Callable[[str], None]) -> None:
+def show(text: str, environ: Mapping[str, str], write: Callable[[str], None]) -> None:
     """Print Markdown: as it is where stdout is no terminal, else laid out, in a pager where there is one.
 
-    `say`: prints a text and a newline.
+    `write`: prints a text and a newline.
     """
     if not sys.stdout.isatty():
-        say(text.rstrip("\n"))
+        write(text.rstrip("\n"))
         return
     plain = "NO_COLOR" in environ or environ.get("TERM", "dumb") == "dumb"
     width = min(shutil.get_terminal_size().columns, _WIDEST)
     laid_out = "\n".join(lines(text, width, colours=not plain)).rstrip("\n")
     if not _paged(laid_out + "\n", environ):
-        say(laid_out)
+        write(laid_out)
 
 
 def _paged(text: str, environ: Mapping[str, str]) -> bool:
@@ -55,7 +59,7 @@ def _paged(text: str, environ: Mapping[str, str]) -> bool:
 
 
 def _feed(pager: subprocess.Popen[str], text: str) -> None:
-    """Ctrl-C is the pager's affair: it goes on until it ends by itself."""
+    """Leave Ctrl-C to the pager, and wait until it exits by itself."""
     assert pager.stdin is not None
     try:
         with contextlib.suppress(BrokenPipeError):

@@ -1,4 +1,4 @@
-"""Clients that come and go whatever happens. Their one rule: each request has exactly one outcome, and it is honest."""
+"""Clients that come and go whatever happens. Each request must have exactly one outcome, the true one."""
 
 import asyncio
 import json

@@ -118,7 +118,7 @@ async def test_engines_that_no_longer_fit_the_file_are_ended(
     port_start: int,
     change: Any,  # noqa: ANN401 - a function of the table above
 ) -> None:
-    """The file changed while no daemon ran: what it no longer asks for goes, its neighbours stay."""
+    """The file changed while no daemon ran: what it no longer asks for goes, the others stay."""
     config = fake_engines(port_start) + EMBED + CHAT
     async with daemon(config, tmp_path) as first:
         before = await fleet(first)

@@ -84,7 +84,7 @@ async def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:  # noqa: ANN4
 async def test_a_model_whose_command_does_not_exist_rests_in_error_and_the_others_go_on(
     tmp_path: Path, port_start: int
 ) -> None:
-    """Its requests fail at once with the reason; its neighbour answers."""
+    """Its requests fail at once with the reason; another model answers."""
     config = CHAT + '[models.lost]\nmodel = "x"\ncommand = ["no-such-vllm", "serve"]\n'
     async with daemon(fake_engines(port_start) + config, tmp_path) as running:
         await running.until("1 of 2 models ready; error: lost")

@@ -168,7 +168,7 @@ async def test_a_kept_alive_connection_that_closed_is_replaced_by_a_fresh_one_wh
     await fresh(shared, model)
     *others, port = await shared.ports(model)
     for other in others:
-        async with shared.session.post(f"http://127.0.0.1:{other}/fake/deaf") as told:
+        async with shared.session.post(f"http://127.0.0.1:{other}/fake/stop-listening") as told:
             assert told.status == 200
     for _ in range(4):  # until one of them was answered by the last
         await ask(shared, body(model))
@@ -212,7 +212,7 @@ async def test_a_refused_connection_goes_to_another_instance(tmp_path: Path, por
     async with daemon(fake_engines(port_start) + config, tmp_path) as running:
         await running.all_ready()
         for port in ((await running.ports("chat"))[0], (await running.ports("alone"))[0]):
-            async with running.session.post(f"http://127.0.0.1:{port}/fake/deaf") as answer:
+            async with running.session.post(f"http://127.0.0.1:{port}/fake/stop-listening") as answer:
                 assert answer.status == 200
         for _ in range(20):
             found, _ = await ask(running, body())

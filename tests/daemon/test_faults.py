@@ -21,7 +21,7 @@ from tests.harness import FAKE, Daemon, daemon, fake_engines, session_of, until
 from vllm_proxy.engine.proc import Process, look_up
 
 ASK = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
-NEIGHBOUR = '[models.other]\nmodel = "org/other"\n'
+OTHER = '[models.other]\nmodel = "org/other"\n'
 QUICK = '[defaults]\nrestart = { backoff = "10ms", max_backoff = "10ms" }\nstop_timeout = "300ms"\n'
 
 
@@ -37,7 +37,7 @@ def chat(*lines: str, **args: object) -> str:
 @asynccontextmanager
 async def beside_a_neighbour(folder: Path, port_start: int, table: str) -> AsyncIterator[Daemon]:
     """A daemon with the model that fails and one that must not notice: same process, no restart, still serving."""
-    async with daemon(fake_engines(port_start) + QUICK + NEIGHBOUR + table, folder) as running:
+    async with daemon(fake_engines(port_start) + QUICK + OTHER + table, folder) as running:
         other = await running.once("other", lambda one: one["state"] == "ready")
         yield running
         now = await running.instance("other")

@@ -113,7 +113,7 @@ def test_the_users_quiet_endpoints_replace_ours() -> None:
     "MASTER_PORT RANK LOCAL_RANK WORLD_SIZE PROMETHEUS_MULTIPROC_DIR".split(),
 )
 def test_what_would_mislead_an_engine_is_not_inherited(name: str) -> None:
-    """The daemon's settings and systemd's letters stay with it; a model may set the name on purpose."""
+    """The daemon's settings and systemd's variables stay with it; a model may set the name on purpose."""
     assert name not in environment({name: "x", "PATH": "/bin"}, spec(), PLACE)
     assert environment({name: "x"}, spec(env={name: "y"}), PLACE)[name] == "y"
 

@@ -290,7 +290,7 @@ def test_a_commented_option_goes_with_its_table_and_a_comment_behind_a_blank_lin
 
 
 def test_indentation_and_spacing_are_kept() -> None:
-    """A new key stands below its neighbour; an inline table keeps the spaces of what stays."""
+    """A new key stands below the key before it; an inline table keeps the spaces of what stays."""
     text = "[models.a]\n  model = 'x'\n  args = {a=1,b = 'q' ,c=3}\n"
     assert patch(text, "a", {"replicas": 2}) == text + "  replicas = 2\n"
     assert patch(text, "a", {"args": {"a": 7}}) == text.replace("a=1", "a=7")
@@ -363,10 +363,10 @@ def test_the_proof_finds_damage(damage: tuple[str, str], message: str) -> None:
     new = patch(FILE, "chat", {"max_model_len": 8192})
     before, model = tomllib.loads(FILE), ("models", "chat")
     wanted = {**before["models"]["chat"], "max_model_len": 8192}
-    edit._prove(before, FILE, new, model, wanted)
+    edit._verify(before, FILE, new, model, wanted)
     assert damage[0] in new
     with pytest.raises(EditError, match=message):
-        edit._prove(before, FILE, new.replace(*damage, 1), model, wanted)
+        edit._verify(before, FILE, new.replace(*damage, 1), model, wanted)
 
 
 # Any small file

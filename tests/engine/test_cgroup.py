@@ -81,8 +81,8 @@ def test_only_what_systemd_delegates_is_divided(tmp_path: Path) -> None:
 
 def test_an_engine_does_without_a_group_that_cannot_be_made(tmp_path: Path) -> None:
     """No delegation, and one that is gone."""
-    assert Cgroups(None).take_in("chat", os.getpid()) == ""
-    assert Cgroups(tmp_path / "gone").take_in("chat", os.getpid()) == ""
+    assert Cgroups(None).create_group("chat", os.getpid()) == ""
+    assert Cgroups(tmp_path / "gone").create_group("chat", os.getpid()) == ""
 
 
 def test_memory_is_what_no_file_backs(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ async def test_a_group_ends_with_what_left_its_session(group: Path) -> None:
     with subprocess.Popen(wait, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:  # noqa: ASYNC220 - nobody waits
         assert child.stdin is not None
         assert child.stdout is not None
-        path = Cgroups(group).take_in("chat%2F0.12345678", child.pid)
+        path = Cgroups(group).create_group("chat%2F0.12345678", child.pid)
         assert Path(path).parent == group
         child.stdin.write(b"go\n")
         child.stdin.close()

@@ -33,7 +33,7 @@ from vllm_proxy.engine.state import EngineRecord, StateDirectory
 @pytest.fixture(autouse=True, scope="module")
 def subreaper() -> None:
     """As the daemon does at its start."""
-    process.adopt_orphans()
+    process.become_subreaper()
 
 
 class Place:
@@ -329,8 +329,8 @@ async def test_shared_memory_that_a_killed_engine_leaves_is_removed(
             async with here.launcher.running(model(tmp_path, script), "chat/0", NO_DEVICES, Owner()) as engine:
                 await event.happened()
                 arguments = ["python3", str(mapping), str(other.path), str(segments[-1])]
-                neighbour = stack.enter_context(subprocess.Popen(arguments))  # noqa: ASYNC220 - waits for nothing
-                stack.callback(neighbour.kill)
+                bystander = stack.enter_context(subprocess.Popen(arguments))  # noqa: ASYNC220 - waits for nothing
+                stack.callback(bystander.kill)
                 await other.happened()
                 engine.serves()
                 while not engine.record.ready:

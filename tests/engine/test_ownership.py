@@ -35,7 +35,7 @@ MINE = MARK.encode() + b"\0SPT_NOENV=1\0"
 @pytest.fixture(autouse=True, scope="module")
 def subreaper() -> None:
     """As the daemon does at its start."""
-    process.adopt_orphans()
+    process.become_subreaper()
 
 
 # A kernel that is not there
@@ -198,32 +198,32 @@ def test_a_session_proves_nothing_once_its_leader_is_another_or_gone() -> None:
         rows = {101: Row(a_process(101, session=100, started=60))}
         if leader:
             rows[100] = Row(leader)
-        assert Owned(Identity(100, 40, MARK), FakeKernel(rows)).look() == []
+        assert Owned(Identity(100, 40, MARK), FakeKernel(rows)).find() == []
 
 
 def test_a_leader_that_is_a_zombie_proves_its_session() -> None:
     """Its number is not given away before it is reaped."""
     rows = {100: Row(a_process(100, alive=False)), 101: Row(a_process(101, session=100, started=60))}
-    assert {found.pid for found in Owned(Identity(100, 50), FakeKernel(rows)).look()} == {100, 101}
+    assert {found.pid for found in Owned(Identity(100, 50), FakeKernel(rows)).find()} == {100, 101}
 
 
 def test_what_was_proven_stays_proven_though_its_proof_is_gone() -> None:
     """A child whose parent dies moves to the daemon: by then pid and start name it."""
     kernel = FakeKernel({100: Row(a_process(100)), 101: Row(a_process(101, parent=100, started=60))})
     owned = Owned(Identity(100, 50, MARK), kernel)
-    assert len(owned.look()) == 2
+    assert len(owned.find()) == 2
     del kernel.rows[100]
     kernel.rows[101] = Row(a_process(101, parent=OWN, started=60))
-    assert [found.pid for found in owned.look()] == [101]
+    assert [found.pid for found in owned.find()] == [101]
     kernel.rows[101] = Row(a_process(101, parent=OWN, started=61))
-    assert owned.look() == [], "another one with its number"
+    assert owned.find() == [], "another one with its number"
 
 
 def test_a_child_is_not_that_of_a_parent_who_is_younger() -> None:
     """The number of its parent has gone to the engine since."""
     kernel = FakeKernel({100: Row(a_process(100)), 101: Row(a_process(101, parent=102, started=60)),
                          102: Row(a_process(102, parent=100, started=70))})  # fmt: skip
-    assert {found.pid for found in Owned(Identity(100, 50), kernel).look()} == {100, 102}
+    assert {found.pid for found in Owned(Identity(100, 50), kernel).find()} == {100, 102}
 
 
 def test_a_mark_cannot_be_made_up_by_who_sees_the_command_line() -> None:
@@ -446,7 +446,7 @@ from vllm_proxy.engine.proc import look_up
 from vllm_proxy.engine.process import EngineProcess, end_processes
 
 async def main():
-    process.adopt_orphans()
+    process.become_subreaper()
     folder = Path(sys.argv[1])
     env = {**os.environ, **marked("chat/0", "secret")}
     script = "import os, signal\\nif os.fork() == 0: os.setsid()\\nsignal.pause()"
@@ -454,9 +454,9 @@ async def main():
         engine = EngineProcess.spawn([sys.executable, "-S", "-c", script], env, folder, folder / "log")
         engine.owned = Owned(Identity(engine.pid, engine.started, mark("chat/0", "secret")))
         engine.release()
-        while len(engine.owned.look()) < 2:
+        while len(engine.owned.find()) < 2:
             pass
-        found = engine.owned.look()
+        found = engine.owned.find()
         assert process.is_alive(engine.owned.identity)
         assert is_own or await end_processes(engine.owned.identity, 1.0)
         assert await engine.end(1.0)

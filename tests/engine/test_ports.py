@@ -23,7 +23,7 @@ def test_a_port_given_back_is_handed_out_again(port_start: int) -> None:
     ports = Ports(port_start, port_start + 100, [])
     first = ports.take()
     ports.take()
-    ports.give_back(first)
+    ports.release(first)
     assert ports.take() == first
 
 
@@ -128,7 +128,7 @@ async def test_where_the_kernel_does_not_tell_the_start_waits_and_says_so(
     monkeypatch.setattr(ports_module, "_bound_sockets", ask)
     told: list[str | None] = []
     engine = loading_engine(port_start)
-    taking = asyncio.create_task(Ports(port_start, port_start, []).take_soon(told.append))
+    taking = asyncio.create_task(Ports(port_start, port_start, []).take_or_wait(told.append))
     await passes(60)
     assert len(told) == 1
     assert f"port {port_start} is taken" in (told[0] or "")
@@ -142,5 +142,5 @@ async def test_the_wait_for_a_port_has_an_end(port_start: int, monkeypatch: pyte
     """A closed connection is forgotten after a minute: what is still there is something else."""
     monkeypatch.setattr(ports_module, "_bound_sockets", lambda _: 0)
     with loading_engine(port_start), pytest.raises(NoPortError):
-        await Ports(port_start, port_start, []).take_soon(lambda _: None)
+        await Ports(port_start, port_start, []).take_or_wait(lambda _: None)
     assert 60 < now() < 120

@@ -1,4 +1,4 @@
-"""One engine's processes, with real ones: found, ended and buried to the last.
+"""One engine's processes, with real ones: found, ended and reaped to the last.
 
 An engine's output goes to a pipe here, where every line is an event and its end means that nobody lives who holds it.
 """
@@ -20,7 +20,7 @@ from vllm_proxy.domain.diagnose import Exit
 from vllm_proxy.engine import process
 from vllm_proxy.engine.ownership import Identity, Owned
 from vllm_proxy.engine.proc import KERNEL, Process, look_up
-from vllm_proxy.engine.process import EngineProcess, end_processes, to_the_end
+from vllm_proxy.engine.process import EngineProcess, end_processes, run_shielded
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 from vllm_proxy.fleet.orphans import end_left
 
@@ -30,7 +30,7 @@ LONG = 60.0  # a grace that no test waits out
 @pytest.fixture(autouse=True, scope="module")
 def subreaper() -> None:
     """As the daemon does at its start."""
-    process.adopt_orphans()
+    process.become_subreaper()
 
 
 class Output:
@@ -65,12 +65,12 @@ async def output(tmp_path: Path) -> AsyncIterator[Output]:
 
 @contextlib.asynccontextmanager
 async def engine(argv: Sequence[str], output: Path, folder: Path) -> AsyncIterator[EngineProcess]:
-    """A spawned engine, still at the gate; whatever the test does, nothing of it stays."""
+    """A spawned engine, still waiting for its release; whatever the test does, nothing of it stays."""
     spawned = EngineProcess.spawn(argv, dict(os.environ), folder, output)
     try:
         yield spawned
     finally:
-        await to_the_end(spawned.end, 0)
+        await run_shielded(spawned.end, 0)
 
 
 @contextlib.contextmanager
@@ -93,7 +93,7 @@ def started(pid: int) -> int:
 
 def members(pid: int, start: int) -> list[Process]:
     """The processes of the engine whose first one this is."""
-    return Owned(Identity(pid, start)).look()
+    return Owned(Identity(pid, start)).find()
 
 
 def shell(script: str) -> list[str]:
@@ -218,7 +218,7 @@ async def test_only_the_leader_gets_sigterm_and_all_get_sigkill_after_the_grace(
 
 
 async def test_a_leader_that_obeys_is_not_made_to_wait_for_the_grace(output: Output, tmp_path: Path) -> None:
-    """It ends with its own exit code, at once, and its deaf child behind it."""
+    """It ends with its own exit code, at once, and its child, which ignores SIGTERM, after it."""
     script = "trap 'exit 7' TERM; sh -c \"trap '' TERM; echo up; while :; do sleep 1000; done\" & wait; wait"
     async with engine(shell(script), output.path, tmp_path) as spawned:
         spawned.release()
@@ -310,7 +310,7 @@ async def test_an_engine_that_is_never_released_ends_by_itself(tmp_path: Path, o
         assert not other.exited.done()
 
 
-async def test_an_engine_is_ended_at_the_gate(output: Output, tmp_path: Path) -> None:
+async def test_an_engine_is_ended_before_its_release(output: Output, tmp_path: Path) -> None:
     """A stop before the release leaves nothing, and the command never ran."""
     async with engine(shell("echo ran"), output.path, tmp_path) as spawned:
         assert await spawned.end(LONG)
@@ -318,7 +318,7 @@ async def test_an_engine_is_ended_at_the_gate(output: Output, tmp_path: Path) ->
         assert look_up(spawned.pid) is None
 
 
-async def test_the_release_of_an_engine_that_died_at_the_gate_is_no_error(tmp_path: Path) -> None:
+async def test_the_release_of_an_engine_that_died_before_it_is_no_error(tmp_path: Path) -> None:
     """The pipe has no other end then; its exit tells the rest."""
     async with engine(["true"], tmp_path / "log", tmp_path) as spawned:
         os.kill(spawned.pid, signal.SIGKILL)
@@ -436,7 +436,7 @@ async def test_work_goes_to_its_end_though_it_is_cancelled_and_the_cancellation_
         await goes_on.wait()
         done.append(name)
 
-    task = asyncio.create_task(to_the_end(work, "work"))
+    task = asyncio.create_task(run_shielded(work, "work"))
     for _ in range(2):
         await asyncio.sleep(0)
         task.cancel()
@@ -453,9 +453,9 @@ async def test_work_that_is_not_cancelled_gives_its_result_or_its_error() -> Non
     async def half(number: int) -> float:
         return 1 / number
 
-    assert await to_the_end(half, 2) == 0.5
+    assert await run_shielded(half, 2) == 0.5
     with pytest.raises(ZeroDivisionError):
-        await to_the_end(half, 0)
+        await run_shielded(half, 0)
 
 
 def test_the_programs_that_these_tests_need_are_there() -> None:

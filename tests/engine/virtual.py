@@ -21,7 +21,7 @@ from vllm_proxy.domain.lifecycle import Phase, State
 from vllm_proxy.domain.progress import START, Progress
 from vllm_proxy.engine.ending import Owner
 from vllm_proxy.engine.probe import Ready
-from vllm_proxy.engine.process import to_the_end
+from vllm_proxy.engine.process import run_shielded
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.fleet.dependencies import Dependencies
@@ -241,7 +241,7 @@ class FakeLauncher:
                 owner.ended()
             else:
                 self.stop_timeouts.append(owner.stop_timeout())
-                await to_the_end(self._end, engine, owner)
+                await run_shielded(self._end, engine, owner)
 
     async def _end(self, engine: FakeEngine, owner: Owner) -> None:
         await asyncio.sleep(self.teardown_seconds)

@@ -42,8 +42,8 @@ class Core:
     def _run(self, options: argparse.Namespace, writing: int) -> None:
         """The life of the core itself."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        deaf = self.stubborn or options.fake_orphan
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if deaf else signal.SIG_DFL)
+        ignores_sigterm = self.stubborn or options.fake_orphan
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if ignores_sigterm else signal.SIG_DFL)
         _name_process("VLLM::EngineCore")
         if options.fake_shm == "core":
             self.mapping = _map(self.segment)

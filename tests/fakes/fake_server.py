@@ -253,13 +253,13 @@ class Fake:
         """What only tests ask for, on the engine's own port: fake_engine's `control`, and what follows.
 
         `/fake/seen` tells of the requests, `/fake/state` of the processes; `/fake/hang-up` closes every connection,
-        `/fake/deaf` the port as well, while the process lives.
+        `/fake/stop-listening` the port as well, while the process lives.
         """
         command = path.removeprefix("/fake/")
-        if command in {"deaf", "hang-up"}:
+        if command in {"stop-listening", "hang-up"}:
             for other in self.connections - {writer}:
                 other.close()
-            if command == "deaf" and self.server is not None:
+            if command == "stop-listening" and self.server is not None:
                 self.server.close()
             await self.json(writer, 200, {})
             return writer.close()

@@ -1,6 +1,6 @@
 """A fake that runs as a process of its own, for the tests that look at it from outside.
 
-Without the harness and the daemon: this is what their tests stand on. Its one rule: nothing waits for time to pass.
+Without the harness and the daemon: this is what their tests stand on. Nothing here waits for time to pass.
 """
 
 import contextlib

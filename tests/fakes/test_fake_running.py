@@ -121,7 +121,7 @@ def test_an_orphan_ignores_sigterm() -> None:
 
 
 def test_a_stubborn_core_is_left_by_its_server() -> None:
-    """The server ends in order, and the core is still there, deaf to SIGTERM."""
+    """The server ends in order, and the core is still there, ignoring SIGTERM."""
     with engine("--fake-stubborn-core") as running:
         core = running.state()["core"]
         os.kill(running.pid, signal.SIGTERM)

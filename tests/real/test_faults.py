@@ -106,7 +106,7 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemo
 
 
 async def test_an_engine_that_does_not_fit_in_memory_says_so(fleet: Daemon) -> None:
-    """With the figures, and what to change; its neighbour serves."""
+    """With the figures, and what to change; the other model serves."""
     await once(fleet, "embed", "ready")
     await once(fleet, "big", "error")
     status = (await fleet.get("/models/big"))["status"]

@@ -47,8 +47,8 @@ def rest_of(pipe: Pipe) -> str:
         os.set_blocking(pipe.out, True)
 
 
-def test_lines_come_out_in_order_from_whoever_and_in_whatever_haste(pipe: Pipe) -> None:
-    """What is gathered is not passed by what is in a hurry."""
+def test_lines_come_out_in_order_from_any_thread_flushed_or_not(pipe: Pipe) -> None:
+    """Batched lines are not overtaken by a flush."""
     with LogWriter(pipe.into) as log:
         for number in range(1000):
             log.write(f"line {number}\n")
@@ -58,7 +58,7 @@ def test_lines_come_out_in_order_from_whoever_and_in_whatever_haste(pipe: Pipe) 
     assert log.dropped == 0
 
 
-def test_what_is_in_no_hurry_is_written_soon_all_the_same(pipe: Pipe) -> None:
+def test_what_nobody_flushes_is_written_soon_all_the_same(pipe: Pipe) -> None:
     """Nobody has to ask for it."""
     with LogWriter(pipe.into) as log:
         log.write("a request\n")
@@ -140,7 +140,7 @@ def test_the_end_does_not_wait_for_ever(pipe: Pipe) -> None:
 
 
 def test_what_waits_is_written_at_the_end(pipe: Pipe) -> None:
-    """Though nobody was in a hurry."""
+    """Though nobody flushed."""
     with LogWriter(pipe.into) as log:
         log.write("last words\n")
     assert rest_of(pipe) == "last words\n"

@@ -29,13 +29,13 @@ async def others(seen: list[int]) -> None:
 async def test_much_is_done_with_turns_for_everybody_else_in_between() -> None:
     """Each item comes once, in order, and nobody waits for more than a few of them."""
     seen: list[int] = []
-    neighbour = asyncio.create_task(others(seen))
+    other = asyncio.create_task(others(seen))
     await asyncio.sleep(0)
     items, turns_before = [], len(seen)
     async for item in in_turns(range(20)):
         compute(0.003)
         items.append(item)
-    neighbour.cancel()
+    other.cancel()
     assert items == list(range(20))
     assert len(seen) - turns_before >= 19
 
@@ -43,12 +43,12 @@ async def test_much_is_done_with_turns_for_everybody_else_in_between() -> None:
 async def test_little_is_done_at_once() -> None:
     """A turn of the loop for each of a few quick items would cost more than they do."""
     seen: list[int] = []
-    neighbour = asyncio.create_task(others(seen))
+    other = asyncio.create_task(others(seen))
     await asyncio.sleep(0)
     turns_before = len(seen)
     assert [item async for item in in_turns("ab")] == ["a", "b"]
     assert len(seen) == turns_before
-    neighbour.cancel()
+    other.cancel()
 
 
 def test_the_largest_lag_is_shown_for_a_minute_at_least() -> None:

@@ -14,7 +14,7 @@ from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call
-from vllm_proxy.traffic.relay import within
+from vllm_proxy.traffic.relay import with_deadline
 
 SERVER = Server(max_body_size=60, max_buffered=100)
 
@@ -38,10 +38,10 @@ def test_no_more_is_held_than_is_allowed_and_all_of_it_is_given_back(pieces: lis
             budget.take(body, size, SERVER)
         too_large = body.held > SERVER.max_body_size
         assert refused.value.code == ("request_too_large" if too_large else "overloaded")
-        budget.give_back(body)
+        budget.release(body)
         assert budget.held == sum(body.held for body in bodies) <= SERVER.max_buffered
     for body in bodies * 2:
-        budget.give_back(body)
+        budget.release(body)
     assert budget.held == 0
 
 
@@ -72,5 +72,5 @@ async def test_request_timeout_counts_from_the_head_on(age: float) -> None:
     """A body that took nearly all of it leaves the rest, one that took longer leaves nothing."""
     call: Any = SimpleNamespace(started_at=time.monotonic() - age, status=0)
     with pytest.raises(RequestError) as refused:
-        await within(1.0, cast("Call", call), _never())
+        await with_deadline(1.0, cast("Call", call), _never())
     assert (refused.value.code, refused.value.status) == ("request_timeout", 504)

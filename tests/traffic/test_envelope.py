@@ -9,7 +9,7 @@ from aiohttp import web
 
 from vllm_proxy.errors import STATUS, RequestError
 from vllm_proxy.traffic.call import Call, observed
-from vllm_proxy.traffic.client import in_bytes
+from vllm_proxy.traffic.client import as_bytes
 from vllm_proxy.traffic.envelope import as_request_error, error_response
 
 # Source: Anthropic's API reference, "Errors".
@@ -91,7 +91,7 @@ async def test_a_fault_behind_the_beginning_of_an_answer_cuts_it(begun: bool) ->
 
 def test_an_error_that_is_written_past_the_server_is_an_answer_like_any_other() -> None:
     """To a client that has not asked to the end, or for which there is no room: a length, an id, the envelope."""
-    head, _, body = in_bytes(RequestError("headers_too_large", "cannot")).partition(b"\r\n\r\n")
+    head, _, body = as_bytes(RequestError("headers_too_large", "cannot")).partition(b"\r\n\r\n")
     lines = head.decode().split("\r\n")
     assert lines[0] == "HTTP/1.1 431 Request Header Fields Too Large"
     assert f"Content-Length: {len(body)}" in lines

@@ -1,4 +1,8 @@
-"""All routes in one table. Its one rule: a path that is not in the table does not reach an engine."""
+"""All routes in one table: method, path, handler and access check.
+
+A path that is not in the table never reaches an engine. A route of ours is added here, and described in
+`openapi_routes`; a test compares both (tests/api/test_openapi.py).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +32,7 @@ from vllm_proxy.traffic.realtime import Sessions, realtime
 from vllm_proxy.traffic.registry import Registry
 from vllm_proxy.traffic.routes import INFERENCE, UNSUPPORTED, NamesModel
 
-_ENDLESS = {"/v1/realtime", "/events"}  # no length to tell to a HEAD
+_ENDLESS = {"/v1/realtime", "/events"}  # a HEAD has no length to answer
 _MODEL_ID = "{model_id:.+}"
 _ONE_MODEL = f"/models/{_MODEL_ID}"
 
@@ -65,7 +69,7 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     )
 
     def observe(call: Call) -> None:
-        parts.budget.give_back(call)
+        parts.budget.release(call)
         metrics.count(call)
         if parts.access_log is not None:
             parts.access_log.write(call)
@@ -147,6 +151,6 @@ def _guarded(parts: Parts, handler: Handler, *, public: bool = False) -> Handler
         try:
             return await handler(request)
         finally:
-            parts.budget.give_back(client_of(request))
+            parts.budget.release(client_of(request))
 
     return handle

@@ -1,4 +1,8 @@
-"""Changes of the desired state: `/config`, and writes to `/models`. It translates; `engine.desired` decides."""
+"""Handlers that change the desired state: `/config`, and writes to `/models`.
+
+They translate between HTTP and `fleet/desired.py`, which serializes writes and decides about them. The file's text is
+edited by `domain/file/edit.py`.
+"""
 
 import re
 from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
-"""`/openapi.json`, `/docs`, `/redoc`: the API explained by itself. Its one rule: no request leaves the machine.
+"""`/openapi.json`, `/docs` and `/redoc`: the documentation of the API, served without any request to another machine.
 
-The pages are ours. What they are made of, Swagger UI and ReDoc, is read from the installed package aiohttp-swagger3,
-whose own code is never imported. It comes with the extra `docs`; where it is missing, the pages say so.
+The pages are ours. Their libraries, Swagger UI and ReDoc, are read from the installed package aiohttp-swagger3, whose
+own code must never be imported. It comes with the extra `docs`; where it is missing, the pages say so.
 """
 
 import asyncio
@@ -74,7 +74,7 @@ _HEADERS = {
     "base-uri 'none'; form-action 'self'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # kept, but asked for: an upgrade changes it
+    "Cache-Control": "no-cache",  # cached, but revalidated: an upgrade changes it
 }
 _SCRIPT, _PNG = "text/javascript", "image/png"
 _OWN = {"swagger.js": _SWAGGER, "redoc.js": _REDOC}
@@ -152,7 +152,7 @@ def _asset(assets: Path | None) -> Handler:
 
 @cache
 def _read(assets: Path, name: str) -> _File:
-    """A file that a page is made of; kept, once somebody has looked at the page."""
+    """A file that a page is made of; cached after its first use."""
     if name in _OWN:
         return _File.of(_OWN[name].encode(), _SCRIPT)
     path, kind = _PACKAGED[name]

@@ -1,4 +1,7 @@
-"""`GET /events`: what happens, as it happens. Its one rule: a reader that is too slow is let go, never waited for."""
+"""`GET /events`: changes of models and of the configuration, as server-sent events.
+
+Publishing never waits: each reader has a bounded queue, and one that falls too far behind is disconnected.
+"""
 
 import asyncio
 import contextlib
@@ -17,11 +20,11 @@ from vllm_proxy.fleet.supervisor import Supervisor
 from vllm_proxy.runtime.background import ask
 
 _MOST_WAITING = 1000  # events that a reader may be behind
-_SILENT_SECONDS = 15.0  # then it is said that the stream lives
+_SILENT_SECONDS = 15.0  # then a comment keeps the stream alive
 
 
 class Events:
-    """Everybody who listens."""
+    """The readers of the stream."""
 
     def __init__(self, reconciler: Reconciler, desired: Desired) -> None:
         self._reconciler = reconciler
@@ -36,9 +39,9 @@ class Events:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_WAITING)
         self._readers.add(queue)
         stopping = ask(self._reconciler.stopping.wait(), "end of an event stream")
-        stopping.add_done_callback(lambda _: _end(queue))
+        stopping.add_done_callback(lambda _: _close(queue))
         try:
-            await response.write(ALIVE)  # the reader knows from here on that nothing is missed
+            await response.write(ALIVE)  # from here on no event is missed
             while (event := await _next(queue)) is not None:
                 await response.write(event)
         finally:
@@ -47,7 +50,7 @@ class Events:
         return response
 
     def _model(self, model: Model) -> None:
-        """Told when the state, the reason or the phase of one of its instances changed."""
+        """Called when the state, the reason or the phase of one of its instances changed."""
         if not self._readers:
             self._shown.clear()
             return
@@ -62,7 +65,7 @@ class Events:
         }
         if self._shown.get(model_id) != event:
             self._shown[model_id] = event
-            self._tell("model", event)
+            self._publish("model", event)
 
     def _config(self, outcome: Outcome | ConfigError) -> None:
         if isinstance(outcome, ConfigError):
@@ -70,23 +73,23 @@ class Events:
                 "result": "rejected",
                 "problems": resources.problems_of(outcome.problems),
             }
-            self._tell("config", rejected)
+            self._publish("config", rejected)
             return
         accepted: resources.ConfigAccepted = {"result": "accepted", "revision": outcome.revision}
-        self._tell("config", accepted)
+        self._publish("config", accepted)
         if outcome.changes:
             changes = resources.changes_of(outcome.changes)
             planned: resources.PlanEvent = {"revision": outcome.revision, "changes": changes}
-            self._tell("plan", planned)
+            self._publish("plan", planned)
 
-    def _tell(self, kind: str, value: object) -> None:
+    def _publish(self, kind: str, value: object) -> None:
         event = b"event: %s\ndata: %s\n\n" % (kind.encode(), msgspec.json.encode(value))
         for queue in list(self._readers):
             try:
                 queue.put_nowait(event)
             except asyncio.QueueFull:
                 self._readers.discard(queue)
-                _end(queue)
+                _close(queue)
 
 
 def _instance(one: Supervisor) -> resources.InstanceState:
@@ -94,8 +97,8 @@ def _instance(one: Supervisor) -> resources.InstanceState:
     return {"index": one.index, "state": one.state, "phase": one.phase, "reason": reason}
 
 
-def _end(queue: asyncio.Queue[bytes | None]) -> None:
-    """Nothing more comes: what is said last is the end."""
+def _close(queue: asyncio.Queue[bytes | None]) -> None:
+    """End a reader's stream; where its queue is full, an event makes room for that."""
     if queue.full():
         queue.get_nowait()
     queue.put_nowait(None)

@@ -1,4 +1,7 @@
-"""`GET /models/{model_id}/logs`: what engines write. Its one rule: each reader has a place of its own in the file."""
+"""`GET /models/{model_id}/logs`: the output of a model's engines, its last lines or as it comes.
+
+Files are only read, and each reader has a position of its own: readers do not affect each other or the engine.
+"""
 
 import asyncio
 import contextlib
@@ -21,7 +24,7 @@ _LINES = 100
 _MOST_LINES = 10_000
 _MOST_BYTES = 8 * 2**20  # of a model's files are searched
 _POLL_SECONDS = 0.2
-_SILENT_POLLS = 75  # then it is said that the stream lives
+_SILENT_POLLS = 75  # then a comment keeps the stream alive
 
 
 def engine_output(reconciler: Reconciler) -> Handler:
@@ -33,7 +36,7 @@ def engine_output(reconciler: Reconciler) -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
         follows = request.query.get("follow", "0").lower() not in {"", "0", "false"}
         if follows and request.method == "HEAD":
-            raise web.HTTPMethodNotAllowed("HEAD", ["GET"])  # there is no length to tell
+            raise web.HTTPMethodNotAllowed("HEAD", ["GET"])  # there is no length to answer
         count = _lines(request.query.get("lines", ""))
         with contextlib.ExitStack() as stack:
             files = _held(reconciler.log_files(request.match_info["model_id"]), stack)
@@ -49,7 +52,7 @@ def engine_output(reconciler: Reconciler) -> Handler:
 
 
 def _held(files: list[tuple[str, Path]], stack: contextlib.ExitStack) -> list[tuple[str, Path]]:
-    """The files; one without a name is held open here too, for its number is another's once its engine has ended."""
+    """The files; one without a name is held open here too: its descriptor may be reused once its engine ended."""
     held = []
     for name, file in files:
         if file.is_relative_to(_DESCRIPTORS):

@@ -1,7 +1,8 @@
-"""`/metrics`: what is known of requests afterwards. Its one rule: labels are configured names alone.
+"""`/metrics`: counts what became of requests, and renders all series for Prometheus.
 
-Counting must cost next to nothing, so the numbers are plain ones here; prometheus-client turns them into text when
-somebody asks, a model at a time, with a turn of the event loop for everybody else in between.
+Labels are configured names only, so no client can create a series. Counting must cost next to nothing: plain numbers
+are kept, and prometheus-client makes text of them when somebody scrapes, a model at a time, yielding to the event loop
+in between. docs/metrics.md lists the series.
 """
 
 import time
@@ -26,7 +27,7 @@ _SMALL_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 
 
 
 @dataclass(slots=True)
-class Numbers:
+class Counts:
     """What was counted for one model."""
 
     requests: dict[tuple[str, int], int] = field(default_factory=dict)  # by route and status
@@ -36,7 +37,7 @@ class Numbers:
 
 
 class Metrics:
-    """All series of contract section 7."""
+    """All series, as docs/metrics.md describes them."""
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class Metrics:
         self._reconciler = reconciler
         self._registry = registry
         self._reloads = reloads
-        self._models: dict[str, Numbers] = {}
+        self._models: dict[str, Counts] = {}
         self._overhead = Histogram(_SMALL_SECONDS)
         self._lag = lag
         self._log = log
@@ -63,7 +64,7 @@ class Metrics:
         now = time.monotonic()
         numbers = self._models.get(call.model)
         if numbers is None:
-            numbers = self._models[call.model] = Numbers()
+            numbers = self._models[call.model] = Counts()
         key = (call.route, call.status)
         numbers.requests[key] = numbers.requests.get(key, 0) + 1
         times = numbers.times.get(call.route)
@@ -106,7 +107,7 @@ class Metrics:
             "vllm_proxy_buffered_bytes", "Bytes of request bodies that are held, in TMPDIR too.", value=buffered
         )
 
-    def _of_requests(self, models: Mapping[str, Numbers]) -> Iterable[Metric]:
+    def _of_requests(self, models: Mapping[str, Counts]) -> Iterable[Metric]:
         requests = CounterMetricFamily(
             "vllm_proxy_requests", "Inference requests.", labels=["model", "route", "status"]
         )
@@ -206,7 +207,7 @@ class Metrics:
         return overhead, info, reloads, left, lag, most, dropped, count
 
 
-class _Alone(Collector):
+class _OneFamily(Collector):
     """One family."""
 
     def __init__(self, metric: Metric) -> None:
@@ -218,5 +219,5 @@ class _Alone(Collector):
 
 def _rendered(metric: Metric) -> tuple[bytes, bytes]:
     """The lines that explain a family, and its samples."""
-    explanation, kind, samples = generate_latest(_Alone(metric)).split(b"\n", 2)
+    explanation, kind, samples = generate_latest(_OneFamily(metric)).split(b"\n", 2)
     return b"%s\n%s\n" % (explanation, kind), samples

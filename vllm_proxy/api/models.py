@@ -1,4 +1,7 @@
-"""`/models`, `/`, `/health`, `/ready`: what is asked for and what is, as JSON."""
+"""`/models`, `/`, `/health`, `/ready`: models and the daemon as JSON, and starting and stopping models by hand.
+
+Reads the state of the fleet and posts events to it; writes of the configuration are in `config`.
+"""
 
 import asyncio
 from collections import Counter
@@ -67,7 +70,7 @@ def health(reconciler: Reconciler, desired: Desired) -> Answers[resources.Health
 
 
 def _without_values(rejected: ConfigError) -> str:
-    """Everybody may read it, so it says where the problems are, and nothing of what stands there."""
+    """Everybody may read it: so it names the places of problems, and no value of the file."""
     places = [item.place(Path(rejected.file).name) for item in rejected.problems]
     more = f"; and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
     count = f"{len(places)} problem{'' if len(places) == 1 else 's'}"
@@ -127,7 +130,7 @@ def get_model(reconciler: Reconciler, registry: Registry) -> Answers[resources.M
 def act(
     reconciler: Reconciler, registry: Registry, do: Callable[[Model], asyncio.Future[None]]
 ) -> Answers[resources.Model]:
-    """`POST /models/{model_id}/start`, `/stop`, `/restart`: what a hand wants, until the model is changed."""
+    """`POST /models/{model_id}/start`, `/stop`, `/restart`: a manual override, until the model is changed."""
 
     async def handle(request: web.Request) -> Reply[resources.Model]:
         model = reconciler.model(request.match_info["model_id"])
@@ -147,7 +150,7 @@ def act(
 
 
 def resource(model: Model, registry: Registry) -> resources.Model:
-    """A model as REST shows it: contract section 3."""
+    """A model as REST shows it."""
     in_flight, queued = registry.counts(model.spec.id)
     return {
         "id": model.spec.id,

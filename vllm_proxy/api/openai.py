@@ -1,4 +1,8 @@
-"""The inference routes: which model a request means, and the list of models."""
+"""The inference routes: find the model that a request names, and forward it; and `/v1/models`, the list of models.
+
+How a request is forwarded is in `traffic/relay.py`. Bodies are passed on byte for byte, but for an alias, which becomes
+the model's id.
+"""
 
 from collections.abc import Callable
 
@@ -10,10 +14,10 @@ from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.runtime.turns import in_turns
-from vllm_proxy.traffic.asking import ask_everybody
 from vllm_proxy.traffic.body import LARGE, body_at_hand, model_name, model_name_of_large, read_body, with_model
 from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call, Work
+from vllm_proxy.traffic.fan_out import fan_out
 from vllm_proxy.traffic.multipart import Upload
 from vllm_proxy.traffic.registry import Registry, Route
 from vllm_proxy.traffic.relay import forward
@@ -55,7 +59,7 @@ def by_asking(registry: Registry, settings: Settings, budget: Budget) -> Work:
     """The routes of a stored response, which lives in the memory of one instance."""
 
     async def work(call: Call) -> web.StreamResponse:
-        return await ask_everybody(call, registry, await read_body(call, settings(), budget))
+        return await fan_out(call, registry, await read_body(call, settings(), budget))
 
     return work
 

@@ -1,4 +1,8 @@
-"""`GET /openapi.json`: the API as OpenAPI 3.1. Its one rule: made from the routes themselves, so it cannot drift."""
+"""`GET /openapi.json`: the API as an OpenAPI 3.1 document, generated from the routing table and the types.
+
+Nothing is listed here by hand that the code says already, so the document cannot drift from it
+(tests/api/test_openapi.py).
+"""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -1,6 +1,7 @@
-"""A model's keys as JSON Schema. Its one rule: names, types and defaults come from `domain/config.py`.
+"""The keys of a model as JSON Schema, for `openapi`. Names, types and defaults come from `domain/config.py`.
 
-Written by hand is what no type says: one line for people, and what the functions there take beyond their types.
+Written by hand is what no type says: a line for people, and what the validators accept beyond their types.
+tests/api/test_openapi.py compares both.
 """
 
 from typing import Any

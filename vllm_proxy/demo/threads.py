@@ -1,7 +1,8 @@
-"""How many threads an engine may compute with. Its one rule: the engines together take no more cores than there are.
+"""How many OpenMP threads each engine of the demo gets: together no more than there are cores to use.
 
-PyTorch takes all cores that it sees for each engine, and its threads spin while they wait: two engines on two cores
-then need a minute for what takes a second. A container's or a service's share of the cores is none of what it sees.
+PyTorch starts a thread for every core of the machine in each engine, and its threads spin while they wait: two engines
+on two cores then need a minute for what takes a second. It does not see the CPU quota of a container or a service, so
+that is read here.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""What a person at the terminal sees while the demo starts: what it waits for, then a command to try."""
+"""Progress of the demo on the terminal: the state of the fleet at each change, then a command to try.
+
+Only observes the reconciler; nothing is started or stopped here.
+"""
 
 import sys
 import time

@@ -1,1 +1,4 @@
-"""Pure: values in, values out. Nothing here opens, waits, logs or looks at a clock."""
+"""Pure values and functions: the configuration, plans, decisions, diagnosis.
+
+Nothing here opens, waits, logs or reads a clock; import-linter forbids the modules that would ("the domain is pure").
+"""

@@ -1,7 +1,7 @@
-"""Where an engine listens, as a value, and every way in which that is written.
+"""The address of an engine as a value, a TCP port or a Unix socket, and every notation of it.
 
-Whoever reaches an engine, starts one or keeps it on record is given an `Address` and asks it; nobody else puts a host,
-a port or a socket's path together. `traffic/dial.py` is the one place that tells the kinds apart to connect.
+For whoever starts an engine, records it or connects to it: nobody else assembles a URL, a `Host` header or an address
+from host, port or path. To open a connection, use `traffic/dial.py`.
 """
 
 import re
@@ -29,7 +29,7 @@ class TcpAddress:
         return str(self)
 
     def options(self) -> list[str]:
-        """What tells vLLM to listen here."""
+        """vLLM's options to listen here."""
         return [f"--host={self.host}", f"--port={self.port}"]
 
 
@@ -50,11 +50,11 @@ class UnixAddress:
 
     @property
     def authority(self) -> str:
-        """What stands in a `Host` header and in a URL: whose it is, the connection says."""
+        """What stands in a `Host` header and in a URL; the path is given to the connection."""
         return "localhost"
 
     def options(self) -> list[str]:
-        """What tells vLLM to listen here."""
+        """vLLM's options to listen here."""
         return [f"--uds={self.path}"]
 
 

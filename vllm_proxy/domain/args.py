@@ -1,6 +1,8 @@
-"""`[models.ID.args]`: any option of `vllm serve`, checked here without vLLM and rendered as command-line tokens.
+"""`[models.ID.args]`: options of `vllm serve`, validated without vLLM and rendered as command-line arguments.
 
-Source of the rules: vLLM 0.32's parser (argparse with BooleanOptionalAction, prefix abbreviations allowed).
+Refuses options that belong to the daemon or have a key of their own. What a certain version of vLLM accepts is checked
+by `domain/options.py`. Source of the rules: the parser of vLLM 0.32 (argparse with BooleanOptionalAction, abbreviations
+allowed).
 """
 
 import json

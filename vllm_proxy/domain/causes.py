@@ -1,7 +1,8 @@
-"""What engines say when they fail, as a table. Its one rule: a line that a healthy engine may write matches nothing.
+"""Known causes of engine failures, as a table: a pattern in the log, a reason, and what to do about it.
 
-A pattern is tried on lines alone that hold one of its `marks`, plain text that is found fast in megabytes.
-Source: vLLM 0.32, PyTorch 2, huggingface_hub; which were seen for real, tests/domain/tails tells.
+For `diagnose`. A pattern must not match a line that a healthy engine writes (tests/domain/test_diagnose.py tries real
+logs). It is tried only on lines that contain one of its `marks`, plain text that is found fast in megabytes. Source:
+vLLM 0.32, PyTorch 2, huggingface_hub; tests/domain/tails has the failures that were seen for real.
 """
 
 import re
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 from vllm_proxy.domain.lifecycle import Reason
 
-_MOST_TRIES = 100  # lines that hold a mark and are not it
+_MOST_TRIES = 100  # lines that contain a mark and do not match
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ _MEMORY = (
     ),
 )
 
-_SURROUNDINGS = (
+_ENVIRONMENT = (
     _cause(
         ("[Errno 98]", "ddress already in use"),
         r"\[Errno 98\]|[Aa]ddress already in use",
@@ -305,4 +306,4 @@ _SPEC = (
     ),
 )
 
-CAUSES = _MEMORY + _MODEL + _SPEC + _SURROUNDINGS
+CAUSES = _MEMORY + _MODEL + _SPEC + _ENVIRONMENT

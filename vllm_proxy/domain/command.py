@@ -1,6 +1,7 @@
-"""`EngineSpec` + place -> the command line and the environment of one engine.
+"""Builds the command line and the environment of one engine, from its `EngineSpec` and its `Place`.
 
-Source of what is set and scrubbed: vLLM 0.32, its `envs.py` and argument parser.
+Also the fingerprint by which a later daemon recognises an engine, and the mark by which its processes are identified.
+Nothing is started here; `engine/launch.py` does that. Source: `envs.py` and the argument parser of vLLM 0.32.
 """
 
 import hashlib

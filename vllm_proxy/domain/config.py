@@ -1,7 +1,7 @@
-"""What a valid models.toml means: frozen values, every key of the contract with its type and its default.
+"""The schema of models.toml: frozen values, with every key, its type and its default.
 
-Its one rule: what a change costs is written in the types. A change in an `EngineSpec` replaces the engine, a change
-in a `Policy` is applied live. How text becomes these values, and how problems are told, is `parse.py`'s business.
+The class of a key says what a change costs: in an `EngineSpec` it replaces the engine, in a `Policy` it is applied live
+(tests/domain/test_plan.py). Reading TOML and reporting problems are in `file/parse.py`.
 """
 
 import re
@@ -18,7 +18,7 @@ from vllm_proxy.domain.units import Bytes, Seconds, show
 type TomlTable = Mapping[str, Any]  # a table as tomllib reads it: str, int, float, bool, dates, lists, tables
 
 _MAX_MODEL_LEN = re.compile(r"auto|\d+(\.\d+)?[kKmMgG]?")
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # shells drop others on the way to a program
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # shells drop others from the environment
 _ID = re.compile(r"[A-Za-z0-9._:@/-]{1,200}")
 _ACTIONS = frozenset({"start", "stop", "restart", "sleep", "wake", "logs"})
 

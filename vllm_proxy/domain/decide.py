@@ -1,9 +1,10 @@
-"""What the whole fleet is and what is wanted of it -> what is done next, and why something is not done now.
+"""Decides what the whole fleet does next, from a snapshot and the time; and why a start has to wait.
 
-The one place where it is decided which instance starts, stops, is tried again or given up, and which start goes first.
-Pure: `decide` is called again after every event and looks at what is, never at what it said before; nothing that it
-returns has to be taken back. Effects are carried out by `fleet/loop.py`. What may be said of one model lies in
-`rollout` (which instances make room for which) and `rollback` (which spec they run).
+The only place where it is decided which instance starts, stops, is retried or given up, which start goes first, and
+when an idle model is unloaded (the only eviction there is: nothing is stopped to make room for another model). Pure and
+idempotent: `decide` is called after every event and considers only what is, so nothing that it returned ever has to be
+undone. `fleet/loop.py` carries it out. What concerns one model alone is in `rollout` (which instances make room for
+which) and `rollback` (which spec they run).
 """
 
 import math

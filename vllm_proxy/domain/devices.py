@@ -1,7 +1,7 @@
-"""GPUs by their names: which of them an engine is given, and who has one that may be the same.
+"""Allocations of GPUs: which devices an engine is given, and which allocations may overlap.
 
-For `decide`, which says who may start, and for who starts an engine. A name is an index or a UUID, as CUDA takes them;
-which UUID an index is, only the machine knows, and no device is looked at here: in doubt both name the same one.
+For `decide`, which admits starts, and for launchers. A device is named by its index or its UUID, as in
+CUDA_VISIBLE_DEVICES. No device is queried here, so an index and a UUID count as the same device.
 """
 
 from collections.abc import Iterable, Mapping

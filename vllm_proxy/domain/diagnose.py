@@ -1,7 +1,8 @@
-"""How an engine ended -> a stable reason and a sentence that says what to do.
+"""Determines why an engine ended: a stable reason, and a sentence that says what to do.
 
-Its one rule: the cause is told, not its last echo. vLLM's last words are most often those of a process that merely
-noticed the death of another. The patterns are of vLLM 0.32 and what it stands on.
+Works on the exit status and the last lines of the log. Reports the root cause, not errors that follow from it: vLLM's
+last lines mostly come from a process that only noticed the death of another. Known causes are in `causes`;
+tests/domain/tails has the logs of real failures.
 """
 
 import difflib
@@ -18,13 +19,15 @@ _NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # what a shell answers for a command it 
 _MOST_CHARACTERS = 400
 _MOST_OF_A_LINE = 1000  # characters; vLLM dumps its state when it dies, in lines of 8,000
 _MOST_TEXT = 2**20  # characters
-_LINES_OF_A_DEATH = 300  # of an engine that served: what stands above is of the life before
+_LINES_OF_A_DEATH = 300  # of an engine that served: earlier lines are of its healthy time
 _PREFIX = re.compile(
     r"^(?:\([^()]*pid=\d+\) )?(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?)?"
 )
 _ERROR = re.compile(r"^(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Failure)\b(?:: |$)|\b[Ff]atal\b")
-# Of who noticed, not of who died.
-_ECHO = re.compile(r"Engine core initialization failed|EngineDeadError|See root cause above|WorkerProc initialization")
+# Errors of processes that only noticed the death of another one.
+_FOLLOW_UP = re.compile(
+    r"Engine core initialization failed|EngineDeadError|See root cause above|WorkerProc initialization"
+)
 _UNKNOWN = re.compile(r"unrecognized arguments: (?P<options>.*)")
 _ARGPARSE = re.compile(r"^[^\n]*?: error: (?P<what>[^\n]*)", re.MULTILINE)
 
@@ -121,19 +124,19 @@ def _filled(cause: Cause, found: re.Match[str]) -> str:
 def _of_the_exit(ended: Exit, lines: Sequence[str], when: str) -> Diagnosis:
     if ended.signal == signal.SIGKILL:
         return Diagnosis(Reason.KILLED, f"killed {when}, perhaps by the kernel for want of memory: see dmesg")
-    cause = _telling(lines)
+    cause = _last_error(lines)
     hint = "; often /dev/shm is too small" if ended.signal == signal.SIGBUS else ""
     return Diagnosis(Reason.CRASHED, _short(f"the engine ended {when} ({ended}){hint}{': ' if cause else ''}{cause}"))
 
 
-def _telling(lines: Sequence[str]) -> str:
-    """The last line that names an error which is not merely an echo; else the last line at all."""
+def _last_error(lines: Sequence[str]) -> str:
+    """The last line that names an error which does not follow from another one; else the last line at all."""
     error = last = ""
     for line in map(str.strip, reversed(lines)):
         last = last or line
         if _ERROR.search(line):
             error = error or line
-            if not _ECHO.search(line):
+            if not _FOLLOW_UP.search(line):
                 return line
     return error or last
 

@@ -1,6 +1,7 @@
-"""Names of machines and origins of web pages, as `[server]` takes them.
+"""Validates names of hosts and origins of web pages, as `[server]` takes them.
 
-Their one rule: what could never work (listen, or be equal to what a client sends) is refused with the right spelling.
+What could never work (listen, or equal what a client sends) is refused, and the error shows the right spelling. The
+checks of requests that use these values are in `traffic/access.py` and `traffic/cors.py`.
 """
 
 import ipaddress

@@ -1,6 +1,7 @@
-"""The life of one instance as a table: states, events, and nothing else that could change a state.
+"""The state machine of one instance: states, events, transitions, and the backoff before a restart.
 
-Its one rule: a pair that is not in the table is a bug and raises; a late event, one of an engine that is over, is none.
+States change only by this table. A pair that is not in it is a bug and raises; a late event of an earlier engine is
+ignored. The diagram in ARCHITECTURE.md is generated from it (tests/test_house.py).
 """
 
 from collections.abc import Iterable
@@ -118,7 +119,11 @@ def best(states: Iterable[State]) -> State:
 
 
 def backoff_seconds(failures: int, first: float, longest: float, jitter: float) -> float:
-    """The wait before the next start after so many failures in a row; `jitter` in 0..1 takes off up to a quarter."""
+    """The backoff before the next start after so many failures in a row.
+
+    `jitter`, 0 to 1, takes off up to a quarter, so that engines that failed together do not all restart at once (a
+    thundering herd).
+    """
     doubled: float = first * 2.0 ** min(failures - 1, 32)
     return min(doubled, longest) * (1 - jitter / 4)
 

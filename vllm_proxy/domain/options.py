@@ -1,7 +1,8 @@
-"""What one version of vLLM takes on its command line, and what of an `EngineSpec` it would not take.
+"""Checks an `EngineSpec` against the options that one version of vLLM accepts.
 
-Its one rule: when unsure, accept. What is refused here vLLM's parser refuses too, two things aside that it takes
-for something else than was meant: an abbreviation, and values too many, of which it may take one for the model.
+When in doubt it accepts. It refuses what vLLM's parser refuses, and two things that the parser misreads: an
+abbreviation, and surplus values, of which it may take one for the model. `engine/options.py` obtains the table of
+options.
 """
 
 import difflib

@@ -1,7 +1,8 @@
-"""What is wanted and what was adopted -> what has to be done, in order, each with its reason.
+"""Computes what adopting a file would change: actions in order, each with its reason.
 
-Its one rule: only what changed moves. Two specs that mean the same cost nothing, however they are written; an engine
-is replaced only where a key on its command line or in its environment differs.
+Only changes of meaning count: specs that mean the same cost nothing, however they are written, and an engine is
+replaced only where its command line or environment changes (tests/domain/test_plan.py). `fleet/reconciler.py` follows
+the plan. Also generates the table in docs/changes.md.
 """
 
 import re
@@ -49,7 +50,7 @@ class Action:
 
 
 def plan(desired: Mapping[str, ModelSpec], running: Mapping[str, ModelSpec]) -> tuple[Action, ...]:
-    """What leads from `running`, the specs that were adopted, to `desired`.
+    """The actions that lead from `running`, the specs that were adopted, to `desired`.
 
     In order: what costs nothing, what gives room, what needs room. `written` is never compared.
     """

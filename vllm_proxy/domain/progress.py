@@ -1,6 +1,7 @@
-"""What vLLM's log says about a start: the phase, and how much of it is done.
+"""Derives the progress of a start from vLLM's log: the phase, and how much of it is done.
 
-Its one rule: lines only ever move a start forward, and a line that is not known changes nothing.
+It never goes back, downloads aside, which alternate with loading; a line that is not known changes nothing, so another
+version of vLLM shows less and breaks nothing (tests/domain/test_progress.py).
 """
 
 import re

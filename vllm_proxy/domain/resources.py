@@ -1,6 +1,7 @@
-"""What the daemon answers in JSON, as types: handlers return them, commands read them, OpenAPI is made of them.
+"""The JSON of the API as types: handlers return them, commands read them, and OpenAPI is generated from them.
 
-A description stands here and nowhere else. A new key comes here first; the type checker then says who must make it.
+Descriptions are written here and nowhere else. A new field comes here first; the type checker then says who must
+provide it.
 """
 
 from collections.abc import Iterable, Mapping

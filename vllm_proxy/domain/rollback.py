@@ -1,7 +1,8 @@
-"""Which engine spec the instances of a model are to run: the file's, or the last good one while the file's fails.
+"""Decides which engine spec a model runs: the file's, or the last good one while the file's fails (rollback).
 
-For `decide`. A spec that an engine was ready with is not given up for one that fails. Values in, values out: the check
-before a start, and the log, are `fleet/model.py`'s; which instances change over when is `rollout`'s.
+For `decide`. A spec with which an engine became ready is kept until another one succeeds, or until it fails itself.
+Pure values: the check before a start, and the log, are in `fleet/model.py`; `rollout` decides which instances change
+over when.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""What runs and what is wanted of one model -> which instances to stop and which to start, now (a rolling update).
+"""Decides which instances of one model to stop and to start when its spec or replicas change (a rolling update).
 
-For `decide`. It looks at what is, never at what it said before: so it can be asked again after every change, and
-another change in the middle of a replacement needs no special case. When a start may really go, on which devices, is
-not decided here.
+For `decide`. Stateless: it considers only the instances as they are. So it can be called after every change, and a spec
+that changes in the middle of a replacement needs no special case (tests/domain/test_rollout.py). When a start is
+admitted, and on which devices, is not decided here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,9 @@ from vllm_proxy.domain.lifecycle import State
 class Strategy(StrEnum):
     """How instances that run something else than what is wanted make room for those that do."""
 
-    ONE_BY_ONE = "one by one"  # old away, new there, then the next one
+    ONE_BY_ONE = "one by one"  # stop an old one, start a new one, then the next
     SURGE = "surge"  # new beside old; old goes when new is ready
-    DRAIN = "drain"  # all old ones away first
+    DRAIN = "drain"  # stop all old ones first
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,7 @@
-"""TOML values: how they are written, and whether two of them mean the same."""
+"""TOML values: how they are written, and whether two of them mean the same.
+
+For plans, edits and messages. The syntax with its positions is in `file/lexer.py`; parsing is up to tomllib.
+"""
 
 import json
 import re

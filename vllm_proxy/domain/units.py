@@ -1,4 +1,7 @@
-"""Durations and sizes as people write them. Inside the program: seconds as float, bytes as int."""
+"""Durations and sizes, parsed and shown as people write them.
+
+Everywhere else a duration is a float of seconds and a size an int of bytes; only this module converts.
+"""
 
 import json
 import math

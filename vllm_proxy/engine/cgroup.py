@@ -1,8 +1,8 @@
-"""A cgroup for each engine, where systemd has delegated one to the daemon (`Delegate=yes`, cgroup v2).
+"""A cgroup (v2) for each engine, where systemd has delegated one to the daemon (`Delegate=yes`).
 
-The kernel then finds and kills what an engine started even where it left the engine's session, and accounts for its
-memory where systemd has put the daemon into a group of its own (`DelegateSubgroup=`). Its one rule: a group that
-cannot be made or used is done without; sessions end engines too.
+With it the kernel finds and kills what left the engine's session, and accounts for its memory where systemd has put the
+daemon into a group of its own (`DelegateSubgroup=`). It is optional: nothing may depend on it, since engines that have
+none are found by session and mark.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ class Cgroups:
                 (root / "cgroup.subtree_control").write_text("+memory", encoding="utf-8")
         return cls(root)
 
-    def take_in(self, name: str, pid: int) -> str:
+    def create_group(self, name: str, pid: int) -> str:
         """Make a group and move a process into it; its path, or nothing where that cannot be done."""
         if self._root is None:
             return ""
@@ -112,7 +112,7 @@ async def end(group: str) -> bool:
     True when nothing is left; False where something lives on, or the group is none of ours: that is logged.
 
     Raises:
-        OSError: nobody can tell, or nothing in it may be killed.
+        OSError: that cannot be determined, or nothing in it may be killed.
 
     """
     if not group:

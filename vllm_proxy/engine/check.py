@@ -1,6 +1,7 @@
-"""Options are checked before an engine is started with them, where the engine's own vLLM has told them.
+"""Checks the options of a model against its own vLLM before an engine is started with them.
 
-Its one rule: nobody waits for a table that is not there yet; what it would have found, vLLM's exit code tells soon.
+For writes over REST and for starts. `problems` does not wait for a table of options that is still being read: then
+nothing is found, and vLLM's own parser refuses wrong options soon.
 """
 
 import asyncio
@@ -17,11 +18,11 @@ from vllm_proxy.runtime.background import run_once
 from vllm_proxy.runtime.threads import Offload
 
 _NAMES_SECONDS = 30.0
-_DISK_SECONDS = 10.0  # what lies on a disk that does not answer is not known
+_DISK_SECONDS = 10.0  # of a disk that does not answer, nothing is known
 
 
 class OptionCheck:
-    """What the vLLM of each engine would refuse. `offload` has what reads its installation done elsewhere."""
+    """What the vLLM of each engine would refuse. `offload` runs what reads its installation in a thread."""
 
     def __init__(self, programs: Programs, tables: OptionTables, offload: Offload = asyncio.to_thread) -> None:
         self._programs = programs
@@ -71,7 +72,7 @@ class OptionCheck:
             await self._tables.load(python, env)
 
     def _sources(self, specs: Sequence[EngineSpec]) -> list[tuple[Path, Mapping[str, str]]]:
-        """What tells the options: each Python, with each environment that it would run with."""
+        """Where options are read from: each Python, with each environment that it would run with."""
         found: dict[tuple[Path, frozenset[tuple[str, str]]], Mapping[str, str]] = {}
         for spec in specs:
             if python := self._programs.python(spec):

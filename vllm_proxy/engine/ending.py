@@ -1,6 +1,8 @@
-"""How engines are ended. Its one rule: an engine is gone when nothing of it is left, and nobody says so before.
+"""Ends engines and cleans up after them; retries with backoff until nothing of them is left.
 
-What cannot be ended is told and tried again without end. Only a daemon that stops gives up, and leaves the record.
+An engine has ended when none of its processes lives. Only then its shared memory, its folder and its record are
+removed, so that nothing leaks and no record is lost. What cannot be ended is reported to its owner and retried without
+limit. Only a daemon that is stopping gives up, and keeps the record.
 """
 
 import asyncio
@@ -21,7 +23,7 @@ from vllm_proxy.runtime import descriptors, files
 log = structlog.get_logger()
 
 LAST_TRIES_SECONDS = 5.0  # of a daemon that stops
-_LOOK_SECONDS = 1.0  # the kernel may hold back who reads of a process that hangs
+_LOOK_SECONDS = 1.0  # reading /proc may hang for a process that hangs
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries
 _SHOWN = 8  # processes in a sentence
 _NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
@@ -32,7 +34,7 @@ type Attempt = Callable[[float], Awaitable[str | None]]  # why some are left
 
 
 class Owner(Protocol):
-    """Who runs an engine, as far as its start and its end are concerned."""
+    """Who runs an engine, and is notified of its start and its end."""
 
     def stop_timeout(self) -> float:
         """Seconds between SIGTERM and SIGKILL."""
@@ -52,7 +54,7 @@ async def until_ended(record: EngineRecord, attempt: Attempt, owner: Owner, stop
 
     `stopping`: once it is set, tries end after a few seconds. False then: the engine stays on record as it is.
     """
-    loop, told, failures, give_up_at = asyncio.get_running_loop(), "", 0, None
+    loop, reported, failures, give_up_at = asyncio.get_running_loop(), "", 0, None
     grace = owner.stop_timeout()
     while True:
         try:
@@ -61,20 +63,20 @@ async def until_ended(record: EngineRecord, attempt: Attempt, owner: Owner, stop
         except TimeoutError:
             if not limit.expired():
                 raise
-            return _give_up(record, told)
+            return _give_up(record, reported)
         if why is None:
-            if told:
+            if reported:
                 log.info("the engine is ended at last", instance=record.instance, pid=record.pid)
             owner.ended()
             return True
-        if why != told:
+        if why != reported:
             log.error("an engine cannot be ended", instance=record.instance, why=why)
             owner.not_ended(why)
-        told, grace, failures = why, 0.0, failures + 1
+        reported, grace, failures = why, 0.0, failures + 1
         if stopping.is_set():
             give_up_at = give_up_at or loop.time() + LAST_TRIES_SECONDS
             if loop.time() >= give_up_at:
-                return _give_up(record, told)
+                return _give_up(record, reported)
         await _pause(failures, stopping)
 
 
@@ -84,7 +86,7 @@ def _give_up(record: EngineRecord, why: str) -> bool:
 
 
 async def _pause(failures: int, stopping: asyncio.Event) -> None:
-    """Until the next try is worth it, or the daemon stops."""
+    """Wait out the backoff, or until the daemon stops."""
     if stopping.is_set():
         await asyncio.sleep(_FIRST_PAUSE)
         return
@@ -101,15 +103,15 @@ async def end_engine(record: EngineRecord, end: End, state: StateDirectory, grac
     None when nothing is left. What could not be ended stays on record, its folder and its shared memory stay.
     """
     with descriptors.spare():
-        mapped = await _segments(record)  # known of the living alone
+        mapped = await _segments(record)  # known only while they live
         try:
             ended = await end(grace) and await cgroup.end(record.cgroup)
-        except Exception as error:  # whatever it is, nothing is known to be gone
+        except Exception as error:  # whatever it is, it is not known that nothing is left
             log.debug("an engine was not ended", instance=record.instance, exc_info=True)
-            return _sentence(await _left(record), error)
+            return _explanation(await _survivors(record), error)
         if not ended:
-            return _sentence(await _left(record), None)
-        await _tidy_up(record, mapped, state)
+            return _explanation(await _survivors(record), None)
+        await _clean_up(record, mapped, state)
         return None
 
 
@@ -123,17 +125,17 @@ async def _segments(record: EngineRecord) -> Collection[str]:
         return ()
 
 
-async def _left(record: EngineRecord) -> list[int]:
+async def _survivors(record: EngineRecord) -> list[int]:
     """The processes that live, as far as they can be seen."""
     try:
         async with asyncio.timeout(_LOOK_SECONDS):
-            found = await asyncio.to_thread(Owned(record.identity).look)
+            found = await asyncio.to_thread(Owned(record.identity).find)
     except (OSError, RuntimeError, ValueError, TimeoutError):
         return []
     return sorted(process.pid for process in found if process.alive)
 
 
-def _sentence(pids: list[int], error: Exception | None) -> str:
+def _explanation(pids: list[int], error: Exception | None) -> str:
     names = ", ".join(map(str, pids[:_SHOWN])) + (" and more" if len(pids) > _SHOWN else "")
     who = f"process{'' if len(pids) == 1 else 'es'} {names}" if pids else "its processes"
     if error is None:
@@ -148,8 +150,8 @@ def _sentence(pids: list[int], error: Exception | None) -> str:
     return f"{who}: {type(error).__name__}: {error}; end them by hand"
 
 
-async def _tidy_up(record: EngineRecord, mapped: Collection[str], state: StateDirectory) -> None:
-    """Remove what the dead leave. What cannot be removed is told, and holds nothing up."""
+async def _clean_up(record: EngineRecord, mapped: Collection[str], state: StateDirectory) -> None:
+    """Remove what dead processes leaked. What cannot be removed is logged, and blocks nothing."""
     segments = {*mapped, *record.segments}
     if removed := await _try(
         record, "remove its shared memory", partial(vitals.remove_segments, segments, record.since)
@@ -160,19 +162,19 @@ async def _tidy_up(record: EngineRecord, mapped: Collection[str], state: StateDi
     try:
         state.forget(record.own_name)
     except OSError as error:
-        _complain(record, "take it off the record", error)
+        _warn(record, "take it off the record", error)
 
 
 async def _try[T](record: EngineRecord, what: str, work: Callable[[], T]) -> T | None:
     try:
         return await asyncio.to_thread(work)
     except OSError as error:
-        _complain(record, what, error)
-    except Exception:  # the dead stay dead, whatever fails behind them
+        _warn(record, what, error)
+    except Exception:  # the engine has ended, whatever fails afterwards
         log.exception("a fault of the daemon behind the end of an engine", instance=record.instance, failed=what)
     return None
 
 
-def _complain(record: EngineRecord, what: str, error: Exception) -> None:
+def _warn(record: EngineRecord, what: str, error: Exception) -> None:
     log.warning("an engine has ended, but not all that it left is gone", instance=record.instance,
                 failed=what, error=str(error))  # fmt: skip

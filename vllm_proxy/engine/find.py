@@ -1,4 +1,7 @@
-"""Where is vLLM? Read off the file system; nothing is imported and nothing is run."""
+"""Finds the installation of vLLM to use where no command is configured, and whether there are GPUs.
+
+Reads the file system only: nothing is imported and nothing is run.
+"""
 
 import shutil
 import sys

@@ -1,6 +1,7 @@
-"""One engine from its address to its last process. Its one rule: what was taken for it is given back in the same block.
+"""Starts or adopts one engine, and ends it. Owns its address, folder, processes, log and record meanwhile.
 
-The exception is an engine that is kept for the next daemon, which adopts it.
+All of that is released when the block ends, so nothing leaks: but for an engine that is kept for the next daemon, or
+that a stopping daemon could not end. When an engine starts is decided in `fleet`.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ from vllm_proxy.engine.log_file import LogFile
 from vllm_proxy.engine.output import Output, PassOn
 from vllm_proxy.engine.ownership import Owned
 from vllm_proxy.engine.ports import HOST, NoPortError, Ports
-from vllm_proxy.engine.process import EngineProcess, end_processes, to_the_end
+from vllm_proxy.engine.process import EngineProcess, end_processes, run_shielded
 from vllm_proxy.engine.program import LaunchError, Programs
 from vllm_proxy.engine.state import EngineRecord, StateDirectory, file_name
 from vllm_proxy.runtime import clock, descriptors, files
@@ -44,8 +45,8 @@ _MEMORY_SECONDS = 30.0
 _MUCH_MORE_MEMORY = 1.5  # times what it was
 
 
-class Writing(Protocol):
-    """What an engine writes, as far as others look at it."""
+class EngineOutput(Protocol):
+    """The output of an engine, for those who observe it."""
 
     @property
     def activity(self) -> int:
@@ -60,7 +61,7 @@ class Writing(Protocol):
 
 
 class Log(Protocol):
-    """Where an engine's output goes, as far as others look at it."""
+    """The log of an engine, for those who observe it."""
 
     @property
     def path(self) -> Path:
@@ -102,7 +103,7 @@ class Engine(Protocol):
         """How its first process ended, once it did."""
 
     @property
-    def output(self) -> Writing:
+    def output(self) -> EngineOutput:
         """What it writes."""
 
     @property
@@ -116,14 +117,14 @@ class Engine(Protocol):
         """Since its first process started; the wall clock has no part in it."""
 
     def serves(self) -> None:
-        """It is ready: put that on record."""
+        """It is ready: record that."""
 
     def keep(self) -> None:
         """Leave it to the next daemon where the block ends."""
 
 
 class LaunchedEngine:
-    """A real one."""
+    """An engine that runs as processes of this machine."""
 
     def __init__(
         self, process: EngineProcess, record: EngineRecord, output: Output, log_file: LogFile, state: StateDirectory
@@ -157,16 +158,16 @@ class LaunchedEngine:
         return holds
 
     def serves(self) -> None:
-        """It is ready: put that on record."""
+        """It is ready: record that."""
         self.output.loading = False
         self._serving.set()
 
-    async def look_after(self) -> None:
-        """Once it serves, put that on record, with what would be left of it if it were killed; then report on it."""
+    async def monitor(self) -> None:
+        """Once it serves, record that, with the shared memory a kill would leak; then monitor its memory."""
         await self._serving.wait()
         found = await asyncio.to_thread(vitals.shared_segments, self.process.owned)
         self.record = replace(self.record, ready=True, segments=tuple(sorted(found)))
-        note(self._state, self.record)
+        save_record(self._state, self.record)
         noted = 0
         while True:
             self.memory_bytes = await asyncio.to_thread(self._memory)
@@ -196,7 +197,7 @@ class Launcher:
 
     programs: Programs
     check: OptionCheck
-    scratch: Path  # where their temporary folders go; short, since sockets lie there
+    scratch: Path  # where their temporary folders go; short: sockets are in them
     has_gpus: bool
     ports: Ports
     state: StateDirectory
@@ -212,7 +213,7 @@ class Launcher:
         return allocation_for(spec, self.programs.inherited)
 
     def fingerprint(self, spec: EngineSpec) -> str:
-        """What an engine is known by to be the one that a spec asks for."""
+        """Identifies the spec that an engine was started for."""
         return command.fingerprint(spec, str(self.programs.folder))
 
     async def objection(self, model: ModelSpec) -> Diagnosis | None:
@@ -233,7 +234,7 @@ class Launcher:
     async def running(
         self, model: ModelSpec, instance: str, allocation: Allocation, owner: Owner
     ) -> AsyncIterator[LaunchedEngine]:
-        """An engine that runs inside the block; behind it nothing is left of it, unless its owner was told otherwise.
+        """An engine that runs inside the block; after it nothing is left, unless its owner was notified otherwise.
 
         Raises:
             LaunchError: when it cannot be started.
@@ -243,12 +244,12 @@ class Launcher:
         _refuse(await self.check.problems(model))
         async with contextlib.AsyncExitStack() as stack:
             taken = stack.enter_context(contextlib.ExitStack())
-            place = await self._take_place(instance, allocation, owner, taken)
+            place = await self._allocate_place(instance, allocation, owner, taken)
             argv = command.argv(model.id, model.engine, start, place)
             env = command.environment(self.programs.inherited, model.engine, place)
             with descriptors.spare():
                 engine = self._spawn(argv, env, place, model.engine, stack)
-                await stack.enter_async_context(self._living(engine, owner, taken))
+                await stack.enter_async_context(self._lifetime(engine, owner, taken))
                 self._put_on_record(engine)
                 engine.process.release()
             log.info("engine started", instance=instance, pid=engine.pid, address=str(place.address),
@@ -265,7 +266,7 @@ class Launcher:
         """
         async with contextlib.AsyncExitStack() as stack:
             taken = stack.enter_context(contextlib.ExitStack())
-            self._hold(record.place, taken)
+            self._reserve_address(record.place, taken)
             if record.folder:
                 taken.callback(files.remove_tree, Path(record.folder))
             engine, why = None, "the engine ended while no daemon watched it"
@@ -274,9 +275,9 @@ class Launcher:
             except OSError as error:
                 why = f"cannot adopt the engine, so it was ended: {error}"
             if engine is None:
-                await to_the_end(self._end, record, partial(end_processes, record.identity), owner, taken)
+                await run_shielded(self._end, record, partial(end_processes, record.identity), owner, taken)
                 raise LaunchError(Reason.CRASHED, why)
-            await stack.enter_async_context(self._living(engine, owner, taken))
+            await stack.enter_async_context(self._lifetime(engine, owner, taken))
             log.info("engine adopted", instance=record.instance, pid=engine.pid, address=record.address)
             yield engine
 
@@ -287,7 +288,7 @@ class Launcher:
         try:
             log_file = LogFile.of_running(record.pid, record.log)
         except OSError:
-            process.leave()
+            process.detach()
             raise
         stack.callback(log_file.close)
         start = (record.instance, log_file.path, record.log_start, logs.size_of(log_file.path))
@@ -298,21 +299,21 @@ class Launcher:
         """End an engine that an earlier daemon left. Its address stays taken until that is done."""
         log.warning("ending an engine that an earlier daemon left", instance=record.instance, pid=record.pid)
         with contextlib.ExitStack() as taken:
-            self._hold(record.place, taken)
+            self._reserve_address(record.place, taken)
             await self._end(record, partial(end_processes, record.identity), owner, taken)
 
-    def _hold(self, place: Place, taken: contextlib.ExitStack) -> None:
-        """Give nobody else the address of an engine that an earlier daemon started."""
+    def _reserve_address(self, place: Place, taken: contextlib.ExitStack) -> None:
+        """Keep the address of an engine that an earlier daemon started from being allocated."""
         if (port := place.address.port) is not None:
-            self.ports.hold(port)
-            taken.callback(self.ports.give_back, port)
+            self.ports.reserve(port)
+            taken.callback(self.ports.release, port)
 
-    async def _take_place(
+    async def _allocate_place(
         self, instance: str, allocation: Allocation, owner: Owner, taken: contextlib.ExitStack
     ) -> Place:
         try:
-            port = await self.ports.take_soon(owner.waits)
-            taken.callback(self.ports.give_back, port)
+            port = await self.ports.take_or_wait(owner.waits)
+            taken.callback(self.ports.release, port)
             folder = tempfile.mkdtemp(prefix="vp-", dir=self.scratch)
         except (NoPortError, OSError) as error:
             raise LaunchError(Reason.CRASHED, f"cannot make room for an engine: {error}") from error
@@ -328,7 +329,7 @@ class Launcher:
         spec: EngineSpec,
         stack: contextlib.AsyncExitStack,
     ) -> LaunchedEngine:
-        """A process that waits to be released, on nobody's record yet."""
+        """A process that waits to be released, not on record yet."""
         try:
             log_file = LogFile.make(self.state.log_file(place.instance))
             stack.callback(log_file.close)
@@ -348,30 +349,29 @@ class Launcher:
         return LaunchedEngine(process, record, output, log_file, self.state)
 
     def _put_on_record(self, engine: LaunchedEngine) -> None:
-        descriptors.give(engine.pid, self.open_files)
+        descriptors.set_soft_limit(engine.pid, self.open_files)
         name = cgroup.name_of(file_name(engine.place.instance), engine.place.own_name)
-        engine.record = replace(engine.record, cgroup=self.cgroups.take_in(name, engine.pid))
+        engine.record = replace(engine.record, cgroup=self.cgroups.create_group(name, engine.pid))
         engine.process.owned = Owned(engine.record.identity)
-        note(self.state, engine.record)
+        save_record(self.state, engine.record)
 
     @contextlib.asynccontextmanager
-    async def _living(self, engine: LaunchedEngine, owner: Owner, taken: contextlib.ExitStack) -> AsyncIterator[None]:
-        process, output = engine.process, engine.output
-        name = engine.place.instance
+    async def _lifetime(self, engine: LaunchedEngine, owner: Owner, taken: contextlib.ExitStack) -> AsyncIterator[None]:
+        process, output, name = engine.process, engine.output, engine.place.instance
         pump = keep_running(partial(output.pump, lambda: vitals.work(process.owned)), f"output of {name}")
-        noting = keep_running(engine.look_after, f"look after {name}")
+        monitoring = keep_running(engine.monitor, f"monitor of {name}")
         try:
             yield
         finally:
-            noting.cancel()
+            monitoring.cancel()
             if engine.kept and not engine.exited.done():
-                process.leave()
+                process.detach()
                 taken.pop_all()  # address and folder stay its own
                 owner.ended()
                 log.info("engine kept", instance=name, pid=engine.pid, address=str(engine.place.address))
             else:
-                # A stop that comes while the engine is ended already must not leave the rest of it alive.
-                await to_the_end(self._end, engine.record, process.end, owner, taken)
+                # Shielded: a cancellation while the engine is ended must not leak the rest of its processes.
+                await run_shielded(self._end, engine.record, process.end, owner, taken)
             pump.cancel()
             await asyncio.wait({pump})
             await output.finish()
@@ -385,7 +385,7 @@ class Launcher:
             taken.pop_all()
 
 
-def note(state: StateDirectory, record: EngineRecord) -> None:
+def save_record(state: StateDirectory, record: EngineRecord) -> None:
     """Put an engine on record. Where that cannot be done, it runs all the same, and is ended as any other."""
     try:
         state.record(record)

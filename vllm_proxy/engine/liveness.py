@@ -1,7 +1,8 @@
-"""Does a ready engine still work? Its one rule: only an engine in which nothing at all moves is called stalled.
+"""Detects a stalled engine: one that is ready, has requests waiting, and in which nothing moves. A watchdog.
 
-`/health` says no more than that vLLM's server has not heard of its engine's death, so a hung engine is found by what
-stands still: requests wait for it, no byte of an answer comes, and vLLM's own counters do not move.
+`/health` only says that vLLM's server has not noticed the death of its engine core. So a hung engine is found by what
+stands still: no byte of an answer, and none of vLLM's counters. An engine in which anything moves must not be called
+stalled (tests/engine/test_liveness.py).
 """
 
 import asyncio

@@ -1,7 +1,7 @@
-"""Where the output of one engine goes. Its one rule: a log that cannot be kept never costs an engine, and that is said.
+"""The file that takes the output of one engine; memory, where the disk is full or read-only.
 
-The file is held open, so it can be read when its name is gone. Where there can be none, because its disk is full or
-read-only, memory takes the output: it is passed on as ever, and gone with the engine.
+A log that cannot be kept must not cost an engine: its output then goes to a memfd, and `problem` says why. The file is
+held open, so it can be read after its name is gone.
 """
 
 import errno

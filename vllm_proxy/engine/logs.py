@@ -1,6 +1,7 @@
-"""Engine output on disk: followed, searched from its end, kept short.
+"""Reads the output of engines on disk: follows it, finds the last lines, truncates files that grow too long.
 
-Its one rule: an engine writes with O_APPEND and is never asked, so nothing here may replace the file or raise.
+Engines append (O_APPEND) and do not coordinate with anybody, so a file is truncated in place and never replaced.
+Nothing here raises for a file that is gone or cannot be read.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-_CHUNK = 16 * 1024  # is read at a time: of the shortest lines a turn of the event loop that nobody notices
+_CHUNK = 16 * 1024  # is read at a time: little enough for a turn of the event loop
 _COPY = 256 * 1024
 _LONGEST_LINE = 16 * 1024  # is held back until it ends
 _MOST_BEHIND = 4 * 2**20
@@ -44,7 +45,7 @@ class LogReader:
         self._position = position
         self._rest = b""  # of a line that has not ended; its bytes lie before the position
         self._seen = b""  # what lies before the position
-        self._skipped = 0  # not told yet, bytes
+        self._skipped = 0  # not reported yet, bytes
         self.more = False  # whether the last look left something to be read
 
     def read(self) -> list[str]:
@@ -184,7 +185,7 @@ def _last_state(line: bytes) -> str:
     end = len(line.rstrip())
     for _ in range(_MOST_STATES):
         start = line.rfind(b"\r", 0, end) + 1
-        if text := "".join(map(_text, _pieces(line[start:end]))):  # in pieces: nobody waits for a long line
+        if text := "".join(map(_text, _pieces(line[start:end]))):  # in pieces, to bound the time spent on a long line
             return text
         if start == 0:
             break

@@ -1,7 +1,8 @@
-"""The options that an engine's own vLLM takes, read from its argument parser, in the background and once a version.
+"""Obtains the options that an engine's own vLLM accepts, from its argument parser: in the background, once a version.
 
-Its one rule: it only ever helps. Where an engine's Python cannot be found or its vLLM tells nothing, there is no table
-and nothing is checked.
+Best effort: where the Python of a command is not certain or its vLLM prints nothing useful, there is no table and
+nothing is checked. All who ask at the same time share one read (an import of vLLM takes seconds: no thundering herd),
+and results are cached on disk.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ from vllm_proxy.domain.options import OptionTable
 from vllm_proxy.engine.find import package_folders
 from vllm_proxy.engine.ownership import Identity
 from vllm_proxy.engine.proc import KERNEL, look_up
-from vllm_proxy.engine.process import end_processes, to_the_end
+from vllm_proxy.engine.process import end_processes, run_shielded
 from vllm_proxy.runtime.background import ask
 from vllm_proxy.runtime.files import replace_file
 from vllm_proxy.runtime.threads import Offload
@@ -35,10 +36,10 @@ SCRIPT = Path(__file__).with_name("read_options.py")
 
 _NAME = "options"  # in the mark of its processes
 _SECONDS = 120.0
-_BYTES = 4 * 2**20
+_MOST_BYTES = 4 * 2**20
 _BUFFERED = 2**16
 _LAST_SECONDS = 1.0
-_LAST_WORDS = 2000  # bytes of what a failed run said
+_LAST_BYTES = 2000  # bytes of a failed run's stderr
 _FILES_KEPT = 20
 _HEAD = 64 * 2**10  # of a script: a wrapper's `exec` stands below all that it sets
 _LEVELS = 4  # of wrappers inside each other
@@ -69,7 +70,7 @@ def python_of(command: Sequence[str], path: str) -> Path | None:
         serves = bool(module) and (_SERVING.fullmatch(module[0]) or _serves(module))
         return program if serves else None
     if "vllm" in {program.name, _resolved(program).name} and "serve" in command[1:]:
-        return _behind(program, path)
+        return _interpreter_of(program, path)
     return None
 
 
@@ -82,7 +83,7 @@ def _found(program: str, path: str) -> Path | None:
     return Path(found) if found and Path(found).is_absolute() else None
 
 
-def _behind(script: Path, path: str) -> Path | None:
+def _interpreter_of(script: Path, path: str) -> Path | None:
     """The interpreter of a script, through the wrappers that package managers put around it."""
     for _ in range(_LEVELS):
         head = _head(script)
@@ -151,8 +152,8 @@ class _Version:
     @property
     def name(self) -> str:
         """Of the file that keeps its options."""
-        told = json.dumps([self.python, self.real, self.metadata, self.env])
-        return f"{hashlib.sha256(told.encode() + SCRIPT.read_bytes()).hexdigest()[:24]}.json"
+        facts = json.dumps([self.python, self.real, self.metadata, self.env])
+        return f"{hashlib.sha256(facts.encode() + SCRIPT.read_bytes()).hexdigest()[:24]}.json"
 
 
 def _version(python: Path, env: Mapping[str, str]) -> _Version:
@@ -171,7 +172,7 @@ def _version(python: Path, env: Mapping[str, str]) -> _Version:
 class OptionTables:
     """The tables that are known. `folder` keeps them for later daemons; it is made when first needed.
 
-    `offload` has what reads an installation done elsewhere.
+    `offload` runs what reads an installation in a thread.
     """
 
     def __init__(self, folder: Path, seconds: float = _SECONDS, offload: Offload = asyncio.to_thread) -> None:
@@ -185,12 +186,12 @@ class OptionTables:
     def known(self, python: Path, env: Mapping[str, str] | None = None) -> OptionTable | None:
         """What is known without running anything. `env` as for `load`."""
         version = _version(python, env or {})
-        if version not in self._tables and (table := self._kept(version)):
+        if version not in self._tables and (table := self._cached(version)):
             self._tables[version] = table
         return self._tables.get(version)
 
     async def load(self, python: Path, env: Mapping[str, str]) -> OptionTable | None:
-        """The options of the vLLM in `python`; None where it does not tell them, which is logged once.
+        """The options of the vLLM in `python`; None where it does not print them, which is logged once.
 
         `env` is what the engine would run with.
         """
@@ -202,7 +203,7 @@ class OptionTables:
             reading = ask(self._load(version, env), f"options of {python}")
             self._readings[version] = reading
         try:
-            return await asyncio.shield(reading)  # a caller that gives up leaves it to the others
+            return await asyncio.shield(reading)  # single flight: a caller that gives up leaves it to the others
         except asyncio.CancelledError:
             if reading.cancelled():  # by `close`
                 return None
@@ -217,12 +218,12 @@ class OptionTables:
 
     async def _load(self, version: _Version, env: Mapping[str, str]) -> OptionTable | None:
         try:
-            table = self._kept(version)
+            table = self._cached(version)
             if table is None:
                 async with self._one_at_a_time:
                     table = await self._read(version, env)
                 if table is not None:
-                    self._keep(version, table)
+                    self._cache(version, table)
             self._tables[version] = table
             return table
         finally:
@@ -240,14 +241,14 @@ class OptionTables:
                     python=version.python, error=error)  # fmt: skip
         return None
 
-    def _kept(self, version: _Version) -> OptionTable | None:
+    def _cached(self, version: _Version) -> OptionTable | None:
         try:
             return OptionTable.from_json((self._folder / version.name).read_bytes())
         except (OSError, ValueError):  # never read, or no longer whole: it is read anew
             return None
 
-    def _keep(self, version: _Version, table: OptionTable) -> None:
-        if not version.metadata:  # nothing would tell that it has become another
+    def _cache(self, version: _Version, table: OptionTable) -> None:
+        if not version.metadata:  # a changed version would go unnoticed
             return
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -293,12 +294,12 @@ async def _output(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
     who = Identity(child.pid if process else 0, process.started if process else 0, mark(_NAME, secret))
     assert child.stdout is not None
     assert child.stderr is not None
-    words = ask(_tail(child.stderr), "last words of a vLLM")
+    words = ask(_tail(child.stderr), "stderr of a vLLM")
     try:
         output = await _bounded(child.stdout)
     finally:
         try:
-            said = await to_the_end(_end, child, who, words)
+            said = await run_shielded(_end, child, who, words)
         finally:
             KERNEL.waited_for.discard(child.pid)
             transport.close()  # the pipes: nobody may have read them to their ends, or somebody else may hold them
@@ -309,7 +310,7 @@ async def _output(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
 
 
 async def _end(child: asyncio.subprocess.Process, who: Identity, words: asyncio.Task[str]) -> str:
-    """End all of its processes; returns its last words."""
+    """End all of its processes; returns the last line of its stderr."""
     try:
         await end_processes(who, 0.0)
     except OSError as error:
@@ -325,8 +326,8 @@ async def _bounded(stream: asyncio.StreamReader) -> bytes:
     output = bytearray()
     while chunk := await stream.read(2**16):
         output += chunk
-        if len(output) > _BYTES:
-            msg = f"more than {_BYTES} bytes of output"
+        if len(output) > _MOST_BYTES:
+            msg = f"more than {_MOST_BYTES} bytes of output"
             raise ValueError(msg)
     return bytes(output)
 
@@ -335,6 +336,6 @@ async def _tail(stream: asyncio.StreamReader) -> str:
     """The last line of it."""
     tail = b""
     while chunk := await stream.read(2**16):
-        tail = (tail + chunk)[-_LAST_WORDS:]
+        tail = (tail + chunk)[-_LAST_BYTES:]
     lines = tail.decode(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -1,6 +1,6 @@
-"""What an engine writes, while it runs: passed on, kept short on disk, read for progress.
+"""Follows the output of a running engine: forwards its lines, truncates its file, derives progress and activity.
 
-Its one rule: engines write to a file that outlives the daemon, never to a pipe that dies with it; so all here polls.
+Engines write to a file that outlives the daemon, never to a pipe that would break with it; so the file is polled.
 """
 
 import asyncio
@@ -19,13 +19,13 @@ from vllm_proxy.engine.vitals import Work
 type PassOn = Callable[[str, Sequence[str]], None]  # instance, lines
 
 _POLL_SECONDS = 0.1
-_MOST_PIECES = 16  # of 16 KiB are read in a row: who writes more than that each poll is skipped over
-_LAST_PIECES = 256  # of what a dead engine had written; what escaped of it may go on for ever
+_MOST_PIECES = 16  # of 16 KiB are read in a row: of an engine that writes more in each poll, some is skipped
+_LAST_PIECES = 256  # of what a dead engine had written: an escaped process of it may write for ever
 _MOST_LOOKED_AT = 1000  # characters of a line: the rest may be a dump of anything
-_QUIET_SECONDS = 5.0  # without a word: then it is looked at what its processes do
+_QUIET_SECONDS = 5.0  # without output: then the activity of its processes is measured
 _WORK_BYTES = 2**20  # in that time: heartbeats of idle processes stay far below
 _MAY_DOWNLOAD = frozenset({Phase.IMPORTING, Phase.LOADING_WEIGHTS})
-# What vLLM goes on saying while it hangs.
+# What vLLM logs again and again while it hangs.
 _NO_PROGRESS = re.compile(r"No available shared memory broadcast block|Waiting for \d+ .*core engine")
 
 
@@ -62,58 +62,58 @@ class Output:
         return logs.last_lines(self._file, lines, self._start)
 
     async def pump(self, look: Callable[[], Work], quiet: float = _QUIET_SECONDS) -> None:
-        """Read on until cancelled. `look`: what its processes do, asked in a thread when they said nothing for `quiet`.
+        """Follow it until cancelled. `look`: measures its processes, in a thread, when there was no output for `quiet`.
 
         `quiet` is in seconds.
         """
         loop = asyncio.get_running_loop()
         if self._catches_up:
             await asyncio.to_thread(self._catch_up)
-        heard_at, moved = loop.time(), 0
+        active_at, moved = loop.time(), 0
         while True:
             if await self._read_on(_MOST_PIECES):
-                heard_at = loop.time()
-            elif self.loading and loop.time() - heard_at > quiet:
+                active_at = loop.time()
+            elif self.loading and loop.time() - active_at > quiet:
                 work = await asyncio.to_thread(look)
                 self.activity += work.moved_bytes - moved > _WORK_BYTES
-                moved, heard_at = work.moved_bytes, loop.time()
+                moved, active_at = work.moved_bytes, loop.time()
                 if work.downloads and self.progress.fraction is None and self.progress.phase in _MAY_DOWNLOAD:
-                    self.progress = Progress(Phase.DOWNLOADING, None)  # vLLM says so only when it has ended
+                    self.progress = Progress(Phase.DOWNLOADING, None)  # vLLM reports a download only when it has ended
             await asyncio.sleep(_POLL_SECONDS)
 
     def _catch_up(self) -> None:
-        """Follow from what an earlier daemon has passed on already to how far the start had come. For a thread."""
+        """Derive the progress from output that an earlier daemon forwarded already. For a thread."""
         for line in self.tail(10_000):
-            self._follow(line)
+            self._note_progress(line)
 
     async def finish(self) -> None:
-        """It has ended, and will not finish a line that it began: take in the rest."""
+        """It has ended: forward the rest, an unfinished last line included."""
         await self._read_on(_LAST_PIECES)
-        self._take(self._reader.flush())
+        self._forward(self._reader.flush())
 
     async def _read_on(self, most_pieces: int) -> bool:
-        """Take in what is new, with a turn for everybody else after each piece; whether there was anything."""
-        heard = self._read()
+        """Read what is new, yielding to the event loop after each piece; whether there was anything."""
+        found_any = self._read()
         while self._reader.more and (most_pieces := most_pieces - 1) > 0:
             await asyncio.sleep(0)
-            heard |= self._read()
-        return heard
+            found_any |= self._read()
+        return found_any
 
     def _read(self) -> bool:
         lines = self._reader.read()
-        self._take(lines)
+        self._forward(lines)
         if moved := logs.cut(self._file, self._most_bytes):
             self._reader.shift(moved)
             self._start = max(0, self._start - moved)
         return bool(lines)
 
-    def _take(self, lines: list[str]) -> None:
+    def _forward(self, lines: list[str]) -> None:
         if lines:
             self._pass_on(self._instance, lines)
             for line in lines:
-                self._follow(line)
+                self._note_progress(line)
 
-    def _follow(self, line: str) -> None:
+    def _note_progress(self, line: str) -> None:
         if not self.loading:
             return
         self.progress = progress.after_line(self.progress, line[:_MOST_LOOKED_AT])

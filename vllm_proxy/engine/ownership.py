@@ -1,9 +1,10 @@
-"""Which live processes are an engine's, provably. Its one rule: what is not proven is somebody else's.
+"""Proves which live processes belong to an engine, so that no other process is ever signalled.
 
-Numbers prove nothing by themselves: a pid, and with it a session's, is given away again. A process is an engine's when
-its environment carries the engine's own mark, or it is in the engine's own cgroup, or it is the first process
-with the recorded start, or in its session while that one is there (as a zombie too: the number is not given away then),
-or a descendant of one of these. What was proven once stays so: pid and start name a process for good.
+A pid, and with it the number of a session, is reused, so neither proves anything (a race with every signal). A process
+is an engine's when its environment carries the engine's own mark, or it is in the engine's own cgroup, or it is the
+first process with the recorded start, or in its session while that one is there (as a zombie too: its number is not
+reused then), or a descendant of one of these. What was proven once stays proven: pid and start identify a process. What
+is not proven is somebody else's (tests/engine/test_ownership.py).
 """
 
 import os
@@ -41,28 +42,28 @@ class Owned:
         self._mark = identity.mark.encode()
         self._proven: frozenset[tuple[int, int]] = frozenset()  # pid and start
         self._unmarked: frozenset[tuple[int, int]] = frozenset()  # whose environment was read
-        self._one_look = threading.Lock()
+        self._find_lock = threading.Lock()
 
     def first(self) -> Process | None:
         """The first process itself, as a zombie too; None when it is gone.
 
         Raises:
-            OSError: when that cannot be told.
+            OSError: when that cannot be determined.
 
         """
         found = self.kernel.look_up(self.identity.pid)
         return found if found and found.started == self.identity.started else None
 
-    def look(self) -> list[Process]:
+    def find(self) -> list[Process]:
         """Every process of the engine, zombies included. Takes milliseconds: not for the event loop.
 
         Raises:
-            OSError: when that cannot be told; whatever lives then still does.
+            OSError: when that cannot be determined; whatever lives then still does.
 
         """
-        with self._one_look:
+        with self._find_lock:
             there = {process.pid: process for process in self.kernel.processes() if self._may_be(process)}
-            # Asked behind the table: whoever got a number only then is not the one that stands there with it.
+            # Read after the table, to avoid a race: a process that got its pid only then is not the one in the table.
             first, grouped = self.first(), self.kernel.members(self.identity.cgroup)
             keys = {(process.pid, process.started) for process in there.values()}
             self._unmarked &= keys
@@ -80,10 +81,10 @@ class Owned:
             return list(found.values())
 
     def send(self, process: Process, number: signal.Signals) -> bool:
-        """Send a signal to a process that `look` has found; False when it is gone.
+        """Send a signal to a process that `find` has found; False when it is gone.
 
         Raises:
-            OSError: when it cannot be told whether it is still the same, or it may not be signalled.
+            OSError: when it cannot be verified that it is still the same, or it may not be signalled.
 
         """
         return self.kernel.send(process.pid, number, self._is_still)
@@ -101,14 +102,14 @@ class Owned:
         """Whether all that takes connections to `address` is the engine's. Not for the event loop.
 
         Raises:
-            OSError: when that cannot be told.
+            OSError: when that cannot be determined.
 
         """
         wanted = listeners(address)
         if not wanted:
             return False
         # The first process most often holds it; all that listen must be known.
-        processes = sorted(self.look(), key=lambda process: process.pid != self.identity.pid)
+        processes = sorted(self.find(), key=lambda process: process.pid != self.identity.pid)
         for process in processes:
             wanted -= self.kernel.sockets(process.pid)
             if not wanted:
@@ -116,7 +117,7 @@ class Owned:
         return False
 
     def _may_be(self, process: Process) -> bool:
-        """Nothing of an engine is older than its first process; where a start is hidden, its session may tell."""
+        """Nothing of an engine is older than its first process; where its start is hidden, its session decides."""
         return process.pid != self.kernel.own_pid and (not process.started or process.started >= self.identity.started)
 
     def _is_marked(self, process: Process) -> bool:
@@ -155,7 +156,7 @@ def listeners(address: Address) -> frozenset[int]:
     """The inodes of the sockets that a connection to `address` may come to.
 
     Raises:
-        OSError: when that cannot be told.
+        OSError: when that cannot be determined.
 
     """
     match address:
@@ -182,7 +183,7 @@ def _tcp_listeners(host: str, port: int) -> frozenset[int]:
 
 
 def _arrivals(host: str) -> frozenset[str]:
-    """Where who connects to an IP address may arrive, as /proc/net has it: what is bound to it, or to all of them."""
+    """Local addresses that accept connections to an IP address, as /proc/net prints them: itself, and wildcards."""
     try:
         to = ip_address(host)
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""Which engine has which port. Its one rule: a port is handed out only when nothing else has it.
+"""Allocates ports for engines. A port is handed out only when nothing else holds it.
 
-Closed connections of an earlier engine, which the kernel remembers for a minute (TIME_WAIT), do not hinder vLLM: it
-binds with SO_REUSEADDR. No bind can tell them from another vLLM that loads, bound but not listening; so the kernel is
-asked for such sockets.
+Closed connections of an earlier engine (TIME_WAIT) do not hinder vLLM, which binds with SO_REUSEADDR. A bind cannot
+tell them from another vLLM that loads, bound but not listening; so the kernel is asked for such sockets. Between this
+and vLLM's own bind remains a race, which vLLM reports (`port_in_use`).
 """
 
 import asyncio
@@ -72,8 +72,8 @@ class Ports:
         msg = f"cannot find a free port in {self._range.start} to {self._range.stop - 1}: set engine.port_end"
         raise NoPortError(msg)
 
-    async def take_soon(self, told: Callable[[str | None], None]) -> int:
-        """As `take`, but wait where that helps; `told`: called with what for, and with None when it is over.
+    async def take_or_wait(self, on_wait: Callable[[str | None], None]) -> int:
+        """As `take`, but wait where that helps; `on_wait`: called with what for, and with None when it is over.
 
         Raises:
             NoPortError: when there is none, and waiting does not help.
@@ -88,20 +88,20 @@ class Ports:
                 if loop.time() > deadline:
                     raise
                 if not waits:
-                    told(str(error))
+                    on_wait(str(error))
                 waits = True
                 await asyncio.sleep(_POLL_SECONDS)
             else:
                 if waits:
-                    told(None)
+                    on_wait(None)
                 return port
 
-    def hold(self, port: int) -> None:
-        """An engine of an earlier daemon has this port already."""
+    def reserve(self, port: int) -> None:
+        """Mark a port as allocated: an engine of an earlier daemon has it."""
         self._held.add(port)
 
-    def give_back(self, port: int) -> None:
-        """The engine is gone."""
+    def release(self, port: int) -> None:
+        """The engine is gone: its port may be allocated again."""
         self._held.discard(port)
 
 
@@ -109,7 +109,7 @@ def use_of(port: int) -> Use:
     """What others do with a port.
 
     A bind without SO_REUSEADDR is the only one that a vLLM which loads (bound, not listening) keeps from binding. It
-    fails beside closed connections too: what is bound is then asked of the kernel.
+    fails beside closed connections too: the kernel is then asked what is bound.
     """
     with socket.socket() as ours:
         if _bind(ours, port):

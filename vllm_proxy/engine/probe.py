@@ -1,6 +1,7 @@
-"""Is an engine truly ready? Alive is the supervisor's business; here: healthy, and the one that we started.
+"""Health checks of engines over HTTP: healthy, the one that was started, and whether its counters move.
 
-Its one rule: whatever answers, it is read with a bound and a deadline, and leads nowhere else.
+Answers are not trusted: each is read up to a limit and a deadline, no redirect is followed, and the credential is sent
+only once the listener is proven to be the engine (tests/engine/test_probe.py).
 """
 
 import json
@@ -37,12 +38,12 @@ class Ready:
 
 
 class Probe(Protocol):
-    """What asks engines how they are."""
+    """Health checks of engines."""
 
     async def ready(self, place: Place, is_engines: Callable[[], Awaitable[bool]]) -> Ready | None:
         """What the engine of this place says of itself, None while it is not ready or not ours.
 
-        `is_engines`: whether who listens there is the engine, asked before the credential is sent.
+        `is_engines`: whether who listens there is the engine, checked before the credential is sent.
         """
 
     async def healthy(self, address: Address) -> bool:
@@ -53,7 +54,7 @@ class Probe(Protocol):
 
 
 class HttpProbe:
-    """Asks engines over HTTP. The session must not share its connections with requests."""
+    """Health checks over HTTP. The session must not share its connections with requests."""
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session

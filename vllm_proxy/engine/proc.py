@@ -1,6 +1,7 @@
-"""What the kernel says of processes, and the only place from which they are signalled and reaped.
+"""Reads /proc. The only module that signals and reaps processes.
 
-Its one rule: what cannot be looked at is an error, never an absence: whoever asks would take it for ended.
+What cannot be read is an OSError, never an absence: the caller would take the process for ended. Which processes are an
+engine's is proven in `ownership`.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ def boot_id() -> str:
 
 
 def pid_namespace() -> str:
-    """The kernel's name of the namespace that this process counts pids in; "" where it is not told."""
+    """The kernel's name of the namespace that this process counts pids in; "" where it cannot be read."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -47,7 +48,7 @@ def look_up(pid: int) -> Process | None:
     """The process with this pid, None where there is none.
 
     Raises:
-        OSError: when that cannot be told.
+        OSError: when that cannot be determined.
 
     """
     if not 0 < pid <= PID_LIMIT:
@@ -57,7 +58,7 @@ def look_up(pid: int) -> Process | None:
     except (FileNotFoundError, PermissionError) as error:  # hidden (`hidepid=2`, `hidepid=1`), or not there at all
         if _may_be_signalled(pid):
             raise PermissionError(errno.EACCES, "/proc hides a process of this user's own", str(pid)) from error
-        return None  # what belongs to somebody else is nobody's whom we look for
+        return None  # a process of another user is no engine's
     except ProcessLookupError:
         return None
     fields = stat[stat.rindex(")") + 2 :].split()  # the command in front may hold spaces and parentheses
@@ -110,7 +111,7 @@ class Kernel:
         """What a process was started with, NAME=VALUE with a NUL behind each; empty where it may not be read.
 
         Raises:
-            OSError: when that cannot be told.
+            OSError: when that cannot be determined.
 
         """
         return read(pid, "environ")
@@ -119,7 +120,7 @@ class Kernel:
         """The inodes of the sockets that a process has open; none where they may not be seen.
 
         Raises:
-            OSError: when that cannot be told.
+            OSError: when that cannot be determined.
 
         """
         found = (target[8:-1] for target in open_files(pid) if target.startswith("socket:["))
@@ -129,7 +130,7 @@ class Kernel:
         """The processes of a cgroup; none where there is no such group.
 
         Raises:
-            OSError: when that cannot be told.
+            OSError: when that cannot be determined.
 
         """
         if not group:
@@ -144,13 +145,13 @@ class Kernel:
         """Send a signal to a process of which `is_it` holds; False when it is gone, or is another one by now.
 
         Raises:
-            OSError: when that cannot be told, or the process may not be signalled.
+            OSError: when that cannot be determined, or the process may not be signalled.
 
         """
         if pid == self.own_pid or (fd := open_pidfd(pid)) is None:
             return False
         try:
-            # Behind the open: the descriptor and the line speak of the same process.
+            # After the open, to avoid a pid reuse race: descriptor and line are of the same process.
             process = self._listed(pid)
             if process is None or not process.alive or not is_it(process):
                 return False
@@ -162,7 +163,7 @@ class Kernel:
         return True
 
     def reap(self, pid: int) -> None:
-        """Take a dead child off the kernel's list, unless somebody waits for its exit; nothing for who is no child."""
+        """Reap a dead child, unless its exit is awaited elsewhere; does nothing for a process that is no child."""
         if pid not in self.waited_for:
             with contextlib.suppress(ChildProcessError):  # somebody else's: init reaps it
                 os.waitpid(pid, os.WNOHANG)
@@ -176,7 +177,7 @@ class Kernel:
 
 
 def open_pidfd(pid: int) -> int | None:
-    """A descriptor that speaks of the process with this pid for good; None where there is none.
+    """A descriptor that refers to this very process, whatever its pid is reused for; None where there is none.
 
     Raises:
         OSError: when there is no descriptor to be had.
@@ -193,7 +194,7 @@ def open_pidfd(pid: int) -> int | None:
 
 
 def _hidden(pid: int) -> Process | None:
-    """What the kernel tells of a process that /proc hides."""
+    """What the kernel reveals of a process that /proc hides."""
     try:
         return Process(pid, alive=True, parent=0, session=os.getsid(pid), started=0)
     except OSError:
@@ -204,7 +205,7 @@ def read(pid: int, name: str) -> bytes:
     """A file of a process in /proc; empty where the process is gone or may not be looked at.
 
     Raises:
-        OSError: when that cannot be told.
+        OSError: when that cannot be determined.
 
     """
     try:
@@ -217,7 +218,7 @@ def open_files(pid: int) -> list[str]:
     """What a process has open, as /proc/PID/fd shows it; nothing where it is gone or may not be looked at.
 
     Raises:
-        OSError: when that cannot be told.
+        OSError: when that cannot be determined.
 
     """
     found = []

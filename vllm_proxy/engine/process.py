@@ -1,7 +1,7 @@
-"""One engine's processes: started in a session of their own, watched, and ended to the last one.
+"""The processes of one engine: started in a session of their own, watched by a pidfd, ended and reaped to the last.
 
-Its one rule: nothing that was started here is left unreaped. vLLM's first process (the API server) starts others
-that outlive it; which ones those are, `ownership` proves.
+vLLM's first process (the API server) starts others that outlive it; `ownership` proves which. Nothing that was started
+here may stay unreaped. Also reaps the orphans that this process inherits as a subreaper.
 """
 
 import asyncio
@@ -32,21 +32,21 @@ _KILL_SECONDS = 15.0  # a process that survives SIGKILL for this long hangs in t
 _REAP_SECONDS = 2.0
 # The engine waits for one line before it becomes the engine, so that it is on record before it does anything:
 # a daemon that is killed in between leaves a shell that ends by itself.
-_GATE = 'read -r go && exec "$0" "$@" </dev/null'
+_WAIT_FOR_RELEASE = 'read -r go && exec "$0" "$@" </dev/null'
 
 # Kills what it finds; says whether nothing lived any more, and what stood in its way.
 type Sweep = Callable[[], Awaitable[tuple[bool, OSError | None]]]
 
 
-def adopt_orphans() -> None:
-    """Become the parent of every process whose own parent dies below this one, to be able to reap it."""
+def become_subreaper() -> None:
+    """Have orphans among our descendants reparented to this process (a child subreaper), to be able to reap them."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "cannot become a subreaper")
 
 
-async def to_the_end[**P, T](work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Await `work(...)` to its end whatever is cancelled meanwhile; the cancellation is raised behind it."""
+async def run_shielded[**P, T](work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Await `work(...)` to its end, shielded from cancellation, which is raised afterwards."""
     task = ask(work(*args, **kwargs), getattr(work, "__qualname__", "to the end"))
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -68,21 +68,21 @@ async def end_processes(
     survived SIGKILL for `patience` seconds.
 
     Raises:
-        OSError: something may not be signalled, or for so long nobody could tell what is left.
+        OSError: something may not be signalled, or what is left could not be determined for so long.
 
     """
     loop, owned = asyncio.get_running_loop(), Owned(identity, kernel)
-    await _look(owned)  # who has left the session is known by its parent while that one lives
-    with contextlib.suppress(OSError):  # what is left tells why
+    await _find_processes(owned)  # who has left the session is known by its parent while that one lives
+    with contextlib.suppress(OSError):  # the sweep below reports what is left
         if owned.send_to_first(signal.SIGTERM):
             began = loop.time()
-            while clock.elapsed(began) < grace_seconds and _may_live(owned):  # noqa: ASYNC110 - the kernel tells nobody
+            while clock.elapsed(began) < grace_seconds and _may_live(owned):  # noqa: ASYNC110 - there is no event for it
                 await asyncio.sleep(_SWEEP_SECONDS)
     return await until_gone(partial(_sweep, owned), patience)
 
 
 def is_alive(identity: Identity) -> bool:
-    """Whether the first process of an engine is known to live; one that cannot be looked at is not, and not gone."""
+    """Whether the first process of an engine is known to live; False also where it cannot be read."""
     try:
         first = Owned(identity).first()
     except OSError:
@@ -102,7 +102,7 @@ async def until_gone(sweep: Sweep, patience: float = _KILL_SECONDS) -> bool:
     """Sweep again and again until nothing is left; False: something has survived SIGKILL for `patience` seconds.
 
     Raises:
-        OSError: something may not be killed, or for so long nobody could tell what is left.
+        OSError: something may not be killed, or what is left could not be determined for so long.
 
     """
     loop = asyncio.get_running_loop()
@@ -122,7 +122,7 @@ async def until_gone(sweep: Sweep, patience: float = _KILL_SECONDS) -> bool:
 
 async def _sweep(owned: Owned) -> tuple[bool, OSError | None]:
     """SIGKILL to every process of an engine that lives; the dead are reaped."""
-    left, problem = await _look(owned)
+    left, problem = await _find_processes(owned)
     for process in left:
         if process.alive:
             problem = _kill(owned, process) or problem
@@ -131,10 +131,10 @@ async def _sweep(owned: Owned) -> tuple[bool, OSError | None]:
     return not any(process.alive for process in left), problem
 
 
-async def _look(owned: Owned) -> tuple[list[Process], OSError | None]:
+async def _find_processes(owned: Owned) -> tuple[list[Process], OSError | None]:
     try:
-        return await asyncio.to_thread(owned.look), None
-    except OSError as error:  # no descriptor left, or /proc is closed: nobody can say that nothing is there
+        return await asyncio.to_thread(owned.find), None
+    except OSError as error:  # no descriptor left, or /proc is closed: absence cannot be concluded
         return [], error
 
 
@@ -147,9 +147,9 @@ def _kill(owned: Owned, process: Process) -> OSError | None:
 
 
 async def reap_orphans(kernel: Kernel = KERNEL, seconds: float = _REAP_SECONDS) -> NoReturn:
-    """Reap what was left to this process by its dead parents and has ended, until cancelled.
+    """Reap orphans that were reparented to this process and have ended, until cancelled.
 
-    Only what nobody has waited for since the look before: an exit belongs to who started the process.
+    Only what was not reaped since the previous scan: an exit belongs to whoever started the process.
     """
     before: set[tuple[int, int]] = set()
     while True:
@@ -188,12 +188,12 @@ class EngineProcess:
 
     @classmethod
     def adopt(cls, identity: Identity) -> "EngineProcess | None":
-        """The process that an earlier daemon started; None where it is gone, or that cannot be told: see `is_alive`."""
+        """The process that an earlier daemon started; None where it is gone or cannot be read: see `is_alive`."""
         try:
             pidfd = open_pidfd(identity.pid)
         except OSError:
             return None
-        # Behind the open: the descriptor and the line speak of the same process.
+        # After the open, to avoid a pid reuse race: descriptor and line are of the same process.
         if pidfd is None or not is_alive(identity):
             if pidfd is not None:
                 os.close(pidfd)
@@ -211,7 +211,7 @@ class EngineProcess:
         output = os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             child = subprocess.Popen(
-                ["/bin/sh", "-c", _GATE, *argv],
+                ["/bin/sh", "-c", _WAIT_FOR_RELEASE, *argv],
                 env=env,
                 cwd=folder,
                 stdin=subprocess.PIPE,
@@ -226,7 +226,7 @@ class EngineProcess:
             stat = look_up(child.pid)
             assert stat is not None, "a child is there until it is reaped"
             return cls(Identity(child.pid, stat.started), os.pidfd_open(child.pid), child)
-        except OSError:  # no descriptor left: it is still at the gate
+        except OSError:  # no descriptor left: it still waits for its release
             child.kill()
             child.wait()
             KERNEL.waited_for.discard(child.pid)
@@ -236,12 +236,12 @@ class EngineProcess:
         """Let it become the engine."""
         assert self._child is not None, "an adopted engine was let go long ago"
         assert self._child.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at the gate: `exited` tells
+        with contextlib.suppress(BrokenPipeError):  # it died before its release: `exited` reports that
             self._child.stdin.write(b"\n")
             self._child.stdin.close()
 
-    def leave(self) -> None:
-        """Look away: it goes on, for the next daemon."""
+    def detach(self) -> None:
+        """Stop watching it: it lives on, for the next daemon."""
         if self.exited.done():
             return
         asyncio.get_running_loop().remove_reader(self._pidfd)
@@ -262,7 +262,7 @@ class EngineProcess:
         if self._child is not None and self._child.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._child.stdin.close()
-        await _look(self.owned)  # who has left the session is known by its parent while that one lives
+        await _find_processes(self.owned)  # who has left the session is known by its parent while that one lives
         for number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, 0.0)):
             if not self.exited.done():
                 with contextlib.suppress(ProcessLookupError):
@@ -286,7 +286,7 @@ class EngineProcess:
 
 
 def _exit_of(pidfd: int) -> Exit:
-    """How a child ended, which stays a zombie. Of a stranger's child its parent alone learns that."""
+    """How a child ended, which stays a zombie. Of another process's child only its parent can know."""
     try:
         found = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:

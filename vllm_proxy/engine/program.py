@@ -1,4 +1,7 @@
-"""Which program starts an engine. Its one rule: a relative path begins at the configuration's folder, everywhere."""
+"""Resolves the command that starts vLLM for a spec, and the Python that would run it.
+
+A relative path begins at the folder of the configuration file, which is also the working directory of engines.
+"""
 
 import os
 import shutil

@@ -1,7 +1,7 @@
-"""Run by an engine's own Python, as a file: prints the options of `vllm serve` as one line of JSON.
+"""A script, run by an engine's own Python: prints the options of `vllm serve` as one line of JSON.
 
-Its one rule: it imports nothing of this program, and runs with any Python from 3.9 on and any vLLM that has
-`make_arg_parser`. What vLLM itself prints goes to stderr.
+It must not import anything of this package, and must run with Python 3.9 and later and any vLLM that has
+`make_arg_parser`. What vLLM itself prints goes to stderr. `options` runs it.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ def main() -> None:
     """Print what vLLM's parser knows."""
     result = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    _be_modest()
+    _lower_priority()
     parser = _parser()
     vllm = importlib.import_module("vllm")
     options = [_describe(action) for action in parser._actions if action.option_strings]  # noqa: SLF001
     json.dump({"version": str(vllm.__version__), "options": options}, result)
     result.write("\n")
     result.flush()
-    os._exit(0)  # what vLLM left running in the background holds up nobody
+    os._exit(0)  # do not wait for threads that vLLM started
 
 
-def _be_modest() -> None:
-    """Engines that run come first: at the processor, and where memory is short."""
+def _lower_priority() -> None:
+    """Lower the priority below that of engines: for the processor, and for the OOM killer."""
     with contextlib.suppress(OSError):
         os.nice(19)
     with contextlib.suppress(OSError):
@@ -65,7 +65,7 @@ def _first_module(names: tuple[str, ...], wanted: str) -> Any:  # noqa: ANN401
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not name.startswith(error.name):
-                raise  # vLLM's own trouble, which is to be told
+                raise  # an error of vLLM's own, which is reported
             last = error
             continue
         if hasattr(module, wanted):

@@ -1,4 +1,7 @@
-"""From a started process to a ready engine. Its one rule: a start may take as long as it likes, but not in silence."""
+"""Waits for a started engine to become ready, to end, or to make no progress for too long.
+
+`startup_timeout` limits the time without progress, not the duration of the start: a large download may take hours.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -19,7 +22,7 @@ async def until_ready(
 ) -> Ready | Diagnosis | None:
     """Poll an engine until it is ready; a `Diagnosis` when it takes too long, None when it ended.
 
-    `startup_timeout` is in seconds without progress, asked each time since it may change meanwhile.
+    `startup_timeout` is in seconds without progress, read each time, since it may change meanwhile.
     """
     loop, place, output = asyncio.get_running_loop(), engine.place, engine.output
     activity, moved_at, shown = output.activity, loop.time(), None

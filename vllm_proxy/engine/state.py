@@ -1,7 +1,8 @@
-"""The state directory: locked by one daemon, and what the next daemon must know of this one's engines.
+"""The state directory: locked by one daemon, with its record of engines (engines.toml) for the next one.
 
-Its one rule: an engine is on record before it runs and until its last process is gone. A record that cannot be
-written is logged and the engine runs all the same: a full disk must not take models away.
+An engine is on record before it runs and until its last process is gone, so that a killed daemon leaves no unknown
+orphan. A record that cannot be written is logged and the engine runs all the same: a full disk must not cost a model.
+Records are validated before anything is done about them (tests/engine/test_state.py).
 """
 
 import fcntl
@@ -190,7 +191,7 @@ class StateDirectory:
 
         """
         record = msgspec.convert(_with_address(entry), EngineRecord)
-        fault = next((name for name, holds in _facts(record) if not holds), None)
+        fault = next((name for name, holds in _invariants(record) if not holds), None)
         if fault is not None:
             shown = "this" if fault == "credential" else repr(getattr(record, fault))
             raise ValueError(f"{fault}: no daemon writes {shown}")
@@ -241,7 +242,7 @@ class StateDirectory:
                 found = msgspec.convert(document["seconds"], dict[str, list[float]])
                 self._starts = {spec: [one for one in starts if 0 <= one < math.inf] for spec, starts in found.items()}
             except (OSError, ValueError, KeyError, RecursionError):
-                self._starts = {}  # an estimate is worth no complaint
+                self._starts = {}  # only estimates depend on it
         return self._starts
 
     def _write(self) -> None:
@@ -289,7 +290,7 @@ def _shown(entry: object) -> str:
     )
 
 
-def _facts(record: EngineRecord) -> list[tuple[str, bool]]:
+def _invariants(record: EngineRecord) -> list[tuple[str, bool]]:
     """What holds of every record that a daemon writes, by field."""
     return [
         ("instance", _INSTANCE.fullmatch(record.instance) is not None),

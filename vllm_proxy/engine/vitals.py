@@ -1,7 +1,7 @@
-"""What an engine's processes use, read from /proc, and the shared memory that they leave behind.
+"""What the processes of an engine use, from /proc, and the shared memory that they leak when they are killed.
 
-Its one rule: a process that ends while it is looked at, or may not be looked at, counts as nothing; but nothing is
-removed where the look itself failed.
+A process that vanishes, or may not be read, counts as nothing; but no shared memory is removed unless it is known that
+no live process has it mapped.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from vllm_proxy.runtime import files
 
 log = structlog.get_logger()
 
-SHARED_MEMORY = "/dev/shm/"  # noqa: S108 - what is in there is told apart below
+SHARED_MEMORY = "/dev/shm/"  # noqa: S108 - its files are told apart by `_SEGMENT`
 _IO = re.compile(r"^(?:wchar|read_bytes): (\d+)$", re.MULTILINE)
 _MEMORY = re.compile(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
 _SHARED = re.compile(rf" {SHARED_MEMORY}([^\n/]+)$", re.MULTILINE)
@@ -88,7 +88,7 @@ def remove_segments(paths: Iterable[str], since: float) -> list[str]:
 
 
 def _remove(folder: int, names: list[str]) -> list[str]:
-    if not names:  # the usual case: nothing more to look at
+    if not names:  # the usual case
         return []
     in_use = {name for process in KERNEL.processes() for name in _segments_of(process.pid)}
     removed = []
@@ -104,7 +104,7 @@ def _is_made_by_us(folder: int, name: str, since: float) -> bool:
     try:
         found = os.stat(name, dir_fd=folder, follow_symlinks=False)
         is_own = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
-        return is_own and files.made_at(name, folder) >= since
+        return is_own and files.created_at(name, folder) >= since
     except FileNotFoundError:
         return False
 
@@ -115,7 +115,7 @@ def _segments_of(pid: int) -> set[str]:
 
 def _processes(owned: Owned) -> list[Process]:
     try:
-        return owned.look()
+        return owned.find()
     except OSError:
         return []
 

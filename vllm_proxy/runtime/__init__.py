@@ -1,1 +1,4 @@
-"""The process of the daemon: its tasks, threads, time, files and log."""
+"""The daemon's own process: its tasks, threads, clock, files and log.
+
+Knows nothing of models, engines or requests (import-linter: the ring `runtime`).
+"""

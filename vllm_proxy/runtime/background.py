@@ -1,13 +1,13 @@
-"""Background tasks and callbacks. Its one rule: what fails in one is logged with its name, and never the end of it all.
+"""Background tasks, callbacks and listeners whose failures are logged instead of lost.
 
-Nothing else in this package makes a task (a test looks). Three kinds, by what an exception must lead to:
+All tasks of the daemon are created here, which tests/test_house.py checks, in one of three ways:
 
-- `keep_running`: a watch, a beat. It is begun again, after growing pauses.
-- `run_once`: work that ends by itself. Its owner is told that it failed.
-- `ask`: somebody waits for the result, and gets the exception.
+- `keep_running`: a loop, such as a watch. After a failure it is restarted, with backoff.
+- `run_once`: work that ends by itself. Its owner is notified of a failure.
+- `spawn`: work whose result the caller awaits. The caller gets the exception.
 
-A callback that raises (a timer, a descriptor, a signal, a finished task) is logged by `log_faults`; a listener that
-raises keeps no other listener from being told, by `tell`.
+A callback that raises (a timer, a descriptor, a signal, a finished task) is logged by `log_faults`. `notify` calls
+listeners so that one that raises does not keep the others from being called.
 """
 
 import asyncio
@@ -19,18 +19,18 @@ import structlog
 log = structlog.get_logger()
 
 _FIRST_PAUSE_SECONDS = 1.0
-_LONGEST_PAUSE_SECONDS = 60.0  # and what runs for longer than this has recovered
+_LONGEST_PAUSE_SECONDS = 60.0  # work that ran for longer than this has recovered
 _NO_FAULT = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
-_tasks: set[asyncio.Task[Any]] = set()  # the event loop itself would forget them
+_tasks: set[asyncio.Task[Any]] = set()  # the event loop itself holds only weak references
 
 
 def keep_running[T](work: Callable[[], Coroutine[Any, Any, T]], name: str) -> asyncio.Task[T]:
-    """Begin what goes on until it is cancelled, or has its result. A failure is logged, and `work` is called again.
+    """Run `work` until it is cancelled or returns. A failure is logged, and `work` is retried.
 
-    The pause before that doubles, from a second to a minute; of the same failure only the first has its traceback.
+    The backoff doubles from a second to a minute; of the same failure only the first is logged with its traceback.
     """
-    return _begin(_again_and_again(work, name), name)
+    return _begin(_restarting(work, name), name)
 
 
 def run_once(
@@ -41,7 +41,7 @@ def run_once(
 
 
 def ask[T](work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-    """Begin what its caller waits for, who gets its exceptions; one that nobody takes is logged by `log_faults`."""
+    """Begin work that the caller awaits, who gets its exceptions; `log_faults` logs what is never retrieved."""
     return _begin(work, name)
 
 
@@ -55,7 +55,7 @@ def tell[*A](listeners: Iterable[Callable[[*A], None]], *news: *A) -> None:
 
 
 def log_faults(loop: asyncio.AbstractEventLoop) -> None:
-    """Have what was raised in a callback, or by a task that nobody waits for, logged as everything else is."""
+    """Log what is raised in a callback, or by a task that nobody awaits."""
 
     def fault(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         log.error("a fault on the event loop", what=context["message"], exc_info=context.get("exception"))
@@ -70,20 +70,20 @@ def _begin[T](work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
     return task
 
 
-async def _again_and_again[T](work: Callable[[], Coroutine[Any, Any, T]], name: str) -> T:
-    loop, pause, told = asyncio.get_running_loop(), _FIRST_PAUSE_SECONDS, ""
+async def _restarting[T](work: Callable[[], Coroutine[Any, Any, T]], name: str) -> T:
+    loop, pause, reported = asyncio.get_running_loop(), _FIRST_PAUSE_SECONDS, ""
     while True:
         began = loop.time()
         try:
             return await work()
         except BaseException as error:  # a panic in a library need not be an Exception
-            if _ends_us(error):
+            if _ends_this_task(error):
                 raise
             if loop.time() - began > _LONGEST_PAUSE_SECONDS:
-                pause, told = _FIRST_PAUSE_SECONDS, ""
+                pause, reported = _FIRST_PAUSE_SECONDS, ""
             log.error("a background task failed and is begun again", task=name, seconds=pause, error=repr(error),
-                      exc_info=None if told == repr(error) else error)  # fmt: skip
-            told = repr(error)
+                      exc_info=None if reported == repr(error) else error)  # fmt: skip
+            reported = repr(error)
         await asyncio.sleep(pause)
         pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
@@ -92,15 +92,15 @@ async def _once(work: Callable[[], Coroutine[Any, Any, None]], name: str, failed
     try:
         await work()
     except BaseException as error:
-        if _ends_us(error):
+        if _ends_this_task(error):
             raise
         log.exception("a background task failed", task=name)
         if failed is not None:
             failed()
 
 
-def _ends_us(error: BaseException) -> bool:
-    """Whether somebody ends this very task. A cancellation of something that it waited for is a failure like others."""
+def _ends_this_task(error: BaseException) -> bool:
+    """Whether this task itself is cancelled. A cancellation of something that it awaited is a failure like others."""
     if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()
         return task is None or task.cancelling() > 0

@@ -1,7 +1,8 @@
-"""Time in which this process ran. Its one rule: nothing is called too slow before it had a chance to move.
+"""Timeouts that count only the time in which this process was running.
 
-A paused container, a frozen cgroup, a machine that is moved elsewhere: when it goes on, its clocks have moved and
-nothing else has. So whoever judges by time asks here: where the event loop itself stood still, every wait begins anew.
+After a freeze (a paused container, a frozen cgroup, a virtual machine that was moved) clocks have advanced though
+nobody could do anything. Whoever judges an engine, a request or a client by time measures it here: after a freeze every
+wait begins anew (tests/runtime/test_clock.py).
 """
 
 import asyncio
@@ -97,5 +98,5 @@ async def sleep(seconds: float) -> None:
 
 
 def seconds_since_ticks(ticks: int) -> float:
-    """How long ago a process started, as /proc tells it: in clock ticks since boot. No wall clock is asked."""
+    """How long ago a process started, from its start in clock ticks since boot (/proc). No wall clock is used."""
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / _TICKS_PER_SECOND)

@@ -1,6 +1,7 @@
-"""Open files: as many as the daemon may have, and some of them for its own work alone.
+"""The limit of open files: raised for the daemon, with a reserve of descriptors for work that must not fail.
 
-Its one rule: whoever has taken all descriptors cannot keep an engine from being ended or put on record.
+Clients can use up all descriptors but the reserve, which is for ending an engine and putting it on record (`spare`).
+Engines get the original soft limit: programs that use `select` fail beyond it.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ def raise_limit() -> int:
 
 
 class _Spare:
-    """The spare descriptors, which are as good as taken while the soft limit stands below the hard one."""
+    """The reserve: no descriptor can use it while the soft limit is below the hard one."""
 
     def __init__(self) -> None:
         self._users = 0
@@ -31,7 +32,7 @@ class _Spare:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """Inside, they may be used: for what must not fail. On the event loop's thread alone."""
+        """Inside, it may be used: for what must not fail. On the event loop's thread only."""
         if not self._users:
             self._soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             _set(hard)
@@ -47,8 +48,8 @@ class _Spare:
 spare = _Spare()
 
 
-def give(pid: int, soft: int) -> None:
-    """Give a child that does nothing yet a soft limit of its own."""
+def set_soft_limit(pid: int, soft: int) -> None:
+    """Set the soft limit of a child that does nothing yet."""
     with contextlib.suppress(OSError, ValueError):  # it keeps the daemon's
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 

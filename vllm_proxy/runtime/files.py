@@ -1,6 +1,8 @@
-"""Files and folders of the daemon's own: read, replaced, removed.
+"""The daemon's own files and folders: read, replaced atomically, removed.
 
-Its one rule: no link is followed, and what another user could have put there is not believed.
+They are acted on later, possibly as root: so no symbolic link is followed, and what another user may have written is
+not trusted (tests/engine/test_state.py). `replace_file` is the one atomic replacement here: a temporary file, fsync,
+rename.
 """
 
 import contextlib
@@ -37,8 +39,8 @@ def refuse_foreign(folder: Path) -> None:
     """A folder is this user's or root's; one that others may write is warned of.
 
     Raises:
-        StartupError: it belongs to somebody else, whose words would be acted on with this user's rights.
-        OSError: it cannot be looked at.
+        StartupError: it belongs to another user, and what that one writes would be acted on with this user's rights.
+        OSError: it cannot be read.
 
     """
     found = folder.stat()
@@ -118,9 +120,9 @@ def replace_file(
     finish: Callable[[int], None] | None = None,
     fsync: Callable[[int], None] = os.fsync,
 ) -> None:
-    """Put `data` in the place of a file, whole or not at all; `durable`: also when the machine stops in the middle.
+    """Replace a file atomically: it has the old content or `data`. `durable`: also after a crash of the machine.
 
-    `finish` is called with the new one's descriptor before it takes the place; `fsync` makes what it gets durable.
+    `finish` is called with the new file's descriptor before the rename; `fsync` makes a descriptor's data durable.
 
     Raises:
         OSError: it cannot be written; the old one is as it was.
@@ -148,10 +150,10 @@ def replace_file(
                 fsync(folder)
 
 
-def made_at(name: str, folder: int) -> float:
+def created_at(name: str, folder: int) -> float:
     """When a file below a folder's descriptor was made, in seconds of the epoch; links are not followed.
 
-    Where the kernel does not tell that: when it was last changed.
+    Where the kernel does not report that: when it was last changed.
 
     Raises:
         OSError: it is not there, or cannot be looked at.
@@ -161,9 +163,9 @@ def made_at(name: str, folder: int) -> float:
     buffer = ctypes.create_string_buffer(_STATX_BYTES)
     statx = getattr(ctypes.CDLL(None), "statx", None)
     if statx and statx(folder, os.fsencode(name), _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, buffer) == 0:
-        (told,) = struct.unpack_from("=I", buffer, 0)
+        (mask,) = struct.unpack_from("=I", buffer, 0)
         seconds, nanoseconds = struct.unpack_from("=qI", buffer, _BTIME_OFFSET)
-        if told & _STATX_BTIME:
+        if mask & _STATX_BTIME:
             return float(seconds + nanoseconds / 1e9)
     return min(found.st_mtime, found.st_ctime)
 

@@ -1,6 +1,7 @@
-"""Lines of the daemon's log that are made without structlog: of requests, of engines, and of the log itself.
+"""Formats log lines without structlog, which is too slow for a line per request.
 
-They look as structlog's do, as `logsetup` has it write them; a request cannot pay for what that costs.
+For the access log, the output of engines, and notices about lost lines. The format is the one that `logsetup`
+configures structlog to write; change both together.
 """
 
 import time
@@ -38,5 +39,5 @@ def _head(second: int, level: Level) -> str:
 
 @lru_cache(maxsize=4)
 def _as_text(second: int) -> str:
-    """A time without its zone: made once a second, since that costs as much as the rest of a line."""
+    """A time without its zone: cached for a second, since it costs as much as the rest of a line."""
     return f"{datetime.fromtimestamp(second, UTC):%Y-%m-%dT%H:%M:%S}"

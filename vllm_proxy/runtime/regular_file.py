@@ -1,7 +1,7 @@
-"""Reads whole files, and regular ones alone. Its one rule: no file that somebody names can hold up its reader.
+"""Reads whole regular files up to a size limit; for files that a user names, such as the configuration.
 
-A FIFO, a device or a pipe may give nothing for ever, or without end, or something else each time; so what is opened is
-looked at before it is read, on the same descriptor.
+A FIFO or a device could block its reader for ever, or give something else each time. So the type is checked on the open
+descriptor before anything is read.
 """
 
 import errno

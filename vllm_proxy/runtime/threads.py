@@ -1,7 +1,8 @@
-"""Threads for calls that block. Its one rule: a call that never comes back costs its thread, and nothing else.
+"""Threads for calls that block, and that may hang for ever without keeping the daemon from working or exiting.
 
-Threads of `concurrent.futures` are waited for when the process ends, so one read from a dead NFS server would keep a
-daemon that has stopped from going; and their number has an end, so a few of them would keep engines from being ended.
+The threads of `concurrent.futures` are joined at exit, so one read from a dead NFS server would keep a stopped daemon
+from exiting; and there are few of them, so some hung calls would keep engines from being ended. The threads here are
+never joined, and each disk has a pool of its own.
 """
 
 import asyncio
@@ -30,9 +31,9 @@ class Offload(Protocol):
 
 
 class DaemonThreads(ThreadPoolExecutor):
-    """Threads that nobody waits for. One is made at once, more as they are needed.
+    """Threads that are never joined. One is started at once, more on demand.
 
-    Where the system makes no more, calls wait for one that is there; where it made none at all, they are done at once.
+    Where the system makes no more threads, calls are queued; where it made none at all, they are done by the caller.
     """
 
     def __init__(self, name: str, most: int = _MOST_THREADS) -> None:
@@ -46,7 +47,7 @@ class DaemonThreads(ThreadPoolExecutor):
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._running: dict[Future[Any], str] = {}
         _pools.add(self)
-        self._make_one()
+        self._start_thread()
 
     def submit[**P, T](self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Have a function called."""
@@ -56,15 +57,15 @@ class DaemonThreads(ThreadPoolExecutor):
             self._free -= 1
             wanted = self._free < 0 and self._made < self._most
         if wanted:
-            self._make_one()
+            self._start_thread()
         if self._made:
             self._calls.put((future, call))
         else:
-            self._do(future, call)
+            self._call(future, call)
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002 - the signature is given
-        """Let go of those that wait for calls. Nobody waits for the others: they end with the process."""
+        """End idle threads. Busy ones are not joined: they end with the process."""
         for _ in range(self._made):
             self._calls.put(None)
 
@@ -72,7 +73,7 @@ class DaemonThreads(ThreadPoolExecutor):
         """The names of the functions that have not come back."""
         return list(self._running.values())
 
-    def _make_one(self) -> None:
+    def _start_thread(self) -> None:
         try:
             threading.Thread(target=self._work, name=f"{self._name} {self._made}", daemon=True).start()
         except RuntimeError as error:
@@ -87,16 +88,16 @@ class DaemonThreads(ThreadPoolExecutor):
 
     def _work(self) -> None:
         while work := self._calls.get():
-            self._do(*work)
-            del work  # what it returned is nobody's here
+            self._call(*work)
+            del work  # do not keep what it returned alive
 
-    def _do(self, future: Future[Any], call: Callable[[], Any]) -> None:
+    def _call(self, future: Future[Any], call: Callable[[], Any]) -> None:
         if future.set_running_or_notify_cancel():
             function = getattr(call, "func", call)
             self._running[future] = getattr(function, "__qualname__", repr(function))
             try:
                 result = call()
-            except BaseException as error:  # noqa: BLE001 - it is raised where somebody waits for it
+            except BaseException as error:  # noqa: BLE001 - it is raised where the result is awaited
                 del self._running[future]
                 future.set_exception(error)
             else:
@@ -132,30 +133,30 @@ def running() -> list[str]:
 
 
 class Disk:
-    """Calls what reads or writes files on disks that may not answer, in threads of its own.
+    """Calls functions that read or write a disk that may hang, in a pool of its own (a bulkhead).
 
-    More than `most` wait for each other, whether somebody still waits for them or not.
+    At most `most` run at once, hung and abandoned ones included; more are queued.
     """
 
     def __init__(self, name: str, most: int = 8) -> None:
         self._loop = asyncio.get_running_loop()
         self._threads = DaemonThreads(name, most)
-        self._room = asyncio.Semaphore(most)
+        self._slots = asyncio.Semaphore(most)
 
     async def __call__[**P, T](self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """What the function returns or raises. Whoever does not want to wait for it is cancelled."""
-        await self._room.acquire()
+        await self._slots.acquire()
         future = self._threads.submit(function, *args, **kwargs)
         future.add_done_callback(self._done)
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Let go of the threads; a call that does not come back is left to itself."""
+        """End the threads; a hung call is abandoned."""
         self._threads.shutdown()
 
     def _done(self, _: Future[Any]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            self._loop.call_soon_threadsafe(self._room.release)
+            self._loop.call_soon_threadsafe(self._slots.release)
 
 
 class DaemonLoop(uvloop.Loop):
@@ -166,4 +167,4 @@ class DaemonLoop(uvloop.Loop):
         self.set_default_executor(DaemonThreads("work"))
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - the signature is given
-        """Nobody waits for its threads."""
+        """Join no threads."""

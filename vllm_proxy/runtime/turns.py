@@ -1,6 +1,7 @@
-"""Turns of the event loop: what is much is done in pieces, and how late turns come is known.
+"""Cooperative scheduling: long work on the event loop is done in slices, and the lag of the loop is measured.
 
-Its one rule: nobody waits for a neighbour's work, only for a piece of it.
+Whoever loops over all models or readers does so with `in_turns`, so that a request waits for a slice of 2 ms and not
+for all of the work. `LoopLag` is what `/metrics` shows of it.
 """
 
 import asyncio
@@ -12,11 +13,11 @@ from vllm_proxy.domain.histogram import Histogram
 _PIECE_SECONDS = 0.002
 _BEAT_SECONDS = 0.1
 _BOUNDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-_SHOWN_SECONDS = 60.0  # at least so long a maximum is shown, so that no look at the metrics misses it
+_SHOWN_SECONDS = 60.0  # a maximum is shown for at least so long, so that no scrape misses it
 
 
 async def in_turns[T](items: Iterable[T]) -> AsyncIterator[T]:
-    """Each item; whenever 2 ms were spent on some, everybody else has a turn."""
+    """Each item; yields to the event loop whenever 2 ms were spent."""
     began = time.monotonic()
     for item in items:
         yield item
@@ -26,7 +27,7 @@ async def in_turns[T](items: Iterable[T]) -> AsyncIterator[T]:
 
 
 class LoopLag:
-    """How much later than it should a timer of this event loop runs: what every request waits for in between."""
+    """The lag of the event loop: how late its timers run, and so how long each request waits on it."""
 
     def __init__(self) -> None:
         self.seconds = Histogram(_BOUNDS)
@@ -34,7 +35,7 @@ class LoopLag:
         self._since = time.monotonic()
 
     async def watch(self) -> None:
-        """Look ten times a second, until cancelled."""
+        """Measure ten times a second, until cancelled."""
         while True:
             due = time.monotonic() + _BEAT_SECONDS
             await asyncio.sleep(_BEAT_SECONDS)
@@ -46,7 +47,7 @@ class LoopLag:
         return max(self._most, self._most_before)
 
     def note(self, lag: float, now: float) -> None:
-        """One look, in seconds."""
+        """Record one measurement, in seconds."""
         self.seconds.add(lag)
         if now - self._since > _SHOWN_SECONDS:
             self._most_before, self._most, self._since = self._most, 0.0, now

@@ -1,4 +1,9 @@
-"""Who may see and change models, until there are keys: contract section 3. Inference is open to whoever can connect."""
+"""Access checks for all routes but inference: who may see and change models.
+
+A daemon on loopback is protected against web pages: against DNS rebinding by the `Host` header, against cross-site
+requests by `Origin` and the type of the body. A daemon that listens on a network refuses administration unless
+`allow_remote_admin` is set. Inference is open to whoever can connect. Described in docs/api.md.
+"""
 
 import ipaddress
 import os
@@ -42,7 +47,7 @@ class Access:
         self._addresses = {host.lower() for host in (server().host, *addresses)}
 
     def check(self, request: web.Request, *, public: bool) -> None:
-        """Let a request of section 3 pass. `public`: one of the routes that answer from everywhere.
+        """Let a request pass that is not for inference. `public`: one of the routes that answer everywhere.
 
         Raises:
             RequestError: `remote_admin_disabled`, `host_not_allowed`, `origin_not_allowed`, `unsupported_media_type`.
@@ -65,14 +70,16 @@ class Access:
             if origin != own:
                 msg = f"cannot answer a page of {origin!r}: add it to server.cors_origins"
                 raise RequestError("origin_not_allowed", msg)
-        if request.body_exists and request.content_type not in _DECLARED:  # a page sends other types unasked
+        if (
+            request.body_exists and request.content_type not in _DECLARED
+        ):  # a page may send other types without a preflight (cross-site request forgery)
             msg = f"cannot take a body of type {request.content_type}: declare it as application/json or text/toml"
             raise RequestError("unsupported_media_type", msg)
 
     def _check_host(self, host: str, server: Server) -> None:
         allowed = {name.lower() for name in server.allowed_hosts}
         if not is_loopback(host) and host not in self._addresses | allowed:
-            # A page that points its own name at this machine.
+            # DNS rebinding: a web page that points its own name at this machine.
             msg = f"cannot answer for host {host!r}: add it to server.allowed_hosts"
             raise RequestError("host_not_allowed", msg)
 

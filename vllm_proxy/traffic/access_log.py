@@ -1,6 +1,7 @@
-"""One line a request: no bodies, no keys. Its one rule: gathered, and written ten times a second.
+"""The access log: one line for each inference request, without bodies and keys.
 
-A write for each request would cost more than the relay itself. What is lost at a SIGKILL is a tenth of a second.
+Lines are queued, and written in batches ten times a second: a write for each would cost more than the relay itself. A
+SIGKILL loses the last tenth of a second.
 """
 
 import time

@@ -1,4 +1,8 @@
-"""Request bodies: read with a bound, and searched for the model's name without decoding the rest."""
+"""Reads the bodies of requests up to a limit, and finds the `model` in them without decoding the rest.
+
+For the inference routes and for writes of the configuration. A large body is searched in slices, so that other streams
+go on. Which endpoint serves the model is up to `registry`.
+"""
 
 import asyncio
 from typing import Any
@@ -10,14 +14,14 @@ from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.budget import Budget, Holder
 from vllm_proxy.traffic.call import Call
-from vllm_proxy.traffic.front import ask_for_body, check_codings, check_expectation
+from vllm_proxy.traffic.front import check_codings, check_expectation, send_continue
 from vllm_proxy.traffic.scan import find_member
 
-LARGE = 1024 * 1024  # from here on a body is searched in slices, so that other streams go on
+LARGE = 1024 * 1024  # from here on a body is searched in slices, so that other streams are not blocked
 
 
 class _Named(msgspec.Struct):
-    """The one field of a body that decides anything here; the others are skipped, not decoded."""
+    """The one field of a body that is needed here; the others are skipped, not decoded."""
 
     model: Any = None
 
@@ -27,7 +31,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # not JSON's, but engines take it
 
 
 def check_head(call: Call, server: Server, budget: Budget) -> None:
-    """Refuse a body that cannot be taken before any of it is read, and ask for one that waits to be asked for.
+    """Refuse a body that cannot be taken before any of it is read; send 100 Continue to a client that waits for it.
 
     Raises:
         RequestError: `request_too_large`, `overloaded`, `unsupported_media_type`, `bad_request` or
@@ -39,7 +43,7 @@ def check_head(call: Call, server: Server, budget: Budget) -> None:
         budget.check_length(int(length), server)
     _check_framing(call)
     if b"expect" in call.head and check_expectation(call.request, call.head[b"expect"].decode("latin-1")):
-        ask_for_body(call.request)
+        send_continue(call.request)
 
 
 def _check_framing(call: Call) -> None:
@@ -63,7 +67,7 @@ def body_at_hand(call: Call, server: Server, budget: Budget) -> bytes:
         return b""
     _check_framing(call)
     data = content.read_nowait()
-    call.held = len(data)  # as `budget.take`, which is asked where there is something to refuse
+    call.held = len(data)  # inlined from `budget.take`, which is called where there is something to refuse
     budget.held += call.held
     if call.held > server.max_body_size or budget.held > server.max_buffered:
         budget.take(call, 0, server)

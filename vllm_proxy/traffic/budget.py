@@ -1,7 +1,8 @@
-"""What the bodies of all requests hold together. Its one rule: counted as it comes in, given back once, at the end.
+"""Bounds what the bodies of all requests hold together (`server.max_buffered`): more is refused as `overloaded`.
 
-A body counts from its first byte until its request has ended, waiting included: in memory, and for uploads also in
-TMPDIR, which may be memory too. What aiohttp reads ahead on a connection (128 KiB, then it stops reading) is beside it.
+A body counts from its first byte until its request has ended, queueing included, and is released exactly once: in
+memory, and for uploads also in TMPDIR, which may be memory too. What aiohttp reads ahead on a connection (128 KiB, then
+it stops reading) is not counted.
 """
 
 from typing import Protocol
@@ -52,7 +53,7 @@ class Budget:
         if self.held > server.max_buffered:
             raise overloaded(server)
 
-    def give_back(self, holder: Holder) -> None:
+    def release(self, holder: Holder) -> None:
         """The request has ended: nothing of its body is held any more."""
         self.held -= holder.held
         holder.held = 0

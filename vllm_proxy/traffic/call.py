@@ -1,4 +1,8 @@
-"""One inference request: its id, its times, what it became. Written down once, when it ends, whatever ends it."""
+"""One inference request: its ids, its times and its outcome, observed once, when it ends, whatever ends it.
+
+`observed` wraps a handler: it turns exceptions into answers and reports the call to the metrics and the access log. A
+`Call` is made for every request, so it must stay cheap.
+"""
 
 import asyncio
 import time
@@ -28,7 +32,7 @@ class Call:
     queue_seconds = 0.0
     model = ""  # the configured id, once it is known
     instance = ""
-    cors: Mapping[str, str] = MappingProxyType({})  # headers for the page that asks
+    cors: Mapping[str, str] = MappingProxyType({})  # headers for the web page that sent it
     status = 0
     bytes_out = 0
     held = 0  # bytes of its body that are counted in the budget
@@ -61,7 +65,7 @@ type Work = Callable[[Call], Awaitable[web.StreamResponse]]
 def observed(
     method: str, route: str, work: Work, observe: Observer, cors: Cors
 ) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
-    """A handler that does `work`, answers its errors in the envelope of the route, and tells `observe` the end."""
+    """A handler that does `work`, answers its errors in the envelope of the route, and reports the end to `observe`."""
     start_line = f"{method} {route} HTTP/1.1\r\n".encode()
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
@@ -105,5 +109,5 @@ def _refuse(call: Call, error: RequestError) -> web.StreamResponse:
         error.code in {"unsupported_media_type", "bad_request", "expectation_failed"}
         or not call.request.content.is_eof()
     ):
-        response.force_close()  # the rest of the body is not worth reading
+        response.force_close()  # do not read the rest of the body
     return response

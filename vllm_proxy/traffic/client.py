@@ -1,7 +1,8 @@
-"""One client's connection, as aiohttp's server sees it: a slow client slows its engine, a silent one is let go.
+"""One client's connection, as aiohttp's server sees it: deadlines for the client, backpressure for its engine.
 
-Its one rule: what a client has to do next has a deadline; a look once a second is cheaper than a timer for each. Also
-here: the HTTP parser's errors in the envelope, and clients for which there is no room.
+A client that reads slowly pauses the connection of its engine; one that is silent is closed. Whatever a client has to
+do next has a deadline, which a sweep each second enforces (cheaper than a timer for each). Also here: errors of the
+HTTP parser in the envelope, and the refusal of connections beyond the limit.
 """
 
 import asyncio
@@ -33,13 +34,13 @@ _received = RequestHandler.data_received
 
 
 class Manager(Protocol):
-    """What a connection asks its server."""
+    """The server of a connection, as the connection sees it."""
 
     def has_room(self, transport: asyncio.BaseTransport) -> bool:
         """Whether one more connection may be taken in."""
 
     def refuse(self, transport: asyncio.Transport) -> None:
-        """Tell a client that there is no room, and close."""
+        """Answer that there is no room, and close."""
 
 
 class ClientConnection(RequestHandler):
@@ -55,11 +56,13 @@ class ClientConnection(RequestHandler):
         self.in_head = True  # a request's head is still to come: the first one, or the rest of another
         self.head_bytes = 0  # of a head that is not complete
         self.held = 0  # bytes of a body that are counted in the budget, where no call holds them
-        self.on_message_bytes: Callable[[int], None] | None = None  # told of what a WebSocket session receives
+        self.on_message_bytes: Callable[[int], None] | None = (
+            None  # called with the size of what a WebSocket session receives
+        )
         self.is_command = False  # it came by the control socket
         self._resumed = 0  # how often its client caught up
-        self._mark: tuple[object, ...] | None = None  # of what is waited for, as it was at the last look
-        self._since = 0.0  # the time of the first look that saw it so
+        self._mark: tuple[object, ...] | None = None  # the progress of what is awaited, at the last sweep
+        self._since = 0.0  # the time of the first sweep that saw it so
 
     @property
     def is_idle(self) -> bool:
@@ -67,7 +70,7 @@ class ClientConnection(RequestHandler):
         return not self.in_head and self._waiter is not None and not self._messages
 
     @property
-    def is_asking(self) -> bool:
+    def is_receiving(self) -> bool:
         """Whether its first request, or the rest of one, is still to come."""
         request = self._current_request
         return self.in_head or (request is not None and not request.content.is_eof())
@@ -94,7 +97,7 @@ class ClientConnection(RequestHandler):
             self.on_message_bytes(len(data))
 
     def pause_writing(self) -> None:
-        """The client reads more slowly than its engine writes."""
+        """The client reads more slowly than its engine writes: backpressure on the engine."""
         super().pause_writing()
         if self.exchange is not None:
             self.exchange.pause()
@@ -115,8 +118,8 @@ class ClientConnection(RequestHandler):
         super().connection_lost(exc)
 
     def enforce_deadlines(self, now: float, server: Server) -> None:
-        """End what the client lets wait for too long. `now`: seconds in which the daemon could have heard of it."""
-        mark, limit, end = self._awaited(server)
+        """Enforce the deadline of what the client is to do next. `now`: seconds in which the daemon could read."""
+        mark, limit, end = self._deadline(server)
         if not limit:
             self._mark = None
         elif mark != self._mark:
@@ -125,7 +128,7 @@ class ClientConnection(RequestHandler):
             self._mark = None
             end()
 
-    def _awaited(self, server: Server) -> tuple[tuple[object, ...], float, Callable[[], None]]:
+    def _deadline(self, server: Server) -> tuple[tuple[object, ...], float, Callable[[], None]]:
         """What the client is to do next, as a value that changes when it does some of it; within how many seconds."""
         request = self._current_request
         if request is None:
@@ -134,11 +137,11 @@ class ClientConnection(RequestHandler):
         elif not request.content.is_eof():
             if not self._reading_paused and not self._upgraded:
                 mark = (_BODY, self._request_count, request.content.total_bytes)
-                return mark, server.body_timeout, lambda: self._give_up_body(request, server)
+                return mark, server.body_timeout, lambda: self._time_out_body(request, server)
         elif self._paused and self.transport is not None and not self.is_command:
             mark = (_ANSWER, self._resumed, self.transport.get_write_buffer_size())
-            return mark, CLIENT_SECONDS, self._cut
-        return (), 0.0, self._cut
+            return mark, CLIENT_SECONDS, self._abort_slow_client
+        return (), 0.0, self._abort_slow_client
 
     def _process_keepalive(self) -> None:
         """The time of an idle connection is over; that of a head has a bound of its own."""
@@ -150,17 +153,17 @@ class ClientConnection(RequestHandler):
     def _refuse(self, error: RequestError) -> None:
         """Answer a head that is not there."""
         if self.transport is not None:
-            self.transport.write(in_bytes(error))
+            self.transport.write(as_bytes(error))
         self.force_close()
 
-    def _give_up_body(self, request: web.BaseRequest, server: Server) -> None:
+    def _time_out_body(self, request: web.BaseRequest, server: Server) -> None:
         msg = (
             f"cannot read the request: nothing of its body came within server.body_timeout ({server.body_timeout:g} s)"
         )
         self._lingering_time = 0.0  # there is nothing to wait for behind the answer
         request.content.set_exception(LateRequestError(msg))
 
-    def _cut(self) -> None:
+    def _abort_slow_client(self) -> None:
         if self.transport is not None:
             log.info("a client was cut: it reads nothing of its answer", seconds=CLIENT_SECONDS)
             self.transport.abort()
@@ -189,7 +192,7 @@ class ClientConnection(RequestHandler):
 
 
 class Refused(asyncio.Protocol):
-    """A connection too many. What its client sends is dropped, so that no reset overtakes the answer."""
+    """A connection beyond the limit. What its client sends is dropped, so that no reset overtakes the answer."""
 
     def __init__(self, transport: asyncio.Transport, others: "set[Refused]") -> None:
         self._transport = transport
@@ -198,7 +201,7 @@ class Refused(asyncio.Protocol):
         others.add(self)
 
     def linger(self) -> None:
-        """Nothing more is said: give its client a moment to hear it."""
+        """End the answer, and give its client a moment to read it."""
         self._transport.write_eof()
         self._end = asyncio.get_running_loop().call_later(_REFUSED_SECONDS, self._transport.abort)
 
@@ -209,7 +212,7 @@ class Refused(asyncio.Protocol):
             self._end.cancel()
 
 
-def in_bytes(error: RequestError) -> bytes:
+def as_bytes(error: RequestError) -> bytes:
     """An error as an answer on the wire, the last of its connection."""
     answer = error_response(error)
     answer.headers["X-Request-Id"] = request_id(None).decode()

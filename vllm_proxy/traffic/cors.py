@@ -1,7 +1,8 @@
-"""What web pages of other origins may read: `server.cors_origins`. Its one rule: nobody pays who has no `Origin`.
+"""CORS: which web pages of other origins may read answers (`server.cors_origins`).
 
-A page may always send a simple request; without these headers its browser keeps the answer from it. What a page may
-not even send, since it would change something, is refused in `access.py`. Source: the Fetch standard, "CORS protocol".
+A page may always send a simple request; without these headers its browser withholds the answer. Requests that would
+change something are refused in `access`. A request without `Origin` must cost nothing here. Source: the Fetch standard,
+"CORS protocol".
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.envelope import Handler
 
 _EXPOSED = "X-Request-Id, X-Vllm-Proxy-Model, X-Vllm-Proxy-Instance, ETag, Location, Retry-After"
-_REMEMBERED_SECONDS = 600  # for how long a browser need not ask again
+_REMEMBERED_SECONDS = 600  # for how long a browser may cache a preflight
 
 
 class Cors:
@@ -23,7 +24,7 @@ class Cors:
         self._server = server
 
     def headers(self, origin: str | None) -> Mapping[str, str]:
-        """What an answer to a request of this origin says; nothing where it is not allowed."""
+        """Headers of an answer to a request of this origin; none where it is not allowed."""
         allowed = self._server().cors_origins
         if origin is None or not allowed:
             return {}
@@ -44,7 +45,7 @@ class Cors:
 
     @web.middleware
     async def preflight(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Answer what a browser asks before it sends a request that is not simple."""
+        """Answer the preflight request of a browser, which precedes a request that is not simple."""
         origin, method = request.headers.get("Origin"), request.headers.get("Access-Control-Request-Method")
         error = request.match_info.http_exception
         if request.method != "OPTIONS" or not origin or not method or not isinstance(error, web.HTTPMethodNotAllowed):

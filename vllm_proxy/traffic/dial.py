@@ -1,4 +1,7 @@
-"""How an engine is connected to: the one place that tells a TCP port from a Unix socket."""
+"""Opens connections to engines. The one module that tells a TCP port from a Unix socket to do so.
+
+For the pool in `wire`, for `realtime`, and for health checks.
+"""
 
 import asyncio
 import contextlib

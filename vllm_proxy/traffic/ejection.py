@@ -1,7 +1,7 @@
-"""Passive ejection: an instance whose connections fail gets no requests until its health is good again.
+"""Passive ejection (a circuit breaker): an instance whose connections fail gets no requests until it is healthy.
 
-Its one rule: three connections in a row without an answer raise the question, `/health` alone answers it. What an
-engine answers, 4xx and 5xx alike, never counts.
+Three connections in a row without an answer make an instance suspect; whether it is ejected, and readmitted, is up to
+`/health` alone. Whatever an engine answers, 4xx and 5xx alike, never counts (tests/traffic/test_ejection.py).
 """
 
 import asyncio
@@ -19,14 +19,14 @@ _RETRY_SECONDS = 1.0
 
 
 class HealthProbe(Protocol):
-    """What asks an engine for its health."""
+    """Health checks of an engine."""
 
     async def healthy(self, address: Address) -> bool:
         """Whether `/health` answers 200."""
 
 
 async def watch_health(endpoint: Endpoint, probe: HealthProbe, readmitted: Callable[[], None]) -> None:
-    """Stay with one endpoint until cancelled; `readmitted` is called when it takes requests again."""
+    """Watch one endpoint until cancelled; `readmitted` is called when it takes requests again (the circuit closes)."""
     while True:
         await endpoint.suspect.wait()
         while not await probe.healthy(endpoint.address):

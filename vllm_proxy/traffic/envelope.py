@@ -1,4 +1,8 @@
-"""Errors as HTTP answers: OpenAI's envelope, made in one place."""
+"""Errors as HTTP answers, in the envelope of OpenAI's API or of Anthropic's.
+
+The one place that turns exceptions of handlers into answers. An exception that is not ours is a bug: it is logged, and
+answered as `internal_error` without its text.
+"""
 
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
@@ -36,17 +40,17 @@ def error_response(error: RequestError, *, anthropic: bool = False) -> web.Respo
     if anthropic:
         other = "api_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
         kind = _ANTHROPIC_TYPES.get(error.status, other)
-        theirs = {"type": "error", "error": {"type": kind, "message": message, "code": error.code}}
-        return json_response(theirs, status=error.status, headers=headers)
-    told: resources.ErrorBody = {
+        anthropic_body = {"type": "error", "error": {"type": kind, "message": message, "code": error.code}}
+        return json_response(anthropic_body, status=error.status, headers=headers)
+    details: resources.ErrorBody = {
         "message": message,
         "type": "server_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error",
         "param": error.param,
         "code": error.code,
     }
     if isinstance(error, InvalidError):
-        told["problems"] = resources.problems_of(error.problems)
-    body: resources.Error = {"error": told}
+        details["problems"] = resources.problems_of(error.problems)
+    body: resources.Error = {"error": details}
     return json_response(body, status=error.status, headers=headers)
 
 
@@ -82,7 +86,7 @@ async def envelope(request: web.Request, handler: Handler) -> web.StreamResponse
     except RequestError as error:
         response = refusal(request, error)
         if not request.content.is_eof():
-            response.force_close()  # the rest of its body is not worth reading
+            response.force_close()  # do not read the rest of its body
         return response
     except web.HTTPException as error:
         response = refusal(request, as_request_error(request, error))

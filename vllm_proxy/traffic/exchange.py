@@ -1,11 +1,12 @@
 """One answer of an engine on its way to a client: parsed for its framing, passed on byte for byte.
 
-Its one rule: an answer that broke off never looks whole. llhttp (through httptools) follows the framing, chunks
-included, so the bytes behind the head go to the client's transport as they came, in one write for each read.
+A truncated answer must never look whole (tests/traffic/test_exchange.py). llhttp (through httptools) follows the
+framing, chunks included, so the bytes behind the head go to the client's transport as they came, in one write for each
+read. `pause` and `resume` are backpressure: they stop reading from the engine.
 
 Where only the connection's end tells a client that it has all of an answer, that connection is set to end in a reset as
-the answer begins, and set back when it is whole: a cut, a stop and a kill of the daemon are then all told from the end.
-Unix sockets know no reset; over them such a client (HTTP/1.0) cannot tell.
+the answer begins, and set back when it is whole: so a cut, a stop and a kill of the daemon do not look like the end.
+Unix sockets have no reset; over them such a client (HTTP/1.0) cannot tell.
 """
 
 import asyncio
@@ -34,7 +35,7 @@ class Ending(Enum):
     REFUSED = "refused"  # no connection was to be had
     UNANSWERED = "unanswered"  # not one byte came: the request may be sent elsewhere
     BROKEN_HEAD = "broken head"  # bytes came, but no head that could be passed on
-    BROKEN = "broken"  # the client has a part, and can tell
+    BROKEN = "broken"  # the client has a part, and can see that
     DECLINED = "declined"  # a whole head came that the caller did not want
 
 
@@ -57,7 +58,7 @@ class Client(Protocol):
 def end_in_reset(client: Client, *, reset: bool) -> None:
     """Whether the connection, whatever ends it, ends in a reset from now on, what was not sent yet being dropped.
 
-    Not to be called once the transport has told that the connection is lost: its descriptor may be another's by then.
+    Not to be called once the transport has reported the end of the connection: its descriptor may be reused by then.
     """
     connection = client.get_extra_info("socket")
     if connection is not None:
@@ -65,7 +66,7 @@ def end_in_reset(client: Client, *, reset: bool) -> None:
 
 
 class Exchange:
-    """One request's answer. `ended` tells how it went; a client that is slow calls `pause` and `resume`."""
+    """One request's answer. `ended` is its result; a slow client's connection calls `pause` and `resume`."""
 
     # Defaults stand on the class: an exchange is made for every request, and sets only what differs.
     connection: EngineConnection | None = None
@@ -76,7 +77,7 @@ class Exchange:
     decoded = b""  # the body without its chunks, for a client that knows none
     _raw_head = b""
     _buffer = b""
-    by_closing = False  # whether only the connection's end tells the client that it has all
+    by_closing = False  # whether only the connection's end marks the end of the answer for the client
     orderly = False  # whether the client has all that there will be, and may see an orderly end
     _position: Position | None = None  # in an event stream, from the first read on that ends in an unusual place
     _interim = 0  # 1xx answers in front of the real one
@@ -148,13 +149,13 @@ class Exchange:
         """Bytes from the engine."""
         if not self.first_byte_at:
             self.first_byte_at = time.monotonic()
-        assert self._parser is not None, "an exchange that ended has given its connection away"
+        assert self._parser is not None, "an exchange that ended has released its connection"
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._garbage = True
         if self._garbage:
-            self._break()
+            self._truncate()
         elif self._started:
             self._pass_on(data)
         else:
@@ -170,12 +171,12 @@ class Exchange:
             self.orderly = True
             self._end(Ending.WHOLE)  # by the connection's end
         else:
-            self._break()
+            self._truncate()
 
     # The client's side calls these
 
     def pause(self) -> None:
-        """The client's buffer is full."""
+        """The client's buffer is full: backpressure."""
         if self.connection is not None:
             self.connection.pause_reading()
 
@@ -185,7 +186,7 @@ class Exchange:
             self.connection.resume_reading()
 
     def abandon(self) -> None:
-        """Nobody wants the answer any more: the engine is to stop working on it."""
+        """The client is gone: close the engine's connection, so that the engine stops working on it."""
         if self.connection is not None:
             self.connection.abort()
             self.connection = None
@@ -194,7 +195,7 @@ class Exchange:
         self._buffer += data
         if self.status < 200:
             if len(self._buffer) > _HEAD_LIMIT:
-                self._break()
+                self._truncate()
             return
         end = -4
         for _ in range(self._interim + 1):
@@ -208,14 +209,14 @@ class Exchange:
         body, self._buffer = self._buffer[end + 4 :], b""
         head = self._client_head()
         if head is None:
-            self._break()
+            self._truncate()
             return
         self._started = True
         if self.by_closing:
             end_in_reset(self._client, reset=True)
         if not self._complete:
             self._is_events = self._raw_head.lower().find(b"text/event-stream") >= 0  # `in` costs ten times as much
-        if self.no_body:  # an answer to HEAD: its length tells of a body that does not come
+        if self.no_body:  # an answer to HEAD: its length is that of a body that does not come
             self._complete = True
             self.abandon()
             body = b""
@@ -258,7 +259,7 @@ class Exchange:
         if self._is_events and (
             self._inside or self._in_chunk or not payload.endswith(USUAL_END) or payload.find(b"[DONE]") >= 0
         ):
-            self._follow(payload)
+            self._track(payload)
         if self._dechunk:
             decoded, self.decoded = self.decoded, b""
             self._client.write(decoded if body is None else data + decoded)
@@ -267,7 +268,7 @@ class Exchange:
         if self._complete:
             self._finish()
 
-    def _follow(self, payload: bytes) -> None:
+    def _track(self, payload: bytes) -> None:
         """Look closely at where an event stream stands, as long as it is not at the end of an event."""
         if self._complete or not payload:
             return
@@ -288,14 +289,14 @@ class Exchange:
                 connection.abort()
         self._end(Ending.WHOLE)
 
-    def _break(self) -> None:
-        """The answer cannot become whole: say so inside an event stream, where that is possible, else cut it."""
+    def _truncate(self) -> None:
+        """The answer cannot become whole: append an error event where the stream allows it, else cut the connection."""
         self.abandon()
         if not self._started:
             self._end(Ending.BROKEN_HEAD)
             return
         self.close = True
-        if self._can_say_so():
+        if self._can_append_event():
             event = self._event_error
             framed = event if self._dechunk else b"%x\r\n%s\r\n" % (len(event), event) + _LAST_CHUNK
             self._client.write(framed)
@@ -304,7 +305,7 @@ class Exchange:
             self._client.abort()
         self._end(Ending.BROKEN)
 
-    def _can_say_so(self) -> bool:
+    def _can_append_event(self) -> bool:
         """Whether an event stream stands at an event's boundary, with a framing that takes one more, before [DONE]."""
         if not self._is_events or self._inside or self._garbage:
             return False

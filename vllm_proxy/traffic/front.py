@@ -1,8 +1,8 @@
-"""The seam to aiohttp's server: everything that touches its inside is here and in `client.py`, and tests pin it.
+"""The seam to aiohttp's server: its internals are used here and in `client` only (tests/traffic/test_front.py).
 
-What it adds to `aiohttp.web`: routes that are found without the router and answer by writing to the client's
-transport; a bound on connections, and a look at each of them once a second; request shapes that aiohttp's parser lets
-pass and that a proxy must not.
+Adds to `aiohttp.web`: routes that bypass the router and answer by writing to the client's transport; a limit on
+connections, and a sweep over their deadlines each second; a graceful shutdown of connections; and the refusal of
+framings that aiohttp's parser accepts and that allow request smuggling through a proxy.
 """
 
 import asyncio
@@ -20,17 +20,17 @@ from aiohttp.web_protocol import RequestHandler
 from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.access import is_command
-from vllm_proxy.traffic.client import ClientConnection, Refused, in_bytes
+from vllm_proxy.traffic.client import ClientConnection, Refused, as_bytes
 from vllm_proxy.traffic.envelope import refusal
 
 log = structlog.get_logger()
 
-_WIND_DOWN_SECONDS = 0.01  # between two looks for what still has to end
+_DRAIN_POLL_SECONDS = 0.01  # between two polls for connections that are still to end
 _SWEEP_SECONDS = 1.0
 _OPEN_FILES = 2**20  # where there is no limit
 _RESERVED_FILES = 256  # for the engines' logs and processes, files that are written, and clients that are refused
-_REFUSED_AT_ONCE = 64  # so many stay until they have heard it; more are closed at once
-_TOO_MANY = in_bytes(
+_REFUSED_AT_ONCE = 64  # so many linger until they have read the answer; more are closed at once
+_TOO_MANY = as_bytes(
     RequestError(
         "overloaded",
         "cannot take this connection: there are as many as server.max_connections or the limit of open files allows;"
@@ -59,7 +59,7 @@ class Front(web.Server):
         self._commands = commands
         self._most = most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self._refused: set[Refused] = set()
-        self._awake = 0.0  # seconds in which it could hear its clients
+        self._awake_seconds = 0.0  # seconds in which the daemon could read from its clients
         self._swept_at = self._loop.time()
         self._next_sweep = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
 
@@ -78,7 +78,7 @@ class Front(web.Server):
         return len(self._connections) < most or is_command(transport.get_extra_info("socket"), self._commands)
 
     def refuse(self, transport: asyncio.Transport) -> None:
-        """Tell a client that there is no room, and close."""
+        """Answer that there is no room, and close."""
         refused = Refused(transport, self._refused)
         transport.set_protocol(refused)
         transport.write(_TOO_MANY)
@@ -94,13 +94,14 @@ class Front(web.Server):
     def _sweep(self) -> None:
         self._next_sweep = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
         now = self._loop.time()
-        self._awake += min(now - self._swept_at, 2 * _SWEEP_SECONDS)  # a daemon that was frozen blames nobody for it
+        # After a freeze of the daemon, clients are not blamed for the time in which it could not read.
+        self._awake_seconds += min(now - self._swept_at, 2 * _SWEEP_SECONDS)
         self._swept_at = now
         server = self._settings()
         for connection in self.connections:
             try:
-                cast("ClientConnection", connection).enforce_deadlines(self._awake, server)
-            except Exception:  # the others are to be looked at all the same
+                cast("ClientConnection", connection).enforce_deadlines(self._awake_seconds, server)
+            except Exception:  # the other connections are checked all the same
                 log.exception("a fault of the daemon: a connection could not be looked at")
 
 
@@ -129,23 +130,23 @@ class FrontRunner(web.AppRunner):
         """How many clients are connected."""
         return len(self._clients())
 
-    async def wind_down(self, seconds: float) -> None:
-        """Accept no more connections and close those that idle, as soon as they do.
+    async def drain(self, seconds: float) -> None:
+        """Shut connections down gracefully: accept no more, and close idle ones.
 
-        Those that have not asked for anything yet, or not to the end, get `seconds` to do so: their clients know of
-        no end to come.
+        Those whose first request has not come, or not to its end, get `seconds` for it: their clients cannot know of
+        the end.
         """
         for site in list(self.sites):
             await site.stop()
         loop = asyncio.get_running_loop()
         deadline, calm = loop.time() + seconds, 0
-        # Twice calm: what was asked a moment ago has been taken up by then, and what was accepted is a connection.
+        # Calm in two polls: by then a request that has just come is being handled, and what was accepted is connected.
         while calm < 2 and loop.time() < deadline:
-            await asyncio.sleep(_WIND_DOWN_SECONDS)
+            await asyncio.sleep(_DRAIN_POLL_SECONDS)
             for connection in self._clients():
                 if connection.is_idle:
                     connection.force_close()  # `close` alone would leave it to the server's end
-            calm = 0 if any(connection.is_asking for connection in self._clients()) else calm + 1
+            calm = 0 if any(connection.is_receiving for connection in self._clients()) else calm + 1
 
     def _clients(self) -> list[ClientConnection]:
         return cast("list[ClientConnection]", self.server.connections) if self.server else []
@@ -216,7 +217,7 @@ async def _checked(
 
 
 def check_codings(transfer: str, content: str) -> None:
-    """What a body may not come in: a framing that the next server could read in another way, or compressed.
+    """Refuse framings that the engine could read differently (request smuggling), and compressed bodies.
 
     Raises:
         RequestError: `bad_request` or `unsupported_media_type`.
@@ -231,7 +232,7 @@ def check_codings(transfer: str, content: str) -> None:
 
 
 def check_expectation(request: web.BaseRequest, expectation: str) -> bool:
-    """Whether the client waits to be told to send its body. Those of HTTP/1.0 may not, and would not understand.
+    """Whether the client waits for 100 Continue before it sends its body. Clients of HTTP/1.0 do not know that.
 
     Raises:
         RequestError: `expectation_failed`.
@@ -256,7 +257,7 @@ _DONE = _Done()
 
 
 class Sent(web.StreamResponse):
-    """Stands for an answer whose bytes are on the wire already: of a response it has what the server asks for."""
+    """Stands for an answer whose bytes are on the wire already: it has what the server reads of a response."""
 
     def __init__(self, *, keep_alive: bool) -> None:  # not aiohttp's: headers and cookies would be made for nobody
         self._keep_alive = keep_alive
@@ -283,7 +284,7 @@ def client_is_slow(request: web.BaseRequest) -> bool:
     return client_of(request).writing_paused
 
 
-def ask_for_body(request: web.BaseRequest) -> None:
-    """Tell a client that sent `Expect: 100-continue` to go on. The router has done this for its own routes."""
+def send_continue(request: web.BaseRequest) -> None:
+    """Answer 100 Continue to a client that sent `Expect`. aiohttp's router does this for its own routes."""
     if type(request) is DirectRequest and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

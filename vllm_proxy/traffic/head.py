@@ -1,4 +1,8 @@
-"""Heads: a client's, read once; an engine's, rewritten for a client. Hop-by-hop headers stop here, both ways."""
+"""HTTP heads: a client's, filtered for the engine, and an engine's, rewritten for the client.
+
+Hop-by-hop headers are removed in both directions, and so are client headers that only the daemon may set. Also makes
+the ids of requests.
+"""
 
 import itertools
 import os
@@ -13,7 +17,7 @@ HOP_BY_HOP = frozenset(
 # Of a client's head: what ends here, since it speaks of this connection, or since the daemon says it anew.
 _ENDS_HERE = HOP_BY_HOP | frozenset(
     b"host content-length content-encoding authorization x-api-key api-key expect x-request-id"
-    b" x-vllm-priority x-data-parallel-rank"  # who comes first, and where it runs, is not for clients to say
+    b" x-vllm-priority x-data-parallel-rank"  # clients may not set their priority or the replica
     b" origin".split()  # an engine would add what browsers look at, and the daemon says that
 )
 _USUAL = frozenset({b"keep-alive", b"close", b""})  # values of Connection that name no other header
@@ -77,7 +81,7 @@ class AnswerHead:
 
     @classmethod
     def of(cls, raw: bytes) -> "AnswerHead | None":
-        """From a head that llhttp has accepted; None where it folds a line, which nobody may any more."""
+        """From a head that llhttp has accepted; None where it folds a line: obsolete, and open to request smuggling."""
         start, *lines = raw.removesuffix(b"\r\n").split(b"\r\n")
         if any(line[:1] in {b" ", b"\t"} for line in lines):
             return None

@@ -1,4 +1,8 @@
-"""Uploads: multipart forms kept in a temporary file, searched for the field `model` as they come in."""
+"""Uploads: a multipart form is spooled to a temporary file, and its field `model` is found as it arrives.
+
+A form is never held in memory as a whole, and only the model's name in it is replaced. The file is removed with the
+`with` block of its `Upload`.
+"""
 
 import asyncio
 import contextlib

@@ -1,9 +1,8 @@
-"""WebSocket `/v1/realtime`: the model comes as `?model=` or in the first `session.update`.
+"""Relays the WebSocket sessions of `/v1/realtime`, whose model comes as `?model=` or in the first `session.update`.
 
-vLLM greets with `session.created` before it knows the model, and clients wait for that greeting; so where the address
-names no model, the daemon greets, and drops the engine's own greeting later.
-
-Its one rule: a session ends when either side is gone, be it without a word: both are pinged.
+vLLM greets with `session.created` before it knows the model, and clients wait for that; so where the URL names no
+model, the daemon greets, and drops the engine's own greeting later. A session ends when either side is gone, be it
+silently: both get heartbeats (pings).
 """
 
 import asyncio
@@ -55,7 +54,7 @@ def realtime(sessions: Sessions) -> Work:
         name = call.request.query.get("model")
         if name:
             sessions.registry.find(name)  # an unknown model is a 404, before anything is upgraded
-        # Closed by hand: aiohttp would cut the connection, and with it this handler, before the engine has the code.
+        # No autoclose: aiohttp would end this handler before the close code reached the engine.
         limit = sessions.settings().max_body_size
         client = web.WebSocketResponse(
             max_msg_size=limit, compress=False, autoclose=False, heartbeat=sessions.heartbeat
@@ -67,7 +66,7 @@ def realtime(sessions: Sessions) -> Work:
         call.status = 101
         client_of(call.request).on_message_bytes = _counted(call, sessions)
         try:
-            await _converse(call, sessions, client, name)
+            await _run_session(call, sessions, client, name)
         except RequestError as error:
             call.status = error.status
             await client.send_str(_event("error", error={"message": error.message, "code": error.code}).decode())
@@ -100,11 +99,11 @@ def _counted(call: Call, sessions: Sessions) -> Callable[[int], None]:
     return count
 
 
-async def _converse(call: Call, sessions: Sessions, client: web.WebSocketResponse, name: str | None) -> None:
+async def _run_session(call: Call, sessions: Sessions, client: web.WebSocketResponse, name: str | None) -> None:
     first: WSMessage | None = None
     if name is None:
         await client.send_str(_event(_GREETING, id=f"sess-{secrets.token_hex(8)}", created=int(time.time())).decode())
-        first = await _first(client, sessions.settings().body_timeout)
+        first = await _first_message(client, sessions.settings().body_timeout)
         if first.type not in _DATA:
             return
         name = _model_of(first)
@@ -126,16 +125,16 @@ async def _converse(call: Call, sessions: Sessions, client: web.WebSocketRespons
                     )
                 async with engine:
                     if first is not None:
-                        await _greeted(engine)
+                        await _skip_greeting(engine)
                         await _pass_on(first, engine, lease)
-                    sessions.budget.give_back(call)
-                    await _both_ways(client, engine, lease, lambda: sessions.budget.give_back(call))
+                    sessions.budget.release(call)
+                    await _pump(client, engine, lease, lambda: sessions.budget.release(call))
         except (aiohttp.ClientError, OSError) as error:
             msg = f"cannot open a session with {lease.endpoint.instance}: {str(error) or 'it does not answer'}"
             raise EngineFailedError(msg) from error
 
 
-async def _first(client: web.WebSocketResponse, seconds: float) -> WSMessage:
+async def _first_message(client: web.WebSocketResponse, seconds: float) -> WSMessage:
     """What is to name the model."""
     try:
         return await client.receive(timeout=seconds or None)
@@ -144,14 +143,14 @@ async def _first(client: web.WebSocketResponse, seconds: float) -> WSMessage:
         raise LateRequestError(msg) from None
 
 
-async def _greeted(engine: aiohttp.ClientWebSocketResponse) -> None:
+async def _skip_greeting(engine: aiohttp.ClientWebSocketResponse) -> None:
     """Take the engine's greeting: the client has had one."""
     message = await engine.receive(timeout=_OPEN_SECONDS)
     if message.type is not WSMsgType.TEXT or _read(message).type != _GREETING:
         raise EngineFailedError("cannot open a session: the engine did not greet")
 
 
-async def _both_ways(
+async def _pump(
     client: web.WebSocketResponse,
     engine: aiohttp.ClientWebSocketResponse,
     lease: Lease,
@@ -159,7 +158,7 @@ async def _both_ways(
 ) -> None:
     """Pass messages until either side closes; then the other is closed the same way.
 
-    `passed_on`: told after each message of the client's.
+    `passed_on`: called after each message of the client's.
     """
 
     async def upwards() -> None:
@@ -208,7 +207,7 @@ def _model_of(message: WSMessage) -> str | None:
 
 
 class _Event(msgspec.Struct):
-    """The fields of an event that decide anything here; the others are skipped, not decoded."""
+    """The fields of an event that are needed here; the others are skipped, not decoded."""
 
     type: Any = None
     model: Any = None

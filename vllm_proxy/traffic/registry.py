@@ -1,7 +1,8 @@
-"""Who serves which name now: endpoints, leases, and the requests that wait for one.
+"""Routing: which endpoints serve a model now, the leases on them, and the queue of requests that wait for one.
 
-Its one rule: a permit is counted in the same step that hands it out, and given back exactly once, whatever ends the
-request. Everything here runs on the event loop, and no method but `acquire` and `wait_idle` waits.
+A lease is counted in the step that grants it and released exactly once, whatever ends its request. Each model has a
+queue of its own: no head-of-line blocking between models. Everything runs on the event loop, and no method but
+`acquire`, `wait` and `wait_idle` waits.
 """
 
 import asyncio
@@ -31,12 +32,12 @@ class Endpoint:
         self.max_model_len = max_model_len  # tokens, as the engine says
         self.in_flight = 0
         self.failures = 0  # connections in a row that gave no answer
-        self.ejected = False  # gets nothing until its health is good again
+        self.ejected = False  # the circuit is open: no requests until a health check succeeds
         self.pool = Pool(address)
         model_id = instance.rpartition("/")[0]
         self.answer_headers = f"X-Vllm-Proxy-Model: {model_id}\r\nX-Vllm-Proxy-Instance: {instance}\r\n".encode()
         self.own_headers = f"Host: {address.authority}\r\nAuthorization: Bearer {credential}\r\n".encode()
-        self.suspect = asyncio.Event()  # so many failures that its health is in question
+        self.suspect = asyncio.Event()  # so many failures in a row that a health check decides
         self._idle: asyncio.Future[None] | None = None  # made where somebody waits
 
     async def wait_idle(self) -> None:
@@ -74,7 +75,7 @@ class Route:
     """One model, as requests see it."""
 
     spec: ModelSpec
-    wake: Callable[[], None]  # somebody waits for it, and nobody has started it
+    wake: Callable[[], None]  # a request waits for it, and nothing has started it
     state: State = State.STOPPED
     message: str | None = None  # why it is not ready
     rests: bool = False  # stopped by hand
@@ -128,7 +129,7 @@ class Lease:
         if other is None:
             return False
         self._route._add(other, 1)  # noqa: SLF001 - the counters are this module's
-        self._registry.give_back(self._route, self.endpoint)
+        self._registry.release(self._route, self.endpoint)
         self._tried.append(other)
         self.endpoint = other
         return True
@@ -137,7 +138,7 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._registry.give_back(self._route, self.endpoint)
+        self._registry.release(self._route, self.endpoint)
 
 
 class Registry:
@@ -149,7 +150,7 @@ class Registry:
         self.closing = False
         self._closed = False
 
-    # What the reconciler and its supervisors say
+    # Reported by the reconciler and its supervisors
 
     def declare(self, spec: ModelSpec, wake: Callable[[], None]) -> None:
         """There is such a model, enabled or not. `wake` is called when a request waits for it, again and again."""
@@ -203,8 +204,8 @@ class Registry:
         """An ejected instance takes requests again."""
         self._serve_waiting(self._routes[model_id])
 
-    def wind_down(self) -> None:
-        """The daemon stops: clients should not keep their connections."""
+    def disable_keep_alive(self) -> None:
+        """The daemon stops: answers tell clients not to keep their connections alive."""
         self.closing = True
 
     def close(self) -> None:
@@ -213,7 +214,7 @@ class Registry:
         for route in self._routes.values():
             self._fail_waiting(route)
 
-    # What requests ask
+    # For requests
 
     def names(self) -> dict[str, Route]:
         """Every name that clients may send, with its route: ids first, aliases behind; disabled models left out."""
@@ -294,12 +295,12 @@ class Registry:
         """A lease on each ready instance in turn, for what only one of them knows."""
         for route in list(self._routes.values()):
             for endpoint in list(route.endpoints):
-                if endpoint in route.endpoints:  # not withdrawn while another one was asked
+                if endpoint in route.endpoints:  # not withdrawn meanwhile
                     route._add(endpoint, 1)  # noqa: SLF001 - as above
                     yield Lease(self, route, endpoint)
 
-    def give_back(self, route: Route, endpoint: Endpoint) -> None:
-        """A request has ended: its place is free."""
+    def release(self, route: Route, endpoint: Endpoint) -> None:
+        """A request has ended: its permit is free."""
         route._add(endpoint, -1)  # noqa: SLF001 - as above
         if route.waiting:
             self._serve_waiting(route)
@@ -331,7 +332,7 @@ class Registry:
                 return future.result()
         except BaseException:
             if future.done() and not future.cancelled() and future.exception() is None:
-                self.give_back(route, future.result())  # it came in the very moment we left
+                self.release(route, future.result())  # a race: it was granted in the moment of the cancellation
             raise
         finally:
             if waiter in route.waiting:

@@ -1,6 +1,7 @@
-"""Carries one request to an engine and its answer back: contract sections 4 to 6.
+"""Forwards one request to an engine and relays its answer; retries on another instance where that is safe.
 
-Its one rule: what a client sent is sent again only where the engine cannot have begun to answer it.
+Inference is not idempotent (it may be billed, logged or acted upon): a request is retried only where the engine cannot
+have begun to answer it. `Ending` in `exchange` names the cases.
 """
 
 import asyncio
@@ -36,7 +37,9 @@ class Body(Protocol):
         """All of it, from the beginning, in pieces of at most `size` bytes."""
 
 
-async def within(seconds: float, call: Call, answered: Coroutine[Any, Any, web.StreamResponse]) -> web.StreamResponse:
+async def with_deadline(
+    seconds: float, call: Call, answered: Coroutine[Any, Any, web.StreamResponse]
+) -> web.StreamResponse:
     """What `answered` returns, if that is done `seconds` after the request's head came: `request_timeout`.
 
     Raises:
@@ -47,7 +50,7 @@ async def within(seconds: float, call: Call, answered: Coroutine[Any, Any, web.S
     left = call.started_at + seconds - time.monotonic()
     if left <= 0:  # its body took that long
         answered.close()
-        raise _too_late(seconds)
+        raise _deadline_passed(seconds)
     try:
         async with asyncio.timeout(left):
             return await answered
@@ -56,17 +59,17 @@ async def within(seconds: float, call: Call, answered: Coroutine[Any, Any, web.S
             if call.request.transport is not None:
                 call.request.transport.abort()
             raise ConnectionResetError from None
-        raise _too_late(seconds) from None
+        raise _deadline_passed(seconds) from None
 
 
-def _too_late(seconds: float) -> RequestError:
+def _deadline_passed(seconds: float) -> RequestError:
     return RequestError("request_timeout", f"cannot answer within request_timeout ({seconds:g} s)")
 
 
 def forward(
     call: Call, registry: Registry, route: Route, body: bytes | Body
 ) -> Coroutine[Any, Any, web.StreamResponse]:
-    """Send the request to an instance of the model, to others where contract section 5 says so; pass the answer on.
+    """Send the request to an instance of the model, retry on others where that is safe, and relay the answer.
 
     Raises:
         RequestError: no instance is to be had, `engine_failed` or `request_timeout`, while nothing of an answer was
@@ -75,12 +78,12 @@ def forward(
 
     """
     seconds = route.spec.policy.request_timeout
-    carried = _carry(call, registry, route, body)
-    return within(seconds, call, carried) if seconds else carried
+    forwarding = _forward(call, registry, route, body)
+    return with_deadline(seconds, call, forwarding) if seconds else forwarding
 
 
-async def _carry(call: Call, registry: Registry, route: Route, body: bytes | Body) -> web.StreamResponse:
-    tries: _Tries | None = None  # made where one failed
+async def _forward(call: Call, registry: Registry, route: Route, body: bytes | Body) -> web.StreamResponse:
+    tries: _Retries | None = None  # made where one failed
     call.model = route.spec.id
     with registry.lease(route) or await _wait(call, registry, route) as lease:
         if client_is_slow(call.request):
@@ -90,13 +93,13 @@ async def _carry(call: Call, registry: Registry, route: Route, body: bytes | Bod
             exchange = _exchange(call, lease)
             ending, was_used = await _attempt(call, lease, exchange, body, fresh=tries is not None and tries.fresh)
             if ending is Ending.WHOLE or ending is Ending.BROKEN:
-                return _written(call, lease, exchange, ending)
+                return _finished(call, lease, exchange, ending)
             lease.endpoint.failed()
-            tries = tries or _Tries()
-            if not tries.again(lease, ending, was_used=was_used):
+            tries = tries or _Retries()
+            if not tries.next_target(lease, ending, was_used=was_used):
                 raise EngineFailedError(f"cannot get an answer from {call.instance}: {_WHY[ending]}")
             call.retries += 1
-            call.engine_id = engine_id(call.request_id)  # the engine may still be at work on the one before
+            call.engine_id = engine_id(call.request_id)  # the engine may still work on the previous attempt
 
 
 async def _wait(call: Call, registry: Registry, route: Route) -> Lease:
@@ -107,16 +110,16 @@ async def _wait(call: Call, registry: Registry, route: Route) -> Lease:
         call.queue_seconds = time.monotonic() - began
 
 
-class _Tries:
-    """What was tried for one request, to know whether it may be sent again, and where."""
+class _Retries:
+    """What was tried for one request, to know whether it may be retried, and where."""
 
     def __init__(self) -> None:
         self.fresh = False  # whether the next try wants a fresh connection
         self._unanswered = self._fresh_unanswered = 0
         self._stale: Endpoint | None = None  # whose kept-alive connection closed, where that was the only try
 
-    def again(self, lease: Lease, ending: Ending, *, was_used: bool) -> bool:
-        """Move the lease to where the request may be sent next; False where it may not, or there is nobody."""
+    def next_target(self, lease: Lease, ending: Ending, *, was_used: bool) -> bool:
+        """Move the lease to where the request may be retried; False where it may not, or there is no such instance."""
         self.fresh = False
         if ending is Ending.UNANSWERED:
             self._unanswered += 1
@@ -130,11 +133,14 @@ class _Tries:
             return True
         if self._stale is None or not lease.move_back(self._stale):
             return False
-        self._stale, self.fresh = None, True  # it was idle for too long, perhaps: the engine itself may be well
+        self._stale, self.fresh = (
+            None,
+            True,
+        )  # perhaps a keep-alive race: the engine closed an idle connection as we used it
         return True
 
 
-def _written(call: Call, lease: Lease, exchange: Exchange, ending: Ending) -> web.StreamResponse:
+def _finished(call: Call, lease: Lease, exchange: Exchange, ending: Ending) -> web.StreamResponse:
     """The answer has been passed on, or as much of it as there was."""
     lease.endpoint.failures = 0
     call.status = exchange.status
@@ -148,7 +154,9 @@ def _written(call: Call, lease: Lease, exchange: Exchange, ending: Ending) -> we
     return SENT_CLOSE if exchange.close else SENT_KEEP_ALIVE
 
 
-async def ask(call: Call, lease: Lease, body: bytes, wanted: Callable[[int], bool]) -> web.StreamResponse | None:
+async def forward_to_one(
+    call: Call, lease: Lease, body: bytes, wanted: Callable[[int], bool]
+) -> web.StreamResponse | None:
     """Send the request to the leased instance alone; pass its answer on if the status is `wanted`, None if it is not.
 
     Raises:
@@ -168,7 +176,7 @@ async def ask(call: Call, lease: Lease, body: bytes, wanted: Callable[[int], boo
         exchange = _exchange(call, lease, on_head)
         ending, was_used = await _attempt(call, lease, exchange, body, alone=False)
         if ending is Ending.WHOLE or ending is Ending.BROKEN:
-            return _written(call, lease, exchange, ending)
+            return _finished(call, lease, exchange, ending)
         if ending is Ending.DECLINED:
             return None
         lease.endpoint.failed()
@@ -188,7 +196,7 @@ async def _attempt(
 ) -> tuple[Ending, bool]:
     """One try on one instance: how it ended, and whether its connection, unless `fresh`, had been used before.
 
-    `alone`: no other instance is being asked, so that the client's connection belongs to this exchange.
+    `alone`: the request goes to no other instance, so the client's connection belongs to this exchange.
     """
     pool = lease.endpoint.pool
     connection = None if fresh else pool.take()
@@ -210,7 +218,7 @@ async def _attempt(
         else:
             await _send(head, body, exchange, connection)
         return await exchange.ended, was_used
-    except ConnectionError:  # while sending: `lost` has told the exchange
+    except ConnectionError:  # while sending: `lost` has notified the exchange
         return await exchange.ended, was_used
     finally:
         if client.exchange is exchange:
@@ -222,7 +230,7 @@ async def _attempt(
 
 
 async def _send(head: bytes, body: bytes | Body, exchange: Exchange, connection: EngineConnection) -> None:
-    """A large body, no faster than the engine takes it."""
+    """A large body, with backpressure: no faster than the engine takes it."""
     exchange.sending = True
     connection.start(head, exchange)
     for piece in _pieces_of(body):

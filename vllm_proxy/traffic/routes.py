@@ -1,9 +1,12 @@
-"""The inference routes, in one table: the router, the OpenAPI document and the envelopes of errors are made from it."""
+"""The inference routes, in one table, of which the router, the OpenAPI document and the error envelopes are made.
+
+A route that vLLM has and this table has not is not served: add a line for it.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
 
-# Where a request says which model it is for; nowhere: every instance is asked.
+# Where a request says which model it is for; nowhere: it goes to every instance.
 type NamesModel = Literal["json", "form", "nowhere", "session"]
 
 

@@ -1,11 +1,14 @@
-"""Find one member of a large JSON object without decoding it, in steps short enough for an event loop."""
+"""Finds one member of a large JSON object without decoding it, in steps that are short enough for an event loop.
+
+For `body`. It does not validate: a text that is no JSON gives some result, and whoever parses it reports the error.
+"""
 
 import re
 from collections.abc import Generator, Iterator
 
 _STEP = 128 * 1024  # bytes looked at between two steps, about
 _STEP_TURNS = 2_000  # or turns of the loop, one for each string, comma and bracket
-_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # possessive: nothing is kept to go back to
+_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)  # possessive: no backtracking
 _PLAIN = re.compile(rb'[^"\[\]{},:]*+')
 _PLAIN_INSIDE = re.compile(rb'[^"\[\]{}]*+')  # in a deeper value no comma and no colon means anything
 _SPACE = b" \t\r\n"
@@ -80,7 +83,7 @@ def _string_end(
 
 
 def _unescaped(key: bytes) -> bytes:
-    """A key as it is meant: JSON may spell any letter as an escape."""
+    """A key as it is meant: JSON may write any character as an escape."""
     if b"\\" not in key:
         return key
     return re.sub(rb"\\u00([0-7][0-9A-Fa-f])", lambda match: bytes([int(match[1], 16)]), key)

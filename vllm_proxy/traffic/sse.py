@@ -1,8 +1,9 @@
-"""Where an event stream that is passed on in chunks stands: at the end of an event, or not; behind [DONE], or not.
+"""Follows an event stream that is passed on in chunks: is it between two events, and did [DONE] come.
 
-Its one rule: exact, however the stream is cut into events, chunks and reads. Most reads end with an event and a chunk,
-which shows without a look inside; only what does not is followed, until the stream stands at such an end again. (Not
-seen: a [DONE] in several chunks that come in one read with a usual event behind it, which no engine sends.)
+For `exchange`, which may append an error event only between two events. Exact, however the stream is cut into events,
+chunks and reads (tests/traffic/test_exchange.py). Most reads end with an event and a chunk, which shows without a look
+inside; only what does not is followed, until the stream is at such an end again. (Not detected: a [DONE] in several
+chunks that come in one read with a usual event behind it, which no engine sends.)
 """
 
 import re

@@ -1,7 +1,7 @@
-"""Connections to one engine, kept alive between requests. Its one rule: an idle connection carries nothing.
+"""The pool of keep-alive connections to one engine: bytes out, bytes in, with backpressure. No HTTP.
 
-What an answer means is the receiver's business; here bytes go in and come out. Source of the design: a prototype that
-writes engine bytes straight to the client took a quarter of the CPU of aiohttp's client, see docs/performance.md.
+What an answer means is up to its receiver (`exchange`). An idle connection carries nothing: one that does is closed,
+not reused. An own client, since aiohttp's took four times the CPU (docs/performance.md).
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from typing import Protocol, cast
 from vllm_proxy.domain.address import Address
 from vllm_proxy.traffic.dial import connector
 
-_IDLE_SECONDS = 60.0  # less than ENGINE_KEEPALIVE_SECONDS: the engine must not be the one that closes
+_IDLE_SECONDS = 60.0  # less than ENGINE_KEEPALIVE_SECONDS: else the engine's close could race with a request
 _CONNECT_SECONDS = 5.0
 
 
@@ -68,7 +68,7 @@ class EngineConnection(asyncio.Protocol):
             receiver.lost(exc)
 
     def pause_writing(self) -> None:
-        """The engine reads more slowly than we send."""
+        """The engine reads more slowly than we send: backpressure on `send`."""
         self._drained = asyncio.get_running_loop().create_future()
 
     def resume_writing(self) -> None:
@@ -91,7 +91,7 @@ class EngineConnection(asyncio.Protocol):
         self._transport.write(request)
 
     async def send(self, data: bytes) -> None:
-        """More of a request's body, no faster than the engine takes it.
+        """More of a request's body, with backpressure: no faster than the engine takes it.
 
         Raises:
             ConnectionError: when the engine is gone.
@@ -104,7 +104,7 @@ class EngineConnection(asyncio.Protocol):
             await self._drained
 
     def pause_reading(self) -> None:
-        """The client is slow: let the engine wait."""
+        """The client is slow: backpressure, so the engine has to wait."""
         if self._transport is not None and not self._paused:
             self._paused = True
             self._transport.pause_reading()
@@ -116,7 +116,7 @@ class EngineConnection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def release(self) -> None:
-        """The answer was whole: the connection may carry another."""
+        """The answer was whole: keep the connection alive for another one."""
         self._receiver = None
         self.resume_reading()
         self._pool.keep(self)
@@ -188,4 +188,4 @@ class Pool:
         self.closed = True
         for connection in [*self._idle, *self._busy]:
             if connection._transport is not None:  # noqa: SLF001 - its own pool
-                connection._transport.abort()  # noqa: SLF001 - its receiver hears of it
+                connection._transport.abort()  # noqa: SLF001 - its receiver is notified

@@ -1,8 +1,8 @@
-"""(TOML text, change of one model) -> TOML text. What the change is not about stays byte for byte.
+"""Edits one model in a TOML text, and leaves everything else as it is, byte for byte.
 
-Its one rule: it proves itself. Before anybody sees the new text, it is parsed and compared with what was asked for,
-every line of the others is found again, and so is every comment that had no part in the change. A change that cannot be
-put into the file is an error, never a damaged file.
+Every edit verifies itself before it is returned: the new text is parsed and compared with what was asked for, and every
+line and comment that the change does not concern must still be there. A change that cannot be put into the file is an
+`EditError`, never a damaged file (tests/domain/test_edit.py, with generated files).
 
 What goes with a table: the comments directly above its header, those between its keys, and those directly below its
 last key, unless another header stands directly below them. A blank line separates. What goes with a key: its line. A
@@ -223,11 +223,11 @@ def _edited(text: str, model_id: str, wanted: Table | None) -> str:
         msg = f"cannot write model {show(model_id)} into the file as it is laid out: {error}"
         raise EditError(msg) from None
     result = layout.text()
-    _prove(before, text, result, path, wanted)
+    _verify(before, text, result, path, wanted)
     return result
 
 
-def _prove(before: Table, old: str, new: str, path: KeyPath, wanted: Table | None) -> None:
+def _verify(before: Table, old: str, new: str, path: KeyPath, wanted: Table | None) -> None:
     """Raise unless the new text means what was asked for, and has every line and comment that is not its business."""
     models = {name: table for name, table in before.get("models", {}).items() if name != path[1]}
     if wanted is not None:
@@ -236,7 +236,7 @@ def _prove(before: Table, old: str, new: str, path: KeyPath, wanted: Table | Non
     wrong = ""
     if not same(asked, {"models": {}, **_parsed(new)}):
         wrong = "it would mean something else"
-    elif _lines_of_others(old, path) != _lines_of_others(new, path):
+    elif _other_lines(old, path) != _other_lines(new, path):
         wrong = "a line of another table would change"
     else:
         before_it = [comment for _, comment in comments(old)]
@@ -254,7 +254,7 @@ def _within(some: Sequence[str], of: Sequence[str]) -> bool:
     return all(item in rest for item in some)
 
 
-def _lines_of_others(text: str, path: KeyPath) -> list[str]:
+def _other_lines(text: str, path: KeyPath) -> list[str]:
     """Headers and keys of everything else; a line around the model's own, `models = { ... }`, is its own too."""
     found = [
         text[piece.start : piece.end]

@@ -1,4 +1,7 @@
-"""What was probably meant by what is no TOML, or other TOML than it looks like. Its one rule: it explains, no more."""
+"""Suggestions for mistakes in models.toml: what invalid syntax, or a table in the wrong place, probably means.
+
+For the messages of `parse`. A hint never changes what is accepted.
+"""
 
 import re
 import tomllib

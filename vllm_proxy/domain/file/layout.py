@@ -1,8 +1,8 @@
-"""A TOML text as the lines it is laid out in, so that one key can be set or removed without touching another byte.
+"""A TOML text as a sequence of pieces, in which one key can be set or removed without touching another byte.
 
-Its one rule: it moves whole pieces (a header, a key with its value, a comment, a blank line) and rewrites only the
-value that is set. Whether the result means what was asked for is for the caller to prove; a ValueError says that no
-place was found.
+For `edit`. Moves whole pieces (a header, a key with its value, a comment, a blank line) and rewrites only the value
+that is set; raises ValueError where it finds no place. Does not check that the result means what was asked for: `edit`
+does.
 """
 
 import re
@@ -89,7 +89,7 @@ class Layout:
         if value == {} and own and not own[0].text.lstrip().startswith("[["):
             old.remove(own[0])  # the header alone says so
         elif value == {} and old:
-            self._say_empty(path, old[0])
+            self._write_empty(path, old[0])
         elif isinstance(value, Mapping) and value and self._headed(path):
             self._new_table(path, value)
         else:
@@ -152,7 +152,7 @@ class Layout:
             kept.pop()
         self._parts = kept
 
-    def _say_empty(self, path: KeyPath, first: _Part) -> None:
+    def _write_empty(self, path: KeyPath, first: _Part) -> None:
         """Write that a table is there, in front of the first thing in it, which is about to go."""
         index = self._parts.index(first)
         if first.kind == "key" and first.outer < len(path):
@@ -240,7 +240,7 @@ def _with_value(part: _Part, path: KeyPath, value: object) -> str:
     raw = part.text[begin:end]
     old = tomllib.loads(f"x = {raw}")["x"]
     new = _changed(old, path[len(part.path) :], value)
-    return part.text[:begin] + _retold(raw, old, new) + part.text[end:]
+    return part.text[:begin] + _rewritten(raw, old, new) + part.text[end:]
 
 
 def _changed(old: object, path: KeyPath, value: object) -> object:
@@ -255,27 +255,29 @@ def _changed(old: object, path: KeyPath, value: object) -> object:
     return rest
 
 
-def _retold(raw: str, old: object, new: object) -> str:
+def _rewritten(raw: str, old: object, new: object) -> str:
     """The text of a value that means `new`: what stays of an inline table keeps its text."""
     if same(old, new):
         return raw
     if isinstance(old, Mapping) and isinstance(new, Mapping) and new:
         found = entries(raw)
         if found and all(len(entry.path) == 1 for entry in found):
-            return _entries_retold(raw, found, old, new)
+            return _entries_rewritten(raw, found, old, new)
         if "\n" in raw:
             msg = "a table in one line has dotted keys and a list over many lines; take it apart first"
             raise ValueError(msg)
     return rendered(new)
 
 
-def _entries_retold(raw: str, found: Sequence[Entry], old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def _entries_rewritten(raw: str, found: Sequence[Entry], old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     text, between = raw[: found[0].start], ""
     for number, entry in enumerate(found):
         (key,) = entry.path
         if key in new:
             between = between and raw[found[number - 1].end : entry.start]
-            text += between + raw[entry.start : entry.value] + _retold(raw[entry.value : entry.end], old[key], new[key])
+            text += (
+                between + raw[entry.start : entry.value] + _rewritten(raw[entry.value : entry.end], old[key], new[key])
+            )
             between = ", "
     for key, value in new.items():
         if key not in old:

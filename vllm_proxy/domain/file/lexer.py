@@ -1,7 +1,7 @@
-"""TOML's syntax: a text in pieces, where values begin and end, what is a comment. Nobody else takes TOML apart.
+"""TOML's syntax with positions: splits a text into pieces, finds values and comments. The only TOML lexer here.
 
-No library gives positions. Who asks has had the text accepted by tomllib, so that headers, keys, values and comments
-only have to be told apart; no text makes it fail or hang.
+tomllib gives no positions. Callers pass texts that tomllib has accepted, so headers, keys, values and comments only
+have to be told apart; on any other text it must not fail or hang either (tests/domain/test_lexer.py).
 """
 
 import re

@@ -1,6 +1,6 @@
-"""Where in a TOML text a key stands: key path -> line, for messages.
+"""Maps the key paths of a TOML text to line numbers, for messages.
 
-What cannot be seen, a key inside a table in one line, gets the line of the nearest table or key around it.
+A key inside an inline table, whose line is not known, gets the line of the nearest table or key around it.
 """
 
 from vllm_proxy.domain.file.lexer import pieces

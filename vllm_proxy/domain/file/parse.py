@@ -1,6 +1,7 @@
-"""TOML text -> `Config`, or every problem in it at once, each with its line and key path.
+"""Parses and validates models.toml: a `Config`, or every problem at once, each with its line and key path.
 
-Its one rule: nothing is accepted that would only fail later, and nothing is guessed.
+Refuses what would only fail later, and guesses nothing; suggestions are in `hints`, the types in `domain/config.py`.
+The caller reads the file.
 """
 
 import difflib

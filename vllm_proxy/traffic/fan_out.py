@@ -1,6 +1,8 @@
-"""A question for which one instance of all has the answer. Its one rule: nobody who does not answer hides who does.
+"""Fan-out: sends a request to every instance, and relays the answer of the one that has it.
 
-All are asked at once. The first whose status says that it knows gives the answer; the others are left then.
+For stored responses, which live in the memory of one instance. All instances are asked concurrently; the first whose
+status says that it has the response wins, and the others are cancelled. One that fails or hangs must not hide the
+answer of another (tests/traffic/test_fan_out.py).
 """
 
 import asyncio
@@ -15,15 +17,13 @@ from vllm_proxy.runtime import background
 from vllm_proxy.traffic.call import Call
 from vllm_proxy.traffic.front import client_is_slow
 from vllm_proxy.traffic.registry import Lease, Registry
-from vllm_proxy.traffic.relay import ask, within
+from vllm_proxy.traffic.relay import forward_to_one, with_deadline
 
 _HEAD_SECONDS = 10.0
 _DOES_NOT_KNOW = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.NOT_IMPLEMENTED})
 
 
-async def ask_everybody(
-    call: Call, registry: Registry, body: bytes, seconds: float = _HEAD_SECONDS
-) -> web.StreamResponse:
+async def fan_out(call: Call, registry: Registry, body: bytes, seconds: float = _HEAD_SECONDS) -> web.StreamResponse:
     """The answer of the instance that knows it, if that begins within `seconds`.
 
     Raises:
@@ -43,7 +43,7 @@ async def ask_everybody(
 
 
 class _Race:
-    """Everybody who was asked, each with a call of its own: what the winner's became is what the request became."""
+    """The concurrent requests, each with a call of its own: the winner's outcome is that of the client's request."""
 
     def __init__(self, call: Call, body: bytes) -> None:
         self._call = call
@@ -52,32 +52,32 @@ class _Race:
         self._won: asyncio.Future[Call] = asyncio.get_running_loop().create_future()
 
     def enter(self, lease: Lease) -> None:
-        """Ask one more. Its permit is given back when that has ended, be it before it began."""
+        """Ask one more instance. Its lease is released when that has ended, even if it never began."""
         mine = copy.copy(self._call)
         task = background.ask(self._ask(mine, lease), f"question of {lease.endpoint.instance}")
         task.add_done_callback(lambda _: lease.__exit__())
         self._asked[task] = mine, lease
 
     async def answer(self, seconds: float) -> web.StreamResponse:
-        """Wait for who knows, leave the others, and pass the answer on to its end."""
+        """Wait for the winner, cancel the others, and relay the answer to its end."""
         if self._asked:
             everybody = asyncio.gather(*self._asked, return_exceptions=True)
             either: set[asyncio.Future[Any]] = {self._won, everybody}
             await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if not self._won.done():
-            raise self._why_not(seconds)
+            raise self._failure(seconds)
         for task, (mine, lease) in self._asked.items():
             if mine is self._won.result():
                 winner, limit = task, lease.policy.request_timeout
             else:
                 task.cancel()
-        passed_on = _passed_on(winner)
-        return await (within(limit, self._won.result(), passed_on) if limit else passed_on)
+        relayed = _relayed(winner)
+        return await (with_deadline(limit, self._won.result(), relayed) if limit else relayed)
 
     async def end(self) -> None:
-        """Leave everybody who is still being asked."""
+        """Cancel what is still in flight."""
         if not self._won.done():
-            self._won.cancel()  # too late for anybody
+            self._won.cancel()  # nobody may win any more
         for task in self._asked:
             task.cancel()
         await asyncio.gather(*self._asked, return_exceptions=True)
@@ -95,13 +95,13 @@ class _Race:
             self._won.set_result(mine)
             return True
 
-        answer = await ask(mine, lease, self._body, wanted)
+        answer = await forward_to_one(mine, lease, self._body, wanted)
         if answer is None and seen not in _DOES_NOT_KNOW and seen >= HTTPStatus.INTERNAL_SERVER_ERROR:
             raise EngineFailedError(f"cannot get an answer from {mine.instance}: it says {seen}")
         return answer
 
-    def _why_not(self, seconds: float) -> RequestError:
-        """Nobody knows it, as far as all have said so."""
+    def _failure(self, seconds: float) -> RequestError:
+        """Why there is no answer."""
         silent = [lease.endpoint.instance for task, (_, lease) in self._asked.items() if not task.done()]
         if silent:
             msg = f"cannot find this response: no answer from {', '.join(silent)} within {seconds:g} s"
@@ -115,7 +115,7 @@ class _Race:
         return RequestError("not_found", "cannot find this response: no ready instance knows it")
 
 
-async def _passed_on(winner: "asyncio.Task[web.StreamResponse | None]") -> web.StreamResponse:
+async def _relayed(winner: "asyncio.Task[web.StreamResponse | None]") -> web.StreamResponse:
     answer = await winner
     assert answer is not None, "it has declined nothing"
     return answer

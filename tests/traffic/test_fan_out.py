@@ -14,8 +14,8 @@ from tests.harness import Answer, connected, request
 from vllm_proxy.domain.address import TcpAddress
 from vllm_proxy.domain.config import ModelSpec, Server
 from vllm_proxy.domain.file.parse import parse_config
-from vllm_proxy.traffic.asking import ask_everybody
 from vllm_proxy.traffic.call import Call, observed
+from vllm_proxy.traffic.fan_out import fan_out
 from vllm_proxy.traffic.front import FrontRunner
 from vllm_proxy.traffic.registry import Endpoint, Registry
 
@@ -91,7 +91,7 @@ async def fleet(engines: Mapping[str, Behaviour], seconds: float = 60.0, policy:
             registry.open(name, endpoint)
 
         async def work(call: Call) -> web.StreamResponse:
-            return await ask_everybody(call, registry, b"", seconds)
+            return await fan_out(call, registry, b"", seconds)
 
         def observe(call: Call) -> None:
             found.calls.append(call)
