@@ -16,7 +16,7 @@ import aiohttp
 
 from vllm_proxy.domain.resources import Problem
 from vllm_proxy.errors import VllmProxyError
-from vllm_proxy.runtime.background import ask
+from vllm_proxy.runtime.background import spawn
 from vllm_proxy.settings import Settings, short_name
 
 _ANSWER_SECONDS = 10.0  # longest for `/health`
@@ -124,8 +124,8 @@ class Connection:
 
     async def _while_it_lives[T](self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which may take long; for as long as the daemon answers at all."""
-        working = ask(work, "an answer of the daemon")
-        polling = ask(self._keep_polling(), "whether the daemon lives")
+        working = spawn(work, "an answer of the daemon")
+        polling = spawn(self._keep_polling(), "whether the daemon lives")
         try:
             await asyncio.wait({working, polling}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():

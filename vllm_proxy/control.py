@@ -16,7 +16,7 @@ from vllm_proxy.connection import CommandError, NoDaemonError, connected
 from vllm_proxy.domain.resources import Change, Model
 from vllm_proxy.engine.process import become_subreaper
 from vllm_proxy.engine.state import StateDirectory
-from vllm_proxy.fleet.orphans import end_left
+from vllm_proxy.fleet.orphans import end_orphans
 from vllm_proxy.runtime.files import become_owner
 from vllm_proxy.settings import Settings
 
@@ -26,7 +26,7 @@ _OFTEN = 5  # polls in a row
 type Report = Callable[[str], None]
 
 
-class LeftEngine(TypedDict):
+class OrphanedEngine(TypedDict):
     """An engine that a daemon had left."""
 
     instance: str
@@ -37,7 +37,7 @@ class Stopped(TypedDict):
     """What became of `stop --all`."""
 
     models: list[Model]
-    engines: list[LeftEngine]
+    engines: list[OrphanedEngine]
     ended: bool  # all of it
 
 
@@ -110,7 +110,7 @@ async def stop_all(settings: Settings, report: Report) -> Stopped:
         async with connected(settings) as daemon:
             models: list[Model] = (await daemon.request("GET", "/models"))["models"]
     except NoDaemonError:
-        return await _end_left(settings, report)
+        return await _end_orphans(settings, report)
     enabled = [model["id"] for model in models if model["effective"]["enabled"]]
     found = await asyncio.gather(
         *(act(settings, "stop", model_id, report) for model_id in enabled), return_exceptions=True
@@ -124,16 +124,16 @@ async def stop_all(settings: Settings, report: Report) -> Stopped:
     return {"models": resources, "engines": [], "ended": not any(failed(one, "stop") for one in resources)}
 
 
-async def _end_left(settings: Settings, report: Report) -> Stopped:
+async def _end_orphans(settings: Settings, report: Report) -> Stopped:
     if not _is_there(settings.state_dir):
         report("no daemon runs, and none has left engines here")
         return {"models": [], "engines": [], "ended": True}
     with StateDirectory(settings.state_dir, settings.scratch) as state:
-        left = state.left_behind()
+        left = state.orphans()
         become_subreaper()
         for record in left:
             report(f"ending {record.instance}, process {record.pid}")
-        ended = await end_left(left, state)
+        ended = await end_orphans(left, state)
         unusable = state.unusable
     if unusable:
         report(f"{unusable} of its records cannot be used, so that engines may be left: see the messages above")
@@ -141,7 +141,7 @@ async def _end_left(settings: Settings, report: Report) -> Stopped:
     report(
         f"no daemon runs; engines that one had left: {len(left)}{'' if ended else ', not all of them could be ended'}"
     )
-    engines: list[LeftEngine] = [{"instance": record.instance, "pid": record.pid} for record in left]
+    engines: list[OrphanedEngine] = [{"instance": record.instance, "pid": record.pid} for record in left]
     return {"models": [], "engines": engines, "ended": ended}
 
 

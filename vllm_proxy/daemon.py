@@ -210,7 +210,7 @@ async def _follow_file(desired: Desired, systemd: Systemd, changed: asyncio.Even
                 systemd.reloading()
             try:
                 if not by_signal:
-                    await desired.still()
+                    await desired.settle()
                 await desired.reload()
             except ConfigError:
                 pass  # logged by `desired`
@@ -242,7 +242,7 @@ def _dependencies(
     stack.callback(disk.close)
     check = OptionCheck(programs, OptionTables(settings.state_dir / "options", offload=disk), disk)
     stack.push_async_callback(check.close)
-    check.learn(model.engine for model in config.models.values())
+    check.prefetch(model.engine for model in config.models.values())
     stopping = asyncio.Event()
     launcher = Launcher(
         programs=programs,

@@ -58,7 +58,7 @@ def sentence(reconciler: Reconciler, desired: Desired | None = None) -> str:
         state = model.state
         if state is State.READY:
             ready += 1
-        elif state is not State.STOPPED or model.rests:
+        elif state is not State.STOPPED or model.stopped_by_hand:
             by_state[state].append(model)
         elif model.awaits_request:
             on_demand.append(model)

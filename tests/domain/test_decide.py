@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from vllm_proxy.domain.config import EngineSpec, Policy, Restart
 from vllm_proxy.domain.decide import (
     Claim,
+    ClaimState,
     InstanceNow,
+    ModelDecision,
     ModelNow,
-    Moves,
     NotNow,
     Retry,
     Snapshot,
-    Standing,
     Wanted,
     decide,
-    moves_of,
+    decide_model,
 )
 from vllm_proxy.domain.devices import ANY_DEVICE, Allocation
 from vllm_proxy.domain.diagnose import Diagnosis
@@ -34,7 +34,7 @@ READY, LOADING, ERROR, STOPPED, UNLOADING = (
 )  # fmt: skip
 OLD, NEW = EngineSpec(model="old"), EngineSpec(model="new")
 CRASHED = Diagnosis(Reason.CRASHED, "it crashed")
-ASKS, LOADS, LEAVES = Standing.ASKS, Standing.LOADS, Standing.LEAVES
+ASKS, LOADS, LEAVES = ClaimState.WAITING, ClaimState.LOADING, ClaimState.LEAVING
 
 
 def chat(*states: State, wanted: Wanted = Wanted.RUN, engine: EngineSpec = OLD, **policy: object) -> ModelNow:
@@ -50,8 +50,8 @@ def on_demand(*states: State, wanted: Wanted = Wanted.RUN, idle: float = 0.0, ti
 
 def steps(model: ModelNow) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The instances to stop, and those to start."""
-    moves = moves_of(model)
-    return moves.stop, moves.start
+    decided = decide_model(model)
+    return decided.stop, decided.start
 
 
 # What is wanted
@@ -63,7 +63,7 @@ def test_a_model_that_is_to_run_is_started_with_all_its_replicas() -> None:
     assert steps(chat(READY, LOADING, ERROR, replicas=3)) == ((), ())
 
 
-@pytest.mark.parametrize("wanted", [Wanted.AWAIT, Wanted.REST, Wanted.END])
+@pytest.mark.parametrize("wanted", [Wanted.AWAIT, Wanted.STOP, Wanted.END])
 def test_a_model_that_is_not_to_run_is_stopped_whatever_it_does(wanted: Wanted) -> None:
     """What has stopped or is about to is not asked again."""
     assert steps(chat(READY, LOADING, ERROR, STOPPED, UNLOADING, wanted=wanted, replicas=5)) == ((0, 1, 2), ())
@@ -89,33 +89,33 @@ def test_an_instance_to_be_renewed_goes_though_it_runs_what_is_wanted() -> None:
 def test_a_model_that_awaits_a_request_starts_when_one_came() -> None:
     """One that waits, or one that could not: a queue of no size refuses, and the model is started all the same."""
     sleeping = on_demand(STOPPED, wanted=Wanted.AWAIT)
-    assert (moves_of(sleeping).wanted, steps(sleeping)) == (Wanted.AWAIT, ((), ()))
+    assert (decide_model(sleeping).wanted, steps(sleeping)) == (Wanted.AWAIT, ((), ()))
     for asked in (replace(sleeping, requested=True), replace(sleeping, waits_since=0.0)):
-        assert (moves_of(asked).wanted, steps(asked)) == (Wanted.RUN, ((), (0,)))
+        assert (decide_model(asked).wanted, steps(asked)) == (Wanted.RUN, ((), (0,)))
 
 
-@pytest.mark.parametrize("wanted", [Wanted.REST, Wanted.END])
+@pytest.mark.parametrize("wanted", [Wanted.STOP, Wanted.END])
 def test_no_request_starts_what_a_hand_stopped_or_what_ends(wanted: Wanted) -> None:
     """A hand is stronger than a request."""
     asked = replace(on_demand(STOPPED, wanted=wanted), requested=True, waits_since=0.0)
-    assert (moves_of(asked).wanted, steps(asked)) == (wanted, ((), ()))
+    assert (decide_model(asked).wanted, steps(asked)) == (wanted, ((), ()))
 
 
 def test_a_model_that_nobody_asked_for_long_enough_is_unloaded() -> None:
     """Before, it is looked at again when that time has come."""
-    assert moves_of(on_demand(READY, idle=40)) == Moves(Wanted.RUN, Rollback(OLD, good=OLD), look_again=60)
-    unloaded = moves_of(on_demand(READY, idle=100))
-    assert (unloaded.wanted, unloaded.stop, unloaded.look_again) == (Wanted.AWAIT, (0,), math.inf)
-    early = moves_of(on_demand(READY, idle=99.9995))
+    assert decide_model(on_demand(READY, idle=40)) == ModelDecision(Wanted.RUN, Rollback(OLD, good=OLD), recheck_in=60)
+    unloaded = decide_model(on_demand(READY, idle=100))
+    assert (unloaded.wanted, unloaded.stop, unloaded.recheck_in) == (Wanted.AWAIT, (0,), math.inf)
+    early = decide_model(on_demand(READY, idle=99.9995))
     assert early.wanted is Wanted.AWAIT, "a timer may fire a moment too early"
 
 
 def test_a_model_in_use_is_not_idle() -> None:
     """However short its idle_timeout is."""
     for timeout in (100.0, 0.0001):
-        assert moves_of(on_demand(READY, timeout=timeout)).wanted is Wanted.RUN
+        assert decide_model(on_demand(READY, timeout=timeout)).wanted is Wanted.RUN
     waited_for = replace(on_demand(READY, idle=1000), waits_since=1.0)
-    assert moves_of(waited_for).wanted is Wanted.RUN
+    assert decide_model(waited_for).wanted is Wanted.RUN
 
 
 @pytest.mark.parametrize("model", [
@@ -124,12 +124,12 @@ def test_a_model_in_use_is_not_idle() -> None:
     on_demand(ERROR, idle=1000),
     on_demand(LOADING, idle=1000),
     on_demand(UNLOADING, idle=1000),
-    on_demand(READY, idle=0, wanted=Wanted.REST),
+    on_demand(READY, idle=0, wanted=Wanted.STOP),
 ])  # fmt: skip
 def test_what_has_no_idle_time_is_not_looked_at_for_it(model: ModelNow) -> None:
     """No timeout, always on, an error that stays for people to see; the time counts from when it can be used."""
-    moves = moves_of(model)
-    assert (moves.wanted, moves.look_again) == (model.wanted, math.inf)
+    decided = decide_model(model)
+    assert (decided.wanted, decided.recheck_in) == (model.wanted, math.inf)
 
 
 # Which spec, and how it comes
@@ -144,9 +144,9 @@ def changed(*instances: InstanceNow, **policy: object) -> ModelNow:
 def test_a_change_is_checked_before_anything_is_stopped_for_it() -> None:
     """The good spec is what its instances are to run until then."""
     model = replace(changed(InstanceNow(0, READY, OLD)), rollback=Rollback(NEW, good=OLD))
-    moves = moves_of(model)
-    assert (moves.check, moves.stop, moves.start) == (True, (), ())
-    assert not moves_of(changed(InstanceNow(0, READY, OLD))).check
+    decided = decide_model(model)
+    assert (decided.check, decided.stop, decided.start) == (True, (), ())
+    assert not decide_model(changed(InstanceNow(0, READY, OLD))).check
 
 
 @pytest.mark.parametrize(
@@ -170,16 +170,16 @@ def test_a_restart_never_takes_all_away_at_once(
 
 def test_a_change_that_failed_goes_back_to_what_was_ready() -> None:
     """In the same step that learns of it."""
-    moves = moves_of(changed(InstanceNow(0, LOADING, NEW, CRASHED)))
-    assert (moves.rollback.failed, moves.rollback.target, moves.stop) == (CRASHED, OLD, (0,))
+    decided = decide_model(changed(InstanceNow(0, LOADING, NEW, CRASHED)))
+    assert (decided.rollback.failed, decided.rollback.target, decided.stop) == (CRASHED, OLD, (0,))
 
 
 # Starts
 
 
-def claim(key: int, standing: Standing, *devices: str, instance: str = "", **more: object) -> Claim:
+def claim(key: int, state: ClaimState, *devices: str, instance: str = "", **more: object) -> Claim:
     """A claim on devices."""
-    return Claim(key, instance or f"m{key}/0", Allocation(frozenset(devices)), standing, **more)  # type: ignore[arg-type]
+    return Claim(key, instance or f"m{key}/0", Allocation(frozenset(devices)), state, **more)  # type: ignore[arg-type]
 
 
 def starts(*claims: Claim) -> tuple[list[int], dict[int, str]]:
@@ -243,11 +243,11 @@ def claims_of_a_fleet(draw: st.DrawFn) -> list[Claim]:
     """In any order, on any devices."""
     made: list[Claim] = []
     for key in range(draw(st.integers(0, 8))):
-        standing = draw(st.sampled_from(Standing))
-        leaves = standing is LEAVES
+        state = draw(st.sampled_from(ClaimState))
+        leaves = state is LEAVES
         not_ended = draw(st.sampled_from([None, "it survives"])) if leaves else None
         untried = leaves and not_ended is None and draw(st.integers(0, 9)) == 0
-        made.append(Claim(key, draw(INSTANCES), Allocation(draw(DEVICES)), standing, not_ended, untried))
+        made.append(Claim(key, draw(INSTANCES), Allocation(draw(DEVICES)), state, not_ended, untried))
     return made
 
 
@@ -264,10 +264,10 @@ def test_whatever_is_claimed_nobody_starts_beside_whom_it_conflicts_with_nor_bef
 ) -> None:
     """And nobody waits without somebody in the way."""
     found = decide(Snapshot(claims=claims), 0.0)
-    asking = [one for one in claims if one.standing is ASKS]
+    asking = [one for one in claims if one.state is ASKS]
     assert {*found.admit} | {*found.wait} == {one.key for one in asking}
     assert not {*found.admit} & {*found.wait}
-    moving = [one for one in claims if one.standing is not ASKS]
+    moving = [one for one in claims if one.state is not ASKS]
     untried = any(one.untried for one in claims)
     for position, one in enumerate(asking):
         in_the_way = [other for other in (*moving, *asking[:position]) if conflict(one, other)]
@@ -286,8 +286,8 @@ def test_everybody_starts_in_the_end_whoever_is_ready_first(wants: list[frozense
     while line:
         admitted = decide(Snapshot(claims=line), 0.0).admit
         started += admitted
-        line = [replace(one, standing=LOADS) if one.key in admitted else one for one in line]
-        loads = [one for one in line if one.standing is LOADS]
+        line = [replace(one, state=LOADS) if one.key in admitted else one for one in line]
+        loads = [one for one in line if one.state is LOADS]
         assert not any(conflict(one, other) for one in loads for other in loads if one is not other)
         line.remove(data.draw(st.sampled_from(loads)))
     assert sorted(started) == list(range(len(wants)))
@@ -352,15 +352,15 @@ class Fleet:
 
     def turn(self, most: int | None = None) -> bool:
         """Carry out what is decided, or its first `most` steps; whether there was anything to do."""
-        moves = decide(Snapshot(models=[self.model]), 0.0).models["chat"]
-        learned = replace(self.model, wanted=moves.wanted, rollback=moves.rollback)
+        decided = decide(Snapshot(models=[self.model]), 0.0).models["chat"]
+        learned = replace(self.model, wanted=decided.wanted, rollback=decided.rollback)
         news, self.model = learned != self.model, learned
-        steps = [partial(self._stop, index) for index in moves.stop]
-        steps += [partial(self._start, index) for index in moves.start]
+        steps = [partial(self._stop, index) for index in decided.stop]
+        steps += [partial(self._start, index) for index in decided.start]
         for step in steps[:most]:
             step()
         admitted = decide(Snapshot(claims=self.claims), 0.0).admit
-        self.claims = [replace(one, standing=LOADS) if one.key in admitted else one for one in self.claims]
+        self.claims = [replace(one, state=LOADS) if one.key in admitted else one for one in self.claims]
         return news or bool(steps) or bool(admitted)
 
     def settle(self) -> None:
@@ -371,13 +371,13 @@ class Fleet:
         raise AssertionError("one decision leads to the next without end, though nothing happens")
 
     def to_the_end(self, choose: Callable[[list[Move]], Move]) -> None:
-        """Whatever moves is there in the end, one after another; a check finds nothing."""
+        """Whatever moves gets there in the end, one after another; a check finds nothing."""
         for _ in range(100):
             self.settle()
             if self.model.rollback.needs_check:
                 self.model = replace(self.model, rollback=self.model.rollback.check_ended(None))
                 continue
-            loading = [int(one.instance.rpartition("/")[2]) for one in self.claims if one.standing is LOADS]
+            loading = [int(one.instance.rpartition("/")[2]) for one in self.claims if one.state is LOADS]
             leaving = [one.index for one in self.model.instances if one.state is UNLOADING]
             moving = [*((index, READY) for index in loading), *((index, STOPPED) for index in leaving)]
             if not moving:
@@ -406,10 +406,10 @@ class Fleet:
         self._set(index, InstanceNow(index, LOADING, self.model.rollback.target))
         self._claim(index, ASKS)
 
-    def _claim(self, index: int, standing: Standing) -> None:
+    def _claim(self, index: int, state: ClaimState) -> None:
         devices = self._devices[index % len(self._devices)]
-        made = Claim(next(self._keys), f"chat/{index}", Allocation(devices), standing)
-        self.claims.insert(0 if standing is LEAVES else len(self.claims), made)
+        made = Claim(next(self._keys), f"chat/{index}", Allocation(devices), state)
+        self.claims.insert(0 if state is LEAVES else len(self.claims), made)
 
     def _set(self, index: int, one: InstanceNow) -> None:
         others = (other for other in self.model.instances if other.index != index)
@@ -452,8 +452,8 @@ def test_the_same_fleet_gives_the_same_decision_and_what_was_carried_out_is_not_
     assert decide(snapshot, 0.0) == decide(snapshot, 0.0)
     fleet = Fleet(model, devices)
     fleet.settle()
-    moves = moves_of(fleet.model)
-    assert (moves.stop, moves.start, moves.wanted) == ((), (), fleet.model.wanted)
+    decided = decide_model(fleet.model)
+    assert (decided.stop, decided.start, decided.wanted) == ((), (), fleet.model.wanted)
 
 
 @given(models(NO_ERROR), ON_DEVICES, st.data())
@@ -487,7 +487,7 @@ def test_when_to_look_again_is_a_time_to_come(model: ModelNow, idle: float, time
     """Never before now, and in no time at all only where something follows."""
     policy = Policy.model_validate(model.policy.model_dump() | {"idle_timeout": timeout})
     found = decide(Snapshot(models=[replace(model, policy=policy, idle_seconds=idle)], retries=[retry()]), time)
-    assert found.models["chat"].look_again >= 0
+    assert found.models["chat"].recheck_in >= 0
     pause = found.retries["chat/0"]
     assert pause is not None
     assert pause >= 0

@@ -62,7 +62,7 @@ async def test_a_table_of_an_earlier_daemon_is_at_hand_at_once(python: Path, tmp
 async def test_models_of_the_same_vllm_have_it_read_once(python: Path, tmp_path: Path) -> None:
     """However many there are."""
     check = check_of(tmp_path)
-    check.learn(model(f"{python.parent}/vllm", "serve", seed=seed).engine for seed in range(20))
+    check.prefetch(model(f"{python.parent}/vllm", "serve", seed=seed).engine for seed in range(20))
     assert await check.names(model(str(python), "-m", "vllm", "serve").engine)
     assert (tmp_path / "runs").read_text() == "run\n"
     await check.close()

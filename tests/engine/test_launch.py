@@ -150,7 +150,7 @@ async def left_running(
     with place(folder, port_start) as first:
         async with first.launcher.running(model(folder, script), "chat/0", NO_DEVICES, Owner()) as engine:
             await event.happened()
-            engine.serves()
+            engine.mark_ready()
             while not engine.record.ready:
                 await asyncio.sleep(0)
             engine.keep()
@@ -178,7 +178,7 @@ async def test_a_stop_while_a_crashed_engine_is_cleaned_up_leaves_no_process(
         task = asyncio.create_task(live())
         engine = await running
         await event.happened()
-        assert [record.pid for record in here.state.left_behind()] == [engine.pid]
+        assert [record.pid for record in here.state.orphans()] == [engine.pid]
         leaving.set()
         for _ in range(3):
             await asyncio.sleep(0)
@@ -186,7 +186,7 @@ async def test_a_stop_while_a_crashed_engine_is_cleaned_up_leaves_no_process(
         await asyncio.wait({task})
         assert task.cancelled()
         assert look_up(engine.pid) is None
-        assert here.state.left_behind() == []
+        assert here.state.orphans() == []
         assert not Path(engine.place.folder).exists()
         assert here.ports.take() == engine.place.address.port
 
@@ -215,7 +215,7 @@ async def test_a_kept_engine_lives_on_and_is_on_record_as_it_was(tmp_path: Path,
         assert Path(record.folder).is_dir()
         assert record.ready
         with place(tmp_path, port_start) as second:
-            assert second.state.left_behind() == [record]
+            assert second.state.orphans() == [record]
 
 
 async def test_an_adopted_engine_is_as_one_of_our_own(tmp_path: Path, port_start: int, event: Event) -> None:
@@ -226,14 +226,14 @@ async def test_an_adopted_engine_is_as_one_of_our_own(tmp_path: Path, port_start
         with place(tmp_path, port_start) as second:
             spec = model(tmp_path, "true").engine
             assert second.launcher.fingerprint(spec) == record.spec
-            (found,) = second.state.left_behind()
+            (found,) = second.state.orphans()
             async with second.launcher.adopted(found, Owner()) as engine:
                 assert (engine.pid, engine.place, engine.was_ready) == (record.pid, record.place, True)
                 assert second.ports.take() != record.place.address.port
                 go.path.write_text("hello\n")
                 await event.happened()
             assert not process.is_alive(record.identity)
-            assert second.state.left_behind() == []
+            assert second.state.orphans() == []
             assert not Path(record.folder).exists()
             assert second.passed_on == ["chat/0 hello"], "what an earlier daemon passed on is not said twice"
     go.close()
@@ -248,7 +248,7 @@ async def test_an_engine_that_an_older_daemon_put_on_record_is_adopted(
         lines = file.read_text().splitlines(keepends=True)
         file.write_text("".join(line for line in lines if not line.startswith(("address = ", "launched = "))))
         with place(tmp_path, port_start) as second:
-            (found,) = second.state.left_behind()
+            (found,) = second.state.orphans()
             assert found == record
             async with second.launcher.adopted(found, Owner()) as engine:
                 assert (engine.pid, engine.place) == (record.pid, record.place)
@@ -261,7 +261,7 @@ async def test_the_death_of_an_adopted_engine_is_seen_at_once_and_its_code_is_un
     """Only a parent learns how its child ended; here the parent is this process, as an older one."""
     async with left_running(tmp_path, port_start, event) as record:
         with place(tmp_path, port_start) as second:
-            async with second.launcher.adopted(second.state.left_behind()[0], Owner()) as engine:
+            async with second.launcher.adopted(second.state.orphans()[0], Owner()) as engine:
                 os.kill(record.pid, signal.SIGKILL)
                 assert await engine.exited == Exit(None, None)
 
@@ -278,11 +278,11 @@ async def test_what_is_left_of_an_engine_that_died_unwatched_is_ended_before_its
         assert look_up(pid) is not None
         with place(tmp_path, port_start) as second:
             with pytest.raises(LaunchError, match="while no daemon watched"):
-                async with second.launcher.adopted(second.state.left_behind()[0], Owner()):
+                async with second.launcher.adopted(second.state.orphans()[0], Owner()):
                     pass
             found = look_up(pid)
             assert found is None or not found.alive
-            assert second.state.left_behind() == []
+            assert second.state.orphans() == []
             assert second.ports.take() == record.place.address.port
 
 
@@ -332,7 +332,7 @@ async def test_shared_memory_that_a_killed_engine_leaves_is_removed(
                 bystander = stack.enter_context(subprocess.Popen(arguments))  # noqa: ASYNC220 - waits for nothing
                 stack.callback(bystander.kill)
                 await other.happened()
-                engine.serves()
+                engine.mark_ready()
                 while not engine.record.ready:
                     await asyncio.sleep(0)
                 assert engine.record.segments == tuple(sorted(map(str, segments)))
@@ -416,7 +416,7 @@ async def test_what_cannot_be_ended_stays_on_record(tmp_path: Path, port_start: 
         here.state.record(record)
         for outcome in (False, PermissionError(1, "not ours"), OSError(24, "too many"), RuntimeError("no thread")):
             assert await end_engine(record, Stubborn(outcome).end, here.state, 0)
-        assert here.state.left_behind() == [record]
+        assert here.state.orphans() == [record]
     assert Path(record.folder).is_dir()
 
 
@@ -456,13 +456,13 @@ async def test_an_engine_that_was_not_ended_keeps_its_port_its_folder_and_its_re
         assert "ended" not in owner.heard
         assert here.ports.take() != engine.place.address.port
         assert Path(engine.place.folder).is_dir()
-        (record,) = here.state.left_behind()
+        (record,) = here.state.orphans()
         assert process.is_alive(record.identity)
         await end(0)
     with place(tmp_path, port_start) as second:
-        await second.launcher.end_left(record, again := Owner())
+        await second.launcher.end_orphan(record, again := Owner())
         assert again.heard == ["ended"]
-        assert second.state.left_behind() == []
+        assert second.state.orphans() == []
         assert not Path(record.folder).exists()
 
 
@@ -500,7 +500,7 @@ async def test_a_log_that_is_removed_while_its_engine_writes_is_followed_on(
             go.path.write_text("on\n")
             await engine.exited
             assert engine.output.tail(5) == ("one", "two")
-            assert "was removed" in (engine.log.look() or "")
+            assert "was removed" in (engine.log.check() or "")
         assert here.passed_on == ["chat/0 one", "chat/0 two"]
     go.close()
 
@@ -521,7 +521,7 @@ async def test_output_that_no_file_takes_goes_on_in_memory_and_is_adopted(
                 assert "File exists" in (engine.log.problem or "")
                 engine.keep()
         assert any(entry["event"] == "an engine's output is passed on alone" for entry in logs)
-        (record,) = first.state.left_behind()
+        (record,) = first.state.orphans()
     (tmp_path / "state" / "logs").unlink()
     with place(tmp_path, port_start) as second:
         async with second.launcher.adopted(record, Owner()) as adopted:

@@ -79,7 +79,7 @@ async def test_an_engine_in_which_nothing_moves_while_a_request_waits_is_ended_a
     Waiting(chat)
     since, shown = now(), len(stage.shown)
     await stage.until(lambda: chat.phase is Phase.BACKOFF)
-    assert engine.buried == pytest.approx(since + 300, abs=20)
+    assert engine.reaped_at == pytest.approx(since + 300, abs=20)
     assert stage.shown[shown] == (State.LOADING, Phase.STOPPING, 0)
     assert chat.last_exit is not None
     assert chat.last_exit.diagnosis.reason is Reason.STALLED
@@ -145,7 +145,7 @@ async def test_an_engine_whose_health_stays_bad_is_ended_without_any_request() -
     assert chat.state is State.READY
     stage.probe.health = False
     await stage.until(lambda: chat.phase is Phase.BACKOFF)
-    assert engine.buried == pytest.approx(700, abs=30)
+    assert engine.reaped_at == pytest.approx(700, abs=30)
 
 
 @virtual
@@ -185,6 +185,6 @@ async def test_a_bug_in_the_watch_for_stalls_costs_no_engine_and_no_watch() -> N
     with capture_logs() as logs:
         await passes(1000)
     assert [entry["task"] for entry in logs if "task" in entry] == ["stall watch of chat/0"]
-    assert (chat.state, engine.buried) == (State.READY, None)
+    assert (chat.state, engine.reaped_at) == (State.READY, None)
     Waiting(chat)
     await stage.until(lambda: chat.phase is Phase.BACKOFF)

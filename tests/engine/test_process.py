@@ -22,7 +22,7 @@ from vllm_proxy.engine.ownership import Identity, Owned
 from vllm_proxy.engine.proc import KERNEL, Process, look_up
 from vllm_proxy.engine.process import EngineProcess, end_processes, run_shielded
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
-from vllm_proxy.fleet.orphans import end_left
+from vllm_proxy.fleet.orphans import end_orphans
 
 LONG = 60.0  # a grace that no test waits out
 
@@ -276,8 +276,8 @@ async def test_orphans_of_an_earlier_daemon_are_ended_and_strangers_are_not(tmp_
         with StateDirectory(tmp_path / "state") as state:
             for record in records:
                 state.record(record)
-            assert await end_left(records, state)
-            assert state.left_behind() == []
+            assert await end_orphans(records, state)
+            assert state.orphans() == []
         assert left.wait() == -signal.SIGTERM
         assert foreign.communicate(b"alive")[0] == b"alive"
 

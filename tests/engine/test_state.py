@@ -29,7 +29,7 @@ NOBODY = 65534
 def next_daemon(path: Path) -> list[EngineRecord]:
     """What the next daemon finds; where logs lie it knows itself."""
     with StateDirectory(path) as state:
-        found = state.left_behind()
+        found = state.orphans()
     assert all(record.log == str(state.log_file(record.instance)) for record in found)
     return [replace(record, log="") for record in found]
 
@@ -135,7 +135,7 @@ def test_a_record_that_no_daemon_writes_is_reported_and_left_alone(tmp_path: Pat
     before = tomllib.loads((tmp_path / "engines.toml").read_text())["engines"][0]
     for _ in range(2):
         with capture_logs() as logs, StateDirectory(tmp_path) as state:
-            assert [record.own_name for record in state.left_behind()] == ["engine-2"]
+            assert [record.own_name for record in state.orphans()] == ["engine-2"]
             assert state.unusable == 1
             state.record(EMBED)
         assert [(entry["log_level"], "secret" in str(entry)) for entry in logs] == [("error", False)]
@@ -153,7 +153,7 @@ def test_an_engine_whose_folder_is_none_that_a_daemon_makes_is_known_without_it(
         state.record(CHAT)
     change_file(tmp_path, folder=place)
     with capture_logs() as logs, StateDirectory(tmp_path) as state:
-        assert [(record.own_name, record.folder) for record in state.left_behind()] == [(CHAT.own_name, "")]
+        assert [(record.own_name, record.folder) for record in state.orphans()] == [(CHAT.own_name, "")]
         assert state.unusable == 0
     assert [(entry["log_level"], entry["folder"]) for entry in logs] == [("warning", place)]
 
@@ -167,7 +167,7 @@ def test_what_is_no_record_at_all_is_left_alone_too(tmp_path: Path) -> None:
     document["engines"] += ["x", 5, [1], {}]
     file.write_text(tomli_w.dumps(document))
     with capture_logs() as logs, StateDirectory(tmp_path) as state:
-        assert [record.own_name for record in state.left_behind()] == ["engine-1"]
+        assert [record.own_name for record in state.orphans()] == ["engine-1"]
         state.forget("engine-1")
     assert len(logs) == 4
     assert tomllib.loads(file.read_text())["engines"] == ["x", 5, [1], {}]
@@ -193,7 +193,7 @@ def test_records_of_another_pid_namespace_are_reported_and_kept_and_not_acted_on
         state.record(EMBED)
     change_file(tmp_path, pid_namespace="pid:[4]")
     with capture_logs() as logs, StateDirectory(tmp_path) as state:
-        assert [record.own_name for record in state.left_behind()] == ["engine-2"]
+        assert [record.own_name for record in state.orphans()] == ["engine-2"]
         state.forget("engine-2")
     assert [(entry["log_level"], entry["instances"]) for entry in logs] == [("warning", ["chat/0"])]
     (kept,) = tomllib.loads((tmp_path / "engines.toml").read_text())["engines"]
@@ -208,7 +208,7 @@ def test_records_of_other_pid_namespaces_do_not_grow_without_end(tmp_path: Path)
     file = tmp_path / "engines.toml"
     file.write_text(file.read_text().replace("pid:[", "pid:[9"))
     with StateDirectory(tmp_path) as state:
-        assert state.left_behind() == []
+        assert state.orphans() == []
         state.record(EMBED)
     kept = tomllib.loads(file.read_text())["engines"]
     assert [entry["own_name"] for entry in kept] == ["engine-2", *(f"engine-{number}" for number in range(20, 120))]
@@ -218,7 +218,7 @@ def test_the_log_of_an_engine_is_where_logs_are_whatever_is_on_record(tmp_path: 
     """The file is read, and cut when it is long: no record can name another one."""
     with StateDirectory(tmp_path) as state:
         state.record(replace(CHAT, log="/etc/passwd"))
-        assert [record.log for record in state.left_behind()] == [str(tmp_path / "logs/chat%2F0.log")]
+        assert [record.log for record in state.orphans()] == [str(tmp_path / "logs/chat%2F0.log")]
 
 
 # What others could have put there
@@ -475,7 +475,7 @@ def test_a_port_that_no_older_daemon_writes_is_reported(tmp_path: Path, port: ob
         state.record(CHAT)
     change_file(tmp_path, address=None, port=port)
     with capture_logs() as logs, StateDirectory(tmp_path) as state:
-        assert state.left_behind() == []
+        assert state.orphans() == []
     assert "address" in logs[0]["error"]
 
 
@@ -494,7 +494,7 @@ def test_left_behind_engines_stay_on_record_until_they_are_gone(tmp_path: Path) 
     with StateDirectory(tmp_path) as state:
         state.record(CHAT)
     with StateDirectory(tmp_path) as state:
-        state.left_behind()
+        state.orphans()
         state.record(EMBED)
     assert next_daemon(tmp_path) == [CHAT, EMBED]
 

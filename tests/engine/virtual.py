@@ -118,7 +118,7 @@ class FakeLog:
         self.path = Path("/nowhere")
         self.problem: str | None = None
 
-    def look(self) -> str | None:
+    def check(self) -> str | None:
         """See anew."""
         return self.problem
 
@@ -139,7 +139,7 @@ class FakeEngine:
         self.noted_ready = False
         self.kept = False
         self.born = now()
-        self.buried: float | None = None
+        self.reaped_at: float | None = None
         self.spec: EngineSpec | None = None  # what it was started for; not known of an adopted one
 
     async def holds_address(self) -> bool:
@@ -150,7 +150,7 @@ class FakeEngine:
         """Since it was born."""
         return now() - self.born
 
-    def serves(self) -> None:
+    def mark_ready(self) -> None:
         """It is put on record that it is ready."""
         self.noted_ready = True
 
@@ -227,7 +227,7 @@ class FakeLauncher:
         async with self._living(engine, owner):
             yield engine
 
-    async def end_left(self, record: EngineRecord, owner: Owner) -> None:
+    async def end_orphan(self, record: EngineRecord, owner: Owner) -> None:
         """End one that an earlier daemon left."""
         await self._until_ended(record.instance, owner)
 
@@ -250,7 +250,7 @@ class FakeLauncher:
         if not engine.exited.done():
             engine.die(0)
         if await self._until_ended(engine.place.instance, owner):
-            engine.buried = now()
+            engine.reaped_at = now()
         if self.teardown_error:
             raise self.teardown_error
 

@@ -55,7 +55,7 @@ class NoCheck:
         """None."""
         return []
 
-    def learn(self, specs: Iterable[EngineSpec]) -> None:
+    def prefetch(self, specs: Iterable[EngineSpec]) -> None:
         """Nothing is learnt."""
 
 
@@ -175,7 +175,9 @@ class Fleet(RuleBasedStateMachine):
     def never_two_engines_of_one_instance(self) -> None:
         """Whatever is being replaced."""
         if hasattr(self, "stage"):
-            living = Counter(engine.place.instance for engine in self.stage.launcher.engines if engine.buried is None)
+            living = Counter(
+                engine.place.instance for engine in self.stage.launcher.engines if engine.reaped_at is None
+            )
             assert max(living.values(), default=0) <= 1
 
     def teardown(self) -> None:
@@ -194,7 +196,7 @@ class Fleet(RuleBasedStateMachine):
         await self.desired.reload()
         await self._time(100)  # what has died rests
         for model in self.reconciler.models():
-            if model.rests or any(one.state is State.ERROR for one in model.instances):
+            if model.stopped_by_hand or any(one.state is State.ERROR for one in model.instances):
                 model.start()
         await self._until_nothing_moves()
         config = parse_config(self.file.read_bytes(), "")
@@ -203,7 +205,7 @@ class Fleet(RuleBasedStateMachine):
         for model in self.reconciler.models():
             self._check_at_rest(config.models[model.spec.id], model.state, [one.state for one in model.instances])
         await self.reconciler.stop()
-        assert all(engine.buried is not None for engine in self.stage.launcher.engines)
+        assert all(engine.reaped_at is not None for engine in self.stage.launcher.engines)
 
     async def _until_nothing_moves(self) -> None:
         """For longer than any timeout or backoff of these models lasts."""
@@ -222,7 +224,7 @@ class Fleet(RuleBasedStateMachine):
         living = [
             engine
             for engine in self.stage.launcher.engines
-            if engine.buried is None and engine.place.instance.startswith(f"{spec.id}/")
+            if engine.reaped_at is None and engine.place.instance.startswith(f"{spec.id}/")
         ]
         if not policy.enabled:
             assert (state, living) == (State.STOPPED, [])
@@ -315,15 +317,15 @@ async def test_a_read_that_hangs_is_a_rejection_until_the_disk_answers(tmp_path:
     assert desired.revision == revision_of(b"# new\n")
 
 
-@pytest.mark.parametrize("hangs", ["_read", "_glance"])
+@pytest.mark.parametrize("hangs", ["_read", "_peek"])
 def test_who_only_reads_waits_no_longer_than_that_either(tmp_path: Path, hangs: str) -> None:
     """`GET /config`, and the wait until nobody writes."""
 
     @virtual
     async def run() -> None:
         desired = await following(tmp_path, Disk(hangs))
-        if hangs == "_glance":
-            await desired.still()
+        if hangs == "_peek":
+            await desired.settle()
         else:
             with pytest.raises(ConfigError, match="1 problem"):
                 await desired.text()

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from tests.engine.virtual import now, passes, settle, virtual
 from vllm_proxy.domain.config import EngineSpec, Policy, Restart
-from vllm_proxy.domain.decide import Decision, InstanceNow, ModelNow, Moves, Snapshot, Wanted, decide
+from vllm_proxy.domain.decide import Decision, InstanceNow, ModelDecision, ModelNow, Snapshot, Wanted, decide
 from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.domain.rollback import Rollback
@@ -25,9 +25,9 @@ class Member:
 
     def __init__(self, loop: FleetLoop, name: str = "chat") -> None:
         self.name = name
-        self.model = ModelNow(name, Policy(), Wanted.REST, Rollback(SPEC))
+        self.model = ModelNow(name, Policy(), Wanted.STOP, Rollback(SPEC))
         self.looks: list[float] = []
-        self.moves: list[Moves] = []
+        self.decided: list[ModelDecision] = []
         self.ended = 0
         self.bugs: tuple[str, ...] = ()  # where it has them
         self.marks_itself = False  # changed, whatever it does
@@ -40,17 +40,17 @@ class Member:
         self._may_fail("now")
         return self.model
 
-    def carry_out(self, moves: Moves) -> None:
+    def carry_out(self, decided: ModelDecision) -> None:
         """Begin what was decided."""
         self._may_fail("carry_out")
-        self.moves.append(moves)
+        self.decided.append(decided)
         if self.marks_itself:
             self._loop.changed(self)
 
-    def end_anyway(self) -> None:
+    def force_end(self) -> None:
         """It could not be decided about."""
         self.ended += 1
-        self._may_fail("end_anyway")
+        self._may_fail("force_end")
 
     def _may_fail(self, where: str) -> None:
         if where in self.bugs:
@@ -87,7 +87,7 @@ async def test_events_are_applied_in_their_order_and_done_when_what_follows_has_
     loop = begun()
     member = Member(loop)
     await settle()
-    member.moves.clear()
+    member.decided.clear()
     heard: list[str] = []
 
     def want(wanted: Wanted) -> Callable[[], None]:
@@ -98,10 +98,10 @@ async def test_events_are_applied_in_their_order_and_done_when_what_follows_has_
 
         return apply
 
-    words = [loop.post(Word("start", want(Wanted.RUN))), loop.post(Word("stop", want(Wanted.REST)))]
+    words = [loop.post(Word("start", want(Wanted.RUN))), loop.post(Word("stop", want(Wanted.STOP)))]
     assert heard == [], "who posts is not kept up by what follows"
     await asyncio.wait(words)
-    assert (heard, [moves.start for moves in member.moves]) == (["run", "rest"], [()])
+    assert (heard, [decided.start for decided in member.decided]) == (["run", "stop"], [()])
 
 
 @virtual
@@ -126,7 +126,7 @@ async def test_what_comes_before_the_loop_begins_is_not_lost() -> None:
     assert not word.done()
     loop.start()
     await word
-    assert len(member.moves) == 1
+    assert len(member.decided) == 1
 
 
 @virtual
@@ -190,7 +190,7 @@ async def test_a_member_is_looked_at_again_when_it_is_time() -> None:
     member.model = replace(member.model, idle_seconds=100)
     await passes(2)
     assert member.looks[2:] == [pytest.approx(60)]
-    assert member.moves[-1].wanted is Wanted.AWAIT
+    assert member.decided[-1].wanted is Wanted.AWAIT
 
 
 @virtual
@@ -207,7 +207,7 @@ async def test_who_is_gone_is_not_looked_at_whatever_is_told_of_it() -> None:
     successor = Member(loop, gone.name)
     loop.changed(gone)
     await passes(100)
-    assert (gone.looks, gone.moves, len(successor.moves)) == ([], [], 1)
+    assert (gone.looks, gone.decided, len(successor.decided)) == ([], [], 1)
 
 
 @virtual
@@ -229,7 +229,9 @@ async def test_a_time_to_look_again_that_is_long_past_is_no_busy_loop(monkeypatc
 
     def at_once(snapshot: Snapshot, time: float) -> Decision:
         found = decide(snapshot, time)
-        return replace(found, models={name: replace(moves, look_again=-5.0) for name, moves in found.models.items()})
+        return replace(
+            found, models={name: replace(decided, recheck_in=-5.0) for name, decided in found.models.items()}
+        )
 
     monkeypatch.setattr(fleet_loop, "decide", at_once)
     member = Member(begun())
@@ -240,7 +242,7 @@ async def test_a_time_to_look_again_that_is_long_past_is_no_busy_loop(monkeypatc
 # Bugs
 
 
-@pytest.mark.parametrize("bugs", [("now",), ("carry_out",), ("carry_out", "end_anyway")])
+@pytest.mark.parametrize("bugs", [("now",), ("carry_out",), ("carry_out", "force_end")])
 @virtual
 async def test_a_bug_in_one_model_keeps_no_other_up_and_is_tried_again(bugs: tuple[str, ...]) -> None:
     """Every second, until it does; it may end all the same."""
@@ -250,7 +252,7 @@ async def test_a_bug_in_one_model_keeps_no_other_up_and_is_tried_again(bugs: tup
     with capture_logs() as logs:
         await loop.post(Word("start", lambda: loop.changed(good)))
         await passes(10.5)
-    assert len(good.moves) == 1
+    assert len(good.decided) == 1
     assert 10 <= len(bad.looks) <= 12
     assert bad.ended == len(bad.looks)
     assert {entry["model"] for entry in logs} == {"bad"}
@@ -258,7 +260,7 @@ async def test_a_bug_in_one_model_keeps_no_other_up_and_is_tried_again(bugs: tup
     await passes(2)
     looks = len(bad.looks)
     await passes(100)
-    assert (len(bad.moves), len(bad.looks)) == (1, looks)
+    assert (len(bad.decided), len(bad.looks)) == (1, looks)
 
 
 @virtual
@@ -311,12 +313,12 @@ async def test_a_bug_in_a_decision_is_one_of_its_model_alone(monkeypatch: pytest
             assert not waits[1].done()
             await passes(1.4)
         assert (waits[0].done(), waits[1].done()) == (False, True)
-    assert (len(good.moves), bad.moves) == (1, [])
+    assert (len(good.decided), bad.decided) == (1, [])
     assert {entry["part"] for entry in logs if "part" in entry} == {"bad", "bad/0"}
     monkeypatch.setattr(fleet_loop, "decide", decide)
     await passes(2)
     assert waits[0].done(), "what could not be decided is tried again"
-    assert len(bad.moves) == 1
+    assert len(bad.decided) == 1
 
 
 @virtual
@@ -330,7 +332,7 @@ async def test_a_bug_in_who_is_told_keeps_no_start_up() -> None:
     device = Allocation(frozenset("0"))
     with capture_logs() as logs:
         async with loop.room.hold("a/0", device):
-            waiting = asyncio.create_task(loop.room.hold("b/0", device, told=told).__aenter__())
+            waiting = asyncio.create_task(loop.room.hold("b/0", device, on_change=told).__aenter__())
             failed = asyncio.create_task(again(loop, "c/0", Restart(backoff=1), told))
             await passes(2)
             assert (waiting.done(), failed.done()) == (False, True)
@@ -349,7 +351,7 @@ async def again(
     failures: int = 1,
 ) -> tuple[bool, float]:
     """Whether an engine that failed is started again, and when."""
-    found = await loop.may_start_again(instance, Reason.CRASHED, failures, lambda: restart, told)
+    found = await loop.await_retry(instance, Reason.CRASHED, failures, lambda: restart, told)
     return found, now()
 
 
@@ -390,7 +392,7 @@ async def test_a_policy_that_changes_in_the_pause_counts_from_then_on() -> None:
     """A shorter pause ends at once where it is over; fewer tries than there were give up."""
     loop = begun()
     policy = Restart(backoff=1000, max_backoff=1000)
-    waits = asyncio.create_task(loop.may_start_again("chat/0", Reason.CRASHED, 2, lambda: policy, lambda _: None))
+    waits = asyncio.create_task(loop.await_retry("chat/0", Reason.CRASHED, 2, lambda: policy, lambda _: None))
     await passes(10)
     assert not waits.done()
     policy = Restart(backoff=1, max_backoff=1000)
@@ -398,7 +400,7 @@ async def test_a_policy_that_changes_in_the_pause_counts_from_then_on() -> None:
     assert await waits is True
     assert now() == 10
     policy = Restart(backoff=1000, max_backoff=1000)
-    waits = asyncio.create_task(loop.may_start_again("chat/0", Reason.CRASHED, 2, lambda: policy, lambda _: None))
+    waits = asyncio.create_task(loop.await_retry("chat/0", Reason.CRASHED, 2, lambda: policy, lambda _: None))
     await passes(10)
     policy = Restart(max_failures=2)
     loop.wake()

@@ -21,7 +21,7 @@ def begun(stage: Stage, spec: ModelSpec) -> Model:
 
     def changed(found: Model) -> None:
         message = found.diagnosis.message if found.diagnosis else None
-        stage.registry.report(spec.id, found.state, message, rests=found.rests)
+        stage.registry.report(spec.id, found.state, message, stopped_by_hand=found.stopped_by_hand)
         stage.moved()
 
     made = Model(spec, stage.shared, stage.history(), changed)
@@ -35,7 +35,7 @@ async def serving(stage: Stage, chat: Model) -> None:
 
     def all_ready() -> bool:
         for engine in stage.launcher.engines:
-            engine.listens = engine.buried is None and not engine.exited.done()
+            engine.listens = engine.reaped_at is None and not engine.exited.done()
         return bool(chat.instances) and all(one.state is State.READY for one in chat.instances)
 
     await stage.until(all_ready)
@@ -58,7 +58,12 @@ async def test_an_on_demand_model_sleeps_until_its_first_request() -> None:
     stage = Stage()
     chat = begun(stage, model(start="on-demand"))
     await passes(10_000)
-    assert (chat.state, chat.rests, chat.diagnosis, stage.launcher.engines) == (State.STOPPED, False, None, [])
+    assert (chat.state, chat.stopped_by_hand, chat.diagnosis, stage.launcher.engines) == (
+        State.STOPPED,
+        False,
+        None,
+        [],
+    )
     requests = [asyncio.create_task(stage.registry.acquire("chat")) for _ in range(3)]
     engine = await stage.engine()
     assert chat.state is State.LOADING
@@ -138,7 +143,7 @@ async def test_a_client_that_gives_up_leaves_the_start_to_the_others() -> None:
     engine = await stage.engine()
     request.cancel()
     await passes(50)
-    assert engine.buried is None
+    assert engine.reaped_at is None
     engine.listens = True
     await stage.until(lambda: chat.state is State.READY)
     await stage.until(lambda: chat.state is State.STOPPED)
@@ -174,7 +179,7 @@ async def test_a_model_stopped_by_hand_rests_and_says_so() -> None:
         await chat.stop()
         assert await code_of(stage) == "model_stopped", "as soon as the hand has its answer"
         await passes(30)
-        assert (chat.state, stage.launcher.engines[0].buried) == (State.UNLOADING, None)
+        assert (chat.state, stage.launcher.engines[0].reaped_at) == (State.UNLOADING, None)
     await stage.until(lambda: chat.state is State.STOPPED)
     await passes(10_000)
     assert chat.diagnosis is not None
@@ -207,7 +212,7 @@ async def test_start_by_hand_wakes_what_rests_in_error_and_leaves_the_rest_alone
     chat.start()
     (await stage.engine(3)).listens = True
     await serving(stage, chat)
-    assert (len(stage.launcher.engines), stage.launcher.engines[0].buried) == (3, None)
+    assert (len(stage.launcher.engines), stage.launcher.engines[0].reaped_at) == (3, None)
 
 
 @virtual
@@ -221,7 +226,7 @@ async def test_a_start_of_what_runs_changes_nothing() -> None:
     await serving(stage, chat)
     chat.start()
     await passes(10)
-    assert (len(stage.launcher.engines), stage.launcher.engines[0].buried) == (1, None)
+    assert (len(stage.launcher.engines), stage.launcher.engines[0].reaped_at) == (1, None)
 
 
 @virtual
@@ -238,7 +243,7 @@ async def test_restart_takes_one_instance_after_another() -> None:
     third.listens = True
     (await stage.engine(4)).listens = True
     await serving(stage, chat)
-    assert all(engine.buried is not None for engine in stage.launcher.engines[:2])
+    assert all(engine.reaped_at is not None for engine in stage.launcher.engines[:2])
     await passes(100)
     assert len(stage.launcher.engines) == 4
 
@@ -266,7 +271,7 @@ async def test_a_stop_in_the_middle_of_a_restart_ends_it() -> None:
     chat.stop()
     await stage.until(lambda: chat.state is State.STOPPED)
     await passes(1000)
-    assert (len(stage.launcher.engines), chat.rests) == (3, True)
+    assert (len(stage.launcher.engines), chat.stopped_by_hand) == (3, True)
 
 
 @virtual
@@ -280,8 +285,8 @@ async def test_a_start_while_it_stops_starts_it_when_it_has_stopped() -> None:
     await stage.until(lambda: chat.state is State.UNLOADING)
     chat.start()
     second = await stage.engine(2)
-    assert stage.launcher.engines[0].buried is not None
-    assert second.born >= stage.launcher.engines[0].buried
+    assert stage.launcher.engines[0].reaped_at is not None
+    assert second.born >= stage.launcher.engines[0].reaped_at
     await serving(stage, chat)
 
 
@@ -350,7 +355,7 @@ async def test_a_crash_while_it_is_restarted_is_nothing_to_the_restart() -> None
 
 
 @virtual
-async def test_a_bug_while_a_model_follows_does_not_make_it_deaf() -> None:
+async def test_a_bug_while_a_model_follows_does_not_keep_it_from_later_events() -> None:
     """An engine that cannot be ended is told in the log; the model still stops and starts."""
     stage = Stage()
     chat = begun(stage, model())
@@ -365,14 +370,14 @@ async def test_a_bug_while_a_model_follows_does_not_make_it_deaf() -> None:
 
 
 @virtual
-async def test_a_bug_in_the_check_of_a_change_does_not_make_a_model_deaf() -> None:
+async def test_a_bug_in_the_check_of_a_change_does_not_keep_a_model_from_later_events() -> None:
     """What could not be checked is tried, as if nothing were known against it; the next change is checked again."""
     stage = Stage()
     chat = begun(stage, model())
     await serving(stage, chat)
     stage.launcher.objection_error = RuntimeError("can't start new thread")
     with capture_logs() as logs:
-        chat.become(replace(chat.spec, engine=EngineSpec(model="other/model")))
+        chat.adopt_spec(replace(chat.spec, engine=EngineSpec(model="other/model")))
         (await stage.engine(2)).listens = True
         await serving(stage, chat)
     assert stage.launcher.engines[1].spec == EngineSpec(model="other/model")
@@ -380,7 +385,7 @@ async def test_a_bug_in_the_check_of_a_change_does_not_make_a_model_deaf() -> No
     stage.launcher.objection_error = None
     stage.launcher.known_objection = Diagnosis(Reason.INVALID_ARGUMENTS, "no")
     with capture_logs():
-        chat.become(replace(chat.spec, engine=EngineSpec(model="third/model")))
+        chat.adopt_spec(replace(chat.spec, engine=EngineSpec(model="third/model")))
         await stage.until(lambda: chat.diagnosis is not None)
     assert len(stage.launcher.engines) == 2
 
@@ -436,7 +441,7 @@ async def test_a_stop_by_hand_beside_a_request_is_the_last_word() -> None:
             await request
         assert refused.value.code == "model_stopped"
         await passes(100)
-        assert (stage.launcher.engines, chat.rests) == ([], True)
+        assert (stage.launcher.engines, chat.stopped_by_hand) == ([], True)
 
 
 @virtual
@@ -501,7 +506,7 @@ async def test_a_model_ends_though_a_bug_keeps_it_from_being_decided_about() -> 
     with capture_logs():
         chat.now = None  # type: ignore[assignment,method-assign]
         await chat.end(keep=False)
-    assert [engine.buried is not None for engine in stage.launcher.engines] == [True, True]
+    assert [engine.reaped_at is not None for engine in stage.launcher.engines] == [True, True]
     assert chat.state is State.STOPPED
 
 
@@ -532,7 +537,7 @@ async def test_a_model_that_ends_is_not_checked_any_more() -> None:
         checked.append(model.id)
 
     stage.launcher.objection = slow  # type: ignore[method-assign]
-    chat.become(replace(chat.spec, engine=EngineSpec(model="other/model")))
+    chat.adopt_spec(replace(chat.spec, engine=EngineSpec(model="other/model")))
     await passes(1)
     await chat.end(keep=False)
     await passes(100)

@@ -17,7 +17,7 @@ from vllm_proxy.engine.proc import look_up
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.model import Model
-from vllm_proxy.fleet.orphans import sort_out
+from vllm_proxy.fleet.orphans import classify
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.status import sentence
 
@@ -151,7 +151,7 @@ async def test_stop_ends_all_instances_at_the_same_time(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as refused:
         await request
     assert refused.value.code == "shutting_down"
-    assert [engine.buried for engine in stage.launcher.engines] == [before + 30] * 10
+    assert [engine.reaped_at for engine in stage.launcher.engines] == [before + 30] * 10
     assert {found.state for found in reconciler.models()} == {State.STOPPED}
 
 
@@ -171,7 +171,7 @@ async def test_hurry_reaches_every_instance_that_drains(tmp_path: Path) -> None:
     assert states(reconciler.model("a")) == [State.UNLOADING] * 2
     reconciler.skip_drain()
     await stopping
-    assert [engine.buried for engine in stage.launcher.engines] == [pytest.approx(ready + 10)] * 2
+    assert [engine.reaped_at for engine in stage.launcher.engines] == [pytest.approx(ready + 10)] * 2
 
 
 @virtual
@@ -258,7 +258,7 @@ async def test_an_adopted_engine_that_does_not_answer_any_more_is_replaced(tmp_p
     stage.launcher.adopted_listen = False
     reconciler = reconciler_of(stage, tmp_path, model("a", startup_timeout=10_000), records=(alive(ready=True),))
     second = await stage.engine(2)
-    assert stage.launcher.engines[0].buried == pytest.approx(30, abs=1)
+    assert stage.launcher.engines[0].reaped_at == pytest.approx(30, abs=1)
     last = reconciler.model("a").instances[0].last_exit
     assert last is not None
     assert last.diagnosis.reason is Reason.STALLED
@@ -291,14 +291,14 @@ async def test_an_adopted_engine_of_an_on_demand_model_stays_up(tmp_path: Path) 
 def test_an_engine_that_is_not_what_the_file_asks_for_is_not_adopted(record: EngineRecord) -> None:
     """Another spec, a model that is gone or disabled, another process, a dead one."""
     models = {"a": model("a"), "off": model("off", enabled=False)}
-    adoptable, others = sort_out([record], models, lambda spec: spec.model)
+    adoptable, others = classify([record], models, lambda spec: spec.model)
     assert ([one for mine in adoptable.values() for one in mine], others) == ([], [record])
 
 
 def test_of_too_many_engines_as_many_as_replicas_are_adopted() -> None:
     """Those that have served first; an index that is high alone is no reason."""
     zero, one, two = (alive(f"a/{index}", ready=index > 0) for index in range(3))
-    adoptable, others = sort_out([zero, one, two], {"a": model("a", replicas=2)}, lambda spec: spec.model)
+    adoptable, others = classify([zero, one, two], {"a": model("a", replicas=2)}, lambda spec: spec.model)
     assert (adoptable["a"], others) == ({1: one, 2: two}, [zero])
 
 
@@ -306,7 +306,7 @@ def test_of_two_engines_of_one_instance_the_one_that_has_served_is_adopted() -> 
     """The other one, which a replacement was about to make or to end, goes."""
     new, old = alive(own_name="new"), alive(own_name="old", ready=True)
     for records in ([new, old], [old, new]):
-        adoptable, others = sort_out(records, {"a": model("a")}, lambda spec: spec.model)
+        adoptable, others = classify(records, {"a": model("a")}, lambda spec: spec.model)
         assert (adoptable["a"], others) == ({0: old}, [new])
 
 
@@ -326,7 +326,7 @@ async def test_a_daemon_that_keeps_its_engines_leaves_them_alone(tmp_path: Path)
     with lease:
         pass
     await stopping
-    assert [(engine.kept, engine.buried) for engine in stage.launcher.engines] == [(True, None)] * 2
+    assert [(engine.kept, engine.reaped_at) for engine in stage.launcher.engines] == [(True, None)] * 2
     assert {found.state for found in reconciler.models()} == {State.STOPPED}
 
 
@@ -434,7 +434,7 @@ async def test_who_comes_in_the_same_change_waits_for_who_leaves_its_device(tmp_
     with capture_logs():
         await adopts(reconciler, model("a", devices=(0,)), *changed)
     new = await stage.engine(2)
-    assert (new.place.instance, new.born) == ("a/0", stage.launcher.engines[0].buried)
+    assert (new.place.instance, new.born) == ("a/0", stage.launcher.engines[0].reaped_at)
 
 
 @pytest.mark.parametrize("how", ["never started", "stopped by hand", "in error"])

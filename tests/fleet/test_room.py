@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from tests.engine.virtual import passes, settle, virtual
-from vllm_proxy.domain.decide import NotNow, Standing
+from vllm_proxy.domain.decide import ClaimState, NotNow
 from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.fleet.loop import FleetLoop
 from vllm_proxy.fleet.room import Room
@@ -122,7 +122,7 @@ async def test_everybody_who_waits_is_told_for_whom_and_told_again_when_that_is_
         def tell(why: NotNow | None) -> None:
             told[number].append(why.because if why else None)
 
-        async with loop.room.hold(f"m{number}/0", Allocation(frozenset("0")), told=tell):
+        async with loop.room.hold(f"m{number}/0", Allocation(frozenset("0")), on_change=tell):
             begun_at.append(number)
             await passes(10)
 
@@ -143,7 +143,7 @@ async def test_a_claim_withdrawn_in_the_moment_of_its_admission_is_gone() -> Non
     room = begun()
     first, second = Start(room, "0"), Start(room, "0")
     await asyncio.sleep(0)
-    while room.claims()[0].standing is not Standing.LOADS:
+    while room.claims()[0].state is not ClaimState.LOADING:
         await asyncio.sleep(0)
     assert not first.admitted, "it does not know yet"
     first.task.cancel()

@@ -78,7 +78,7 @@ async def test_a_death_while_serving_withdraws_the_route_before_anything_else() 
     engine.die()
     await stage.until(lambda: chat.state is State.LOADING)
     assert set(stage.shown[shown:]) == {(State.LOADING, Phase.STOPPING, 0)}
-    assert engine.buried is None
+    assert engine.reaped_at is None
     assert chat.endpoint is None
 
 
@@ -94,7 +94,7 @@ async def test_a_death_while_serving_is_started_again_after_the_backoff() -> Non
     first.die(1)
     await stage.until(lambda: chat.phase is Phase.BACKOFF)
     assert (chat.state, reason(chat), chat.engine) == (State.LOADING, Reason.CRASHED, None)
-    assert first.buried == died
+    assert first.reaped_at == died
     assert chat.last_exit is not None
     assert (chat.last_exit.ended, chat.last_exit.log_tail[-1]) == (Exit(1, None), "RuntimeError: no luck")
     second = await stage.engine(2)
@@ -239,10 +239,10 @@ async def test_startup_timeout_counts_the_time_without_output() -> None:
         await passes(60)
         engine.output.lines.append(f"loading {minute}")
     spoke = now()
-    assert engine.buried is None
+    assert engine.reaped_at is None
     await stage.until(lambda: chat.phase is Phase.BACKOFF)
     assert reason(chat) is Reason.STARTUP_TIMEOUT
-    assert engine.buried == pytest.approx(spoke + 70, abs=0.2)
+    assert engine.reaped_at == pytest.approx(spoke + 70, abs=0.2)
 
 
 @virtual
@@ -292,7 +292,7 @@ async def test_stop_works_while_it_loads() -> None:
     chat.start()
     engine = await stage.engine()
     await chat.stop()
-    assert (chat.state, engine.buried, chat.engine) == (State.STOPPED, 5, None)
+    assert (chat.state, engine.reaped_at, chat.engine) == (State.STOPPED, 5, None)
     async with stage.loop.room.hold("other/0", Allocation(frozenset({"0"}))):
         assert now() == 5
 
@@ -319,7 +319,7 @@ async def test_stop_works_when_it_serves() -> None:
     engine = await stage.serving(chat)
     ready = now()
     await chat.stop()
-    assert (chat.state, engine.buried, chat.endpoint) == (State.STOPPED, ready, None)
+    assert (chat.state, engine.reaped_at, chat.endpoint) == (State.STOPPED, ready, None)
     assert stage.shown[-1] == (State.STOPPED, None, 0)
 
 
@@ -347,7 +347,7 @@ async def test_stop_waits_for_the_end_of_a_dead_engine() -> None:
     died = now()
     await stage.until(lambda: chat.phase is Phase.STOPPING)
     await chat.stop()
-    assert (chat.state, engine.buried) == (State.STOPPED, died + 20)
+    assert (chat.state, engine.reaped_at) == (State.STOPPED, died + 20)
     assert len(stage.launcher.engines) == 1
 
 
@@ -379,9 +379,9 @@ async def test_drain_waits_for_the_requests_in_flight() -> None:
         assert stage.registry.find("chat").endpoints == []
         assert stage.registry.counts("chat") == (1, 0), "a draining request is still in flight"
         await passes(40)
-        assert engine.buried is None
+        assert engine.reaped_at is None
     await stopping
-    assert engine.buried == pytest.approx(ready + 40)
+    assert engine.reaped_at == pytest.approx(ready + 40)
     assert (State.UNLOADING, Phase.STOPPING, 0) in stage.shown
 
 
@@ -395,7 +395,7 @@ async def test_drain_ends_at_its_timeout() -> None:
     ready = now()
     with await stage.registry.acquire("chat"):
         await chat.stop()
-    assert engine.buried == pytest.approx(ready + 60)
+    assert engine.reaped_at == pytest.approx(ready + 60)
 
 
 @virtual
@@ -411,7 +411,7 @@ async def test_hurry_cuts_a_drain_short() -> None:
         await passes(3)
         stage.shared.skip_drain.set()
         await stopping
-    assert engine.buried == pytest.approx(ready + 3)
+    assert engine.reaped_at == pytest.approx(ready + 3)
 
 
 @virtual
@@ -428,7 +428,7 @@ async def test_nobody_drains_a_dead_engine() -> None:
         engine.die()
         await stopping
     assert chat.state is State.STOPPED
-    assert engine.buried == pytest.approx(ready + 3)
+    assert engine.reaped_at == pytest.approx(ready + 3)
 
 
 @virtual
@@ -458,23 +458,23 @@ async def test_the_gate_is_free_when_a_start_failed_and_its_engine_is_gone() -> 
     failed = await stage.engine()
     failed.die()
     await stage.until(lambda: second.engine is not None)
-    assert stage.launcher.engines[1].born == failed.buried == 5
+    assert stage.launcher.engines[1].born == failed.reaped_at == 5
 
 
 @virtual
 async def test_a_bug_in_the_probe_becomes_an_error_and_touches_nobody_else() -> None:
-    """The instance rests, its engine is ended, its neighbour serves on."""
+    """The instance rests, its engine is ended, the other model serves on."""
     stage = Stage()
-    chat, neighbour = stage.supervisor(model()), stage.supervisor(model("embed"))
-    neighbour.start()
-    await stage.serving(neighbour)
+    chat, other_model = stage.supervisor(model()), stage.supervisor(model("embed"))
+    other_model.start()
+    await stage.serving(other_model)
     stage.probe.error = RuntimeError("a bug")
     chat.start()
     with capture_logs() as logs:
         await stage.until(lambda: chat.state is State.ERROR)
     assert [entry["instance"] for entry in logs if entry["event"] == "the supervisor failed"] == ["chat/0"]
-    assert (reason(chat), stage.launcher.engines[1].buried) == (Reason.CRASHED, now())
-    assert neighbour.state is State.READY
+    assert (reason(chat), stage.launcher.engines[1].reaped_at) == (Reason.CRASHED, now())
+    assert other_model.state is State.READY
     await chat.stop()
 
 
@@ -506,9 +506,9 @@ async def test_who_gives_up_waiting_for_a_stop_does_not_cut_it() -> None:
             async with asyncio.timeout(3):
                 await asyncio.shield(stopping)
         await passes(10)
-        assert engine.buried is None
+        assert engine.reaped_at is None
     await stopping
-    assert engine.buried == now()
+    assert engine.reaped_at == now()
     assert chat.state is State.STOPPED
 
 

@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.engine.virtual import now, passes, settle, virtual
-from vllm_proxy.runtime.background import ask, keep_running, log_faults, run_once, tell
+from vllm_proxy.runtime.background import keep_running, log_faults, notify, run_once, spawn
 
 
 class PanicError(BaseException):
@@ -129,7 +129,7 @@ def test_a_listener_that_fails_keeps_nobody_from_being_told() -> None:
         raise ValueError
 
     with capture_logs() as logs:
-        tell([told.append, broken, told.append], "news")
+        notify([told.append, broken, told.append], "news")
     assert told == ["news", "news"]
     assert "broken" in logs[0]["listener"]
 
@@ -149,7 +149,7 @@ def _forgotten() -> None:
     async def work() -> None:
         raise ValueError
 
-    ask(work(), "nobody waits for it")
+    spawn(work(), "nobody waits for it")
 
 
 def _fail(_: object = None) -> None:

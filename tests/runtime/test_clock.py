@@ -96,7 +96,7 @@ async def test_a_frozen_machine_ends_no_start() -> None:
         await passes(50)
         freeze(3600)
         await passes(50)
-        assert (chat.state, engine.buried) == (State.LOADING, None)
+        assert (chat.state, engine.reaped_at) == (State.LOADING, None)
         await passes(20)
         assert chat.last_exit is not None
         assert chat.last_exit.diagnosis.reason is Reason.STARTUP_TIMEOUT
@@ -132,7 +132,7 @@ async def test_a_frozen_machine_cuts_no_drain() -> None:
         await passes(50)
         freeze(3600)
         await passes(50)
-        assert engine.buried is None
+        assert engine.reaped_at is None
         with lease:
             pass
         await stopped

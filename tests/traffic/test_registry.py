@@ -21,12 +21,12 @@ def nobody() -> None:
 
 
 def registry_of(
-    state: State = State.READY, *, rests: bool = False, wake: Callable[[], None] = nobody, **policy: object
+    state: State = State.READY, *, stopped_by_hand: bool = False, wake: Callable[[], None] = nobody, **policy: object
 ) -> Registry:
     """A registry with one model, "chat"."""
     registry = Registry()
     registry.declare(model("chat", None, **policy), wake)
-    registry.report("chat", state, "because", rests=rests)
+    registry.report("chat", state, "because", stopped_by_hand=stopped_by_hand)
     return registry
 
 
@@ -90,7 +90,7 @@ async def test_the_list_has_ids_first_and_no_disabled_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "rests", "code"),
+    ("state", "stopped_by_hand", "code"),
     [
         (State.ERROR, False, "model_error"),
         (State.STOPPED, True, "model_stopped"),
@@ -99,9 +99,9 @@ async def test_the_list_has_ids_first_and_no_disabled_model() -> None:
     ],
 )
 @virtual
-async def test_a_model_that_will_not_come_refuses_at_once(state: State, rests: bool, code: str) -> None:  # noqa: FBT001 - a parameter of the test
+async def test_a_model_that_will_not_come_refuses_at_once(state: State, stopped_by_hand: bool, code: str) -> None:  # noqa: FBT001 - a parameter of the test
     """503 without a wait; one that was stopped by hand takes nothing from that moment on."""
-    registry = registry_of(state, rests=rests)
+    registry = registry_of(state, stopped_by_hand=stopped_by_hand)
     if state is State.READY:
         opened(registry)
     error = await refusal(registry)
@@ -139,17 +139,18 @@ async def test_a_closing_registry_refuses_everybody() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "rests", "code"), [(State.ERROR, False, "model_error"), (State.UNLOADING, True, "model_stopped")]
+    ("state", "stopped_by_hand", "code"),
+    [(State.ERROR, False, "model_error"), (State.UNLOADING, True, "model_stopped")],
 )
 @virtual
-async def test_a_model_that_gives_up_fails_all_who_wait(state: State, rests: bool, code: str) -> None:  # noqa: FBT001 - as above
+async def test_a_model_that_gives_up_fails_all_who_wait(state: State, stopped_by_hand: bool, code: str) -> None:  # noqa: FBT001 - as above
     """They need not sit out their queue_timeout; a loading model does not fail them."""
     registry = registry_of(State.LOADING)
     waiting = [await waiter(registry) for _ in range(3)]
     registry.report("chat", State.LOADING, "crashed once")
     await settle()
     assert registry.counts("chat") == (0, 3)
-    registry.report("chat", state, "no luck", rests=rests)
+    registry.report("chat", state, "no luck", stopped_by_hand=stopped_by_hand)
     for task in waiting:
         with pytest.raises(RequestError) as refused:
             await task

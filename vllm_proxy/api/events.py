@@ -17,7 +17,7 @@ from vllm_proxy.fleet.desired import Desired, Outcome
 from vllm_proxy.fleet.model import Model
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.supervisor import Supervisor
-from vllm_proxy.runtime.background import ask
+from vllm_proxy.runtime.background import spawn
 
 _MOST_WAITING = 1000  # events that a reader may be behind
 _SILENT_SECONDS = 15.0  # then a comment keeps the stream alive
@@ -38,7 +38,7 @@ class Events:
         response = await begin_events(request)
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_WAITING)
         self._readers.add(queue)
-        stopping = ask(self._reconciler.stopping.wait(), "end of an event stream")
+        stopping = spawn(self._reconciler.stopping.wait(), "end of an event stream")
         stopping.add_done_callback(lambda _: _close(queue))
         try:
             await response.write(ALIVE)  # from here on no event is missed

@@ -17,7 +17,7 @@ from vllm_proxy.domain.config import EngineSpec, Policy, Restart
 from vllm_proxy.domain.devices import Allocation, DeviceMap
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason, State
-from vllm_proxy.domain.rollback import Rollback, Tried
+from vllm_proxy.domain.rollback import Attempt, Rollback
 from vllm_proxy.domain.rollout import Replica, Strategy
 
 _STRATEGIES = {"auto": Strategy.ONE_BY_ONE, "surge": Strategy.SURGE, "drain": Strategy.DRAIN}
@@ -30,7 +30,7 @@ class Wanted(Enum):
 
     RUN = "run"
     AWAIT = "await"  # on-demand: the next request starts it
-    REST = "rest"  # stopped by hand: only a hand or a change starts it
+    STOP = "stop"  # stopped by hand: started by hand, or by a change of the file
     END = "end"  # the daemon stops, or the model is gone from the file
 
 
@@ -59,25 +59,25 @@ class ModelNow:
     idle_seconds: float = 0.0  # since a request held it or waited for it
 
 
-class Standing(StrEnum):
-    """What an engine, or the start of one, has to do with its devices."""
+class ClaimState(StrEnum):
+    """What a claim is for."""
 
-    ASKS = "asks"  # wants to start
-    LOADS = "loads"  # measures its devices: nobody else may move there
-    LEAVES = "leaves"  # sets memory free: as above
+    WAITING = "waiting"  # wants to start
+    LOADING = "loading"  # vLLM measures its devices: no other engine may start or leave there
+    LEAVING = "leaving"  # sets memory free: as above
 
 
-_DOING = {Standing.ASKS: "waits for", Standing.LOADS: "loads on", Standing.LEAVES: "is leaving"}
+_DOING = {ClaimState.WAITING: "waits for", ClaimState.LOADING: "loads on", ClaimState.LEAVING: "is leaving"}
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """An instance's claim on devices, while it moves. One that serves has none."""
+    """An instance's claim on devices, while its engine starts or is ended. One that serves has none."""
 
     key: int  # names the claim
     instance: str  # "chat/0"
     allocation: Allocation
-    standing: Standing
+    state: ClaimState
     not_ended: str | None = None  # why its engine could not be ended
     untried: bool = False  # an engine of an earlier daemon that nobody has tried to end yet
 
@@ -104,7 +104,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Moves:
+class ModelDecision:
     """What one model does now: instances to stop and to start, by index. `check`: look at the wanted spec first."""
 
     wanted: Wanted
@@ -112,7 +112,7 @@ class Moves:
     stop: tuple[int, ...] = ()
     start: tuple[int, ...] = ()
     check: bool = False
-    look_again: float = _NEVER  # in so many seconds, though nothing happened
+    recheck_in: float = _NEVER  # in so many seconds, though nothing happened
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class NotNow:
 class Decision:
     """What is done now, and what is not, with the reason."""
 
-    models: Mapping[str, Moves] = field(default_factory=dict)
+    models: Mapping[str, ModelDecision] = field(default_factory=dict)
     admit: Mapping[int, Allocation] = field(default_factory=dict)  # claims that may start, with what they get
     wait: Mapping[int, NotNow] = field(default_factory=dict)  # claims that may not
     retries: Mapping[str, float | None] = field(default_factory=dict)  # seconds until the next try; None: give up
@@ -146,24 +146,24 @@ def decide(now: Snapshot, time: float) -> Decision:
     """What follows from what is. `time`: of the clock that the snapshot's times are of, in seconds."""
     admit, wait = _admissions(now.claims)
     return Decision(
-        models={model.id: moves_of(model) for model in now.models},
+        models={model.id: decide_model(model) for model in now.models},
         admit=admit,
         wait=wait,
         retries={retry.instance: _next_try(retry, time) for retry in now.retries},
     )
 
 
-def moves_of(model: ModelNow) -> Moves:
+def decide_model(model: ModelNow) -> ModelDecision:
     """What one model does now."""
     policy = model.policy
     wanted = _wanted(model)
-    rollback = model.rollback.learn([Tried(one.engine, one.state, one.failure) for one in model.instances])
+    rollback = model.rollback.update([Attempt(one.engine, one.state, one.failure) for one in model.instances])
     target = rollback.target
     replicas = [Replica(one.index, one.state, one.engine == target and not one.renew) for one in model.instances]
     runs = wanted is Wanted.RUN and policy.enabled
     steps = rollout.steps(replicas, policy.replicas if runs else 0, _strategy(model, target))
-    look_again = max(0.0, _idle_seconds_left(model)) if wanted is Wanted.RUN else _NEVER
-    return Moves(wanted, rollback, steps.stop, steps.start, rollback.needs_check, look_again)
+    recheck_in = max(0.0, _idle_seconds_left(model)) if wanted is Wanted.RUN else _NEVER
+    return ModelDecision(wanted, rollback, steps.stop, steps.start, rollback.needs_check, recheck_in)
 
 
 def _wanted(model: ModelNow) -> Wanted:
@@ -188,7 +188,7 @@ def _idle_seconds_left(model: ModelNow) -> float:
 def _strategy(model: ModelNow, target: EngineSpec) -> Strategy:
     chosen = _STRATEGIES[model.policy.replace]
     others = any(one.engine != target for one in model.instances if one.state is State.READY)
-    return chosen if others or chosen is Strategy.SURGE else Strategy.ONE_BY_ONE  # a restart by hand
+    return chosen if others or chosen is Strategy.SURGE else Strategy.ONE_BY_ONE  # a manual restart
 
 
 def _next_try(retry: Retry, time: float) -> float | None:
@@ -200,8 +200,8 @@ def _next_try(retry: Retry, time: float) -> float | None:
     return left if left >= _NOW_SECONDS else 0.0
 
 
-class _Line:
-    """Claims in the order they came. Who is in the way of one is found without a look at each of them."""
+class _ClaimQueue:
+    """Claims in the order they came. Finds what conflicts with one without a scan of all."""
 
     def __init__(self, claims: Iterable[Claim] = ()) -> None:
         self._by_instance: dict[str, Claim] = {}
@@ -215,38 +215,39 @@ class _Line:
         self._by_device.add(claim.allocation.devices, claim)
 
     def conflict(self, claim: Claim) -> Claim | None:
-        """Whose end or start this one has to wait for: of the same instance, or on one of its devices."""
+        """The claim that this one has to wait for: of the same instance, or on one of its devices."""
         return self._by_instance.get(claim.instance) or self._by_device.holder(claim.allocation.devices)
 
 
 def _admissions(claims: Sequence[Claim]) -> tuple[dict[int, Allocation], dict[int, NotNow]]:
     """Which starts may go now.
 
-    Nobody starts beside one that loads on what it needs, or has not left it; else first come, first served, so that
-    who needs much is not starved by those who need little. vLLM measures a device while it loads, so starts that
+    No engine starts while another loads on its devices, or has not left them; else first come, first served, so
+    that a start which needs many devices is not starved by small ones. Starts on other devices are not held up (no
+    head-of-line blocking). vLLM measures a device while it loads, so starts that
     share one go one after another, and behind what leaves it.
     """
     admit: dict[int, Allocation] = {}
     wait: dict[int, NotNow] = {}
     untried = next((claim for claim in claims if claim.untried), None)
-    moving = [claim for claim in claims if claim.standing is not Standing.ASKS]
-    line, stuck = _Line(moving), _Line(claim for claim in moving if claim.not_ended is not None)
+    moving = [claim for claim in claims if claim.state is not ClaimState.WAITING]
+    queue, stuck = _ClaimQueue(moving), _ClaimQueue(claim for claim in moving if claim.not_ended is not None)
     for claim in claims:
-        if claim.standing is not Standing.ASKS:
+        if claim.state is not ClaimState.WAITING:
             continue
-        other = stuck.conflict(claim) or line.conflict(claim)
+        other = stuck.conflict(claim) or queue.conflict(claim)
         if untried is not None:
             wait[claim.key] = NotNow(f"{untried.instance}, which an earlier daemon left, is being ended")
         elif other is not None:
             wait[claim.key] = _not_now(other)
         else:
             admit[claim.key] = claim.allocation
-            claim = replace(claim, standing=Standing.LOADS)  # noqa: PLW2901 - what it is for those behind it
-        line.add(claim)
+            claim = replace(claim, state=ClaimState.LOADING)  # noqa: PLW2901 - what it is for those behind it
+        queue.add(claim)
     return admit, wait
 
 
 def _not_now(other: Claim) -> NotNow:
     if other.not_ended is not None:
         return NotNow(f"{other.instance} could not be ended: {other.not_ended}", not_ended=True)
-    return NotNow(f"{other.instance} {_DOING[other.standing]} what it needs")
+    return NotNow(f"{other.instance} {_DOING[other.state]} what it needs")

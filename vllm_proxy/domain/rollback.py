@@ -17,7 +17,7 @@ _IDLE = frozenset({State.STOPPED, State.UNLOADING})
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class Attempt:
     """What one instance says about the spec that it runs."""
 
     engine: EngineSpec
@@ -62,16 +62,16 @@ class Rollback:
             return self.wanted
         return self.good
 
-    def learn(self, tried: Sequence[Tried]) -> "Rollback":
+    def update(self, attempts: Sequence[Attempt]) -> "Rollback":
         """What follows from how the instances fare."""
-        now = self._with_good(tried)
+        now = self._with_good(attempts)
         if now.good in (None, now.wanted) or now.failed or now.needs_check:
             return now
-        failures = (one.failure for one in tried if one.engine == now.wanted)
+        failures = (one.failure for one in attempts if one.engine == now.wanted)
         return replace(now, failed=next((why for why in failures if why and why.reason not in _BY_CHANCE), None))
 
-    def _with_good(self, tried: Sequence[Tried]) -> "Rollback":
-        active = [one for one in tried if one.state not in _IDLE]
+    def _with_good(self, attempts: Sequence[Attempt]) -> "Rollback":
+        active = [one for one in attempts if one.state not in _IDLE]
         ready = [one.engine for one in active if one.state is State.READY]
         now = self
         if now.wanted in ready:

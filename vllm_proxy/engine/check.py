@@ -28,7 +28,7 @@ class OptionCheck:
         self._programs = programs
         self._tables = tables
         self._offload = offload
-        self._learning: set[asyncio.Task[None]] = set()
+        self._prefetching: set[asyncio.Task[None]] = set()
 
     async def problems(self, model: ModelSpec) -> list[tuple[str, str]]:
         """(key path, message) for each; none where nothing is known of its vLLM, which is then looked at."""
@@ -38,7 +38,7 @@ class OptionCheck:
         except TimeoutError:
             return []
         if table is None:
-            self.learn([model.engine])
+            self.prefetch([model.engine])
             return []
         return options.problems(table, model.engine, model.written)
 
@@ -54,20 +54,20 @@ class OptionCheck:
             return frozenset()
         return options.names(table) if table else frozenset()
 
-    def learn(self, specs: Iterable[EngineSpec]) -> None:
+    def prefetch(self, specs: Iterable[EngineSpec]) -> None:
         """Have the options of each vLLM read in the background, once a version."""
-        task = run_once(partial(self._learn, list(specs)), "options of vLLM")
-        self._learning.add(task)
-        task.add_done_callback(self._learning.discard)
+        task = run_once(partial(self._prefetch, list(specs)), "options of vLLM")
+        self._prefetching.add(task)
+        task.add_done_callback(self._prefetching.discard)
 
     async def close(self) -> None:
         """End what still runs."""
-        for task in self._learning:
+        for task in self._prefetching:
             task.cancel()
-        await asyncio.gather(*self._learning, return_exceptions=True)
+        await asyncio.gather(*self._prefetching, return_exceptions=True)
         await self._tables.close()
 
-    async def _learn(self, specs: Sequence[EngineSpec]) -> None:
+    async def _prefetch(self, specs: Sequence[EngineSpec]) -> None:
         for python, env in await self._offload(self._sources, specs):
             await self._tables.load(python, env)
 

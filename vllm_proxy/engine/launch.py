@@ -71,8 +71,8 @@ class Log(Protocol):
     def problem(self) -> str | None:
         """Why it is not kept on disk, as last seen."""
 
-    def look(self) -> str | None:
-        """See anew."""
+    def check(self) -> str | None:
+        """Check again."""
 
 
 class Engine(Protocol):
@@ -116,7 +116,7 @@ class Engine(Protocol):
     def age_seconds(self) -> float:
         """Since its first process started; the wall clock has no part in it."""
 
-    def serves(self) -> None:
+    def mark_ready(self) -> None:
         """It is ready: record that."""
 
     def keep(self) -> None:
@@ -157,7 +157,7 @@ class LaunchedEngine:
         self._lost_address = not holds
         return holds
 
-    def serves(self) -> None:
+    def mark_ready(self) -> None:
         """It is ready: record that."""
         self.output.loading = False
         self._serving.set()
@@ -179,7 +179,7 @@ class LaunchedEngine:
             await asyncio.sleep(_MEMORY_SECONDS)
 
     def _memory(self) -> int:
-        self.log.look()
+        self.log.check()
         return cgroup.memory_bytes(self.record.cgroup) or vitals.memory_bytes(self.process.owned)
 
     def age_seconds(self) -> float:
@@ -295,7 +295,7 @@ class Launcher:
         output = Output(*start, self.pass_on, most_bytes=log_file.most_bytes)
         return LaunchedEngine(process, record, output, log_file, self.state)
 
-    async def end_left(self, record: EngineRecord, owner: Owner) -> None:
+    async def end_orphan(self, record: EngineRecord, owner: Owner) -> None:
         """End an engine that an earlier daemon left. Its address stays taken until that is done."""
         log.warning("ending an engine that an earlier daemon left", instance=record.instance, pid=record.pid)
         with contextlib.ExitStack() as taken:

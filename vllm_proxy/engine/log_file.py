@@ -64,7 +64,7 @@ class LogFile:
         """Where a later daemon finds it while process `pid`, whose output it takes, lives."""
         return f"/proc/{pid}/fd/1" if self._in_memory else self._name
 
-    def look(self) -> str | None:
+    def check(self) -> str | None:
         """Why it is not kept on disk any more, None where it is. May wait for the disk."""
         if self._in_memory:
             return self.problem

@@ -26,7 +26,7 @@ from vllm_proxy.engine.find import package_folders
 from vllm_proxy.engine.ownership import Identity
 from vllm_proxy.engine.proc import KERNEL, look_up
 from vllm_proxy.engine.process import end_processes, run_shielded
-from vllm_proxy.runtime.background import ask
+from vllm_proxy.runtime.background import spawn
 from vllm_proxy.runtime.files import replace_file
 from vllm_proxy.runtime.threads import Offload
 
@@ -200,7 +200,7 @@ class OptionTables:
             return self._tables[version]
         reading = self._readings.get(version)
         if reading is None:
-            reading = ask(self._load(version, env), f"options of {python}")
+            reading = spawn(self._load(version, env), f"options of {python}")
             self._readings[version] = reading
         try:
             return await asyncio.shield(reading)  # single flight: a caller that gives up leaves it to the others
@@ -294,7 +294,7 @@ async def _output(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
     who = Identity(child.pid if process else 0, process.started if process else 0, mark(_NAME, secret))
     assert child.stdout is not None
     assert child.stderr is not None
-    words = ask(_tail(child.stderr), "stderr of a vLLM")
+    words = spawn(_tail(child.stderr), "stderr of a vLLM")
     try:
         output = await _bounded(child.stdout)
     finally:
@@ -315,7 +315,7 @@ async def _end(child: asyncio.subprocess.Process, who: Identity, words: asyncio.
         await end_processes(who, 0.0)
     except OSError as error:
         log.warning("what read vLLM's options may be left", pid=child.pid, error=str(error))
-    exited = ask(child.wait(), "end of a vLLM")
+    exited = spawn(child.wait(), "end of a vLLM")
     await asyncio.wait({words, exited}, timeout=_LAST_SECONDS)  # whoever has left the session may hold the pipe
     exited.cancel()
     words.cancel()

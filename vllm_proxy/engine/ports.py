@@ -45,7 +45,7 @@ class Ports:
         self._reserved = frozenset(reserved)  # the daemon's own
         self._held: set[int] = set()
 
-    def use(self, first: int, last: int) -> None:
+    def set_range(self, first: int, last: int) -> None:
         """Another range, for engines that are started from now on."""
         self._range = range(first, last + 1)
 

@@ -21,7 +21,7 @@ from vllm_proxy.domain.diagnose import Exit
 from vllm_proxy.engine.ownership import Identity, Owned
 from vllm_proxy.engine.proc import KERNEL, Kernel, Process, look_up, open_pidfd
 from vllm_proxy.runtime import clock
-from vllm_proxy.runtime.background import ask
+from vllm_proxy.runtime.background import spawn
 
 log = structlog.get_logger()
 
@@ -47,7 +47,7 @@ def become_subreaper() -> None:
 
 async def run_shielded[**P, T](work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
     """Await `work(...)` to its end, shielded from cancellation, which is raised afterwards."""
-    task = ask(work(*args, **kwargs), getattr(work, "__qualname__", "to the end"))
+    task = spawn(work(*args, **kwargs), getattr(work, "__qualname__", "to the end"))
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:

@@ -103,7 +103,7 @@ class StateDirectory:
         """`scratch`: where engines' temporary folders are made by this daemon."""
         self.path = path
         self._scratch = scratch
-        self.unusable = 0  # records of an earlier daemon that `left_behind` could not use
+        self.unusable = 0  # records of an earlier daemon that `orphans` could not use
         self._file = path / "engines.toml"
         self._starts_file = path / "starts.toml"
         self._records: dict[str, EngineRecord] = {}
@@ -139,7 +139,7 @@ class StateDirectory:
         """Where the output of an instance goes."""
         return self.path / "logs" / f"{file_name(instance)}.log"
 
-    def left_behind(self) -> list[EngineRecord]:
+    def orphans(self) -> list[EngineRecord]:
         """The engines that an earlier daemon had on record in this boot.
 
         What cannot be one, and what was counted in another pid namespace (a container that is no more, or one beside

@@ -1,6 +1,6 @@
-"""What the models and supervisors of one daemon share, as far as they see it.
+"""What all supervisors of one daemon share, as narrow interfaces, so that tests can replace them with fakes.
 
-Made once, by `daemon.py` or by a test. Only names and shapes: nothing is done here.
+`daemon` makes the real one.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class Launcher(Protocol):
     def adopted(self, record: EngineRecord, owner: Owner) -> contextlib.AbstractAsyncContextManager[Engine]:
         """One that runs already."""
 
-    async def end_left(self, record: EngineRecord, owner: Owner) -> None:
+    async def end_orphan(self, record: EngineRecord, owner: Owner) -> None:
         """End one that an earlier daemon left."""
 
     async def objection(self, model: ModelSpec) -> Diagnosis | None:
@@ -52,6 +52,6 @@ class Dependencies:
     loop: FleetLoop
     registry: Registry
     probe: Probe
-    skip_drain: asyncio.Event  # set: do not wait for requests any more
+    skip_drain: asyncio.Event  # set: stop draining
     stopping: asyncio.Event  # set: the daemon stops, nothing that has no end goes on
     offload: Offload = asyncio.to_thread

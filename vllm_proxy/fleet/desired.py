@@ -1,7 +1,8 @@
-"""The desired state: the file is read, checked and adopted, or written and adopted; one after another.
+"""The desired state: the configuration file is read, validated and adopted, or edited, written and adopted.
 
-Its one rule: whatever changes the file or follows it goes through here, and sees what is on disk at that moment. So
-no edit is lost between two others, and none is half applied.
+Everything that changes or follows the file goes through here, one after another, and sees what is on disk at that
+moment; so no edit is lost between two others and none is half applied (tests/fleet/test_desired.py). A burst of writes
+by an editor is debounced. Carrying out what was adopted is up to `reconciler`.
 """
 
 import asyncio
@@ -23,14 +24,14 @@ from vllm_proxy.errors import ConfigError, Problem, RequestError, VllmProxyError
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime import clock
-from vllm_proxy.runtime.background import ask, tell
+from vllm_proxy.runtime.background import notify, spawn
 from vllm_proxy.runtime.threads import Offload
 
 log = structlog.get_logger()
 
-_STILL_SECONDS = 0.03  # unchanged for so long: whoever wrote it has done
-_EMPTY_SECONDS = 1.0  # an empty file is believed after this long
-_DISK_SECONDS = 30.0  # nobody waits longer for a disk that does not answer, nor for whoever waits for it
+_SETTLED_SECONDS = 0.03  # debounce: unchanged for so long, whoever wrote it has finished
+_EMPTY_SECONDS = 1.0  # an empty file is taken for real after this long
+_DISK_SECONDS = 30.0  # the deadline for a disk, and for those who are queued for it
 _NOTHING = revision_of(b"")
 
 type Edit = Callable[[bytes], bytes]  # called in a thread
@@ -42,8 +43,8 @@ class Check(Protocol):
     async def problems(self, model: ModelSpec) -> list[tuple[str, str]]:
         """(key path, message) of each that its engine would refuse."""
 
-    def learn(self, specs: Iterable[EngineSpec]) -> None:
-        """There may be an engine program of which nothing is known."""
+    def prefetch(self, specs: Iterable[EngineSpec]) -> None:
+        """Read the options of programs that are not known yet, in the background."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Outcome:
 
 
 class _NoAnswerError(Exception):
-    """It took too long; `begun`: it goes on, and may still come to its end."""
+    """A deadline passed; `begun`: the work goes on, and may still succeed."""
 
     def __init__(self, *, begun: bool) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class Desired:
         offload: Offload = asyncio.to_thread,
         address_is_given: bool = False,
     ) -> None:
-        """`offload`: has what blocks done elsewhere. `address_is_given`: the file does not say where to listen."""
+        """`offload`: runs what blocks in a thread. `address_is_given`: the file does not say where to listen."""
         self.rejected: ConfigError | None = None  # why what is on disk is not what runs
         self.reloads = Counter[str]()  # by result
         self._store = store
@@ -125,18 +126,18 @@ class Desired:
         config = await self._in_time(self._parse, data)
         return await self.offload(plan, config.models, self.reconciler.specs())
 
-    async def still(self) -> None:
-        """Wait until nobody seems to write the file any more.
+    async def settle(self) -> None:
+        """Debounce: wait until the file does not change any more.
 
         Many programs truncate a file and then fill it, and a part of it, or nothing, may be a valid configuration.
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
-        with contextlib.suppress(ConfigError):  # its disk does not answer: whoever reads it next says so
-            seen = await self._in_time(self._glance)
+        with contextlib.suppress(ConfigError):  # its disk does not answer: the next read reports that
+            seen = await self._in_time(self._peek)
             while loop.time() - began < _EMPTY_SECONDS:
-                await asyncio.sleep(_STILL_SECONDS)
-                before, seen = seen, await self._in_time(self._glance)
+                await asyncio.sleep(_SETTLED_SECONDS)
+                before, seen = seen, await self._in_time(self._peek)
                 if seen == before and seen != _NOTHING:
                     return
 
@@ -148,7 +149,7 @@ class Desired:
 
         """
         try:
-            return await self._alone(self._reload)
+            return await self._serialized(self._reload)
         except _NoAnswerError as error:
             self._reject(self._unanswered())
             raise self._unanswered() from error
@@ -164,20 +165,20 @@ class Desired:
 
         """
         try:
-            return await self._alone(partial(self._write, edit, if_match, blind=blind))
+            return await self._serialized(partial(self._write, edit, if_match, blind=blind))
         except _NoAnswerError as error:
             what = "the file is the old one or the new one, look again" if error.begun else "nothing has changed"
             msg = f"cannot write {self._file}: its disk has not answered for {_DISK_SECONDS:g} s; {what}"
             raise RequestError("config_not_written", msg) from error
 
     async def close(self, seconds: float) -> bool:
-        """Let what was begun come to its end, but wait no longer than that; whether it has."""
+        """Wait for what has begun, for so long at most; whether it has ended."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
         return not self._tasks
 
-    async def _alone[T](self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Do it when everybody who came before has done; it goes on though the caller gives up.
+    async def _serialized[T](self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run work exclusively, in the order of the calls; it goes on though the caller gives up.
 
         Raises:
             _NoAnswerError: when it takes too long. What has begun goes on and keeps its turn, the rest is dropped.
@@ -190,7 +191,7 @@ class Desired:
                 begun.set()
                 return await work()
 
-        task = ask(in_turn(), "the configuration file's turn")
+        task = spawn(in_turn(), "the configuration file's turn")
         self._tasks.add(task)
         task.add_done_callback(self._done)
         if await clock.wait({task}, _DISK_SECONDS):
@@ -201,13 +202,13 @@ class Desired:
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        error = None if task.cancelled() else task.exception()  # who asked for it may have gone
+        error = None if task.cancelled() else task.exception()  # its caller may have gone
         if error is not None and not isinstance(error, VllmProxyError):
             log.error("the configuration could not be read or written", exc_info=error)
 
     async def _in_time[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call what changes nothing elsewhere, and do not wait for a disk that does not answer."""
-        answer = ask(self.offload(function, *args, **kwargs), "a read of the configuration")
+        """Call a function without side effects, with a deadline for a disk that hangs."""
+        answer = spawn(self.offload(function, *args, **kwargs), "a read of the configuration")
         try:
             if await clock.wait({answer}, _DISK_SECONDS):
                 return answer.result()
@@ -224,7 +225,7 @@ class Desired:
         if self.rejected is None or self.rejected.problems != error.problems:
             self.rejected = error
             log.error("the configuration is rejected, what runs goes on", problems=error.lines())
-            tell(self._listeners, error)
+            notify(self._listeners, error)
 
     async def _reload(self) -> Outcome:
         try:
@@ -236,7 +237,7 @@ class Desired:
         if config is None:
             if self.rejected is not None:  # it was broken, and is again what runs
                 self.rejected = None
-                tell(self._listeners, Outcome(self.reconciler.config.revision, ()))
+                notify(self._listeners, Outcome(self.reconciler.config.revision, ()))
             return Outcome(self.reconciler.config.revision, ())
         return await self._adopt(config)
 
@@ -256,7 +257,7 @@ class Desired:
         except OSError as error:
             raise ConfigError(self._file, [Problem(0, "", f"cannot read it: {error.strerror}")]) from None
 
-    def _glance(self) -> str:
+    def _peek(self) -> str:
         try:
             return revision_of(self._store.read())
         except OSError:
@@ -277,7 +278,7 @@ class Desired:
     def _edited(self, edit: Edit, if_match: str | None, *, blind: bool) -> tuple[bytes, bytes, Config]:
         before = self._before(blind=blind)
         if not blind and revision_of(before) != self.reconciler.config.revision:
-            self._parse(before)  # what is wrong with it already is told as such
+            self._parse(before)  # what is wrong with it already is reported as such
         if if_match is not None and if_match != (revision := revision_of(before)):
             msg = f"cannot write {self._file}: it is at revision {revision} now; read it again"
             raise RequestError("revision_mismatch", msg)
@@ -301,10 +302,10 @@ class Desired:
     async def _adopt(self, config: Config) -> Outcome:
         actions = await self.offload(plan, config.models, self.reconciler.specs())  # of many models it takes a while
         self.rejected = None
-        self._ports.use(config.engine.port_start, config.engine.port_end)
+        self._ports.set_range(config.engine.port_start, config.engine.port_end)
         await self.reconciler.adopt(config, actions)
         outcome = Outcome(config.revision, actions)
-        self._check.learn(model.engine for model in config.models.values())
+        self._check.prefetch(model.engine for model in config.models.values())
         log.info("the configuration is adopted", revision=config.revision, changes=len(outcome.changes))
-        tell(self._listeners, outcome)
+        notify(self._listeners, outcome)
         return outcome

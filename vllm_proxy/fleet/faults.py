@@ -1,7 +1,7 @@
-"""Bugs of the daemon itself that must not leave the fleet without anybody who decides: contained and logged.
+"""Contains bugs of the daemon itself, so that one does not leave the fleet without anybody who decides.
 
-For the fleet loop. Only what is a bug wherever it happens goes through here: what an engine, a disk or a file may do
-is a value elsewhere. A bug that comes again and again is not logged each time.
+For the fleet loop. What an engine, a disk or a file may do is a value and not handled here. A bug that comes again and
+again is logged with backoff.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import structlog
 log = structlog.get_logger()
 
 _FIRST_PAUSE_SECONDS = 1.0
-_LONGEST_PAUSE_SECONDS = 60.0  # and who did well for longer than this has recovered
+_LONGEST_PAUSE_SECONDS = 60.0  # what went well for longer than this has recovered
 
 
 class _Known:

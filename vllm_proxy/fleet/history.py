@@ -1,4 +1,7 @@
-"""What became of a model's engines: how long their starts took, why they failed. Its one rule: it only counts."""
+"""Statistics of a model's engines: how long their starts took, and why they failed.
+
+For the metrics and for estimates of a start. It only counts: nothing is decided by it.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,10 +1,10 @@
-"""The one loop that decides for the whole fleet: events come in, `domain/decide.py` says what follows, that is done.
+"""The fleet loop, the one writer: takes events, has `domain/decide.py` decide, and carries the decisions out.
 
-Owns the order of things: which events came, which models are to be looked at, and when to look again though nothing
-happens. Requests, hands, the file and engines say what happened (`post`, `changed`, `wake`) and get on at once; nobody
-else starts or stops an instance. Each turn applies the events, then has each model concerned do what was decided
-about it, then decides which starts may go. Between a look and its deed nothing is awaited: what was true when it was
-decided is true when it is done. A bug in one event, model or start is contained, and the others go on.
+Owns the order of things: a mailbox of events, the models to decide about, and when to decide again though nothing
+happened. Requests, commands, the file and engines notify it (`post`, `changed`, `wake`) and do not wait; nobody else
+starts or stops an instance. Each turn applies the events, then carries out what was decided about each model concerned,
+then decides which starts are admitted. Nothing is awaited between a snapshot and its decision's effects, so there is no
+race between them. A bug in one event, model or start is contained (`faults`), and the others go on.
 """
 
 import asyncio
@@ -17,15 +17,15 @@ from itertools import batched
 from typing import Protocol
 
 from vllm_proxy.domain.config import Restart
-from vllm_proxy.domain.decide import Decision, ModelNow, Moves, Retry, Snapshot, decide
+from vllm_proxy.domain.decide import Decision, ModelDecision, ModelNow, Retry, Snapshot, decide
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.fleet.faults import Faults
 from vllm_proxy.fleet.room import Room
-from vllm_proxy.runtime.background import keep_running, tell
+from vllm_proxy.runtime.background import keep_running, notify
 
 _BATCH = 50  # models that are decided about at once
 _AFTER_FAULT_SECONDS = 1.0  # until what could not be decided or done is tried again
-_SHORTEST_WAIT_SECONDS = 0.01  # until the loop looks again though nothing happened, whatever it is told
+_SHORTEST_WAIT_SECONDS = 0.01  # the loop does not spin, whatever `recheck_in` a decision has
 _NEVER = math.inf
 
 
@@ -50,37 +50,37 @@ class Member(Protocol):
     def now(self) -> ModelNow:
         """What it is now."""
 
-    def carry_out(self, moves: Moves) -> None:
+    def carry_out(self, decided: ModelDecision) -> None:
         """Begin what was decided."""
 
-    def end_anyway(self) -> None:
-        """A bug kept it from being decided about. If it is to end, begin that all the same."""
+    def force_end(self) -> None:
+        """A bug prevented a decision about it. If it is to end, begin that all the same."""
 
 
-class _Failure:
-    """An instance that asks whether its engine is started once more."""
+class _PendingRetry:
+    """An instance that waits to learn whether its engine is started once more."""
 
-    def __init__(self, asked: Retry, restart: Callable[[], Restart], told: Callable[[float], None]) -> None:
+    def __init__(self, retry: Retry, restart: Callable[[], Restart], on_retry: Callable[[float], None]) -> None:
         self.again: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._asked = asked
+        self._retry = retry
         self._restart = restart
-        self._told = told
-        self._said = False
+        self._on_retry = on_retry
+        self._notified = False
 
     def now(self) -> Retry:
         """With the policy as it is now."""
-        return replace(self._asked, restart=self._restart())
+        return replace(self._retry, restart=self._restart())
 
     @property
     def instance(self) -> str:
         """Its name."""
-        return self._asked.instance
+        return self._retry.instance
 
     def follow(self, seconds: float | None) -> None:
-        """Start again in so many seconds, which is told once; None: give up."""
-        if seconds is not None and not self._said:
-            self._said = True
-            tell([self._told], seconds)
+        """Retry in so many seconds, which is reported once; None: give up."""
+        if seconds is not None and not self._notified:
+            self._notified = True
+            notify([self._on_retry], seconds)
         if not seconds:
             self.again.set_result(seconds is not None)
 
@@ -92,11 +92,11 @@ class FleetLoop:
         self.room = Room(self.wake)
         self._faults = Faults()
         self._mailbox: list[tuple[Event, asyncio.Future[None]]] = []
-        self._look_at: dict[Member, float] = {}  # every member, and when to look at it though nothing happened
+        self._due_at: dict[Member, float] = {}  # every member, and when to decide about it though nothing happened
         self._changed: dict[Member, None] = {}  # in the order it happened
-        self._failures: list[_Failure] = []
+        self._failures: list[_PendingRetry] = []
         self._next_try = _NEVER  # when the next engine that failed is started again
-        self._news = asyncio.Event()
+        self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -115,13 +115,13 @@ class FleetLoop:
             decided.cancel()
         self._mailbox.clear()
 
-    # What happens
+    # Notifications
 
     def post(self, event: Event) -> asyncio.Future[None]:
-        """Something happened. Done when what follows has begun; cancelled when nobody decides any more.
+        """Put an event into the mailbox. Done when what follows has begun; cancelled when the loop is closed.
 
-        Who waits for it may give up: what was posted is done. An exception of the event is the future's; it is in
-        the log already.
+        The caller may give up waiting: the event is applied all the same. An exception of the event is set on the
+        future; it is in the log already.
         """
         decided: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._closed:
@@ -133,38 +133,38 @@ class FleetLoop:
 
     def add(self, member: Member) -> None:
         """Decide about this one too."""
-        self._look_at[member] = _NEVER
+        self._due_at[member] = _NEVER
         self.changed(member)
 
     def changed(self, member: Member) -> None:
-        """A member, or an instance of it, is not what it was."""
-        if member in self._look_at:
+        """A member, or an instance of it, has changed."""
+        if member in self._due_at:
             self._changed[member] = None
             self.wake()
 
     def forget(self, member: Member) -> None:
-        """It is gone; what is still told of it changes nothing."""
+        """It is gone; later notifications about it are ignored."""
         self._changed.pop(member, None)
-        self._look_at.pop(member, None)
+        self._due_at.pop(member, None)
 
     def wake(self) -> None:
-        """Look again."""
-        self._news.set()
+        """Run another turn."""
+        self._woken.set()
 
-    async def may_start_again(
+    async def await_retry(
         self,
         instance: str,
         reason: Reason,
         failures: int,
         restart: Callable[[], Restart],
-        told: Callable[[float], None],
+        on_retry: Callable[[float], None],
     ) -> bool:
         """Wait until an engine that failed so many times in a row is started again; False when it is given up.
 
-        `restart`: the policy, which may change meanwhile. `told`: called once with the seconds that this takes.
+        `restart`: the policy, which may change meanwhile. `on_retry`: called once with the seconds that this takes.
         """
         since, jitter = asyncio.get_running_loop().time(), random.random()  # noqa: S311 - no secret
-        failure = _Failure(Retry(instance, reason, failures, since, jitter, restart()), restart, told)
+        failure = _PendingRetry(Retry(instance, reason, failures, since, jitter, restart()), restart, on_retry)
         self._failures.append(failure)
         self.wake()
         try:
@@ -172,19 +172,19 @@ class FleetLoop:
         finally:
             self._failures.remove(failure)
 
-    # What is done about it
+    # Decisions and effects
 
     async def _run(self) -> None:
         while True:
-            self._news.clear()
+            self._woken.clear()
             await self._turn()
-            await asyncio.sleep(0)  # others get on, though there should be news in every turn
+            await asyncio.sleep(0)  # yield, even where every turn is followed by another
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(self._next_look()):
-                    await self._news.wait()
+                async with asyncio.timeout_at(self._next_wake()):
+                    await self._woken.wait()
 
-    def _next_look(self) -> float | None:
-        at = min(self._next_try, min(self._look_at.values(), default=_NEVER))
+    def _next_wake(self) -> float | None:
+        at = min(self._next_try, min(self._due_at.values(), default=_NEVER))
         return None if at == _NEVER else max(at, asyncio.get_running_loop().time() + _SHORTEST_WAIT_SECONDS)
 
     async def _turn(self) -> None:
@@ -204,36 +204,36 @@ class FleetLoop:
             event.apply()
         if applied.error is not None and not decided.done():
             decided.set_exception(applied.error)
-            decided.exception()  # nobody has to take it
+            decided.exception()  # it need not be retrieved
 
     async def _decide_about_models(self) -> None:
         time = asyncio.get_running_loop().time()
-        due = (member for member, at in self._look_at.items() if at <= time)
+        due = (member for member, at in self._due_at.items() if at <= time)
         members = list(dict.fromkeys((*self._changed, *due)))
         self._changed = {}
         for some in batched(members, _BATCH, strict=False):
-            self._look_and_do([member for member in some if member in self._look_at])
+            self._decide_and_carry_out([member for member in some if member in self._due_at])
             if len(members) > _BATCH:
-                await asyncio.sleep(0)  # requests go on meanwhile
+                await asyncio.sleep(0)  # yield to requests
 
-    def _look_and_do(self, members: Sequence[Member]) -> None:
+    def _decide_and_carry_out(self, members: Sequence[Member]) -> None:
         time = asyncio.get_running_loop().time()
         seen: list[ModelNow] = []
         for member in members:
             with self._faults.contained("a model could not be looked at", model=member.name):
                 seen.append(member.now())
-        moves = self._decide(Snapshot(models=seen), time)[0].models
+        decided = self._decide(Snapshot(models=seen), time)[0].models
         for member in members:
-            self._look_at[member] = time + self._carry_out(member, moves.get(member.name))
+            self._due_at[member] = time + self._carry_out(member, decided.get(member.name))
 
-    def _carry_out(self, member: Member, moves: Moves | None) -> float:
-        """Have a member do what was decided, where anything was; in how many seconds to look at it again."""
-        if moves is not None:
+    def _carry_out(self, member: Member, decided: ModelDecision | None) -> float:
+        """Carry out what was decided about a member; in how many seconds to decide about it again."""
+        if decided is not None:
             with self._faults.contained("a model could not follow a decision", model=member.name):
-                member.carry_out(moves)
-                return moves.look_again
+                member.carry_out(decided)
+                return decided.recheck_in
         with self._faults.contained("a model could not be ended", model=member.name):
-            member.end_anyway()
+            member.force_end()
         return _AFTER_FAULT_SECONDS
 
     def _decide_about_starts(self) -> None:
@@ -252,7 +252,7 @@ class FleetLoop:
             self._next_try = time + min(*pauses, _NEVER, _NEVER if whole else _AFTER_FAULT_SECONDS)
 
     def _decide(self, snapshot: Snapshot, time: float) -> tuple[Decision, bool]:
-        """What follows, and whether that is all: what a bug keeps from being decided is left out."""
+        """The decision, and whether it is complete: parts that a bug prevented are left out."""
         with self._faults.contained("the fleet could not be decided about: each part is decided about alone"):
             return decide(snapshot, time), True
         found = Decision()

@@ -1,9 +1,8 @@
-"""One model: what is wanted of it and which instances it has. What it does next is decided by the fleet loop.
+"""One model: what is wanted of it, and its instances. What it does next is decided by the fleet loop.
 
-Owns its instances and what was said of it last, by the file, by hand or by requests. Everybody else says what
-happened (`start`, `stop`, `restart`, `request`: they return at once). The loop applies that, looks at the model
-(`now`) and has it do what was decided (`carry_out`). Nothing may be started or stopped outside of that, adopted
-engines aside, which run already.
+Owns its instances and what the file, a person or a request asked for last. Everybody else notifies (`start`, `stop`,
+`restart`, `request`, which return at once). The loop applies that, takes a snapshot (`now`) and has the decision
+carried out (`carry_out`). Nothing may be started or stopped outside of that, adopted engines aside, which run already.
 """
 
 import asyncio
@@ -16,7 +15,7 @@ import structlog
 
 from vllm_proxy.domain import lifecycle
 from vllm_proxy.domain.config import ModelSpec
-from vllm_proxy.domain.decide import InstanceNow, ModelNow, Moves, Wanted
+from vllm_proxy.domain.decide import InstanceNow, ModelDecision, ModelNow, Wanted
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.domain.rollback import Rollback
@@ -32,8 +31,8 @@ _STOPPED_BY_HAND = Diagnosis(Reason.STOPPED_BY_HAND, "stopped by hand; start it 
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
-    """Somebody's word by hand: an event for the loop's mailbox."""
+class _Command:
+    """A command by hand: an event for the loop's mailbox."""
 
     name: str
     what: Callable[[], None]
@@ -55,7 +54,7 @@ class Model:
         self.created_at = datetime.now(UTC)
         self._shared = shared
         self._changed = changed
-        self._wanted = Wanted.REST
+        self._wanted = Wanted.STOP
         self._begun = False
         self._keep = False  # engines live on where the model ends
         self._requested = False  # a request came, and nobody served it
@@ -65,7 +64,7 @@ class Model:
         self._leaving: dict[Supervisor, asyncio.Task[None]] = {}
         self._ended: asyncio.Future[None] | None = None
         self.instances: tuple[Supervisor, ...] = ()
-        self._fill_up()
+        self._adjust_instances()
 
     @property
     def state(self) -> State:
@@ -84,7 +83,7 @@ class Model:
         if not_ended := next((one.diagnosis for one in self.instances if _is_not_ended(one)), None):
             return not_ended
         if state is State.STOPPED:
-            return _STOPPED_BY_HAND if self.rests else None
+            return _STOPPED_BY_HAND if self.stopped_by_hand else None
         if state is not State.ERROR and self._rollback.refusal is not None:
             return self._rollback.refusal
         if state not in {State.LOADING, State.ERROR}:
@@ -92,9 +91,9 @@ class Model:
         return next((one.diagnosis for one in self.instances if one.state is state and one.diagnosis), None)
 
     @property
-    def rests(self) -> bool:
+    def stopped_by_hand(self) -> bool:
         """Whether somebody stopped it by hand."""
-        return self._wanted is Wanted.REST and self._begun and self.spec.policy.enabled
+        return self._wanted is Wanted.STOP and self._begun and self.spec.policy.enabled
 
     @property
     def awaits_request(self) -> bool:
@@ -103,7 +102,7 @@ class Model:
 
     @property
     def ends(self) -> bool:
-        """Whether it was told to stop for good."""
+        """Whether it is being stopped for good."""
         return self._wanted is Wanted.END
 
     @property
@@ -111,22 +110,22 @@ class Model:
         """Whether no instance runs, tries to, or is on its way out."""
         return all(one.state in {State.STOPPED, State.ERROR} for one in self.instances)
 
-    # What happens: for everybody
+    # Notifications: for everybody
 
     def start(self) -> asyncio.Future[None]:
-        """Run, and let what rests in `error` try again. Done when that has begun."""
+        """Run, and retry instances in `error`. Done when that has begun."""
         return self._post("start", self._start)
 
     def stop(self) -> asyncio.Future[None]:
         """Stop until somebody starts or changes it. Done when that has begun."""
-        return self._post("stop", partial(self._want, Wanted.REST))
+        return self._post("stop", partial(self._want, Wanted.STOP))
 
     def restart(self) -> asyncio.Future[None]:
         """Start every engine anew, one after another where there are several; a change that failed is tried again."""
         return self._post("restart", self._restart)
 
     def request(self) -> None:
-        """A request came, and nobody serves it."""
+        """A request came that no instance serves. Idempotent, so a thundering herd makes one start."""
         if self._wanted is Wanted.AWAIT and not self._requested:
             self._requested = True
             self._shared.loop.changed(self)
@@ -144,14 +143,14 @@ class Model:
                 instance.start(records[instance.index])
         self._shared.loop.add(self)
 
-    def become(self, spec: ModelSpec) -> None:
-        """The file asks for something else, or says the same in other words. Returns at once."""
+    def adopt_spec(self, spec: ModelSpec) -> None:
+        """The file asks for something else, or for the same in other words. Returns at once."""
         before, self.spec = self.spec, spec
         if (before.engine, before.policy) == (spec.engine, spec.policy):
             return
         for instance in self.instances:
             instance.spec = replace(spec, engine=instance.spec.engine)
-        self._try_anew(spec)
+        self._reset_rollback(spec)
         self._renew |= {one for one in self.instances if one.state is State.ERROR}
         runs = spec.policy.start == "always" or self._wanted is Wanted.RUN
         self._want(Wanted.RUN if runs else Wanted.AWAIT)
@@ -167,18 +166,18 @@ class Model:
         return self._ended
 
     def _post(self, word: str, what: Callable[[], None]) -> asyncio.Future[None]:
-        return self._shared.loop.post(_Order(f"{word} of {self.name}", what))
+        return self._shared.loop.post(_Command(f"{word} of {self.name}", what))
 
     def _start(self) -> None:
         self._renew |= {one for one in self.instances if one.state is State.ERROR}
         self._want(Wanted.RUN)
 
     def _restart(self) -> None:
-        self._try_anew(self.spec)
+        self._reset_rollback(self.spec)
         self._renew |= set(self.instances)
         self._want(Wanted.RUN)
 
-    def _try_anew(self, spec: ModelSpec) -> None:
+    def _reset_rollback(self, spec: ModelSpec) -> None:
         self._rollback = self._rollback.change(spec.engine)
         self._cancel_check()
 
@@ -196,7 +195,7 @@ class Model:
         self._changed(self)
         self._shared.loop.changed(self)
 
-    # What it is, and what it does: for the loop
+    # Snapshots and effects: for the loop
 
     def now(self) -> ModelNow:
         """As the loop decides about it."""
@@ -212,20 +211,20 @@ class Model:
             idle_seconds=registry.idle_seconds(self.name),
         )  # fmt: skip
 
-    def carry_out(self, moves: Moves) -> None:
+    def carry_out(self, decided: ModelDecision) -> None:
         """Begin what was decided."""
-        self._follow(moves)
+        self._follow(decided)
         self._requested = False
         by_index = {one.index: one for one in self.instances}
-        for index in moves.stop:
+        for index in decided.stop:
             self._stop_instance(by_index[index])
-        for index in moves.start:
+        for index in decided.start:
             self._start_instance(by_index.get(index) or self._supervisor(index))
-        self._fill_up()
+        self._adjust_instances()
         self._note_end()
 
-    def end_anyway(self) -> None:
-        """A bug kept it from being decided about. If it is to end, that is begun all the same."""
+    def force_end(self) -> None:
+        """A bug prevented a decision about it. If it is to end, that is begun all the same."""
         if self.ends:
             for one in self.instances:
                 if one.state not in {State.STOPPED, State.UNLOADING}:
@@ -236,19 +235,19 @@ class Model:
         if self.ends and not self._leaving and self._ended is not None and not self._ended.done():
             self._ended.set_result(None)
 
-    def _follow(self, moves: Moves) -> None:
-        refused, wanted = moves.rollback.failed, moves.wanted
+    def _follow(self, decided: ModelDecision) -> None:
+        refused, wanted = decided.rollback.failed, decided.wanted
         if refused is not None and refused is not self._rollback.failed:
             log.error("a replacement failed", model=self.name, reason=refused.reason, message=refused.message)
-        told = (refused, wanted) != (self._rollback.failed, self._wanted)
+        is_visible = (refused, wanted) != (self._rollback.failed, self._wanted)
         if (self._wanted, wanted) == (Wanted.AWAIT, Wanted.RUN):
             log.info("started by a request", model=self.name)
         if (self._wanted, wanted) == (Wanted.RUN, Wanted.AWAIT):
             log.info("unloaded: no request for a while", model=self.name)
-        self._rollback, self._wanted = moves.rollback, wanted
-        if moves.check and self._checking is None and not self.ends:
+        self._rollback, self._wanted = decided.rollback, wanted
+        if decided.check and self._checking is None and not self.ends:
             self._begin_check(self.spec)
-        if told:
+        if is_visible:
             self._changed(self)
 
     def _start_instance(self, instance: Supervisor) -> None:
@@ -269,7 +268,7 @@ class Model:
 
         leaving.add_done_callback(left)
 
-    def _fill_up(self) -> None:
+    def _adjust_instances(self) -> None:
         """As many instances as the file asks for, and those that still leave."""
         wanted = self.spec.policy.replicas if self.spec.policy.enabled else 0
         there = [one for one in self.instances if one.state is not State.STOPPED]
@@ -283,7 +282,7 @@ class Model:
         return Supervisor(self.spec, index, self._shared, self.history, self._notify)
 
     def _begin_check(self, wanted: ModelSpec) -> None:
-        # A check that failed has found nothing; what it would have found, the engine tells soon.
+        # A check that failed has found nothing; the start of the engine will find it.
         failed = partial(self._end_check, wanted, None)
         self._checking = run_once(partial(self._check, wanted), f"check of {wanted.id}", failed)
 

@@ -1,7 +1,7 @@
 """Engines that an earlier daemon left (orphans): which of them are adopted, and the end of all others.
 
-For the reconciler, and for `stop --all` without a daemon. Nothing is ended here but what a record names, and nothing is
-adopted: who an engine is given to is the reconciler's business.
+For `reconciler` when a daemon starts, and for `vllm-proxy stop --all`. Only processes that are provably an orphan's are
+signalled (`engine/ownership.py`).
 """
 
 import asyncio
@@ -23,7 +23,7 @@ _GRACE_SECONDS = 10.0
 type Adoptable = dict[str, dict[int, EngineRecord]]  # by model and instance
 
 
-def sort_out(
+def classify(
     records: Iterable[EngineRecord], models: Mapping[str, ModelSpec], fingerprint: Callable[[EngineSpec], str]
 ) -> tuple[Adoptable, list[EngineRecord]]:
     """What an earlier daemon left: engines that are what the file asks for and live, and all others.
@@ -51,7 +51,7 @@ def sort_out(
     return adoptable, others
 
 
-async def end_left(records: Iterable[EngineRecord], state: StateDirectory) -> bool:
+async def end_orphans(records: Iterable[EngineRecord], state: StateDirectory) -> bool:
     """End engines that an earlier daemon left: each process that is provably theirs. True when nothing is left."""
 
     async def end(record: EngineRecord) -> bool:
@@ -65,7 +65,7 @@ async def end_left(records: Iterable[EngineRecord], state: StateDirectory) -> bo
 
 
 class Orphan:
-    """One that is being ended. `changed` is called when it could not be, and when it is gone."""
+    """An orphan that is being ended. `changed` is called when that failed, and when it is gone."""
 
     def __init__(self, departure: Departure, changed: Callable[[], None]) -> None:
         self._departure = departure
@@ -76,14 +76,14 @@ class Orphan:
         return _GRACE_SECONDS
 
     def waits(self, why: str | None) -> None:
-        """It does not start."""
+        """Not called: it does not start."""
 
     def not_ended(self, why: str) -> None:
-        """Who needs what it has waits on."""
+        """Starts that need its devices keep waiting."""
         self._departure.failed(why)
         self._changed()
 
     def ended(self) -> None:
-        """Nobody waits for it any more."""
+        """Its claim is withdrawn."""
         self._departure.done()
         self._changed()

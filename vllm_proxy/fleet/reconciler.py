@@ -1,7 +1,7 @@
-"""The models of one daemon follow the file that was adopted.
+"""The set of models of one daemon, kept as the adopted file says.
 
-Owns the set of models: only this module makes and ends them. What a model does about what the file says of it is
-decided by the fleet loop, as an event of which the file is followed; who waits for an adoption may give up waiting.
+Only this module creates and removes models. A file is followed as one event of the fleet loop, which decides what each
+model does about it; whoever waits for an adoption may give up waiting, and it goes on.
 """
 
 import asyncio
@@ -22,9 +22,9 @@ from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.model import Model
-from vllm_proxy.fleet.orphans import Orphan, sort_out
+from vllm_proxy.fleet.orphans import Orphan, classify
 from vllm_proxy.fleet.supervisor import Supervisor
-from vllm_proxy.runtime.background import run_once, tell
+from vllm_proxy.runtime.background import notify, run_once
 
 log = structlog.get_logger()
 
@@ -46,7 +46,7 @@ class _Adopted:
         return "adoption of the file"
 
     def apply(self) -> None:
-        """Tell each model what the file says of it."""
+        """Apply to each model what the file says of it."""
         self.reconciler.follow(self.config, self.actions)
 
 
@@ -73,7 +73,7 @@ class Reconciler:
 
     def start(self) -> None:
         """Run every enabled model, on engines of an earlier daemon where they fit. Returns at once."""
-        adoptable, others = sort_out(self._state.left_behind(), self.config.models, self._fingerprint)
+        adoptable, others = classify(self._state.orphans(), self.config.models, self._fingerprint)
         self._orphans = [self._end_orphan(record) for record in others]
         for spec in self.config.models.values():
             self._declare(spec)
@@ -102,9 +102,11 @@ class Reconciler:
         self.registry.update(config.models)
         for action in actions:
             log.info("plan", model=action.model, action=action.kind, reason=action.reason)
-        # In the order of the plan: who leaves a GPU is in its line before who comes.
+        # In the order of the plan: an engine that leaves a GPU has its claim before one that is to start there.
         in_order = list(reversed(dict.fromkeys(action.model for action in reversed(actions))))
-        for model_id in dict.fromkeys((*in_order, *config.models)):  # what no action is about may be worded anew
+        for model_id in dict.fromkeys(
+            (*in_order, *config.models)
+        ):  # a model without an action may still be written differently
             self._follow_model(model_id)
         self._sort()
 
@@ -188,7 +190,7 @@ class Reconciler:
         elif model.ends:
             return  # what the file says of it now begins when it has ended
         elif spec is not None:
-            model.become(spec)
+            model.adopt_spec(spec)
         else:
             at_once = model.runs_nothing
             end = run_once(partial(self._end, model, model.end(keep=False)), f"end of {model_id}")
@@ -198,28 +200,28 @@ class Reconciler:
     async def _end(self, model: Model, ending: asyncio.Future[None]) -> None:
         """When nothing is left of a model that is gone from the file, its name may come again."""
         await asyncio.wait({ending})
-        if any(one.state is not State.STOPPED for one in model.instances):  # nobody could end it
+        if any(one.state is not State.STOPPED for one in model.instances):  # it could not be ended
             return
         model_id = model.spec.id
         del self._models[model_id]
         self._shared.loop.forget(model)
         self.registry.forget(model_id)
-        tell(self._listeners, model)
+        notify(self._listeners, model)
         if model_id in self.config.models and not self.stopping.is_set():
             self._follow_model(model_id)
             self._sort()
 
     def _end_orphan(self, record: EngineRecord) -> asyncio.Task[None]:
-        """End an engine of an earlier daemon. Nobody who needs what it has starts before."""
+        """End an engine of an earlier daemon. Nothing that needs its devices starts before."""
 
         def changed() -> None:
             model_id = record.instance.rpartition("/")[0]
             if model := self._models.get(model_id) or next(iter(self._models.values()), None):
-                tell(self._listeners, model)
+                notify(self._listeners, model)
 
         allocation = Allocation(frozenset(record.devices))
         departure = self._shared.loop.room.leave(record.instance, allocation, untried=True)
-        end = partial(self._shared.launcher.end_left, record, Orphan(departure, changed))
+        end = partial(self._shared.launcher.end_orphan, record, Orphan(departure, changed))
         return run_once(
             end, f"end of {record.instance}", lambda: departure.failed("a fault of the daemon: see its log")
         )
@@ -229,8 +231,8 @@ class Reconciler:
         return self._shared.loop.room.not_ended()
 
     def _changed(self, model: Model) -> None:
-        tell([self._report, *self._listeners], model)
+        notify([self._report, *self._listeners], model)
 
     def _report(self, model: Model) -> None:
         message = model.diagnosis.message if model.diagnosis else None
-        self.registry.report(model.spec.id, model.state, message, rests=model.rests)
+        self.registry.report(model.spec.id, model.state, message, stopped_by_hand=model.stopped_by_hand)

@@ -1,7 +1,7 @@
-"""The claims of instances on devices, from when an engine asks to start until it serves, and while it is ended.
+"""The claims of instances on devices: while an engine wants to start, loads, or is ended.
 
-Owns the claims and their order, for supervisors, which make and withdraw them. Who may start is not decided here:
-each change wakes the fleet loop, which has `domain/decide.py` say who is admitted and why others are not.
+Owns the claims and their order, for supervisors, which make and withdraw them. Who may start is not decided here: each
+change wakes the fleet loop, and `domain/decide.py` says who is admitted and why others are not.
 """
 
 import asyncio
@@ -10,44 +10,44 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from vllm_proxy.domain.decide import Claim, NotNow, Standing
+from vllm_proxy.domain.decide import Claim, ClaimState, NotNow
 from vllm_proxy.domain.devices import Allocation
-from vllm_proxy.runtime.background import tell
+from vllm_proxy.runtime.background import notify
 
-_MOST_TOLD = 100  # who waits, in one turn of the loop: each tells others
+_MOST_NOTIFIED = 100  # waiting starts in one turn of the loop: each notification has listeners
 
 
 def _ignore(_why: NotNow | None) -> None:
-    """Nobody wants to know."""
+    """No listener."""
 
 
 class _Entry:
-    """A claim, and who waits for it to be admitted."""
+    """A claim, and the start that waits for its admission."""
 
-    def __init__(self, claim: Claim, told: Callable[[NotNow | None], None] = _ignore) -> None:
+    def __init__(self, claim: Claim, on_change: Callable[[NotNow | None], None] = _ignore) -> None:
         self.claim = claim
         self.admitted: asyncio.Future[Allocation] = asyncio.get_running_loop().create_future()
-        self._told = told
-        self._said: NotNow | None = None
+        self._on_change = on_change
+        self._last: NotNow | None = None
 
     def admit(self, allocation: Allocation) -> None:
-        """Let it start, unless that is wanted no more."""
+        """Admit its start, unless that is wanted no more."""
         if not self.admitted.done():
-            self.claim = replace(self.claim, standing=Standing.LOADS, allocation=allocation)
+            self.claim = replace(self.claim, state=ClaimState.LOADING, allocation=allocation)
             self.admitted.set_result(allocation)
-            self.say(None)
+            self.notify_waiting(None)
 
-    def say(self, why: NotNow | None) -> bool:
-        """Tell who waits, once a change; whether it was one."""
-        if why == self._said or (why is not None and self.admitted.done()):
+    def notify_waiting(self, why: NotNow | None) -> bool:
+        """Report why it waits, once for each change; whether it was one."""
+        if why == self._last or (why is not None and self.admitted.done()):
             return False
-        self._said = why
-        tell([self._told], why)
+        self._last = why
+        notify([self._on_change], why)
         return True
 
 
 class Departure:
-    """The claim of an engine that is being ended: nobody who needs what it has may start meanwhile."""
+    """The claim of an engine that is being ended: nothing that needs its devices may start meanwhile."""
 
     def __init__(self, room: "Room", entry: _Entry) -> None:
         self._room = room
@@ -78,15 +78,15 @@ class Room:
         allocation: Allocation,
         *,
         at_once: bool = False,
-        told: Callable[[NotNow | None], None] = _ignore,
+        on_change: Callable[[NotNow | None], None] = _ignore,
     ) -> AsyncIterator[Allocation]:
-        """Wait until the instance may start, then keep others off its devices. Gives what it was allocated.
+        """Wait for admission, then keep others off its devices. Gives what it was allocated.
 
-        `at_once`: do not wait, since the engine runs already. `told`: called with why it waits, and with None when
+        `at_once`: do not wait, since the engine runs already. `on_change`: called with why it waits, and with None when
         nothing is in its way any more.
         """
-        standing = Standing.LOADS if at_once else Standing.ASKS
-        entry = _Entry(Claim(next(self._keys), instance, allocation, standing), told)
+        state = ClaimState.LOADING if at_once else ClaimState.WAITING
+        entry = _Entry(Claim(next(self._keys), instance, allocation, state), on_change)
         self._starting[entry.claim.key] = entry
         self._wake()
         try:
@@ -95,32 +95,32 @@ class Room:
             self.remove(entry)
 
     def leave(self, instance: str, allocation: Allocation, *, untried: bool = False) -> Departure:
-        """Keep everybody waiting who needs what this engine has and was not let in yet, until it is gone.
+        """Keep starts waiting that need this engine's devices and are not admitted yet, until it is gone.
 
-        `untried`: an earlier daemon left it. Until it was tried to end it, nobody starts at all: its port and its
-        memory are not free, and nobody knows whose they are.
+        `untried`: an earlier daemon left it. Until an attempt to end it was made, nothing starts at all: its port
+        and its memory may be in use.
         """
-        entry = _Entry(Claim(next(self._keys), instance, allocation, Standing.LEAVES, untried=untried))
+        entry = _Entry(Claim(next(self._keys), instance, allocation, ClaimState.LEAVING, untried=untried))
         self._leaving[entry.claim.key] = entry
         self._wake()
         return Departure(self, entry)
 
     def claims(self) -> tuple[Claim, ...]:
-        """In the order they came; what leaves stands in front."""
+        """In the order they came; those of leaving engines first."""
         return tuple(entry.claim for entry in (*self._leaving.values(), *self._starting.values()))
 
     def follow(self, admit: Mapping[int, Allocation], wait: Mapping[int, NotNow]) -> None:
-        """Let in who may start, and tell the others why not. Called by the fleet loop."""
+        """Admit the starts that may go, and report to the others why not. Called by the fleet loop."""
         for key, allocation in admit.items():
             if entry := self._starting.get(key):
                 entry.admit(allocation)
-        told = 0
+        notified = 0
         for key, why in wait.items():
-            if told == _MOST_TOLD:
+            if notified == _MOST_NOTIFIED:
                 self._wake()
                 return
             if entry := self._starting.get(key):
-                told += entry.say(why)
+                notified += entry.notify_waiting(why)
 
     def not_ended(self) -> dict[str, str]:
         """The instances whose engines could not be ended, and why."""

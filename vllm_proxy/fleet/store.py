@@ -1,6 +1,7 @@
-"""The configuration file on disk. Its one rule: whatever fails, it is always the old one or the new one, whole.
+"""The configuration file on disk: read, and replaced atomically.
 
-Everything here blocks; callers run it in a thread.
+Whatever fails, the file is the old one or the new one, whole (tests/fleet/test_store.py). Links, owner, mode and
+attributes stay as they are. Everything here blocks: callers run it in a thread.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
-"""One instance of a model: its engine is started, watched, and ended. One task each.
+"""One instance of a model, one task: starts its engine, watches it, drains and ends it.
 
 Owns the engine, what is shown of it, and its claim on devices. An engine's death is a value here, never an exception
-that could reach another model. When a start may begin, and whether another one follows a failure, is not decided here
-but asked of the fleet loop; `start` and `stop` are for that loop's `Model` alone.
+that could reach another model. When a start is admitted, and whether there is a retry after a failure, is decided by
+the fleet loop; `start` and `stop` are for its `Model` alone.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.room import Departure
 from vllm_proxy.runtime import clock
-from vllm_proxy.runtime.background import ask, keep_running, run_once
+from vllm_proxy.runtime.background import keep_running, run_once, spawn
 from vllm_proxy.traffic.ejection import watch_health
 from vllm_proxy.traffic.registry import Endpoint
 
@@ -40,7 +40,7 @@ log = structlog.get_logger()
 
 _TAIL_LINES = 20  # shown
 _SHOWN_CHARACTERS = 2000  # of each
-_DIAGNOSED_LINES = 2000  # the root of a failure stands far above vLLM's last words
+_DIAGNOSED_LINES = 2000  # the root cause is far above the last lines of vLLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,11 @@ class Supervisor:
         self._history = history
         self._changed = changed
         self._failures = 0
-        self._lives = False  # an engine, or what is left of one
+        self._lives = False  # whether an engine of it, or a process of one, lives
         self._failure: Diagnosis | None = None  # of its last engine, until the next one serves
         self._allocation: Allocation | None = None  # of its engine, since that was admitted
         self._departure: Departure | None = None
-        self._waits_for: str | None = None  # whose end or start is in the way of its start
+        self._waits_for: str | None = None  # which end or start its own start waits for
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -93,7 +93,7 @@ class Supervisor:
         """Begin to run, with an engine of an earlier daemon where there is one. Returns at once."""
         self._failures = 0
         self.diagnosis = self._failure = None
-        self._move(Event.START)
+        self._transition(Event.START)
         self._task = run_once(partial(self._run, record), f"supervisor of {self.name}")
 
     def stop(self, *, keep: bool = False) -> asyncio.Task[None]:
@@ -103,36 +103,36 @@ class Supervisor:
         """
         assert self._task is not None, "only a started one can be stopped"
         assert self._life.state not in {State.STOPPED, State.UNLOADING}, "it is stopped once"
-        self._depart()
-        is_told = self.diagnosis is not None and self.diagnosis.reason is Reason.NOT_ENDED and self._lives
-        self._move(Event.STOP, Phase.STOPPING if is_told else Phase.DRAINING)
+        self._claim_departure()
+        is_reported = self.diagnosis is not None and self.diagnosis.reason is Reason.NOT_ENDED and self._lives
+        self._transition(Event.STOP, Phase.STOPPING if is_reported else Phase.DRAINING)
         if keep and self.engine is not None:
             self.engine.keep()
         self._task.cancel()
-        return run_once(partial(self._leave, self._task), f"stop of {self.name}")
+        return run_once(partial(self._finish_stop, self._task), f"stop of {self.name}")
 
-    async def _leave(self, running: asyncio.Task[None]) -> None:
-        """It stays `unloading` where nobody tries any more to end what could not be ended."""
+    async def _finish_stop(self, running: asyncio.Task[None]) -> None:
+        """It stays `unloading` where its engine could not be ended and a stopping daemon gave up."""
         await asyncio.wait({running})
         if not self._lives:
-            self._left()
+            self._release_claim()
             self.diagnosis = None
-            self._move(Event.GONE)
+            self._transition(Event.GONE)
 
-    def _depart(self) -> Departure:
-        """Keep others from what its engine has until nothing of that is left."""
+    def _claim_departure(self) -> Departure:
+        """Claim its devices as being left, so that nobody starts there until nothing of its engine is left."""
         if self._departure is None:
             allocation = self._allocation or self._shared.launcher.allocation(self.spec.engine)
             self._departure = self._shared.loop.room.leave(self.name, allocation)
         return self._departure
 
-    def _left(self) -> None:
+    def _release_claim(self) -> None:
         self._allocation = None
         if self._departure is not None:
             self._departure.done()
             self._departure = None
 
-    # What the launcher says
+    # Notifications of the launcher
 
     def stop_timeout(self) -> float:
         """Seconds between SIGTERM and SIGKILL."""
@@ -146,8 +146,8 @@ class Supervisor:
         """Its engine could not be ended, which is tried again."""
         self._lives = True
         if self.state is State.READY:
-            self._move(Event.DIED)
-        self._depart().failed(why)
+            self._transition(Event.DIED)
+        self._claim_departure().failed(why)
         self.diagnosis = Diagnosis(Reason.NOT_ENDED, f"cannot end its engine: {why}")
         self._notify(Phase.STOPPING)
 
@@ -156,20 +156,20 @@ class Supervisor:
         self._lives = False
 
     def _not_now(self, why: NotNow | None) -> None:
-        """The fleet loop says what is in the way of its start; None: nothing is any more."""
+        """The fleet loop reports why its start has to wait; None: it need not any more."""
         stuck = why is not None and why.not_ended
         self._waits_for = None if why is None or stuck else f"waits: {why.because}"
         self._wait_for(Reason.NOT_ENDED, why.because if why is not None and stuck else None)
 
     def _wait_for(self, reason: Reason, why: str | None) -> None:
-        """A start waits for what stands in its way; None: nothing does any more, and what was told before counts."""
+        """A start waits for something; None: not any more, and the diagnosis from before is shown again."""
         if self.state is State.LOADING:
             self.diagnosis = Diagnosis(reason, f"waits: {why}") if why else self._failure
             self._notify(Phase.QUEUED)
 
     @property
     def waits_for(self) -> str | None:
-        """Whose end or start is in the way of its start, in a sentence; None where nobody's is."""
+        """Which end or start its own start waits for, in a sentence; None: it does not wait."""
         return self._waits_for if self.state is State.LOADING else None
 
     @property
@@ -183,7 +183,7 @@ class Supervisor:
             return None
         return progress.estimate(self._history.past_starts(self.spec.engine), self.engine.age_seconds())
 
-    def _move(self, event: Event, phase: Phase | None = None, *, generation: int | None = None) -> None:
+    def _transition(self, event: Event, phase: Phase | None = None, *, generation: int | None = None) -> None:
         before = self._life
         self._life = before.after(event, before.generation if generation is None else generation)
         if self._life is before:  # a late event
@@ -199,55 +199,56 @@ class Supervisor:
     async def _run(self, record: EngineRecord | None) -> None:
         try:
             while True:
-                failure = await self._one_life(record)
-                if self._lives:  # the daemon stops, and cannot end it
+                failure = await self._run_engine(record)
+                if self._lives:  # a stopping daemon could not end it
                     return
-                self._left()
+                self._release_claim()
                 record = None
                 self.diagnosis = self._failure = failure
                 self._history.failed(self.name, failure.reason)
-                if not await self._may_start_again(failure):
+                if not await self._await_retry(failure):
                     return
-        except Exception:  # a bug in here must not take the other models along
+        except Exception:  # a bug in here must not reach other models
             log.exception("the supervisor failed", instance=self.name)
-            self._rest_in_fault()
+            self._fail_by_bug()
 
-    def _rest_in_fault(self) -> None:
-        """It rests in `error`; where its engine may live, it is said that it does, and nobody starts beside it."""
+    def _fail_by_bug(self) -> None:
+        """It ends in `error`; where its engine may live, it is reported as not ended, and nothing starts beside it."""
         fault = "a fault of the daemon itself: see its log"
         if self._lives:
             self.not_ended(f"{fault}; end it by hand, then restart the daemon")
             return
-        self._left()
+        self._release_claim()
         if self.state is State.READY:
-            self._move(Event.DIED)
+            self._transition(Event.DIED)
         self.diagnosis = Diagnosis(Reason.CRASHED, fault)
-        if self.state is State.LOADING:  # else it is stopped just now, which goes on
-            self._move(Event.GAVE_UP)
+        if self.state is State.LOADING:  # else a stop is in progress, which continues
+            self._transition(Event.GAVE_UP)
 
-    async def _may_start_again(self, failure: Diagnosis) -> bool:
-        """Wait out the backoff; False when the instance rests in `error`."""
+    async def _await_retry(self, failure: Diagnosis) -> bool:
+        """Wait out the backoff before a retry; False when the instance stays in `error`."""
         self._failures += 1
 
-        def told(seconds: float) -> None:
+        def on_retry(seconds: float) -> None:
             log.warning("the engine failed and is started again", instance=self.name, reason=failure.reason,
                         message=failure.message, seconds=round(seconds, 1))  # fmt: skip
             self._notify(Phase.BACKOFF)
 
-        may_start_again = self._shared.loop.may_start_again
-        again = await may_start_again(self.name, failure.reason, self._failures, self._restart_policy, told)
+        again = await self._shared.loop.await_retry(
+            self.name, failure.reason, self._failures, self._restart_policy, on_retry
+        )
         if again:
             self.restarts += 1
         else:
             log.error("the instance rests in error", instance=self.name, reason=failure.reason,
                       message=failure.message, failures=self._failures)  # fmt: skip
-            self._move(Event.GAVE_UP)
+            self._transition(Event.GAVE_UP)
         return again
 
     def _restart_policy(self) -> Restart:
         return self.spec.policy.restart
 
-    async def _one_life(self, record: EngineRecord | None) -> Diagnosis:
+    async def _run_engine(self, record: EngineRecord | None) -> Diagnosis:
         """Start or adopt an engine and stay with it until it ends by itself; returns why it did."""
         shared = self._shared
         try:
@@ -255,7 +256,7 @@ class Supervisor:
                 self._waits_for = None
                 self._notify(Phase.QUEUED)
                 hold = shared.loop.room.hold(
-                    self.name, self._needs(record), at_once=record is not None, told=self._not_now
+                    self.name, self._needs(record), at_once=record is not None, on_change=self._not_now
                 )
                 self._allocation = await room.enter_async_context(hold)
                 self._lives = record is not None
@@ -267,8 +268,8 @@ class Supervisor:
                         refused = ready is None and engine.exited.result().refused
                         known = await shared.launcher.option_names(self.spec.engine) if refused else frozenset()
                         return await self._failed(engine, ready, known_options=known)
-                    engine.serves()
-                    await room.aclose()  # its memory is taken: the next one may measure
+                    engine.mark_ready()
+                    await room.aclose()  # its memory is allocated: the next engine may measure
                     return await self._serve(engine, ready)
         except LaunchError as error:
             return error.diagnosis
@@ -289,13 +290,13 @@ class Supervisor:
         return self._shared.launcher.running(self.spec, self.name, allocation, self)
 
     async def _serve(self, engine: Engine, ready: Ready) -> Diagnosis:
-        """Let requests in until the engine ends or stalls; when stopped, wait for those in flight."""
+        """Route requests to it until the engine ends or stalls; when stopped, drain those in flight."""
         loop, place, registry = asyncio.get_running_loop(), engine.place, self._shared.registry
         endpoint = Endpoint(self.name, place.address, place.credential, ready.max_model_len)
         generation = self._life.generation
         self._note_ready(engine)
         since = loop.time()
-        self._move(Event.LISTENING, Phase.SERVING, generation=generation)
+        self._transition(Event.LISTENING, Phase.SERVING, generation=generation)
         registry.open(self.spec.id, endpoint)
         self.endpoint = endpoint
         readmit = partial(registry.readmit, self.spec.id)
@@ -312,12 +313,12 @@ class Supervisor:
             await self._drain(endpoint, engine)
             raise
         else:
-            registry.withdraw(self.spec.id, endpoint)  # before anything else, and before anyone is told
+            registry.withdraw(self.spec.id, endpoint)  # before anything else, and before any notification
             if clock.elapsed(since) > self.spec.policy.restart.max_backoff:
-                self._failures = 0  # it served for a while: what came before is forgiven
+                self._failures = 0  # it served for a while: earlier failures do not count
             stalled = None if engine.exited.done() else stalling.result()
             if stalled is not None:
-                endpoint.pool.close()  # whoever waits for it learns now
+                endpoint.pool.close()  # its requests in flight fail now
             return await self._failed(engine, stalled, was_ready=True, generation=generation)
         finally:
             watching_health.cancel()
@@ -325,9 +326,9 @@ class Supervisor:
             self.endpoint = None
 
     async def _drain(self, endpoint: Endpoint, engine: Engine) -> None:
-        """Wait for the requests in flight, but not for longer than allowed, nor for a dead engine."""
-        idle = ask(endpoint.wait_idle(), f"last requests of {self.name}")
-        skip = ask(self._shared.skip_drain.wait(), f"drain of {self.name}")
+        """Drain: wait for the requests in flight, up to `drain_timeout`, and not for a dead engine."""
+        idle = spawn(endpoint.wait_idle(), f"last requests of {self.name}")
+        skip = spawn(self._shared.skip_drain.wait(), f"drain of {self.name}")
         waits: set[asyncio.Future[Any]] = {idle, skip, engine.exited}
         try:
             await clock.wait(waits, self.spec.policy.drain_timeout)
@@ -348,21 +349,21 @@ class Supervisor:
         generation: int | None = None,
         known_options: Collection[str] = (),
     ) -> Diagnosis:
-        """Write a failure down. `verdict` None: the engine ended, and how it did says why."""
+        """Record a failure. `verdict` None: the engine ended, and its exit and its log are diagnosed."""
         ended = engine.exited.result() if verdict is None else Exit(None, None)
 
-        def look() -> tuple[Diagnosis, tuple[str, ...]]:
+        def inspect() -> tuple[Diagnosis, tuple[str, ...]]:
             tail = engine.output.tail(_TAIL_LINES if verdict else _DIAGNOSED_LINES)
             why = verdict or diagnose(ended, tail, was_ready=was_ready, known_options=known_options)
-            if verdict is None and why.reason is Reason.CRASHED and (problem := engine.log.look()):
+            if verdict is None and why.reason is Reason.CRASHED and (problem := engine.log.check()):
                 why = Diagnosis(Reason.CRASHED, f"{why.message}; {problem}")
             return why, tuple(line[:_SHOWN_CHARACTERS] for line in tail[-_TAIL_LINES:])
 
-        self._depart()
+        self._claim_departure()
         stalled = was_ready and verdict is not None and verdict.reason is Reason.STALLED
-        # The rest of its processes is stopped. That is said before it is known why.
-        self._move(Event.STALLED if stalled else Event.DIED, Phase.STOPPING, generation=generation)
-        why, tail = await self._shared.offload(look)  # a log may be megabytes of dumps
+        # Shown before the diagnosis is there: the rest of its processes is being stopped.
+        self._transition(Event.STALLED if stalled else Event.DIED, Phase.STOPPING, generation=generation)
+        why, tail = await self._shared.offload(inspect)  # a log may be megabytes of dumps
         self.last_exit = LastExit(why, ended, datetime.now(UTC), tail)
         self.diagnosis = why
         self._notify(Phase.STOPPING)

@@ -1,7 +1,8 @@
-"""When may the configuration file have changed? Its one rule: a change may be told twice, and is never missed.
+"""Watches the configuration file, and notifies when it may have changed.
 
-Watched are the directories of every link on the way to the file, so that editors, `git`, Kubernetes and Nix are seen
-in the moment. What no event tells (bind mounts, network file systems), a look every two seconds finds.
+May notify too often, but never misses a change (tests/fleet/test_watch.py). Watched are the directories of every link
+on the way to the file, so that editors, `git`, Kubernetes and Nix are noticed at once; events are debounced. What
+causes no event (bind mounts, network file systems) is found by a poll every two seconds.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from watchfiles import Change, awatch
 
 from vllm_proxy.domain.file.parse import revision_of
 from vllm_proxy.runtime import clock
-from vllm_proxy.runtime.background import ask, run_once
+from vllm_proxy.runtime.background import run_once, spawn
 from vllm_proxy.runtime.regular_file import read_regular_file
 from vllm_proxy.runtime.threads import Offload, can_make_threads
 
@@ -30,11 +31,11 @@ with contextlib.suppress(
 ):  # `awatch` would import it when it is first used: a tenth of a second on the loop
     importlib.import_module("anyio._backends._asyncio")
 
-_STEP_MS = 20  # without another event, a change is told
-_DEBOUNCE_MS = 200  # a burst is told at the latest after this long
-_THREADS = 8  # a few more than watching takes: others may want some in the same moment
-_SLOW_SECONDS = 10.0  # a look that takes longer is worth a word
-_BLIND_SECONDS = 60.0  # then it is tried again to watch, though the way to the file is the same
+_STEP_MS = 20  # a change is reported after so long without another event
+_DEBOUNCE_MS = 200  # a burst is reported after so long at the latest
+_THREADS = 8  # a few more than watching takes, since others may need some at the same time
+_SLOW_SECONDS = 10.0  # a slower scan is logged
+_REWATCH_SECONDS = 60.0  # then watching is retried, though the path to the file is the same
 _MOST_LINKS = 40  # as Linux has it
 
 
@@ -59,18 +60,18 @@ def links_to(file: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-type Told = Callable[[bool], None]  # with: nothing but that names went away
-type Events = Callable[[Collection[str], Collection[str], Told], Coroutine[Any, Any, None]]
+type Notify = Callable[[bool], None]  # argument: whether files were only removed
+type Events = Callable[[Collection[str], Collection[str], Notify], Coroutine[Any, Any, None]]
 
 
-async def events_of(folders: Collection[str], names: Collection[str], told: Told) -> None:
-    """Call `told` soon after something happened to one of the `names`, whole paths, in these folders.
+async def events_of(folders: Collection[str], names: Collection[str], notify: Notify) -> None:
+    """Call `notify` soon after something happened to one of the `names`, whole paths, in these folders.
 
     Returns where that cannot be seen (any more), which is logged. A library that cannot make its thread aborts the
     process, so it is asked for one only where there are some.
     """
     if not can_make_threads(_THREADS):
-        _say_blind("no thread can be made")
+        _log_unwatched("no thread can be made")
         return
     watched = awatch(
         *sorted(folders),
@@ -81,12 +82,12 @@ async def events_of(folders: Collection[str], names: Collection[str], told: Told
     )
     try:
         async for changes in watched:
-            told(all(change is Change.deleted for change, _ in changes))
+            notify(all(change is Change.deleted for change, _ in changes))
     except (OSError, RuntimeError) as error:  # too many watches, a directory that went meanwhile
-        _say_blind(str(error))
+        _log_unwatched(str(error))
 
 
-def _say_blind(why: str) -> None:
+def _log_unwatched(why: str) -> None:
     log.warning("the configuration is looked at now and then, since it cannot be watched", error=why)
 
 
@@ -101,10 +102,10 @@ async def watch(
 ) -> None:
     """Call `changed` soon after the file may have changed, until cancelled.
 
-    `adopted`: the revision that is followed; a look tells what differs from it, once for each content. A file that
-    is missing is told by a look alone, since editors put another in its place. `offload` has the looks done elsewhere.
+    `adopted`: the revision that is followed; a poll reports what differs from it, once for each content. A file that
+    is missing is reported by a poll only, since editors put another in its place. `offload` runs scans in a thread.
     """
-    told: str | None = None
+    notified: str | None = None
     woken = asyncio.Event()
 
     def happened(gone: bool) -> None:  # noqa: FBT001 - the signature is given
@@ -113,20 +114,22 @@ async def watch(
         woken.set()
 
     while True:
-        way = await _patient_look(file, offload)
-        folders = {folder for folder, _, _ in way.folders}
-        watching = run_once(partial(events, folders, way.names, happened), "events of the configuration file")
-        await asyncio.sleep(0)  # it watches: what happens from here on is told, what was before is seen by the look
-        until = asyncio.get_running_loop().time() + _BLIND_SECONDS
+        watched = await _scan_patiently(file, offload)
+        folders = {folder for folder, _, _ in watched.folders}
+        watching = run_once(partial(events, folders, watched.names, happened), "events of the configuration file")
+        await asyncio.sleep(
+            0
+        )  # it watches from here on; what happened before is found by the scan (no race between both)
+        until = asyncio.get_running_loop().time() + _REWATCH_SECONDS
         try:
             while True:
                 woken.clear()
-                now = await _patient_look(file, offload)
-                if now.revision not in {adopted(), told}:
+                now = await _scan_patiently(file, offload)
+                if now.revision not in {adopted(), notified}:
                     changed()
-                told = now.revision
-                if (now.names, now.folders) != (way.names, way.folders):
-                    break  # another way leads to it: that is to be watched
+                notified = now.revision
+                if (now.names, now.folders) != (watched.names, watched.folders):
+                    break  # other links lead to it: watch those
                 if watching.done() and asyncio.get_running_loop().time() > until:
                     break
                 with contextlib.suppress(TimeoutError):
@@ -137,9 +140,9 @@ async def watch(
             await asyncio.wait({watching})
 
 
-async def _patient_look(file: Path, offload: Offload) -> "_Look":
-    """A look, however long its disk takes; that it takes long is said, once."""
-    look = ask(offload(_look, file), "look at the configuration file")
+async def _scan_patiently(file: Path, offload: Offload) -> "_Scan":
+    """A scan, however long its disk takes; that it takes long is logged, once."""
+    look = spawn(offload(_scan, file), "look at the configuration file")
     try:
         if not await clock.wait({look}, _SLOW_SECONDS):
             log.error("the configuration file cannot be looked at: its disk does not answer", file=str(file))
@@ -151,15 +154,15 @@ async def _patient_look(file: Path, offload: Offload) -> "_Look":
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """What is there. `folders`: the directories to watch, with what tells one from its successor."""
+class _Scan:
+    """The file as found. `folders`: the directories to watch, with device and inode."""
 
     names: frozenset[str]
     folders: frozenset[tuple[str, int, int]]
     revision: str  # "" where it cannot be read
 
 
-def _look(file: Path) -> _Look:
+def _scan(file: Path) -> _Scan:
     names = links_to(file)
     folders = set()
     for folder in {os.path.dirname(name) for name in names}:  # noqa: PTH120 - text throughout
@@ -170,4 +173,4 @@ def _look(file: Path) -> _Look:
         revision = revision_of(read_regular_file(file))
     except OSError:
         revision = ""
-    return _Look(names, frozenset(folders), revision)
+    return _Scan(names, frozenset(folders), revision)

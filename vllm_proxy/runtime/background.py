@@ -40,12 +40,12 @@ def run_once(
     return _begin(_once(work, name, failed), name)
 
 
-def ask[T](work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+def spawn[T](work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
     """Begin work that the caller awaits, who gets its exceptions; `log_faults` logs what is never retrieved."""
     return _begin(work, name)
 
 
-def tell[*A](listeners: Iterable[Callable[[*A], None]], *news: *A) -> None:
+def notify[*A](listeners: Iterable[Callable[[*A], None]], *news: *A) -> None:
     """Call each listener with the news."""
     for listener in listeners:
         try:

@@ -54,7 +54,7 @@ class _Race:
     def enter(self, lease: Lease) -> None:
         """Ask one more instance. Its lease is released when that has ended, even if it never began."""
         mine = copy.copy(self._call)
-        task = background.ask(self._ask(mine, lease), f"question of {lease.endpoint.instance}")
+        task = background.spawn(self._ask(mine, lease), f"question of {lease.endpoint.instance}")
         task.add_done_callback(lambda _: lease.__exit__())
         self._asked[task] = mine, lease
 

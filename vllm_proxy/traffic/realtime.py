@@ -19,7 +19,7 @@ from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 
 from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import EngineFailedError, LateRequestError, RequestError
-from vllm_proxy.runtime.background import ask
+from vllm_proxy.runtime.background import spawn
 from vllm_proxy.traffic.body import with_model
 from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call, Work
@@ -170,7 +170,7 @@ async def _pump(
         async for message in engine:
             await _pass_on(message, client, lease)
 
-    tasks = {ask(upwards(), f"to {lease.endpoint.instance}"), ask(downwards(), f"from {lease.endpoint.instance}")}
+    tasks = {spawn(upwards(), f"to {lease.endpoint.instance}"), spawn(downwards(), f"from {lease.endpoint.instance}")}
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:

@@ -78,7 +78,7 @@ class Route:
     wake: Callable[[], None]  # a request waits for it, and nothing has started it
     state: State = State.STOPPED
     message: str | None = None  # why it is not ready
-    rests: bool = False  # stopped by hand
+    stopped_by_hand: bool = False
     retired: bool = False  # gone from the file, while its engines drain
     open: bool = False  # takes requests: ready, and not about to be stopped by hand
     idle_since: float = 0.0  # of the loop's clock; since when nothing holds it
@@ -178,15 +178,12 @@ class Registry:
         """A retired model has ended."""
         del self._routes[model_id]
 
-    def report(self, model_id: str, state: State, message: str | None, *, rests: bool = False) -> None:
-        """A model's state changed. One that will not come by itself fails whoever waits for it.
-
-        `rests`: it was stopped by hand.
-        """
+    def report(self, model_id: str, state: State, message: str | None, *, stopped_by_hand: bool = False) -> None:
+        """A model's state changed. The requests that wait for it fail where it will not become ready by itself."""
         route = self._routes[model_id]
-        route.state, route.message, route.rests = state, message, rests
-        route.open = state is State.READY and not rests
-        if rests or state is State.ERROR:
+        route.state, route.message, route.stopped_by_hand = state, message, stopped_by_hand
+        route.open = state is State.READY and not stopped_by_hand
+        if stopped_by_hand or state is State.ERROR:
             self._fail_waiting(route)
 
     def open(self, model_id: str, endpoint: Endpoint) -> None:
@@ -315,7 +312,7 @@ class Registry:
             raise RequestError("model_disabled", f"cannot serve {name}: it is disabled in the configuration")
         if route.state is State.ERROR:
             raise RequestError("model_error", f"cannot serve {name}: {route.message}")
-        if route.rests:
+        if route.stopped_by_hand:
             raise RequestError("model_stopped", f"cannot serve {name}: it was stopped by hand")
 
     async def _queue(self, route: Route, caller: str) -> Endpoint:
