@@ -5,6 +5,7 @@ import signal
 import pytest
 from hypothesis import settings
 
+from tests import forks
 from tests.harness import port_block
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; commands would inherit it
@@ -26,3 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(
         key=lambda item: (item.get_closest_marker("real") is not None, item.get_closest_marker("last") is not None)
     )
+
+
+def pytest_unconfigure() -> None:
+    """What forks daemons ends with the tests."""
+    forks.end_shared()
