@@ -26,7 +26,9 @@ from vllm_proxy.domain.file.parse import revision_of
 from vllm_proxy.engine.proc import look_up
 
 FAKE = Path(__file__).parent / "fakes" / "fake_vllm.py"
-WATCHED = [sys.executable, slow_turns.__file__]  # the command line, its event loop watched
+WATCHED = (sys.executable, slow_turns.__file__)  # the command line, its event loop watched
+PLAIN = (sys.executable, "-m", "vllm_proxy")  # as users run it
+FORKED = (WATCHED, PLAIN)
 WAIT_SECONDS = 60.0
 PAUSE_SECONDS = 0.01  # between two questions: who asks without one takes the processor from whoever is to answer
 # Root is exempt from the limit of processes; whoever may read and write everything is not (`access` too, by its bits).
@@ -352,8 +354,8 @@ async def running_command(
         process: Running
         with (folder / "daemon.log").open("ab") as log:
             out = log.fileno() if output is None else output
-            if command == "serve" and program is WATCHED and not below and not _is_for_an_interpreter(env or {}):
-                run = forks.Run(arguments, str(folder), environment, watched=True)
+            if command == "serve" and program in FORKED and not below and not _is_for_an_interpreter(env or {}):
+                run = forks.Run(arguments, str(folder), environment, watched=program == WATCHED)
                 process = forks.shared().start(run, out, out)
             else:
                 process = await asyncio.create_subprocess_exec(
