@@ -59,11 +59,14 @@ def port_block() -> int:
 def _own_block() -> tuple[int, socket.socket]:
     for first in itertools.islice(_blocks, 200):
         name = socket.socket(socket.AF_UNIX)
-        try:
-            name.bind(f"\0vllm-proxy tests, ports from {first}")
-        except OSError:  # another process has it
-            name.close()
-            continue
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                name.bind(f"\0vllm-proxy tests, ports from {first}")
+                probe.bind(("127.0.0.1", first))
+            except OSError:  # another process has it, or the engine of one that was killed
+                name.close()
+                continue
         return first, name
     message = "cannot find two hundred ports for a daemon's engines: other tests have them all"
     raise RuntimeError(message)
