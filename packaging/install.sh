@@ -32,7 +32,7 @@ is_ours() { [ "$(readlink /usr/local/bin/vllm-proxy)" = "$prefix/venv/bin/vllm-p
 
 find_python() {
     if [ -n "${UV_PYTHON:-}" ]; then
-        is_313 "$UV_PYTHON" || die "UV_PYTHON is no Python 3.13: $UV_PYTHON"
+        is_supported "$UV_PYTHON" || die "UV_PYTHON is no Python 3.13 or 3.14: $UV_PYTHON"
         if is_hidden "$UV_PYTHON"; then
             die "UV_PYTHON is where the service cannot see it: $UV_PYTHON"
         fi
@@ -45,7 +45,7 @@ find_python() {
             return
         fi
     done
-    say "no Python 3.13 here that the service could see: uv downloads one into $prefix/python"
+    say "no Python 3.13 or 3.14 here that the service could see: uv downloads one into $prefix/python"
     UV_PYTHON_INSTALL_DIR=$prefix/python "$uv" python install --no-bin 3.13 >&2 ||
         die 'cannot download Python 3.13: install one, and name it in UV_PYTHON'
     UV_PYTHON_INSTALL_DIR=$prefix/python "$uv" python find --managed-python --no-project 3.13

@@ -1,4 +1,4 @@
-# Sourced by `dev` and `install.sh`: finds uv, or puts one into a private virtual environment, and finds a Python 3.13.
+# Sourced by `dev` and `install.sh`: finds uv, or puts one into a private virtual environment, and finds a Python.
 # shellcheck shell=sh
 
 uv_version='uv>=0.9,<1'
@@ -11,7 +11,7 @@ find_uv() {
             return
         fi
     done
-    for python in python3 python3.13 python3.12 python3.11 python3.10 python; do
+    for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
         if "$python" -m venv "$private" >/dev/null 2>&1 && "$private/bin/pip" install --quiet "$uv_version" >&2; then
             say "put uv into $private"
             printf '%s\n' "$private/bin/uv"
@@ -23,14 +23,18 @@ find_uv() {
 }
 
 # A shim on PATH (pyenv) may answer for a version that it cannot run, so each candidate must really run.
-is_313() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))' >/dev/null 2>&1; }
+is_supported() {
+    "$1" -c 'import sys; sys.exit(not (3, 13) <= sys.version_info[:2] < (3, 15))' >/dev/null 2>&1
+}
 
-# Every Python 3.13 of this machine, one a line.
+# Every Python of this machine that will do, one a line; 3.13 first, with which vLLM is tested the most.
 pythons() {
-    managed=$("$uv" python find --managed-python --no-python-downloads --no-project 3.13 2>/dev/null || true)
-    for candidate in $managed python3.13 "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.13*/bin/python3.13; do
-        if is_313 "$candidate"; then
-            "$candidate" -c 'import sys; print(sys.executable)'
-        fi
+    for version in 3.13 3.14; do
+        managed=$("$uv" python find --managed-python --no-python-downloads --no-project $version 2>/dev/null || true)
+        for candidate in $managed "python$version" "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$version"*"/bin/python$version"; do
+            if is_supported "$candidate"; then
+                "$candidate" -c 'import sys; print(sys.executable)'
+            fi
+        done
     done
 }

@@ -1,10 +1,15 @@
 """What every test may use."""
 
+import functools
+import os
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from tests import forks
 from tests.harness import port_block
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; commands would inherit it
@@ -21,8 +26,65 @@ def port_start() -> int:
     return port_block()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Real vLLM comes behind everything that fails faster, and what stops it comes last."""
-    items.sort(
-        key=lambda item: (item.get_closest_marker("real") is not None, item.get_closest_marker("last") is not None)
+# What most machines lack, and what does not bear company: real vLLM, which takes every processor there is.
+ALONE = ("browser", "nix", "systemd", "real")
+PARTS = {"unit": ("slow", *ALONE), "beside": ALONE}  # and which markers they leave out
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--part`: for `packaging/dev`, beside every other selection."""
+    choices = [*PARTS, "alone"]
+    parser.addoption(
+        "--part", choices=choices, help="unit: quick, and needs nothing; beside: may run in parallel; alone: all others"
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Real vLLM comes behind everything that fails faster, and what stops it comes last.
+
+    Where several processes run the tests, those of the daemon come first: they wait for much, and end the last.
+    """
+    part = config.getoption("part")
+    left_out = [item for item in items if part and _is_marked(item, *PARTS.get(part, ALONE)) == (part in PARTS)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith("tests/daemon/"))
+    items.sort(key=lambda item: (_is_marked(item, "real"), _is_marked(item, "last")))
+
+
+def _is_marked(item: pytest.Item, *names: str) -> bool:
+    return any(item.get_closest_marker(name) for name in names)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """So many processes for `-n auto`: tests wait more than they compute, and each process imports everything."""
+    return min(8, len(os.sched_getaffinity(0)) + 1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # noqa: ANN401 - xdist's, without types
+    """Tests that share something run in one process; each of the others wherever there is room, in this order."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc] # as above
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if _shares(config.rootpath / file) else nodeid
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
+@functools.cache
+def _shares(file: Path) -> bool:
+    """Whether the tests of a file have something in common that takes its time, or take none themselves."""
+    text = file.read_text(encoding="utf-8")
+    return "/daemon/" not in str(file) or 'scope="module"' in text or 'scope="session"' in text
+
+
+def pytest_unconfigure() -> None:
+    """What forks daemons ends with the tests."""
+    forks.end_shared()

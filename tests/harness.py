@@ -1,6 +1,7 @@
 """Starts the daemon as a real process, the way systemd does, and waits for what it says instead of sleeping."""
 
 import asyncio
+import collections
 import contextlib
 import itertools
 import os
@@ -10,23 +11,26 @@ import socket
 import sys
 import tempfile
 import textwrap
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 from aiohttp import web
 from yarl import URL
 
-from tests import slow_turns
+from tests import forks, slow_turns
 from vllm_proxy.domain.address import UnixAddress
 from vllm_proxy.domain.file.parse import revision_of
 from vllm_proxy.engine.proc import look_up
 
 FAKE = Path(__file__).parent / "fakes" / "fake_vllm.py"
-WATCHED = [sys.executable, slow_turns.__file__]  # the command line, its event loop watched
+WATCHED = (sys.executable, slow_turns.__file__)  # the command line, its event loop watched
+PLAIN = (sys.executable, "-m", "vllm_proxy")  # as users run it
+FORKED = (WATCHED, PLAIN)
 WAIT_SECONDS = 60.0
+PAUSE_SECONDS = 0.01  # between two questions: who asks without one takes the processor from whoever is to answer
 # Root is exempt from the limit of processes; whoever may read and write everything is not (`access` too, by its bits).
 NOBODY = 54321
 AS_NOBODY = (
@@ -35,22 +39,54 @@ AS_NOBODY = (
 )  # fmt: skip
 
 
-_blocks = itertools.cycle(range(12_000, 32_600, 200))  # below the kernel's ephemeral ports
-for _ in range(random.randrange(99)):  # two test runs at once must not share
+# Below the kernel's ephemeral ports. Who has a block holds a name for it, so that no test beside this one takes it.
+_blocks = itertools.cycle(range(12_000, 32_600, 200))
+for _ in range(random.randrange(99)):  # those who ended a moment ago may have left connections
     next(_blocks)
+_held: collections.deque[socket.socket] = collections.deque()
+_MOST_HELD = 8  # for a session, a module and a test at once, each more than it needs
 
 
 def port_block() -> int:
     """The first of two hundred ports for the engines of one daemon."""
-    return next(_blocks)
+    if len(_held) == _MOST_HELD:
+        _held.popleft().close()
+    first, name = _own_block()
+    _held.append(name)
+    return first
+
+
+def _own_block() -> tuple[int, socket.socket]:
+    for first in itertools.islice(_blocks, 200):
+        name = socket.socket(socket.AF_UNIX)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                name.bind(f"\0vllm-proxy tests, ports from {first}")
+                probe.bind(("127.0.0.1", first))
+            except OSError:  # another process has it, or the engine of one that was killed
+                name.close()
+                continue
+        return first, name
+    message = "cannot find two hundred ports for a daemon's engines: other tests have them all"
+    raise RuntimeError(message)
+
+
+_for_servers: list[socket.socket] = []  # the name of this process's own block
+_server_ports: collections.deque[int] = collections.deque()
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nothing listens on now, and that no other test is given soon."""
+    if not _for_servers:
+        first, name = _own_block()
+        _for_servers.append(name)
+        _server_ports.extend(range(first, first + 200))
+    while True:
+        _server_ports.rotate(-1)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", _server_ports[0]))
+            return _server_ports[0]
 
 
 def fake_engines(port_start: int) -> str:
@@ -65,10 +101,28 @@ def loading_until(port_start: int, gate: Path) -> str:
     return f'{fake_engines(port_start)}[models.chat]\nmodel = "x"\n{args}\n'
 
 
+class Running(Protocol):
+    """A process, however it was started."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit status, once somebody has waited for it."""
+
+    async def wait(self) -> int:
+        """Wait for its end; returns its exit status, negative for a signal."""
+
+    def send_signal(self, number: signal.Signals, /) -> None:
+        """Send a signal."""
+
+
 class Daemon:
     """A running `vllm-proxy`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, port: int, folder: Path, notes: "Notes") -> None:
+    def __init__(self, process: Running, port: int, folder: Path, notes: "Notes") -> None:
         self.process = process
         self.port = port
         self.folder = folder
@@ -92,7 +146,7 @@ class Daemon:
         """
         async with asyncio.timeout(WAIT_SECONDS):
             while (found := self.log().count(words)) < (times or 1):
-                await asyncio.to_thread(lambda: None)
+                await asyncio.sleep(PAUSE_SECONDS)
         assert times in {None, found}
 
     async def until(self, wanted: str | Callable[[str], bool], seconds: float = WAIT_SECONDS) -> None:
@@ -152,7 +206,7 @@ class Daemon:
         """Ask again and again, until the answer fulfils what is wanted; returns it."""
         async with asyncio.timeout(WAIT_SECONDS):
             while not holds(answer := await self.get(path, status)):
-                pass
+                await asyncio.sleep(PAUSE_SECONDS)
         return answer
 
     async def all_ready(self) -> None:
@@ -239,9 +293,7 @@ class Notes(asyncio.DatagramProtocol):
         found = [message for message in self.messages if message.startswith("STATUS=")]
         return found[-1].removeprefix("STATUS=") if found else ""
 
-    async def until(
-        self, wanted: str | Callable[[str], bool], process: asyncio.subprocess.Process, seconds: float
-    ) -> None:
+    async def until(self, wanted: str | Callable[[str], bool], process: Running, seconds: float) -> None:
         """Wait for a STATUS, or for READY=1 itself; an early end of the daemon is an error."""
         ended = asyncio.ensure_future(process.wait())
         try:
@@ -287,7 +339,8 @@ async def running_command(
 ) -> AsyncIterator[Daemon]:
     """A command that is a daemon, once it listens; it is stopped when the block ends. `program` runs the command.
 
-    `below`: a command that becomes it. `output`: where it writes, a descriptor; None: to `daemon.log`.
+    `below`: a command that becomes it. `output`: where it writes, a descriptor; None: to `daemon.log`. Where it is
+    `serve` as all run it, and nothing is asked of its interpreter, it is forked from one that has imported all.
     The end fails where a callback held its event loop for longer than `slow_turns` allows.
     """
     port = port or free_port()
@@ -298,14 +351,19 @@ async def running_command(
         transport, _ = await loop.create_datagram_endpoint(
             lambda: notes, family=socket.AF_UNIX, local_addr=f"{short}/notify"
         )
+        arguments = (command, "--port", str(port), "--state-dir", str(folder / "state"), *flags)
+        places = {"NOTIFY_SOCKET": f"{short}/notify", slow_turns.FILE: str(slow)}
+        environment = {**clean_environment(), **places, **(env or {})}
+        process: Running
         with (folder / "daemon.log").open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                *below, *program, command, "--port", str(port), "--state-dir", str(folder / "state"), *flags,
-                env={
-                    **clean_environment(), "NOTIFY_SOCKET": f"{short}/notify", slow_turns.FILE: str(slow), **(env or {})
-                },
-                cwd=folder, stdout=output or log, stderr=output or log,
-            )  # fmt: skip
+            out = log.fileno() if output is None else output
+            if command == "serve" and program in FORKED and not below and not _is_for_an_interpreter(env or {}):
+                run = forks.Run(arguments, str(folder), environment, watched=program == WATCHED)
+                process = forks.shared().start(run, out, out)
+            else:
+                process = await asyncio.create_subprocess_exec(
+                    *below, *program, *arguments, env=environment, cwd=folder, stdout=out, stderr=out
+                )
         running = Daemon(process, port, folder, notes)
         try:
             await running.until("READY=1", seconds)
@@ -319,19 +377,24 @@ async def running_command(
 
 async def vllm_proxy(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> tuple[int, str, str]:
     """Run a command beside the daemon of this folder; (exit status, stdout, stderr)."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "vllm_proxy", *arguments, "--state-dir", str(folder / "state"),
-        env={**clean_environment(), **(env or {})}, cwd=folder,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(WAIT_SECONDS):
-            out, err = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-    assert process.returncode is not None
-    return process.returncode, out.decode(), err.decode()
+    run = forks.Run(
+        [*arguments, "--state-dir", str(folder / "state")], str(folder), {**clean_environment(), **(env or {})}
+    )
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = forks.shared().start(run, out.fileno(), err.fileno())
+        try:
+            async with asyncio.timeout(WAIT_SECONDS):
+                status = await process.wait()
+        finally:
+            process.send_signal(signal.SIGKILL)
+        out.seek(0)
+        err.seek(0)
+        return status, out.read().decode(), err.read().decode()
+
+
+def _is_for_an_interpreter(env: Mapping[str, str]) -> bool:
+    """Whether a process must have this environment from its very start."""
+    return any(name.startswith(("PYTHON", "LD_", "LC_", "LANG")) for name in env)
 
 
 def clean_environment() -> dict[str, str]:
@@ -459,7 +522,7 @@ async def until[T](ask: Callable[[], Awaitable[T]], holds: Callable[[T], bool]) 
     """Ask again and again, until the answer fulfils what is wanted; returns it."""
     async with asyncio.timeout(WAIT_SECONDS):
         while not holds(answer := await ask()):
-            pass
+            await asyncio.sleep(PAUSE_SECONDS)
     return answer
 
 

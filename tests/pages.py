@@ -143,7 +143,7 @@ def _usages() -> tuple[Sequence[str], Rows]:
     rows = []
     for name, parser in _commands().items():
         parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=1000)
-        usage = parser.format_usage().strip().removeprefix(f"usage: {parser.prog} [-h]").strip()
+        usage = parser.format_usage().strip().removeprefix(f"usage: {parser.prog} [-h]").strip().replace("|", "\\|")
         rows.append((f"`vllm-proxy {name}`", f"`{usage}`" if usage else "", parser.description or "", ""))
     return ("command", "takes", "does", "exit status"), rows
 

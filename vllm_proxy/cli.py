@@ -132,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     restart = add("restart", _act, [place, as_json], "restart a model, one engine after another")
     for command in (start, restart):
         command.add_argument("model", metavar="ID")
+    stop.usage = (
+        "%(prog)s [-h] [--state-dir DIR] [--json] (ID | --all)"  # Python 3.13 writes it as if both were optional
+    )
     which = stop.add_mutually_exclusive_group(required=True)
     which.add_argument("model", metavar="ID", nargs="?")
     which.add_argument("--all", action="store_true", help="all of them, and what a daemon that runs no more has left")

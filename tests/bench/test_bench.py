@@ -11,6 +11,7 @@ from tests.bench import build, cases, client, peers
 PROXY = (peers.OURS, peers.DIRECT)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not build.compiler(), reason="no C compiler")
 def test_a_short_run_gives_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without peers and with windows of a fraction of a second each asked figure is there, and nothing failed."""

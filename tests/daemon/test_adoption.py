@@ -278,8 +278,7 @@ async def test_members_of_a_later_session_with_a_recorded_number_are_left_alone(
             async with daemon(KEEP + fake_engines(port_start) + EMBED, tmp_path) as first:
                 (pid, _) = (await fleet(first))["embed/0"]
                 await first.stop()
-            for process in session_of(pid):
-                os.kill(process, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)
             forge(tmp_path, "pid", pid, session)
             if ends == "by a command":
                 assert (await vllm_proxy(tmp_path, "stop", "--all"))[0] == 0

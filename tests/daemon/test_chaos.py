@@ -8,6 +8,8 @@ import pytest
 from tests.bench.build import compiler
 from tests.chaos.run import chaos
 
+pytestmark = pytest.mark.slow
+
 FAULTS, ANSWERS = 10, 100  # however long they take on a machine that is busy
 
 

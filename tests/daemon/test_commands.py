@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -312,13 +313,17 @@ async def test_the_next_start_is_estimated_from_the_last_ones(tmp_path: Path, po
     """The resource says how long a start of the same spec may still take."""
     gate = tmp_path / "go"
     gate.touch()
-    table = CHAT + f'args = {{ fake_load_seconds = 2, fake_phase_until = "weights={gate}" }}\n'
+    table = CHAT + f'args = {{ fake_load_seconds = 0.2, fake_phase_until = "weights={gate}" }}\n'
     async with daemon(fake_engines(port_start) + table, tmp_path) as running:
         await running.all_ready()
-        gate.unlink()
-        await running.post("/models/chat/restart", {}, 202)
+    gate.unlink()
+    file = tmp_path / "state/starts.toml"
+    ((took,),) = tomllib.loads(file.read_text())["seconds"].values()
+    assert took >= 0.2
+    file.write_text(file.read_text().replace(str(took), "30.0"))  # on a busy machine a start may outlast the first one
+    async with daemon(fake_engines(port_start) + table, tmp_path) as running:
         seen: dict[str, Any] = await running.once("chat", lambda one: one["ready_in_seconds"] is not None)
-        assert 0 < seen["ready_in_seconds"] < 60
+        assert 0 < seen["ready_in_seconds"] <= 30
         await running.until(lambda status: "s left" in status)
         gate.touch()
         await running.all_ready()

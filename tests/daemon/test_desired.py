@@ -313,7 +313,7 @@ async def test_surge_never_leaves_a_moment_without_an_engine(tmp_path: Path, por
         )
         assert model["status"]["state"] == "ready"
         assert session_of(old) == set()
-        running.process.kill()
+        running.process.send_signal(signal.SIGKILL)
         await running.process.wait()
         async with daemon(running.file.read_text(), tmp_path) as second:
             await second.all_ready()

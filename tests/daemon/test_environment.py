@@ -20,6 +20,7 @@ import pytest
 from tests.harness import (
     AS_NOBODY,
     NOBODY,
+    PLAIN,
     WAIT_SECONDS,
     Daemon,
     clean_environment,
@@ -47,7 +48,7 @@ async def serving(folder: Path, text: str, *before: str, program: Sequence[str] 
     (folder / "conf").mkdir()
     file = folder / "conf" / "models.toml"
     file.write_text(textwrap.dedent(text))
-    command = (*before, *(program or (sys.executable, "-m", "vllm_proxy")))
+    command = (*before, *(program or PLAIN))
     async with running_command(folder, "serve", "--config", str(file), program=command) as running:
         yield running
 

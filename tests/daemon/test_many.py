@@ -15,7 +15,7 @@ MODELS = "".join(f'[models.m{number}]\nmodel = "org/m"\nstart = "on-demand"\n' f
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One daemon for all of them; it fails at its end where a callback took long."""
-    engines = fake_engines(11_400).replace("port_end = 11599", "port_end = 12599")
+    engines = fake_engines(11_400).replace("port_end = 11599", "port_end = 11999")
     folder: Path = tmp_path_factory.mktemp("many")
     async with daemon(engines + '[defaults]\ndescription = "one"\n' + MODELS, folder) as running:
         yield running

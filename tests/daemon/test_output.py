@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests import slow_turns
+from tests.forks import Run, shared
 from tests.harness import WATCHED, Daemon, Notes, clean_environment, fake_engines, free_port
 
 ASK = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
@@ -32,11 +34,11 @@ async def writing_to(stderr: int, folder: Path, config: str, *flags: str) -> Asy
         transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
             lambda: notes, family=socket.AF_UNIX, local_addr=f"{short}/notify"
         )
-        process = await asyncio.create_subprocess_exec(
-            *WATCHED, "serve", "--port", str(port), "--state-dir", str(folder / "state"), *flags,
-            env={**clean_environment(), "NOTIFY_SOCKET": f"{short}/notify", slow_turns.FILE: str(slow)},
-            cwd=folder, stdout=asyncio.subprocess.DEVNULL, stderr=stderr,
-        )  # fmt: skip
+        arguments = ("serve", "--port", str(port), "--state-dir", str(folder / "state"), *flags)
+        env = {**clean_environment(), "NOTIFY_SOCKET": f"{short}/notify", slow_turns.FILE: str(slow)}
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        process = shared().start(Run(arguments, str(folder), env, watched=True), nowhere, stderr)
+        os.close(nowhere)
         running = Daemon(process, port, folder, notes)
         try:
             await running.until("READY=1")
@@ -44,7 +46,7 @@ async def writing_to(stderr: int, folder: Path, config: str, *flags: str) -> Asy
             assert await running.stop() == 0
         finally:
             if process.returncode is None:
-                process.kill()
+                process.send_signal(signal.SIGKILL)
                 await process.wait()
             await running.session.close()
             transport.close()

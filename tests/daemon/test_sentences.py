@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forks import NOBODY, Ended, Forks, Run, forks
+from tests.forks import NOBODY, Ended, Forks, Run, shared
 from tests.harness import WAIT_SECONDS, clean_environment, daemon, fake_engines, free_port, vllm_proxy
 
 CHAT = '[models.chat]\nmodel = "org/chat"\n'
@@ -40,11 +40,10 @@ WITHOUT_A_DAEMON = dict.fromkeys(ASKING, 3) | {"plan": 2, "plan --json": 2, "sto
 IS_ROOT = os.geteuid() == 0
 
 
-@pytest.fixture(scope="module")
-def fork() -> Iterator[Forks]:
+@pytest.fixture
+def fork() -> Forks:
     """What runs the commands."""
-    with forks() as running:
-        yield running
+    return shared()
 
 
 @pytest.fixture

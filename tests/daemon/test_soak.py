@@ -110,6 +110,7 @@ def all_ready(listing: dict[str, list[dict[str, dict[str, list[dict[str, str]]]]
     return all(item["state"] == "ready" for model in listing["models"] for item in model["status"]["instances"])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_nothing_leaks_and_every_answer_is_honest(tmp_path: Path, port_start: int) -> None:
     """At rest all models are ready, every count is 0, and the daemon has the descriptors that it began with."""

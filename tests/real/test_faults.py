@@ -42,7 +42,11 @@ restart = {{ max_failures = 1 }}
 [defaults.args]
 enforce_eager = true
 """
-EMBED = f"""
+
+
+def embed() -> str:
+    """A model that works."""
+    return f"""
 [models.embed]
 model = "{model_folder()}"
 max_model_len = 256
@@ -51,7 +55,11 @@ stall_timeout = "20s"
 restart = {{ max_failures = 5, backoff = "100ms" }}
 env = {{ VLLM_CPU_KVCACHE_SPACE = "1" }}
 """
-FAILING = f"""
+
+
+def failing() -> str:
+    """Three that cannot."""
+    return f"""
 [models.big]
 model = "{model_folder()}"
 gpu_memory_utilization = 0.99
@@ -98,7 +106,7 @@ def marks_of(session: int) -> set[bytes]:
 @pytest.fixture(scope="module")
 async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One model that works and three that cannot."""
-    async with daemon(ENGINES + EMBED + FAILING, tmp_path_factory.mktemp("faults")) as running:
+    async with daemon(ENGINES + embed() + failing(), tmp_path_factory.mktemp("faults")) as running:
         yield running
         pid = (await running.instance("embed"))["pid"]
         assert await running.stop() == 0
@@ -185,7 +193,7 @@ async def test_a_stopped_engine_core_is_found_out_as_stalled(fleet: Daemon) -> N
 
 async def test_a_killed_daemon_is_followed_by_one_that_adopts(tmp_path: Path) -> None:
     """SIGKILL while vLLM loads, and again while it serves: the same engine goes on, and is ended by `stop --all`."""
-    config = ENGINES + EMBED
+    config = ENGINES + embed()
     async with daemon(config, tmp_path) as first:
         before = await once_started(first)
         await first.stop(signal.SIGKILL)
