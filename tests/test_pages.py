@@ -17,7 +17,13 @@ from vllm_proxy.help import TOPICS, anchor, sections
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = sorted(pages.DOCS.glob("*.md"))
-LINKED = [README, *PAGES, ROOT / "vllm_proxy/HACKING.md", ROOT / "vllm_proxy/ARCHITECTURE.md"]
+LINKED = [
+    README,
+    *sorted((ROOT / ".github").glob("*.md")),
+    *PAGES,
+    ROOT / "vllm_proxy/HACKING.md",
+    ROOT / "vllm_proxy/ARCHITECTURE.md",
+]
 CODES = [*STATUS, *Reason, *(f"exit-status-{status}" for status in pages.exit_statuses())]
 
 
