@@ -16,6 +16,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("usual", deadline=None)  # a loaded machine says nothing about what is tested
+settings.register_profile("quick", max_examples=25, deadline=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
 settings.load_profile("usual")
 
@@ -37,6 +38,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--part", choices=choices, help="unit: quick, and needs nothing; beside: may run in parallel; alone: all others"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The quick part tries fewer examples; `packaging/dev test` tries them all."""
+    if config.getoption("part") == "unit" and not config.getoption("hypothesis_profile"):
+        settings.load_profile("quick")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Each marker of these has a folder, whose files need not even be imported."""
+    is_left_out = config.getoption("part") in PARTS and collection_path.name in ALONE and collection_path.is_dir()
+    return is_left_out or None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

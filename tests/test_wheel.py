@@ -16,6 +16,8 @@ from tests.harness import clean_environment, fake_engines, free_port
 from vllm_proxy import __version__
 from vllm_proxy.help import TOPICS
 
+pytestmark = pytest.mark.slow  # and it asks the package index
+
 ROOT = Path(__file__).parents[1]
 CHAT = '[models.chat]\nmodel = "org/chat"\n'
 

@@ -6,7 +6,6 @@ import signal
 import socket
 from pathlib import Path
 
-import openai
 
 from tests.harness import daemon, fake_engines
 
@@ -32,6 +31,8 @@ READY = "2 of 2 models ready"
 
 async def test_both_models_become_ready_and_answer_an_openai_client(tmp_path: Path, port_start: int) -> None:
     """An unmodified openai client chats with one model and embeds with another, through one address."""
+    import openai  # it takes two seconds, in every process that collects this file
+
     async with daemon(fake_engines(port_start) + TWO_MODELS, tmp_path) as running:
         await running.until(READY)
         async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
