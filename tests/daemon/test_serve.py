@@ -6,7 +6,6 @@ import signal
 import socket
 from pathlib import Path
 
-
 from tests.harness import daemon, fake_engines
 
 TWO_MODELS = """
