@@ -28,8 +28,13 @@ def mounted(*arguments: str, at: Path) -> Iterator[None]:
 
 
 def turn_read_only(folder: Path) -> None:
-    """As the kernel does with a file system that has errors."""
-    subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+    """As the kernel does with a file system that has errors; once nobody writes there in that moment."""
+    command = ["mount", "-o", "remount,bind,ro", str(folder)]
+    for _ in range(200):
+        done = subprocess.run(command, capture_output=True, check=False, text=True)
+        if "busy" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr
 
 
 def fill(folder: Path) -> None:

@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 
 from vllm_proxy.domain.config import ModelSpec, Server
 from vllm_proxy.domain.file.parse import parse_config
-from vllm_proxy.domain.plan import Kind, apply, plan, restart_needed
+from vllm_proxy.domain.plan import Action, Kind, plan, restart_needed
+
+
+def apply(running: Mapping[str, ModelSpec], action: Action) -> dict[str, ModelSpec]:
+    """What is adopted behind an action."""
+    rest = dict(running)
+    if action.to is None:
+        del rest[action.model]
+    else:
+        rest[action.model] = action.to
+    return rest
 
 
 def models(text: str) -> Mapping[str, ModelSpec]:

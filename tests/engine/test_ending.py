@@ -23,7 +23,7 @@ class Owner:
         """Seconds between SIGTERM and SIGKILL."""
         return 30
 
-    def waits(self, why: str | None) -> None:
+    def waits_for_port(self, why: str | None) -> None:
         """The start waits."""
         self.heard.append(f"waits: {why}")
 

@@ -17,11 +17,13 @@ from structlog.testing import capture_logs
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.devices import NO_DEVICES
 from vllm_proxy.domain.diagnose import Exit
+from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.engine import process, vitals
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.ending import end_engine
-from vllm_proxy.engine.launch import Engine, LaunchedEngine, Launcher
+from vllm_proxy.engine.interface import Engine
+from vllm_proxy.engine.launch import LaunchedEngine, Launcher
 from vllm_proxy.engine.options import OptionTables
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.proc import look_up
@@ -124,7 +126,7 @@ class Owner:
         """Seconds between SIGTERM and SIGKILL."""
         return 0.2
 
-    def waits(self, why: str | None) -> None:
+    def waits_for_port(self, why: str | None) -> None:
         """The start waits."""
         self._hear(f"waits: {why}")
 
@@ -574,3 +576,16 @@ async def test_a_folder_of_thousands_of_files_is_removed_beside_everything_else(
     assert await ending is None
     assert turns > 10
     assert not Path(record.folder).exists()
+
+
+async def test_a_start_without_a_free_port_says_so_and_leaves_nothing(tmp_path: Path, port_start: int) -> None:
+    """It is a failure by chance, which says nothing about the spec: a later try may find one."""
+    with place(tmp_path, port_start) as here:
+        here.ports.set_range(port_start, port_start)
+        here.ports.reserve(port_start)
+        with pytest.raises(LaunchError) as failed:
+            async with here.launcher.running(model(tmp_path, "true"), "chat/0", NO_DEVICES, Owner()):
+                pass
+        assert failed.value.diagnosis.reason is Reason.PORT_IN_USE
+        assert "set engine.port_end" in failed.value.diagnosis.message
+        assert here.state.orphans() == []

@@ -208,9 +208,9 @@ class FakeLauncher:
         if self.refusal:
             raise self.refusal
         if self.no_port:
-            owner.waits(self.no_port)
+            owner.waits_for_port(self.no_port)
             await asyncio.sleep(60)
-            owner.waits(None)
+            owner.waits_for_port(None)
         number = len(self.engines)
         engine = FakeEngine(place_of(instance, number, allocation))
         engine.spec = model.engine

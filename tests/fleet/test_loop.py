@@ -416,4 +416,4 @@ async def test_who_is_stopped_in_its_pause_leaves_nothing_behind() -> None:
     waits.cancel()
     await passes(5000)
     assert waits.cancelled()
-    assert loop._failures == []
+    assert loop._retries == []

@@ -472,18 +472,18 @@ async def test_a_start_that_waits_for_another_says_for_whom_as_long_as_it_waits(
     await stage.engine()
     await settle()
     (instance,) = waits.instances
-    assert (instance.phase, instance.waits_for) == (Phase.QUEUED, "waits: first/0 loads on what it needs")
+    assert (instance.phase, instance.waiting_because) == (Phase.QUEUED, "waits: first/0 loads on what it needs")
     assert (waits.diagnosis, waits.state) == (None, State.LOADING)
     waits.stop()
     await stage.until(lambda: waits.state is State.STOPPED)
-    assert instance.waits_for is None
+    assert instance.waiting_because is None
     waits.start()
     await settle()
     (instance,) = waits.instances
-    assert instance.waits_for is not None
+    assert instance.waiting_because is not None
     stage.launcher.engines[0].listens = True
     await stage.engine(2)
-    assert instance.waits_for is None
+    assert instance.waiting_because is None
 
 
 @virtual

@@ -188,7 +188,7 @@ async def test_a_launch_that_finds_no_command_rests_at_once() -> None:
 async def test_a_launch_that_fails_for_another_reason_is_tried_again() -> None:
     """No port now may be a port later."""
     stage = Stage()
-    stage.launcher.refusal = LaunchError(Reason.CRASHED, "cannot find a free port")
+    stage.launcher.refusal = LaunchError(Reason.PORT_IN_USE, "cannot find a free port")
     chat = stage.supervisor(model())
     chat.start()
     await stage.until(lambda: chat.phase is Phase.BACKOFF)

@@ -15,7 +15,7 @@ def two(stage: Stage) -> tuple[Endpoint, Endpoint]:
     address = TcpAddress("127.0.0.1", 1)
     endpoints = Endpoint("chat/0", address, "secret", None), Endpoint("chat/1", address, "secret", None)
     for endpoint in endpoints:
-        stage.registry.open("chat", endpoint)
+        stage.registry.add_endpoint("chat", endpoint)
     return endpoints
 
 

@@ -88,7 +88,7 @@ async def fleet(engines: Mapping[str, Behaviour], seconds: float = 60.0, policy:
             registry.declare(spec(name, policy), lambda: None)
             endpoint = Endpoint(f"{name}/0", TcpAddress(*server.sockets[0].getsockname()), "key", None)
             stack.callback(endpoint.pool.close)
-            registry.open(name, endpoint)
+            registry.add_endpoint(name, endpoint)
 
         async def work(call: Call) -> web.StreamResponse:
             return await fan_out(call, registry, b"", seconds)
@@ -157,7 +157,7 @@ async def test_a_refused_connection_is_no_not_found() -> None:
     """502: that instance could not be asked."""
     async with fleet({"a": says(404)}) as found:
         found.registry.declare(spec("b", ""), lambda: None)
-        found.registry.open("b", Endpoint("b/0", TcpAddress("127.0.0.1", 1), "key", None))
+        found.registry.add_endpoint("b", Endpoint("b/0", TcpAddress("127.0.0.1", 1), "key", None))
         assert (await found.ask()).status == 502
         assert found.registry.counts("b") == (0, 0)
 

@@ -70,8 +70,8 @@ async def running(*, engine_answers: bool = True, at: Path | None = None) -> Asy
     registry = Registry()
     spec = parse_config(b'[models.chat]\nmodel = "m"', "models.toml").models["chat"]
     registry.declare(spec, lambda: None)
-    registry.open("chat", Endpoint("chat/0", listens, "key", None))
-    registry._routes["chat"].open = True
+    registry.add_endpoint("chat", Endpoint("chat/0", listens, "key", None))
+    registry._routes["chat"].accepts = True
     async with aiohttp.ClientSession() as engines:
         sessions = Sessions(registry, engines, Server, Budget(), HEARTBEAT)
         cors: Any = SimpleNamespace()

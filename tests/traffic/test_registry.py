@@ -33,7 +33,7 @@ def registry_of(
 def opened(registry: Registry, index: int = 0) -> Endpoint:
     """An instance of "chat" that became ready."""
     endpoint = Endpoint(f"chat/{index}", TcpAddress("127.0.0.1", 9000 + index), "secret", None)
-    registry.open("chat", endpoint)
+    registry.add_endpoint("chat", endpoint)
     return endpoint
 
 
@@ -313,7 +313,7 @@ async def test_every_instance_is_leased_in_turn_and_given_back() -> None:
             seen.append(lease.endpoint)
             assert registry.counts("chat") == (1, 0)
             if len(seen) == 1:
-                registry.withdraw("chat", endpoints[1])
+                registry.withdraw_endpoint("chat", endpoints[1])
     assert seen == [endpoints[0], endpoints[2]]
     assert registry.counts("chat") == (0, 0)
     assert [endpoint.in_flight for endpoint in endpoints] == [0, 0, 0]
@@ -325,7 +325,7 @@ async def test_a_withdrawn_instance_gets_no_new_request_and_keeps_the_old() -> N
     registry = registry_of()
     endpoint = opened(registry)
     running = await registry.acquire("chat")
-    registry.withdraw("chat", endpoint)
+    registry.withdraw_endpoint("chat", endpoint)
     task = await waiter(registry)
     assert registry.counts("chat") == (1, 1)
     release(running)
@@ -391,7 +391,7 @@ class Storm:
             self.every.append(opened(self.registry, len(self.every)))
             self.open.append(self.every[-1])
         elif action == "withdraw" and self.open:
-            self.registry.withdraw("chat", self.open.pop(number % len(self.open)))
+            self.registry.withdraw_endpoint("chat", self.open.pop(number % len(self.open)))
         elif action == "turn":
             await asyncio.sleep(0)
         elif action == "wait":

@@ -171,7 +171,7 @@ def resource(model: Model, registry: Registry) -> resources.Model:
 
 def _instance(instance: Supervisor) -> resources.Instance:
     engine, left, diagnosis = instance.engine, instance.seconds_left(), instance.diagnosis
-    problem = engine.log.problem if engine else instance.waits_for
+    problem = engine.log.problem if engine else instance.waiting_because
     return {
         "index": instance.index,
         "state": instance.state,

@@ -59,16 +59,6 @@ def plan(desired: Mapping[str, ModelSpec], running: Mapping[str, ModelSpec]) -> 
     return tuple(sorted([*steps, *gone], key=lambda action: _rank(action, running)))
 
 
-def apply(running: Mapping[str, ModelSpec], action: Action) -> dict[str, ModelSpec]:
-    """What is adopted behind an action."""
-    rest = dict(running)
-    if action.to is None:
-        del rest[action.model]
-    else:
-        rest[action.model] = action.to
-    return rest
-
-
 def restart_needed(before: Server, after: Server) -> list[str]:
     """The keys of `[server]` that changed and take effect with the next start of the daemon."""
     return [f"server.{key}" for key in RESTART_KEYS if getattr(before, key) != getattr(after, key)]

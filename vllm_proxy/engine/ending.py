@@ -39,7 +39,7 @@ class Owner(Protocol):
     def stop_timeout(self) -> float:
         """Seconds between SIGTERM and SIGKILL."""
 
-    def waits(self, why: str | None) -> None:
+    def waits_for_port(self, why: str | None) -> None:
         """The start waits for something that time alone brings; None: it does no more."""
 
     def not_ended(self, why: str) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import structlog
 
@@ -22,9 +21,8 @@ from vllm_proxy.domain.address import TcpAddress
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.devices import Allocation, allocation_for
-from vllm_proxy.domain.diagnose import Diagnosis, Exit
+from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason
-from vllm_proxy.domain.progress import Progress
 from vllm_proxy.engine import cgroup, logs, vitals
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
@@ -43,84 +41,6 @@ log = structlog.get_logger()
 
 _MEMORY_SECONDS = 30.0
 _MUCH_MORE_MEMORY = 1.5  # times what it was
-
-
-class EngineOutput(Protocol):
-    """The output of an engine, for those who observe it."""
-
-    @property
-    def activity(self) -> int:
-        """Grows whenever the engine does something that can be seen."""
-
-    @property
-    def progress(self) -> Progress:
-        """How far its start is."""
-
-    def tail(self, lines: int) -> tuple[str, ...]:
-        """The last lines that it wrote. For a thread."""
-
-
-class Log(Protocol):
-    """The log of an engine, for those who observe it."""
-
-    @property
-    def path(self) -> Path:
-        """Where it can be read while the engine's block lasts."""
-
-    @property
-    def problem(self) -> str | None:
-        """Why it is not kept on disk, as last seen."""
-
-    def check(self) -> str | None:
-        """Check again."""
-
-
-class Engine(Protocol):
-    """A running engine, as its supervisor sees it."""
-
-    @property
-    def started_at(self) -> datetime:
-        """UTC."""
-
-    @property
-    def was_ready(self) -> bool:
-        """Whether an earlier daemon has seen it serve."""
-
-    @property
-    def memory_bytes(self) -> int:
-        """Of its processes; 0: not known."""
-
-    @property
-    def pid(self) -> int:
-        """Of its first process."""
-
-    @property
-    def place(self) -> Place:
-        """Where it runs."""
-
-    @property
-    def exited(self) -> asyncio.Future[Exit]:
-        """How its first process ended, once it did."""
-
-    @property
-    def output(self) -> EngineOutput:
-        """What it writes."""
-
-    @property
-    def log(self) -> Log:
-        """Where that goes."""
-
-    async def holds_address(self) -> bool:
-        """Whether all that listens at its address is provably its own: nobody else is to get its credential."""
-
-    def age_seconds(self) -> float:
-        """Since its first process started; the wall clock has no part in it."""
-
-    def mark_ready(self) -> None:
-        """It is ready: record that."""
-
-    def keep(self) -> None:
-        """Leave it to the next daemon where the block ends."""
 
 
 class LaunchedEngine:
@@ -312,11 +232,13 @@ class Launcher:
         self, instance: str, allocation: Allocation, owner: Owner, taken: contextlib.ExitStack
     ) -> Place:
         try:
-            port = await self.ports.take_or_wait(owner.waits)
+            port = await self.ports.take_or_wait(owner.waits_for_port)
             taken.callback(self.ports.release, port)
             folder = tempfile.mkdtemp(prefix="vp-", dir=self.scratch)
-        except (NoPortError, OSError) as error:
-            raise LaunchError(Reason.CRASHED, f"cannot make room for an engine: {error}") from error
+        except NoPortError as error:
+            raise LaunchError(Reason.PORT_IN_USE, str(error)) from error
+        except OSError as error:
+            raise LaunchError(Reason.CRASHED, f"cannot make a temporary folder for an engine: {error}") from error
         taken.callback(files.remove_tree, Path(folder))
         own_name, credential = f"engine-{secrets.token_hex(8)}", secrets.token_urlsafe(24)
         return Place(instance, own_name, TcpAddress(HOST, port), credential, folder, allocation)

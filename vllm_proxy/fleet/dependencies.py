@@ -12,7 +12,7 @@ from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.engine.ending import Owner
-from vllm_proxy.engine.launch import Engine
+from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.probe import Probe
 from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.fleet.loop import FleetLoop

@@ -94,7 +94,7 @@ class FleetLoop:
         self._mailbox: list[tuple[Event, asyncio.Future[None]]] = []
         self._due_at: dict[Member, float] = {}  # every member, and when to decide about it though nothing happened
         self._changed: dict[Member, None] = {}  # in the order it happened
-        self._failures: list[_PendingRetry] = []
+        self._retries: list[_PendingRetry] = []
         self._next_try = _NEVER  # when the next engine that failed is started again
         self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -165,12 +165,12 @@ class FleetLoop:
         """
         since, jitter = asyncio.get_running_loop().time(), random.random()  # noqa: S311 - no secret
         failure = _PendingRetry(Retry(instance, reason, failures, since, jitter, restart()), restart, on_retry)
-        self._failures.append(failure)
+        self._retries.append(failure)
         self.wake()
         try:
             return await failure.again
         finally:
-            self._failures.remove(failure)
+            self._retries.remove(failure)
 
     # Decisions and effects
 
@@ -241,7 +241,7 @@ class FleetLoop:
         time = asyncio.get_running_loop().time()
         self._next_try = time + _AFTER_FAULT_SECONDS  # where a bug is in the way
         with self._faults.contained("starts could not be decided about"):
-            failures = [failure for failure in self._failures if not failure.again.done()]
+            failures = [failure for failure in self._retries if not failure.again.done()]
             snapshot = Snapshot(claims=self.room.claims(), retries=[failure.now() for failure in failures])
             decision, whole = self._decide(snapshot, time)
             self.room.follow(decision.admit, decision.wait)

@@ -238,7 +238,7 @@ class Model:
     def _follow(self, decided: ModelDecision) -> None:
         refused, wanted = decided.rollback.failed, decided.wanted
         if refused is not None and refused is not self._rollback.failed:
-            log.error("a replacement failed", model=self.name, reason=refused.reason, message=refused.message)
+            self._log_failed_replacement(refused)
         is_visible = (refused, wanted) != (self._rollback.failed, self._wanted)
         if (self._wanted, wanted) == (Wanted.AWAIT, Wanted.RUN):
             log.info("started by a request", model=self.name)
@@ -295,8 +295,11 @@ class Model:
         self._checking = None
         self._rollback = self._rollback.check_ended(found)
         if found is not None:
-            log.error("a replacement failed", model=self.name, reason=found.reason, message=found.message)
+            self._log_failed_replacement(found)
         self._notify()
+
+    def _log_failed_replacement(self, why: Diagnosis) -> None:
+        log.error("a replacement failed", model=self.name, reason=why.reason, message=why.message)
 
 
 def _is_not_ended(one: Supervisor) -> bool:

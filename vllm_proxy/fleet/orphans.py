@@ -75,7 +75,7 @@ class Orphan:
         """Seconds between SIGTERM and SIGKILL."""
         return _GRACE_SECONDS
 
-    def waits(self, why: str | None) -> None:
+    def waits_for_port(self, why: str | None) -> None:
         """Not called: it does not start."""
 
     def not_ended(self, why: str) -> None:

@@ -22,11 +22,11 @@ from vllm_proxy.domain.devices import ANY_DEVICE, Allocation
 from vllm_proxy.domain.diagnose import Diagnosis, Exit, diagnose
 from vllm_proxy.domain.lifecycle import Event, Life, Phase, Reason, State
 from vllm_proxy.domain.progress import Progress
-from vllm_proxy.engine.launch import Engine
+from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.liveness import until_stalled
 from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.program import LaunchError
-from vllm_proxy.engine.start import until_ready
+from vllm_proxy.engine.readiness import until_ready
 from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
@@ -77,11 +77,11 @@ class Supervisor:
         self._history = history
         self._changed = changed
         self._failures = 0
-        self._lives = False  # whether an engine of it, or a process of one, lives
+        self._engine_alive = False  # whether an engine of it, or a process of one, lives
         self._failure: Diagnosis | None = None  # of its last engine, until the next one serves
         self._allocation: Allocation | None = None  # of its engine, since that was admitted
         self._departure: Departure | None = None
-        self._waits_for: str | None = None  # which end or start its own start waits for
+        self._waiting_because: str | None = None  # which end or start its own start waits for
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -104,7 +104,7 @@ class Supervisor:
         assert self._task is not None, "only a started one can be stopped"
         assert self._life.state not in {State.STOPPED, State.UNLOADING}, "it is stopped once"
         self._claim_departure()
-        is_reported = self.diagnosis is not None and self.diagnosis.reason is Reason.NOT_ENDED and self._lives
+        is_reported = self.diagnosis is not None and self.diagnosis.reason is Reason.NOT_ENDED and self._engine_alive
         self._transition(Event.STOP, Phase.STOPPING if is_reported else Phase.DRAINING)
         if keep and self.engine is not None:
             self.engine.keep()
@@ -114,7 +114,7 @@ class Supervisor:
     async def _finish_stop(self, running: asyncio.Task[None]) -> None:
         """It stays `unloading` where its engine could not be ended and a stopping daemon gave up."""
         await asyncio.wait({running})
-        if not self._lives:
+        if not self._engine_alive:
             self._release_claim()
             self.diagnosis = None
             self._transition(Event.GONE)
@@ -138,13 +138,13 @@ class Supervisor:
         """Seconds between SIGTERM and SIGKILL."""
         return self.spec.policy.stop_timeout
 
-    def waits(self, why: str | None) -> None:
+    def waits_for_port(self, why: str | None) -> None:
         """No port is free yet."""
-        self._wait_for(Reason.PORT_IN_USE, why)
+        self._show_wait(Reason.PORT_IN_USE, why)
 
     def not_ended(self, why: str) -> None:
         """Its engine could not be ended, which is tried again."""
-        self._lives = True
+        self._engine_alive = True
         if self.state is State.READY:
             self._transition(Event.DIED)
         self._claim_departure().failed(why)
@@ -153,24 +153,24 @@ class Supervisor:
 
     def ended(self) -> None:
         """Nothing is left of its engine, or it was left to the next daemon."""
-        self._lives = False
+        self._engine_alive = False
 
-    def _not_now(self, why: NotNow | None) -> None:
+    def _on_admission_wait(self, why: NotNow | None) -> None:
         """The fleet loop reports why its start has to wait; None: it need not any more."""
         stuck = why is not None and why.not_ended
-        self._waits_for = None if why is None or stuck else f"waits: {why.because}"
-        self._wait_for(Reason.NOT_ENDED, why.because if why is not None and stuck else None)
+        self._waiting_because = None if why is None or stuck else f"waits: {why.because}"
+        self._show_wait(Reason.NOT_ENDED, why.because if why is not None and stuck else None)
 
-    def _wait_for(self, reason: Reason, why: str | None) -> None:
+    def _show_wait(self, reason: Reason, why: str | None) -> None:
         """A start waits for something; None: not any more, and the diagnosis from before is shown again."""
         if self.state is State.LOADING:
             self.diagnosis = Diagnosis(reason, f"waits: {why}") if why else self._failure
             self._notify(Phase.QUEUED)
 
     @property
-    def waits_for(self) -> str | None:
+    def waiting_because(self) -> str | None:
         """Which end or start its own start waits for, in a sentence; None: it does not wait."""
-        return self._waits_for if self.state is State.LOADING else None
+        return self._waiting_because if self.state is State.LOADING else None
 
     @property
     def failure(self) -> Diagnosis | None:
@@ -200,7 +200,7 @@ class Supervisor:
         try:
             while True:
                 failure = await self._run_engine(record)
-                if self._lives:  # a stopping daemon could not end it
+                if self._engine_alive:  # a stopping daemon could not end it
                     return
                 self._release_claim()
                 record = None
@@ -215,7 +215,7 @@ class Supervisor:
     def _fail_by_bug(self) -> None:
         """It ends in `error`; where its engine may live, it is reported as not ended, and nothing starts beside it."""
         fault = "a fault of the daemon itself: see its log"
-        if self._lives:
+        if self._engine_alive:
             self.not_ended(f"{fault}; end it by hand, then restart the daemon")
             return
         self._release_claim()
@@ -252,16 +252,16 @@ class Supervisor:
         """Start or adopt an engine and stay with it until it ends by itself; returns why it did."""
         shared = self._shared
         try:
-            async with contextlib.AsyncExitStack() as room:
-                self._waits_for = None
+            async with contextlib.AsyncExitStack() as claim:
+                self._waiting_because = None
                 self._notify(Phase.QUEUED)
                 hold = shared.loop.room.hold(
-                    self.name, self._needs(record), at_once=record is not None, on_change=self._not_now
+                    self.name, self._needs(record), at_once=record is not None, on_change=self._on_admission_wait
                 )
-                self._allocation = await room.enter_async_context(hold)
-                self._lives = record is not None
+                self._allocation = await claim.enter_async_context(hold)
+                self._engine_alive = record is not None
                 async with self._running(record, self._allocation) as engine:
-                    self.engine, self.started_at, self._lives = engine, engine.started_at, True
+                    self.engine, self.started_at, self._engine_alive = engine, engine.started_at, True
                     self._notify(Phase.IMPORTING)
                     ready = await until_ready(engine, shared.probe, self._startup_timeout, self._progress)
                     if not isinstance(ready, Ready):
@@ -269,7 +269,7 @@ class Supervisor:
                         known = await shared.launcher.option_names(self.spec.engine) if refused else frozenset()
                         return await self._failed(engine, ready, known_options=known)
                     engine.mark_ready()
-                    await room.aclose()  # its memory is allocated: the next engine may measure
+                    await claim.aclose()  # its memory is allocated: the next engine may measure
                     return await self._serve(engine, ready)
         except LaunchError as error:
             return error.diagnosis
@@ -297,7 +297,7 @@ class Supervisor:
         self._note_ready(engine)
         since = loop.time()
         self._transition(Event.LISTENING, Phase.SERVING, generation=generation)
-        registry.open(self.spec.id, endpoint)
+        registry.add_endpoint(self.spec.id, endpoint)
         self.endpoint = endpoint
         readmit = partial(registry.readmit, self.spec.id)
         watching_health = keep_running(
@@ -309,11 +309,11 @@ class Supervisor:
             ends: set[asyncio.Future[Any]] = {engine.exited, stalling}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            registry.withdraw(self.spec.id, endpoint)
+            registry.withdraw_endpoint(self.spec.id, endpoint)
             await self._drain(endpoint, engine)
             raise
         else:
-            registry.withdraw(self.spec.id, endpoint)  # before anything else, and before any notification
+            registry.withdraw_endpoint(self.spec.id, endpoint)  # before anything else, and before any notification
             if clock.elapsed(since) > self.spec.policy.restart.max_backoff:
                 self._failures = 0  # it served for a while: earlier failures do not count
             stalled = None if engine.exited.done() else stalling.result()

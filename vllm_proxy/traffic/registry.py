@@ -80,11 +80,16 @@ class Route:
     message: str | None = None  # why it is not ready
     stopped_by_hand: bool = False
     retired: bool = False  # gone from the file, while its engines drain
-    open: bool = False  # takes requests: ready, and not about to be stopped by hand
+    accepts: bool = False  # takes requests: ready, and not about to be stopped by hand
     idle_since: float = 0.0  # of the loop's clock; since when nothing holds it
     endpoints: list[Endpoint] = field(default_factory=list)
     waiting: deque["Waiter"] = field(default_factory=deque)
     in_flight: int = 0  # requests that hold an endpoint of this model, a withdrawn one included
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait; those that were just served or refused and have not left yet do not count."""
+        return sum(not waiter.endpoint.done() for waiter in self.waiting)
 
     def _add(self, endpoint: Endpoint, count: int) -> None:
         endpoint._add(count)  # noqa: SLF001 - the counters are this module's
@@ -182,18 +187,18 @@ class Registry:
         """A model's state changed. The requests that wait for it fail where it will not become ready by itself."""
         route = self._routes[model_id]
         route.state, route.message, route.stopped_by_hand = state, message, stopped_by_hand
-        route.open = state is State.READY and not stopped_by_hand
+        route.accepts = state is State.READY and not stopped_by_hand
         if stopped_by_hand or state is State.ERROR:
             self._fail_waiting(route)
 
-    def open(self, model_id: str, endpoint: Endpoint) -> None:
+    def add_endpoint(self, model_id: str, endpoint: Endpoint) -> None:
         """An instance is ready."""
         route = self._routes[model_id]
         route.endpoints.append(endpoint)
         route.idle_since = asyncio.get_running_loop().time()
         self._serve_waiting(route)
 
-    def withdraw(self, model_id: str, endpoint: Endpoint) -> None:
+    def withdraw_endpoint(self, model_id: str, endpoint: Endpoint) -> None:
         """No new request for this instance; those in flight keep their lease."""
         self._routes[model_id].endpoints.remove(endpoint)
 
@@ -251,7 +256,7 @@ class Registry:
     def counts(self, model_id: str) -> tuple[int, int]:
         """Requests in flight and requests waiting, of one model."""
         route = self._routes[model_id]
-        return route.in_flight, sum(not waiter.endpoint.done() for waiter in route.waiting)
+        return route.in_flight, route.queued
 
     async def acquire(self, name: str) -> Lease:
         """Hold an instance that serves `name`: at once, or when one becomes ready or free.
@@ -270,11 +275,11 @@ class Registry:
             RequestError: when none will come.
 
         """
-        if self._closed or not route.open or not route.spec.policy.enabled:
-            self._refuse(route)
+        if self._closed or not route.accepts or not route.spec.policy.enabled:
+            self._raise_if_unavailable(route)
             route.wake()
         endpoint = _least_loaded(route)
-        if endpoint is None or (route.waiting and any(not waiter.endpoint.done() for waiter in route.waiting)):
+        if endpoint is None or (route.waiting and route.queued):
             return None
         route._add(endpoint, 1)  # noqa: SLF001 - as above
         return Lease(self, route, endpoint)
@@ -302,7 +307,7 @@ class Registry:
         if route.waiting:
             self._serve_waiting(route)
 
-    def _refuse(self, route: Route) -> None:
+    def _raise_if_unavailable(self, route: Route) -> None:
         name = route.spec.id
         if self._closed:
             raise RequestError("shutting_down", "cannot take requests: the daemon is stopping", retry_after=5)
@@ -317,7 +322,7 @@ class Registry:
 
     async def _queue(self, route: Route, caller: str) -> Endpoint:
         policy = route.spec.policy
-        if sum(not waiter.endpoint.done() for waiter in route.waiting) >= policy.queue_size:
+        if route.queued >= policy.queue_size:
             msg = f"cannot serve {route.spec.id}: {policy.queue_size} requests wait already"
             raise RequestError("queue_full", msg, retry_after=1)
         loop = asyncio.get_running_loop()
@@ -350,7 +355,7 @@ class Registry:
             future = route.waiting.popleft().endpoint
             if not future.done():
                 try:
-                    self._refuse(route)
+                    self._raise_if_unavailable(route)
                 except RequestError as error:
                     future.set_exception(error)
                 else:

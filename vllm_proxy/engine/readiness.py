@@ -9,7 +9,7 @@ from collections.abc import Callable
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.progress import Progress
-from vllm_proxy.engine.launch import Engine
+from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.probe import Probe, Ready
 from vllm_proxy.runtime import clock
 
