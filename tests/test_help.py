@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from tests.harness import clean_environment
 from vllm_proxy import terminal
 from vllm_proxy.cli import run
+from vllm_proxy.domain.lifecycle import Phase, State
 from vllm_proxy.help import TOPICS, about, contents, page, sections
 
 TEXT = """<!-- generated: x -->
@@ -87,6 +89,12 @@ def test_a_word_is_the_section_or_the_row_that_is_about_it(
     """An error code, a reason, a status, a heading, a key, a metric, a command; quotes are not needed."""
     assert run(["help", *words.split()]) == 0
     assert capsys.readouterr().out.startswith(begins)
+
+
+@pytest.mark.parametrize("word", [*State, *Phase, *"state phase drain eject eviction unload withdraw orphan".split()])
+def test_a_word_of_an_answer_or_of_the_field_is_explained(word: str) -> None:
+    """Each state and each phase, and what a stranger would search for: by the row that is about it."""
+    assert re.search(rf"^\| [^|]*`{word}`[^|]* \|", about(word), re.MULTILINE)
 
 
 def test_a_section_ends_where_the_next_one_begins() -> None:

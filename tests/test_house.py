@@ -3,7 +3,7 @@
 import ast
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from vllm_proxy.domain.file.parse import parse_config
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vllm_proxy"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "models.toml.example", *sorted(PACKAGE.rglob("*.md"))]
 
 
 # Metaphors that grew here, and that nobody would search for. Behind each: what it is called elsewhere.
@@ -39,16 +40,31 @@ PRIVATE_WORDS = {
     r"last words": "last lines",
     r"mercy|grave|funeral|undertaker|midwife": "the standard term",
 }
+OF_PAGES = {
+    r"mend(s|ed|ing)?": "fix",
+    r"rests? in": "stays in",
+    r"honest(ly)?": "what is meant: complete, normal, one outcome",
+    r"unaware|in peace|as ever": "nothing, end first, as usual",
+}
+
+
+def private_words(text: str, words: Mapping[str, str]) -> dict[str, str]:
+    """Those that are found in a text, with what to say instead."""
+    text = re.sub(r"[\s_#]+", " ", text)  # a phrase may be broken over lines, or be a part of a name
+    return {match[0]: term for word, term in words.items() for match in re.finditer(rf"(?i)\b(?:{word})\b", text)}
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_uses_private_words(module: Path) -> None:
     """A stranger finds a place by the field's standard term: names, comments and docstrings have no others."""
-    text = re.sub(r"[\s_#]+", " ", module.read_text())  # a phrase may be broken over lines, or be a part of a name
-    found = {
-        match[0]: term for word, term in PRIVATE_WORDS.items() for match in re.finditer(rf"(?i)\b(?:{word})\b", text)
-    }
-    assert not found
+    assert not private_words(module.read_text(), PRIVATE_WORDS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_page_uses_private_words(page: Path) -> None:
+    """Nor do the pages, which also say things as plainly as they can; names of tests aside."""
+    text = re.sub(r"`test_\w+`", "", page.read_text())
+    assert not private_words(text, {**PRIVATE_WORDS, **OF_PAGES})
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

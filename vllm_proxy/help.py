@@ -1,7 +1,8 @@
 """The manual pages of `vllm_proxy/docs`, for `vllm-proxy help`: lists them, and finds the text that a word refers to.
 
 A word is the name of a page, the heading of a section in one, or a number that such a heading ends with ("Exit status
-78", "Clients get 503"). Needs no daemon, no configuration and no network. How a page is printed is in `terminal`.
+78", "Clients get 503"), or what a row of a table begins with. Needs no daemon, no configuration and no network. How a
+page is printed is in `terminal`.
 """
 
 import difflib
@@ -122,8 +123,8 @@ def _known() -> dict[str, Section]:
 
 
 def _rows(words: str) -> Iterator[str]:
-    """Tables of one row: a key, with or without its table's name, a metric, a command."""
-    is_it = re.compile(rf"\| `([\w-]+[. ])?{re.escape(words)}` \|")
+    """Tables of one row: a key, with or without its table's name, a metric, a command, a word that a page explains."""
+    is_it = re.compile(rf"\| (?:`[^`]+`, )*`([\w-]+[. ])?{re.escape(words)}`(?:, `[^`]+`)* \|")
     for name in TOPICS:
         lines = page(name).splitlines()
         heads = [number for number, line in enumerate(lines) if line.startswith(("| ---", "|---"))]

@@ -123,7 +123,9 @@ class Metrics:
         )
         queue = HistogramMetricFamily("vllm_proxy_queue_seconds", "Waiting for an instance.", labels=["model"])
         retries = CounterMetricFamily(
-            "vllm_proxy_retries", "Requests sent again to another instance.", labels=["model"]
+            "vllm_proxy_retries",
+            "Requests sent again, to another instance or to the same one on a fresh connection.",
+            labels=["model"],
         )
         for model, numbers in models.items():
             for (route, status), count in numbers.requests.items():

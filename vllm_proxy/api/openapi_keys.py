@@ -76,7 +76,8 @@ KEYS = {
     "startup_timeout": "A start in which nothing moves for this long (no line, no download, no disk) has failed.",
     "drain_timeout": "For requests in flight before an engine is stopped.",
     "stop_timeout": "From SIGTERM to SIGKILL.",
-    "stall_timeout": "Requests in flight and nothing moves for this long: the engine is restarted; 0 never.",
+    "stall_timeout": "Requests in flight and nothing moves for this long, or `/health` is bad for as long, without "
+    "requests too: the engine is restarted; 0 never, but for an adopted engine that does not answer for 30 s.",
     "replace": "`surge`: new beside old, then switch; `drain`: old away first; `auto`: one at a time where there are "
     "several replicas, else `drain`.",
     "request_timeout": "For a whole request, from its head on: body and queue included; 0 none.",
@@ -84,7 +85,7 @@ KEYS = {
     "queue_size": "Requests that may wait; more get 503 at once.",
     "queue_timeout": "Longest wait for an instance to become ready or free.",
     "restart": "What happens after an engine died by itself.",
-    "max_failures": "So many in a row, then the instance rests in `error`.",
+    "max_failures": "So many in a row, then the instance stays in `error`.",
     "backoff": "Before the next start; doubles, with jitter, up to `max_backoff`.",
     "max_backoff": "The longest wait before a start.",
 }

@@ -1,7 +1,7 @@
 """The schema of models.toml: frozen values, with every key, its type and its default.
 
-The class of a key says what a change costs: in an `EngineSpec` it replaces the engine, in a `Policy` it is applied live
-(tests/domain/test_plan.py). Reading TOML and reporting problems are in `file/parse.py`.
+The class of a key says what a change costs: in an `EngineSpec` it replaces the engine, in a `Policy` it is live, but
+for those that `plan` names (tests/domain/test_plan.py). Reading TOML and reporting problems are in `file/parse.py`.
 """
 
 import re
@@ -181,7 +181,7 @@ class EngineSpec(Table):
 
 
 class Policy(Table):
-    """The policy keys: the daemon's own, so a change is applied live and no engine notices."""
+    """The policy keys: the daemon's own. A change is live and no engine notices, but for `plan._OF_THEIR_OWN`."""
 
     description: Text = ""
     metadata: dict[str, Any] = {}

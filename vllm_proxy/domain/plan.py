@@ -25,7 +25,7 @@ RESTART_KEYS = ("host", "port")  # of [server]: the sockets are open already
 _OF_THEIR_OWN = {  # of the policy keys
     "enabled": "stops the model, or starts it",
     "replicas": "adds or removes instances at the end; the others stay",
-    "start": "live; a model that sleeps is started by `always`, one that runs goes on until its `idle_timeout`",
+    "start": "live; one that waits for a request is started by `always`, one that runs stays until its `idle_timeout`",
 }
 
 

@@ -1,8 +1,8 @@
-"""Detects a stalled engine: one that is ready, has requests waiting, and in which nothing moves. A watchdog.
+"""Detects a stalled engine: a ready one in which nothing moves though requests wait, or whose `/health` stays bad.
 
-`/health` only says that vLLM's server has not noticed the death of its engine core. So a hung engine is found by what
-stands still: no byte of an answer, and none of vLLM's counters. An engine in which anything moves must not be called
-stalled (tests/engine/test_liveness.py).
+A watchdog. `/health` only says that vLLM's server has not noticed the death of its engine core. So a hung engine is
+found by what stands still: no byte of an answer, and none of vLLM's counters. An engine in which anything moves must
+not be called stalled (tests/engine/test_liveness.py).
 """
 
 import asyncio

@@ -20,7 +20,7 @@ from vllm_proxy.traffic.routes import is_anthropic
 
 log = structlog.get_logger()
 
-CLIENT_GONE = 499  # nginx's status for a client that left before its answer was complete; only ever logged
+CLIENT_GONE = 499  # nginx's status for a client that left before an answer began; logged and counted, never sent
 
 
 class Call:

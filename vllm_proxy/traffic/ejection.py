@@ -1,7 +1,8 @@
 """Passive ejection (a circuit breaker): an instance whose connections fail gets no requests until it is healthy.
 
-Three connections in a row without an answer make an instance suspect; whether it is ejected, and readmitted, is up to
-`/health` alone. Whatever an engine answers, 4xx and 5xx alike, never counts (tests/traffic/test_ejection.py).
+Three connections in a row without an answer, or one bad `/health` in the watch for stalls (`engine/liveness.py`), make
+an instance suspect; whether it is ejected (gets no requests), and readmitted, is up to `/health` alone. Whatever an
+engine answers, 4xx and 5xx alike, never counts (tests/traffic/test_ejection.py).
 """
 
 import asyncio

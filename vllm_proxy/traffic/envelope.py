@@ -1,7 +1,8 @@
 """Errors as HTTP answers, in the envelope of OpenAI's API or of Anthropic's.
 
-The one place that turns exceptions of handlers into answers. An exception that is not ours is a bug: it is logged, and
-answered as `internal_error` without its text.
+`envelope` turns exceptions of the handlers of our own routes into answers; `call.observed` does so for inference, and
+`client.handle_error` for what aiohttp's parser refuses, both with what is here. An exception that is not ours is a bug:
+it is logged, and answered as `internal_error` without its text.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
