@@ -7,8 +7,11 @@
     { self, nixpkgs }:
     let
       inherit (nixpkgs) lib;
-      # vLLM has wheels for this one alone.
-      systems = [ "x86_64-linux" ];
+      # vLLM has wheels for these alone.
+      systems = [
+        "x86_64-linux"
+        "aarch64-linux"
+      ];
       each = f: lib.genAttrs systems (system: f nixpkgs.legacyPackages.${system});
     in
     {

@@ -32,7 +32,7 @@ let
     };
   };
 
-  # "aiohttp>=3.14.3,<3.15" -> aiohttp
+  # "aiohttp>=3.14,<3.15" -> aiohttp
   named = requirement: python.pkgs.${lib.head (builtins.match "([A-Za-z0-9-]+).*" requirement)};
 in
 python.pkgs.buildPythonApplication {
@@ -59,6 +59,9 @@ python.pkgs.buildPythonApplication {
     inherit (project) description;
     license = lib.licenses.asl20;
     mainProgram = "vllm-proxy";
-    platforms = [ "x86_64-linux" ];
+    platforms = [
+      "x86_64-linux"
+      "aarch64-linux"
+    ];
   };
 }

@@ -253,7 +253,8 @@ def test_the_flake_offers_what_others_take(tmp_path: Path, inputs: list[str]) ->
     here = f"git+file://{tmp_path}/src?dir=packaging/nix"
     shown = json.loads(nix("nix", "flake", "show", "--json", *inputs, here))
     nix("nix", "flake", "check", "--no-build", *inputs, here)
-    assert shown["packages"]["x86_64-linux"]["default"]["name"] == "vllm-proxy"
+    for system in ("x86_64-linux", "aarch64-linux"):
+        assert shown["packages"][system]["default"]["name"] == "vllm-proxy"
     assert set(shown) == {"checks", "devShells", "formatter", "nixosModules", "overlays", "packages"}
 
 

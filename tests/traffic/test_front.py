@@ -59,7 +59,7 @@ def test_a_connection_has_what_the_looks_at_it_read() -> None:
         "_messages", "_waiter", "_current_request", "_request_count", "_keepalive_handle", "_lingering_time",
         "_paused", "_reading_paused", "_upgraded", "transport",
     }  # fmt: skip
-    assert "self._process_keepalive" in inspect.getsource(web_protocol.RequestHandler.connection_made)
+    assert "self._process_keepalive" in inspect.getsource(web_protocol.RequestHandler)
     assert "self._lingering_time" in inspect.getsource(web_protocol.RequestHandler.start)
     assert "self._connections" in inspect.getsource(web.Server)
     assert hasattr(StreamReader, "set_exception")

@@ -10,14 +10,14 @@
         nixosSystem =
           { modules }: lib.evalModules { modules = [ (import ./system.nix { inherit lib; }) ] ++ modules; };
       };
-    legacyPackages.x86_64-linux =
+    legacyPackages = (import ./minilib.nix).genAttrs [ "x86_64-linux" "aarch64-linux" ] (
+      system:
       let
         lib = import ./minilib.nix;
         derivation' =
           name:
           builtins.derivation {
-            inherit name;
-            system = "x86_64-linux";
+            inherit name system;
             builder = "/bin/sh";
           };
         python = {
@@ -44,9 +44,10 @@
         python313 = derivation' "python" // { meta.mainProgram = "python3.13"; };
         uv = derivation' "uv";
         stdenv = {
-          hostPlatform.system = "x86_64-linux";
+          hostPlatform = { inherit system; };
           cc.cc.lib = derivation' "gcc";
         };
-      };
+      }
+    );
   };
 }
