@@ -36,12 +36,22 @@ def of_somebody_else(port_start: int) -> str:
 
 
 @pytest.fixture
-def kill() -> Iterator[list[int]]:
-    """Sessions that nobody else can end; whatever a test does, they do not outlive it."""
+def kill(tmp_path: Path) -> Iterator[list[int]]:
+    """Sessions that nobody else can end; whatever a test does, they do not outlive it, nor does what followed them."""
     sessions: list[int] = []
     yield sessions
-    for session in sessions:
+    for session in [*sessions, *working_in(tmp_path)]:
         end(session)
+
+
+def working_in(folder: Path) -> list[int]:
+    """The processes whose working directory is this one: engines that a daemon started when nobody looked any more."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            if entry.readlink() == folder:
+                found.append(int(entry.parent.name))
+    return found
 
 
 def end(session: int) -> None:
