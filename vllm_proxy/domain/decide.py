@@ -188,7 +188,8 @@ def _idle_seconds_left(model: ModelNow) -> float:
 def _strategy(model: ModelNow, target: EngineSpec) -> Strategy:
     chosen = _STRATEGIES[model.policy.replace]
     others = any(one.engine != target for one in model.instances if one.state is State.READY)
-    return chosen if others or chosen is Strategy.SURGE else Strategy.ONE_BY_ONE  # a manual restart
+    # All run the same spec, so it is a manual restart: one by one keeps the others serving.
+    return chosen if others or chosen is Strategy.SURGE else Strategy.ONE_BY_ONE
 
 
 def _next_try(retry: Retry, time: float) -> float | None:
@@ -224,8 +225,8 @@ def _admissions(claims: Sequence[Claim]) -> tuple[dict[int, Allocation], dict[in
 
     No engine starts while another loads on its devices, or has not left them; else first come, first served, so
     that a start which needs many devices is not starved by small ones. Starts on other devices are not held up (no
-    head-of-line blocking). vLLM measures a device while it loads, so starts that
-    share one go one after another, and behind what leaves it.
+    head-of-line blocking). vLLM measures a device while it loads, so starts that share one go one after another, and
+    behind what leaves it.
     """
     admit: dict[int, Allocation] = {}
     wait: dict[int, NotNow] = {}

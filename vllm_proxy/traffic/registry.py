@@ -91,6 +91,11 @@ class Route:
         """Requests that wait; those that were just served or refused and have not left yet do not count."""
         return sum(not waiter.endpoint.done() for waiter in self.waiting)
 
+    @property
+    def waits_since(self) -> float | None:
+        """Since when the oldest request has waited, on the loop's clock; None: nobody waits."""
+        return next((waiter.since for waiter in self.waiting if not waiter.endpoint.done()), None)
+
     def _add(self, endpoint: Endpoint, count: int) -> None:
         endpoint._add(count)  # noqa: SLF001 - the counters are this module's
         self.in_flight += count
@@ -243,8 +248,7 @@ class Registry:
 
     def waits_since(self, model_id: str) -> float | None:
         """Since when the oldest request has waited for this model, on the loop's clock; None: nobody does."""
-        waiting = (waiter.since for waiter in self._routes[model_id].waiting if not waiter.endpoint.done())
-        return next(waiting, None)
+        return self._routes[model_id].waits_since
 
     def idle_seconds(self, model_id: str) -> float:
         """For how long no request has held this model or waited for it."""
@@ -279,7 +283,7 @@ class Registry:
             self._raise_if_unavailable(route)
             route.wake()
         endpoint = _least_loaded(route)
-        if endpoint is None or (route.waiting and route.queued):
+        if endpoint is None or (route.waiting and route.waits_since is not None):
             return None
         route._add(endpoint, 1)  # noqa: SLF001 - as above
         return Lease(self, route, endpoint)
