@@ -17,7 +17,6 @@ from functools import partial
 
 import aiohttp
 import structlog
-from aiohttp import web
 
 from vllm_proxy.api import app
 from vllm_proxy.domain.config import Config
@@ -40,7 +39,7 @@ from vllm_proxy.fleet.loop import FleetLoop
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.fleet.watch import watch
-from vllm_proxy.listen import BACKLOG, Listeners, address_of, listen, listen_for_commands, notice_departed_clients
+from vllm_proxy.listen import Listeners, address_of, listen, listen_for_commands, notice_departed_clients
 from vllm_proxy.logsetup import Output
 from vllm_proxy.runtime import clock, descriptors, threads
 from vllm_proxy.runtime.background import keep_running, log_faults, run_once
@@ -139,8 +138,7 @@ async def _run(
     reconciler = desired.reconciler
     engines = aiohttp.ClientSession(trust_env=False)
     stack.push_async_callback(engines.close)
-    commands = os.fsdecode(listeners.commands.getsockname())
-    access = Access(lambda: reconciler.config.server, listeners.addresses(), commands)
+    access = Access(lambda: reconciler.config.server, listeners.addresses())
     systemd = Systemd()
     pinging = keep_running(systemd.ping_watchdog, "watchdog")
     stack.callback(pinging.cancel)
@@ -154,14 +152,14 @@ async def _run(
     watching = keep_running(lag.watch, "loop lag")
     stack.callback(watching.cancel)
     lines = AccessLog(output.writer, output.form) if output.requests else None
-    parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines, lag, output.writer, commands)
+    parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines, lag, output.writer)
     runner = app.build(parts, _HANDLER_SECONDS)
     following: asyncio.Task[None] | None = None
     reconciler.start()
     try:
         await runner.setup()
-        for listener in (*listeners.clients, listeners.commands):
-            await web.SockSite(runner, listener, backlog=BACKLOG).start()
+        for listening, listener in listeners.each():
+            await runner.accept(listening, listener)
         _tune_python()
         status.show()
         systemd.ready()

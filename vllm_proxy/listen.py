@@ -6,11 +6,12 @@ probes, so that clients which vanished are noticed. Serving connections is up to
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_proxy.domain.config import Server
+from vllm_proxy.domain.listener import CONTROL, Listener
 from vllm_proxy.errors import StartupError
 from vllm_proxy.settings import short_name
 
@@ -23,6 +24,15 @@ class Listeners:
 
     clients: Sequence[socket.socket]
     commands: socket.socket
+
+    def each(self) -> Iterator[tuple[socket.socket, Listener]]:
+        """All of them, and what each says of its clients."""
+        for listening in self.clients:
+            yield (
+                listening,
+                Listener() if listening.family == socket.AF_UNIX else Listener.at(listening.getsockname()[0]),
+            )
+        yield self.commands, CONTROL
 
     def addresses(self) -> list[str]:
         """The addresses of `clients` that are on a network, be it loopback."""

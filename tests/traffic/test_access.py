@@ -1,26 +1,18 @@
 """Who may see and change models."""
 
-import asyncio
-import socket
 from types import SimpleNamespace
 
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
 from vllm_proxy.domain.config import Server
+from vllm_proxy.domain.hosts import is_loopback
+from vllm_proxy.domain.listener import CONTROL, Listener
 from vllm_proxy.errors import RequestError
-from vllm_proxy.traffic.access import Access, is_loopback
+from vllm_proxy.traffic.access import Access
 
 LOCAL = ("127.0.0.1",)
-CONTROL = "/run/vllm-proxy/control.sock"
-
-
-class Wire(asyncio.Transport):
-    """A connection over TCP, or over a Unix socket with this path."""
-
-    def __init__(self, path: str | None) -> None:
-        family = socket.AF_INET if path is None else socket.AF_UNIX
-        super().__init__({"socket": SimpleNamespace(family=family, getsockname=lambda: path)})
+_READ = ("ssl_context", "peername", "sockname")  # by a request, of its connection
 
 
 def answer(
@@ -28,13 +20,14 @@ def answer(
     addresses: tuple[str, ...],
     *,
     public: bool = False,
-    over: str | None = None,
+    by: Listener | None = None,
     **headers: str,
 ) -> str | None:
     """The code of the refusal, which is always a 403; None where the request may pass."""
-    request = make_mocked_request("GET", "/models", headers=headers, transport=Wire(over))
+    connection = SimpleNamespace(listener=by or Listener.at(addresses[0]), **dict.fromkeys(_READ))
+    request = make_mocked_request("GET", "/models", headers=headers, protocol=connection)
     try:
-        Access(lambda: server, addresses, CONTROL).check(request, public=public)
+        Access(lambda: server, addresses).check(request, public=public)
     except RequestError as error:
         return error.code if error.status == 403 else f"{error.code}, yet {error.status}"
     return None
@@ -154,12 +147,12 @@ def test_allowing_remote_administration_does_not_open_a_loopback_listener_to_oth
 @pytest.mark.parametrize("addresses", [LOCAL, ("0.0.0.0",)])
 def test_the_control_socket_is_exempt(addresses: tuple[str, ...]) -> None:
     """Whoever may open its file may administer, wherever the daemon listens besides."""
-    assert answer(Server(), addresses, over=CONTROL, Host="evil.example", Origin="http://evil.example") is None
+    assert answer(Server(), addresses, by=CONTROL, Host="evil.example", Origin="http://evil.example") is None
 
 
 def test_another_unix_socket_is_as_loopback_is() -> None:
     """It may be a web server's way to the daemon, for pages and strangers."""
-    other = "/run/vllm-proxy.sock"
-    assert answer(Server(), (), over=other, Host="localhost") is None
-    assert answer(Server(), (), over=other, Host="evil.example") == "host_not_allowed"
-    assert answer(Server(), ("0.0.0.0",), over=other, Host="localhost") == "remote_admin_disabled"
+    other = Listener()
+    assert answer(Server(), (), by=other, Host="localhost") is None
+    assert answer(Server(), (), by=other, Host="evil.example") == "host_not_allowed"
+    assert answer(Server(), ("0.0.0.0",), by=other, Host="localhost") == "remote_admin_disabled"

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from tests.harness import connected, request
 from vllm_proxy.domain.config import Server
+from vllm_proxy.domain.listener import CONTROL, Kind, Listener
 from vllm_proxy.traffic.client import CLIENT_SECONDS, ClientConnection
 from vllm_proxy.traffic.front import FrontRunner, most_connections
 
@@ -170,6 +171,19 @@ async def test_a_daemon_that_was_frozen_lets_nobody_pay_for_it() -> None:
         front._sweep()
         front._sweep()
         assert found.runner.connections == 1
+
+
+async def test_a_connection_knows_by_which_listener_it_came() -> None:
+    """Each listening socket says it of its own, whatever other sockets there are."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        async with served() as found, connected(found.port):
+            assert (await found.connection()).listener == Listener()  # of a socket of which nobody said anything
+            await found.runner.accept(other, CONTROL)
+            async with connected(other.getsockname()[1]):
+                server = cast("Any", found.runner.server)
+                while len(server.connections) < 2:
+                    await asyncio.sleep(0)
+                assert [one.listener.kind for one in server.connections] == [Kind.ELSEWHERE, Kind.CONTROL]
 
 
 @pytest.mark.parametrize(

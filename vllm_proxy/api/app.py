@@ -49,7 +49,6 @@ class Parts:
     access_log: AccessLog | None
     lag: LoopLag
     log: LogWriter
-    commands: str = ""  # the address of the control socket
     budget: Budget = field(default_factory=Budget)
 
     def server(self) -> Server:
@@ -92,9 +91,7 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     for path in UNSUPPORTED:
         app.router.add_route("*", path, openai.unsupported)
         app.router.add_route("*", path + "/{rest:.*}", openai.unsupported)
-    runner = FrontRunner(
-        app, direct, parts.server, parts.commands, keepalive_timeout=75, shutdown_timeout=shutdown_seconds
-    )
+    runner = FrontRunner(app, direct, parts.server, keepalive_timeout=75, shutdown_timeout=shutdown_seconds)
     return runner
 
 

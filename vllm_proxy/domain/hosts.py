@@ -1,4 +1,4 @@
-"""Validates names of hosts and origins of web pages, as `[server]` takes them.
+"""Validates names of hosts and origins of web pages, as `[server]` takes them; tells loopback from other addresses.
 
 What could never work (listen, or equal what a client sends) is refused, and the error shows the right spelling. The
 checks of requests that use these values are in `traffic/access.py` and `traffic/cors.py`.
@@ -15,6 +15,15 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _WITH_PORT = re.compile(r"\[(.+)\](?::\d+)?|(.+):\d+")
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::([1-9]\d{0,4}))?")
 _DEFAULT_PORTS = {"http": "80", "https": "443"}  # which browsers leave out
+_LOOPBACK_NAMES = frozenset({"localhost", "ip6-localhost"})
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() in _LOOPBACK_NAMES or host.lower().endswith(".localhost")
 
 
 def is_address(text: str) -> bool:

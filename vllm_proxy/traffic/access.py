@@ -5,45 +5,27 @@ requests by `Origin` and the type of the body. A daemon that listens on a networ
 `allow_remote_admin` is set. Inference is open to whoever can connect. Described in docs/api.md.
 """
 
-import ipaddress
-import os
-import socket
 from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from vllm_proxy.domain.config import Server
+from vllm_proxy.domain.hosts import is_loopback
+from vllm_proxy.domain.listener import Kind
 from vllm_proxy.errors import RequestError
+from vllm_proxy.traffic.front import client_of
 
 _DECLARED = frozenset({"application/json", "application/merge-patch+json", "text/toml", "application/toml"})
-_LOOPBACK_NAMES = frozenset({"localhost", "ip6-localhost"})
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() in _LOOPBACK_NAMES or host.lower().endswith(".localhost")
-
-
-def is_command(at: socket.socket | None, commands: str) -> bool:
-    """Whether a connection came by the control socket, whose address is `commands`.
-
-    Another Unix socket may be a web server's way to the daemon.
-    """
-    return at is not None and at.family == socket.AF_UNIX and os.fsdecode(at.getsockname()) == commands
 
 
 class Access:
     """The rules for one set of listening addresses."""
 
-    def __init__(self, server: Callable[[], Server], addresses: Collection[str], commands: str = "") -> None:
-        """`server`: the `[server]` table now; `addresses`: those listened on; `commands`: the control socket's."""
+    def __init__(self, server: Callable[[], Server], addresses: Collection[str]) -> None:
+        """`server`: the `[server]` table now; `addresses`: those listened on."""
         self._server = server
         self._local = all(is_loopback(address) for address in addresses)
-        self._commands = commands
         self._addresses = {host.lower() for host in (server().host, *addresses)}
 
     def check(self, request: web.Request, *, public: bool) -> None:
@@ -54,7 +36,7 @@ class Access:
 
         """
         server = self._server()
-        if is_command(request.get_extra_info("socket"), self._commands):
+        if client_of(request).listener.kind is Kind.CONTROL:
             return  # the control socket: its file has an owner
         if not self._local:
             if public:

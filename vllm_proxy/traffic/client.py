@@ -16,6 +16,7 @@ from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 from vllm_proxy.domain.config import Server
+from vllm_proxy.domain.listener import Kind, Listener
 from vllm_proxy.errors import LateRequestError, RequestError
 from vllm_proxy.traffic.envelope import error_response, refusal
 from vllm_proxy.traffic.exchange import Exchange, end_in_reset
@@ -36,8 +37,8 @@ _received = RequestHandler.data_received
 class Manager(Protocol):
     """The server of a connection, as the connection sees it."""
 
-    def has_room(self, transport: asyncio.BaseTransport) -> bool:
-        """Whether one more connection may be taken in."""
+    def has_room(self, listener: Listener) -> bool:
+        """Whether one more connection of this listener may be taken in."""
 
     def refuse(self, transport: asyncio.Transport) -> None:
         """Answer that there is no room, and close."""
@@ -47,10 +48,19 @@ class ClientConnection(RequestHandler):
     """One client's connection. `exchange` is the answer that is being written to it."""
 
     __slots__ = ("_mark", "_resumed", "_since", "end_orderly", "exchange", "head_bytes", "held", "in_head",
-                 "is_command", "on_message_bytes")  # fmt: skip
+                 "listener", "on_message_bytes")  # fmt: skip
 
-    def __init__(self, manager: "Manager", *, loop: asyncio.AbstractEventLoop, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's options
+    def __init__(
+        self,
+        manager: "Manager",
+        listener: Listener,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        **kwargs: Any,  # noqa: ANN401 - aiohttp's options
+    ) -> None:
+        """`listener`: where it was accepted."""
         super().__init__(cast("web.Server", manager), loop=loop, **kwargs)
+        self.listener = listener
         self.exchange: Exchange | None = None
         self.end_orderly: asyncio.Transport | None = None  # its own, once an answer that its end frames is whole
         self.in_head = True  # a request's head is still to come: the first one, or the rest of another
@@ -59,7 +69,6 @@ class ClientConnection(RequestHandler):
         self.on_message_bytes: Callable[[int], None] | None = (
             None  # called with the size of what a WebSocket session receives
         )
-        self.is_command = False  # it came by the control socket
         self._resumed = 0  # how often its client caught up
         self._mark: tuple[object, ...] | None = None  # the progress of what is awaited, at the last sweep
         self._since = 0.0  # the time of the first sweep that saw it so
@@ -78,7 +87,7 @@ class ClientConnection(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has come: taken in, if there is room for it."""
         manager = cast("Manager", self._manager)
-        if not manager.has_room(transport):
+        if not manager.has_room(self.listener):
             manager.refuse(cast("asyncio.Transport", transport))
             return
         super().connection_made(transport)
@@ -138,7 +147,7 @@ class ClientConnection(RequestHandler):
             if not self._reading_paused and not self._upgraded:
                 mark = (_BODY, self._request_count, request.content.total_bytes)
                 return mark, server.body_timeout, lambda: self._time_out_body(request, server)
-        elif self._paused and self.transport is not None and not self.is_command:
+        elif self._paused and self.transport is not None and self.listener.kind is not Kind.CONTROL:
             mark = (_ANSWER, self._resumed, self.transport.get_write_buffer_size())
             return mark, CLIENT_SECONDS, self._abort_slow_client
         return (), 0.0, self._abort_slow_client

@@ -7,7 +7,9 @@ framings that aiohttp's parser accepts and that allow request smuggling through 
 
 import asyncio
 import resource
+import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import structlog
@@ -18,8 +20,9 @@ from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
 
 from vllm_proxy.domain.config import Server
+from vllm_proxy.domain.listener import Kind, Listener
 from vllm_proxy.errors import RequestError
-from vllm_proxy.traffic.access import is_command
+from vllm_proxy.listen import BACKLOG
 from vllm_proxy.traffic.client import ClientConnection, Refused, as_bytes
 from vllm_proxy.traffic.envelope import refusal
 
@@ -39,6 +42,8 @@ _TOO_MANY = as_bytes(
     )
 )
 
+_UNKNOWN = Listener()  # where nobody says: nothing is taken for local
+
 type Direct = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
@@ -52,30 +57,24 @@ def most_connections(open_files: int) -> int:
 class Front(web.Server):
     """aiohttp's server with a bound on connections, and deadlines for what clients do."""
 
-    def __init__(self, handler: Any, settings: Callable[[], Server], commands: str, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's options
-        """`settings`: the `[server]` table now; `commands`: the address of the socket that is never full."""
+    def __init__(self, handler: Any, settings: Callable[[], Server], **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's options
+        """`settings`: the `[server]` table now."""
         super().__init__(handler, **kwargs)
         self._settings = settings
-        self._commands = commands
         self._most = most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self._refused: set[Refused] = set()
         self._awake_seconds = 0.0  # seconds in which the daemon could read from its clients
         self._swept_at = self._loop.time()
         self._next_sweep = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
 
-    def __call__(self) -> RequestHandler:
-        """A protocol for one more connection."""
-        return ClientConnection(self, loop=self._loop, **self._kwargs)
+    def __call__(self, listener: Listener = _UNKNOWN) -> RequestHandler:
+        """A protocol for one more connection, which came by `listener`."""
+        return ClientConnection(self, listener, loop=self._loop, **self._kwargs)
 
-    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
-        """A client has come, and was not refused."""
-        super().connection_made(handler, transport)
-        cast("ClientConnection", handler).is_command = is_command(transport.get_extra_info("socket"), self._commands)
-
-    def has_room(self, transport: asyncio.BaseTransport) -> bool:
-        """Whether one more connection may be taken in."""
+    def has_room(self, listener: Listener) -> bool:
+        """Whether one more connection of this listener may be taken in; the control socket is never full."""
         most = min(self._settings().max_connections or self._most, self._most)
-        return len(self._connections) < most or is_command(transport.get_extra_info("socket"), self._commands)
+        return len(self._connections) < most or listener.kind is Kind.CONTROL
 
     def refuse(self, transport: asyncio.Transport) -> None:
         """Answer that there is no room, and close."""
@@ -108,22 +107,24 @@ class Front(web.Server):
 class FrontRunner(web.AppRunner):
     """Runs an application whose `direct` routes, exact (method, path) pairs, go past its router and middlewares."""
 
-    __slots__ = ("_commands", "_direct", "_settings")
+    __slots__ = ("_direct", "_settings")
 
     def __init__(
         self,
         app: web.Application,
         direct: Mapping[tuple[str, str], Direct],
         settings: Callable[[], Server],
-        commands: str = "",
         **kwargs: Any,  # noqa: ANN401 - aiohttp's options
     ) -> None:
-        """`settings`, `commands`: as of `Front`."""
+        """`settings`: as of `Front`."""
         super().__init__(app, access_log=None, handle_signals=False, handler_cancellation=True,
                          auto_decompress=False, **kwargs)  # fmt: skip
         self._direct = direct
         self._settings = settings
-        self._commands = commands
+
+    async def accept(self, listening: socket.socket, listener: Listener) -> None:
+        """Take in the clients of a listening socket, after `setup`."""
+        await _ListenerSite(self, listening, listener).start()
 
     @property
     def connections(self) -> int:
@@ -186,11 +187,28 @@ class FrontRunner(web.AppRunner):
         return Front(
             handle,
             self._settings,
-            self._commands,
             request_factory=make_request,
             handler_cancellation=True,
             loop=loop,
             **inner._kwargs,  # noqa: SLF001 - the seam
+        )
+
+
+class _ListenerSite(web.SockSite):
+    """A listening socket whose connections know by which they came."""
+
+    __slots__ = ("_listener",)
+
+    def __init__(self, runner: FrontRunner, listening: socket.socket, listener: Listener) -> None:
+        super().__init__(runner, listening, backlog=BACKLOG)
+        self._listener = listener
+
+    async def start(self) -> None:
+        """Accept: as aiohttp does, but for the protocols."""
+        await web.BaseSite.start(self)  # registers it with the runner
+        server = cast("Front", self._runner.server)
+        self._server = await asyncio.get_running_loop().create_server(
+            partial(server, self._listener), sock=self._sock, backlog=BACKLOG
         )
 
 
