@@ -22,7 +22,7 @@ from yarl import URL
 
 from tests import forks, slow_turns
 from vllm_proxy.domain.address import UnixAddress
-from vllm_proxy.domain.file.parse import revision_of
+from vllm_proxy.domain.config import revision_of
 from vllm_proxy.engine.proc import look_up
 
 FAKE = Path(__file__).parent / "fakes" / "fake_vllm.py"

@@ -20,7 +20,6 @@ import structlog
 
 from vllm_proxy.api import app
 from vllm_proxy.domain.config import Config
-from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.find import find_vllm, has_gpus
@@ -52,6 +51,7 @@ from vllm_proxy.systemd import Systemd, inherited_sockets, watchdog_seconds
 from vllm_proxy.traffic.access import Access
 from vllm_proxy.traffic.access_log import AccessLog
 from vllm_proxy.traffic.front import FrontRunner
+from vllm_proxy.traffic.keyring import Keyring
 from vllm_proxy.traffic.registry import Registry
 
 log = structlog.get_logger()
@@ -79,7 +79,7 @@ def read_config(settings: Settings) -> Config:
     except OSError as error:
         hint = _HINTS.get(type(error), "")
         raise ConfigError(str(file), [Problem(0, "", f"cannot read it: {error.strerror}{hint}")]) from None
-    return parse_config(data, str(file), settings.overrides)
+    return settings.parse(data)
 
 
 async def serve(
@@ -93,7 +93,7 @@ async def serve(
 
     """
     for warning in settings.warnings:
-        log.warning("setting ignored", why=warning)
+        log.warning("look at a setting", why=warning)
     if watchdog_seconds(os.environ) is not None:
         faulthandler.enable()  # systemd ends a hung daemon with SIGABRT: its stack says where it hangs
     open_files = descriptors.raise_limit()
@@ -118,8 +118,9 @@ async def serve(
         store = Store(settings.config_file)
         disk = Disk("the configuration's file")
         stack.callback(disk.close)
-        desired = Desired(store, settings.overrides, reconciler, launcher.check, launcher.ports,
-                          offload=disk, address_is_given=bool(inherited))  # fmt: skip
+        desired = Desired(store, settings.parse, reconciler, launcher.check, launcher.ports,
+                          files=settings.files, keyring=Keyring(config), offload=disk,
+                          address_is_given=bool(inherited))  # fmt: skip
         await _run(desired, listeners, stack, output, on_listening)
     if hanging := threads.running():
         log.warning("calls that have not come back are left behind; a disk does not answer", calls=hanging)
@@ -196,7 +197,7 @@ async def _stop(desired: Desired, runner: FrontRunner, systemd: Systemd, followi
 
 async def _follow_file(desired: Desired, systemd: Systemd, changed: asyncio.Event, asked: asyncio.Event) -> None:
     """Reload when the file `changed`, or when SIGHUP `asked` for it, until cancelled."""
-    look = partial(watch, desired.file, changed.set, lambda: desired.revision, offload=desired.offload)
+    look = partial(watch, desired.files, changed.set, lambda: desired.fingerprint, offload=desired.offload)
     watching = keep_running(look, "watch of the file")
     try:
         while True:

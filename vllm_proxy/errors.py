@@ -5,7 +5,7 @@ For all rings, so nothing is imported from them here. A message has the form "ca
 tests/test_house.py checks that every code that is raised has a status.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,12 +28,14 @@ class NotEndedError(VllmProxyError):
 class Problem:
     """One thing wrong with a configuration.
 
-    `line` counts from 1, 0 where it cannot be known; `path` is the dotted key, "" for the file as a whole.
+    `line` counts from 1, 0 where it cannot be known; `path` is the dotted key, "" for the file as a whole. `file`: the
+    one that it is in, where that is not the file that was read but one that this names.
     """
 
     line: int
     path: str
     message: str
+    file: str = ""
 
     def render(self, file: str) -> str:
         """`FILE:LINE: key.path: message`, as compilers print it, so that editors can jump there."""
@@ -41,6 +43,7 @@ class Problem:
 
     def place(self, file: str) -> str:
         """`FILE:LINE: key.path`: where it is, without any value of the file."""
+        file = self.file or file
         place = f"{file}:{self.line}" if self.line else file
         return f"{place}: {self.path}" if self.path else place
 
@@ -48,9 +51,11 @@ class Problem:
 class ConfigError(VllmProxyError):
     """A configuration that cannot be used, with every problem in it; exit status 78."""
 
-    def __init__(self, file: str, problems: Sequence[Problem]) -> None:
+    def __init__(self, file: str, problems: Sequence[Problem], attached: Mapping[str, str] | None = None) -> None:
+        """`attached`: the files that it names, as in `Config`; where one is mended, it is to be read again."""
         super().__init__(f"cannot use {file}: {len(problems)} problem(s)")
         self.file = file
+        self.attached = attached or {}
         self.problems = tuple(sorted(set(problems)))
 
     def lines(self) -> list[str]:

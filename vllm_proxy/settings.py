@@ -15,14 +15,16 @@ from pathlib import Path
 
 import dotenv
 
-from vllm_proxy.domain.config import Server
-from vllm_proxy.domain.file.parse import Override
+from vllm_proxy.domain import keys
+from vllm_proxy.domain.config import Config, Server
+from vllm_proxy.domain.file.parse import Override, parse_config
 from vllm_proxy.errors import ConfigError, Problem
+from vllm_proxy.runtime.referenced import ReferencedFiles
 from vllm_proxy.runtime.regular_file import read_regular_file
 
 PREFIX = "VLLM_PROXY_"
 _LISTS = frozenset({"cors_origins", "allowed_hosts"})
-_TEXTS = frozenset({"host", "on_exit"})
+_TEXTS = frozenset({"host", "on_exit", "keys_file", "tls_cert", "tls_key"})
 _WEAKER_NAMES = {"port": "APP_PORT"}
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _NUMBER = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?")
@@ -42,7 +44,18 @@ class Settings:
     sockets: tuple[Path, ...]  # where commands look for one, in this order
     overrides: Mapping[str, Override]
     engine_environment: Mapping[str, str]  # the daemon's own, `.env` merged in
+    keys: tuple[keys.Key, ...]  # from the environment
+    files: ReferencedFiles
     warnings: tuple[str, ...]
+
+    def parse(self, data: bytes) -> Config:
+        """The meaning of the configuration file's bytes, settings from outside applied.
+
+        Raises:
+            ConfigError: with every problem found.
+
+        """
+        return parse_config(data, str(self.config_file), self.overrides, files=self.files, given=self.keys)
 
 
 def load(
@@ -67,14 +80,17 @@ def load(
     control_socket = Path(runtime or state_dir, "control.sock")
     chosen = flags.get("state_dir") or env.get(PREFIX + "STATE_DIR")
     of_system = [_SYSTEM_SOCKET] if not chosen or state_dir == _SYSTEM_STATE else []  # not by mistake
+    config_file = _config_file(flags.get("config"), env)
     return Settings(
-        config_file=_config_file(flags.get("config"), env),
+        config_file=config_file,
         state_dir=state_dir,
         control_socket=control_socket,
         sockets=tuple(dict.fromkeys([control_socket, state_dir / "control.sock", *of_system])),
         scratch=Path(runtime or "/tmp"),  # noqa: S108 - TMPDIR may be too long for a socket's path
         overrides=overrides,
         engine_environment=env,
+        keys=tuple(_keys(env, warnings)),
+        files=ReferencedFiles(config_file.parent, env.get("CREDENTIALS_DIRECTORY")),
         warnings=tuple(warnings),
     )
 
@@ -103,6 +119,21 @@ def _dotenv(file: Path) -> dict[str, str]:
         msg = f"cannot read it: {why}; mend it, or run this in another folder"
         raise ConfigError(str(file), [Problem(0, "", msg)]) from None
     return {name: value for name, value in values.items() if value is not None}
+
+
+_SCOPES = {"env": keys.Scope.INFERENCE, "env-admin": keys.Scope.ADMIN}
+
+
+def _keys(env: Mapping[str, str], warnings: list[str]) -> Iterator[keys.Key]:
+    """Keys for containers. Their hashes stand nowhere, so a short one is not refused."""
+    for name, variable in keys.RESERVED.items():
+        value = env.get(variable, "").strip()
+        if not value:
+            continue
+        if len(value) < keys.LEAST_CHARACTERS:
+            warnings.append(f"{variable} has fewer than {keys.LEAST_CHARACTERS} characters: it may be guessed")
+        digests = (keys.digest(value.encode()),)
+        yield keys.Key(name, digests, keys.closure([_SCOPES[name]]), source="environment")
 
 
 def _override(

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_proxy.domain.config import Config, ModelSpec, Server
-from vllm_proxy.domain.file.parse import Override, merge, parse_config, revision_of
+from vllm_proxy.domain.config import Config, ModelSpec, Server, revision_of
+from vllm_proxy.domain.file.parse import Override, merge, parse_config
 from vllm_proxy.errors import ConfigError
 
 CHAT = '[models.chat]\nmodel = "org/m"\n'

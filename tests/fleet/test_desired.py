@@ -5,6 +5,7 @@ import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from structlog.testing import capture_logs
 
 from tests.engine.virtual import Stage, VirtualLoop, now, passes, settle, virtual
-from vllm_proxy.domain.config import EngineSpec, ModelSpec
+from vllm_proxy.domain.config import EngineSpec, ModelSpec, revision_of
 from vllm_proxy.domain.file import edit
-from vllm_proxy.domain.file.parse import parse_config, revision_of
+from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.state import StateDirectory
@@ -25,6 +26,9 @@ from vllm_proxy.errors import ConfigError, RequestError
 from vllm_proxy.fleet.desired import Desired
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
+from vllm_proxy.runtime.referenced import ReferencedFiles
+from vllm_proxy.runtime.threads import Offload
+from vllm_proxy.traffic.keyring import Keyring
 
 NAMES = st.sampled_from(["a", "b", "c"])
 KEYS = st.fixed_dictionaries(
@@ -59,6 +63,15 @@ class NoCheck:
         """Nothing is learnt."""
 
 
+def desired_of(store: Store, reconciler: Reconciler, offload: Offload) -> Desired:
+    """The desired state of a file, and of those that it names."""
+    files = ReferencedFiles(store.file.parent, None)
+    parse = partial(parse_config, file=str(store.file), files=files)
+    ports = Ports(9000, 9999, [])
+    keyring = Keyring(reconciler.config)
+    return Desired(store, parse, reconciler, NoCheck(), ports, files=files, keyring=keyring, offload=offload)
+
+
 class Fleet(RuleBasedStateMachine):
     """A reconciler with its file, and everybody who may meddle."""
 
@@ -80,7 +93,7 @@ class Fleet(RuleBasedStateMachine):
         state = StateDirectory(Path(self.folder.name) / "state")
         self.reconciler = Reconciler(config, self.stage.shared, state, lambda spec: spec.model)
         store = Store(self.file, fsync=lambda _descriptor: None)
-        self.desired = Desired(store, {}, self.reconciler, NoCheck(), Ports(9000, 9999, []), offload=at_once)
+        self.desired = desired_of(store, self.reconciler, at_once)
         self.reconciler.start()
 
     def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -267,7 +280,7 @@ async def following(folder: Path, disk: Disk) -> Desired:
     stage = Stage()
     reconciler = Reconciler(parse_config(b"# old\n", ""), stage.shared, StateDirectory(folder), lambda spec: spec.model)
     reconciler.start()
-    return Desired(Store(file), {}, reconciler, NoCheck(), Ports(9000, 9999, []), offload=disk)
+    return desired_of(Store(file), reconciler, disk)
 
 
 @virtual
@@ -294,9 +307,9 @@ async def test_a_write_that_hangs_is_told_so_and_holds_up_no_stop(tmp_path: Path
     assert desired.file.read_bytes() == b"# first\n", (
         "what has begun comes to its end, what waited behind it never does"
     )
-    assert desired.revision == revision_of(b"# first\n")
+    assert desired.fingerprint == revision_of(b"# first\n")
     await desired.write(lambda _: b"# third\n", None, blind=True)
-    assert desired.revision == revision_of(b"# third\n")
+    assert desired.fingerprint == revision_of(b"# third\n")
 
 
 @virtual
@@ -314,7 +327,7 @@ async def test_a_read_that_hangs_is_a_rejection_until_the_disk_answers(tmp_path:
     disk.answers.set()
     await settle()
     assert desired.rejected is None
-    assert desired.revision == revision_of(b"# new\n")
+    assert desired.fingerprint == revision_of(b"# new\n")
 
 
 @pytest.mark.parametrize("hangs", ["_read", "_peek"])

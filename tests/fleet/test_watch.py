@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.engine.virtual import passes, virtual
-from vllm_proxy.domain.file.parse import revision_of
+from vllm_proxy.domain.config import revision_of
 from vllm_proxy.fleet.watch import links_to, watch
 from vllm_proxy.runtime.background import keep_running
 
@@ -44,7 +44,7 @@ class Watched:
 async def watched(file: Path, poll_seconds: float = 0.1) -> AsyncIterator[Watched]:
     """A watch that has begun."""
     found = Watched(file)
-    task = asyncio.create_task(watch(file, found.changed, lambda: found.adopted, poll_seconds))
+    task = asyncio.create_task(watch(lambda: [file], found.changed, lambda: found.adopted, poll_seconds))
     try:
         yield found
     finally:
@@ -155,7 +155,7 @@ async def test_a_change_before_the_watch_began_is_told(tmp_path: Path) -> None:
     file.write_text("0")
     found = Watched(file)
     file.write_text("1")
-    task = asyncio.create_task(watch(file, found.changed, lambda: found.adopted, 3600))
+    task = asyncio.create_task(watch(lambda: [file], found.changed, lambda: found.adopted, 3600))
     await found.reads("1")
     task.cancel()
     await asyncio.wait({task})
@@ -205,7 +205,7 @@ async def test_a_look_that_fails_does_not_end_the_watch(tmp_path: Path) -> None:
         return await asyncio.to_thread(function, *args, **kwargs)
 
     found = Watched(file)
-    look = partial(watch, file, found.changed, lambda: found.adopted, 0.1, away)
+    look = partial(watch, lambda: [file], found.changed, lambda: found.adopted, 0.1, away)
     with capture_logs() as logs:
         task = keep_running(look, "watch")
         file.write_text("1")
@@ -236,14 +236,14 @@ FOLLOWS = """
 import asyncio, sys
 from pathlib import Path
 from tests.engine.virtual import passes, virtual
-from vllm_proxy.domain.file.parse import revision_of
+from vllm_proxy.domain.config import revision_of
 from vllm_proxy.runtime.background import keep_running
 from vllm_proxy.fleet.watch import watch
 
 async def main():
     adopted = revision_of(b"0")
     changed = asyncio.Event()
-    task = asyncio.create_task(watch(Path(sys.argv[1]), changed.set, lambda: adopted, 0.1))
+    task = asyncio.create_task(watch(lambda: [Path(sys.argv[1])], changed.set, lambda: adopted, 0.1))
     await changed.wait()
     print("changed", flush=True)
     task.cancel()
@@ -271,7 +271,7 @@ async def test_a_disk_that_does_not_answer_is_said_once_and_waited_for(tmp_path:
 
         changed = asyncio.Event()
         with capture_logs() as logs:
-            task = asyncio.create_task(watch(file, changed.set, lambda: "", 2.0, away, events=nothing))
+            task = asyncio.create_task(watch(lambda: [file], changed.set, lambda: "", 2.0, away, events=nothing))
             await passes(3600)
             assert len(looks) == 1
             assert ["does not answer" in entry["event"] for entry in logs] == [True]

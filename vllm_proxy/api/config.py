@@ -14,9 +14,8 @@ from aiohttp import web
 from vllm_proxy.api.models import resource
 from vllm_proxy.api.reply import Reply, answered, etag
 from vllm_proxy.domain import resources
-from vllm_proxy.domain.config import Server
+from vllm_proxy.domain.config import Server, revision_of
 from vllm_proxy.domain.file import edit
-from vllm_proxy.domain.file.parse import revision_of
 from vllm_proxy.domain.resources import changes_of
 from vllm_proxy.errors import ConfigError, InvalidError, Problem, RequestError
 from vllm_proxy.fleet.desired import Desired, Outcome

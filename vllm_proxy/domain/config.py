@@ -4,14 +4,16 @@ The class of a key says what a change costs: in an `EngineSpec` it replaces the 
 for those that `plan` names (tests/domain/test_plan.py). Reading TOML and reporting problems are in `file/parse.py`.
 """
 
+import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
-from vllm_proxy.domain import hosts
+from vllm_proxy.domain import hosts, references
+from vllm_proxy.domain.keys import HASH_PREFIX, MOST_HASHES, Key
 from vllm_proxy.domain.toml import same
 from vllm_proxy.domain.units import Bytes, Seconds, show
 
@@ -20,6 +22,7 @@ type TomlTable = Mapping[str, Any]  # a table as tomllib reads it: str, int, flo
 _MAX_MODEL_LEN = re.compile(r"auto|\d+(\.\d+)?[kKmMgG]?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # shells drop others from the environment
 _ID = re.compile(r"[A-Za-z0-9._:@/-]{1,200}")
+_HASH = re.compile(re.escape(HASH_PREFIX) + r"[0-9a-f]{64}")
 _ACTIONS = frozenset({"start", "stop", "restart", "sleep", "wake", "logs"})
 
 
@@ -95,6 +98,17 @@ def _env_value(value: object) -> object:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _one_or_more(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _hash(text: str) -> str:
+    if not _HASH.fullmatch(text):
+        msg = "expected sha256: and 64 hex digits in lower case; `vllm-proxy keys new` makes a key and its hash"
+        raise ValueError(msg)
+    return text
+
+
 Text = Annotated[str, AfterValidator(_no_nul)]
 NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -108,8 +122,18 @@ Aliases = Annotated[tuple[Annotated[str, AfterValidator(_alias)], ...], Strict(s
 Host = Annotated[NonEmptyText, AfterValidator(hosts.host)]
 Hosts = Annotated[tuple[Host, ...], Strict(strict=False)]
 Origins = Annotated[tuple[Annotated[NonEmptyText, AfterValidator(hosts.origin)], ...], Strict(strict=False)]
+Reference = Annotated[str, AfterValidator(references.reference)]
+Listen = Annotated[tuple[NonEmptyText, ...], Strict(strict=False)]
 Command = Annotated[tuple[NonEmptyText, ...], Strict(strict=False), Field(min_length=1)]
 Environment = dict[Annotated[str, AfterValidator(_env_name)], Annotated[Text, BeforeValidator(_env_value)]]
+Hashes = Annotated[
+    tuple[Annotated[str, AfterValidator(_hash)], ...],
+    Strict(strict=False),
+    BeforeValidator(_one_or_more),
+    Field(min_length=1, max_length=MOST_HASHES),
+]
+Scopes = Annotated[tuple[Literal["inference", "metrics", "read", "operate", "admin"], ...], Strict(strict=False)]
+Globs = Annotated[tuple[NonEmptyText, ...], Strict(strict=False)]
 Dtype = Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
 
 
@@ -130,6 +154,10 @@ class Server(Table):
 
     host: Host = "127.0.0.1"
     port: Port = 8000
+    listen: Listen = ()
+    tls_cert: Reference | None = None
+    tls_key: Reference | None = None
+    keys_file: Reference | None = None
     cors_origins: Origins = ()
     allowed_hosts: Hosts = ()
     allow_remote_admin: bool = False
@@ -157,6 +185,19 @@ class Restart(Table):
     max_failures: Count = 5
     backoff: Seconds = 1.0
     max_backoff: Seconds = 60.0
+
+
+class KeyTable(Table):
+    """`[keys.NAME]`: who may do what. All of it live. Either `hash` or `file`; `[keys.anonymous]` has neither."""
+
+    hash: Hashes | None = None
+    file: Reference | None = None
+    description: Text = ""
+    scopes: Scopes = ("inference",)
+    models: Globs = ("*",)
+    enabled: bool = True
+    expires_at: AwareDatetime | None = None
+    isolate_cache: bool = False
 
 
 class EngineSpec(Table):
@@ -228,3 +269,27 @@ class Config:
     server: Server
     engine: EngineDefaults
     models: Mapping[str, ModelSpec]  # in the file's order
+    keys: Mapping[str, Key] = field(default_factory=dict)  # those of the environment included
+    attached: Mapping[str, str] = field(default_factory=dict)  # reference -> revision of the file, in reading order
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that was read: the file, and the files that it names."""
+        return fingerprint([self.revision, *self.attached.values()])
+
+    @property
+    def keys_revision(self) -> str:
+        """Of what keys are written in: the file, and `server.keys_file` where there is one."""
+        name = self.server.keys_file
+        return self.revision if name is None else fingerprint([self.revision, self.attached[name]])
+
+
+def revision_of(data: bytes) -> str:
+    """The revision of a file: a hash of its bytes, the ETag without its quotes."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def fingerprint(revisions: Iterable[str]) -> str:
+    """Of several files together; of one, its revision."""
+    first, *rest = revisions
+    return revision_of(":".join([first, *rest]).encode()) if rest else first

@@ -197,6 +197,7 @@ class Problem(TypedDict):
     path: Annotated[str, Field(examples=["models.chat.replicas"])]
     line: Annotated[int, Field(description="From 1; 0 where it cannot be known.")]
     message: str
+    file: NotRequired[Annotated[str, Field(description="Where it is in another file: the one of server.keys_file.")]]
 
 
 class ErrorBody(TypedDict):
@@ -222,4 +223,11 @@ def changes_of(actions: Iterable[Action]) -> list[Change]:
 
 def problems_of(problems: Iterable[errors.Problem]) -> list[Problem]:
     """All that is wrong with a configuration."""
-    return [{"path": item.path, "line": item.line, "message": item.message} for item in problems]
+    return [_problem(item) for item in problems]
+
+
+def _problem(item: errors.Problem) -> Problem:
+    shown: Problem = {"path": item.path, "line": item.line, "message": item.message}
+    if item.file:
+        shown["file"] = item.file
+    return shown

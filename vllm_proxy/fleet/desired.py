@@ -9,14 +9,15 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
 
-from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec
-from vllm_proxy.domain.file.parse import Override, parse_config, revision_of
+from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec, revision_of
+from vllm_proxy.domain.keys import KeyChanges, changes
 from vllm_proxy.domain.plan import Action, plan, restart_needed
 from vllm_proxy.domain.toml import dotted
 from vllm_proxy.engine.ports import Ports
@@ -25,7 +26,10 @@ from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime import clock
 from vllm_proxy.runtime.background import notify, spawn
+from vllm_proxy.runtime.referenced import ReferencedFiles
+from vllm_proxy.runtime.regular_file import read_regular_file
 from vllm_proxy.runtime.threads import Offload
+from vllm_proxy.traffic.keyring import Keyring
 
 log = structlog.get_logger()
 
@@ -53,6 +57,7 @@ class Outcome:
 
     revision: str
     changes: tuple[Action, ...]
+    keys: KeyChanges = field(default_factory=lambda: changes({}, {}))
 
 
 class _NoAnswerError(Exception):
@@ -69,21 +74,29 @@ class Desired:
     def __init__(
         self,
         store: Store,
-        overrides: Mapping[str, Override],
+        parse: Callable[[bytes], Config],
         reconciler: Reconciler,
         check: Check,
         ports: Ports,
         *,
+        files: ReferencedFiles,
+        keyring: Keyring,
         offload: Offload = asyncio.to_thread,
         address_is_given: bool = False,
     ) -> None:
-        """`offload`: runs what blocks in a thread. `address_is_given`: the file does not say where to listen."""
+        """`parse`: what bytes of the file mean; `files`: finds those that it names; `keyring`: follows its keys.
+
+        `offload`: runs what blocks in a thread. `address_is_given`: the file does not say where to listen.
+        """
         self.rejected: ConfigError | None = None  # why what is on disk is not what runs
         self.reloads = Counter[str]()  # by result
         self._store = store
         self.file = store.file
         self._file = str(store.file)
-        self._overrides = overrides
+        self._parse = parse
+        self._files = files
+        self._keyring = keyring
+        self._attached: Mapping[str, str] = reconciler.config.attached  # of the last text that was read
         self.reconciler = reconciler
         self._check = check
         self._ports = ports
@@ -94,9 +107,17 @@ class Desired:
         self._listeners: list[Callable[[Outcome | ConfigError], None]] = []
 
     @property
-    def revision(self) -> str:
-        """Of the configuration that is followed."""
-        return self.reconciler.config.revision
+    def fingerprint(self) -> str:
+        """Of everything that the configuration that is followed was read from."""
+        return self.reconciler.config.fingerprint
+
+    def files(self) -> list[Path]:
+        """The file, and those that it names, in the order of the fingerprint: a change of any is followed."""
+        found = [self.file]
+        for reference in self._attached:
+            with contextlib.suppress(OSError):  # a credential that cannot come while the service runs
+                found.append(self._files.path(reference))
+        return found
 
     def listen(self, listener: Callable[[Outcome | ConfigError], None]) -> None:
         """Call `listener` with the outcome of each reload and write that found something new."""
@@ -138,7 +159,7 @@ class Desired:
             while loop.time() - began < _EMPTY_SECONDS:
                 await asyncio.sleep(_SETTLED_SECONDS)
                 before, seen = seen, await self._in_time(self._peek)
-                if seen == before and seen != _NOTHING:
+                if seen == before and _NOTHING not in seen:
                     return
 
     async def reload(self) -> Outcome:
@@ -247,7 +268,7 @@ class Desired:
             raise ConfigError(self._file, found)
         if after != before:
             await self.offload(self._store.replace, after)
-        if config.revision == self.reconciler.config.revision:
+        if config.fingerprint == self.fingerprint:
             return Outcome(config.revision, ())
         return await self._adopt(config)
 
@@ -257,23 +278,28 @@ class Desired:
         except OSError as error:
             raise ConfigError(self._file, [Problem(0, "", f"cannot read it: {error.strerror}")]) from None
 
-    def _peek(self) -> str:
-        try:
-            return revision_of(self._store.read())
-        except OSError:
-            return _NOTHING
+    def _peek(self) -> list[str]:
+        """The revision of each file that is read."""
+        return [_revision(file) for file in self.files()]
 
     def _before(self, *, blind: bool) -> bytes:
         """What is on disk; b"" for a file that is missing and may be written anew."""
         return b"" if blind and not self.file.exists() else self._read()
 
-    def _parse(self, data: bytes) -> Config:
-        return parse_config(data, self._file, self._overrides)
-
     def _read_new(self) -> Config | None:
-        """What the file says; None where that is adopted already."""
+        """What the file, and those that it names, say; None where that is adopted already."""
         data = self._read()
-        return None if revision_of(data) == self.reconciler.config.revision else self._parse(data)
+        now = self.reconciler.config
+        if revision_of(data) == now.revision and not now.attached:
+            self._attached = {}
+            return None
+        try:
+            config = self._parse(data)
+        except ConfigError as error:
+            self._attached = error.attached
+            raise
+        self._attached = config.attached
+        return None if config.fingerprint == now.fingerprint else config
 
     def _edited(self, edit: Edit, if_match: str | None, *, blind: bool) -> tuple[bytes, bytes, Config]:
         before = self._before(blind=blind)
@@ -302,10 +328,20 @@ class Desired:
     async def _adopt(self, config: Config) -> Outcome:
         actions = await self.offload(plan, config.models, self.reconciler.specs())  # of many models it takes a while
         self.rejected = None
+        self._attached = config.attached
+        changed = changes(self.reconciler.config.keys, config.keys)
+        self._keyring.adopt(config)  # first: what a key may not do any more is refused from here on
         self._ports.set_range(config.engine.port_start, config.engine.port_end)
         await self.reconciler.adopt(config, actions)
-        outcome = Outcome(config.revision, actions)
+        outcome = Outcome(config.revision, actions, changed)
         self._check.prefetch(model.engine for model in config.models.values())
         log.info("the configuration is adopted", revision=config.revision, changes=len(outcome.changes))
         notify(self._listeners, outcome)
         return outcome
+
+
+def _revision(file: Path) -> str:
+    try:
+        return revision_of(read_regular_file(file))
+    except OSError:
+        return _NOTHING

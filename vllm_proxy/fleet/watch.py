@@ -1,4 +1,4 @@
-"""Watches the configuration file, and notifies when it may have changed.
+"""Watches the configuration file and the files that it names, and notifies when one may have changed.
 
 May notify too often, but never misses a change (tests/fleet/test_watch.py). Watched are the directories of every link
 on the way to the file, so that editors, `git`, Kubernetes and Nix are noticed at once; events are debounced. What
@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 from watchfiles import Change, awatch
 
-from vllm_proxy.domain.file.parse import revision_of
+from vllm_proxy.domain.config import fingerprint, revision_of
 from vllm_proxy.runtime import clock
 from vllm_proxy.runtime.background import run_once, spawn
 from vllm_proxy.runtime.regular_file import read_regular_file
@@ -92,7 +92,7 @@ def _log_unwatched(why: str) -> None:
 
 
 async def watch(
-    file: Path,
+    files: Callable[[], Sequence[Path]],
     changed: Callable[[], None],
     adopted: Callable[[], str],
     poll_seconds: float = 2.0,
@@ -100,10 +100,11 @@ async def watch(
     *,
     events: Events = events_of,
 ) -> None:
-    """Call `changed` soon after the file may have changed, until cancelled.
+    """Call `changed` soon after a file may have changed, until cancelled.
 
-    `adopted`: the revision that is followed; a poll reports what differs from it, once for each content. A file that
-    is missing is reported by a poll only, since editors put another in its place. `offload` runs scans in a thread.
+    `files`: which are followed now, the configuration first. `adopted`: the fingerprint that is followed; a poll
+    reports what differs from it, once for each content. A file that is missing is reported by a poll only, since
+    editors put another in its place. `offload` runs scans in a thread.
     """
     notified: str | None = None
     woken = asyncio.Event()
@@ -114,7 +115,7 @@ async def watch(
         woken.set()
 
     while True:
-        watched = await _scan_patiently(file, offload)
+        watched = await _scan_patiently(files(), offload)
         folders = {folder for folder, _, _ in watched.folders}
         watching = run_once(partial(events, folders, watched.names, happened), "events of the configuration file")
         await asyncio.sleep(
@@ -124,7 +125,7 @@ async def watch(
         try:
             while True:
                 woken.clear()
-                now = await _scan_patiently(file, offload)
+                now = await _scan_patiently(files(), offload)
                 if now.revision not in {adopted(), notified}:
                     changed()
                 notified = now.revision
@@ -140,14 +141,14 @@ async def watch(
             await asyncio.wait({watching})
 
 
-async def _scan_patiently(file: Path, offload: Offload) -> "_Scan":
+async def _scan_patiently(files: Sequence[Path], offload: Offload) -> "_Scan":
     """A scan, however long its disk takes; that it takes long is logged, once."""
-    look = spawn(offload(_scan, file), "look at the configuration file")
+    look = spawn(offload(_scan, files), "look at the configuration file")
     try:
         if not await clock.wait({look}, _SLOW_SECONDS):
-            log.error("the configuration file cannot be looked at: its disk does not answer", file=str(file))
+            log.error("the configuration file cannot be looked at: its disk does not answer", file=str(files[0]))
             await asyncio.wait({look})
-            log.info("the configuration file can be looked at again", file=str(file))
+            log.info("the configuration file can be looked at again", file=str(files[0]))
         return look.result()
     finally:
         look.cancel()
@@ -155,22 +156,26 @@ async def _scan_patiently(file: Path, offload: Offload) -> "_Scan":
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """The file as found. `folders`: the directories to watch, with device and inode."""
+    """The files as found. `folders`: the directories to watch, with device and inode."""
 
     names: frozenset[str]
     folders: frozenset[tuple[str, int, int]]
-    revision: str  # "" where it cannot be read
+    revision: str  # of all of them, "" where the configuration cannot be read
 
 
-def _scan(file: Path) -> _Scan:
-    names = links_to(file)
+def _scan(files: Sequence[Path]) -> _Scan:
+    names = frozenset().union(*map(links_to, files))
     folders = set()
     for folder in {os.path.dirname(name) for name in names}:  # noqa: PTH120 - text throughout
         with contextlib.suppress(OSError):
             found = os.stat(folder)  # noqa: PTH116 - as above
             folders.add((folder, found.st_dev, found.st_ino))
+    first, *rest = map(_revision, files)
+    return _Scan(names, frozenset(folders), fingerprint([first, *rest]) if first else "")
+
+
+def _revision(file: Path) -> str:
     try:
-        revision = revision_of(read_regular_file(file))
+        return revision_of(read_regular_file(file))
     except OSError:
-        revision = ""
-    return _Scan(names, frozenset(folders), revision)
+        return ""

@@ -4,16 +4,9 @@ Refuses what would only fail later, and guesses nothing; suggestions are in `hin
 The caller reads the file.
 """
 
-import difflib
-import hashlib
-import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from vllm_proxy.domain import args
 from vllm_proxy.domain.config import (
@@ -26,34 +19,21 @@ from vllm_proxy.domain.config import (
     Server,
     TomlTable,
     id_problem,
+    revision_of,
 )
 from vllm_proxy.domain.file import hints
 from vllm_proxy.domain.file.locate import key_lines, line_of
+from vllm_proxy.domain.file.parse_keys import KeyTables
+from vllm_proxy.domain.file.read import read_toml, unusable
+from vllm_proxy.domain.file.validate import Found, unknown, validate
+from vllm_proxy.domain.keys import Key
+from vllm_proxy.domain.references import Files, NoFiles
 from vllm_proxy.domain.toml import KeyPath, dotted
 from vllm_proxy.domain.units import show
 from vllm_proxy.errors import ConfigError, Problem
 
-type Found = tuple[KeyPath, str]  # where, what
-
-_TABLES = ("server", "engine", "defaults", "models")
-_SYNTAX_PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
-_DEEPEST = 64  # tables and lists inside each other: what comes later may recurse
-_LONGEST_INTEGER = 64  # bits, as TOML has it
-_EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "a string",
-    "bool_type": "true or false",
-    "dict_type": "a table",
-    "model_type": "a table",
-    "tuple_type": "a list",
-    "too_short": "at least one item",
-    "string_too_short": "a string that is not empty",
-    "greater_than_equal": "at least {ge}",
-    "greater_than": "more than {gt}",
-    "less_than_equal": "at most {le}",
-    "literal_error": "one of {expected}",
-}
+_TABLES = ("server", "engine", "defaults", "models", "keys")
+_NO_FILES = NoFiles()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,74 +44,44 @@ class Override:
     source: str  # "VLLM_PROXY_PORT", "--port"
 
 
-def revision_of(data: bytes) -> str:
-    """The revision of a file: a hash of its bytes, the ETag without its quotes."""
-    return hashlib.sha256(data).hexdigest()[:16]
+def parse_config(
+    data: bytes,
+    file: str,
+    overrides: Mapping[str, Override] | None = None,
+    *,
+    files: Files = _NO_FILES,
+    given: Iterable[Key] = (),
+) -> Config:
+    """The meaning of a file's bytes, which is only named in messages.
 
-
-def parse_config(data: bytes, file: str, overrides: Mapping[str, Override] | None = None) -> Config:
-    """The meaning of a file's bytes. `file` is only named in messages.
+    `files`: reads what it names (key files). `given`: keys from outside of it.
 
     Raises:
         ConfigError: with every problem found.
 
     """
-    text, document = _read(data, file)
-    if unusable := list(_unusable(document)):
-        raise ConfigError(file, _problems(unusable, text, {}))
+    text, document = read_toml(data, file)
+    if wrong := list(unusable(document)):
+        raise ConfigError(file, _problems(wrong, text, {}))
     overrides = overrides or {}
     found: list[Found] = [
-        ((key,), hints.of_unknown_table(key, value) or _unknown(key, _TABLES))
+        ((key,), hints.of_unknown_table(key, value) or unknown(key, _TABLES))
         for key, value in document.items()
         if key not in _TABLES
     ]
     server_table = {**_table(document, "server", found), **{key: item.value for key, item in overrides.items()}}
-    server = _validate(Server, server_table, ("server",), found)
-    engine = _validate(EngineDefaults, _table(document, "engine", found), ("engine",), found)
+    server = validate(Server, server_table, ("server",), found)
+    engine = validate(EngineDefaults, _table(document, "engine", found), ("engine",), found)
     models = _models(document, engine or EngineDefaults(), found)
     found += _alias_clashes(_table(document, "models", []), _table(document, "defaults", []))
     found += _port_problems(engine, models)
-    if found or server is None or engine is None:
-        raise ConfigError(file, _problems(found, text, overrides))
-    return Config(revision_of(data), server, engine, {model.id: model for model in models})
-
-
-def _read(data: bytes, file: str) -> tuple[str, TomlTable]:
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(file, [Problem(line, "", "expected UTF-8, got other bytes")]) from None
-    if text.startswith("\N{BYTE ORDER MARK}"):
-        raise ConfigError(file, [Problem(1, "", "expected UTF-8 without a byte order mark")])
-    try:
-        return text, tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        message = str(error)
-        place = _SYNTAX_PLACE.search(message)
-        line = int(place[1]) if place and place[1] else text.count("\n") + 1
-        what = _SYNTAX_PLACE.sub("", message)
-        hint = hints.of_syntax(text.split("\n")[line - 1])
-        raise ConfigError(file, [Problem(line, "", f"this is no TOML: {what}{hint and '; '}{hint}")]) from None
-    except RecursionError:
-        raise ConfigError(file, [Problem(0, "", "cannot read this TOML: nested too deeply")]) from None
-    except ValueError:  # Python's own limit on the digits of a number
-        raise ConfigError(file, [Problem(0, "", "cannot read this TOML: a number has too many digits")]) from None
-
-
-def _unusable(document: TomlTable) -> Iterator[Found]:
-    """What is TOML, yet could not be worked with."""
-    rest: list[tuple[KeyPath, int, object]] = [((), 0, document)]
-    while rest:
-        path, depth, value = rest.pop()
-        if depth > _DEEPEST:
-            yield path[:3], "nested too deeply"
-        elif isinstance(value, Mapping):
-            rest += [((*path, key), depth + 1, item) for key, item in value.items()]
-        elif isinstance(value, list):
-            rest += [(path, depth + 1, item) for item in value]
-        elif isinstance(value, int) and value.bit_length() >= _LONGEST_INTEGER:
-            yield path, f"expected a whole number of at most {_LONGEST_INTEGER} bits"
+    keys = KeyTables(files, given)
+    found += keys.add(document)
+    elsewhere = keys.add_file(server.keys_file, file) if server is not None and server.keys_file else []
+    if found or elsewhere or server is None or engine is None:
+        problems = [*_problems(found, text, overrides), *elsewhere]
+        raise ConfigError(file, problems, attached=keys.attached)
+    return Config(revision_of(data), server, engine, {model.id: model for model in models}, keys.found, keys.attached)
 
 
 def _problems(found: Iterable[Found], text: str, overrides: Mapping[str, Override]) -> list[Problem]:
@@ -189,7 +139,7 @@ def _model(
     merged = merge(_canonical(defaults), _canonical(table))
     own = ("models", model_id)
     mine: list[Found] = []
-    valid = _validate(ModelTable, merged, own, mine)
+    valid = validate(ModelTable, merged, own, mine)
     options = merged.get("args")
     if isinstance(options, Mapping):
         mine += [((*own, "args", spelling.get(key, key)), message) for key, message in args.problems_of(options)]
@@ -244,60 +194,6 @@ def _holds(table: TomlTable, path: KeyPath) -> bool:
             return False
         value = value[part]
     return True
-
-
-def _validate[T: BaseModel](table: type[T], value: TomlTable, at: KeyPath, found: list[Found]) -> T | None:
-    try:
-        return table.model_validate(value)
-    except ValidationError as error:
-        for detail in error.errors(include_url=False):
-            path = (*at, *(str(part) for part in detail["loc"] if part != "[key]"))  # pydantic's mark of a wrong key
-            found.append((path, _message(table, detail)))
-        return None
-
-
-def _message(table: type[BaseModel], detail: ErrorDetails) -> str:
-    kind = detail["type"]
-    if kind == "extra_forbidden":
-        in_model = table is ModelTable and len(detail["loc"]) == 1
-        return _unknown(str(detail["loc"][-1]), _known_keys(table, detail["loc"]), in_model=in_model)
-    if kind == "missing":
-        return 'missing: every model needs model = "a Hugging Face id, path or URL"'
-    if kind == "value_error":
-        return str(detail["ctx"]["error"])
-    if kind not in _EXPECTED:
-        return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {_shown(detail)}"
-    context = dict(detail.get("ctx", {}))
-    if kind == "literal_error":
-        context["expected"] = context["expected"].replace("'", '"').replace(" or ", ", ")
-    return f"expected {_EXPECTED[kind].format(**context)}, got {_shown(detail)}"
-
-
-def _shown(detail: ErrorDetails) -> str:
-    """What stands there; of texts in `env`, which may be credentials, only that they are: messages are logged."""
-    value = detail["input"]
-    if "env" not in detail["loc"] or isinstance(value, bool | int | float):
-        return show(value)
-    kinds = ((str, "a string"), (list, "a list"), (Mapping, "a table"))
-    return next((name for kind, name in kinds if isinstance(value, kind)), "another value")
-
-
-def _known_keys(table: type[BaseModel], location: tuple[int | str, ...]) -> Iterable[str]:
-    for part in location[:-1]:
-        field = table.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
-            break
-        table = field.annotation
-    return table.model_fields
-
-
-def _unknown(key: str, known: Iterable[str], *, in_model: bool = False) -> str:
-    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
-    if near:
-        return f"unknown key; did you mean {near[0]}?"
-    if in_model:
-        return "unknown key; an option of vLLM itself goes into args"
-    return f"unknown key; expected one of {', '.join(known)}"
 
 
 def _alias_clashes(tables: TomlTable, defaults: TomlTable) -> Iterator[Found]:

@@ -1,0 +1,93 @@
+"""Validates a table against its schema: each problem with the key path where it is, and what was expected.
+
+A message shows what stands there, unless it may be a secret.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from vllm_proxy.domain.config import KeyTable, ModelTable, TomlTable
+from vllm_proxy.domain.toml import KeyPath
+from vllm_proxy.domain.units import show
+
+type Found = tuple[KeyPath, str]  # where, what
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "tuple_type": "a list",
+    "too_short": "at least one item",
+    "string_too_short": "a string that is not empty",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "one of {expected}",
+}
+
+
+def validate[T: BaseModel](table: type[T], value: TomlTable, at: KeyPath, found: list[Found]) -> T | None:
+    """The table as a value; None where something is wrong with it, which is appended to `found`."""
+    try:
+        return table.model_validate(value)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            path = (*at, *(str(part) for part in detail["loc"] if part != "[key]"))  # pydantic's mark of a wrong key
+            found.append((path, _message(table, detail)))
+        return None
+
+
+def _message(table: type[BaseModel], detail: ErrorDetails) -> str:
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        in_model = table is ModelTable and len(detail["loc"]) == 1
+        return unknown(str(detail["loc"][-1]), _known_keys(table, detail["loc"]), in_model=in_model)
+    if kind == "missing":
+        return 'missing: every model needs model = "a Hugging Face id, path or URL"'
+    if kind == "value_error":
+        return str(detail["ctx"]["error"])
+    if kind not in _EXPECTED:
+        return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {_shown(table, detail)}"
+    context = dict(detail.get("ctx", {}))
+    if kind == "literal_error":
+        context["expected"] = context["expected"].replace("'", '"').replace(" or ", ", ")
+    return f"expected {_EXPECTED[kind].format(**context)}, got {_shown(table, detail)}"
+
+
+def _shown(table: type[BaseModel], detail: ErrorDetails) -> str:
+    """What stands there; of texts that may be credentials only that they are: messages are logged."""
+    value = detail["input"]
+    if (table is not KeyTable and "env" not in detail["loc"]) or isinstance(value, bool | int | float):
+        return show(value)
+    return kind_of(value)
+
+
+def kind_of(value: object) -> str:
+    """What a value is that may be a credential, and so is not shown."""
+    kinds = ((str, "a string"), (list, "a list"), (Mapping, "a table"))
+    return next((name for kind, name in kinds if isinstance(value, kind)), "another value")
+
+
+def _known_keys(table: type[BaseModel], location: tuple[int | str, ...]) -> Iterable[str]:
+    for part in location[:-1]:
+        field = table.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            break
+        table = field.annotation
+    return table.model_fields
+
+
+def unknown(key: str, known: Iterable[str], *, in_model: bool = False) -> str:
+    """What is said of a key that is not known."""
+    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+    if near:
+        return f"unknown key; did you mean {near[0]}?"
+    if in_model:
+        return "unknown key; an option of vLLM itself goes into args"
+    return f"unknown key; expected one of {', '.join(known)}"

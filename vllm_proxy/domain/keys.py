@@ -1,0 +1,157 @@
+"""API keys: their form, their hashes, what their scopes and globs allow. Values alone; no key stands in them.
+
+A key is `vp-`, 43 characters base64url (256 random bits), and six of a checksum: scanners find it, and a mistyped one
+is told from one that was revoked. What is kept of it is its SHA-256: no more is needed for 256 bits that were drawn at
+random, and it costs a request less than a microsecond. Looking a caller up is in `traffic/keyring.py`.
+"""
+
+import base64
+import hashlib
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import TypedDict
+
+ANONYMOUS = "anonymous"  # who sends no key
+HASH_PREFIX = "sha256:"
+LEAST_CHARACTERS = 32  # of a key that somebody brings along
+MOST_HASHES = 4
+_PREFIX = "vp-"
+_RANDOM_BYTES = 32
+_CHECKED = 6  # characters of the checksum
+_LENGTH = len(_PREFIX) + 43 + _CHECKED
+_DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_USABLE = re.compile(r"[!-~]+")  # what a header can carry
+RESERVED = {"env": "VLLM_PROXY_API_KEY", "env-admin": "VLLM_PROXY_ADMIN_KEY"}  # keys that the environment gives
+
+
+class Scope(StrEnum):
+    """What a key may do."""
+
+    INFERENCE = "inference"
+    METRICS = "metrics"
+    READ = "read"
+    OPERATE = "operate"
+    ADMIN = "admin"
+
+
+ALL = frozenset(Scope)
+_INCLUDED = {
+    Scope.INFERENCE: frozenset({Scope.INFERENCE}),
+    Scope.METRICS: frozenset({Scope.METRICS}),
+    Scope.READ: frozenset({Scope.READ, Scope.METRICS}),
+    Scope.OPERATE: frozenset({Scope.OPERATE, Scope.READ, Scope.METRICS}),
+    Scope.ADMIN: ALL,
+}
+
+
+def closure(scopes: Iterable[str]) -> frozenset[Scope]:
+    """These scopes and those that they include."""
+    return frozenset().union(*(_INCLUDED[Scope(scope)] for scope in scopes))
+
+
+def new_key(random: bytes) -> str:
+    """A key made of 32 random bytes."""
+    assert len(random) == _RANDOM_BYTES
+    key = _PREFIX + base64.urlsafe_b64encode(random).rstrip(b"=").decode()
+    return key + _checksum(key)
+
+
+def _checksum(text: str) -> str:
+    rest, found = zlib.crc32(text.encode("ascii")), ""
+    while rest or len(found) < _CHECKED:
+        rest, digit = divmod(rest, 62)
+        found = _DIGITS[digit] + found
+    return found
+
+
+def is_mistyped(key: str) -> bool:
+    """Whether it was meant as a key of this daemon's making, and is none."""
+    if not key.startswith(_PREFIX):
+        return False
+    return len(key) != _LENGTH or not key.isascii() or _checksum(key[:-_CHECKED]) != key[-_CHECKED:]
+
+
+def digest(key: bytes) -> bytes:
+    """What is kept of a key."""
+    return hashlib.sha256(key).digest()
+
+
+def hash_of(key: str) -> str:
+    """As it stands in the file: `sha256:` and 64 hex digits."""
+    return HASH_PREFIX + digest(key.encode()).hex()
+
+
+def own_key_problem(key: str) -> str | None:
+    """Why a key that somebody brings along cannot be one."""
+    if len(key) < LEAST_CHARACTERS:
+        return f"expected a key of at least {LEAST_CHARACTERS} characters, got {len(key)}"
+    if not _USABLE.fullmatch(key):
+        return "expected a key of letters, digits and punctuation of ASCII, which is what a header can carry"
+    if is_mistyped(key):
+        return "it begins as a key of vllm-proxy does, and its checksum is wrong: a character is missing or mistyped"
+    return None
+
+
+def name_problem(name: str) -> str | None:
+    """Why no key can be called so."""
+    if name in RESERVED:
+        return f"this name is kept for the key that {RESERVED[name]} gives"
+    if not _NAME.fullmatch(name):
+        return "expected a name of 1 to 64 lower-case letters, digits and . _ -, which begins with a letter or a digit"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One entry of `[keys]`, or a key that the environment gives."""
+
+    name: str
+    digests: tuple[bytes, ...]  # the newest one last; none of `anonymous`
+    scopes: frozenset[Scope]  # those that others include are in it
+    models: tuple[str, ...] = ("*",)  # globs over ids and aliases
+    enabled: bool = True
+    expires_at: float | None = None  # seconds since the epoch
+    isolate_cache: bool = False
+    description: str = field(default="", compare=False)
+    source: str = field(default="file", compare=False)  # file, keys_file or environment: where it can be changed
+
+    def allows_all(self) -> bool:
+        """Whether it may use every model."""
+        return "*" in self.models
+
+    def allowed(self, models: Mapping[str, Iterable[str]]) -> frozenset[str] | None:
+        """The names that it may use, of the aliases by model id; None: all. An id brings its aliases along."""
+        if self.allows_all():
+            return None
+        found: set[str] = set()
+        for model_id, aliases in models.items():
+            if self._matches(model_id):
+                found |= {model_id, *aliases}
+            else:
+                found |= {alias for alias in aliases if self._matches(alias)}
+        return frozenset(found)
+
+    def _matches(self, name: str) -> bool:
+        return any(fnmatchcase(name, glob) for glob in self.models)
+
+
+class KeyChanges(TypedDict):
+    """What a change of the file did to its keys, by their names."""
+
+    added: list[str]
+    changed: list[str]
+    removed: list[str]
+
+
+def changes(before: Mapping[str, Key], after: Mapping[str, Key]) -> KeyChanges:
+    """Which keys are new, mean something else, or are gone."""
+    return {
+        "added": [name for name in after if name not in before],
+        "changed": [name for name, key in after.items() if name in before and before[name] != key],
+        "removed": [name for name in before if name not in after],
+    }

@@ -1,0 +1,76 @@
+"""References: texts in the file that name another file, whose content does not stand in the configuration.
+
+"credential:NAME" is a systemd credential, `$CREDENTIALS_DIRECTORY/NAME`; everything else is a path, a relative one
+from the folder of the configuration file. Which file is meant is decided here; reading it is up to the caller.
+"""
+
+import re
+from pathlib import Path
+from typing import Protocol
+
+from vllm_proxy.domain.units import show
+
+_CREDENTIAL = "credential:"
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,255}")  # systemd.exec(5): a file's name
+
+
+def reference(text: str) -> str:
+    """The text of a reference, once it is known to be one.
+
+    Raises:
+        ValueError: it is none, with what was expected.
+
+    """
+    if not text or "\0" in text:
+        raise ValueError("expected the path of a file")
+    if text.startswith(_CREDENTIAL):
+        name = text.removeprefix(_CREDENTIAL)
+        if not _NAME.fullmatch(name) or name in {".", ".."}:
+            raise ValueError(f"expected the name of a systemd credential after credential:, got {show(name)}")
+    return text
+
+
+def resolve(text: str, folder: Path, credentials: str | None) -> Path:
+    """The file that a reference means. `folder`: of the configuration file; `credentials`: $CREDENTIALS_DIRECTORY.
+
+    Raises:
+        FileNotFoundError: there are no credentials.
+
+    """
+    if not text.startswith(_CREDENTIAL):
+        return folder / text
+    if not credentials:
+        raise FileNotFoundError(2, f"the service has no credentials: {text} needs LoadCredential= in its unit")
+    return Path(credentials, text.removeprefix(_CREDENTIAL))
+
+
+class Files(Protocol):
+    """What reads references."""
+
+    def read(self, text: str) -> bytes:
+        """The content of the file that a reference names.
+
+        Raises:
+            OSError: as it comes, with a `strerror` for people.
+
+        """
+
+    def place(self, text: str) -> str:
+        """Which file that is, for people."""
+
+
+class NoFiles:
+    """Where a text is parsed for itself: no file can be read."""
+
+    def read(self, text: str) -> bytes:
+        """Nothing.
+
+        Raises:
+            FileNotFoundError: always.
+
+        """
+        raise FileNotFoundError(2, f"{text} is not there")
+
+    def place(self, text: str) -> str:
+        """The reference itself."""
+        return text

@@ -1,0 +1,100 @@
+"""The keys in force: which caller a key makes, by its digest. Changed as a whole, when a configuration is adopted.
+
+A key is looked up by its SHA-256 alone, so nothing of a key that was never issued can be learnt from how long a look
+takes, and no key is held in memory. What a key means is in `domain/keys.py`; what it may do here, in `access`.
+"""
+
+import hmac
+import math
+import os
+from collections.abc import Callable
+
+from vllm_proxy.domain.config import Config
+from vllm_proxy.domain.keys import ALL, ANONYMOUS, Key, Scope, closure
+
+_SALT = os.urandom(32)  # of this process: nobody outside can compute the `cache_salt` of a key
+_LOCAL_WITHOUT_KEYS = closure([Scope.INFERENCE, Scope.READ])
+_NOBODY = Key(ANONYMOUS, (), frozenset())
+
+
+class Caller:
+    """Who sends a request, and what that may do. One for each hash of a key; as long as nothing changes, the same."""
+
+    __slots__ = ("digest", "expires_at", "isolation", "key", "models", "scopes")
+
+    def __init__(self, key: Key, digest: bytes, models: frozenset[str] | None) -> None:
+        self.key = key
+        self.digest = digest  # b"" of who sent no key
+        self.scopes = key.scopes
+        self.models = models  # names that it may use, aliases included; None: all
+        self.expires_at = -math.inf if not key.enabled else math.inf if key.expires_at is None else key.expires_at
+        self.isolation = b""  # the `cache_salt` of its prompts
+        if key.isolate_cache:
+            self.isolation = hmac.digest(_SALT, key.name.encode(), "sha256").hex().encode()
+
+    @property
+    def name(self) -> str:
+        """Of the key."""
+        return self.key.name
+
+    @property
+    def is_anonymous(self) -> bool:
+        """Whether no key of this daemon was sent."""
+        return not self.digest
+
+    def may_use(self, model: str) -> bool:
+        """Whether a model's id or alias is among those that it may use."""
+        return self.models is None or model in self.models
+
+
+class Keyring:
+    """All callers of one daemon."""
+
+    def __init__(self, config: Config) -> None:
+        self._by_digest: dict[bytes, Caller] = {}
+        self._anonymous: dict[bool, Caller] = {}  # by whether the listener is on loopback
+        self._listeners: list[Callable[[], None]] = []
+        self.adopt(config)
+
+    def adopt(self, config: Config) -> None:
+        """Follow a configuration; whose key is gone or narrowed is to be refused from here on."""
+        models = {name: spec.policy.aliases for name, spec in config.models.items()}
+        self._by_digest = {
+            digest: Caller(key, digest, key.allowed(models)) for key in config.keys.values() for digest in key.digests
+        }
+        self._anonymous = {
+            local: Caller(key, b"", key.allowed(models))
+            for local, key in ((local, _anonymous(config, local=local)) for local in (True, False))
+        }
+        for listener in self._listeners:
+            listener()
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call `listener` after each change."""
+        self._listeners.append(listener)
+
+    def find(self, digest: bytes) -> Caller | None:
+        """Who has the key of this digest, be it disabled or expired."""
+        return self._by_digest.get(digest)
+
+    def anonymous(self, *, local: bool) -> Caller:
+        """Who sends no key. `local`: to a listener on loopback."""
+        return self._anonymous[local]
+
+    def now(self, caller: Caller, *, local: bool) -> Caller | None:
+        """What has become of a caller; None: its hash is gone."""
+        return self._anonymous[local] if caller.is_anonymous else self._by_digest.get(caller.digest)
+
+    def opens_nothing(self) -> bool:
+        """Whether nobody can do anything on an address that is not loopback: no keys, and nothing for strangers."""
+        return not self._by_digest and not self._anonymous[False].scopes
+
+
+def _anonymous(config: Config, *, local: bool) -> Key:
+    if config.server.allow_remote_admin:
+        return Key(ANONYMOUS, (), ALL)
+    if ANONYMOUS in config.keys:
+        return config.keys[ANONYMOUS]
+    if local and not config.keys:
+        return Key(ANONYMOUS, (), _LOCAL_WITHOUT_KEYS)
+    return _NOBODY
