@@ -24,6 +24,7 @@ from tests import forks, slow_turns
 from vllm_proxy.domain.address import UnixAddress
 from vllm_proxy.domain.config import revision_of
 from vllm_proxy.engine.proc import look_up
+from vllm_proxy.traffic.routes import is_inference
 
 FAKE = Path(__file__).parent / "fakes" / "fake_vllm.py"
 WATCHED = (sys.executable, slow_turns.__file__)  # the command line, its event loop watched
@@ -129,6 +130,30 @@ class Daemon:
         self.notes = notes
         self.url = f"http://127.0.0.1:{port}"
         self.session = aiohttp.ClientSession(self.url)  # its URLs are normalised, those of get and post are not
+        self._state = -1  # a descriptor of its state directory, whose path may be too long for a socket's name
+        self._admin: aiohttp.ClientSession | None = None
+
+    @property
+    def admin(self) -> aiohttp.ClientSession:
+        """A client at the control socket, which may do everything."""
+        if self._admin is None:
+            self._state = os.open(self.state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            connector = aiohttp.UnixConnector(f"/proc/self/fd/{self._state}/control.sock")
+            self._admin = aiohttp.ClientSession("http://localhost", connector=connector)
+        return self._admin
+
+    async def close(self) -> None:
+        """Close its clients."""
+        await self.session.close()
+        if self._admin is not None:
+            await self._admin.close()
+            os.close(self._state)
+
+    def _client(self, path: str) -> tuple[aiohttp.ClientSession, URL]:
+        """Who may ask for a path without a key, and where: what changes the fleet, at the control socket."""
+        if is_inference(path.partition("?")[0]):
+            return self.session, URL(self.url + path, encoded=True)
+        return self.admin, URL("http://localhost" + path, encoded=True)
 
     @property
     def state_dir(self) -> Path:
@@ -162,8 +187,8 @@ class Daemon:
     async def post(self, path: str, body: object, status: int = 200) -> Any:  # noqa: ANN401 - JSON
         """The JSON answer to a JSON body (bytes: sent as they are), its status checked."""
         data = {"data": body} if isinstance(body, bytes) else {"json": body}
-        url = URL(self.url + path, encoded=True)
-        async with self.session.post(url, headers={"Content-Type": "application/json"}, **data) as answer:
+        client, url = self._client(path)
+        async with client.post(url, headers={"Content-Type": "application/json"}, **data) as answer:
             assert answer.status == status, await answer.text()
             return await answer.json()
 
@@ -175,8 +200,8 @@ class Daemon:
         if isinstance(body, str):
             headers["Content-Type"] = "application/toml"
         data = {"data": body} if isinstance(body, str) else {} if body is None else {"json": body}
-        url = URL(self.url + path, encoded=True)
-        async with self.session.request(method, url, headers=headers, **data) as answer:
+        client, url = self._client(path)
+        async with client.request(method, url, headers=headers, **data) as answer:
             assert answer.status == status, await answer.text()
             return await answer.json() if answer.content_length != 0 and status != 204 else None
 
@@ -369,7 +394,7 @@ async def running_command(
             await running.until("READY=1", seconds)
             yield running
         finally:
-            await running.session.close()
+            await running.close()
             await running.stop()
             transport.close()
     assert not slow.exists(), f"a callback held the event loop for too long:\n{slow.read_text(encoding='utf-8')}"

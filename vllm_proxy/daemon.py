@@ -20,6 +20,7 @@ import structlog
 
 from vllm_proxy.api import app
 from vllm_proxy.domain.config import Config
+from vllm_proxy.domain.listener import Kind
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.find import find_vllm, has_gpus
@@ -115,18 +116,31 @@ async def serve(
         shared, launcher = _dependencies(settings, config, state, listeners.ports(), stack,
                                         pass_on=output.pass_on, open_files=open_files)  # fmt: skip
         reconciler = Reconciler(config, shared, state, launcher.fingerprint)
+        keyring = Keyring(config)
         store = Store(settings.config_file)
         disk = Disk("the configuration's file")
         stack.callback(disk.close)
         desired = Desired(store, settings.parse, reconciler, launcher.check, launcher.ports,
-                          files=settings.files, keyring=Keyring(config), offload=disk,
+                          files=settings.files, keyring=keyring, offload=disk,
                           address_is_given=bool(inherited))  # fmt: skip
+        _warn_of_access(keyring, config, listeners)
         await _run(desired, listeners, stack, output, on_listening)
     if hanging := threads.running():
         log.warning("calls that have not come back are left behind; a disk does not answer", calls=hanging)
     if left := reconciler.not_ended():
         listed = "; ".join(f"cannot end {instance}: {why}" for instance, why in left.items())
         raise NotEndedError(f"{listed}. The next daemon tries again, and so does `vllm-proxy stop --all`")
+
+
+def _warn_of_access(keyring: Keyring, config: Config, listeners: Listeners) -> None:
+    """Say once what is open, or closed, to others than this machine."""
+    if config.server.allow_remote_admin:
+        log.warning("server.allow_remote_admin is set: whoever can connect may change models, and so run code")
+    elif keyring.opens_nothing() and any(one.kind is Kind.ELSEWHERE for _, one in listeners.each()):
+        log.warning(
+            "nobody can use this address: there are no keys; `vllm-proxy keys new NAME` makes one, and"
+            ' [keys.anonymous] with scopes = ["inference"] opens inference to whoever can connect'
+        )
 
 
 async def _run(
@@ -139,7 +153,7 @@ async def _run(
     reconciler = desired.reconciler
     engines = aiohttp.ClientSession(trust_env=False)
     stack.push_async_callback(engines.close)
-    access = Access(lambda: reconciler.config.server, listeners.addresses())
+    access = Access(lambda: reconciler.config.server, desired.keyring, listeners.addresses())
     systemd = Systemd()
     pinging = keep_running(systemd.ping_watchdog, "watchdog")
     stack.callback(pinging.cancel)

@@ -96,6 +96,20 @@ class RequestError(VllmProxyError):
         return STATUS[self.code]
 
 
+def model_not_found(name: str) -> RequestError:
+    """Of a model that is not there, and of one that is not for the caller: in the same words, so as to tell nothing."""
+    msg = f"cannot find model {name!r}: there is no such model, or this key may not use it"
+    return RequestError("model_not_found", msg, param="model")
+
+
+class AccessError(RequestError):
+    """A caller that may not do this. `challenge`: what WWW-Authenticate says (RFC 6750)."""
+
+    def __init__(self, code: str, message: str, challenge: str) -> None:
+        super().__init__(code, message)
+        self.challenge = challenge
+
+
 class InvalidError(RequestError):
     """A configuration that a request asked for and that cannot be used, with every problem in it."""
 
@@ -132,9 +146,13 @@ STATUS = {
     "invalid_json": 400,
     "missing_model": 400,
     "bad_request": 400,
+    "missing_api_key": 401,
+    "invalid_api_key": 401,
+    "expired_api_key": 401,
+    "missing_scope": 403,
+    "isolation_unavailable": 403,
     "host_not_allowed": 403,
     "origin_not_allowed": 403,
-    "remote_admin_disabled": 403,
     "model_not_found": 404,
     "not_found": 404,
     "method_not_allowed": 405,

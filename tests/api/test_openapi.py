@@ -16,7 +16,8 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from tests.harness import Daemon, daemon, fake_engines, port_block
 from vllm_proxy.api import app, docs
-from vllm_proxy.api.openapi import document
+from vllm_proxy.api.guard import Route
+from vllm_proxy.api.openapi import NOT_LET_IN, document
 from vllm_proxy.api.openapi_keys import DURATION, KEYS, MODEL_ID
 from vllm_proxy.api.openapi_routes import OPERATIONS
 from vllm_proxy.api.reply import Reply
@@ -25,8 +26,16 @@ from vllm_proxy.domain.units import parse_duration
 from vllm_proxy.errors import STATUS
 from vllm_proxy.traffic.envelope import envelope
 
+
+def application() -> web.Application:
+    """The daemon's own, without a daemon."""
+    fake: Any = SimpleNamespace(listen=lambda _: None, reloads={}, caller=None, refusal_of=None)
+    parts = app.Parts(fake, fake, fake, fake, fake, None, fake, fake)
+    return app.build(parts, 1.0).app
+
+
 ROUTES = [tuple(route.split(" ")) for route in OPERATIONS]
-DOCUMENT = document([(method, path) for method, path in ROUTES])
+DOCUMENT = document([(route.method, route.path, route.scope) for route in application()[app.ROUTES]])
 SCHEMAS = DOCUMENT["components"]["schemas"]
 
 
@@ -49,11 +58,9 @@ def described(found: dict[str, Any]) -> set[str]:
 
 def handlers() -> dict[str, Any]:
     """Those of the application itself by route, but for HEAD and what is not offered."""
-    fake: Any = SimpleNamespace(listen=lambda _: None, reloads={})
-    parts = app.Parts(fake, fake, fake, fake, fake, None, fake, fake)
     return {
         f"{route.method} {re.sub(r'{(\w+):[^}]*}', r'{\1}', route.resource.canonical)}": route.handler
-        for route in app.build(parts, 1.0).app.router.routes()
+        for route in application().router.routes()
         if route.resource is not None and route.method not in {"HEAD", "*"}
     }
 
@@ -72,10 +79,23 @@ def test_each_handler_returns_the_type_that_the_document_has_for_its_route() -> 
         assert {schema["$ref"].rpartition("/")[2] for schema in schemas if "$ref" in schema} == returned, route
 
 
+def test_a_route_declares_the_scope_that_it_needs() -> None:
+    """All that the router knows are in the table; and none can be there, or be described, without one."""
+    table = {(route.method, route.path) for route in application()[app.ROUTES]}
+    routed = {
+        (route.method, getattr(route.resource, "_orig_path", route.resource.canonical))
+        for route in application().router.routes()
+        if route.resource is not None and route.method not in {"HEAD", "*"}
+    }
+    assert table == routed
+    with pytest.raises(TypeError, match="scope"):
+        Route("GET", "/new", handler=docs._constant)  # type: ignore[call-arg, arg-type]
+
+
 def test_a_route_without_a_description_is_an_error() -> None:
     """So nobody adds one without."""
     with pytest.raises(KeyError):
-        document([("GET", "/new")])
+        document([("GET", "/new", None)])
 
 
 def test_the_document_hangs_together() -> None:
@@ -105,7 +125,7 @@ def test_every_error_code_has_a_place_in_the_document() -> None:
         "internal_error",
         "unsupported_endpoint",
     }
-    told = {code for operation in OPERATIONS.values() for code in operation.errors}
+    told = {code for operation in OPERATIONS.values() for code in operation.errors} | {*NOT_LET_IN}
     assert told == set(STATUS) - anywhere
 
 
@@ -228,7 +248,7 @@ async def test_the_daemon_answers_as_its_document_says(shared: Daemon) -> None:
     assert fits("Ready", await shared.get("/ready", 503), closed=True) == []
     assert fits("Error", await shared.get("/models/none", 404), closed=True) == []
     assert fits("Error", await shared.post("/models", {"id": "x", "replicas": 0}, 422), closed=True) == []
-    async with shared.session.post("/config/plan", data=b"", headers={"Content-Type": "text/toml"}) as answer:
+    async with shared.admin.post("/config/plan", data=b"", headers={"Content-Type": "text/toml"}) as answer:
         assert fits("Plan", await answer.json(), closed=True) == []
 
 
@@ -237,11 +257,11 @@ async def test_writes_answer_as_the_document_says(shared: Daemon) -> None:
     example = SCHEMAS["NewModel"]["examples"][0] | {"id": "new", "enabled": False}
     assert fits("NewModel", example) == []
     assert fits("Model", await shared.post("/models", example, 201), closed=True) == []
-    async with shared.session.patch("/models/new", json={"description": "x"}) as answer:
+    async with shared.admin.patch("/models/new", json={"description": "x"}) as answer:
         assert answer.status == 200
         assert fits("Model", await answer.json(), closed=True) == []
     assert fits("Applied", await shared.post("/config/reload", b""), closed=True) == []
-    async with shared.session.delete("/models/new") as answer:
+    async with shared.admin.delete("/models/new") as answer:
         assert answer.status in {202, 204}
 
 
@@ -275,7 +295,7 @@ async def test_events_are_as_the_document_says(shared: Daemon) -> None:
         shared.edit("[models.bad", "[models.bad]")
         await until("accepted")
     assert seen == {"ModelEvent", "PlanEvent", "ConfigAccepted", "ConfigRejected"}
-    async with shared.session.delete("/models/event") as answer:
+    async with shared.admin.delete("/models/event") as answer:
         assert answer.status in {202, 204}
 
 

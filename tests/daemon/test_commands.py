@@ -175,7 +175,7 @@ async def test_logs_are_the_last_lines_of_every_instance(tmp_path: Path, port_st
     """Of several instances each line says whose it is; `lines` says how many of each."""
     async with daemon(fake_engines(port_start) + TWO, tmp_path) as running:
         await running.all_ready()
-        async with running.session.get("/models/chat/logs?lines=2") as answer:
+        async with running.admin.get("/models/chat/logs?lines=2") as answer:
             assert answer.content_type == "text/plain"
             lines = (await answer.text()).splitlines()
         assert [line.partition(" | ")[0] for line in lines] == ["chat/0", "chat/0", "chat/1", "chat/1"]
@@ -191,7 +191,7 @@ async def test_a_number_of_lines_that_is_none_is_refused(tmp_path: Path, port_st
     """400, with what was given."""
     async with (
         daemon(fake_engines(port_start) + CHAT, tmp_path) as running,
-        running.session.get("/models/chat/logs", params={"lines": lines}) as answer,
+        running.admin.get("/models/chat/logs", params={"lines": lines}) as answer,
     ):
         assert (answer.status, (await answer.json())["error"]["code"]) == (400, "bad_request")
 
@@ -201,7 +201,7 @@ async def test_the_logs_of_a_model_that_never_ran_are_empty_and_of_none_are_404(
 ) -> None:
     """An on-demand model has no engine yet; that is no error."""
     async with daemon(fake_engines(port_start) + CHAT + 'start = "on-demand"\n', tmp_path) as running:
-        async with running.session.get("/models/chat/logs") as answer:
+        async with running.admin.get("/models/chat/logs") as answer:
             assert (answer.status, await answer.text()) == (200, "")
         await running.get("/models/nobody/logs", 404)
 
@@ -211,7 +211,7 @@ async def test_a_followed_log_goes_on_until_the_daemon_stops(tmp_path: Path, por
     async with daemon(fake_engines(port_start) + CHAT, tmp_path) as running:
         await running.all_ready()
         (pid,) = await running.pids("chat")
-        async with running.session.get("/models/chat/logs?follow=1&lines=1") as answer:
+        async with running.admin.get("/models/chat/logs?follow=1&lines=1") as answer:
             assert answer.content_type == "text/event-stream"
             assert b"Application startup complete" in await answer.content.readline()
             os.kill(pid, signal.SIGKILL)

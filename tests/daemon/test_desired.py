@@ -512,7 +512,7 @@ async def test_plan_from_nothing_and_reload_without_a_daemon(tmp_path: Path) -> 
 async def test_a_whole_file_over_rest(tmp_path: Path, port_start: int) -> None:
     """`GET` gives its text as it is, `PUT` replaces it and says what changes."""
     async with serving(tmp_path, port_start) as running:
-        async with running.session.get("/config") as answer:
+        async with running.admin.get("/config") as answer:
             assert (answer.content_type, await answer.text()) == ("text/toml", running.file.read_text())
             text = await answer.text()
         answered = await running.write("PUT", "/config", text.replace("# Chat.", "# Talk.").replace("4096", "1"))

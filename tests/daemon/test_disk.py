@@ -62,7 +62,7 @@ async def test_an_engine_starts_and_serves_though_the_disk_of_its_log_is_full(tm
             assert "No space left on device" in one["message"]
             assert (await running.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
             await running.logged("chat/0 | ")
-            async with running.session.get("/models/chat/logs") as answer:
+            async with running.admin.get("/models/chat/logs") as answer:
                 assert "Application startup complete" in await answer.text()
             assert await running.stop() == 0
 

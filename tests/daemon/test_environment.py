@@ -159,7 +159,7 @@ async def test_a_disk_that_hangs_in_a_write_does_not_hold_up_a_stop(
     async with serving(tmp_path, fake_engines(port_start) + CHAT, program=program) as running:
         await running.all_ready()
         (pid,) = await running.pids("chat")
-        write = asyncio.ensure_future(running.session.patch("/models/chat", json={"description": "x"}))
+        write = asyncio.ensure_future(running.admin.patch("/models/chat", json={"description": "x"}))
         await until(lambda: temporary_files(tmp_path), bool)
         body = {"model": "chat", "stream": True, "fake": {"chunks": 20, "interval": 0.05}}
         async with running.session.post("/v1/chat/completions", json=body) as answer:

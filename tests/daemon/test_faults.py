@@ -302,7 +302,7 @@ async def test_garbage_in_a_log_is_shown_as_text(tmp_path: Path, port_start: int
     """Half lines, NULs, colours and bytes that are no UTF-8 break neither the log stream nor the resource."""
     async with beside_a_neighbour(tmp_path, port_start, chat(fake_garbage_log=True)) as running:
         await running.all_ready()
-        async with running.session.get("/models/chat/logs?lines=10000") as answer:
+        async with running.admin.get("/models/chat/logs?lines=10000") as answer:
             text = await answer.text()
         assert answer.status == 200
         assert not any(ord(char) < 32 and char not in "\n\t" for char in text)
@@ -330,7 +330,7 @@ async def test_a_huge_log_at_a_crash_holds_up_nobody(tmp_path: Path, port_start:
     async with beside_a_neighbour(tmp_path, port_start, table) as running:
         now = await running.once("chat", lambda one: one["state"] == "error")
         assert now["last_exit"]["reason"] == "out_of_memory"
-        async with running.session.get("/models/chat/logs?lines=10000") as answer:
+        async with running.admin.get("/models/chat/logs?lines=10000") as answer:
             assert len((await answer.text()).splitlines()) > 400
 
 

@@ -23,13 +23,14 @@ from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.errors import ConfigError, RequestError
-from vllm_proxy.fleet.desired import Desired
+from vllm_proxy.fleet.desired import Author, Desired
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime.referenced import ReferencedFiles
 from vllm_proxy.runtime.threads import Offload
 from vllm_proxy.traffic.keyring import Keyring
 
+ME = Author("uid 0", "PUT /config")
 NAMES = st.sampled_from(["a", "b", "c"])
 KEYS = st.fixed_dictionaries(
     {"model": st.sampled_from(["good", "good", "other", "bad"])},
@@ -136,7 +137,7 @@ class Fleet(RuleBasedStateMachine):
 
     async def _write(self, change: Callable[[bytes], bytes]) -> None:
         with contextlib.suppress(ConfigError, RequestError):
-            await self.desired.write(change, None)
+            await self.desired.write(change, None, ME)
 
     @rule()
     def reload(self) -> None:
@@ -288,10 +289,10 @@ async def test_a_write_that_hangs_is_told_so_and_holds_up_no_stop(tmp_path: Path
     """Who waits for it learns that it may still happen, who waits behind it that nothing has; the end is bounded."""
     disk = Disk("replace")
     desired = await following(tmp_path, disk)
-    first = asyncio.ensure_future(desired.write(lambda _: b"# first\n", None, blind=True))
+    first = asyncio.ensure_future(desired.write(lambda _: b"# first\n", None, ME, blind=True))
     await disk.asked.wait()
     await passes(10)
-    second = asyncio.ensure_future(desired.write(lambda _: b"# second\n", None, blind=True))
+    second = asyncio.ensure_future(desired.write(lambda _: b"# second\n", None, ME, blind=True))
     with pytest.raises(
         RequestError, match="has not answered for 30 s; the file is the old one or the new one"
     ) as error:
@@ -308,7 +309,7 @@ async def test_a_write_that_hangs_is_told_so_and_holds_up_no_stop(tmp_path: Path
         "what has begun comes to its end, what waited behind it never does"
     )
     assert desired.fingerprint == revision_of(b"# first\n")
-    await desired.write(lambda _: b"# third\n", None, blind=True)
+    await desired.write(lambda _: b"# third\n", None, ME, blind=True)
     assert desired.fingerprint == revision_of(b"# third\n")
 
 
@@ -361,7 +362,7 @@ async def test_a_listener_that_fails_keeps_no_other_from_being_told(tmp_path: Pa
     desired.reconciler.listen(broken)
     desired.reconciler.listen(lambda model: told.append(model.state))
     with capture_logs() as logs:
-        await desired.write(lambda _: b'[models.a]\nmodel = "m"\n', None, blind=True)
+        await desired.write(lambda _: b'[models.a]\nmodel = "m"\n', None, ME, blind=True)
         await settle()
     assert set(told) == {"file", State.LOADING}
     assert {entry["event"] for entry in logs if entry["log_level"] == "error"} == {"a listener failed"}

@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from tests.harness import connected, request
+from tests.traffic.callers import goes_on
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.listener import CONTROL, Kind, Listener
 from vllm_proxy.traffic.client import CLIENT_SECONDS, ClientConnection
@@ -62,7 +63,7 @@ async def served(**keys: Any) -> AsyncIterator[Served]:  # noqa: ANN401 - keys o
     app.router.add_post("/take", take)
     app.router.add_get("/flood", flood)
     server = Server(**keys)
-    runner = FrontRunner(app, {}, lambda: server, shutdown_timeout=0.1)
+    runner = FrontRunner(app, {}, lambda: server, goes_on, shutdown_timeout=0.1)
     await runner.setup()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         found = Served(runner, listener.getsockname()[1], server)

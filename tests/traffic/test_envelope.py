@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
+from tests.traffic.callers import admit, get
 from vllm_proxy.errors import STATUS, RequestError
 from vllm_proxy.traffic.call import Call, observed
 from vllm_proxy.traffic.client import as_bytes
@@ -70,7 +71,11 @@ class Transport:
 async def test_a_fault_behind_the_beginning_of_an_answer_cuts_it(begun: bool) -> None:  # noqa: FBT001 - a parameter
     """A second head inside a body would be read as the body's end; before the beginning it is a 500."""
     request: Any = SimpleNamespace(
-        raw_path="/x", raw_headers=(), transport=Transport(), content=SimpleNamespace(is_eof=lambda: True)
+        raw_path="/x",
+        raw_headers=(),
+        transport=Transport(),
+        content=SimpleNamespace(is_eof=lambda: True),
+        protocol=SimpleNamespace(),
     )
     seen: list[int] = []
 
@@ -79,7 +84,7 @@ async def test_a_fault_behind_the_beginning_of_an_answer_cuts_it(begun: bool) ->
         raise ValueError("a fault")
 
     cors: Any = None
-    handle = observed("POST", "/x", work, lambda call: seen.append(call.status), cors)
+    handle = observed(get("/x"), work, admit, lambda call: seen.append(call.status), cors)
     if begun:
         with pytest.raises(ConnectionResetError):
             await handle(request)

@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from tests.harness import Answer, connected, request
+from tests.traffic.callers import admit, get, goes_on
 from vllm_proxy.domain.address import TcpAddress
 from vllm_proxy.domain.config import ModelSpec, Server
 from vllm_proxy.domain.file.parse import parse_config
@@ -98,8 +99,8 @@ async def fleet(engines: Mapping[str, Behaviour], seconds: float = 60.0, policy:
             found.noted.set()
 
         cors: Any = SimpleNamespace()
-        handler = observed("GET", PATH, work, observe, cors)
-        runner = FrontRunner(web.Application(), {("GET", PATH): handler}, Server)
+        handler = observed(get(PATH), work, admit, observe, cors)
+        runner = FrontRunner(web.Application(), {("GET", PATH): handler}, Server, goes_on)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -11,6 +11,7 @@ import aiohttp
 from aiohttp import web
 
 from tests.harness import connected, request
+from tests.traffic.callers import admit, get, goes_on
 from vllm_proxy.domain.address import TcpAddress, UnixAddress
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.file.parse import parse_config
@@ -76,8 +77,8 @@ async def running(*, engine_answers: bool = True, at: Path | None = None) -> Asy
         sessions = Sessions(registry, engines, Server, Budget(), HEARTBEAT)
         cors: Any = SimpleNamespace()
         app = web.Application()
-        app.router.add_get(PATH, observed("GET", PATH, realtime(sessions), observe, cors))
-        runner = FrontRunner(app, {}, Server, shutdown_timeout=0.1)
+        app.router.add_get(PATH, observed(get(PATH), realtime(sessions), admit, observe, cors))
+        runner = FrontRunner(app, {}, Server, goes_on, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         found = Running(runner.addresses[0][1], registry)

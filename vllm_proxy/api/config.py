@@ -11,18 +11,19 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from vllm_proxy.api.guard import Route, author_of
 from vllm_proxy.api.models import resource
 from vllm_proxy.api.reply import Reply, answered, etag
 from vllm_proxy.domain import resources
 from vllm_proxy.domain.config import Server, revision_of
 from vllm_proxy.domain.file import edit
+from vllm_proxy.domain.keys import Scope
 from vllm_proxy.domain.resources import changes_of
 from vllm_proxy.errors import ConfigError, InvalidError, Problem, RequestError
 from vllm_proxy.fleet.desired import Desired, Outcome
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.traffic.body import read_content
 from vllm_proxy.traffic.budget import Budget
-from vllm_proxy.traffic.envelope import Handler
 from vllm_proxy.traffic.front import client_of
 
 _ETAG = re.compile(r'(?:W/)?"([^"]*)"')
@@ -100,7 +101,7 @@ class Writes:
                 raise _invalid("", str(error)) from None
 
         try:
-            return await self._desired.write(changed, _if_match(request))
+            return await self._desired.write(changed, _if_match(request), author_of(request))
         except ConfigError as error:
             of_models = all(_OF_A_MODEL.match(item.path) for item in error.problems)
             raise InvalidError("invalid_model" if of_models else "invalid_config", error.problems) from None
@@ -135,7 +136,7 @@ class Writes:
         """`PUT /config`."""
         data = await self._toml(request)
         try:
-            outcome = await self._desired.write(lambda _: data, _if_match(request), blind=True)
+            outcome = await self._desired.write(lambda _: data, _if_match(request), author_of(request), blind=True)
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None
         return _applied(outcome)
@@ -148,10 +149,13 @@ class Writes:
             raise InvalidError("invalid_config", error.problems) from None
         return Reply({"changes": changes_of(actions)})
 
-    async def reload(self, _request: web.Request) -> Reply[resources.Applied]:
+    async def reload(self, request: web.Request) -> Reply[resources.Applied]:
         """`POST /config/reload`."""
+        before = self._reconciler.config.revision
         try:
-            return _applied(await self._desired.reload())
+            outcome = await self._desired.reload()
+            self._desired.record(author_of(request), before, outcome.revision)
+            return _applied(outcome)
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None
 
@@ -173,17 +177,18 @@ class Writes:
         return await read_content(request.content, client_of(request), server, self._budget)
 
 
-def routes(writes: Writes, model_path: str) -> list[tuple[str, str, Handler]]:
-    """Method, path and handler of each; `model_path` is that of one model."""
+def routes(writes: Writes, model_path: str) -> list[Route]:
+    """The routes; `model_path` is that of one model."""
+    admin, read, operate = Scope.ADMIN, Scope.READ, Scope.OPERATE
     return [
-        ("POST", "/models", answered(writes.create)),
-        ("PUT", model_path, answered(writes.put)),
-        ("PATCH", model_path, answered(writes.patch)),
-        ("DELETE", model_path, answered(writes.delete)),
-        ("GET", "/config", writes.show),
-        ("PUT", "/config", answered(writes.replace)),
-        ("POST", "/config/plan", answered(writes.plan)),
-        ("POST", "/config/reload", answered(writes.reload)),
+        Route("POST", "/models", admin, answered(writes.create)),
+        Route("PUT", model_path, admin, answered(writes.put)),
+        Route("PATCH", model_path, admin, answered(writes.patch)),
+        Route("DELETE", model_path, admin, answered(writes.delete)),
+        Route("GET", "/config", admin, writes.show),
+        Route("PUT", "/config", admin, answered(writes.replace)),
+        Route("POST", "/config/plan", read, answered(writes.plan)),
+        Route("POST", "/config/reload", operate, answered(writes.reload)),
     ]
 
 
@@ -207,4 +212,5 @@ def _if_match(request: web.Request) -> str | None:
 
 def _applied(outcome: Outcome) -> Reply[resources.Applied]:
     changes = changes_of(outcome.changes)
-    return Reply({"revision": outcome.revision, "changes": changes}, headers=etag(outcome.revision))
+    answer: resources.Applied = {"revision": outcome.revision, "changes": changes, "keys": outcome.keys}
+    return Reply(answer, headers=etag(outcome.revision))

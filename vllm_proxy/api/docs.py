@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 
-from vllm_proxy.api.openapi import document
+from vllm_proxy.api.openapi import Described, document
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.envelope import Handler
 
@@ -108,8 +108,8 @@ def find_assets() -> Path | None:
         return None
 
 
-def routes(others: Iterable[tuple[str, str]], assets: Path | None) -> list[tuple[str, str, Handler]]:
-    """Method, path and handler of each page; they describe themselves and all `others`, (method, path).
+def routes(others: Iterable[Described], assets: Path | None) -> list[tuple[str, str, Handler]]:
+    """Method, path and handler of each page; they describe themselves and all `others`.
 
     `assets`: as `find_assets` has it.
     """
@@ -120,7 +120,7 @@ def routes(others: Iterable[tuple[str, str]], assets: Path | None) -> list[tuple
         ("GET", "/redoc", _page(redoc, assets)),
         ("GET", "/docs/assets/{name}", _asset(assets)),
     ]
-    described = [*others, ("GET", "/openapi.json"), *((method, path) for method, path, _ in found)]
+    described = [*others, ("GET", "/openapi.json", None), *((method, path, None) for method, path, _ in found)]
     json = _File.of(msgspec.json.encode(document(described)), "application/json")
     return [("GET", "/openapi.json", _constant(json)), *found]
 

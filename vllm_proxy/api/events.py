@@ -13,7 +13,7 @@ from vllm_proxy.api.reply import ALIVE, begin_events
 from vllm_proxy.domain import resources
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import ConfigError
-from vllm_proxy.fleet.desired import Desired, Outcome
+from vllm_proxy.fleet.desired import Desired, Outcome, Written
 from vllm_proxy.fleet.model import Model
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.supervisor import Supervisor
@@ -67,7 +67,14 @@ class Events:
             self._shown[model_id] = event
             self._publish("model", event)
 
-    def _config(self, outcome: Outcome | ConfigError) -> None:
+    def _config(self, outcome: Outcome | Written | ConfigError) -> None:
+        if isinstance(outcome, Written):
+            author = outcome.author
+            written: resources.WriteEvent = {
+                "who": author.who, "what": author.what, "before": outcome.before, "after": outcome.after,
+            }  # fmt: skip
+            self._publish("write", written)
+            return
         if isinstance(outcome, ConfigError):
             rejected: resources.ConfigRejected = {
                 "result": "rejected",
@@ -75,7 +82,9 @@ class Events:
             }
             self._publish("config", rejected)
             return
-        accepted: resources.ConfigAccepted = {"result": "accepted", "revision": outcome.revision}
+        accepted: resources.ConfigAccepted = {
+            "result": "accepted", "revision": outcome.revision, "keys": outcome.keys,
+        }  # fmt: skip
         self._publish("config", accepted)
         if outcome.changes:
             changes = resources.changes_of(outcome.changes)

@@ -13,9 +13,11 @@ from typing import overload
 from aiohttp import web
 
 from vllm_proxy import __version__
+from vllm_proxy.api.guard import author_of
 from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.api.reply import Answers, Reply, etag
 from vllm_proxy.domain import resources
+from vllm_proxy.domain.keys import Scope
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import ConfigError, RequestError
 from vllm_proxy.fleet.desired import Desired
@@ -24,6 +26,7 @@ from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.supervisor import LastExit, Supervisor
 from vllm_proxy.runtime.turns import in_turns
 from vllm_proxy.traffic.envelope import Handler
+from vllm_proxy.traffic.front import caller_of
 from vllm_proxy.traffic.registry import Registry
 
 _SHOWN = 20  # places of problems
@@ -50,14 +53,20 @@ def root(endpoints: list[str]) -> Answers[resources.Root]:
 
 
 def health(reconciler: Reconciler, desired: Desired) -> Answers[resources.Health]:
-    """`GET /health`: 200 while the daemon lives."""
+    """`GET /health`: 200 while the daemon lives; in full for who may read."""
 
-    async def handle(_request: web.Request) -> Reply[resources.Health]:
+    async def handle(request: web.Request) -> Reply[resources.Health]:
         states = Counter(model.state for model in reconciler.models())
-        return Reply({
+        short: resources.Health = {
             "status": "ok",
             "version": __version__,
             "models": {state: states[state] for state in State},
+            "error": desired.rejected is not None or bool(reconciler.not_ended()),
+        }
+        if Scope.READ not in caller_of(request).scopes:
+            return Reply(short)
+        return Reply({
+            **short,
             "not_ended": list(reconciler.not_ended()),
             "config": {
                 "revision": reconciler.config.revision,
@@ -105,12 +114,13 @@ def exposition(metrics: Metrics) -> Handler:
 def list_models(reconciler: Reconciler, registry: Registry) -> Answers[resources.Models]:
     """`GET /models`."""
 
-    async def handle(_request: web.Request) -> Reply[resources.Models]:
+    async def handle(request: web.Request) -> Reply[resources.Models]:
+        caller = caller_of(request)
         revision = reconciler.config.revision
         models = [
             resource(model, registry)
             async for model in in_turns(reconciler.models())
-            if reconciler.knows(model.spec.id)  # still
+            if reconciler.knows(model.spec.id) and caller.may_use(model.spec.id)  # still
         ]
         return Reply({"revision": revision, "models": models}, headers=etag(revision))
 
@@ -128,7 +138,7 @@ def get_model(reconciler: Reconciler, registry: Registry) -> Answers[resources.M
 
 
 def act(
-    reconciler: Reconciler, registry: Registry, do: Callable[[Model], asyncio.Future[None]]
+    reconciler: Reconciler, registry: Registry, desired: Desired, do: Callable[[Model], asyncio.Future[None]]
 ) -> Answers[resources.Model]:
     """`POST /models/{model_id}/start`, `/stop`, `/restart`: a manual override, until the model is changed."""
 
@@ -140,6 +150,7 @@ def act(
         if not model.spec.policy.enabled:
             msg = f"cannot start or stop {model.spec.id}: it is disabled in the configuration"
             raise RequestError("model_disabled", msg)
+        desired.record(author_of(request))
         done = do(model)
         await asyncio.wait({done})  # a client that leaves takes nothing back
         if not done.cancelled():  # the daemon stops

@@ -11,13 +11,22 @@ from aiohttp import web
 from vllm_proxy.api.reply import Answers, Reply
 from vllm_proxy.domain import resources
 from vllm_proxy.domain.config import Server
-from vllm_proxy.errors import RequestError
+from vllm_proxy.errors import RequestError, model_not_found
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.runtime.turns import in_turns
-from vllm_proxy.traffic.body import LARGE, body_at_hand, model_name, model_name_of_large, read_body, with_model
+from vllm_proxy.traffic.body import (
+    LARGE,
+    body_at_hand,
+    model_name,
+    model_name_of_large,
+    read_body,
+    with_model,
+    with_salt,
+)
 from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call, Work
 from vllm_proxy.traffic.fan_out import fan_out
+from vllm_proxy.traffic.front import caller_of
 from vllm_proxy.traffic.multipart import Upload
 from vllm_proxy.traffic.registry import Registry, Route
 from vllm_proxy.traffic.relay import forward
@@ -35,9 +44,11 @@ def by_json_model(registry: Registry, settings: Settings, budget: Budget) -> Wor
             name, place = model_name(body), None
         else:
             name, place = await model_name_of_large(body)
-        route = registry.find(name)
+        route = _found(call, name, registry)
         if name != route.spec.id:
             body = await with_model(body, route.spec.id, place)
+        if call.salt:
+            body = with_salt(body, call.salt)
         return await forward(call, registry, route, body)
 
     return work
@@ -48,7 +59,7 @@ def by_form_model(registry: Registry, settings: Settings, budget: Budget) -> Wor
 
     async def work(call: Call) -> web.StreamResponse:
         with await Upload.receive(call, settings(), budget) as upload:
-            route = registry.find(upload.model)
+            route = _found(call, upload.model, registry)
             form = upload if upload.model == route.spec.id else upload.renamed(route.spec.id)
             return await forward(call, registry, route, form)
 
@@ -64,14 +75,22 @@ def by_asking(registry: Registry, settings: Settings, budget: Budget) -> Work:
     return work
 
 
+def _found(call: Call, name: str, registry: Registry) -> Route:
+    allowed = call.caller.models
+    if allowed is not None and name not in allowed:
+        raise model_not_found(name)
+    return registry.find(name)
+
+
 def list_models(registry: Registry, reconciler: Reconciler) -> Answers[resources.Cards]:
     """`GET /v1/models`: every enabled model and alias, whatever its state."""
 
-    async def handle(_request: web.Request) -> Reply[resources.Cards]:
+    async def handle(request: web.Request) -> Reply[resources.Cards]:
+        caller = caller_of(request)
         cards = [
             _card(name, route, reconciler)
             async for name, route in in_turns(registry.names().items())
-            if reconciler.knows(route.spec.id)  # still
+            if reconciler.knows(route.spec.id) and caller.may_use(name)  # still
         ]
         return Reply({"object": "list", "data": cards})
 
@@ -84,8 +103,8 @@ def retrieve_model(registry: Registry, reconciler: Reconciler) -> Answers[resour
     async def handle(request: web.Request) -> Reply[resources.Card]:
         name = request.match_info["model_id"]
         route = registry.names().get(name)
-        if route is None:
-            raise RequestError("model_not_found", f"cannot find model {name!r}: GET /v1/models lists them")
+        if route is None or not caller_of(request).may_use(name):
+            raise model_not_found(name)
         return Reply(_card(name, route, reconciler))
 
     return handle

@@ -5,7 +5,7 @@ Nothing is listed here by hand that the code says already, so the document canno
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from vllm_proxy import __version__
 from vllm_proxy.api.openapi_keys import REF, Generate, Schema, key_schemas
 from vllm_proxy.api.openapi_routes import HEADERS, OPERATIONS, PARAMETERS, TAGS, Answer, Operation
 from vllm_proxy.domain import resources
+from vllm_proxy.domain.keys import Scope
 from vllm_proxy.errors import STATUS
 
 _DESCRIPTION = """One OpenAI-compatible address in front of many vLLM processes, kept as one declarative file says.
@@ -26,12 +27,22 @@ Errors are `{"error": {"message", "type", "param", "code"}}`; `Retry-After` come
 _ANSWERS: tuple[Any, ...] = (
     resources.Models, resources.Plan, resources.Applied, resources.Health, resources.Ready, resources.Root,
     resources.Cards, resources.Error, resources.ModelEvent, resources.ConfigAccepted, resources.ConfigRejected,
-    resources.PlanEvent,
+    resources.PlanEvent, resources.WriteEvent,
 )  # fmt: skip
 
 
-def document(routes: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """The document for these routes, (method, path as the router writes it).
+_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "A key, as `Authorization: Bearer KEY`."},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "A key, as Anthropic's API."},
+}
+NOT_LET_IN = ("missing_api_key", "invalid_api_key", "expired_api_key", "missing_scope")
+
+
+type Described = tuple[str, str, Scope | None]  # method, path as the router writes it, scope
+
+
+def document(routes: Iterable[Described]) -> dict[str, Any]:
+    """The document for these routes.
 
     Raises:
         KeyError: a route is not described.
@@ -39,11 +50,12 @@ def document(routes: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """
     paths: dict[str, dict[str, Schema]] = {}
     order = {route: place for place, route in enumerate(OPERATIONS)}
-    for route in sorted(
-        (f"{method} {re.sub(r':[^}]*}', '}', path)}" for method, path in routes), key=order.__getitem__
+    for route, scope in sorted(
+        ((f"{method} {re.sub(r':[^}]*}', '}', path)}", scope) for method, path, scope in routes),
+        key=lambda found: order[found[0]],
     ):
         method, _, path = route.partition(" ")
-        paths.setdefault(path, {})[method.lower()] = _operation(method, path, OPERATIONS[route])
+        paths.setdefault(path, {})[method.lower()] = _operation(method, path, OPERATIONS[route], scope)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -55,11 +67,16 @@ def document(routes: Iterable[tuple[str, str]]) -> dict[str, Any]:
         "servers": [{"url": "./"}],
         "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "paths": paths,
-        "components": {"schemas": _schemas(), "parameters": PARAMETERS, "headers": HEADERS},
+        "components": {
+            "schemas": _schemas(),
+            "parameters": PARAMETERS,
+            "headers": HEADERS,
+            "securitySchemes": _SCHEMES,
+        },
     }
 
 
-def _operation(method: str, path: str, operation: Operation) -> Schema:
+def _operation(method: str, path: str, operation: Operation, scope: Scope | None) -> Schema:
     parameters = [*re.findall(r"{(\w+)}", path), *operation.parameters]
     found: Schema = {
         "tags": [operation.tag],
@@ -67,17 +84,18 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
         "operationId": method.lower() + "".join(map(str.capitalize, re.findall(r"[a-z0-9]+", path) or ["root"])),
         "description": operation.description,
         "parameters": [{"$ref": f"#/components/parameters/{name}"} for name in parameters],
-        "responses": _responses(operation),
+        "responses": _responses([*operation.errors, *(NOT_LET_IN if scope else ())], operation),
     }
     if operation.body is not None:
         found["requestBody"] = {"required": operation.body_required, "content": _content(operation.body)}
-    return {name: value for name, value in found.items() if value}
+    shown = {name: value for name, value in found.items() if value}
+    return shown | {"security": [{name: [scope]} for name in _SCHEMES] if scope else []}
 
 
-def _responses(operation: Operation) -> dict[str, Schema]:
+def _responses(errors: Sequence[str], operation: Operation) -> dict[str, Schema]:
     found = {str(int(answer.status)): _answer(answer) for answer in operation.answers}
-    for status in sorted({STATUS[code] for code in operation.errors}):
-        codes = [code for code in operation.errors if STATUS[code] == status]
+    for status in sorted({STATUS[code] for code in errors}):
+        codes = [code for code in errors if STATUS[code] == status]
         found.setdefault(str(status), {
             "description": f"{HTTPStatus(status).phrase}: {', '.join(f'`{code}`' for code in codes)}",
             "content": {

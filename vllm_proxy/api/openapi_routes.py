@@ -90,14 +90,13 @@ def _text(kind: str) -> dict[str, Schema]:
 
 
 _HERE = ("host_not_allowed", "origin_not_allowed")
-_ADMIN = (*_HERE, "remote_admin_disabled")
 _NO_FILE = ("revision_mismatch", "config_read_only", "config_not_written")
 _BODY = ("unsupported_media_type", "request_too_large", "overloaded")
-_WRITE = (*_ADMIN, *_BODY, "invalid_json", "invalid_model", "invalid_config", *_NO_FILE)
+_WRITE = (*_HERE, *_BODY, "invalid_json", "invalid_model", "invalid_config", *_NO_FILE)
 _ETAG = ("ETag",)
 _TOML = {"text/toml": {"type": "string"}, "application/toml": {"type": "string"}}
 _INFERENCE = (
-    *_BODY, "invalid_json", "missing_model", "model_not_found", "engine_failed", "model_error",
+    *_BODY, "isolation_unavailable", "invalid_json", "missing_model", "model_not_found", "engine_failed", "model_error",
     "model_disabled", "model_stopped", "queue_full", "shutting_down", "queue_timeout", "request_timeout",
 )  # fmt: skip
 
@@ -111,7 +110,7 @@ def _act(summary: str) -> Operation:
         "Models",
         summary,
         (Answer(HTTPStatus.ACCEPTED, "Begun.", _json(resources.Model)),),
-        (*_ADMIN, "model_not_found", "model_disabled"),
+        (*_HERE, "model_not_found", "model_disabled"),
         description="A running state, not a desired one: it is not written to the file, and a change of the model or "
         "a restart of the daemon forgets it.",
     )
@@ -119,7 +118,7 @@ def _act(summary: str) -> Operation:
 
 _MODELS = {
     "GET /models": Operation(
-        "Models", "List all models", (Answer(200, "In the file's order.", _json(resources.Models), _ETAG),), _ADMIN
+        "Models", "List all models", (Answer(200, "In the file's order.", _json(resources.Models), _ETAG),), _HERE
     ),
     "POST /models": Operation(
         "Models",
@@ -130,7 +129,7 @@ _MODELS = {
         ("if_match",),
     ),
     "GET /models/{model_id}": Operation(
-        "Models", "Show a model", (_model(200, "What is asked for, and what is."),), (*_ADMIN, "model_not_found")
+        "Models", "Show a model", (_model(200, "What is asked for, and what is."),), (*_HERE, "model_not_found")
     ),
     "PUT /models/{model_id}": Operation(
         "Models",
@@ -154,7 +153,7 @@ _MODELS = {
         "Models",
         "Delete a model",
         (_model(202, "Gone from the file; its engines drain."), Answer(204, "Gone.", {}, _ETAG)),
-        (*_ADMIN, "model_not_found", "invalid_config", *_NO_FILE),
+        (*_HERE, "model_not_found", "invalid_config", *_NO_FILE),
         None,
         ("if_match",),
     ),
@@ -165,7 +164,7 @@ _MODELS = {
         "Models",
         "Read what its engines write",
         (Answer(200, "The last lines.", {**_text("text/plain"), **_text("text/event-stream")}),),
-        (*_ADMIN, "model_not_found", "bad_request"),
+        (*_HERE, "model_not_found", "bad_request"),
         None,
         ("lines", "follow"),
         "Lines of a model with several instances begin with `ID/INDEX | `.",
@@ -173,13 +172,13 @@ _MODELS = {
 }
 _CONFIGURATION = {
     "GET /config": Operation(
-        "Configuration", "Show the file", (Answer(200, "As it is on disk.", _text("text/toml"), _ETAG),), _ADMIN
+        "Configuration", "Show the file", (Answer(200, "As it is on disk.", _text("text/toml"), _ETAG),), _HERE
     ),
     "PUT /config": Operation(
         "Configuration",
         "Replace the file",
         (Answer(200, "Written and adopted.", _json(resources.Applied), _ETAG),),
-        (*_ADMIN, *_BODY, "invalid_config", *_NO_FILE),
+        (*_HERE, *_BODY, "invalid_config", *_NO_FILE),
         _TOML,
         ("if_match",),
     ),
@@ -187,7 +186,7 @@ _CONFIGURATION = {
         "Configuration",
         "What would a file change?",
         (Answer(200, "Nothing is applied.", _json(resources.Plan)),),
-        (*_ADMIN, *_BODY, "invalid_config"),
+        (*_HERE, *_BODY, "invalid_config"),
         _TOML,
         description="Without a body: what would the file as it is on disk change?",
         body_required=False,
@@ -196,14 +195,14 @@ _CONFIGURATION = {
         "Configuration",
         "Read the file again now",
         (Answer(200, "Adopted.", _json(resources.Applied), _ETAG),),
-        (*_ADMIN, "invalid_config"),
+        (*_HERE, "invalid_config"),
         description="The daemon also does so by itself when the file changes.",
     ),
     "GET /events": Operation(
         "Configuration",
         "Follow what happens",
         (Answer(200, "Until one side leaves.", _text("text/event-stream")),),
-        _ADMIN,
+        _HERE,
         description="Server-sent events: `model` (its state changed, a `ModelEvent`), `config` (the file was accepted, "
         "a `ConfigAccepted`, or rejected with its problems, a `ConfigRejected`), `plan` (what an accepted file "
         "changes, a `PlanEvent`).",

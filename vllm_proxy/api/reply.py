@@ -12,6 +12,7 @@ from aiohttp import web
 
 from vllm_proxy.traffic.envelope import Handler, json_response
 
+STREAM = web.RequestKey("stream", web.StreamResponse)  # the answer to a request, once it has begun
 ALIVE = b":\n\n"  # a comment as keep-alive, so that no proxy in between times a silent stream out
 
 
@@ -45,6 +46,7 @@ async def begin_events(request: web.Request) -> web.StreamResponse:
     headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
     response = web.StreamResponse(headers=headers)
     await response.prepare(request)
+    request[STREAM] = response
     return response
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from pydantic import Field
 
 from vllm_proxy import errors
+from vllm_proxy.domain.keys import KeyChanges
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.domain.plan import Action, Kind
 
@@ -97,6 +98,7 @@ class Applied(TypedDict):
 
     revision: str
     changes: list[Change]
+    keys: KeyChanges
 
 
 class ConfigHealth(TypedDict):
@@ -113,8 +115,13 @@ class Health(TypedDict):
     status: Literal["ok"]
     version: str
     models: Annotated[dict[str, int], Field(description="How many models are in each state.")]
-    not_ended: Annotated[list[str], Field(description="Instances whose engines live and could not be ended.")]
-    config: ConfigHealth
+    error: Annotated[bool, Field(description="Whether the file is refused, or an engine could not be ended.")]
+    not_ended: NotRequired[
+        Annotated[
+            list[str], Field(description="Instances whose engines live and could not be ended. For who may read.")
+        ]
+    ]
+    config: NotRequired[Annotated[ConfigHealth, Field(description="The file. For who may read.")]]
 
 
 class Ready(TypedDict):
@@ -175,6 +182,16 @@ class ConfigAccepted(TypedDict):
 
     result: Literal["accepted"]
     revision: str
+    keys: KeyChanges
+
+
+class WriteEvent(TypedDict):
+    """Event `write`: somebody changed the file, or commanded a model by hand."""
+
+    who: Annotated[str, Field(examples=["key ci", "uid 1000", "anonymous"])]
+    what: Annotated[str, Field(examples=["PATCH /models/chat"])]
+    before: Annotated[str, Field(description="The revision.")]
+    after: Annotated[str, Field(description="The revision; the same where nothing in the file has changed.")]
 
 
 class ConfigRejected(TypedDict):

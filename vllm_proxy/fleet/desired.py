@@ -60,6 +60,23 @@ class Outcome:
     keys: KeyChanges = field(default_factory=lambda: changes({}, {}))
 
 
+@dataclass(frozen=True, slots=True)
+class Author:
+    """Who wants something changed, and how."""
+
+    who: str  # "key ci", "uid 1000", "anonymous"
+    what: str  # "PATCH /models/chat"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Something was changed, or commanded by hand: then the revisions are one."""
+
+    author: Author
+    before: str
+    after: str
+
+
 class _NoAnswerError(Exception):
     """A deadline passed; `begun`: the work goes on, and may still succeed."""
 
@@ -95,7 +112,7 @@ class Desired:
         self._file = str(store.file)
         self._parse = parse
         self._files = files
-        self._keyring = keyring
+        self.keyring = keyring
         self._attached: Mapping[str, str] = reconciler.config.attached  # of the last text that was read
         self.reconciler = reconciler
         self._check = check
@@ -104,7 +121,7 @@ class Desired:
         self._started_with = None if address_is_given else reconciler.config.server
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._listeners: list[Callable[[Outcome | ConfigError], None]] = []
+        self._listeners: list[Callable[[Outcome | Written | ConfigError], None]] = []
 
     @property
     def fingerprint(self) -> str:
@@ -119,9 +136,16 @@ class Desired:
                 found.append(self._files.path(reference))
         return found
 
-    def listen(self, listener: Callable[[Outcome | ConfigError], None]) -> None:
-        """Call `listener` with the outcome of each reload and write that found something new."""
+    def listen(self, listener: Callable[[Outcome | Written | ConfigError], None]) -> None:
+        """Call `listener` with the outcome of each reload and write that found something new, and with each write."""
         self._listeners.append(listener)
+
+    def record(self, author: Author, before: str | None = None, after: str | None = None) -> None:
+        """Log and announce that somebody has changed something, or commanded it by hand."""
+        now = self.reconciler.config.revision
+        written = Written(author, before or now, after or now)
+        log.info("written", who=author.who, what=author.what, before=written.before, after=written.after)
+        notify(self._listeners, written)
 
     def pending_restart(self) -> list[str]:
         """Keys of `[server]` that the file has changed and only a restart of the daemon applies."""
@@ -175,7 +199,7 @@ class Desired:
             self._reject(self._unanswered())
             raise self._unanswered() from error
 
-    async def write(self, edit: Edit, if_match: str | None, *, blind: bool = False) -> Outcome:
+    async def write(self, edit: Edit, if_match: str | None, author: Author, *, blind: bool = False) -> Outcome:
         """Change what is on disk, then follow it. It goes on though the caller gives up.
 
         `if_match`: only if that is the revision on disk; None: in any case. `blind`: whatever is on disk is valid.
@@ -186,7 +210,7 @@ class Desired:
 
         """
         try:
-            return await self._serialized(partial(self._write, edit, if_match, blind=blind))
+            return await self._serialized(partial(self._write, edit, if_match, author, blind=blind))
         except _NoAnswerError as error:
             what = "the file is the old one or the new one, look again" if error.begun else "nothing has changed"
             msg = f"cannot write {self._file}: its disk has not answered for {_DISK_SECONDS:g} s; {what}"
@@ -262,12 +286,13 @@ class Desired:
             return Outcome(self.reconciler.config.revision, ())
         return await self._adopt(config)
 
-    async def _write(self, edit: Edit, if_match: str | None, *, blind: bool) -> Outcome:
+    async def _write(self, edit: Edit, if_match: str | None, author: Author, *, blind: bool) -> Outcome:
         before, after, config = await self.offload(self._edited, edit, if_match, blind=blind)
         if found := await self._refused(config):
             raise ConfigError(self._file, found)
         if after != before:
             await self.offload(self._store.replace, after)
+        self.record(author, revision_of(before), config.revision)
         if config.fingerprint == self.fingerprint:
             return Outcome(config.revision, ())
         return await self._adopt(config)
@@ -330,7 +355,7 @@ class Desired:
         self.rejected = None
         self._attached = config.attached
         changed = changes(self.reconciler.config.keys, config.keys)
-        self._keyring.adopt(config)  # first: what a key may not do any more is refused from here on
+        self.keyring.adopt(config)  # first: what a key may not do any more is refused from here on
         self._ports.set_range(config.engine.port_start, config.engine.port_end)
         await self.reconciler.adopt(config, actions)
         outcome = Outcome(config.revision, actions, changed)

@@ -1,69 +1,248 @@
-"""Access checks for all routes but inference: who may see and change models.
+"""Who may do what: the head of a request becomes its caller here, and nowhere else, before a byte of its body is read.
 
-A daemon on loopback is protected against web pages: against DNS rebinding by the `Host` header, against cross-site
-requests by `Origin` and the type of the body. A daemon that listens on a network refuses administration unless
-`allow_remote_admin` is set. Inference is open to whoever can connect. Described in docs/api.md.
+A key is known by its digest. Who sends none, or one that is unknown, is anonymous: what that may do depends on the
+configuration and on the listener (`keyring`). Anonymous callers may be web pages, so their Host is checked against DNS
+rebinding and their Origin against cross-site requests; a valid key needs neither, since no page knows it. The control
+socket may do everything. Described in docs/security.md.
 """
 
-from collections.abc import Callable, Collection
+import socket
+import struct
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from vllm_proxy.domain.config import Server
-from vllm_proxy.domain.hosts import is_loopback
+from vllm_proxy.domain.hosts import is_address, is_loopback
+from vllm_proxy.domain.keys import ALL, Key, Scope, is_mistyped
 from vllm_proxy.domain.listener import Kind
-from vllm_proxy.errors import RequestError
-from vllm_proxy.traffic.front import client_of
+from vllm_proxy.errors import AccessError, RequestError, model_not_found
+from vllm_proxy.traffic.client import Admitted, ClientConnection
+from vllm_proxy.traffic.keyring import Caller, Keyring
 
+type Head = Mapping[bytes, bytes]  # as `head.read_head` has it
+
+CONTROL = Caller(Key("control", (), ALL), b"", None)  # who uses the control socket
 _DECLARED = frozenset({"application/json", "application/merge-patch+json", "text/toml", "application/toml"})
+_BEARER = b"bearer "
+_SUBPROTOCOL = b"openai-insecure-api-key."  # how browsers send a key with a WebSocket
+_BROWSERS = (b"origin", b"sec-fetch-site", b"sec-fetch-mode")  # headers that nothing but a browser sends
+_SAME_ORIGIN = b"same-origin"
+_REALM = 'Bearer realm="vllm-proxy"'
+_INVALID = f'{_REALM}, error="invalid_token"'
+_MOST_HOSTS = 64  # spellings of the Host header that are remembered
+
+
+@dataclass(slots=True)
+class Admission:
+    """A request that is no call for inference: who sent it, and which scope it needed."""
+
+    caller: Caller
+    scope: Scope | None
+    model: str = ""  # that its path names
+    revoked: RequestError | None = None  # why it ends before its time
 
 
 class Access:
-    """The rules for one set of listening addresses."""
+    """The rules of one daemon."""
 
-    def __init__(self, server: Callable[[], Server], addresses: Collection[str]) -> None:
+    def __init__(self, server: Callable[[], Server], keyring: Keyring, addresses: Collection[str] = ()) -> None:
         """`server`: the `[server]` table now; `addresses`: those listened on."""
         self._server = server
-        self._local = all(is_loopback(address) for address in addresses)
+        self._keyring = keyring
         self._addresses = {host.lower() for host in (server().host, *addresses)}
+        self._hosts: set[bytes] = set()  # Host headers that were found good
+        self.listen(self._hosts.clear)
 
-    def check(self, request: web.Request, *, public: bool) -> None:
-        """Let a request pass that is not for inference. `public`: one of the routes that answer everywhere.
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call `listener` whenever what is allowed has changed."""
+        self._keyring.listen(listener)
+
+    def caller(self, head: Head, client: ClientConnection, scope: Scope) -> Caller:
+        """Who sends a request that needs a scope.
 
         Raises:
-            RequestError: `remote_admin_disabled`, `host_not_allowed`, `origin_not_allowed`, `unsupported_media_type`.
+            RequestError: `missing_api_key`, `invalid_api_key`, `expired_api_key`, `missing_scope`,
+                `host_not_allowed` or `origin_not_allowed`.
 
         """
-        server = self._server()
-        if client_of(request).listener.kind is Kind.CONTROL:
-            return  # the control socket: its file has an owner
-        if not self._local:
-            if public:
-                return
-            if not server.allow_remote_admin:
-                msg = "cannot administer over the network: set server.allow_remote_admin, or listen on 127.0.0.1"
-                raise RequestError("remote_admin_disabled", msg)
-        else:
-            self._check_host(_host_of(request.headers.get("Host", "")), server)
-        origin = request.headers.get("Origin")
-        if origin and origin not in server.cors_origins and "*" not in server.cors_origins:
-            own = f"{request.scheme}://{request.headers.get('Host', '')}"
-            if origin != own:
-                msg = f"cannot answer a page of {origin!r}: add it to server.cors_origins"
-                raise RequestError("origin_not_allowed", msg)
-        if (
-            request.body_exists and request.content_type not in _DECLARED
-        ):  # a page may send other types without a preflight (cross-site request forgery)
-            msg = f"cannot take a body of type {request.content_type}: declare it as application/json or text/toml"
-            raise RequestError("unsupported_media_type", msg)
+        if client.listener.kind is Kind.CONTROL:
+            return self._at_control_socket(head, client, scope)
+        found = None
+        given = head.get(b"authorization")
+        if given is not None and given[:7].lower() == _BEARER:
+            found = self._keyring.find(sha256(given[7:].strip()).digest())
+        if found is None:
+            found = self._by_other_headers(head)
+        if found is None:
+            return self._anonymous(head, client, scope)
+        if found.is_bounded:
+            _check_time(found)
+        if scope not in found.scopes:
+            raise _too_narrow(found, scope)
+        return found
 
-    def _check_host(self, host: str, server: Server) -> None:
-        allowed = {name.lower() for name in server.allowed_hosts}
-        if not is_loopback(host) and host not in self._addresses | allowed:
-            # DNS rebinding: a web page that points its own name at this machine.
-            msg = f"cannot answer for host {host!r}: add it to server.allowed_hosts"
-            raise RequestError("host_not_allowed", msg)
+    def whoever(self, head: Head, client: ClientConnection) -> Caller:
+        """Who sends a request that everybody may send.
+
+        Raises:
+            RequestError: `host_not_allowed` or `origin_not_allowed`.
+
+        """
+        if client.listener.kind is Kind.CONTROL:
+            return self._at_control_socket(head, client, None)
+        found = self._by_other_headers(head)
+        if found is not None and time.time() < found.expires_at:
+            return found
+        self._check_page(head, client, None)
+        return self._keyring.anonymous(local=client.listener.kind is Kind.LOOPBACK)
+
+    def refusal_of(self, admission: Admitted, client: ClientConnection) -> RequestError | None:
+        """Why a request that was let in may not go on, since a key was changed or has expired; None: it may."""
+        before = admission.caller
+        if before is CONTROL:
+            return None
+        now = self._keyring.now(before, local=client.listener.kind is Kind.LOOPBACK)
+        if now is None:
+            return AccessError("invalid_api_key", "this ends here: its key was revoked", _INVALID)
+        try:
+            if now.is_bounded:
+                _check_time(now)
+        except RequestError as error:
+            return error
+        admission.caller = now  # it may expire at another time
+        narrowed = now.key != before.key
+        if narrowed and admission.scope is not None and admission.scope not in now.scopes:
+            return _too_narrow(now, admission.scope)
+        if narrowed and admission.model and not self._keyring.may_go_on(now, admission.model):
+            return model_not_found(admission.model)
+        return None
+
+    def _by_other_headers(self, head: Head) -> Caller | None:
+        for token in _tokens(head):
+            if (found := self._keyring.find(sha256(token).digest())) is not None:
+                return found
+        return None
+
+    def _at_control_socket(self, head: Head, client: ClientConnection, scope: Scope | None) -> Caller:
+        """Its file has an owner, and only a browser can be led to it by others: through a forwarded port."""
+        if any(name in head for name in _BROWSERS):
+            self._check_page(head, client, scope)
+        return CONTROL
+
+    def _anonymous(self, head: Head, client: ClientConnection, scope: Scope) -> Caller:
+        caller = self._keyring.anonymous(local=client.listener.kind is Kind.LOOPBACK)
+        if scope not in caller.scopes or (caller.is_bounded and time.time() >= caller.expires_at):
+            raise _without_key(head, scope)
+        if b"origin" in head or head.get(b"host", b"") not in self._hosts:
+            self._check_page(head, client, scope)
+        return caller
+
+    def _check_page(self, head: Head, client: ClientConnection, scope: Scope | None) -> None:
+        """Refuse what a web page of somebody else would send."""
+        raw = head.get(b"host", b"")
+        host = _host_of(raw.decode("latin-1"))
+        ours = not raw or self._is_ours(host)  # no browser leaves it out
+        origin = head.get(b"origin")
+        if client.listener.kind is not Kind.ELSEWHERE:
+            if not ours:  # DNS rebinding: a web page that points its own name at this machine
+                raise RequestError("host_not_allowed", f"cannot answer for host {host!r}: {_ADD_HOST}")
+            if origin is None and len(self._hosts) < _MOST_HOSTS:
+                self._hosts.add(raw)
+        if not origin or scope is None:  # what everybody may have, a page cannot read but by CORS
+            return
+        allowed = self._server().cors_origins
+        if origin.decode("latin-1") in allowed or ("*" in allowed and scope is Scope.INFERENCE):
+            return
+        own = b"%s://%s" % (b"https" if client.ssl_context is not None else b"http", raw)
+        if origin == own or head.get(b"sec-fetch-site") == _SAME_ORIGIN:
+            if ours or is_address(host):
+                return
+            raise RequestError("host_not_allowed", f"cannot answer a page of host {host!r}: {_ADD_HOST}")
+        shown = origin.decode("latin-1")
+        raise RequestError("origin_not_allowed", f"cannot answer a page of {shown!r}: add it to server.cors_origins")
+
+    def _is_ours(self, host: str) -> bool:
+        return (
+            is_loopback(host)
+            or host in self._addresses
+            or any(host == name.lower() for name in self._server().allowed_hosts)
+        )
+
+
+_ADD_HOST = "add it to server.allowed_hosts"
+
+
+def check_body_type(request: web.Request) -> None:
+    """Refuse a body that a page may send without a preflight (cross-site request forgery).
+
+    Raises:
+        RequestError: `unsupported_media_type`.
+
+    """
+    if request.body_exists and request.content_type not in _DECLARED:
+        msg = f"cannot take a body of type {request.content_type}: declare it as application/json or text/toml"
+        raise RequestError("unsupported_media_type", msg)
+
+
+def who(caller: Caller, client: ClientConnection) -> str:
+    """A caller for the log: the name of its key, or the user who connected to the control socket."""
+    if caller is not CONTROL:
+        return f"key {caller.name}" if not caller.is_anonymous else caller.name
+    connection = client.transport.get_extra_info("socket") if client.transport is not None else None
+    if connection is None:
+        return "control socket"
+    size = struct.calcsize("3i")
+    _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return f"uid {uid}"
+
+
+def _tokens(head: Head) -> Iterator[bytes]:
+    """Whatever may be a key."""
+    given = head.get(b"authorization", b"")
+    if given[:7].lower() == _BEARER and (token := given[7:].strip()):
+        yield token
+    if token := head.get(b"x-api-key", b"").strip():
+        yield token
+    if b"upgrade" in head:
+        for offered in head.get(b"sec-websocket-protocol", b"").split(b","):
+            if (one := offered.strip()).startswith(_SUBPROTOCOL):
+                yield one.removeprefix(_SUBPROTOCOL)
+
+
+def _without_key(head: Head, scope: Scope) -> RequestError:
+    token = next(_tokens(head), None)
+    way = f"`vllm-proxy keys new NAME --scope {scope}` makes one"
+    if token is None:
+        msg = f"cannot do this without a key: send one as Authorization: Bearer KEY; {way}"
+        return AccessError("missing_api_key", msg, _REALM)
+    if is_mistyped(token.decode("latin-1")):
+        msg = "cannot take this key: it is mistyped, a character is missing or wrong; paste it once more"
+        return AccessError("invalid_api_key", msg, _INVALID)
+    return AccessError("invalid_api_key", f"cannot take this key: it is unknown or revoked; {way}", _INVALID)
+
+
+def _check_time(caller: Caller) -> None:
+    if not caller.key.enabled:
+        msg = "cannot take this key: it is disabled; whoever runs this server can enable it"
+        raise AccessError("invalid_api_key", msg, _INVALID)
+    if time.time() >= caller.expires_at:
+        msg = "cannot take this key: it has expired; `vllm-proxy keys new NAME` makes another"
+        raise AccessError("expired_api_key", msg, _INVALID)
+
+
+def _too_narrow(caller: Caller, scope: Scope) -> RequestError:
+    challenge = f'{_REALM}, error="insufficient_scope", scope="{scope}"'
+    has = ", ".join(sorted(caller.scopes)) or "none"
+    msg = (
+        f"cannot do this with the key {caller.name}: it needs the scope {scope}, and this key has {has};"
+        f" `vllm-proxy keys new NAME --scope {scope}` makes one"
+    )
+    return AccessError("missing_scope", msg, challenge)
 
 
 def _host_of(header: str) -> str:

@@ -144,3 +144,9 @@ async def with_model(body: bytes, model_id: str, place: slice | None) -> bytes:
     if place is None:
         _, place = await model_name_of_large(body)
     return b"".join((body[: place.start], msgspec.json.encode(model_id), body[place.stop :]))
+
+
+def with_salt(body: bytes, salt: bytes) -> bytes:
+    """The body of a request with a `cache_salt` as its last member: of members of one name, the last one counts."""
+    end = body.rstrip()
+    return b'%s,"cache_salt":"%s"}' % (end[:-1], salt) if end.endswith(b"}") else body

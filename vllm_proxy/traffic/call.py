@@ -12,11 +12,16 @@ from types import MappingProxyType
 import structlog
 from aiohttp import web
 
+from vllm_proxy.domain.keys import Scope
 from vllm_proxy.errors import RequestError
+from vllm_proxy.traffic.access import Head
+from vllm_proxy.traffic.client import ClientConnection
 from vllm_proxy.traffic.cors import Cors
 from vllm_proxy.traffic.envelope import as_request_error, error_response
+from vllm_proxy.traffic.front import client_of, withdraw_cancellation
 from vllm_proxy.traffic.head import engine_id, read_head, request_id
-from vllm_proxy.traffic.routes import is_anthropic
+from vllm_proxy.traffic.keyring import Caller
+from vllm_proxy.traffic.routes import InferenceRoute, is_anthropic
 
 log = structlog.get_logger()
 
@@ -37,6 +42,10 @@ class Call:
     bytes_out = 0
     held = 0  # bytes of its body that are counted in the budget
     retries = 0
+    caller: Caller  # who sent it, once that is known
+    scope: Scope | None = Scope.INFERENCE
+    salt = b""  # the `cache_salt` that its prompt gets
+    revoked: RequestError | None = None  # why it ends before its time
 
     def __init__(self, request: web.BaseRequest, route: str, start_line: bytes) -> None:
         self.request = request
@@ -60,29 +69,37 @@ class Call:
 
 type Observer = Callable[[Call], None]
 type Work = Callable[[Call], Awaitable[web.StreamResponse]]
+type Admit = Callable[[Head, ClientConnection, Scope], Caller]  # raises for who may not infer
 
 
 def observed(
-    method: str, route: str, work: Work, observe: Observer, cors: Cors
+    route: InferenceRoute, work: Work, admit: Admit, observe: Observer, cors: Cors
 ) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
-    """A handler that does `work`, answers its errors in the envelope of the route, and reports the end to `observe`."""
-    start_line = f"{method} {route} HTTP/1.1\r\n".encode()
+    """A handler for callers that `admit` lets in: it does `work`, and answers its errors in the envelope of the route.
+
+    The end, whatever it is, is reported to `observe`.
+    """
+    path = route.path
+    start_line = f"{route.method} {path} HTTP/1.1\r\n".encode()
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
-        call = Call(request, route, start_line)
+        call = Call(request, path, start_line)
         if b"origin" in call.head:
-            call.cors = cors.headers(call.head[b"origin"].decode("latin-1"))
+            call.cors = cors.headers(call.head[b"origin"].decode("latin-1"), path)
         try:
+            _let_in(call, route, admit)
             return await work(call)
         except RequestError as error:
             return _refuse(call, error)
         except (asyncio.CancelledError, ConnectionError):
-            call.status = call.status or CLIENT_GONE
-            raise
+            if call.revoked is None or call.status or not withdraw_cancellation():
+                call.status = call.status or CLIENT_GONE
+                raise
+            return _refuse(call, call.revoked)
         except web.HTTPException as error:  # aiohttp's own
             return _refuse(call, as_request_error(request, error))
         except Exception:
-            log.exception("a request failed by a fault of the daemon", path=route, request_id=call.request_id.decode())
+            log.exception("a request failed by a fault of the daemon", path=path, request_id=call.request_id.decode())
             if call.status and request.transport is not None:  # the answer has begun: an error would be read as its end
                 request.transport.abort()
                 raise ConnectionResetError from None
@@ -91,6 +108,21 @@ def observed(
             observe(call)
 
     return handle
+
+
+def _let_in(call: Call, route: InferenceRoute, admit: Admit) -> None:
+    client = client_of(call.request)
+    call.caller = caller = admit(call.head, client, route.scope)
+    client.admission = call
+    if caller.isolation:
+        call.salt = _salt(caller, route)
+
+
+def _salt(caller: Caller, route: InferenceRoute) -> bytes:
+    if route.salted is False:
+        msg = f"cannot do this with the key {caller.name}: it isolates its prompts, and vLLM does not offer that here"
+        raise RequestError("isolation_unavailable", msg)
+    return caller.isolation if route.salted else b""
 
 
 def _start_line(request: web.BaseRequest) -> bytes:

@@ -16,11 +16,14 @@ from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 from vllm_proxy.domain.config import Server
+from vllm_proxy.domain.keys import Scope
 from vllm_proxy.domain.listener import Kind, Listener
 from vllm_proxy.errors import LateRequestError, RequestError
-from vllm_proxy.traffic.envelope import error_response, refusal
+from vllm_proxy.traffic.envelope import error_event, error_response, refusal
 from vllm_proxy.traffic.exchange import Exchange, end_in_reset
 from vllm_proxy.traffic.head import request_id
+from vllm_proxy.traffic.keyring import Caller
+from vllm_proxy.traffic.routes import is_anthropic
 
 log = structlog.get_logger()
 
@@ -32,6 +35,15 @@ _HEAD, _BODY, _ANSWER = "head", "body", "answer"
 
 
 _received = RequestHandler.data_received
+
+
+class Admitted(Protocol):
+    """A request that was let in."""
+
+    caller: Caller
+    scope: Scope | None
+    model: str  # "" where it is not known
+    revoked: RequestError | None  # why it ends before its time
 
 
 class Manager(Protocol):
@@ -47,7 +59,7 @@ class Manager(Protocol):
 class ClientConnection(RequestHandler):
     """One client's connection. `exchange` is the answer that is being written to it."""
 
-    __slots__ = ("_mark", "_resumed", "_since", "end_orderly", "exchange", "head_bytes", "held", "in_head",
+    __slots__ = ("_mark", "_resumed", "_since", "admission", "end_orderly", "exchange", "head_bytes", "held", "in_head",
                  "listener", "on_message_bytes")  # fmt: skip
 
     def __init__(
@@ -62,6 +74,7 @@ class ClientConnection(RequestHandler):
         super().__init__(cast("web.Server", manager), loop=loop, **kwargs)
         self.listener = listener
         self.exchange: Exchange | None = None
+        self.admission: Admitted | None = None  # of the last request that was let in
         self.end_orderly: asyncio.Transport | None = None  # its own, once an answer that its end frames is whole
         self.in_head = True  # a request's head is still to come: the first one, or the rest of another
         self.head_bytes = 0  # of a head that is not complete
@@ -104,6 +117,25 @@ class ClientConnection(RequestHandler):
                 self._refuse(_HEAD_TOO_LARGE)
         elif self.on_message_bytes is not None:
             self.on_message_bytes(len(data))
+
+    @property
+    def in_progress(self) -> Admitted | None:
+        """The request that is being answered, once it was let in."""
+        return self.admission if self._current_request is not None else None
+
+    def revoke(self, admission: Admitted, error: RequestError) -> None:
+        """End the request that is being answered: what it was let in for is not allowed any more.
+
+        A stream that has begun ends with the error as its last event; where nothing was sent, it is the answer.
+        """
+        request, task = self._current_request, self._task_handler
+        if request is None or admission.revoked is not None or task is None:
+            return
+        admission.revoked = error
+        if self.exchange is not None and self.exchange.passed_status:
+            self.exchange.end_early(error_event(error, anthropic=is_anthropic(request.path)))
+        else:
+            task.cancel()
 
     def pause_writing(self) -> None:
         """The client reads more slowly than its engine writes: backpressure on the engine."""

@@ -12,6 +12,7 @@ from aiohttp import web
 from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.envelope import Handler
+from vllm_proxy.traffic.routes import is_inference
 
 _EXPOSED = "X-Request-Id, X-Vllm-Proxy-Model, X-Vllm-Proxy-Instance, ETag, Location, Retry-After"
 _REMEMBERED_SECONDS = 600  # for how long a browser may cache a preflight
@@ -23,12 +24,12 @@ class Cors:
     def __init__(self, server: Callable[[], Server]) -> None:
         self._server = server
 
-    def headers(self, origin: str | None) -> Mapping[str, str]:
-        """Headers of an answer to a request of this origin; none where it is not allowed."""
+    def headers(self, origin: str | None, path: str) -> Mapping[str, str]:
+        """Headers of an answer to a request of this origin; none where it is not allowed. "*" is for inference."""
         allowed = self._server().cors_origins
         if origin is None or not allowed:
             return {}
-        if "*" in allowed:
+        if "*" in allowed and is_inference(path):
             return {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": _EXPOSED}
         if origin not in allowed:
             return {"Vary": "Origin"}
@@ -41,7 +42,7 @@ class Cors:
     async def on_prepare(self, request: web.Request, response: web.StreamResponse) -> None:
         """Before the head of an answer is sent: aiohttp's signal."""
         if "Origin" in request.headers:
-            response.headers.update(self.headers(request.headers["Origin"]))
+            response.headers.update(self.headers(request.headers["Origin"], request.path))
 
     @web.middleware
     async def preflight(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -50,7 +51,7 @@ class Cors:
         error = request.match_info.http_exception
         if request.method != "OPTIONS" or not origin or not method or not isinstance(error, web.HTTPMethodNotAllowed):
             return await handler(request)
-        if "Access-Control-Allow-Origin" not in self.headers(origin):
+        if "Access-Control-Allow-Origin" not in self.headers(origin, request.path):
             msg = f"cannot answer a page of {origin!r}: add it to server.cors_origins"
             raise RequestError("origin_not_allowed", msg)
         headers = {

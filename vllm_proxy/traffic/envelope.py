@@ -13,7 +13,7 @@ import structlog
 from aiohttp import web
 
 from vllm_proxy.domain import resources
-from vllm_proxy.errors import InvalidError, RequestError
+from vllm_proxy.errors import AccessError, InvalidError, RequestError
 from vllm_proxy.traffic.head import request_id
 from vllm_proxy.traffic.routes import is_anthropic
 
@@ -37,22 +37,39 @@ _ANTHROPIC_TYPES = {
 def error_response(error: RequestError, *, anthropic: bool = False) -> web.Response:
     """`{"error": {"message", "type", "param", "code"}}` with the status of its code, or Anthropic's envelope."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    message = error.message.encode("utf-8", "backslashreplace").decode()  # it may repeat bytes that are no text
+    if isinstance(error, AccessError):
+        headers["WWW-Authenticate"] = error.challenge
+    body = _anthropic_body(error) if anthropic else _openai_body(error)
+    return json_response(body, status=error.status, headers=headers)
+
+
+def error_event(error: RequestError, *, anthropic: bool = False) -> bytes:
+    """An error as the last event of a stream that has begun."""
     if anthropic:
-        other = "api_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-        kind = _ANTHROPIC_TYPES.get(error.status, other)
-        anthropic_body = {"type": "error", "error": {"type": kind, "message": message, "code": error.code}}
-        return json_response(anthropic_body, status=error.status, headers=headers)
+        return b"event: error\ndata: %s\n\n" % msgspec.json.encode(_anthropic_body(error))
+    return b"data: %s\n\n" % msgspec.json.encode(_openai_body(error))
+
+
+def _anthropic_body(error: RequestError) -> object:
+    other = "api_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    kind = _ANTHROPIC_TYPES.get(error.status, other)
+    return {"type": "error", "error": {"type": kind, "message": _text(error), "code": error.code}}
+
+
+def _openai_body(error: RequestError) -> resources.Error:
     details: resources.ErrorBody = {
-        "message": message,
+        "message": _text(error),
         "type": "server_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error",
         "param": error.param,
         "code": error.code,
     }
     if isinstance(error, InvalidError):
         details["problems"] = resources.problems_of(error.problems)
-    body: resources.Error = {"error": details}
-    return json_response(body, status=error.status, headers=headers)
+    return {"error": details}
+
+
+def _text(error: RequestError) -> str:
+    return error.message.encode("utf-8", "backslashreplace").decode()  # it may repeat bytes that are no text
 
 
 def refusal(request: web.BaseRequest, error: RequestError) -> web.Response:

@@ -78,6 +78,7 @@ class Exchange:
     _raw_head = b""
     _buffer = b""
     by_closing = False  # whether only the connection's end marks the end of the answer for the client
+    ended_early = False  # whether the daemon ended it, and not the engine
     orderly = False  # whether the client has all that there will be, and may see an orderly end
     _position: Position | None = None  # in an event stream, from the first read on that ends in an unusual place
     _interim = 0  # 1xx answers in front of the real one
@@ -184,6 +185,13 @@ class Exchange:
         """The client's buffer has room."""
         if self.connection is not None:
             self.connection.resume_reading()
+
+    def end_early(self, event: bytes) -> None:
+        """The client may have no more of it: an event stream ends with `event`, anything else is cut."""
+        if not self.ended.done():
+            self._event_error = event
+            self.ended_early = True
+            self._truncate()
 
     def abandon(self) -> None:
         """The client is gone: close the engine's connection, so that the engine stops working on it."""

@@ -35,7 +35,8 @@ async def fan_out(call: Call, registry: Registry, body: bytes, seconds: float = 
         await call.request.writer.drain()
     race = _Race(call, body)
     try:
-        for lease in registry.every_instance():
+        caller = call.caller
+        for lease in registry.every_instance(lambda spec: caller.may_use_some(spec.id, spec.policy.aliases)):
             race.enter(lease)
         return await race.answer(seconds)
     finally:

@@ -23,8 +23,9 @@ from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.listener import Kind, Listener
 from vllm_proxy.errors import RequestError
 from vllm_proxy.listen import BACKLOG
-from vllm_proxy.traffic.client import ClientConnection, Refused, as_bytes
+from vllm_proxy.traffic.client import Admitted, ClientConnection, Refused, as_bytes
 from vllm_proxy.traffic.envelope import refusal
+from vllm_proxy.traffic.keyring import Caller
 
 log = structlog.get_logger()
 
@@ -44,6 +45,7 @@ _TOO_MANY = as_bytes(
 
 _UNKNOWN = Listener()  # where nobody says: nothing is taken for local
 
+type Refusal = Callable[[Admitted, ClientConnection], RequestError | None]
 type Direct = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
@@ -57,10 +59,17 @@ def most_connections(open_files: int) -> int:
 class Front(web.Server):
     """aiohttp's server with a bound on connections, and deadlines for what clients do."""
 
-    def __init__(self, handler: Any, settings: Callable[[], Server], **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's options
-        """`settings`: the `[server]` table now."""
+    def __init__(
+        self,
+        handler: Any,  # noqa: ANN401 - aiohttp's options
+        settings: Callable[[], Server],
+        refusal_of: Refusal,
+        **kwargs: Any,  # noqa: ANN401 - as above
+    ) -> None:
+        """`settings`: the `[server]` table now; `refusal_of`: why a request that was let in may not go on."""
         super().__init__(handler, **kwargs)
         self._settings = settings
+        self._refusal_of = refusal_of
         self._most = most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self._refused: set[Refused] = set()
         self._awake_seconds = 0.0  # seconds in which the daemon could read from its clients
@@ -90,6 +99,16 @@ class Front(web.Server):
         """Set no more deadlines."""
         self._next_sweep.cancel()
 
+    def revoke(self) -> None:
+        """End what may not go on, since a key has changed or expired."""
+        for connection in cast("list[ClientConnection]", self.connections):
+            self._check_again(connection)
+
+    def _check_again(self, connection: ClientConnection) -> None:
+        admission = connection.in_progress
+        if admission is not None and (error := self._refusal_of(admission, connection)) is not None:
+            connection.revoke(admission, error)
+
     def _sweep(self) -> None:
         self._next_sweep = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
         now = self._loop.time()
@@ -98,8 +117,11 @@ class Front(web.Server):
         self._swept_at = now
         server = self._settings()
         for connection in self.connections:
+            client = cast("ClientConnection", connection)
             try:
-                cast("ClientConnection", connection).enforce_deadlines(self._awake_seconds, server)
+                client.enforce_deadlines(self._awake_seconds, server)
+                if (admission := client.in_progress) is not None and admission.caller.is_bounded:  # keys expire
+                    self._check_again(client)
             except Exception:  # the other connections are checked all the same
                 log.exception("a fault of the daemon: a connection could not be looked at")
 
@@ -107,20 +129,22 @@ class Front(web.Server):
 class FrontRunner(web.AppRunner):
     """Runs an application whose `direct` routes, exact (method, path) pairs, go past its router and middlewares."""
 
-    __slots__ = ("_direct", "_settings")
+    __slots__ = ("_direct", "_refusal_of", "_settings")
 
     def __init__(
         self,
         app: web.Application,
         direct: Mapping[tuple[str, str], Direct],
         settings: Callable[[], Server],
+        refusal_of: Refusal,
         **kwargs: Any,  # noqa: ANN401 - aiohttp's options
     ) -> None:
-        """`settings`: as of `Front`."""
+        """`settings`, `refusal_of`: as of `Front`."""
         super().__init__(app, access_log=None, handle_signals=False, handler_cancellation=True,
                          auto_decompress=False, **kwargs)  # fmt: skip
         self._direct = direct
         self._settings = settings
+        self._refusal_of = refusal_of
 
     async def accept(self, listening: socket.socket, listener: Listener) -> None:
         """Take in the clients of a listening socket, after `setup`."""
@@ -130,6 +154,11 @@ class FrontRunner(web.AppRunner):
     def connections(self) -> int:
         """How many clients are connected."""
         return len(self._clients())
+
+    def revoke(self) -> None:
+        """End what may not go on, since a key has changed."""
+        if self.server is not None:
+            cast("Front", self.server).revoke()
 
     async def drain(self, seconds: float) -> None:
         """Shut connections down gracefully: accept no more, and close idle ones.
@@ -187,6 +216,7 @@ class FrontRunner(web.AppRunner):
         return Front(
             handle,
             self._settings,
+            self._refusal_of,
             request_factory=make_request,
             handler_cancellation=True,
             loop=loop,
@@ -295,6 +325,21 @@ SENT_KEEP_ALIVE, SENT_CLOSE = Sent(keep_alive=True), Sent(keep_alive=False)  # t
 def client_of(request: web.BaseRequest) -> ClientConnection:
     """The connection that a request came on."""
     return cast("ClientConnection", request.protocol)
+
+
+def withdraw_cancellation() -> bool:
+    """Go on although this task was cancelled, as `ClientConnection.revoke` does; whether that is possible."""
+    task = asyncio.current_task()
+    if task is not None:
+        task.uncancel()
+    return task is not None
+
+
+def caller_of(request: web.BaseRequest) -> Caller:
+    """Who sent a request that was let in."""
+    admission = client_of(request).in_progress
+    assert admission is not None, "every route lets callers in first"
+    return admission.caller
 
 
 def client_is_slow(request: web.BaseRequest) -> bool:

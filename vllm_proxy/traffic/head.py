@@ -18,7 +18,8 @@ HOP_BY_HOP = frozenset(
 _ENDS_HERE = HOP_BY_HOP | frozenset(
     b"host content-length content-encoding authorization x-api-key api-key expect x-request-id"
     b" x-vllm-priority x-data-parallel-rank"  # clients may not set their priority or the replica
-    b" origin".split()  # an engine would add what browsers look at, and the daemon says that
+    # an engine would add what browsers look at, and the daemon says that
+    b" origin sec-fetch-site sec-fetch-mode sec-fetch-dest sec-fetch-user sec-websocket-protocol".split()
 )
 _USUAL = frozenset({b"keep-alive", b"close", b""})  # values of Connection that name no other header
 _SAID_ANEW = b"x-request-id"  # of an engine's head

@@ -7,7 +7,7 @@ takes, and no key is held in memory. What a key means is in `domain/keys.py`; wh
 import hmac
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from vllm_proxy.domain.config import Config
 from vllm_proxy.domain.keys import ALL, ANONYMOUS, Key, Scope, closure
@@ -20,7 +20,7 @@ _NOBODY = Key(ANONYMOUS, (), frozenset())
 class Caller:
     """Who sends a request, and what that may do. One for each hash of a key; as long as nothing changes, the same."""
 
-    __slots__ = ("digest", "expires_at", "isolation", "key", "models", "scopes")
+    __slots__ = ("digest", "expires_at", "is_bounded", "isolation", "key", "models", "scopes")
 
     def __init__(self, key: Key, digest: bytes, models: frozenset[str] | None) -> None:
         self.key = key
@@ -28,6 +28,7 @@ class Caller:
         self.scopes = key.scopes
         self.models = models  # names that it may use, aliases included; None: all
         self.expires_at = -math.inf if not key.enabled else math.inf if key.expires_at is None else key.expires_at
+        self.is_bounded = self.expires_at != math.inf
         self.isolation = b""  # the `cache_salt` of its prompts
         if key.isolate_cache:
             self.isolation = hmac.digest(_SALT, key.name.encode(), "sha256").hex().encode()
@@ -46,6 +47,10 @@ class Caller:
         """Whether a model's id or alias is among those that it may use."""
         return self.models is None or model in self.models
 
+    def may_use_some(self, model_id: str, aliases: Iterable[str]) -> bool:
+        """Whether it may use a model by one of its names at least."""
+        return self.models is None or model_id in self.models or any(alias in self.models for alias in aliases)
+
 
 class Keyring:
     """All callers of one daemon."""
@@ -53,12 +58,13 @@ class Keyring:
     def __init__(self, config: Config) -> None:
         self._by_digest: dict[bytes, Caller] = {}
         self._anonymous: dict[bool, Caller] = {}  # by whether the listener is on loopback
+        self._models: Mapping[str, tuple[str, ...]] = {}  # aliases by id
         self._listeners: list[Callable[[], None]] = []
         self.adopt(config)
 
     def adopt(self, config: Config) -> None:
         """Follow a configuration; whose key is gone or narrowed is to be refused from here on."""
-        models = {name: spec.policy.aliases for name, spec in config.models.items()}
+        models = self._models = {name: spec.policy.aliases for name, spec in config.models.items()}
         self._by_digest = {
             digest: Caller(key, digest, key.allowed(models)) for key in config.keys.values() for digest in key.digests
         }
@@ -84,6 +90,10 @@ class Keyring:
     def now(self, caller: Caller, *, local: bool) -> Caller | None:
         """What has become of a caller; None: its hash is gone."""
         return self._anonymous[local] if caller.is_anonymous else self._by_digest.get(caller.digest)
+
+    def may_go_on(self, caller: Caller, model_id: str) -> bool:
+        """Whether a request that has begun may still use a model, by whichever of its names."""
+        return caller.may_use_some(model_id, self._models.get(model_id, ()))
 
     def opens_nothing(self) -> bool:
         """Whether nobody can do anything on an address that is not loopback: no keys, and nothing for strangers."""

@@ -18,13 +18,13 @@ import structlog
 from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 
 from vllm_proxy.domain.config import Server
-from vllm_proxy.errors import EngineFailedError, LateRequestError, RequestError
+from vllm_proxy.errors import EngineFailedError, LateRequestError, RequestError, model_not_found
 from vllm_proxy.runtime.background import spawn
 from vllm_proxy.traffic.body import with_model
 from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call, Work
 from vllm_proxy.traffic.dial import session_to
-from vllm_proxy.traffic.front import client_of
+from vllm_proxy.traffic.front import client_of, withdraw_cancellation
 from vllm_proxy.traffic.registry import Lease, Registry
 
 log = structlog.get_logger()
@@ -32,6 +32,7 @@ log = structlog.get_logger()
 _HEARTBEAT_SECONDS = 20.0  # whoever has not answered a ping half of that later is gone
 _OPEN_SECONDS = 10.0  # for an engine to take a session, and to greet
 _GREETING = "session.created"
+_PROTOCOLS = ("realtime",)  # what browsers offer beside their key, and want to have chosen
 _DATA = frozenset({WSMsgType.TEXT, WSMsgType.BINARY})
 
 
@@ -53,11 +54,11 @@ def realtime(sessions: Sessions) -> Work:
         assert isinstance(call.request, web.Request)
         name = call.request.query.get("model")
         if name:
-            sessions.registry.find(name)  # an unknown model is a 404, before anything is upgraded
+            _find(call, sessions, name)  # an unknown model is a 404, before anything is upgraded
         # No autoclose: aiohttp would end this handler before the close code reached the engine.
         limit = sessions.settings().max_body_size
         client = web.WebSocketResponse(
-            max_msg_size=limit, compress=False, autoclose=False, heartbeat=sessions.heartbeat
+            max_msg_size=limit, compress=False, autoclose=False, heartbeat=sessions.heartbeat, protocols=_PROTOCOLS
         )
         if not _can_upgrade(client, call.request):
             raise RequestError("bad_request", "cannot speak here without a WebSocket upgrade")
@@ -68,12 +69,20 @@ def realtime(sessions: Sessions) -> Work:
         try:
             await _run_session(call, sessions, client, name)
         except RequestError as error:
-            call.status = error.status
-            await client.send_str(_event("error", error={"message": error.message, "code": error.code}).decode())
-            await client.close(code=WSCloseCode.POLICY_VIOLATION, message=error.code.encode())
+            await _refuse(call, client, error)
+        except asyncio.CancelledError:
+            if call.revoked is None or not withdraw_cancellation():
+                raise
+            await _refuse(call, client, call.revoked)
         return client
 
     return work
+
+
+async def _refuse(call: Call, client: web.WebSocketResponse, error: RequestError) -> None:
+    call.status = error.status
+    await client.send_str(_event("error", error={"message": error.message, "code": error.code}).decode())
+    await client.close(code=WSCloseCode.POLICY_VIOLATION, message=error.code.encode())
 
 
 def _can_upgrade(client: web.WebSocketResponse, request: web.Request) -> bool:
@@ -110,6 +119,7 @@ async def _run_session(call: Call, sessions: Sessions, client: web.WebSocketResp
         if name is None:
             msg = "cannot route this session: name the model as ?model= or in a first session.update"
             raise RequestError("missing_model", msg, param="model")
+    _find(call, sessions, name)
     with await sessions.registry.acquire(name) as lease:
         call.model, call.instance = lease.model_id, lease.endpoint.instance
         headers = {"Authorization": f"Bearer {lease.endpoint.credential}", "X-Request-Id": call.engine_id.decode()}
@@ -132,6 +142,12 @@ async def _run_session(call: Call, sessions: Sessions, client: web.WebSocketResp
         except (aiohttp.ClientError, OSError) as error:
             msg = f"cannot open a session with {lease.endpoint.instance}: {str(error) or 'it does not answer'}"
             raise EngineFailedError(msg) from error
+
+
+def _find(call: Call, sessions: Sessions, name: str) -> None:
+    if not call.caller.may_use(name):
+        raise model_not_found(name)
+    sessions.registry.find(name)
 
 
 async def _first_message(client: web.WebSocketResponse, seconds: float) -> WSMessage:

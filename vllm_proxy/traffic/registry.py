@@ -15,7 +15,7 @@ from typing import Self
 from vllm_proxy.domain.address import Address
 from vllm_proxy.domain.config import ModelSpec, Policy
 from vllm_proxy.domain.lifecycle import State
-from vllm_proxy.errors import RequestError
+from vllm_proxy.errors import RequestError, model_not_found
 from vllm_proxy.runtime import clock
 from vllm_proxy.traffic.wire import Pool
 
@@ -239,7 +239,7 @@ class Registry:
         """
         route = self._routes.get(self._aliases.get(name, name))
         if route is None or route.retired:
-            raise _not_found(name)
+            raise model_not_found(name)
         return route
 
     def is_awaited(self, model_id: str) -> bool:
@@ -297,9 +297,9 @@ class Registry:
         """
         return Lease(self, route, await self._queue(route, caller))
 
-    def every_instance(self) -> Iterator[Lease]:
-        """A lease on each ready instance in turn, for what only one of them knows."""
-        for route in list(self._routes.values()):
+    def every_instance(self, wanted: Callable[[ModelSpec], bool]) -> Iterator[Lease]:
+        """A lease on each ready instance of the `wanted` models in turn, for what only one of them knows."""
+        for route in [route for route in self._routes.values() if wanted(route.spec)]:
             for endpoint in list(route.endpoints):
                 if endpoint in route.endpoints:  # not withdrawn meanwhile
                     route._add(endpoint, 1)  # noqa: SLF001 - as above
@@ -316,7 +316,7 @@ class Registry:
         if self._closed:
             raise RequestError("shutting_down", "cannot take requests: the daemon is stopping", retry_after=5)
         if route.retired:
-            raise _not_found(name)
+            raise model_not_found(name)
         if not route.spec.policy.enabled:
             raise RequestError("model_disabled", f"cannot serve {name}: it is disabled in the configuration")
         if route.state is State.ERROR:
@@ -364,10 +364,6 @@ class Registry:
                     future.set_exception(error)
                 else:
                     raise AssertionError("whoever waits is failed for a reason")
-
-
-def _not_found(name: str) -> RequestError:
-    return RequestError("model_not_found", f"cannot serve {name!r}: there is no such model", param="model")
 
 
 def _least_loaded(route: Route, without: Sequence[Endpoint] = ()) -> Endpoint | None:

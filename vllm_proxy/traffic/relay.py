@@ -148,7 +148,10 @@ def _finished(call: Call, lease: Lease, exchange: Exchange, ending: Ending) -> w
     call.first_byte_at = exchange.first_byte_at
     if exchange.by_closing and exchange.orderly:
         client_of(call.request).end_orderly = call.request.transport
-    if ending is Ending.BROKEN:
+    if exchange.ended_early:
+        log.info("an answer was ended: its key may not have it any more", instance=call.instance,
+                 id=call.request_id.decode())  # fmt: skip
+    elif ending is Ending.BROKEN:
         log.warning("the engine broke off its answer", instance=call.instance, id=call.request_id.decode(),
                     engine_id=call.engine_id.decode())  # fmt: skip
     return SENT_CLOSE if exchange.close else SENT_KEEP_ALIVE

@@ -6,6 +6,8 @@ A route that vLLM has and this table has not is not served: add a line for it.
 from dataclasses import dataclass
 from typing import Literal
 
+from vllm_proxy.domain.keys import Scope
+
 # Where a request says which model it is for; nowhere: it goes to every instance.
 type NamesModel = Literal["json", "form", "nowhere", "session"]
 
@@ -19,10 +21,12 @@ class InferenceRoute:
     names_model: NamesModel
     summary: str  # for people
     anthropic: bool = False  # of Anthropic's API, whose errors have an envelope of their own
+    salted: bool | None = None  # whether vLLM 0.32 takes a `cache_salt` here; None: no prompt is run
+    scope: Scope = Scope.INFERENCE  # that callers need
 
 
-def _json(path: str, summary: str, *, anthropic: bool = False) -> InferenceRoute:
-    return InferenceRoute("POST", path, "json", summary, anthropic)
+def _json(path: str, summary: str, *, anthropic: bool = False, salted: bool | None = True) -> InferenceRoute:
+    return InferenceRoute("POST", path, "json", summary, anthropic, salted)
 
 
 INFERENCE = (
@@ -32,7 +36,7 @@ INFERENCE = (
     _json("/v1/embeddings", "Embed texts"),
     _json("/v1/responses", "Create a response"),
     _json("/v1/messages", "Chat as Anthropic's API does", anthropic=True),
-    _json("/v1/messages/count_tokens", "Count the tokens of a chat", anthropic=True),
+    _json("/v1/messages/count_tokens", "Count the tokens of a chat", anthropic=True, salted=None),
     _json("/v1/rerank", "Rank documents by a query"),
     _json("/rerank", "Rank documents by a query"),
     _json("/v2/rerank", "Rank documents by a query"),
@@ -41,14 +45,14 @@ INFERENCE = (
     _json("/generative_scoring", "Score texts by how likely each label follows"),
     _json("/classify", "Classify texts"),
     _json("/pooling", "What a pooling model makes of texts"),
-    _json("/tokenize", "Text to tokens"),
-    _json("/detokenize", "Tokens to text"),
-    _json("/v2/embed", "Embed as Cohere's API does"),
-    InferenceRoute("POST", "/v1/audio/transcriptions", "form", "Transcribe speech"),
-    InferenceRoute("POST", "/v1/audio/translations", "form", "Translate speech"),
+    _json("/tokenize", "Text to tokens", salted=None),
+    _json("/detokenize", "Tokens to text", salted=None),
+    _json("/v2/embed", "Embed as Cohere's API does", salted=False),
+    InferenceRoute("POST", "/v1/audio/transcriptions", "form", "Transcribe speech", salted=False),
+    InferenceRoute("POST", "/v1/audio/translations", "form", "Translate speech", salted=False),
     InferenceRoute("GET", "/v1/responses/{id}", "nowhere", "Show a stored response"),
     InferenceRoute("POST", "/v1/responses/{id}/cancel", "nowhere", "Cancel a response"),
-    InferenceRoute("GET", "/v1/realtime", "session", "A realtime session"),
+    InferenceRoute("GET", "/v1/realtime", "session", "A realtime session", salted=False),
 )
 
 # Of the OpenAI API, and served neither by vLLM nor here; what lies below them is not either.
@@ -65,12 +69,18 @@ UNSUPPORTED = (
     "/v1/vector_stores",
 )
 
+_INFERENCE = frozenset(route.path for route in INFERENCE)
 _ANTHROPIC = frozenset(route.path for route in INFERENCE if route.anthropic)
 
 
 def is_anthropic(path: str) -> bool:
     """Whether a path is of the routes of Anthropic's API."""
     return path in _ANTHROPIC
+
+
+def is_inference(path: str) -> bool:
+    """Whether a path is of the routes for inference, the list of models included."""
+    return path.startswith("/v1/") or path in _INFERENCE
 
 
 def paths(names_model: NamesModel) -> list[str]:
