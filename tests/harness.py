@@ -31,6 +31,7 @@ WATCHED = (sys.executable, slow_turns.__file__)  # the command line, its event l
 PLAIN = (sys.executable, "-m", "vllm_proxy")  # as users run it
 FORKED = (WATCHED, PLAIN)
 WAIT_SECONDS = 60.0
+OPEN = '[keys.anonymous]\nscopes = ["admin"]\n'  # for what is not about access: nobody needs a key
 PAUSE_SECONDS = 0.01  # between two questions: who asks without one takes the processor from whoever is to answer
 # Root is exempt from the limit of processes; whoever may read and write everything is not (`access` too, by its bits).
 NOBODY = 54321

@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.harness import Answer, Client, Daemon, connected, daemon, fake_engines, memory, request, until
+from tests.harness import OPEN, Answer, Client, Daemon, connected, daemon, fake_engines, memory, request, until
 
 CHAT = "/v1/chat/completions"
 FORM = "/v1/audio/transcriptions"
@@ -42,7 +42,7 @@ WEBSOCKET = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version
 @pytest.fixture(scope="module")
 async def patient(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """A daemon with little room and much time; at its end nothing is counted any more."""
-    async with daemon(PATIENT + fake_engines(11_600) + MODELS, tmp_path_factory.mktemp("patient")) as running:
+    async with daemon(PATIENT + OPEN + fake_engines(11_600) + MODELS, tmp_path_factory.mktemp("patient")) as running:
         await running.all_ready()
         yield running
         await buffered(running, 0)
@@ -51,7 +51,9 @@ async def patient(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Dae
 @pytest.fixture(scope="module")
 async def strict(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """A daemon with little time."""
-    async with daemon(STRICT + fake_engines(11_800) + MODELS + LOADS, tmp_path_factory.mktemp("strict")) as running:
+    async with daemon(
+        STRICT + OPEN + fake_engines(11_800) + MODELS + LOADS, tmp_path_factory.mktemp("strict")
+    ) as running:
         await running.until(lambda status: status.startswith("2 of 3 models ready"))
         yield running
         await buffered(running, 0)

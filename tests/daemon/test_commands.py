@@ -143,19 +143,20 @@ async def test_stop_all_tells_its_outcome_in_json(tmp_path: Path, port_start: in
 async def test_the_control_socket_is_the_owners_alone_and_lies_in_the_runtime_directory(
     tmp_path: Path, port_start: int
 ) -> None:
-    """Mode 0600; it answers whatever Host it is asked for, also where the port refuses administration."""
+    """Mode 0600; it answers whatever Host it is asked for, also where the port lets nobody in. But for pages."""
     runtime = tmp_path / "run"
     runtime.mkdir()
     config = '[server]\nhost = "0.0.0.0"\n' + fake_engines(port_start) + CHAT
     async with daemon(config, tmp_path, env={"RUNTIME_DIRECTORY": str(runtime)}) as running:
         path = runtime / "control.sock"
         assert path.stat().st_mode & 0o777 == 0o600
-        assert (await running.get("/models", 403))["error"]["code"] == "remote_admin_disabled"
-        async with (
-            aiohttp.ClientSession("http://evil.example", connector=aiohttp.UnixConnector(str(path))) as session,
-            session.get("/models", headers={"Origin": "http://evil.example"}) as answer,
-        ):
-            assert answer.status == 200
+        assert (await running.get("/models", 401))["error"]["code"] == "missing_api_key"
+        connector = aiohttp.UnixConnector(str(path))
+        async with aiohttp.ClientSession("http://evil.example", connector=connector) as session:
+            async with session.get("/models") as answer:
+                assert answer.status == 200
+            async with session.get("/models", headers={"Origin": "http://evil.example"}) as answer:
+                assert answer.status == 403
 
 
 async def test_a_state_directory_with_a_very_long_name_has_a_control_socket_too(
@@ -203,7 +204,7 @@ async def test_the_logs_of_a_model_that_never_ran_are_empty_and_of_none_are_404(
     async with daemon(fake_engines(port_start) + CHAT + 'start = "on-demand"\n', tmp_path) as running:
         async with running.admin.get("/models/chat/logs") as answer:
             assert (answer.status, await answer.text()) == (200, "")
-        await running.get("/models/nobody/logs", 404)
+        assert (await running.write("GET", "/models/nobody/logs", status=404))["error"]["code"] == "model_not_found"
 
 
 async def test_a_followed_log_goes_on_until_the_daemon_stops(tmp_path: Path, port_start: int) -> None:

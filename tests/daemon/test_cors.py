@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from yarl import URL
 
-from tests.harness import Daemon, daemon, fake_engines, port_block
+from tests.harness import OPEN, Daemon, daemon, fake_engines, port_block
 
 ASK = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
 PAGE, OTHER = "https://app.example", "https://evil.example"
@@ -17,7 +17,7 @@ TABLE = '[models.chat]\nmodel = "org/chat"\n'
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """A daemon that one page may use."""
-    text = f'[server]\ncors_origins = ["{PAGE}"]\n' + fake_engines(port_block()) + TABLE
+    text = f'[server]\ncors_origins = ["{PAGE}"]\n' + OPEN + fake_engines(port_block()) + TABLE
     async with daemon(text, tmp_path_factory.mktemp("cors")) as running:
         await running.all_ready()
         yield running

@@ -413,7 +413,7 @@ async def test_a_write_can_insist_on_the_revision_it_knows(tmp_path: Path, port_
     async with serving(tmp_path, port_start) as running:
         tags = set()
         for path in ("/models", "/models/chat", "/config"):
-            async with running.session.get(path) as answer:
+            async with running.admin.get(path) as answer:
                 tags.add(answer.headers["ETag"])
         (tag,) = tags
         running.edit("# Chat.", "# Chat!")

@@ -48,7 +48,7 @@ async def writing_to(stderr: int, folder: Path, config: str, *flags: str) -> Asy
             if process.returncode is None:
                 process.send_signal(signal.SIGKILL)
                 await process.wait()
-            await running.session.close()
+            await running.close()
             transport.close()
     assert not slow.exists(), slow.read_text()
 
@@ -147,7 +147,7 @@ async def test_a_closed_stderr_is_never_taken_for_another_file(tmp_path: Path, p
         taken = {str(Path(f"/proc/{process.pid}/fd/{number}").readlink()) for number in (0, 1, 2)}
         assert taken == {"/dev/null"}
     finally:
-        await running.session.close()
+        await running.close()
         assert await running.stop() == 0
 
 

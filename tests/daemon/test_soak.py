@@ -116,7 +116,7 @@ async def test_nothing_leaks_and_every_answer_is_honest(tmp_path: Path, port_sta
     """At rest all models are ready, every count is 0, and the daemon has the descriptors that it began with."""
     async with daemon(fake_engines(port_start) + MODELS, tmp_path) as running:
         await running.eventually("/models", all_ready)
-        await running.session.close()
+        await running.close()
         running.session = aiohttp.ClientSession(running.url, connector=aiohttp.TCPConnector(force_close=True))
         before, tasks = open_files(running), await count_of_tasks(running)
         outcomes: Counter[str] = Counter()
