@@ -42,12 +42,15 @@ let
   generated = format.generate "models.toml" (
     cfg.settings // lib.optionalAttrs (references != { }) { server = server // references; }
   );
-  # An invalid file fails the build, with every problem and its place. No secret is there then: something else is.
+  # An invalid file fails the build, with every problem and its place. No secret is there then: something stands for it.
   checked = pkgs.runCommand "models.toml" { } ''
     export CREDENTIALS_DIRECTORY=$(mktemp -d)
-    touch "$CREDENTIALS_DIRECTORY/keys.toml"
+    ${lib.optionalString (server ? keys_file || references ? keys_file) ''
+      touch $CREDENTIALS_DIRECTORY/keys.toml
+      export VLLM_PROXY_KEYS_FILE=credential:keys.toml
+    ''}
     ${lib.concatMapStrings (credential: ''
-      echo ${builtins.hashString "sha256" credential} >"$CREDENTIALS_DIRECTORY/${credential}"
+      echo ${builtins.hashString "sha256" credential} >$CREDENTIALS_DIRECTORY/${credential}
     '') (builtins.attrNames cfg.credentials)}
     ${lib.getExe cfg.package} check --config ${generated}
     cp ${generated} $out
@@ -154,7 +157,7 @@ in
         A file outside of the store with the tables `[keys.NAME]`, for `server.keys_file`. Root alone need be able to
         read it: systemd does (`LoadCredential=`), once, when the service starts. So a change of it, such as a revoked
         key, is in force after a restart. Where it must be at once: `settings.server.keys_file` with the path of a file
-        that the group of the service may read.
+        that the service may read, such as `/var/lib/vllm-proxy/keys.toml`.
       '';
     };
 

@@ -5,12 +5,16 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
+
+from tests.harness import clean_environment
 
 pytestmark = pytest.mark.nix
 
@@ -278,6 +282,35 @@ def test_secrets_are_named_in_the_file_and_loaded_by_systemd(tmp_path: Path) -> 
     assert service["serviceConfig"]["LoadCredential"] == ["keys.toml:/run/keys", "tls.crt:/run/crt", "tls.key:/run/key"]
 
 
+@pytest.mark.parametrize(
+    ("keys_file", "more", "status"),
+    [
+        ('keysFile = "/run/secrets/keys.toml";', "", 0),
+        ('settings.server.keys_file = "/var/lib/vllm-proxy/keys.toml";', "", 0),  # it is not there in a build
+        ("", "settings.keys.anonymous.scopes = [ ];", 0),
+        ("", 'settings.keys.ci.hash = "sha256:0";', 1),
+    ],
+)
+def test_a_build_checks_the_file_without_any_secret(tmp_path: Path, keys_file: str, more: str, status: int) -> None:
+    """Our own `check` takes what the module generates where no credential is, and refuses what is wrong."""
+    secrets = """
+        credentials = { app-key = "/run/secrets/app"; hf-token = "/run/secrets/hf"; };
+        settings.keys.app.file = "credential:app-key";
+    """
+    found = evaluate(tmp_path, MODELS + secrets + keys_file + more)
+    (tmp_path / "generated.toml").write_text(tomli_w.dumps(generated(found)), encoding="utf-8")
+    script = found["etc"]["vllm-proxy/models.toml"]["text"]
+    script = re.sub(r"/nix/store/\S+/bin/vllm-proxy", f"{sys.executable} -m vllm_proxy", script)
+    script = re.sub(r"/nix/store/\S+\.toml", str(tmp_path / "generated.toml"), script)
+    env = {**clean_environment(), "out": str(tmp_path / "out"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", "-e", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert bool(done.returncode) == bool(status), done.stderr
+    assert (tmp_path / "out").exists() != bool(status)
+    assert not status or re.search(r"generated\.toml:\d+: keys\.ci\.hash", done.stdout)
+
+
 NETWORK = 'settings.server.host = "0.0.0.0"; ' + MODELS
 
 
@@ -389,18 +422,21 @@ def test_the_package_takes_what_the_project_asks_for(tmp_path: Path, inputs: lis
 
 
 def test_the_page_is_a_machine(tmp_path: Path, inputs: list[str]) -> None:
-    """The flake and the configuration in docs/nixos.md, word for word."""
+    """The flake and the configurations in docs/nixos.md, word for word."""
     page = (ROOT / "vllm_proxy/docs/nixos.md").read_text(encoding="utf-8")
-    flake, configuration = re.findall(r"^```nix\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    flake, configuration, secrets = re.findall(r"^```nix\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     machine = tmp_path / "machine"
     machine.mkdir()
-    (machine / "flake.nix").write_text(flake, encoding="utf-8")
+    (machine / "flake.nix").write_text(flake.replace("./configuration.nix", "./configuration.nix ./secrets.nix"))
     (machine / "configuration.nix").write_text(configuration, encoding="utf-8")
+    (machine / "secrets.nix").write_text(secrets, encoding="utf-8")
     ours = ["--override-input", "vllm-proxy", f"git+file://{tmp_path}/src?dir=packaging/nix"]
     where = f"path:{machine}#nixosConfigurations.server.config"
     service = json.loads(nix("nix", "eval", "--json", *inputs, *ours, f"{where}.systemd.services.vllm-proxy"))
     assert service["serviceConfig"]["KillMode"] == "process"
     assert re.fullmatch(r"/nix/store/\S+-vllm-proxy/bin/vllm-proxy serve", service["serviceConfig"]["ExecStart"])
+    assert "hf-token:/run/secrets/hf-token" in service["serviceConfig"]["LoadCredential"]
+    assert json.loads(nix("nix", "eval", "--json", *inputs, *ours, f"{where}.warnings")) == []
     assertions = json.loads(nix("nix", "eval", "--json", *inputs, *ours, f"{where}.assertions"))
     assert all(found["assertion"] for found in assertions)
 
