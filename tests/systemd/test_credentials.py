@@ -28,15 +28,24 @@ def documented() -> dict[str, str]:
 
 def load(machine: Machine, **content: str) -> None:
     """Make files for root alone, and have the service load each by its name; `_` stands for a dot."""
-    places = documented()
     lines = []
     for spelled, text in content.items():
         name = spelled.replace("_", ".")
-        place = places.get(name, f"/etc/credstore/{name}")
-        machine.shell(f"install -D -m 600 /dev/null {place}; chmod 700 /etc/credstore")
-        machine.path(place).write_text(text, encoding="utf-8")
+        place = documented().get(name, f"/etc/credstore/{name}")
+        save(machine, place, text)
         lines.append(f"LoadCredential={name}:{place}")
     drop_in(machine, "\n".join(lines))
+
+
+def save(machine: Machine, place: str, text: str) -> None:
+    """Make a file that root alone may read."""
+    machine.shell(f"install -D -m 600 /dev/null {place}; chmod 700 /etc/credstore")
+    machine.path(place).write_text(text, encoding="utf-8")
+
+
+def environ(machine: Machine, pid: int) -> list[str]:
+    """The environment of a process, as it was started with."""
+    return machine.path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
 
 
 def keys_toml(*, enabled: bool = True) -> str:
@@ -70,8 +79,9 @@ def test_keys_come_from_files_that_root_alone_may_read(machine: Machine) -> None
     assert [model["id"] for model in json.loads(read)["models"]] == ["chat", "embed"]
     other = machine.run("runuser", "-u", "nobody", "--", "ls", "/run/credentials/vllm-proxy.service", status=2)
     assert "Permission denied" in other.stderr
-    for pid in engines.values():
-        assert b"CREDENTIALS_DIRECTORY" not in machine.path(f"/proc/{pid}/environ").read_bytes()
+    assert not any(
+        name.startswith("CREDENTIALS_DIRECTORY=") for pid in engines.values() for name in environ(machine, pid)
+    )
     journal = machine.journal()
     for secret in (KEY, OWN_KEY, hash_of(KEY)):
         assert secret not in journal
@@ -110,10 +120,8 @@ def test_a_model_gets_its_secret_and_nobody_sees_it(machine: Machine) -> None:
     secret = '[models.chat.env]\nHF_TOKEN = { credential = "token" }\n'
     configure(machine, ENGINES + CHAT + secret + EMBED)
     engines = serve(machine)
-    environ = {model: machine.path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for model, pid in engines.items()}
-    assert f"HF_TOKEN={TOKEN}".encode() in environ["chat"]
-    assert not any(entry.startswith(b"HF_TOKEN=") for entry in environ["embed"])
-    assert not any(entry.startswith(b"CREDENTIALS_DIRECTORY=") for of in environ.values() for entry in of)
+    assert f"HF_TOKEN={TOKEN}" in environ(machine, engines["chat"])
+    assert not any(entry.startswith("HF_TOKEN=") for entry in environ(machine, engines["embed"]))
     for path in ("/models", "/models/chat", "/health", "/metrics", "/config", "/models/chat/logs"):
         answer = machine.shell(f"curl -sS --fail-with-body --unix-socket {CONTROL} http://localhost{path}")
         assert TOKEN not in answer
@@ -122,23 +130,29 @@ def test_a_model_gets_its_secret_and_nobody_sees_it(machine: Machine) -> None:
     assert TOKEN not in machine.run("ps", "-eo", "args").stdout
 
 
-def test_https_with_a_certificate_of_systemd(machine: Machine) -> None:
-    """`credential:tls.crt` and `credential:tls.key`, which only root may read."""
+def test_the_page_about_secrets_is_a_service(machine: Machine) -> None:
+    """docs/install.md, word for word: its drop-in and its file give HTTPS, keys and a token, all from root's files."""
+    text = (UNIT.parents[2] / "vllm_proxy/docs/install.md").read_text(encoding="utf-8")
+    (drop_ins,) = re.findall(r"^```ini\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (configuration,) = re.findall(r"^```toml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     machine.shell(
         "cd /tmp; openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 "
         "-subj /CN=localhost -addext subjectAltName=DNS:localhost -keyout tls.key -out tls.crt 2>/dev/null"
     )
-    certificate, key = (machine.path(f"/tmp/tls.{kind}").read_text(encoding="utf-8") for kind in ("crt", "key"))
-    load(machine, tls_crt=certificate, tls_key=key, keys_toml=keys_toml())
-    server = "".join(f'{name} = "credential:{file}"\n' for name, file in (
-        ("keys_file", "keys.toml"), ("tls_cert", "tls.crt"), ("tls_key", "tls.key")
-    ))  # fmt: skip
-    configure(machine, f"[server]\n{server}{ENGINES}{CHAT}")
+    certificate, private = (machine.path(f"/tmp/tls.{kind}").read_text(encoding="utf-8") for kind in ("crt", "key"))
+    content = {"hf-token": TOKEN, "keys.toml": keys_toml(), "tls.crt": certificate, "tls.key": private}
+    places = re.findall(r"^LoadCredential=(\S+?):(\S+)$", drop_ins, re.MULTILINE)
+    assert {name: place for name, place in places if name != "hf-token"} == documented()
+    for name, place in places:
+        save(machine, place, content[name])
+    drop_in(machine, drop_ins)
+    configure(machine, configuration + ENGINES + CHAT)
     machine.run("systemctl", "start", "vllm-proxy")
-    machine.eventually("/health", "models.ready", 1, control=True)
+    answer = machine.eventually("/models/chat", "status.state", "ready", control=True)
+    assert f"HF_TOKEN={TOKEN}" in environ(machine, answer["status"]["instances"][0]["pid"])
     https = {"url": "https://localhost:8000", "options": "--cacert /tmp/tls.crt --tlsv1.2"}
     assert [status(machine, key, **https) for key in (KEY, "")] == ["200", "401"]
-    assert "PRIVATE KEY" not in machine.journal()
+    assert not {secret for secret in ("PRIVATE KEY", TOKEN, KEY) if secret in machine.journal()}
 
 
 def test_a_unix_socket_of_systemd_is_for_who_has_a_key(machine: Machine) -> None:
