@@ -136,6 +136,9 @@ fi
 install_environment
 install_configuration
 install_units
+say "who may do what: on loopback whoever can connect may use the models and look at them, without a key;"
+say "  what changes something needs a key ('sudo vllm-proxy keys new NAME --scope admin') or the control socket, by which"
+say "  'sudo vllm-proxy ...' asks. On another address nothing is open without keys or [keys.anonymous] in the file"
 if [ -d /run/systemd/system ] && systemctl --quiet is-active vllm-proxy.service; then
     say "installed; the daemon that runs is the old one until 'systemctl restart vllm-proxy'"
 else

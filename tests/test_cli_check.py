@@ -11,6 +11,7 @@ import pytest
 from vllm_proxy.cli import run
 from vllm_proxy.domain.config import Server
 
+EXAMPLES = Path(__file__).parents[1] / "examples/gitops"
 VALID = '[models.a]\nmodel = "x"\n[models.b]\nmodel = "y"\n'
 WRONG = "[server]\nprot = 1\n[models.a]\nreplicas = 0\n"
 
@@ -220,3 +221,9 @@ def test_the_first_file_is_not_readable_by_all(folder: Path) -> None:
         finally:
             os.umask(before)
         assert stat.S_IMODE((folder / f"{umask}.toml").stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*/models.toml")), ids=lambda file: file.parent.name)
+def test_check_takes_the_examples_with_keys(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those in which keys are beside the file, and those in which they are in it; none needs a secret to be there."""
+    assert run(["check", "-c", str(example)]) == 0, capsys.readouterr()

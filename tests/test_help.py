@@ -114,7 +114,7 @@ def test_what_is_both_a_code_and_a_key_is_told_as_both() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "near"), [("out_of_memry", "out_of_memory"), ("operate", "operating"), ("gpu", "a-gpu-is-lost")]
+    ("words", "near"), [("out_of_memry", "out_of_memory"), ("operat", "operating"), ("gpu", "a-gpu-is-lost")]
 )
 def test_an_unknown_word_names_near_ones(words: str, near: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit status 2, one sentence on stderr and nothing on stdout."""

@@ -19,6 +19,7 @@ let
 in
 {
   failed = map (found: found.message) failed;
+  inherit (config) warnings;
   service = config.systemd.services.vllm-proxy or null;
   socket = config.systemd.sockets.vllm-proxy or null;
   etc = builtins.mapAttrs (_: file: { inherit (file) source; inherit (file.source) text; }) config.environment.etc;

@@ -107,6 +107,9 @@ let
       bool = type "boolean" isBool;
       int = type "signed integer" isInt;
       str = type "string" isString;
+      path = type "absolute path" (
+        value: (isString value || builtins.isPath value) && builtins.substring 0 1 (toString value) == "/"
+      );
       package = type "package" (value: isAttrs value && value ? outPath);
       nullOr = inner: type "null or ${inner.name}" (value: value == null || inner.check value);
       listOf = inner: type "list of ${inner.name}" (value: isList value && all inner.check value);
@@ -137,14 +140,38 @@ let
       inherit content;
     };
 
+    concatMapStrings = lib.concatMapStringsSep "";
+    concatMapStringsSep =
+      between: f: list:
+      builtins.concatStringsSep between (map f list);
+    filterAttrs =
+      f: set: listToAttrs (filter ({ name, value }: f name value) (lib.mapAttrsToList lib.nameValuePair set));
     genAttrs = keys: f: listToAttrs (map (name: { inherit name; value = f name; }) keys);
     getExe = package: "${package}/bin/${package.meta.mainProgram}";
     hasInfix = infix: text: match ".*${infix}.*" text != null;
     hasPrefix = prefix: text: builtins.substring 0 (builtins.stringLength prefix) text == prefix;
+    hasSuffix =
+      suffix: text:
+      let
+        before = builtins.stringLength text - builtins.stringLength suffix;
+      in
+      before >= 0 && builtins.substring before (-1) text == suffix;
     head = builtins.head;
     importTOML = path: builtins.fromTOML (builtins.readFile path);
     licenses.asl20 = "Apache-2.0";
     makeLibraryPath = packages: builtins.concatStringsSep ":" (map (package: "${package}/lib") packages);
+    mapAttrs' = f: set: listToAttrs (lib.mapAttrsToList f set);
+    mapAttrsToList = f: set: map (name: f name set.${name}) (attrNames set);
+    nameValuePair = name: value: { inherit name value; };
+    optionalString = condition: text: if condition then text else "";
+    removePrefix =
+      prefix: text: if lib.hasPrefix prefix text then builtins.substring (builtins.stringLength prefix) (-1) text else text;
+    toInt = builtins.fromJSON;
+    toUpper = builtins.replaceStrings (lib.stringToCharacters "abcdefghijklmnopqrstuvwxyz") (
+      lib.stringToCharacters "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    );
+    stringToCharacters = text: builtins.genList (at: builtins.substring at 1 text) (builtins.stringLength text);
+    unique = foldl' (found: value: if elem value found then found else found ++ [ value ]) [ ];
     optional = condition: value: if condition then [ value ] else [ ];
     optionalAttrs = condition: value: if condition then value else { };
     fileset = {

@@ -10,7 +10,7 @@ let
   pkgs = {
     formats.toml = _: {
       type = types.attrsOf types.anything;
-      generate = name: value: derivation name (builtins.toJSON value);
+      generate = name: value: builtins.toFile name (builtins.toJSON value);
     };
     runCommand =
       name: _: text:
@@ -32,6 +32,10 @@ in
   options = {
     assertions = mkOption {
       type = types.listOf types.anything;
+      default = [ ];
+    };
+    warnings = mkOption {
+      type = types.listOf types.str;
       default = [ ];
     };
     environment = {

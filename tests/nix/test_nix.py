@@ -5,12 +5,16 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
+
+from tests.harness import clean_environment
 
 pytestmark = pytest.mark.nix
 
@@ -57,6 +61,7 @@ def evaluate(folder: Path, text: str, *, status: int = 0) -> Any:  # noqa: ANN40
     command = [
         "nix-instantiate",
         "--eval",
+        "--read-write-mode",
         "--strict",
         "--json",
         str(HERE / "eval.nix"),
@@ -73,6 +78,12 @@ def evaluate(folder: Path, text: str, *, status: int = 0) -> Any:  # noqa: ANN40
     return found
 
 
+def generated(found: dict[str, Any]) -> Any:  # noqa: ANN401 - TOML
+    """What models.toml is made of."""
+    (file,) = re.findall(r"check --config (\S+)$", found["etc"]["vllm-proxy/models.toml"]["text"], re.MULTILINE)
+    return json.loads(Path(file).read_text(encoding="utf-8"))
+
+
 def written(section: dict[str, Any], environment: dict[str, str] | None = None) -> dict[str, list[str]]:
     """Directives as the module gives them: each one's values, as systemd reads them."""
     found: dict[str, list[str]] = {}
@@ -84,6 +95,12 @@ def written(section: dict[str, Any], environment: dict[str, str] | None = None) 
     if environment:
         found["Environment"] = [f"{key}={value}" for key, value in environment.items()]
     return plain(found)
+
+
+def documented() -> dict[str, str]:
+    """The credentials that the shipped unit shows in comments: where each name's file is."""
+    text = (SHIPPED / "vllm-proxy.service").read_text(encoding="utf-8")
+    return dict(line.split(":", 1) for line in re.findall(r"^#LoadCredential=(\S+)$", text, re.MULTILINE))
 
 
 def shipped(*files: str) -> dict[str, dict[str, list[str]]]:
@@ -148,6 +165,25 @@ def test_the_units_do_not_drift_apart(tmp_path: Path, *, keeps_models: bool) -> 
     assert written({"WantedBy": socket["wantedBy"]}) == theirs["Install"]
 
 
+def test_the_credentials_are_those_that_the_shipped_unit_shows(tmp_path: Path) -> None:
+    """Its lines are what the options give for its paths; nothing else of the unit differs, and the file names them."""
+    shown = documented()
+    options = {"keysFile": "keys.toml", "tlsCert": "tls.crt", "tlsKey": "tls.key"}
+    assert sorted(shown) == sorted(options.values())
+    given = "".join(f'{option} = "{shown[name]}";' for option, name in options.items())
+    before, found = (evaluate(tmp_path, MODELS + more) for more in ("", given))
+    theirs = [f"{name}:{file}" for name, file in shown.items()]
+    ours = found["service"]["serviceConfig"]
+    assert (before["service"]["serviceConfig"].pop("LoadCredential"), ours.pop("LoadCredential")) == ([], theirs)
+    assert ours == before["service"]["serviceConfig"]
+    names = {"keys_file": "keys.toml", "tls_cert": "tls.crt", "tls_key": "tls.key"}
+    server = {key: f"credential:{name}" for key, name in names.items()}
+    assert generated(found) == {"models": {"chat": {"model": "org/chat"}}, "server": server}
+    text = (SHIPPED / "vllm-proxy.service").read_text(encoding="utf-8")
+    for key, reference in server.items():
+        assert f'{key} = "{reference}"' in text
+
+
 def test_the_user_is_that_of_the_shipped_files(tmp_path: Path) -> None:
     """Home and groups as in sysusers.conf, where the user has the default name."""
     lines = [line.split() for line in (SHIPPED / "sysusers.conf").read_text(encoding="utf-8").splitlines()]
@@ -165,8 +201,10 @@ def test_a_rebuild_reloads_and_never_restarts_for_the_configuration(tmp_path: Pa
     found, other = (evaluate(tmp_path, MODELS + more) for more in ("", 'settings.models.embed.model = "x";'))
     (file,) = found["service"]["reloadTriggers"]
     assert found["etc"]["vllm-proxy/models.toml"]["source"] == file
-    assert re.match(
-        r"\S+/bin/vllm-proxy check --config (\S+)\ncp \1 \$out\n$", found["etc"]["vllm-proxy/models.toml"]["text"]
+    assert re.search(
+        r"^\S+/bin/vllm-proxy check --config (\S+)\ncp \1 \$out\n$",
+        found["etc"]["vllm-proxy/models.toml"]["text"],
+        re.MULTILINE,
     )
     changed = {key for key in found["service"] if found["service"][key] != other["service"][key]}
     assert changed == {"reloadTriggers"}
@@ -198,7 +236,114 @@ def test_each_option_does_what_it_says(tmp_path: Path) -> None:
     assert evaluate(tmp_path, MODELS)["ports"] == []
     assert evaluate(tmp_path, MODELS + "openFirewall = true;")["ports"] == [8000]
     opened = evaluate(tmp_path, MODELS + 'openFirewall = true; settings.server = { host = "::"; port = 80; };')
-    assert (opened["ports"], opened["socket"]["socketConfig"]["ListenStream"]) == ([80], "[::]:80")
+    assert (opened["ports"], opened["socket"]["socketConfig"]["ListenStream"]) == ([80], ["[::]:80"])
+    assert opened["socket"]["socketConfig"].keys() == {"ListenStream", "Backlog", "NoDelay"}
+
+
+def test_each_address_of_listen_is_one_of_the_socket(tmp_path: Path) -> None:
+    """TCP ports, which the firewall opens, and Unix sockets for the group, in a folder that outlives the service."""
+    listen = 'settings.server.listen = [ "127.0.0.1:8000" "[::]:8000" "ai.lan:80" "unix:/run/vllm-proxy/http.sock" ];'
+    found = evaluate(tmp_path, MODELS + listen + "openFirewall = true;")
+    assert "settings.server.host must be an address" in found["failed"][0]
+    found = evaluate(tmp_path, MODELS + listen.replace("ai.lan", "10.0.0.1") + "openFirewall = true;")
+    socket = found["socket"]["socketConfig"]
+    assert found["ports"] == [8000, 80]
+    assert socket["ListenStream"] == ["127.0.0.1:8000", "[::]:8000", "10.0.0.1:80", "/run/vllm-proxy/http.sock"]
+    assert [socket[f"Socket{what}"] for what in ("User", "Group", "Mode")] == ["vllm-proxy", "vllm-proxy", "0660"]
+    assert found["service"]["serviceConfig"]["RuntimeDirectoryPreserve"] is True
+    (warning,) = found["warnings"]
+    assert ": [::]:8000, 10.0.0.1:80, /run/vllm-proxy/http.sock is not loopback" in warning
+    wrong = 'settings.server.listen = [ "8000" ];'
+    assert "takes HOST:PORT, [HOST]:PORT and unix:PATH, not 8000" in evaluate(tmp_path, MODELS + wrong, status=1)
+
+
+def test_secrets_are_named_in_the_file_and_loaded_by_systemd(tmp_path: Path) -> None:
+    """A model's `env` and a key's `file` are tables and texts of `settings`; beside a file of one's own, variables."""
+    found = evaluate(
+        tmp_path,
+        """
+        credentials.hf-token = "/run/secrets/hf-token";
+        settings.models.chat = { model = "org/chat"; env.HF_TOKEN.credential = "hf-token"; };
+        settings.keys.ci = { file = "credential:ci-key"; scopes = [ "inference" ]; };
+        """,
+    )
+    assert found["service"]["serviceConfig"]["LoadCredential"] == ["hf-token:/run/secrets/hf-token"]
+    assert generated(found) == {
+        "models": {"chat": {"model": "org/chat", "env": {"HF_TOKEN": {"credential": "hf-token"}}}},
+        "keys": {"ci": {"file": "credential:ci-key", "scopes": ["inference"]}},
+    }
+    own = 'configFile = "/srv/models.toml"; keysFile = "/run/keys"; tlsCert = "/run/crt"; tlsKey = "/run/key";'
+    service = evaluate(tmp_path, own)["service"]
+    assert {name: value for name, value in service["environment"].items() if "credential:" in value} == {
+        "VLLM_PROXY_KEYS_FILE": "credential:keys.toml",
+        "VLLM_PROXY_TLS_CERT": "credential:tls.crt",
+        "VLLM_PROXY_TLS_KEY": "credential:tls.key",
+    }
+    assert service["serviceConfig"]["LoadCredential"] == ["keys.toml:/run/keys", "tls.crt:/run/crt", "tls.key:/run/key"]
+
+
+@pytest.mark.parametrize(
+    ("keys_file", "more", "status"),
+    [
+        ('keysFile = "/run/secrets/keys.toml";', "", 0),
+        ('settings.server.keys_file = "/var/lib/vllm-proxy/keys.toml";', "", 0),  # it is not there in a build
+        ("", "settings.keys.anonymous.scopes = [ ];", 0),
+        ("", 'settings.keys.ci.hash = "sha256:0";', 1),
+    ],
+)
+def test_a_build_checks_the_file_without_any_secret(tmp_path: Path, keys_file: str, more: str, status: int) -> None:
+    """Our own `check` takes what the module generates where no credential is, and refuses what is wrong."""
+    secrets = """
+        credentials = { app-key = "/run/secrets/app"; hf-token = "/run/secrets/hf"; };
+        settings.keys.app.file = "credential:app-key";
+    """
+    found = evaluate(tmp_path, MODELS + secrets + keys_file + more)
+    (tmp_path / "generated.toml").write_text(tomli_w.dumps(generated(found)), encoding="utf-8")
+    script = found["etc"]["vllm-proxy/models.toml"]["text"]
+    script = re.sub(r"/nix/store/\S+/bin/vllm-proxy", f"{sys.executable} -m vllm_proxy", script)
+    script = re.sub(r"/nix/store/\S+\.toml", str(tmp_path / "generated.toml"), script)
+    env = {**clean_environment(), "out": str(tmp_path / "out"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", "-e", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert bool(done.returncode) == bool(status), done.stderr
+    assert (tmp_path / "out").exists() != bool(status)
+    assert not status or re.search(r"generated\.toml:\d+: keys\.ci\.hash", done.stdout)
+
+
+NETWORK = 'settings.server.host = "0.0.0.0"; ' + MODELS
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        (MODELS, None),
+        (MODELS + 'settings.server.host = "::1";', None),
+        (MODELS + 'settings.server.listen = [ "127.0.0.2:80" "localhost:80" ]; socketActivation = false;', None),
+        (NETWORK, "0.0.0.0:8000 is not loopback"),
+        (NETWORK + 'environmentFile = "/run/env";', "unless environmentFile has VLLM_PROXY_API_KEY"),
+        (NETWORK + "settings.keys = { };", "0.0.0.0:8000"),
+        (MODELS + 'settings.server.host = "::"; settings.server.port = 80;', "[::]:80"),
+        (MODELS + 'settings.server.listen = [ "unix:/run/x.sock" ];', "/run/x.sock"),
+        (NETWORK + 'settings.server.listen = [ "127.0.0.1:8000" ];', None),  # it wins over host and port
+        (NETWORK + 'keysFile = "/run/keys";', None),
+        (NETWORK + 'settings.server.keys_file = "/run/keys";', None),
+        (NETWORK + 'settings.keys.ci.hash = "sha256:0";', None),
+        (NETWORK + 'settings.keys.anonymous.scopes = [ "inference" ];', None),
+        (NETWORK + "settings.server.allow_remote_admin = true;", None),
+        ('configFile = "/srv/models.toml"; settings.server.host = "0.0.0.0";', None),  # its keys are not known here
+    ],
+)
+def test_a_network_address_without_keys_is_warned_of(tmp_path: Path, options: str, warned: str | None) -> None:
+    """Every request would be answered 401; the warning names both ways out. Assertions stay out of it."""
+    found = evaluate(tmp_path, options)
+    assert found["failed"] == []
+    assert len(found["warnings"]) == (warned is not None)
+    for text in found["warnings"]:
+        assert warned
+        assert warned in text
+        for part in ("401", "settings.keys or keysFile", "settings.keys.anonymous.scopes"):
+            assert part in text
 
 
 @pytest.mark.parametrize(
@@ -212,6 +357,12 @@ def test_each_option_does_what_it_says(tmp_path: Path) -> None:
             'settings.server.host = "ai.example.org"; ' + MODELS,
             "settings.server.host must be an address for socketActivation",
         ),
+        (MODELS + 'tlsCert = "/run/crt";', "tlsCert and tlsKey go together"),
+        (MODELS + 'tlsKey = "/run/key";', "tlsCert and tlsKey go together"),
+        (MODELS + 'keysFile = "/run/keys"; settings.server.keys_file = "x";', "must not stand in settings.server too"),
+        (MODELS + 'credentials."tls.key" = "/run/x";', "are those of keysFile, tlsCert and tlsKey"),
+        (MODELS + 'keysFile = "/nix/store/x/keys.toml";', "must be outside of the store"),
+        (MODELS + 'credentials.x = "/nix/store/x/token";', "must be outside of the store"),
     ],
 )
 def test_what_cannot_work_is_an_assertion(tmp_path: Path, options: str, sentence: str) -> None:
@@ -224,6 +375,7 @@ def test_what_cannot_work_is_an_assertion(tmp_path: Path, options: str, sentence
     ("options", "sentence"),
     [
         ("keepModels = 1;", "services.vllm-proxy.keepModels"),
+        ('keysFile = "keys.toml";', "services.vllm-proxy.keysFile"),
         ("keepModel = true;", "`services.vllm-proxy.keepModel' does not exist"),
     ],
 )
@@ -270,18 +422,21 @@ def test_the_package_takes_what_the_project_asks_for(tmp_path: Path, inputs: lis
 
 
 def test_the_page_is_a_machine(tmp_path: Path, inputs: list[str]) -> None:
-    """The flake and the configuration in docs/nixos.md, word for word."""
+    """The flake and the configurations in docs/nixos.md, word for word."""
     page = (ROOT / "vllm_proxy/docs/nixos.md").read_text(encoding="utf-8")
-    flake, configuration = re.findall(r"^```nix\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    flake, configuration, secrets = re.findall(r"^```nix\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     machine = tmp_path / "machine"
     machine.mkdir()
-    (machine / "flake.nix").write_text(flake, encoding="utf-8")
+    (machine / "flake.nix").write_text(flake.replace("./configuration.nix", "./configuration.nix ./secrets.nix"))
     (machine / "configuration.nix").write_text(configuration, encoding="utf-8")
+    (machine / "secrets.nix").write_text(secrets, encoding="utf-8")
     ours = ["--override-input", "vllm-proxy", f"git+file://{tmp_path}/src?dir=packaging/nix"]
     where = f"path:{machine}#nixosConfigurations.server.config"
     service = json.loads(nix("nix", "eval", "--json", *inputs, *ours, f"{where}.systemd.services.vllm-proxy"))
     assert service["serviceConfig"]["KillMode"] == "process"
     assert re.fullmatch(r"/nix/store/\S+-vllm-proxy/bin/vllm-proxy serve", service["serviceConfig"]["ExecStart"])
+    assert "hf-token:/run/secrets/hf-token" in service["serviceConfig"]["LoadCredential"]
+    assert json.loads(nix("nix", "eval", "--json", *inputs, *ours, f"{where}.warnings")) == []
     assertions = json.loads(nix("nix", "eval", "--json", *inputs, *ours, f"{where}.assertions"))
     assert all(found["assertion"] for found in assertions)
 

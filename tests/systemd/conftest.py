@@ -124,5 +124,5 @@ def serve(machine: Machine) -> dict[str, int]:
 def ready(machine: Machine, count: int = 2, seconds: float = WAIT_SECONDS) -> dict[str, int]:
     """Wait until so many models are ready; the process id of each one's engine."""
     machine.eventually("/health", "models.ready", count, seconds)
-    models = machine.get("/models")["models"]
+    models = machine.get("/models", control=True)["models"]
     return {model["id"]: model["status"]["instances"][0]["pid"] for model in models}

@@ -17,6 +17,7 @@ from typing import Any
 
 BOOT = Path(__file__).parent / "boot.sh"
 WAIT_SECONDS = 60.0
+CONTROL = "/run/vllm-proxy/control.sock"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NAMESPACES = ("--mount", "--pid", "--uts", "--ipc", "--cgroup", "--net")
 
@@ -84,15 +85,18 @@ class Machine:
         process = self.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         return process.communicate()[0]
 
-    def get(self, path: str) -> Any:  # noqa: ANN401 - JSON
-        """The daemon's answer on port 8000."""
-        return json.loads(self.run("curl", "-sS", "--fail-with-body", f"http://127.0.0.1:8000{path}").stdout)
+    def get(self, path: str, *, control: bool = False) -> Any:  # noqa: ANN401 - JSON
+        """The daemon's answer on port 8000, without a key; `control`: on the control socket, which needs none."""
+        way = ["--unix-socket", CONTROL] if control else []
+        return json.loads(self.run("curl", "-sS", "--fail-with-body", *way, f"http://127.0.0.1:8000{path}").stdout)
 
-    def eventually(self, path: str, key: str, value: object, seconds: float = WAIT_SECONDS) -> Any:  # noqa: ANN401 - JSON
-        """Ask again and again until the answer has this at `key`, a path with dots; returns the answer."""
+    def eventually(
+        self, path: str, key: str, value: object, seconds: float = WAIT_SECONDS, *, control: bool = False
+    ) -> Any:  # noqa: ANN401 - JSON
+        """Ask as `get` does until the answer has this at `key`, a path with dots; returns the answer."""
         deadline = time.monotonic() + seconds
         while True:
-            found = answer = self.get(path)
+            found = answer = self.get(path, control=control)
             for part in key.split("."):
                 found = found[int(part)] if part.isdigit() else found[part]
             if found == value:

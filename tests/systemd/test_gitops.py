@@ -5,11 +5,12 @@ import re
 import pytest
 
 from tests.systemd.conftest import CHAT, EMBED, ENGINES, ROOT, ready
-from tests.systemd.machine import Machine
+from tests.systemd.machine import CONTROL, Machine
 
 pytestmark = pytest.mark.systemd
 
 README = (ROOT / "examples/gitops/README.md").read_text(encoding="utf-8")
+FOLLOW, KEYS_OUTSIDE, KEYS_INSIDE = re.findall(r"^```sh\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 GOOD = ENGINES + CHAT + EMBED
 AUTHOR = "-c user.name=Ada -c user.email=ada@example.org"
 PULL = "vllm-proxy-pull.service"
@@ -35,8 +36,7 @@ def following(machine: Machine) -> Machine:
     sudo = '#!/bin/sh\n[ "$1" != -u ] || { user=$2; shift 2; exec runuser -u "$user" -- "$@"; }\nexec "$@"\n'
     machine.path("/usr/local/bin/sudo").write_text(sudo, encoding="utf-8")
     commit(machine, GOOD)
-    (words,) = re.findall(r"^```sh\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    machine.shell(f"export REPOSITORY=/srv/models.git; cd /src\n{words}")
+    machine.shell(f"export REPOSITORY=/srv/models.git; cd /src\n{FOLLOW}")
     verified = machine.run("systemd-analyze", "verify", "--man=no", PULL, "vllm-proxy-pull.timer")
     assert verified.stdout + verified.stderr == ""
     assert machine.show("vllm-proxy-pull.timer", "ActiveState")["ActiveState"] == "active"
@@ -86,7 +86,7 @@ def test_a_change_over_rest_is_not_lost(following: Machine) -> None:
     """A pull that would overwrite it fails; with the folder read-only, the API refuses in the first place."""
     patch = (
         "curl -sS --fail-with-body -X PATCH -H 'Content-Type: application/json' -d '{\"max_model_len\": 256}' "
-        "localhost:8000/models/chat"
+        f"--unix-socket {CONTROL} http://localhost/models/chat"
     )
     ready(following)
     following.shell(patch)
@@ -103,3 +103,59 @@ def test_a_change_over_rest_is_not_lost(following: Machine) -> None:
     following.run("systemctl", "daemon-reload")
     following.run("systemctl", "restart", "vllm-proxy")
     assert "config_read_only" in following.shell(patch, status=22)
+
+
+def pull(machine: Machine, text: str) -> None:
+    """A commit that arrives."""
+    commit(machine, text)
+    machine.run("systemctl", "start", PULL)
+
+
+def scopes_of(machine: Machine, key: str) -> list[str]:
+    """What a key may do, by what it is answered: infer, read, administer."""
+    routes = {"inference": "/v1/models", "read": "/models", "admin": "/config"}
+    ask = "curl -sS -o /dev/null -w '%{http_code}' -H"
+    answered = {
+        scope: machine.shell(f"{ask} 'Authorization: Bearer {key}' localhost:8000{path}")
+        for scope, path in routes.items()
+    }
+    assert set(answered.values()) <= {"200", "401", "403"}
+    return [scope for scope, status in answered.items() if status == "200"]
+
+
+def test_keys_outside_of_git_live_beside_a_public_configuration(following: Machine) -> None:
+    """Made on the server, never seen by git, untouched by a pull; a revoked one is refused."""
+    following.path("/tmp/work/.gitignore").write_text("keys.toml\n", encoding="utf-8")
+    following.shell("cd /tmp/work; git add .gitignore")
+    public = GOOD + '[server]\nkeys_file = "keys.toml"\n'
+    pull(following, public)
+    following.run("vllm-proxy", "reload")
+    ada, website = following.shell(KEYS_OUTSIDE).split()
+    expected = [["inference", "read", "admin"], ["inference"], []]
+    assert [scopes_of(following, key) for key in (ada, website, "")] == expected
+    pull(following, public.replace('"org/chat"', '"org/chat"\nmax_model_len = 512'))
+    following.eventually("/models/chat", "effective.max_model_len", 512, control=True)
+    assert [scopes_of(following, key) for key in (ada, website, "")] == expected
+    assert following.shell("runuser -u vllm-proxy -- git -C /etc/vllm-proxy status --porcelain") == ""
+    following.run("vllm-proxy", "keys", "revoke", "website")
+    assert [scopes_of(following, key) for key in (ada, website)] == [expected[0], []]
+
+
+def test_hashes_in_git_are_made_and_revoked_by_commits(following: Machine) -> None:
+    """A key is made in somebody's clone, and its commit brings it to the server; so does the one that revokes it."""
+    made = (
+        "export VLLM_PROXY_STATE_DIR=/tmp/nothing GIT_AUTHOR_NAME=Ada GIT_AUTHOR_EMAIL=ada@example.org "
+        "GIT_COMMITTER_NAME=Ada GIT_COMMITTER_EMAIL=ada@example.org; cd /tmp/work; "
+        "git branch -q --set-upstream-to=origin/main"
+    )
+    key = following.shell(f"{made}\n{KEYS_INSIDE}chown -R vllm-proxy: /srv/models.git").strip()
+    following.run("systemctl", "start", PULL)
+    following.run("vllm-proxy", "reload")
+    assert (scopes_of(following, key), scopes_of(following, "")) == (["inference"], [])
+    (revoke,) = re.findall(r"`(vllm-proxy keys revoke .*?)`", README)
+    following.shell(f"{made}; {revoke}")
+    text = following.path("/tmp/work/models.toml").read_text(encoding="utf-8")
+    assert "enabled = false" in text
+    pull(following, text)
+    following.run("vllm-proxy", "reload")
+    assert (scopes_of(following, key), scopes_of(following, "")) == ([], [])

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from tests.systemd.conftest import CHAT, EMBED, ENGINES, configure, drop_in, ready, serve
-from tests.systemd.machine import Machine
+from tests.systemd.machine import CONTROL, Machine
 
 pytestmark = pytest.mark.systemd
 
 FILE = "/etc/vllm-proxy/models.toml"
 ASK = json.dumps({"model": "chat", "messages": [{"role": "user", "content": "hi"}]})
 POST = "curl -sS --fail-with-body -H 'Content-Type: application/json'"
+PATCH = f"{POST} --unix-socket {CONTROL} -X PATCH -d '{{\"max_model_len\": 256}}' http://localhost/models/chat"
 GROUP = "/sys/fs/cgroup/system.slice/vllm-proxy.service"
 
 
@@ -147,7 +148,7 @@ def test_rest_writes_the_file(machine: Machine) -> None:
     """The service may write its folder in /etc; comments, mode and owner stay."""
     configure(machine, "# mine\n" + ENGINES + CHAT + EMBED)
     serve(machine)
-    machine.shell(f"{POST} -X PATCH -d '{{\"max_model_len\": 256}}' localhost:8000/models/chat")
+    machine.shell(PATCH)
     file = machine.path(FILE)
     assert file.read_text().startswith("# mine\n")
     assert "max_model_len = 256" in file.read_text()
@@ -163,8 +164,7 @@ def test_a_read_only_file_stays_as_it_is(machine: Machine, how: str) -> None:
     machine.shell(how)
     serve(machine)
     text = machine.path(FILE).read_text()
-    patch = f"{POST} -X PATCH -d '{{\"max_model_len\": 256}}' localhost:8000/models/chat"
-    assert json.loads(machine.shell(patch, status=22))["error"]["code"] == "config_read_only"
+    assert json.loads(machine.shell(PATCH, status=22))["error"]["code"] == "config_read_only"
     assert machine.path(FILE).read_text() == text
 
 
