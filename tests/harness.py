@@ -151,7 +151,7 @@ class Daemon:
             os.close(self._state)
 
     def _client(self, path: str) -> tuple[aiohttp.ClientSession, URL]:
-        """Who may ask for a path without a key, and where: what changes the fleet, at the control socket."""
+        """Who may ask for a path without a key, and where: the fleet is for the control socket."""
         if is_inference(path.partition("?")[0]):
             return self.session, URL(self.url + path, encoded=True)
         return self.admin, URL("http://localhost" + path, encoded=True)
@@ -181,7 +181,8 @@ class Daemon:
 
     async def get(self, path: str, status: int = 200) -> Any:  # noqa: ANN401 - JSON
         """A JSON answer, its status checked."""
-        async with self.session.get(URL(self.url + path, encoded=True)) as answer:
+        client, url = self._client(path)
+        async with client.get(url) as answer:
             assert answer.status == status, await answer.text()
             return await answer.json()
 
@@ -264,7 +265,7 @@ class Daemon:
 
     async def metrics(self) -> dict[str, float]:
         """The exposition: value by series, labels as they are written."""
-        async with self.session.get("/metrics") as answer:
+        async with self.admin.get("/metrics") as answer:
             lines = [line for line in (await answer.text()).splitlines() if line and not line.startswith("#")]
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 

@@ -150,7 +150,8 @@ async def test_the_control_socket_is_the_owners_alone_and_lies_in_the_runtime_di
     async with daemon(config, tmp_path, env={"RUNTIME_DIRECTORY": str(runtime)}) as running:
         path = runtime / "control.sock"
         assert path.stat().st_mode & 0o777 == 0o600
-        assert (await running.get("/models", 401))["error"]["code"] == "missing_api_key"
+        async with running.session.get("/models") as answer:
+            assert (await answer.json())["error"]["code"] == "missing_api_key"
         connector = aiohttp.UnixConnector(str(path))
         async with aiohttp.ClientSession("http://evil.example", connector=connector) as session:
             async with session.get("/models") as answer:

@@ -303,13 +303,14 @@ class Exchange:
         if not self._started:
             self._end(Ending.BROKEN_HEAD)
             return
-        self.close = True
         if self._can_append_event():
+            self.close = self.close or not self.ended_early
             event = self._event_error
             framed = event if self._dechunk else b"%x\r\n%s\r\n" % (len(event), event) + _LAST_CHUNK
             self._client.write(framed)
             self.orderly = True
         else:
+            self.close = True
             self._client.abort()
         self._end(Ending.BROKEN)
 
