@@ -106,7 +106,7 @@ class Fleet(RuleBasedStateMachine):
         """An editor writes the whole file."""
         text = "# mine\n"
         for name, keys in models.items():
-            text = edit.create(text, name, keys)
+            text = edit.create(text, ("models", name), keys)
         self.file.write_text(text)
 
     @rule()
@@ -120,8 +120,8 @@ class Fleet(RuleBasedStateMachine):
 
         def change(data: bytes) -> bytes:
             text = data.decode()
-            there = name in edit.models_in(text)
-            return (edit.put if there else edit.create)(text, name, keys).encode()
+            there = name in edit.tables_in(text, "models")
+            return (edit.put if there else edit.create)(text, ("models", name), keys).encode()
 
         self.run(lambda: self._write(change))
 
@@ -131,7 +131,7 @@ class Fleet(RuleBasedStateMachine):
 
         def change(data: bytes) -> bytes:
             text = data.decode()
-            return (edit.delete(text, name) if name in edit.models_in(text) else text).encode()
+            return (edit.delete(text, ("models", name)) if name in edit.tables_in(text, "models") else text).encode()
 
         self.run(lambda: self._write(change))
 

@@ -50,10 +50,10 @@ class Writes:
             raise _invalid("id", 'missing: every model needs "id", the name that clients send')
 
         def change(text: str) -> str:
-            if model_id in edit.models_in(text) or self._reconciler.knows(model_id):
+            if model_id in edit.tables_in(text, "models") or self._reconciler.knows(model_id):
                 msg = f"cannot create model {model_id!r}: there is one; PATCH or PUT changes it"
                 raise RequestError("model_exists", msg)
-            return edit.create(text, model_id, keys)
+            return edit.create(text, ("models", model_id), keys)
 
         outcome = await self._write(request, change)
         return self._shown(model_id, outcome, status=201, headers={"Location": f"/models/{model_id}"})
@@ -72,7 +72,7 @@ class Writes:
 
         def change(text: str) -> str:
             _must_exist(text, model_id)
-            return edit.delete(text, model_id)
+            return edit.delete(text, ("models", model_id))
 
         outcome = await self._write(request, change)
         if self._reconciler.knows(model_id):
@@ -80,7 +80,7 @@ class Writes:
         return web.Response(status=204, headers=etag(outcome.revision))
 
     async def _change(
-        self, request: web.Request, how: Callable[[str, str, Mapping[str, Any]], str]
+        self, request: web.Request, how: Callable[[str, edit.TableName, Mapping[str, Any]], str]
     ) -> Reply[resources.Model]:
         model_id = request.match_info["model_id"]
         keys = await self._keys(request)
@@ -89,7 +89,7 @@ class Writes:
 
         def change(text: str) -> str:
             _must_exist(text, model_id)
-            return how(text, model_id, keys)
+            return how(text, ("models", model_id), keys)
 
         return self._shown(model_id, await self._write(request, change))
 
@@ -197,7 +197,7 @@ def _invalid(path: str, message: str) -> RequestError:
 
 
 def _must_exist(text: str, model_id: str) -> None:
-    if model_id not in edit.models_in(text):
+    if model_id not in edit.tables_in(text, "models"):
         raise RequestError("model_not_found", f"cannot find model {model_id!r}: GET /models lists them")
 
 
