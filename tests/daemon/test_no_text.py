@@ -255,7 +255,7 @@ async def test_what_the_parser_refuses_has_an_id_too(shared: Daemon) -> None:
 async def test_head_is_answered_where_there_is_a_length_and_nowhere_else(shared: Daemon) -> None:
     """405 with Allow for streams; every other GET route has a length, and the connection goes on behind it."""
     paths = {path for path, methods in (await shared.get("/openapi.json"))["paths"].items() if "get" in methods}
-    given = {"/docs/assets/{name}": "/docs/assets/swagger.js", "/models/{model_id}/logs": "/models/chat/logs"}
+    given = {"/docs/assets/{file}": "/docs/assets/swagger.js", "/models/{model_id}/logs": "/models/chat/logs"}
     async with connected(shared.port) as client:
         for path in (*sorted(paths), "/models/{model_id}/logs?follow=1"):
             real = given.get(path, path).replace("{model_id}", "chat").replace("{id}", "resp_x")

@@ -24,6 +24,7 @@ from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.errors import ConfigError, RequestError
 from vllm_proxy.fleet.desired import Author, Desired
+from vllm_proxy.fleet.key_files import KeyFiles
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime.referenced import ReferencedFiles
@@ -70,7 +71,11 @@ def desired_of(store: Store, reconciler: Reconciler, offload: Offload) -> Desire
     parse = partial(parse_config, file=str(store.file), files=files)
     ports = Ports(9000, 9999, [])
     keyring = Keyring(reconciler.config)
-    return Desired(store, parse, reconciler, NoCheck(), ports, files=files, keyring=keyring, offload=offload)
+    key_files = KeyFiles(store, lambda data, files: parse_config(data, str(store.file), files=files), files)
+    return Desired(
+        store, parse, reconciler, NoCheck(), ports,
+        files=files, key_files=key_files, keyring=keyring, offload=offload,
+    )  # fmt: skip
 
 
 class Fleet(RuleBasedStateMachine):
@@ -287,7 +292,7 @@ async def following(folder: Path, disk: Disk) -> Desired:
 @virtual
 async def test_a_write_that_hangs_is_told_so_and_holds_up_no_stop(tmp_path: Path) -> None:
     """Who waits for it learns that it may still happen, who waits behind it that nothing has; the end is bounded."""
-    disk = Disk("replace")
+    disk = Disk("write")
     desired = await following(tmp_path, disk)
     first = asyncio.ensure_future(desired.write(lambda _: b"# first\n", None, ME, blind=True))
     await disk.asked.wait()
