@@ -285,7 +285,7 @@ def _keys(options: argparse.Namespace) -> int:
     """A key that was made goes to stdout, once; words about it to stderr."""
     loaded = _load(options)
     try:
-        done = uvloop.run(key_commands.run(loaded, options, sys.stdin.buffer))
+        done = uvloop.run(key_commands.run(loaded, options, sys.stdin))
     except RefusedError as error:
         return _refused_by_daemon(error, options, loaded)
     _print(json.dumps(done.resource) if options.json else done.told)

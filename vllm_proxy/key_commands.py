@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, TextIO
 from urllib.parse import quote
 
 from vllm_proxy.connection import CommandError, NoDaemonError, connected
@@ -64,7 +64,7 @@ def add_parsers(keys: argparse.ArgumentParser, parents: Sequence[argparse.Argume
     rotate.add_argument("--finish", action="store_true", help="keep only the newest key")
 
 
-async def run(settings: Settings, options: argparse.Namespace, stdin: BinaryIO) -> Done:
+async def run(settings: Settings, options: argparse.Namespace, stdin: TextIO | None) -> Done:
     """Do what the options say.
 
     Raises:
@@ -85,7 +85,10 @@ async def _new(settings: Settings, options: argparse.Namespace) -> Done:
 
 
 async def _add(settings: Settings, options: argparse.Namespace) -> Done:
-    key = options.input.readline(_LONGEST_KEY + 1).decode(errors="replace").strip()
+    if options.input is None:  # closed
+        msg = f"cannot add key {show(options.name)}: stdin is closed, and the key is read there"
+        raise CommandError(msg)
+    key = options.input.buffer.readline(_LONGEST_KEY + 1).decode(errors="replace").strip()
     if problem := own_key_problem(key):
         msg = f"cannot add key {show(options.name)}: {problem}"
         raise CommandError(msg)
