@@ -33,9 +33,9 @@ from vllm_proxy.engine.process import become_subreaper, reap_orphans
 from vllm_proxy.engine.program import Programs
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.errors import ConfigError, NotEndedError, Problem
+from vllm_proxy.fleet.changes import KeyFiles
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.desired import Desired
-from vllm_proxy.fleet.key_files import KeyFiles
 from vllm_proxy.fleet.loop import FleetLoop
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store

@@ -19,7 +19,7 @@ from vllm_proxy.domain.file import edit_keys
 from vllm_proxy.domain.keys import RANDOM_BYTES, Scope, hash_of, name_problem, new_key, own_key_problem
 from vllm_proxy.domain.resources import key_of
 from vllm_proxy.domain.units import parse_duration, parse_time, show, show_time
-from vllm_proxy.fleet.key_files import KeyEdit, KeyFiles
+from vllm_proxy.fleet.changes import KeyEdit, KeyFiles
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.settings import Settings
 

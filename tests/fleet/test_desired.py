@@ -23,8 +23,8 @@ from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.errors import ConfigError, RequestError
+from vllm_proxy.fleet.changes import KeyFiles
 from vllm_proxy.fleet.desired import Author, Desired
-from vllm_proxy.fleet.key_files import KeyFiles
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime.referenced import ReferencedFiles

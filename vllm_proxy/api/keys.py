@@ -20,8 +20,8 @@ from vllm_proxy.domain.keys import RANDOM_BYTES, Scope, hash_of, name_problem, n
 from vllm_proxy.domain.resources import key_of
 from vllm_proxy.domain.units import show
 from vllm_proxy.errors import ConfigError, InvalidError, Problem, RequestError
+from vllm_proxy.fleet.changes import KeyEdit
 from vllm_proxy.fleet.desired import Desired
-from vllm_proxy.fleet.key_files import KeyEdit
 
 _OF_A_KEY = re.compile(r"keys\b")
 

@@ -22,7 +22,7 @@ from vllm_proxy.domain.plan import Action, plan, restart_needed
 from vllm_proxy.domain.toml import dotted
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.errors import ConfigError, Problem, RequestError, VllmProxyError
-from vllm_proxy.fleet.key_files import Change, KeyEdit, KeyFiles
+from vllm_proxy.fleet.changes import Change, Edit, KeyEdit, KeyFiles, edited, read
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime import clock
@@ -38,8 +38,6 @@ _SETTLED_SECONDS = 0.03  # debounce: unchanged for so long, whoever wrote it has
 _EMPTY_SECONDS = 1.0  # an empty file is taken for real after this long
 _DISK_SECONDS = 30.0  # the deadline for a disk, and for those who are queued for it
 _NOTHING = revision_of(b"")
-
-type Edit = Callable[[bytes], bytes]  # called in a thread
 
 
 class Check(Protocol):
@@ -322,18 +320,11 @@ class Desired:
         return config, await self._adopt(config)
 
     def _read(self) -> bytes:
-        try:
-            return self._store.read()
-        except OSError as error:
-            raise ConfigError(self._file, [Problem(0, "", f"cannot read it: {error.strerror}")]) from None
+        return read(self._store)
 
     def _peek(self) -> list[str]:
         """The revision of each file that is read."""
         return [_revision(file) for file in self.files()]
-
-    def _before(self, *, blind: bool) -> bytes:
-        """What is on disk; b"" for a file that is missing and may be written anew."""
-        return b"" if blind and not self.file.exists() else self._read()
 
     def _read_new(self) -> Config | None:
         """What the file, and those that it names, say; None where that is adopted already."""
@@ -351,15 +342,8 @@ class Desired:
         return None if config.fingerprint == now.fingerprint else config
 
     def _edited(self, edit: Edit, if_match: str | None, *, blind: bool) -> Change:
-        before = self._before(blind=blind)
-        if not blind and revision_of(before) != self.reconciler.config.revision:
-            self._parse(before)  # what is wrong with it already is reported as such
-        if if_match is not None and if_match != (revision := revision_of(before)):
-            msg = f"cannot write {self._file}: it is at revision {revision} now; read it again"
-            raise RequestError("revision_mismatch", msg)
-        after = edit(before)
-        config = self._parse(after)
-        return Change(self._store, before, after, config, revision_of(before), config.revision)
+        adopted = self.reconciler.config.revision
+        return edited(self._store, self._parse, edit, if_match, adopted=None if blind else adopted)
 
     async def _refused(self, config: Config) -> list[Problem]:
         """What the vLLM of each model that is new or changed would not take, where it is known."""

@@ -1,6 +1,6 @@
-"""The files in which keys stand: the configuration, and the one that it names as `server.keys_file`.
+"""Changes of the configuration, and of the file that it names as `server.keys_file`: made, and shown to be valid.
 
-Reads both, has one of them edited, and shows that the two are valid together before anything is written. For the
+What is on disk is read, edited and parsed, both files together; only then a change is there to be written. For the
 daemon's own turn (`desired`), and for the commands where no daemon runs. Everything here blocks.
 """
 
@@ -17,6 +17,7 @@ from vllm_proxy.errors import ConfigError, Problem, RequestError
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime.referenced import ReferencedFiles
 
+type Edit = Callable[[bytes], bytes]  # called in a thread
 type KeyEdit = Callable[[KeyTexts], KeyTexts]  # called in a thread
 
 
@@ -42,8 +43,45 @@ class Change:
             self.store.replace(self.after)
 
 
+def read(store: Store) -> bytes:
+    """The bytes of the configuration.
+
+    Raises:
+        ConfigError: it cannot be read.
+
+    """
+    try:
+        return store.read()
+    except OSError as error:
+        raise ConfigError(str(store.file), [Problem(0, "", f"cannot read it: {error.strerror}")]) from None
+
+
+def edited(
+    store: Store, parse: Callable[[bytes], Config], edit: Edit, if_match: str | None, *, adopted: str | None
+) -> Change:
+    """What an edit makes of the configuration.
+
+    `if_match`: only if that is its revision; None: in any case. `adopted`: the revision that is known to be valid;
+    None: whatever is there does not matter, and it may be missing.
+
+    Raises:
+        ConfigError: when it would be invalid, or is and cannot be edited.
+        RequestError: `revision_mismatch`, or what `edit` raises.
+
+    """
+    before = b"" if adopted is None and not store.file.exists() else read(store)
+    if adopted not in {None, revision_of(before)}:
+        parse(before)  # what is wrong with it already is reported as such
+    if if_match is not None and if_match != (revision := revision_of(before)):
+        msg = f"cannot write {store.file}: it is at revision {revision} now; read it again"
+        raise RequestError("revision_mismatch", msg)
+    after = edit(before)
+    config = parse(after)
+    return Change(store, before, after, config, revision_of(before), config.revision)
+
+
 class KeyFiles:
-    """Those of one configuration."""
+    """The files in which the keys of one configuration stand."""
 
     def __init__(
         self,
@@ -94,10 +132,7 @@ class KeyFiles:
 
     def _read(self) -> tuple[bytes, str | None, bytes | None]:
         """The configuration, what it calls the keys file, and that; None where it is not there."""
-        try:
-            config = self._store.read()
-        except OSError as error:
-            raise ConfigError(str(self._store.file), [Problem(0, "", f"cannot read it: {error.strerror}")]) from None
+        config = read(self._store)
         reference = self._keys_file
         if reference is None:
             with contextlib.suppress(EditError, UnicodeDecodeError):  # it is no TOML, which the parser says better

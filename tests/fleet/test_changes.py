@@ -10,7 +10,7 @@ from vllm_proxy.domain.file import edit_keys
 from vllm_proxy.domain.file.edit_keys import KeyTexts
 from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.errors import ConfigError, RequestError
-from vllm_proxy.fleet.key_files import KeyFiles
+from vllm_proxy.fleet.changes import KeyFiles
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime.referenced import ReferencedFiles
 
