@@ -151,6 +151,66 @@ async def test_what_cannot_be_done_is_refused_with_its_code(shared: Daemon) -> N
     assert (there(shared), shared.file.read_text()) == (text, other)
 
 
+async def status_of(running: Daemon, key: str, path: str = "/models") -> int:
+    """What the port answers to who has this key."""
+    async with running.session.get(path, headers={"Authorization": f"Bearer {key}"}) as answer:
+        await answer.read()
+        return answer.status
+
+
+async def test_a_change_is_in_force_when_it_is_answered(shared: Daemon) -> None:
+    """Made, rotated, finished, narrowed, disabled, deleted: the next request at the port meets it."""
+    first = (await shared.write("POST", "/keys", {"name": "live", "scopes": ["read"]}, 201))["key"]
+    assert await status_of(shared, first) == 200
+    second = (await shared.write("POST", "/keys/live/rotate"))["key"]
+    assert [await status_of(shared, key) for key in (first, second)] == [200, 200]
+    await shared.write("POST", "/keys/live/rotate", {"finish": True})
+    assert [await status_of(shared, key) for key in (first, second)] == [401, 200]
+    await shared.write("PATCH", "/keys/live", {"scopes": ["inference"]})
+    assert await status_of(shared, second) == 403
+    await shared.write("PATCH", "/keys/live", {"scopes": ["read"], "expires_at": "2020-01-01T00:00:00Z"})
+    assert await status_of(shared, second) == 401
+    await shared.write("PATCH", "/keys/live", {"expires_at": None})
+    assert await status_of(shared, second) == 200
+    await shared.write("PATCH", "/keys/live", {"enabled": False})
+    assert await status_of(shared, second) == 401
+    await shared.write("PATCH", "/keys/live", {"enabled": True})
+    assert await status_of(shared, second) == 200
+    await shared.write("DELETE", "/keys/live", status=204)
+    assert await status_of(shared, second) == 401
+
+
+async def test_keys_are_for_administrators_alone(shared: Daemon) -> None:
+    """At the port: whoever may do less is refused, and nothing has changed; an administrator may."""
+    made = {
+        scope: (await shared.write("POST", "/keys", {"name": f"as-{scope}", "scopes": [scope]}, 201))["key"]
+        for scope in ("inference", "metrics", "read", "operate", "admin")
+    }
+    before = there(shared), shared.file.read_text()
+    routes = [
+        ("GET", "/keys"), ("POST", "/keys"), ("GET", "/keys/ci"), ("PATCH", "/keys/ci"), ("DELETE", "/keys/ci"),
+        ("POST", "/keys/ci/rotate"),
+    ]  # fmt: skip
+    for scope, key in [*made.items(), ("none", "")]:
+        for method, path in routes if scope != "admin" else routes[:1]:
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            async with shared.session.request(method, path, headers=headers) as answer:
+                assert answer.status == {"admin": 200, "none": 401}.get(scope, 403), (scope, method, path)
+    assert (there(shared), shared.file.read_text()) == before
+
+
+async def test_who_changed_a_key_is_logged_with_the_revision_of_both_files(shared: Daemon) -> None:
+    """And what: never the key."""
+    old = (await shared.write("GET", "/keys"))["revision"]
+    key = (await shared.write("POST", "/keys", {"name": "logged"}, 201))["key"]
+    new = (await shared.write("GET", "/keys"))["revision"]
+    await shared.logged(f"before={old}")
+    (line,) = (line for line in shared.log().splitlines() if f"before={old}" in line)
+    for words in ("POST /keys", f"uid {os.geteuid()}", f"after={new}"):
+        assert words in line
+    assert key not in shared.log()
+
+
 async def revision(running: Daemon) -> str:
     """Of both files, as an ETag."""
     return '"' + str((await running.write("GET", "/keys"))["revision"]) + '"'
@@ -241,6 +301,39 @@ async def test_a_file_that_is_missing_is_made_by_the_first_key(tmp_path: Path, p
 
 
 # By command
+
+
+@pytest.mark.parametrize("by", ["file", "rest", "command", "rotation"])
+async def test_a_revocation_ends_the_streams_of_its_key_and_no_others(tmp_path: Path, port_start: int, by: str) -> None:
+    """However it comes: an error as the last event, no end of a good answer; another key's stream goes on."""
+    config = SERVER + fake_engines(port_start) + '[models.chat]\nmodel = "org/chat"\n'
+    (tmp_path / "keys.toml").write_text(THERE)
+    gate = tmp_path / "go"
+    body = {"model": "chat", "messages": [], "stream": True, "fake": {"chunks": 4, "hold_at": 2, "hold": str(gate)}}
+    async with daemon(config, tmp_path) as running:
+        await running.all_ready()
+        keys = [(await running.write("POST", "/keys", {"name": name}, 201))["key"] for name in ("ci", "other")]
+        if by == "rotation":
+            await running.write("POST", "/keys/ci/rotate")
+        revoked, other = [
+            await running.session.post("/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"})
+            for key in keys
+        ]
+        for stream in (revoked, other):
+            await stream.content.readuntil(b"\n\n")
+        if by == "file":
+            (tmp_path / "keys.toml").write_text(there(running).replace("[keys.ci]", "[keys.ci]\nenabled = false"))
+        elif by == "rest":
+            await running.write("PATCH", "/keys/ci", {"enabled": False})
+        elif by == "command":
+            assert (await vllm_proxy(tmp_path, "keys", "revoke", "ci"))[0] == 0
+        else:
+            await running.write("POST", "/keys/ci/rotate", {"finish": True})
+        end = (await revoked.read()).decode()
+        assert '"code":"invalid_api_key"' in end.replace(" ", "")
+        assert "[DONE]" not in end
+        gate.touch()
+        assert (await other.read()).endswith(b"data: [DONE]\n\n")
 
 
 async def with_stdin(folder: Path, text: str, *arguments: str) -> tuple[int, str, str]:
@@ -341,8 +434,6 @@ async def test_a_command_that_cannot_do_it_says_why(tmp_path: Path, port_start: 
     async def all_of_them() -> None:
         await fails(1, "there is one; rotate", "new", "old")
         await fails(1, "lower-case letters", "new", "No")
-        await fails(1, "at least 32 characters", "add", "own", "--stdin", stdin="too-short-a-key")
-        await fails(1, "mistyped", "add", "own", "--stdin", stdin="vp-" + "x" * 49)
         await fails(1, "cannot find key", "rotate", "nobody")
         await fails(1, "cannot find key", "revoke", "nobody")
         await fails(1, "put another key into that file", "rotate", "sops")
@@ -355,6 +446,8 @@ async def test_a_command_that_cannot_do_it_says_why(tmp_path: Path, port_start: 
     await all_of_them()
     (tmp_path / "models.toml").write_text(config + "[models.x]\n")
     await fails(78, "models.x", "new", "ci")
+    await fails(1, "at least 32 characters", "add", "own", "--stdin", stdin="too-short-a-key")
+    await fails(1, "mistyped", "add", "own", "--stdin", stdin="vp-" + "x" * 49)
     await fails(2, "expected how long", "new", "ci", "--expires", "soon")
     await fails(2, "invalid choice", "new", "ci", "--scope", "root")
     await fails(2, "--stdin", "add", "ci")
