@@ -17,13 +17,14 @@ from structlog.testing import capture_logs
 
 from tests.engine.virtual import Stage, VirtualLoop, now, passes, settle, virtual
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, revision_of
-from vllm_proxy.domain.file import edit
+from vllm_proxy.domain.file import edit, edit_keys
 from vllm_proxy.domain.file.parse import parse_config
+from vllm_proxy.domain.keys import digest, hash_of
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.errors import ConfigError, RequestError
-from vllm_proxy.fleet.changes import KeyFiles
+from vllm_proxy.fleet.changes import KeyEdit, KeyFiles
 from vllm_proxy.fleet.desired import Author, Desired
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
@@ -100,6 +101,7 @@ class Fleet(RuleBasedStateMachine):
         self.reconciler = Reconciler(config, self.stage.shared, state, lambda spec: spec.model)
         store = Store(self.file, fsync=lambda _descriptor: None)
         self.desired = desired_of(store, self.reconciler, at_once)
+        self.keyring = self.desired.keyring
         self.reconciler.start()
 
     def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -139,6 +141,23 @@ class Fleet(RuleBasedStateMachine):
             return (edit.delete(text, ("models", name)) if name in edit.tables_in(text, "models") else text).encode()
 
         self.run(lambda: self._write(change))
+
+    @rule(name=NAMES)
+    def key(self, name: str) -> None:
+        """A key is made, or taken away."""
+
+        def change(texts: edit_keys.KeyTexts) -> edit_keys.KeyTexts:
+            if texts.where(name) is not None:
+                return edit_keys.delete(texts, name)
+            return edit_keys.create(texts, name, {"hash": hash_of(name)})
+
+        self.run(lambda: self._write_key(name, change))
+
+    async def _write_key(self, name: str, change: KeyEdit) -> None:
+        with contextlib.suppress(ConfigError, RequestError):
+            config = await self.desired.write_keys(change, None, ME)
+            in_file = name in edit.tables_in(self.file.read_text(), "keys")
+            assert in_file == (name in config.keys) == (self.keyring.find(digest(name.encode())) is not None)
 
     async def _write(self, change: Callable[[bytes], bytes]) -> None:
         with contextlib.suppress(ConfigError, RequestError):
@@ -221,6 +240,7 @@ class Fleet(RuleBasedStateMachine):
         config = parse_config(self.file.read_bytes(), "")
         assert self.reconciler.config.revision == config.revision
         assert [model.spec.id for model in self.reconciler.models()] == list(config.models)
+        assert self.reconciler.config.keys == config.keys
         for model in self.reconciler.models():
             self._check_at_rest(config.models[model.spec.id], model.state, [one.state for one in model.instances])
         await self.reconciler.stop()
