@@ -130,8 +130,16 @@ def _of_a_policy(key: str) -> str:
 
 
 def _commands() -> dict[str, argparse.ArgumentParser]:
-    choices = next(iter(cli._parser()._subparsers._group_actions)).choices  # type: ignore[union-attr]
-    return dict(typing.cast("Mapping[str, argparse.ArgumentParser]", choices))
+    found: dict[str, argparse.ArgumentParser] = {}
+    for name, parser in _below(cli._parser()).items():
+        found |= {f"{name} {inner}": sub for inner, sub in _below(parser).items()} or {name: parser}
+    return found
+
+
+def _below(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+    """The commands of a command."""
+    actions = parser._subparsers._group_actions if parser._subparsers else []
+    return typing.cast("Mapping[str, argparse.ArgumentParser]", actions[0].choices) if actions else {}
 
 
 def command_names() -> list[str]:
@@ -245,7 +253,7 @@ TABLES: Mapping[str, Callable[[], str | tuple[Sequence[str], Rows]]] = {
     "options": _options,
     **{
         f"routes: {tag}": lambda tag=tag: _routes(tag)  # type: ignore[misc]
-        for tag in ("Inference", "Models", "Configuration", "Daemon", "Documentation")
+        for tag in ("Inference", "Models", "Keys", "Configuration", "Daemon", "Documentation")
     },
     "metrics": _metrics,
     "codes": _codes,

@@ -18,7 +18,7 @@ import aiohttp
 import structlog
 import uvloop
 
-from vllm_proxy import __version__, control, daemon, demo, logsetup, settings, terminal
+from vllm_proxy import __version__, control, daemon, demo, key_commands, logsetup, settings, terminal
 from vllm_proxy import help as pages
 from vllm_proxy.connection import LostError, NoDaemonError, RefusedError
 from vllm_proxy.domain.plan import plan
@@ -34,7 +34,9 @@ log = structlog.get_logger()
 _STDERR = 2
 OK, FAILED, CHANGES, NO_DAEMON, CONFIG_INVALID = 0, 1, 2, 3, os.EX_CONFIG
 WRONG_USAGE = 2  # argparse's own
-_ABOUT_A_FILE = frozenset({"serve", "check", "plan", "demo"})  # for others a file that cannot be used is a failure
+_ABOUT_A_FILE = frozenset(
+    {"serve", "check", "plan", "keys", "demo"}
+)  # for others a file that cannot be used is a failure
 
 
 class OutputError(VllmProxyError):
@@ -142,6 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("model", metavar="ID")
     logs.add_argument("-f", "--follow", action="store_true", help="go on as more comes")
     logs.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="how many lines back (default: 100)")
+    keys = add("keys", _keys, [], "make, list, rotate and revoke API keys, with or without a running daemon")
+    key_commands.add_parsers(keys, [config, place, as_json])
     topic = add("help", _help, [as_json], "print a page of the manual, a section of one, or what an error code means")
     topic.add_argument("topic", nargs="*", metavar="TOPIC", help="a page, a heading, a code; default: lists the pages")
     add("demo", _demo, [place, running], "run the daemon with two small real models on this machine's CPU")
@@ -247,12 +251,16 @@ def _reload(options: argparse.Namespace) -> int:
     try:
         return _print_changes(options, uvloop.run(control.reload(loaded)), OK)
     except RefusedError as error:
-        if options.json:
-            _print(json.dumps({"problems": error.problems}))
-        else:
-            found = [Problem(**problem) for problem in error.problems]
-            _print_error_lines([problem.render(str(loaded.config_file)) for problem in found])
-        return CONFIG_INVALID
+        return _refused_by_daemon(error, options, loaded)
+
+
+def _refused_by_daemon(error: RefusedError, options: argparse.Namespace, loaded: Settings) -> int:
+    if options.json:
+        _print(json.dumps({"problems": error.problems}))
+    else:
+        found = [Problem(**problem) for problem in error.problems]
+        _print_error_lines([problem.render(str(loaded.config_file)) for problem in found])
+    return CONFIG_INVALID
 
 
 def _print_changes(options: argparse.Namespace, changes: Sequence[Change], status: int) -> int:
@@ -270,6 +278,19 @@ def _logs(options: argparse.Namespace) -> int:
 
     report = print_json if options.json else _print
     uvloop.run(control.print_logs(_load(options), options.model, options.lines, report, follow=options.follow))
+    return OK
+
+
+def _keys(options: argparse.Namespace) -> int:
+    """A key that was made goes to stdout, once; words about it to stderr."""
+    loaded = _load(options)
+    try:
+        done = uvloop.run(key_commands.run(loaded, options, sys.stdin))
+    except RefusedError as error:
+        return _refused_by_daemon(error, options, loaded)
+    _print(json.dumps(done.resource) if options.json else done.told)
+    if done.words and not options.json:
+        _print_error_lines([done.words])
     return OK
 
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import stat
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +68,23 @@ class Connection:
                 raise error.__cause__.os_error from error
             raise
 
-    async def request(self, method: str, path: str, toml: bytes | None = None) -> Any:  # noqa: ANN401 - JSON
-        """The JSON answer to a request, without a body or with one in TOML.
+    async def request(
+        self, method: str, path: str, toml: bytes | None = None, *, json: Mapping[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401 - JSON
+        """The JSON answer to a request, without a body or with one in TOML or JSON.
 
         Raises:
             CommandError: with the daemon's own words; a `RefusedError` where it lists problems.
             LostError: it ended meanwhile.
 
         """
-        headers = {"Content-Type": "application/toml"} if toml is not None else {}
+        body: dict[str, Any] = {}
+        if toml is not None:
+            body = {"data": toml, "headers": {"Content-Type": "application/toml"}}
+        elif json is not None:
+            body = {"json": json}
         with self._translated_errors():
-            return await self._while_it_lives(self._request(method, path, toml, headers))
+            return await self._while_it_lives(self._request(method, path, body))
 
     async def lines(self, path: str) -> AsyncIterator[bytes]:
         """The lines of a text answer as they come, without their ends.
@@ -109,8 +115,8 @@ class Connection:
             if rest:
                 yield rest
 
-    async def _request(self, method: str, path: str, toml: bytes | None, headers: dict[str, str]) -> Any:  # noqa: ANN401 - JSON
-        async with self._session.request(method, path, data=toml, headers=headers) as answer:
+    async def _request(self, method: str, path: str, body: Mapping[str, Any]) -> Any:  # noqa: ANN401 - JSON
+        async with self._session.request(method, path, **body) as answer:
             data = await answer.read()
             if answer.status >= 400:
                 raise _error(answer.status, data)

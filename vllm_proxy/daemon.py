@@ -33,6 +33,7 @@ from vllm_proxy.engine.process import become_subreaper, reap_orphans
 from vllm_proxy.engine.program import Programs
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.errors import ConfigError, NotEndedError, Problem
+from vllm_proxy.fleet.changes import KeyFiles
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.desired import Desired
 from vllm_proxy.fleet.loop import FleetLoop
@@ -118,10 +119,11 @@ async def serve(
         reconciler = Reconciler(config, shared, state, launcher.fingerprint)
         keyring = Keyring(config)
         store = Store(settings.config_file)
+        key_files = KeyFiles(store, settings.parse, settings.files, settings.keys_file)
         disk = Disk("the configuration's file")
         stack.callback(disk.close)
         desired = Desired(store, settings.parse, reconciler, launcher.check, launcher.ports,
-                          files=settings.files, keyring=keyring, offload=disk,
+                          files=settings.files, key_files=key_files, keyring=keyring, offload=disk,
                           address_is_given=bool(inherited))  # fmt: skip
         _warn_of_access(keyring, config, listeners)
         await _run(desired, listeners, stack, output, on_listening)

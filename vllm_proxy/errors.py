@@ -113,7 +113,9 @@ class AccessError(RequestError):
 class InvalidError(RequestError):
     """A configuration that a request asked for and that cannot be used, with every problem in it."""
 
-    def __init__(self, code: Literal["invalid_model", "invalid_config"], problems: Sequence[Problem]) -> None:
+    def __init__(
+        self, code: Literal["invalid_model", "invalid_key", "invalid_config"], problems: Sequence[Problem]
+    ) -> None:
         shown = [f"{item.path}: {item.message}" if item.path else item.message for item in problems[:_SHOWN]]
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         super().__init__(code, f"cannot apply this: {'; '.join(shown)}{more}")
@@ -154,15 +156,19 @@ STATUS = {
     "host_not_allowed": 403,
     "origin_not_allowed": 403,
     "model_not_found": 404,
+    "key_not_found": 404,
     "not_found": 404,
     "method_not_allowed": 405,
     "model_exists": 409,
+    "key_exists": 409,
+    "key_conflict": 409,
     "config_read_only": 409,
     "revision_mismatch": 412,
     "request_too_large": 413,
     "unsupported_media_type": 415,
     "expectation_failed": 417,
     "invalid_model": 422,
+    "invalid_key": 422,
     "invalid_config": 422,
     "headers_too_large": 431,
     "internal_error": 500,

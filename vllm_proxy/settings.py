@@ -18,6 +18,7 @@ import dotenv
 from vllm_proxy.domain import keys
 from vllm_proxy.domain.config import Config, Server
 from vllm_proxy.domain.file.parse import Override, parse_config
+from vllm_proxy.domain.references import Files
 from vllm_proxy.errors import ConfigError, Problem
 from vllm_proxy.runtime.referenced import ReferencedFiles
 from vllm_proxy.runtime.regular_file import read_regular_file
@@ -48,14 +49,22 @@ class Settings:
     files: ReferencedFiles
     warnings: tuple[str, ...]
 
-    def parse(self, data: bytes) -> Config:
+    @property
+    def keys_file(self) -> str | None:
+        """What the environment says of `server.keys_file`."""
+        override = self.overrides.get("keys_file")
+        return None if override is None else str(override.value)
+
+    def parse(self, data: bytes, files: Files | None = None) -> Config:
         """The meaning of the configuration file's bytes, settings from outside applied.
+
+        `files`: reads what it names in place of what is on disk.
 
         Raises:
             ConfigError: with every problem found.
 
         """
-        return parse_config(data, str(self.config_file), self.overrides, files=self.files, given=self.keys)
+        return parse_config(data, str(self.config_file), self.overrides, files=files or self.files, given=self.keys)
 
 
 def load(

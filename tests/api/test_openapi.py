@@ -18,10 +18,11 @@ from tests.harness import Daemon, daemon, fake_engines, port_block
 from vllm_proxy.api import app, docs
 from vllm_proxy.api.guard import Route
 from vllm_proxy.api.openapi import NOT_LET_IN, document
-from vllm_proxy.api.openapi_keys import DURATION, KEYS, MODEL_ID
+from vllm_proxy.api.openapi_keys import DURATION, KEYS, MODEL_ID, OF_A_KEY
 from vllm_proxy.api.openapi_routes import OPERATIONS
 from vllm_proxy.api.reply import Reply
-from vllm_proxy.domain.config import ModelTable, Restart, id_problem
+from vllm_proxy.domain.config import KeyTable, ModelTable, Restart, id_problem
+from vllm_proxy.domain.keys import name_problem
 from vllm_proxy.domain.units import parse_duration
 from vllm_proxy.errors import STATUS
 from vllm_proxy.traffic.envelope import envelope
@@ -218,6 +219,63 @@ def test_keys_are_described_as_they_are_read(keys: dict[str, Any], good: bool) -
         assert fits("ModelKeys", dict.fromkeys(keys)) == []
 
 
+HASH = "sha256:" + "0" * 64
+
+
+def test_the_keys_of_a_key_are_those_of_the_configuration() -> None:
+    """Name by name, with the same defaults and a line for people each."""
+    properties = SCHEMAS["KeyTable"]["properties"]
+    assert set(properties) - {"name"} == set(KeyTable.model_fields) == set(OF_A_KEY)
+    for key, field in KeyTable.model_fields.items():
+        assert properties[key]["description"] == OF_A_KEY[key]
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        assert properties[key].get("default") == default
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["ci", "a", "0.b-c_d", "x" * 64, "x" * 65, "", "Ci", ".a", "-a", "a b", "env", "env-admin", "anonymous", "ü"],
+)
+def test_names_of_keys_are_described_as_they_are_read(text: str) -> None:
+    """A string fits the schema exactly where it may be a name."""
+    assert (fits("NewKeyTable", {"name": text}) == []) is (name_problem(text) is None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "good"),
+    [
+        ({"hash": HASH}, True),
+        ({"hash": [HASH, HASH]}, True),
+        ({"hash": []}, False),
+        ({"hash": [HASH] * 5}, False),
+        ({"hash": HASH.upper()}, False),
+        ({"hash": "planted"}, False),
+        ({"file": "credential:ci"}, True),
+        ({"file": ""}, False),
+        ({"scopes": ["read", "admin"]}, True),
+        ({"scopes": ["root"]}, False),
+        ({"models": ["*", "org/[ab]*"]}, True),
+        ({"models": [""]}, False),
+        ({"models": "*"}, False),
+        ({"enabled": 1}, False),
+        ({"expires_at": 5}, False),
+        ({"isolate_cache": True}, True),
+        ({"scope": ["read"]}, False),
+    ],
+)
+def test_the_keys_of_a_key_are_described_as_they_are_read(keys: dict[str, Any], good: bool) -> None:  # noqa: FBT001 - a table of cases
+    """A body fits the schema exactly where the configuration takes it; null instead of any key is good."""
+    try:
+        KeyTable.model_validate(keys)
+        taken = True
+    except ValueError:
+        taken = False
+    assert taken is good
+    assert (fits("NewKeyTable", {"name": "ci", **keys}) == []) is good
+    if set(keys) <= set(KeyTable.model_fields):
+        assert fits("KeyTable", dict.fromkeys(keys)) == []
+
+
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """A daemon with a model that works and one whose engine dies."""
@@ -263,6 +321,21 @@ async def test_writes_answer_as_the_document_says(shared: Daemon) -> None:
     assert fits("Applied", await shared.post("/config/reload", b""), closed=True) == []
     async with shared.admin.delete("/models/new") as answer:
         assert answer.status in {202, 204}
+
+
+async def test_keys_are_answered_as_the_document_says(shared: Daemon) -> None:
+    """Made, shown, rotated, changed, listed, refused."""
+    example = SCHEMAS["NewKeyTable"]["examples"][0]
+    assert fits("NewKeyTable", example) == []
+    assert fits("NewKey", await shared.post("/keys", example, 201), closed=True) == []
+    assert fits("NewKey", await shared.post("/keys/ci/rotate", {"finish": True}), closed=True) == []
+    assert (
+        fits("Key", await shared.write("PATCH", "/keys/ci", {"expires_at": "2099-01-01T00:00:00Z"}), closed=True) == []
+    )
+    assert fits("Key", await shared.write("GET", "/keys/ci"), closed=True) == []
+    assert fits("Keys", await shared.write("GET", "/keys"), closed=True) == []
+    assert fits("Error", await shared.post("/keys", {"name": "x", "scopes": 5}, 422), closed=True) == []
+    await shared.write("DELETE", "/keys/ci", status=204)
 
 
 async def test_events_are_as_the_document_says(shared: Daemon) -> None:

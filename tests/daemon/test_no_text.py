@@ -255,7 +255,9 @@ async def test_what_the_parser_refuses_has_an_id_too(shared: Daemon) -> None:
 async def test_head_is_answered_where_there_is_a_length_and_nowhere_else(shared: Daemon) -> None:
     """405 with Allow for streams; every other GET route has a length, and the connection goes on behind it."""
     paths = {path for path, methods in (await shared.get("/openapi.json"))["paths"].items() if "get" in methods}
-    given = {"/docs/assets/{name}": "/docs/assets/swagger.js", "/models/{model_id}/logs": "/models/chat/logs"}
+    given = {"/docs/assets/{file}": "/docs/assets/swagger.js", "/keys/{name}": "/keys/head"}
+    given["/models/{model_id}/logs"] = "/models/chat/logs"
+    await shared.post("/keys", {"name": "head"}, 201)
     async with connected(shared.port) as client:
         for path in (*sorted(paths), "/models/{model_id}/logs?follow=1"):
             real = given.get(path, path).replace("{model_id}", "chat").replace("{id}", "resp_x")
@@ -274,7 +276,8 @@ TEXTS = [*b'chat an-alias %ff %00 \\ud800 \\u0000 {} [ null -1 1e999 = ; , * 100
          b"", b" ", b"\xff", b"\xc3\x28", b"\xef\xbb\xbf", b"a" * 300]  # fmt: skip
 PATHS = (
     b"/ /v1/chat/completions /v1/audio/transcriptions /v1/messages /v1/realtime /v1/responses/ /models /models/ "
-    b"/models/chat /models/chat/logs /v1/models/ /config /config/plan /docs /health /metrics /v1/files /v1/files/"
+    b"/models/chat /models/chat/logs /v1/models/ /config /config/plan /docs /health /metrics /v1/files /v1/files/ "
+    b"/keys /keys/ /keys/head /keys/head/rotate"
 ).split()
 NAMES = (
     b"Content-Type Accept If-Match If-None-Match Host Origin Expect Upgrade Connection Range X-Request-Id TE Forwarded "
@@ -295,6 +298,7 @@ def shapeless(dice: random.Random) -> bytes:
     lines = [b"%s: %s" % (dice.choice(NAMES), some(2)) for _ in range(dice.randint(0, 3))]
     body = dice.choice([
         some(4), b'{"model": "%s", "%s": %s}' % (some(1), some(1), some(2)), b'{"id": "%s", %s}' % (some(1), some(2)),
+        b'{"name": "%s", "expires_at": "%s", "hash": %s}' % (some(1), some(1), some(1)),
         b'--b\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n--b--\r\n' % (some(1), some(2)),
         b'[models."%s"]\nmodel = "%s"' % (some(1), some(1)),
     ])  # fmt: skip

@@ -1,10 +1,12 @@
-"""Durations and sizes."""
+"""Durations, sizes and times."""
+
+from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_proxy.domain.units import parse_duration, parse_size, show, show_duration, show_size
+from vllm_proxy.domain.units import parse_duration, parse_size, parse_time, show, show_duration, show_size, show_time
 
 
 @pytest.mark.parametrize(
@@ -156,3 +158,37 @@ def test_a_size_is_shown_in_the_largest_unit_that_divides_it(size: int, shown: s
 def test_a_size_that_is_shown_can_be_written_so(size: int) -> None:
     """It means the same."""
     assert parse_size(show_size(size)) == size
+
+
+@pytest.mark.parametrize(
+    ("written", "moment"),
+    [
+        ("2027-01-01T00:00:00Z", datetime(2027, 1, 1, tzinfo=UTC)),
+        ("2027-01-01t00:00:00z", datetime(2027, 1, 1, tzinfo=UTC)),
+        ("2027-01-01 00:00:00-00:00", datetime(2027, 1, 1, tzinfo=UTC)),
+        ("2027-01-01T05:45:00.25+05:45", datetime(2027, 1, 1, 0, 0, 0, 250_000, tzinfo=UTC)),
+    ],
+)
+def test_a_time_has_an_offset(written: str, moment: datetime) -> None:
+    """As RFC 3339 writes it."""
+    assert parse_time(written) == moment
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "2027-01-01", "2027-01-01T00:00:00", "2027-01-01T00:00Z", "20270101T000000Z", "2027-W01-1T00:00:00Z",
+     "2027-02-30T00:00:00Z", "2027-01-01T24:00:00Z", "2027-01-01T00:00:00+99:00", "2027-01-01T00:00:00+05:45:30",
+     "٢027-01-01T00:00:00Z", "planted"],
+)  # fmt: skip
+def test_anything_else_is_no_time(text: str) -> None:
+    """The message says what was expected, and not what stood there."""
+    with pytest.raises(ValueError, match="expected a time with its offset, such as") as error:
+        parse_time(text)
+    assert "planted" not in str(error.value)
+
+
+@given(st.datetimes(timezones=st.just(timezone(timedelta(hours=-8)))).map(lambda moment: moment.replace(microsecond=0)))
+def test_a_time_is_shown_as_what_it_is(moment: datetime) -> None:
+    """In UTC; what lies behind the last year is its end."""
+    last = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+    assert parse_time(show_time(moment.timestamp())) == min(moment, last)

@@ -17,12 +17,14 @@ from structlog.testing import capture_logs
 
 from tests.engine.virtual import Stage, VirtualLoop, now, passes, settle, virtual
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, revision_of
-from vllm_proxy.domain.file import edit
+from vllm_proxy.domain.file import edit, edit_keys
 from vllm_proxy.domain.file.parse import parse_config
+from vllm_proxy.domain.keys import digest, hash_of
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.errors import ConfigError, RequestError
+from vllm_proxy.fleet.changes import KeyEdit, KeyFiles
 from vllm_proxy.fleet.desired import Author, Desired
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
@@ -70,7 +72,11 @@ def desired_of(store: Store, reconciler: Reconciler, offload: Offload) -> Desire
     parse = partial(parse_config, file=str(store.file), files=files)
     ports = Ports(9000, 9999, [])
     keyring = Keyring(reconciler.config)
-    return Desired(store, parse, reconciler, NoCheck(), ports, files=files, keyring=keyring, offload=offload)
+    key_files = KeyFiles(store, lambda data, files: parse_config(data, str(store.file), files=files), files)
+    return Desired(
+        store, parse, reconciler, NoCheck(), ports,
+        files=files, key_files=key_files, keyring=keyring, offload=offload,
+    )  # fmt: skip
 
 
 class Fleet(RuleBasedStateMachine):
@@ -95,6 +101,7 @@ class Fleet(RuleBasedStateMachine):
         self.reconciler = Reconciler(config, self.stage.shared, state, lambda spec: spec.model)
         store = Store(self.file, fsync=lambda _descriptor: None)
         self.desired = desired_of(store, self.reconciler, at_once)
+        self.keyring = self.desired.keyring
         self.reconciler.start()
 
     def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -106,7 +113,7 @@ class Fleet(RuleBasedStateMachine):
         """An editor writes the whole file."""
         text = "# mine\n"
         for name, keys in models.items():
-            text = edit.create(text, name, keys)
+            text = edit.create(text, ("models", name), keys)
         self.file.write_text(text)
 
     @rule()
@@ -120,8 +127,8 @@ class Fleet(RuleBasedStateMachine):
 
         def change(data: bytes) -> bytes:
             text = data.decode()
-            there = name in edit.models_in(text)
-            return (edit.put if there else edit.create)(text, name, keys).encode()
+            there = name in edit.tables_in(text, "models")
+            return (edit.put if there else edit.create)(text, ("models", name), keys).encode()
 
         self.run(lambda: self._write(change))
 
@@ -131,9 +138,26 @@ class Fleet(RuleBasedStateMachine):
 
         def change(data: bytes) -> bytes:
             text = data.decode()
-            return (edit.delete(text, name) if name in edit.models_in(text) else text).encode()
+            return (edit.delete(text, ("models", name)) if name in edit.tables_in(text, "models") else text).encode()
 
         self.run(lambda: self._write(change))
+
+    @rule(name=NAMES)
+    def key(self, name: str) -> None:
+        """A key is made, or taken away."""
+
+        def change(texts: edit_keys.KeyTexts) -> edit_keys.KeyTexts:
+            if texts.where(name) is not None:
+                return edit_keys.delete(texts, name)
+            return edit_keys.create(texts, name, {"hash": hash_of(name)})
+
+        self.run(lambda: self._write_key(name, change))
+
+    async def _write_key(self, name: str, change: KeyEdit) -> None:
+        with contextlib.suppress(ConfigError, RequestError):
+            config = await self.desired.write_keys(change, None, ME)
+            in_file = name in edit.tables_in(self.file.read_text(), "keys")
+            assert in_file == (name in config.keys) == (self.keyring.find(digest(name.encode())) is not None)
 
     async def _write(self, change: Callable[[bytes], bytes]) -> None:
         with contextlib.suppress(ConfigError, RequestError):
@@ -216,6 +240,7 @@ class Fleet(RuleBasedStateMachine):
         config = parse_config(self.file.read_bytes(), "")
         assert self.reconciler.config.revision == config.revision
         assert [model.spec.id for model in self.reconciler.models()] == list(config.models)
+        assert self.reconciler.config.keys == config.keys
         for model in self.reconciler.models():
             self._check_at_rest(config.models[model.spec.id], model.state, [one.state for one in model.instances])
         await self.reconciler.stop()
@@ -287,7 +312,7 @@ async def following(folder: Path, disk: Disk) -> Desired:
 @virtual
 async def test_a_write_that_hangs_is_told_so_and_holds_up_no_stop(tmp_path: Path) -> None:
     """Who waits for it learns that it may still happen, who waits behind it that nothing has; the end is bounded."""
-    disk = Disk("replace")
+    disk = Disk("write")
     desired = await following(tmp_path, disk)
     first = asyncio.ensure_future(desired.write(lambda _: b"# first\n", None, ME, blind=True))
     await disk.asked.wait()

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import aiohttp
 from aiohttp import web
 
-from vllm_proxy.api import config, docs, logs, models, openai
+from vllm_proxy.api import config, docs, keys, logs, models, openai
+from vllm_proxy.api.body import Bodies
 from vllm_proxy.api.events import Events
 from vllm_proxy.api.guard import Observed, Route, guarded
 from vllm_proxy.api.metrics import Metrics
@@ -139,7 +140,8 @@ def _inference(
 
 def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
     reconciler, registry = parts.reconciler, parts.registry
-    writes = config.Writes(parts.desired, reconciler, parts.server, parts.budget)
+    bodies = Bodies(parts.server, parts.budget)
+    writes = config.Writes(parts.desired, reconciler, bodies)
     events = Events(reconciler, parts.desired)
     actions = {"start": Model.start, "stop": Model.stop, "restart": Model.restart}
     read, operate = Scope.READ, Scope.OPERATE
@@ -157,6 +159,7 @@ def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
         Route("GET", f"/models/{_MODEL_ID}/logs", operate, logs.engine_output(reconciler)),
         Route("GET", f"/models/{_MODEL_ID}", read, answered(models.get_model(reconciler, registry))),
         *config.routes(writes, _ONE_MODEL),
+        *keys.routes(keys.Keys(parts.desired, bodies)),
         Route("GET", "/events", read, events.stream),
         Route("GET", "/health", None, answered(models.health(reconciler, parts.desired))),
         Route("GET", "/ready", None, answered(models.ready(reconciler))),

@@ -8,52 +8,46 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
+from vllm_proxy.api.body import Bodies, if_match
 from vllm_proxy.api.guard import Route, author_of
 from vllm_proxy.api.models import resource
 from vllm_proxy.api.reply import Reply, answered, etag
 from vllm_proxy.domain import resources
-from vllm_proxy.domain.config import Server, revision_of
+from vllm_proxy.domain.config import revision_of
 from vllm_proxy.domain.file import edit
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.domain.resources import changes_of
 from vllm_proxy.errors import ConfigError, InvalidError, Problem, RequestError
 from vllm_proxy.fleet.desired import Desired, Outcome
 from vllm_proxy.fleet.reconciler import Reconciler
-from vllm_proxy.traffic.body import read_content
-from vllm_proxy.traffic.budget import Budget
-from vllm_proxy.traffic.front import client_of
 
-_ETAG = re.compile(r'(?:W/)?"([^"]*)"')
 _OF_A_MODEL = re.compile(r"models\b")
 
 
 class Writes:
     """The handlers of one daemon."""
 
-    def __init__(self, desired: Desired, reconciler: Reconciler, server: Callable[[], Server], budget: Budget) -> None:
-        """`server`: the `[server]` table now; `budget`: bodies count there until their request has ended."""
+    def __init__(self, desired: Desired, reconciler: Reconciler, bodies: Bodies) -> None:
         self._desired = desired
         self._reconciler = reconciler
-        self._server = server
-        self._budget = budget
+        self._bodies = bodies
 
     # /models
 
     async def create(self, request: web.Request) -> Reply[resources.Model]:
         """`POST /models`."""
-        keys = await self._keys(request)
+        keys = await self._bodies.json_object(request, "a model's keys")
         model_id = keys.pop("id", None)
         if not isinstance(model_id, str):
             raise _invalid("id", 'missing: every model needs "id", the name that clients send')
 
         def change(text: str) -> str:
-            if model_id in edit.models_in(text) or self._reconciler.knows(model_id):
+            if model_id in edit.tables_in(text, "models") or self._reconciler.knows(model_id):
                 msg = f"cannot create model {model_id!r}: there is one; PATCH or PUT changes it"
                 raise RequestError("model_exists", msg)
-            return edit.create(text, model_id, keys)
+            return edit.create(text, ("models", model_id), keys)
 
         outcome = await self._write(request, change)
         return self._shown(model_id, outcome, status=201, headers={"Location": f"/models/{model_id}"})
@@ -72,7 +66,7 @@ class Writes:
 
         def change(text: str) -> str:
             _must_exist(text, model_id)
-            return edit.delete(text, model_id)
+            return edit.delete(text, ("models", model_id))
 
         outcome = await self._write(request, change)
         if self._reconciler.knows(model_id):
@@ -80,16 +74,16 @@ class Writes:
         return web.Response(status=204, headers=etag(outcome.revision))
 
     async def _change(
-        self, request: web.Request, how: Callable[[str, str, Mapping[str, Any]], str]
+        self, request: web.Request, how: Callable[[str, edit.TableName, Mapping[str, Any]], str]
     ) -> Reply[resources.Model]:
         model_id = request.match_info["model_id"]
-        keys = await self._keys(request)
+        keys = await self._bodies.json_object(request, "a model's keys")
         if keys.pop("id", model_id) != model_id:
             raise _invalid("id", "an id cannot be changed: create a model with the other one, and delete this one")
 
         def change(text: str) -> str:
             _must_exist(text, model_id)
-            return how(text, model_id, keys)
+            return how(text, ("models", model_id), keys)
 
         return self._shown(model_id, await self._write(request, change))
 
@@ -101,21 +95,10 @@ class Writes:
                 raise _invalid("", str(error)) from None
 
         try:
-            return await self._desired.write(changed, _if_match(request), author_of(request))
+            return await self._desired.write(changed, if_match(request), author_of(request))
         except ConfigError as error:
             of_models = all(_OF_A_MODEL.match(item.path) for item in error.problems)
             raise InvalidError("invalid_model" if of_models else "invalid_config", error.problems) from None
-
-    async def _keys(self, request: web.Request) -> dict[str, Any]:
-        try:
-            keys = msgspec.json.decode(await self._body(request))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise RequestError("invalid_json", f"cannot read this body as JSON: {error}") from None
-        except RecursionError:
-            raise RequestError("invalid_json", "cannot read this body as JSON: it is nested too deeply") from None
-        if not isinstance(keys, dict):
-            raise RequestError("invalid_json", "cannot read this body: expected a JSON object of a model's keys")
-        return keys
 
     def _shown(
         self, model_id: str, outcome: Outcome, *, status: int = 200, headers: Mapping[str, str] | None = None
@@ -134,9 +117,9 @@ class Writes:
 
     async def replace(self, request: web.Request) -> Reply[resources.Applied]:
         """`PUT /config`."""
-        data = await self._toml(request)
+        data = await self._bodies.toml(request)
         try:
-            outcome = await self._desired.write(lambda _: data, _if_match(request), author_of(request), blind=True)
+            outcome = await self._desired.write(lambda _: data, if_match(request), author_of(request), blind=True)
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None
         return _applied(outcome)
@@ -144,7 +127,7 @@ class Writes:
     async def plan(self, request: web.Request) -> Reply[resources.Plan]:
         """`POST /config/plan`: what a text would change; without a body, what the file on disk would."""
         try:
-            actions = await self._desired.plan(await self._toml(request) or await self._text())
+            actions = await self._desired.plan(await self._bodies.toml(request) or await self._text())
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None
         return Reply({"changes": changes_of(actions)})
@@ -164,17 +147,6 @@ class Writes:
             return await self._desired.text()
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None
-
-    async def _toml(self, request: web.Request) -> bytes:
-        if request.body_exists and "toml" not in request.content_type:
-            msg = f"cannot read a configuration of type {request.content_type}: send it as text/toml"
-            raise RequestError("unsupported_media_type", msg)
-        return await self._body(request)
-
-    async def _body(self, request: web.Request) -> bytes:
-        server = self._server()
-        self._budget.check_length(request.content_length or 0, server)
-        return await read_content(request.content, client_of(request), server, self._budget)
 
 
 def routes(writes: Writes, model_path: str) -> list[Route]:
@@ -197,17 +169,8 @@ def _invalid(path: str, message: str) -> RequestError:
 
 
 def _must_exist(text: str, model_id: str) -> None:
-    if model_id not in edit.models_in(text):
+    if model_id not in edit.tables_in(text, "models"):
         raise RequestError("model_not_found", f"cannot find model {model_id!r}: GET /models lists them")
-
-
-def _if_match(request: web.Request) -> str | None:
-    """The revision that a write insists on; None for any."""
-    header = request.headers.get("If-Match", "*").strip()
-    if header == "*":
-        return None
-    found = _ETAG.fullmatch(header)
-    return found[1] if found else header
 
 
 def _applied(outcome: Outcome) -> Reply[resources.Applied]:

@@ -118,7 +118,7 @@ def routes(others: Iterable[Described], assets: Path | None) -> list[tuple[str, 
     found = [
         ("GET", "/docs", _page(swagger, assets)),
         ("GET", "/redoc", _page(redoc, assets)),
-        ("GET", "/docs/assets/{name}", _asset(assets)),
+        ("GET", "/docs/assets/{file}", _asset(assets)),
     ]
     described = [*others, ("GET", "/openapi.json", None), *((method, path, None) for method, path, _ in found)]
     json = _File.of(msgspec.json.encode(document(described)), "application/json")
@@ -139,10 +139,10 @@ def _constant(file: _File, status: int = HTTPStatus.OK) -> Handler:
 
 
 def _asset(assets: Path | None) -> Handler:
-    """`GET /docs/assets/{name}`."""
+    """`GET /docs/assets/{file}`."""
 
     async def handle(request: web.Request) -> web.Response:
-        name = request.match_info["name"]
+        name = request.match_info["file"]
         if assets is None or (name not in _OWN and name not in _PACKAGED):
             raise RequestError("not_found", f"cannot find {request.path}: see GET / for what there is")
         return _served(request, await asyncio.to_thread(_read, assets, name))

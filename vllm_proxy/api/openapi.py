@@ -25,7 +25,8 @@ Errors are `{"error": {"message", "type", "param", "code"}}`; `Retry-After` come
 """
 
 _ANSWERS: tuple[Any, ...] = (
-    resources.Models, resources.Plan, resources.Applied, resources.Health, resources.Ready, resources.Root,
+    resources.Models, resources.Keys, resources.NewKey,
+    resources.Plan, resources.Applied, resources.Health, resources.Ready, resources.Root,
     resources.Cards, resources.Error, resources.ModelEvent, resources.ConfigAccepted, resources.ConfigRejected,
     resources.PlanEvent, resources.WriteEvent,
 )  # fmt: skip
@@ -115,7 +116,11 @@ def _example(code: str) -> Schema:
         "param": None,
     }
     problems = [{"path": "models.chat.replicas", "line": 3, "message": "expected a whole number"}]
-    return error | {"code": code} | ({"problems": problems} if code in {"invalid_model", "invalid_config"} else {})
+    return (
+        error
+        | {"code": code}
+        | ({"problems": problems} if code in {"invalid_model", "invalid_key", "invalid_config"} else {})
+    )
 
 
 def _answer(answer: Answer) -> Schema:

@@ -1,16 +1,18 @@
-"""The keys of a model as JSON Schema, for `openapi`. Names, types and defaults come from `domain/config.py`.
+"""The keys of a model, and of a key, as JSON Schema, for `openapi`. Names, types, defaults come from `domain/config`.
 
 Written by hand is what no type says: a line for people, and what the validators accept beyond their types.
 tests/api/test_openapi.py compares both.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
 from pydantic_core import core_schema
 
-from vllm_proxy.domain.config import ModelTable, Policy, Restart
+from vllm_proxy.domain.config import KeyTable, ModelTable, Policy, Restart
+from vllm_proxy.domain.keys import MOST_HASHES, RESERVED
 from vllm_proxy.domain.units import parse_duration
 
 type Schema = dict[str, Any]
@@ -91,6 +93,31 @@ KEYS = {
 }
 
 
+KEY_NAME: Schema = {
+    "type": "string",
+    "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$",
+    "not": {"enum": list(RESERVED)},
+    "description": "For people, logs and counters. It cannot be changed.",
+}
+_HASH: Schema = {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}
+_TAKEN_OF_A_KEY: dict[str, Schema] = {
+    "hash": {"anyOf": [_HASH, {"type": "array", "items": _HASH, "minItems": 1, "maxItems": MOST_HASHES}]},
+    "file": {"type": "string", "minLength": 1, "examples": ["credential:ci-key"]},
+    "models": {"type": "array", "items": {"type": "string", "minLength": 1}, "examples": [["chat", "org/*"]]},
+    "expires_at": {"type": "string", "format": "date-time"},
+}
+OF_A_KEY = {
+    "hash": "`sha256:` and 64 hex digits, or up to 4 of them, the newest last: all of them are good.",
+    "file": "The key is the first line of this file, in place of `hash`; `credential:NAME` is a systemd credential.",
+    "description": "For people.",
+    "scopes": "What it may do: `inference`, `metrics`, `read` (`metrics` too), `operate` (`read` too), `admin` (all).",
+    "models": "Globs over the ids and aliases that it may use; an id allows its aliases.",
+    "enabled": "`false` revokes it: its next request is refused, its running streams end.",
+    "expires_at": "From then on it is refused, and its running streams end; with an offset.",
+    "isolate_cache": "Its prompts share no prefix cache with those of others.",
+}
+
+
 class Generate(GenerateJsonSchema):
     """pydantic's generator, without titles that repeat the keys, and true to what is taken in."""
 
@@ -125,6 +152,8 @@ def key_schemas() -> dict[str, Schema]:
     taken["properties"]["restart"] = nullable({"$ref": REF + "RestartKeys"}) | {"description": KEYS["restart"]}
     effective["properties"]["restart"] = {"$ref": REF + "EffectiveRestart"}
     taken["properties"] = {"id": MODEL_ID | {"description": _ID}, **taken["properties"]}
+    key = _taken_in(KeyTable, _TAKEN_OF_A_KEY, OF_A_KEY) | {"description": "Left out or null: the default."}
+    key["properties"] = {"name": KEY_NAME, **key["properties"]}
     example = {"model": "Qwen/Qwen3-0.6B", "max_model_len": 8192}
     return {
         "ModelKeys": taken | {"examples": [example]},
@@ -132,24 +161,38 @@ def key_schemas() -> dict[str, Schema]:
         "RestartKeys": _table(Restart, "validation"),
         "EffectiveModel": effective,
         "EffectiveRestart": _table(Restart, "serialization"),
+        "KeyTable": key | {"examples": [{"scopes": ["inference"], "models": ["chat"]}]},
+        "NewKeyTable": key | {"required": ["name"], "examples": [{"name": "ci", "scopes": ["inference"]}]},
     }
 
 
 def _table(table: type[BaseModel], mode: JsonSchemaMode) -> Schema:
-    """Taken in, every key may be left out, and null is the same as left out; in force, every key is there."""
+    """Of a model. Taken in, every key may be left out; in force, every key is there."""
+    if mode == "validation":
+        about = "A key that is left out or null takes its value from `[defaults]`, else its default."
+        words = {key: KEYS[key] + _cost(table, key) for key in table.model_fields}
+        return _taken_in(table, _TAKEN, words) | {"description": about}
+    schema = _bare(table, mode) | {"description": "Every key, `[defaults]` merged in."}
+    schema["required"] = list(schema["properties"])
+    for value in schema["properties"].values():
+        value.pop("default", None)
+    return schema
+
+
+def _taken_in(table: type[BaseModel], known: Mapping[str, Schema], words: Mapping[str, str]) -> Schema:
+    """Every key may be left out, and null is the same. `known`: what is taken beyond the types."""
+    schema = _bare(table, "validation")
+    for key, value in schema["properties"].items():
+        default = {"default": value["default"]} if value.get("default") is not None else {}
+        taken = known.get(key, {name: part for name, part in value.items() if name != "default"})
+        schema["properties"][key] = nullable(taken) | default | {"description": words[key]}
+    return schema
+
+
+def _bare(table: type[BaseModel], mode: JsonSchemaMode) -> Schema:
     schema = table.model_json_schema(schema_generator=Generate, mode=mode)
     for name in ("$defs", "title", "required"):
         schema.pop(name, None)
-    if mode == "serialization":
-        schema |= {"required": list(schema["properties"]), "description": "Every key, `[defaults]` merged in."}
-        for value in schema["properties"].values():
-            value.pop("default", None)
-        return schema
-    schema["description"] = "A key that is left out or null takes its value from `[defaults]`, else its default."
-    for key, value in schema["properties"].items():
-        default = {"default": value["default"]} if value.get("default") is not None else {}
-        known = _TAKEN.get(key, {name: part for name, part in value.items() if name != "default"})
-        schema["properties"][key] = nullable(known) | default | {"description": KEYS[key] + _cost(table, key)}
     return schema
 
 

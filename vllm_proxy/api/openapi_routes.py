@@ -16,6 +16,8 @@ TAGS = {
     "Models": "What is declared and what runs. A write goes to the file first, then to the engines, and is answered "
     "once the file is on disk and the change adopted, not when the model has loaded.",
     "Configuration": "The file, the only desired state: an editor, `git pull` and this API change it alike.",
+    "Keys": "Who may do what. A key is told once, when it is made; its hashes are never shown. A change is written "
+    "where the key stands, a new key to `server.keys_file` where that is set, and is in force when it is answered.",
     "Daemon": "How the daemon is.",
     "Inference": "As vLLM documents it: the body is passed on byte for byte, but for an alias, and the answer "
     "is streamed as it comes. An engine's own errors pass unchanged.",
@@ -27,7 +29,8 @@ PARAMETERS: dict[str, Schema] = {
         "description": "A model's id. It may hold slashes, percent-encoded or not.",
     },
     "id": {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}},
-    "name": {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}},
+    "name": {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "examples": ["ci"]}},
+    "file": {"name": "file", "in": "path", "required": True, "schema": {"type": "string"}},
     "if_match": {
         "name": "If-Match", "in": "header", "schema": {"type": "string"},
         "description": "Write only if the file still has this revision: an `ETag` of an earlier answer, or `*`.",
@@ -47,7 +50,7 @@ PARAMETERS: dict[str, Schema] = {
 }  # fmt: skip
 HEADERS: dict[str, Schema] = {
     "ETag": {"schema": {"type": "string"}, "description": "The quoted revision of the file."},
-    "Location": {"schema": {"type": "string"}, "description": "Where the new model is."},
+    "Location": {"schema": {"type": "string"}, "description": "Where it is that is new."},
 }
 
 
@@ -81,7 +84,7 @@ def _json(resource: type) -> dict[str, Schema]:
 
 
 def _keys(name: str) -> dict[str, Schema]:
-    """A body in JSON: keys of a model."""
+    """A body in JSON: keys of a table."""
     return {"application/json": {"$ref": REF + name}}
 
 
@@ -94,6 +97,11 @@ _NO_FILE = ("revision_mismatch", "config_read_only", "config_not_written")
 _BODY = ("unsupported_media_type", "request_too_large", "overloaded")
 _WRITE = (*_HERE, *_BODY, "invalid_json", "invalid_model", "invalid_config", *_NO_FILE)
 _ETAG = ("ETag",)
+_FINISH: Schema = {
+    "type": "object",
+    "properties": {"finish": {"type": "boolean", "default": False, "description": "Keep only the newest; make none."}},
+    "additionalProperties": False,
+}
 _TOML = {"text/toml": {"type": "string"}, "application/toml": {"type": "string"}}
 _INFERENCE = (
     *_BODY, "isolation_unavailable", "invalid_json", "missing_model", "model_not_found", "engine_failed", "model_error",
@@ -168,6 +176,56 @@ _MODELS = {
         None,
         ("lines", "follow"),
         "Lines of a model with several instances begin with `ID/INDEX | `.",
+    ),
+}
+_WRITE_KEY = (*_HERE, *_BODY, "invalid_json", "invalid_key", "invalid_config", *_NO_FILE)
+_ONE_KEY = ("key_not_found", "key_conflict")
+_KEYS = {
+    "GET /keys": Operation(
+        "Keys", "List all keys", (Answer(200, "Without their hashes.", _json(resources.Keys), _ETAG),), _HERE
+    ),
+    "POST /keys": Operation(
+        "Keys",
+        "Make a key",
+        (Answer(201, "In force. `key` is told this once.", _json(resources.NewKey), (*_ETAG, "Location")),),
+        (*_WRITE_KEY, "key_exists"),
+        _keys("NewKeyTable"),
+        ("if_match",),
+        "With a `hash` or a `file` of your own, and for `anonymous`, no key is made.",
+    ),
+    "GET /keys/{name}": Operation(
+        "Keys",
+        "Show a key",
+        (Answer(200, "Without its hashes.", _json(resources.Key), _ETAG),),
+        (*_HERE, "key_not_found"),
+    ),
+    "PATCH /keys/{name}": Operation(
+        "Keys",
+        "Change a key",
+        (Answer(200, "In force.", _json(resources.Key), _ETAG),),
+        (*_WRITE_KEY, *_ONE_KEY),
+        {"application/merge-patch+json": {"$ref": REF + "KeyTable"}, **_keys("KeyTable")},
+        ("if_match",),
+        "A JSON merge patch (RFC 7396). `enabled = false` revokes: the next request is refused, running streams end.",
+    ),
+    "DELETE /keys/{name}": Operation(
+        "Keys",
+        "Delete a key",
+        (Answer(204, "Gone.", {}, _ETAG),),
+        (*_HERE, *_ONE_KEY, "invalid_config", *_NO_FILE),
+        None,
+        ("if_match",),
+    ),
+    "POST /keys/{name}/rotate": Operation(
+        "Keys",
+        "Rotate a key",
+        (Answer(200, "In force. `key` is told this once.", _json(resources.NewKey), _ETAG),),
+        (*_WRITE_KEY, *_ONE_KEY),
+        {"application/json": _FINISH},
+        ("if_match",),
+        "One more hash, behind the others (the last is the newest, 4 at most): the old key is good until `finish` "
+        "keeps only the newest.",
+        body_required=False,
     ),
 }
 _CONFIGURATION = {
@@ -246,7 +304,7 @@ _DOCUMENTATION = {
     ),
     "GET /docs": _document("This document in Swagger UI"),
     "GET /redoc": _document("This document in ReDoc"),
-    "GET /docs/assets/{name}": Operation(
+    "GET /docs/assets/{file}": Operation(
         "Documentation", "What these pages are made of", (Answer(200, "A file.", {"*/*": {}}),), (*_HERE, "not_found")
     ),
 }
@@ -293,4 +351,11 @@ _INFERENCE_ROUTES = {
     ),
 }
 
-OPERATIONS: Mapping[str, Operation] = {**_MODELS, **_CONFIGURATION, **_DAEMON, **_INFERENCE_ROUTES, **_DOCUMENTATION}
+OPERATIONS: Mapping[str, Operation] = {
+    **_MODELS,
+    **_KEYS,
+    **_CONFIGURATION,
+    **_DAEMON,
+    **_INFERENCE_ROUTES,
+    **_DOCUMENTATION,
+}

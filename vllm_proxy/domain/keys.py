@@ -13,20 +13,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 ANONYMOUS = "anonymous"  # who sends no key
 HASH_PREFIX = "sha256:"
 LEAST_CHARACTERS = 32  # of a key that somebody brings along
 MOST_HASHES = 4
 _PREFIX = "vp-"
-_RANDOM_BYTES = 32
+RANDOM_BYTES = 32
 _CHECKED = 6  # characters of the checksum
 _LENGTH = len(_PREFIX) + 43 + _CHECKED
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _USABLE = re.compile(r"[!-~]+")  # what a header can carry
 RESERVED = {"env": "VLLM_PROXY_API_KEY", "env-admin": "VLLM_PROXY_ADMIN_KEY"}  # keys that the environment gives
+
+
+type Source = Literal["file", "keys_file", "environment"]
 
 
 class Scope(StrEnum):
@@ -54,9 +57,15 @@ def closure(scopes: Iterable[str]) -> frozenset[Scope]:
     return frozenset().union(*(_INCLUDED[Scope(scope)] for scope in scopes))
 
 
+def without_included(scopes: Iterable[Scope]) -> list[Scope]:
+    """These scopes but for those that others of them include, in the order of `Scope`: as people write them."""
+    found = set(scopes)
+    return [one for one in Scope if one in found and not any(one in _INCLUDED[other] for other in found - {one})]
+
+
 def new_key(random: bytes) -> str:
     """A key made of 32 random bytes."""
-    assert len(random) == _RANDOM_BYTES
+    assert len(random) == RANDOM_BYTES
     key = _PREFIX + base64.urlsafe_b64encode(random).rstrip(b"=").decode()
     return key + _checksum(key)
 
@@ -118,7 +127,8 @@ class Key:
     expires_at: float | None = None  # seconds since the epoch
     isolate_cache: bool = False
     description: str = field(default="", compare=False)
-    source: str = field(default="file", compare=False)  # file, keys_file or environment: where it can be changed
+    source: Source = field(default="file", compare=False)  # where it can be changed
+    file: str | None = field(default=None, compare=False)  # the reference that names the file which holds it
 
     def allows_all(self) -> bool:
         """Whether it may use every model."""

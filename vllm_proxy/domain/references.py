@@ -30,6 +30,11 @@ def reference(text: str) -> str:
     return text
 
 
+def is_credential(text: str) -> bool:
+    """Whether a reference names a credential, which nobody can write."""
+    return text.startswith(_CREDENTIAL)
+
+
 def resolve(text: str, folder: Path, credentials: str | None) -> Path:
     """The file that a reference means. `folder`: of the configuration file; `credentials`: $CREDENTIALS_DIRECTORY.
 
@@ -37,7 +42,7 @@ def resolve(text: str, folder: Path, credentials: str | None) -> Path:
         FileNotFoundError: there are no credentials.
 
     """
-    if not text.startswith(_CREDENTIAL):
+    if not is_credential(text):
         return folder / text
     if not credentials:
         raise FileNotFoundError(2, f"the service has no credentials: {text} needs LoadCredential= in its unit")

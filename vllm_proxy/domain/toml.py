@@ -29,7 +29,9 @@ def rendered(value: object) -> str:
         return f"{{ {inner} }}" if inner else "{}"
     if isinstance(value, list):
         return f"[{', '.join(map(rendered, value))}]"
-    return value.isoformat() if isinstance(value, date | time) else repr(value)
+    if isinstance(value, date | time):
+        return value.isoformat().replace("+00:00", "Z")
+    return repr(value)
 
 
 def same(one: object, other: object) -> bool:

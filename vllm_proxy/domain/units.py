@@ -1,12 +1,14 @@
-"""Durations and sizes, parsed and shown as people write them.
+"""Durations, sizes and times, parsed and shown as people write them.
 
 Everywhere else a duration is a float of seconds and a size an int of bytes; only this module converts.
 """
 
+import contextlib
 import json
 import math
 import re
 import sys
+from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Annotated
 
@@ -14,6 +16,7 @@ from pydantic import BeforeValidator
 
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
 _SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?")
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 _SIZE_UNITS = {
     "B": 1,
     "kB": 10**3,
@@ -26,6 +29,8 @@ _SIZE_UNITS = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
+_FIRST = datetime(1, 1, 1, tzinfo=UTC).timestamp()
+_LAST = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
 
 
 def parse_duration(value: object) -> float:
@@ -50,6 +55,21 @@ def parse_size(value: object) -> int:
         return int(Fraction(match[1]) * _SIZE_UNITS[match[2] or "B"])
     msg = f'expected a size such as 1048576 or "64MiB", got {show(value)}'
     raise ValueError(msg)
+
+
+def parse_time(text: str) -> datetime:
+    """A moment, from a date and a time with its offset, as RFC 3339 writes them."""
+    if _TIME.fullmatch(text):
+        with contextlib.suppress(ValueError):  # no such day, hour or offset
+            return datetime.fromisoformat(text.upper())
+    msg = 'expected a time with its offset, such as "2027-01-01T00:00:00Z"'
+    raise ValueError(msg)
+
+
+def show_time(seconds: float) -> str:
+    """A moment in UTC, from seconds since the epoch: "2027-01-01T00:00:00Z". One that no calendar has is the last."""
+    moment = datetime.fromtimestamp(min(max(seconds, _FIRST), _LAST), UTC)
+    return moment.isoformat().replace("+00:00", "Z")
 
 
 def show_duration(seconds: float) -> str:

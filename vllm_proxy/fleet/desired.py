@@ -22,6 +22,7 @@ from vllm_proxy.domain.plan import Action, plan, restart_needed
 from vllm_proxy.domain.toml import dotted
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.errors import ConfigError, Problem, RequestError, VllmProxyError
+from vllm_proxy.fleet.changes import Change, Edit, KeyEdit, KeyFiles, edited, read
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime import clock
@@ -37,8 +38,6 @@ _SETTLED_SECONDS = 0.03  # debounce: unchanged for so long, whoever wrote it has
 _EMPTY_SECONDS = 1.0  # an empty file is taken for real after this long
 _DISK_SECONDS = 30.0  # the deadline for a disk, and for those who are queued for it
 _NOTHING = revision_of(b"")
-
-type Edit = Callable[[bytes], bytes]  # called in a thread
 
 
 class Check(Protocol):
@@ -97,11 +96,14 @@ class Desired:
         ports: Ports,
         *,
         files: ReferencedFiles,
+        key_files: KeyFiles,
         keyring: Keyring,
         offload: Offload = asyncio.to_thread,
         address_is_given: bool = False,
     ) -> None:
         """`parse`: what bytes of the file mean; `files`: finds those that it names; `keyring`: follows its keys.
+
+        `key_files`: where these are written.
 
         `offload`: runs what blocks in a thread. `address_is_given`: the file does not say where to listen.
         """
@@ -112,6 +114,7 @@ class Desired:
         self._file = str(store.file)
         self._parse = parse
         self._files = files
+        self._key_files = key_files
         self.keyring = keyring
         self._attached: Mapping[str, str] = reconciler.config.attached  # of the last text that was read
         self.reconciler = reconciler
@@ -209,8 +212,25 @@ class Desired:
             RequestError: `revision_mismatch`, `config_read_only`, `config_not_written`, or what `edit` raises.
 
         """
+        return (await self._apply(author, self._edited, edit, if_match, blind=blind))[1]
+
+    async def write_keys(self, edit: KeyEdit, if_match: str | None, author: Author) -> Config:
+        """Change the keys on disk, in whichever file they stand, then follow it; returns what is followed then.
+
+        `if_match`: only if that is the revision of both files together; None: in any case.
+
+        Raises:
+            ConfigError, RequestError: as `write`.
+
+        """
+        return (await self._apply(author, self._key_files.change, edit, if_match))[0]
+
+    async def _apply[**P](
+        self, author: Author, make: Callable[P, Change], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[Config, Outcome]:
+        """Write what `make` makes of what is on disk, and follow it; it is called in a thread, in turn."""
         try:
-            return await self._serialized(partial(self._write, edit, if_match, author, blind=blind))
+            return await self._serialized(partial(self._write, author, make, *args, **kwargs))
         except _NoAnswerError as error:
             what = "the file is the old one or the new one, look again" if error.begun else "nothing has changed"
             msg = f"cannot write {self._file}: its disk has not answered for {_DISK_SECONDS:g} s; {what}"
@@ -286,30 +306,25 @@ class Desired:
             return Outcome(self.reconciler.config.revision, ())
         return await self._adopt(config)
 
-    async def _write(self, edit: Edit, if_match: str | None, author: Author, *, blind: bool) -> Outcome:
-        before, after, config = await self.offload(self._edited, edit, if_match, blind=blind)
+    async def _write[**P](
+        self, author: Author, make: Callable[P, Change], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[Config, Outcome]:
+        change = await self.offload(make, *args, **kwargs)
+        config = change.config
         if found := await self._refused(config):
             raise ConfigError(self._file, found)
-        if after != before:
-            await self.offload(self._store.replace, after)
-        self.record(author, revision_of(before), config.revision)
+        await self.offload(change.write)
+        self.record(author, change.was, change.now)
         if config.fingerprint == self.fingerprint:
-            return Outcome(config.revision, ())
-        return await self._adopt(config)
+            return config, Outcome(config.revision, ())
+        return config, await self._adopt(config)
 
     def _read(self) -> bytes:
-        try:
-            return self._store.read()
-        except OSError as error:
-            raise ConfigError(self._file, [Problem(0, "", f"cannot read it: {error.strerror}")]) from None
+        return read(self._store)
 
     def _peek(self) -> list[str]:
         """The revision of each file that is read."""
         return [_revision(file) for file in self.files()]
-
-    def _before(self, *, blind: bool) -> bytes:
-        """What is on disk; b"" for a file that is missing and may be written anew."""
-        return b"" if blind and not self.file.exists() else self._read()
 
     def _read_new(self) -> Config | None:
         """What the file, and those that it names, say; None where that is adopted already."""
@@ -326,15 +341,9 @@ class Desired:
         self._attached = config.attached
         return None if config.fingerprint == now.fingerprint else config
 
-    def _edited(self, edit: Edit, if_match: str | None, *, blind: bool) -> tuple[bytes, bytes, Config]:
-        before = self._before(blind=blind)
-        if not blind and revision_of(before) != self.reconciler.config.revision:
-            self._parse(before)  # what is wrong with it already is reported as such
-        if if_match is not None and if_match != (revision := revision_of(before)):
-            msg = f"cannot write {self._file}: it is at revision {revision} now; read it again"
-            raise RequestError("revision_mismatch", msg)
-        after = edit(before)
-        return before, after, self._parse(after)
+    def _edited(self, edit: Edit, if_match: str | None, *, blind: bool) -> Change:
+        adopted = self.reconciler.config.revision
+        return edited(self._store, self._parse, edit, if_match, adopted=None if blind else adopted)
 
     async def _refused(self, config: Config) -> list[Problem]:
         """What the vLLM of each model that is new or changed would not take, where it is known."""

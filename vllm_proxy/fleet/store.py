@@ -27,11 +27,13 @@ _READ_ONLY = {
 
 
 class Store:
-    """One file. `fsync` is what makes a descriptor's data durable."""
+    """One file."""
 
-    def __init__(self, file: Path, fsync: Callable[[int], None] = os.fsync) -> None:
+    def __init__(self, file: Path, fsync: Callable[[int], None] = os.fsync, *, owner_of: Path | None = None) -> None:
+        """`fsync`: makes a descriptor's data durable. `owner_of`: the file whose owner a new one gets, if root may."""
         self.file = file
         self._fsync = fsync
+        self._owner_of = owner_of
 
     def read(self) -> bytes:
         """Its bytes.
@@ -64,13 +66,19 @@ class Store:
             raise RequestError("config_not_written", f"cannot write {self.file}: it is no regular file")
         if len(data) > MOST_BYTES:
             raise RequestError("config_not_written", f"cannot write {self.file}: more than {MOST_BYTES} bytes")
-        mode, finish = _NEW_MODE, None
+        mode, finish = _NEW_MODE, self._give
         if before is not None:
             mode, finish = 0o600, partial(_take_over, target, before)
         try:
             replace_file(target, data, mode, finish=finish, fsync=self._fsync)
         except OSError as error:
             raise self._refusal(error) from error
+
+    def _give(self, new: int) -> None:
+        """Made by root beside a file of somebody else's, it is to be read by who reads that one."""
+        if self._owner_of is not None and os.geteuid() == 0:
+            found = self._owner_of.stat()
+            os.fchown(new, found.st_uid, found.st_gid)
 
     def _refusal(self, error: OSError) -> RequestError:
         if error.errno in _NOT_PERMITTED:

@@ -1,4 +1,4 @@
-"""Edits one model in a TOML text, and leaves everything else as it is, byte for byte.
+"""Edits one named table, a model or a key, in a TOML text, and leaves everything else as it is, byte for byte.
 
 Every edit verifies itself before it is returned: the new text is parsed and compared with what was asked for, and every
 line and comment that the change does not concern must still be there. A change that cannot be put into the file is an
@@ -12,6 +12,7 @@ list that changes is written anew; the comment behind it stays, those inside it 
 import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, time
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,7 @@ from vllm_proxy.domain.units import show
 from vllm_proxy.errors import VllmProxyError
 
 type Table = Mapping[str, Any]
+type TableName = tuple[str, str]  # ("models", "chat"), ("keys", "ci")
 
 _LEAST, _MOST = -(2**63), 2**63 - 1
 _DEEPEST = 50  # tables and lists within each other; tomllib gives up at some hundreds
@@ -33,66 +35,66 @@ class EditError(VllmProxyError):
     """A change that cannot be put into this file; the message says why."""
 
 
-def models_in(text: str) -> dict[str, Any]:
-    """The tables of all models, by id. To be read alone.
+def tables_in(text: str, kind: str) -> dict[str, Any]:
+    """All tables of a kind ("models", "keys"), by name. To be read alone.
 
     Raises:
         EditError: when the text is no TOML.
 
     """
-    found = _parsed(text).get("models", {})
+    found = _parsed(text).get(kind, {})
     if not isinstance(found, dict):
-        msg = "cannot write the file: models is no table in it"
+        msg = f"cannot write the file: {kind} is no table in it"
         raise EditError(msg)
     return found
 
 
-def create(text: str, model_id: str, keys: Table) -> str:
-    """With a model that is not there yet, at the end of the file; a key that is null, at any depth, is none.
+def create(text: str, name: TableName, keys: Table) -> str:
+    """With a table that is not there yet, at the end of the file; a key that is null, at any depth, is none.
 
     Raises:
         EditError: when it cannot be put there.
 
     """
-    _check(keys, _name(model_id))
-    if model_id in models_in(text):
-        msg = f"cannot write model {show(model_id)}: there is one already"
+    _check(keys, _checked(name))
+    if name[1] in tables_in(text, name[0]):
+        msg = f"cannot write {_shown(name)}: there is one already"
         raise EditError(msg)
-    return _edited(text, model_id, _merged({}, keys))
+    return _edited(text, name, _merged({}, keys))
 
 
-def put(text: str, model_id: str, keys: Table) -> str:
-    """With these keys for a model that is there, and no others. A key that is null, at any depth, is none.
+def put(text: str, name: TableName, keys: Table) -> str:
+    """With these keys for a table that is there, and no others. A key that is null, at any depth, is none.
 
     Raises:
         EditError: when the keys cannot be put there.
 
     """
-    _check(keys, _name(model_id))
-    return _edited(text, model_id, _merged({}, _spelled_as(_model(text, model_id), keys)))
+    _check(keys, _checked(name))
+    return _edited(text, name, _merged({}, _spelled_as(_table(text, name), keys)))
 
 
-def patch(text: str, model_id: str, change: Table) -> str:
-    """With a JSON merge patch (RFC 7396) applied to a model that is there.
+def patch(text: str, name: TableName, change: Table) -> str:
+    """With a JSON merge patch (RFC 7396) applied to a table that is there. Values may be what TOML alone has: dates.
 
     Raises:
         EditError: when the result cannot be put there.
 
     """
-    _check(change, _name(model_id))
-    old = _model(text, model_id)
-    return _edited(text, model_id, _merged(old, _spelled_as(old, change)))
+    _check(change, _checked(name))
+    old = _table(text, name)
+    return _edited(text, name, _merged(old, _spelled_as(old, change)))
 
 
-def delete(text: str, model_id: str) -> str:
-    """Without a model that is there.
+def delete(text: str, name: TableName) -> str:
+    """Without a table that is there.
 
     Raises:
         EditError: when it cannot be taken out.
 
     """
-    _model(text, model_id)
-    return _edited(text, model_id, None)
+    _table(text, name)
+    return _edited(text, name, None)
 
 
 @lru_cache(maxsize=4)
@@ -105,20 +107,26 @@ def _parsed(text: str) -> dict[str, Any]:
         raise EditError(msg) from None
 
 
-def _model(text: str, model_id: str) -> Table:
-    found = models_in(text).get(model_id)
+def _table(text: str, name: TableName) -> Table:
+    found = tables_in(text, name[0]).get(name[1])
     if not isinstance(found, dict):
-        msg = f"cannot write model {show(model_id)}: the file has no table of that name"
+        msg = f"cannot write {_shown(name)}: the file has no table of that name"
         raise EditError(msg)
     return found
+
+
+def _shown(name: TableName) -> str:
+    """For messages: `model "chat"`."""
+    return f"{name[0].removesuffix('s')} {show(name[1])}"
 
 
 # What is asked for, as plain values
 
 
-def _name(model_id: str) -> str:
-    _check_text(model_id, "models")
-    return dotted(("models", model_id))
+def _checked(name: TableName) -> str:
+    """The name as TOML spells it, once it is known that it can."""
+    _check_text(name[1], name[0])
+    return dotted(name)
 
 
 def _check(value: object, path: str, *, depth: int = 0, in_list: bool = False) -> None:
@@ -143,13 +151,15 @@ def _check_plain(value: object, path: str) -> None:
         raise _unwritable(path, "TOML has no null, and a list cannot do without one of its values")
     if isinstance(value, int) and not _LEAST <= value <= _MOST:
         raise _unwritable(path, "TOML has no integers of more than 64 bits")
+    if isinstance(value, date | time):
+        return
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise _unwritable(path, f"JSON has no {value!r}")
 
 
 def _check_text(text: str, path: str) -> None:
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise _unwritable(path, f"TOML has no half of a surrogate pair, as in {text!a}")
+        raise _unwritable(path, "TOML has no half of a surrogate pair")
 
 
 def _unwritable(path: str, reason: str) -> EditError:
@@ -203,48 +213,48 @@ def _differences(at: KeyPath, old: Table, new: Table) -> Iterator[tuple[KeyPath,
 # The text, and the proof of it
 
 
-def _edited(text: str, model_id: str, wanted: Table | None) -> str:
-    path = ("models", model_id)
+def _edited(text: str, name: TableName, wanted: Table | None) -> str:
     before = _parsed(text)
-    old = models_in(text).get(model_id)
+    old = tables_in(text, name[0]).get(name[1])
     layout = Layout(text)
     try:
         if wanted is None:
-            layout.remove(path)
+            layout.remove(name)
         elif old is None:
-            layout.append(path, wanted)
+            layout.append(name, wanted)
         else:
-            for where, value in _differences(path, old, wanted):
+            for where, value in _differences(name, old, wanted):
                 if value is _GONE:
                     layout.remove(where)
                 else:
                     layout.set(where, value)
     except ValueError as error:
-        msg = f"cannot write model {show(model_id)} into the file as it is laid out: {error}"
+        msg = f"cannot write {_shown(name)} into the file as it is laid out: {error}"
         raise EditError(msg) from None
     result = layout.text()
-    _verify(before, text, result, path, wanted)
+    _verify(before, text, result, name, wanted)
     return result
 
 
-def _verify(before: Table, old: str, new: str, path: KeyPath, wanted: Table | None) -> None:
+def _verify(before: Table, old: str, new: str, name: TableName, wanted: Table | None) -> None:
     """Raise unless the new text means what was asked for, and has every line and comment that is not its business."""
-    models = {name: table for name, table in before.get("models", {}).items() if name != path[1]}
+    kind = name[0]
+    tables = {other: table for other, table in before.get(kind, {}).items() if other != name[1]}
     if wanted is not None:
-        models[path[1]] = wanted
-    asked = {**before, "models": models}
+        tables[name[1]] = wanted
+    asked = {**before, kind: tables}
     wrong = ""
-    if not same(asked, {"models": {}, **_parsed(new)}):
+    if not same(asked, {kind: {}, **_parsed(new)}):
         wrong = "it would mean something else"
-    elif _other_lines(old, path) != _other_lines(new, path):
+    elif _other_lines(old, name) != _other_lines(new, name):
         wrong = "a line of another table would change"
     else:
         before_it = [comment for _, comment in comments(old)]
         there = [comment for _, comment in comments(new)]
-        if not (_within(_comments_to_stay(old, before, asked, path), there) and _within(there, before_it)):
+        if not (_within(_comments_to_stay(old, before, asked, name), there) and _within(there, before_it)):
             wrong = "a comment would be lost"
     if wrong:
-        msg = f"cannot write model {show(path[1])} into the file as it is laid out: {wrong}; edit the file itself"
+        msg = f"cannot write {_shown(name)} into the file as it is laid out: {wrong}; edit the file itself"
         raise EditError(msg)
 
 
@@ -255,7 +265,7 @@ def _within(some: Sequence[str], of: Sequence[str]) -> bool:
 
 
 def _other_lines(text: str, path: KeyPath) -> list[str]:
-    """Headers and keys of everything else; a line around the model's own, `models = { ... }`, is its own too."""
+    """Headers and keys of everything else; a line around the table's own, `models = { ... }`, is its own too."""
     found = [
         text[piece.start : piece.end]
         for piece in scanned(text)
@@ -266,7 +276,7 @@ def _other_lines(text: str, path: KeyPath) -> list[str]:
     return [line if line.endswith("\n") else line + ("\r\n" if "\r\n" in text else "\n") for line in found]
 
 
-def _comments_to_stay(text: str, before: Table, asked: Table, model: KeyPath) -> list[str]:
+def _comments_to_stay(text: str, before: Table, asked: Table, name: KeyPath) -> list[str]:
     """The comments of the old text that have no part in the change."""
     found = scanned(text)
     kinds = [
@@ -275,7 +285,7 @@ def _comments_to_stay(text: str, before: Table, asked: Table, model: KeyPath) ->
     ]
     spans: list[tuple[int, int]] = []  # in which comments may go
     for index, piece in enumerate(found):
-        if piece.kind == "other" or piece.path[:2] != model[: len(piece.path)]:
+        if piece.kind == "other" or piece.path[:2] != name[: len(piece.path)]:
             continue
         was, reached = _at(before, piece.path)
         now, still = _at(asked, piece.path)

@@ -16,7 +16,7 @@ from vllm_proxy.domain.file.lexer import Entry, Piece, entries, pieces, value_sp
 from vllm_proxy.domain.toml import KeyPath, dotted, rendered, same
 
 _INDENT = re.compile(r"[ \t]*")
-_MODEL_DEPTH = 2  # ("models", ID)
+_NAMED_DEPTH = 2  # ("models", ID), ("keys", NAME)
 
 
 @lru_cache(maxsize=4)
@@ -126,10 +126,10 @@ class Layout:
         return [part for part in self._parts if part.kind != "other" and _below(part.path, path)]
 
     def _headed(self, path: KeyPath) -> bool:
-        """Whether a table at this path gets a header: one of a model that is written with headers itself."""
-        model = path[:_MODEL_DEPTH]
-        return len(path) == _MODEL_DEPTH + 1 and any(
-            part.kind == "header" and part.path == model for part in self._parts
+        """Whether a table at this path gets a header: one in a model or key that is written with headers itself."""
+        outer = path[:_NAMED_DEPTH]
+        return len(path) == _NAMED_DEPTH + 1 and any(
+            part.kind == "header" and part.path == outer for part in self._parts
         )
 
     # What changes
@@ -163,7 +163,7 @@ class Layout:
 
     def _new_key(self, path: KeyPath, value: object) -> None:
         """Put a key behind the last one of its table, or of the nearest table around it that stands somewhere."""
-        for depth in range(len(path) - 1, _MODEL_DEPTH - 1, -1):
+        for depth in range(len(path) - 1, _NAMED_DEPTH - 1, -1):
             outer = path[:depth]
             if (index := self._last_of(outer)) is not None:
                 self._insert(index + 1, self._key(self._parts[index], path, value))
@@ -205,7 +205,7 @@ class Layout:
         return _Part("key", path, beside.outer, line)
 
     def _new_table(self, path: KeyPath, value: Mapping[str, Any]) -> None:
-        """Put a table with a header below the model's last one."""
+        """Put a table with a header below the last one of the table around it."""
         kinds = self._kinds()
         last = max(n for n, part in enumerate(self._parts) if kinds[n] == "header" and _below(part.path, path[:-1]))
         self._add_table(territory(kinds, last)[1], path, value)

@@ -9,7 +9,17 @@ from vllm_proxy.domain.config import KeyTable, TomlTable, revision_of
 from vllm_proxy.domain.file.locate import key_lines, line_of
 from vllm_proxy.domain.file.read import read_toml, unusable
 from vllm_proxy.domain.file.validate import Found, kind_of, validate
-from vllm_proxy.domain.keys import ANONYMOUS, HASH_PREFIX, RESERVED, Key, closure, digest, name_problem, own_key_problem
+from vllm_proxy.domain.keys import (
+    ANONYMOUS,
+    HASH_PREFIX,
+    RESERVED,
+    Key,
+    Source,
+    closure,
+    digest,
+    name_problem,
+    own_key_problem,
+)
 from vllm_proxy.domain.references import Files
 from vllm_proxy.domain.toml import dotted
 from vllm_proxy.errors import ConfigError, Problem
@@ -59,7 +69,7 @@ class KeyTables:
         lines = key_lines(text)
         return [Problem(line_of(lines, path), dotted(path), message, place) for path, message in [*found, *wrong]]
 
-    def _add(self, document: TomlTable, source: str) -> list[Found]:
+    def _add(self, document: TomlTable, source: Source) -> list[Found]:
         tables = document.get("keys", {})
         if not isinstance(tables, Mapping):
             return [(("keys",), f"expected tables [keys.NAME], got {kind_of(tables)}")]
@@ -74,7 +84,7 @@ class KeyTables:
                 self._add_one(name, valid, source, found)
         return found
 
-    def _add_one(self, name: str, table: KeyTable, source: str, found: list[Found]) -> None:
+    def _add_one(self, name: str, table: KeyTable, source: Source, found: list[Found]) -> None:
         path = ("keys", name)
         digests: tuple[bytes, ...] = ()
         if name == ANONYMOUS:
@@ -103,6 +113,7 @@ class KeyTables:
             table.isolate_cache,
             table.description,
             source,
+            table.file,
         )
 
     def _of_file(self, name: str, reference: str, found: list[Found]) -> tuple[bytes, ...]:

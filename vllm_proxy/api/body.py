@@ -1,0 +1,77 @@
+"""What requests that change something carry: a body in JSON or TOML, bounded and counted, and `If-Match`.
+
+For `config` and `keys`. Bodies of inference are in `traffic/body.py`.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from vllm_proxy.domain.config import Server
+from vllm_proxy.errors import RequestError
+from vllm_proxy.traffic.body import read_content
+from vllm_proxy.traffic.budget import Budget
+from vllm_proxy.traffic.front import client_of
+
+_ETAG = re.compile(r'(?:W/)?"([^"]*)"')
+
+
+class Bodies:
+    """Reads the bodies of one daemon's requests."""
+
+    def __init__(self, server: Callable[[], Server], budget: Budget) -> None:
+        """`server`: the `[server]` table now; `budget`: bodies count there until their request has ended."""
+        self._server = server
+        self._budget = budget
+
+    async def read(self, request: web.Request) -> bytes:
+        """All of it.
+
+        Raises:
+            RequestError: `request_too_large`, `overloaded`, or what else `read_content` raises.
+
+        """
+        server = self._server()
+        self._budget.check_length(request.content_length or 0, server)
+        return await read_content(request.content, client_of(request), server, self._budget)
+
+    async def json_object(self, request: web.Request, of: str) -> dict[str, Any]:
+        """A JSON object. `of`: what it is, for the message.
+
+        Raises:
+            RequestError: `invalid_json`, or as `read`.
+
+        """
+        try:
+            keys = msgspec.json.decode(await self.read(request))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise RequestError("invalid_json", f"cannot read this body as JSON: {error}") from None
+        except RecursionError:
+            raise RequestError("invalid_json", "cannot read this body as JSON: it is nested too deeply") from None
+        if not isinstance(keys, dict):
+            raise RequestError("invalid_json", f"cannot read this body: expected a JSON object of {of}")
+        return keys
+
+    async def toml(self, request: web.Request) -> bytes:
+        """A text declared as TOML, or none.
+
+        Raises:
+            RequestError: `unsupported_media_type`, or as `read`.
+
+        """
+        if request.body_exists and "toml" not in request.content_type:
+            msg = f"cannot read a configuration of type {request.content_type}: send it as text/toml"
+            raise RequestError("unsupported_media_type", msg)
+        return await self.read(request)
+
+
+def if_match(request: web.Request) -> str | None:
+    """The revision that a write insists on; None for any."""
+    header = request.headers.get("If-Match", "*").strip()
+    if header == "*":
+        return None
+    found = _ETAG.fullmatch(header)
+    return found[1] if found else header
