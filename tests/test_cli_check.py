@@ -75,6 +75,24 @@ def test_check_tells_problems_in_json(folder: Path, capsys: pytest.CaptureFixtur
     assert answer["problems"][2]["message"] == "expected at least 1, got 0"
 
 
+def test_check_in_a_shell_can_do_without_the_services_credentials(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the service alone can read is not looked at; where there are credentials, it is."""
+    (folder / "models.toml").write_text(
+        '[server]\nkeys_file = "credential:keys.toml"\n[keys.ci]\nfile = "credential:ci"\n' + VALID
+    )
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    assert run(["check"]) == 0
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(folder / "credentials"))
+    capsys.readouterr()
+    assert run(["check"]) == 78
+    assert [line.partition(": ")[2].partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "server.keys_file",
+        "keys.ci.file",
+    ]
+
+
 def test_check_of_a_missing_file_says_how_to_get_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit status 78, the whole path and the command that writes a first file."""
     assert run(["check", "-c", "none.toml"]) == 78

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TextIO, cast
@@ -157,6 +158,12 @@ def _load(options: argparse.Namespace) -> Settings:
     return settings.load(os.environ, {name: getattr(options, name, None) for name in names})
 
 
+def _load_outside_service(options: argparse.Namespace) -> Settings:
+    """For a command that reads the configuration in a shell, which has none of the service's credentials."""
+    loaded = _load(options)
+    return replace(loaded, files=loaded.files.outside_service())
+
+
 def _serve(options: argparse.Namespace) -> int:
     loaded = _load(options)
     config = daemon.read_config(loaded)
@@ -175,7 +182,7 @@ def _set_up_log(options: argparse.Namespace, *, engines: bool) -> logsetup.Outpu
 
 
 def _check(options: argparse.Namespace) -> int:
-    loaded = _load(options)
+    loaded = _load_outside_service(options)
     config = daemon.read_config(loaded)
     file = str(loaded.config_file)
     if options.json:
@@ -237,7 +244,7 @@ def _act(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    loaded = _load(options)
+    loaded = _load_outside_service(options)
     config = daemon.read_config(loaded)
     try:
         changes = uvloop.run(control.planned(loaded, read_regular_file(loaded.config_file)))
@@ -283,7 +290,7 @@ def _logs(options: argparse.Namespace) -> int:
 
 def _keys(options: argparse.Namespace) -> int:
     """A key that was made goes to stdout, once; words about it to stderr."""
-    loaded = _load(options)
+    loaded = _load_outside_service(options)
     try:
         done = uvloop.run(key_commands.run(loaded, options, sys.stdin))
     except RefusedError as error:

@@ -1,19 +1,16 @@
 """Who may do what, cell by cell, at a running daemon; and how a key that is taken away ends what it has running."""
 
-import asyncio
 import itertools
 import json
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
 from yarl import URL
 
 from tests.api.test_openapi import application
-from tests.harness import PAUSE_SECONDS, Daemon, connected, daemon, fake_engines, free_port, port_block, request, until
+from tests.harness import Daemon, daemon, fake_engines, free_port, port_block
 from vllm_proxy.api import app
 from vllm_proxy.domain.keys import Scope, hash_of, new_key
 
@@ -47,7 +44,7 @@ CONFIGURED: dict[str, tuple[str, set[Scope], set[Scope]]] = {
         {Scope.READ, Scope.METRICS},
         {Scope.READ, Scope.METRICS},
     ),
-    "revoked keys alone": (f'[keys.x]\nhash = "{hash_of(TOKENS["unknown"])}x"\n'.replace('x"', '"') + DISABLED, set(), set()),
+    "revoked keys alone": (f'[keys.x]\nhash = "{hash_of(TOKENS["unknown"])}"\n{DISABLED}\n', set(), set()),
     "remote admin": ("[server]\nallow_remote_admin = true\n", set(Scope), set(Scope)),
 }  # fmt: skip
 INCLUDED = {

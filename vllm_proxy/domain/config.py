@@ -281,7 +281,7 @@ class Config:
     def keys_revision(self) -> str:
         """Of what keys are written in: the file, and `server.keys_file` where there is one."""
         name = self.server.keys_file
-        return self.revision if name is None else fingerprint([self.revision, self.attached[name]])
+        return self.revision if name is None else fingerprint([self.revision, self.attached.get(name, "")])
 
 
 def revision_of(data: bytes) -> str:

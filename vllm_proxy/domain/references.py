@@ -63,6 +63,9 @@ class Files(Protocol):
     def place(self, text: str) -> str:
         """Which file that is, for people."""
 
+    def is_elsewhere(self, text: str) -> bool:
+        """Whether it cannot be read here and that is no problem: a credential, which the service alone has."""
+
 
 class NoFiles:
     """Where a text is parsed for itself: no file can be read."""
@@ -79,3 +82,7 @@ class NoFiles:
     def place(self, text: str) -> str:
         """The reference itself."""
         return text
+
+    def is_elsewhere(self, _text: str) -> bool:
+        """Nothing is."""
+        return False

@@ -175,3 +175,7 @@ class _Replaced:
     def place(self, text: str) -> str:
         """Which file that is, for people."""
         return self._files.place(text)
+
+    def is_elsewhere(self, text: str) -> bool:
+        """Whether it cannot be read here, and that is no problem."""
+        return text != self._reference and self._files.is_elsewhere(text)

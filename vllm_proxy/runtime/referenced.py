@@ -9,10 +9,22 @@ from vllm_proxy.runtime.regular_file import read_regular_file
 class ReferencedFiles:
     """References from one configuration file."""
 
-    def __init__(self, folder: Path, credentials: str | None) -> None:
-        """`folder`: of the configuration file; `credentials`: $CREDENTIALS_DIRECTORY."""
+    def __init__(self, folder: Path, credentials: str | None, *, in_service: bool = True) -> None:
+        """`folder`: of the configuration file; `credentials`: $CREDENTIALS_DIRECTORY.
+
+        `in_service`: credentials must be there. A command in somebody's shell has none, and can do without.
+        """
         self._folder = folder
         self._credentials = credentials
+        self._in_service = in_service
+
+    def outside_service(self) -> "ReferencedFiles":
+        """The same, for a command in somebody's shell."""
+        return ReferencedFiles(self._folder, self._credentials, in_service=False)
+
+    def is_elsewhere(self, text: str) -> bool:
+        """Whether it is a credential, which the service has and this process has not."""
+        return not self._in_service and not self._credentials and references.is_credential(text)
 
     def path(self, text: str) -> Path:
         """Which file is meant.

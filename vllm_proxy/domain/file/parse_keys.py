@@ -47,6 +47,8 @@ class KeyTables:
 
     def add_file(self, reference: str, config: str) -> list[Problem]:
         """The keys of `server.keys_file`; returns what is wrong with it. `config`: the configuration's name."""
+        if self._files.is_elsewhere(reference):
+            return []
         place = self._files.place(reference)
         data = self._read(reference)
         if isinstance(data, OSError):
@@ -119,6 +121,8 @@ class KeyTables:
     def _of_file(self, name: str, reference: str, found: list[Found]) -> tuple[bytes, ...]:
         """The hash of the key that a file holds in its first line."""
         path = ("keys", name, "file")
+        if self._files.is_elsewhere(reference):
+            return ()
         data = self._read(reference)
         if isinstance(data, OSError):
             found.append((path, f"cannot read {self._files.place(reference)}: {data.strerror}"))
