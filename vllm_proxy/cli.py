@@ -178,7 +178,9 @@ def _set_up_log(options: argparse.Namespace, *, engines: bool) -> logsetup.Outpu
     logsetup.set_up(options.log_level, form)
     logsetup.capture(options.writer, form)
     talks = options.log_level in {"debug", "info"}
-    return logsetup.Output(options.writer, form, requests=talks, engines=engines and talks)
+    output = logsetup.Output(options.writer, form, requests=talks, engines=engines and talks)
+    options.writer.mask = output.masking.mask
+    return output
 
 
 def _check(options: argparse.Namespace) -> int:

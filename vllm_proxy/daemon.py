@@ -26,12 +26,12 @@ from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.find import find_vllm, has_gpus
 from vllm_proxy.engine.launch import Launcher
 from vllm_proxy.engine.options import OptionTables
-from vllm_proxy.engine.output import PassOn
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.probe import HttpProbe
 from vllm_proxy.engine.process import become_subreaper, reap_orphans
 from vllm_proxy.engine.program import Programs
 from vllm_proxy.engine.state import StateDirectory
+from vllm_proxy.engine.variables import Variables
 from vllm_proxy.errors import ConfigError, NotEndedError, Problem
 from vllm_proxy.fleet.changes import KeyFiles
 from vllm_proxy.fleet.dependencies import Dependencies
@@ -115,7 +115,8 @@ async def serve(
         stack.callback(settings.control_socket.unlink, missing_ok=True)
         stack.callback(listeners.commands.close)
         shared, launcher = _dependencies(settings, config, state, listeners.ports(), stack,
-                                        pass_on=output.pass_on, open_files=open_files)  # fmt: skip
+                                        output=output, open_files=open_files)  # fmt: skip
+        await launcher.variables.follow(config)
         reconciler = Reconciler(config, shared, state, launcher.fingerprint)
         keyring = Keyring(config)
         store = Store(settings.config_file)
@@ -124,6 +125,7 @@ async def serve(
         stack.callback(disk.close)
         desired = Desired(store, settings.parse, reconciler, launcher.check, launcher.ports,
                           files=settings.files, key_files=key_files, keyring=keyring, offload=disk,
+                          hide_secrets=launcher.variables.follow,
                           address_is_given=bool(inherited))  # fmt: skip
         _warn_of_access(keyring, config, listeners)
         await _run(desired, listeners, stack, output, on_listening)
@@ -169,7 +171,8 @@ async def _run(
     watching = keep_running(lag.watch, "loop lag")
     stack.callback(watching.cancel)
     lines = AccessLog(output.writer, output.form) if output.requests else None
-    parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines, lag, output.writer)
+    parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines, lag, output.writer,
+                      output.masking.mask)  # fmt: skip
     runner = app.build(parts, _HANDLER_SECONDS)
     following: asyncio.Task[None] | None = None
     reconciler.start()
@@ -245,7 +248,7 @@ def _dependencies(
     taken_ports: list[int],
     stack: contextlib.AsyncExitStack,
     *,
-    pass_on: PassOn,
+    output: Output,
     open_files: int,
 ) -> tuple[Dependencies, Launcher]:
     # No keep-alive for health checks: such a connection would outlive the engine's readiness.
@@ -258,20 +261,24 @@ def _dependencies(
     check = OptionCheck(programs, OptionTables(settings.state_dir / "options", offload=disk), disk)
     stack.push_async_callback(check.close)
     check.prefetch(model.engine for model in config.models.values())
+    variables = Variables(settings.files, output.masking, env, disk)
+    stack.callback(variables.close)
     stopping = asyncio.Event()
     launcher = Launcher(
         programs=programs,
         check=check,
+        variables=variables,
         scratch=settings.scratch,
         has_gpus=has_gpus(),
         ports=Ports(config.engine.port_start, config.engine.port_end, taken_ports),
         state=state,
-        pass_on=pass_on,
+        pass_on=output.pass_on,
         cgroups=Cgroups.find(),
         open_files=open_files,
         stopping=stopping,
     )
-    shared = Dependencies(launcher, FleetLoop(), Registry(), HttpProbe(health_checks), asyncio.Event(), stopping)
+    shared = Dependencies(launcher, FleetLoop(), Registry(), HttpProbe(health_checks), asyncio.Event(), stopping,
+                          mask=output.masking.mask)  # fmt: skip
     return shared, launcher
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from typing import Literal, TextIO, cast
@@ -21,6 +21,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 from vllm_proxy.runtime import logline
 from vllm_proxy.runtime.logline import PRIORITIES, Form
 from vllm_proxy.runtime.logwriter import LogWriter
+from vllm_proxy.runtime.masking import Masking
 
 Format = Literal["auto", "text", "json", "journal"]
 
@@ -40,6 +41,7 @@ class Output:
     form: Form
     requests: bool
     engines: bool
+    masking: Masking = field(default_factory=Masking)  # what the writer hides
 
     def pass_on(self, instance: str, lines: Sequence[str]) -> None:
         """An engine's lines, each with its instance in front."""

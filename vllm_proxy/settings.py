@@ -15,7 +15,7 @@ from pathlib import Path
 
 import dotenv
 
-from vllm_proxy.domain import keys
+from vllm_proxy.domain import keys, secrets
 from vllm_proxy.domain.config import Config, Server
 from vllm_proxy.domain.file.parse import Override, parse_config
 from vllm_proxy.domain.references import Files
@@ -160,7 +160,7 @@ def _override(
             if value is None:
                 continue
             if key not in _LISTS and _URL.match(value):  # Kubernetes injects NAME_PORT=tcp://... for its services
-                warnings.append(f"{name} looks like a URL and is ignored: {value}")
+                warnings.append(f"{name} looks like a URL and is ignored: {secrets.form(value, ())}")
                 continue
             return Override(_typed(key, value), name)
     return None

@@ -109,13 +109,14 @@ def test_the_users_quiet_endpoints_replace_ours() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    "VLLM_PROXY_PORT NOTIFY_SOCKET LISTEN_FDS LISTEN_PID WATCHDOG_USEC VLLM_PORT VLLM_HOST_IP VLLM_DP_RANK MASTER_ADDR "
+    "VLLM_PROXY_PORT VLLM_PROXY_API_KEY VLLM_PROXY_ADMIN_KEY CREDENTIALS_DIRECTORY "
+    "NOTIFY_SOCKET LISTEN_FDS LISTEN_PID WATCHDOG_USEC VLLM_PORT VLLM_HOST_IP VLLM_DP_RANK MASTER_ADDR "
     "MASTER_PORT RANK LOCAL_RANK WORLD_SIZE PROMETHEUS_MULTIPROC_DIR".split(),
 )
 def test_what_would_mislead_an_engine_is_not_inherited(name: str) -> None:
     """The daemon's settings and systemd's variables stay with it; a model may set the name on purpose."""
-    assert name not in environment({name: "x", "PATH": "/bin"}, spec(), PLACE)
-    assert environment({name: "x"}, spec(env={name: "y"}), PLACE)[name] == "y"
+    assert name not in environment({name: "x", "PATH": "/bin"}, {}, PLACE)
+    assert environment({name: "x"}, {name: "y"}, PLACE)[name] == "y"
 
 
 @pytest.mark.parametrize(
@@ -123,16 +124,16 @@ def test_what_would_mislead_an_engine_is_not_inherited(name: str) -> None:
 )
 def test_everything_else_is_inherited(name: str) -> None:
     """A proxy, a token, vLLM's own switches reach the engine."""
-    assert environment({name: "x"}, spec(), PLACE)[name] == "x"
+    assert environment({name: "x"}, {}, PLACE)[name] == "x"
 
 
 def test_the_models_environment_beats_the_inherited_one_and_the_defaults() -> None:
     """Inherited values beat our defaults, the model's beat both."""
     inherited = {"VLLM_LOGGING_COLOR": "1", "TMPDIR": "/elsewhere", "A": "1", "B": "1"}
-    env = environment(inherited, spec(env={"A": "2", "PYTHONUNBUFFERED": "0"}), PLACE)
+    env = environment(inherited, {"A": "2", "PYTHONUNBUFFERED": "0"}, PLACE)
     assert (env["A"], env["B"], env["VLLM_LOGGING_COLOR"], env["PYTHONUNBUFFERED"]) == ("2", "1", "1", "0")
     assert env["TMPDIR"] == PLACE.folder
-    assert environment({}, spec(env={"TMPDIR": "/mine"}), PLACE)["TMPDIR"] == "/mine"
+    assert environment({}, {"TMPDIR": "/mine"}, PLACE)["TMPDIR"] == "/mine"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_the_models_environment_beats_the_inherited_one_and_the_defaults() -> No
 )
 def test_what_the_daemon_relies_on_cannot_be_set(name: str, value: str) -> None:
     """Neither the environment nor a model's `env` can change the credential, the sockets and the marks of an engine."""
-    assert environment({name: "x"}, spec(env={name: "y"}), PLACE)[name] == value
+    assert environment({name: "x"}, {name: "y"}, PLACE)[name] == value
 
 
 @pytest.mark.parametrize(
@@ -157,14 +158,14 @@ def test_devices_are_what_cuda_shows(devices: list[int | str], value: str) -> No
     """The key beats every other CUDA_VISIBLE_DEVICES; an empty list hides all GPUs."""
     given = spec(devices=devices, env={"CUDA_VISIBLE_DEVICES": "8"})
     place = replace(PLACE, allocation=allocation_for(given, {}))
-    env = environment({"CUDA_VISIBLE_DEVICES": "7"}, given, place)
+    env = environment({"CUDA_VISIBLE_DEVICES": "7"}, given.variables, place)
     assert env["CUDA_VISIBLE_DEVICES"] == value
 
 
 def test_without_devices_the_environment_stays_as_it_is() -> None:
     """An absent key adds no CUDA_VISIBLE_DEVICES and removes none."""
-    assert "CUDA_VISIBLE_DEVICES" not in environment({}, spec(), PLACE)
-    assert environment({"CUDA_VISIBLE_DEVICES": "7"}, spec(), PLACE)["CUDA_VISIBLE_DEVICES"] == "7"
+    assert "CUDA_VISIBLE_DEVICES" not in environment({}, {}, PLACE)
+    assert environment({"CUDA_VISIBLE_DEVICES": "7"}, {}, PLACE)["CUDA_VISIBLE_DEVICES"] == "7"
 
 
 @pytest.mark.parametrize(

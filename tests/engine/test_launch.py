@@ -30,6 +30,11 @@ from vllm_proxy.engine.proc import look_up
 from vllm_proxy.engine.process import end_processes
 from vllm_proxy.engine.program import LaunchError, Programs
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
+from vllm_proxy.engine.variables import Variables
+from vllm_proxy.runtime.masking import Masking
+from vllm_proxy.runtime.referenced import ReferencedFiles
+
+SPEC = EngineSpec(model="m")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,6 +56,7 @@ class Place:
         self.launcher = Launcher(
             programs,
             self.check,
+            Variables(ReferencedFiles(folder, None), Masking(), {}),
             folder,
             has_gpus=False,
             ports=ports,
@@ -229,7 +235,7 @@ async def test_an_adopted_engine_is_as_one_of_our_own(tmp_path: Path, port_start
             spec = model(tmp_path, "true").engine
             assert second.launcher.fingerprint(spec) == record.spec
             (found,) = second.state.orphans()
-            async with second.launcher.adopted(found, Owner()) as engine:
+            async with second.launcher.adopted(found, SPEC, Owner()) as engine:
                 assert (engine.pid, engine.place, engine.was_ready) == (record.pid, record.place, True)
                 assert second.ports.take() != record.place.address.port
                 go.path.write_text("hello\n")
@@ -252,7 +258,7 @@ async def test_an_engine_that_an_older_daemon_put_on_record_is_adopted(
         with place(tmp_path, port_start) as second:
             (found,) = second.state.orphans()
             assert found == record
-            async with second.launcher.adopted(found, Owner()) as engine:
+            async with second.launcher.adopted(found, SPEC, Owner()) as engine:
                 assert (engine.pid, engine.place) == (record.pid, record.place)
                 assert second.ports.take() != record.place.address.port
 
@@ -263,7 +269,7 @@ async def test_the_death_of_an_adopted_engine_is_seen_at_once_and_its_code_is_un
     """Only a parent learns how its child ended; here the parent is this process, as an older one."""
     async with left_running(tmp_path, port_start, event) as record:
         with place(tmp_path, port_start) as second:
-            async with second.launcher.adopted(second.state.orphans()[0], Owner()) as engine:
+            async with second.launcher.adopted(second.state.orphans()[0], SPEC, Owner()) as engine:
                 os.kill(record.pid, signal.SIGKILL)
                 assert await engine.exited == Exit(None, None)
 
@@ -280,7 +286,7 @@ async def test_what_is_left_of_an_engine_that_died_unwatched_is_ended_before_its
         assert look_up(pid) is not None
         with place(tmp_path, port_start) as second:
             with pytest.raises(LaunchError, match="while no daemon watched"):
-                async with second.launcher.adopted(second.state.orphans()[0], Owner()):
+                async with second.launcher.adopted(second.state.orphans()[0], SPEC, Owner()):
                     pass
             found = look_up(pid)
             assert found is None or not found.alive
@@ -526,7 +532,7 @@ async def test_output_that_no_file_takes_goes_on_in_memory_and_is_adopted(
         (record,) = first.state.orphans()
     (tmp_path / "state" / "logs").unlink()
     with place(tmp_path, port_start) as second:
-        async with second.launcher.adopted(record, Owner()) as adopted:
+        async with second.launcher.adopted(record, SPEC, Owner()) as adopted:
             go.path.write_text("hello\n")
             await event.happened()
             assert adopted.output.tail(5) == ("before", "hello")

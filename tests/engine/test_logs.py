@@ -168,6 +168,17 @@ def test_a_reader_gives_each_line_once_and_only_when_it_has_ended(tmp_path: Path
     assert reader.flush() == []
 
 
+def test_the_pieces_of_a_long_line_end_between_words(tmp_path: Path) -> None:
+    """So a secret that stands where one ends is in one piece, and is found there."""
+    file = tmp_path / "log"
+    file.write_bytes(b"a " * (8 * KIB - 5) + b"hf_this-is-a-secret " + b"b" * 100 + b"\n")
+    reader = LogReader(file, 0)
+    pieces = read_more(reader)
+    assert [len(piece) for piece in pieces] == [16 * KIB - 10, 120]
+    assert pieces[1].startswith("hf_this-is-a-secret ")
+    assert last_lines(file, 1) == ("".join(pieces),)
+
+
 def test_a_line_that_does_not_end_comes_in_pieces(tmp_path: Path) -> None:
     """16 KiB are held back at most, and no character is torn apart."""
     file = written(tmp_path, b"x" + "ü€".encode() * 8000)

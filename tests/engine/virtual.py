@@ -218,7 +218,12 @@ class FakeLauncher:
             yield engine
 
     @contextlib.asynccontextmanager
-    async def adopted(self, record: EngineRecord, owner: Owner) -> AsyncIterator[FakeEngine]:
+    async def adopted(
+        self,
+        record: EngineRecord,
+        spec: EngineSpec,  # noqa: ARG002 - the signature is the launcher's
+        owner: Owner,
+    ) -> AsyncIterator[FakeEngine]:
         """One that runs already."""
         if self.refusal:
             raise self.refusal

@@ -69,6 +69,7 @@ def _faults_of_the_start(parser: argparse.ArgumentParser) -> None:
     add("--fake-exit-code", type=int, default=1)
     add("--fake-exit-signal", type=int, help="end by this signal instead, all of a sudden: the core stays")
     add("--fake-exit-text", help="the last words")
+    add("--fake-tell", metavar="NAME", nargs="+", default=[], help="log these variables, in the phase load")
     add("--fake-steal-port", action="store_true", help="another program has taken the port")
 
 

@@ -1,6 +1,7 @@
 """How the fake starts: phase by phase, each with its lines and its faults. Until it listens it imports little."""
 
 import argparse
+import json
 import os
 import signal
 import socket
@@ -34,6 +35,9 @@ class Start:
         if phase == "load":
             if options.fake_garbage_log:
                 fake_log.garbage()
+            for name in options.fake_tell:
+                text = f"ValueError: {name} is {os.environ.get(name)}, in JSON {json.dumps(os.environ.get(name))}\n"
+                fake_log.write(fake_log.ERR, text.encode())
             time.sleep(options.fake_load_seconds)
             if options.fake_load_until:
                 self.until(options.fake_load_until)

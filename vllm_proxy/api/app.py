@@ -53,6 +53,7 @@ class Parts:
     access_log: AccessLog | None
     lag: LoopLag
     log: LogWriter
+    mask: Callable[[str], str]  # hides the secrets in what engines write
     budget: Budget = field(default_factory=Budget)
 
     def server(self) -> Server:
@@ -156,7 +157,7 @@ def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
             )
             for name, do in actions.items()
         ),
-        Route("GET", f"/models/{_MODEL_ID}/logs", operate, logs.engine_output(reconciler)),
+        Route("GET", f"/models/{_MODEL_ID}/logs", operate, logs.engine_output(reconciler, parts.mask)),
         Route("GET", f"/models/{_MODEL_ID}", read, answered(models.get_model(reconciler, registry))),
         *config.routes(writes, _ONE_MODEL),
         *keys.routes(keys.Keys(parts.desired, bodies)),

@@ -14,15 +14,19 @@ from vllm_proxy.api.body import Bodies, if_match
 from vllm_proxy.api.guard import Route, author_of
 from vllm_proxy.api.models import resource
 from vllm_proxy.api.reply import Reply, answered, etag
-from vllm_proxy.domain import resources
+from vllm_proxy.domain import resources, secrets
 from vllm_proxy.domain.config import revision_of
 from vllm_proxy.domain.file import edit
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.domain.resources import changes_of
+from vllm_proxy.domain.toml import dotted
 from vllm_proxy.errors import ConfigError, InvalidError, Problem, RequestError
 from vllm_proxy.fleet.desired import Desired, Outcome
 from vllm_proxy.fleet.reconciler import Reconciler
 
+_LOST = (
+    f"{secrets.HIDDEN} keeps the value that the file has here, and it has none: send the value itself, or leave it out"
+)
 _OF_A_MODEL = re.compile(r"models\b")
 
 
@@ -47,7 +51,7 @@ class Writes:
             if model_id in edit.tables_in(text, "models") or self._reconciler.knows(model_id):
                 msg = f"cannot create model {model_id!r}: there is one; PATCH or PUT changes it"
                 raise RequestError("model_exists", msg)
-            return edit.create(text, ("models", model_id), keys)
+            return edit.create(text, ("models", model_id), _restored(model_id, keys, {}))
 
         outcome = await self._write(request, change)
         return self._shown(model_id, outcome, status=201, headers={"Location": f"/models/{model_id}"})
@@ -83,7 +87,8 @@ class Writes:
 
         def change(text: str) -> str:
             _must_exist(text, model_id)
-            return how(text, ("models", model_id), keys)
+            old = edit.tables_in(text, "models")[model_id]
+            return how(text, ("models", model_id), _restored(model_id, keys, old))
 
         return self._shown(model_id, await self._write(request, change))
 
@@ -166,6 +171,15 @@ def routes(writes: Writes, model_path: str) -> list[Route]:
 
 def _invalid(path: str, message: str) -> RequestError:
     return InvalidError("invalid_model", [Problem(0, path, message)])
+
+
+def _restored(model_id: str, keys: Mapping[str, Any], old: object) -> Mapping[str, Any]:
+    """A model's keys with the secrets that `***` stands for; `old`: those in the file."""
+    before = old if isinstance(old, Mapping) else {}
+    found, lost = secrets.restored(edit.spelled_as(before, keys), before)
+    if lost:
+        raise InvalidError("invalid_model", [Problem(0, dotted(("models", model_id, *path)), _LOST) for path in lost])
+    return found
 
 
 def _must_exist(text: str, model_id: str) -> None:

@@ -6,7 +6,7 @@ Files are only read, and each reader has a position of its own: readers do not a
 import asyncio
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aiohttp import web
@@ -18,6 +18,8 @@ from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.runtime.turns import in_turns
 from vllm_proxy.traffic.envelope import Handler
 
+type Mask = Callable[[str], str]
+
 _DESCRIPTORS = Path("/proc/self/fd")
 _EVENT = "data: {}\n\n"
 _LINES = 100
@@ -27,10 +29,10 @@ _POLL_SECONDS = 0.2
 _SILENT_POLLS = 75  # then a comment keeps the stream alive
 
 
-def engine_output(reconciler: Reconciler) -> Handler:
+def engine_output(reconciler: Reconciler, mask: Mask) -> Handler:
     """The last `lines` as text; with `follow` as server-sent events, one a line, until the client or the daemon leaves.
 
-    Lines of a model with several instances begin with `ID/INDEX | `.
+    Lines of a model with several instances begin with `ID/INDEX | `. `mask` hides the secrets in them.
     """
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -42,11 +44,11 @@ def engine_output(reconciler: Reconciler) -> Handler:
             files = _held(reconciler.log_files(request.match_info["model_id"]), stack)
             ends = {name: size_of(file) for name, file in files}
             if not follows:
-                text = await asyncio.to_thread(_tail, files, count, "{}\n")
+                text = await asyncio.to_thread(_tail, files, count, "{}\n", mask)
                 headers = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store"}
                 return web.Response(body=text, headers=headers)
-            text = await asyncio.to_thread(_tail, files, count, _EVENT)
-            return await _follow(request, files, ends, text, reconciler.stopping)
+            text = await asyncio.to_thread(_tail, files, count, _EVENT, mask)
+            return await _follow(request, files, ends, text, mask=mask, stopping=reconciler.stopping)
 
     return handle
 
@@ -65,16 +67,23 @@ def _held(files: list[tuple[str, Path]], stack: contextlib.ExitStack) -> list[tu
     return held
 
 
-def _tail(files: list[tuple[str, Path]], count: int, form: str) -> bytes:
+def _tail(files: list[tuple[str, Path]], count: int, form: str, mask: Mask) -> bytes:
     """The last lines of each file. For a thread."""
     share = _MOST_BYTES // max(len(files), 1)
     return b"".join(
-        _text(name, last_lines(file, count, most_bytes=share), form, several=len(files) > 1) for name, file in files
+        _text(name, last_lines(file, count, most_bytes=share), form, mask, several=len(files) > 1)
+        for name, file in files
     )
 
 
 async def _follow(
-    request: web.Request, files: list[tuple[str, Path]], ends: dict[str, int], text: bytes, stopping: asyncio.Event
+    request: web.Request,
+    files: list[tuple[str, Path]],
+    ends: dict[str, int],
+    text: bytes,
+    *,
+    mask: Mask,
+    stopping: asyncio.Event,
 ) -> web.StreamResponse:
     response = await begin_events(request)
     readers = [(name, LogReader(file, ends[name])) for name, file in files]
@@ -89,13 +98,13 @@ async def _follow(
         await asyncio.sleep(0 if more else _POLL_SECONDS)
         text = b""
         async for name, reader in in_turns(readers):
-            text += _text(name, reader.read(), _EVENT, several=len(files) > 1)
+            text += _text(name, reader.read(), _EVENT, mask, several=len(files) > 1)
     return response
 
 
-def _text(name: str, lines: Sequence[str], form: str, *, several: bool) -> bytes:
+def _text(name: str, lines: Sequence[str], form: str, mask: Mask, *, several: bool) -> bytes:
     head = f"{name} | " if several else ""
-    return "".join(form.format(head + line) for line in lines).encode()
+    return mask("".join(form.format(head + line) for line in lines)).encode()
 
 
 def _lines(text: str) -> int:

@@ -16,7 +16,7 @@ from vllm_proxy import __version__
 from vllm_proxy.api.guard import author_of
 from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.api.reply import Answers, Reply, etag
-from vllm_proxy.domain import resources
+from vllm_proxy.domain import resources, secrets
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import ConfigError, RequestError
@@ -165,8 +165,8 @@ def resource(model: Model, registry: Registry) -> resources.Model:
     in_flight, queued = registry.counts(model.spec.id)
     return {
         "id": model.spec.id,
-        "spec": model.spec.written,
-        "effective": model.spec.effective(),
+        "spec": secrets.shown(model.spec.written),
+        "effective": secrets.shown(model.spec.effective()),
         "status": {
             "state": model.state,
             "reason": model.diagnosis.reason if model.diagnosis else None,

@@ -30,6 +30,10 @@ DURATION: Schema = {
     ],
     "examples": ["90s", "1h30m", 90],
 }
+_REFERENCES: dict[str, Schema] = {
+    "file": {"type": "string", "minLength": 1, "pattern": r"^(?!credential:)[^\x00]+$"},
+    "credential": {"type": "string", "pattern": r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,255}$"},
+}
 _TAKEN: dict[str, Schema] = {
     "model": {"type": "string", "pattern": "^[^-]", "examples": ["Qwen/Qwen3-0.6B"]},
     "max_model_len": {
@@ -48,8 +52,16 @@ _TAKEN: dict[str, Schema] = {
     "env": {
         "type": "object",
         "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]*$"},
-        "additionalProperties": {"type": ["string", "number", "null"]},
-        "examples": [{"HF_HOME": "/srv/hf"}],
+        "additionalProperties": {
+            "anyOf": [
+                {"type": ["string", "number", "null"]},
+                *(
+                    {"type": "object", "required": [key], "properties": {key: schema}, "additionalProperties": False}
+                    for key, schema in _REFERENCES.items()
+                ),
+            ]
+        },
+        "examples": [{"HF_HOME": "/srv/hf", "HF_TOKEN": {"file": "/run/secrets/hf-token"}}],
     },
     "aliases": {"type": "array", "items": MODEL_ID, "examples": [["gpt-4o-mini"]]},
 }
@@ -65,7 +77,8 @@ KEYS = {
     "max_num_seqs": "Requests that the engine works on at once.",
     "devices": "GPU indices or UUIDs, as `CUDA_VISIBLE_DEVICES`. Engines that share one load one after another.",
     "command": "Another vLLM for this model, over `engine.command`.",
-    "env": "Environment, over `engine.env`.",
+    "env": 'Environment, over `engine.env`; a value that is a secret may stand elsewhere: `{ file = "…" }`, '
+    '`{ credential = "…" }`. Shown as `***`.',
     "args": "Any other option of `vllm serve`: true is `--key`, false `--no-key`, an array several words, "
     "an object JSON.",
     "description": "For people.",

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_proxy.domain.config import EngineSpec
-from vllm_proxy.domain.units import show
+from vllm_proxy.domain.secrets import show, shown_name
 
 # Options that the daemon decides, since it listens, routes and stops through them.
 OWNED = frozenset(
@@ -26,6 +26,8 @@ OWN_KEYS = {
     for name in EngineSpec.model_fields
     if name not in {"command", "env", "args", "devices"}
 } | {"device-memory-utilization": "gpu_memory_utilization"}
+# Options whose value is a secret, with the variable that says the same: every user may read a command line.
+VARIABLES = {"hf-token": "HF_TOKEN"}
 # Flags with no `--no-` form, and options whose list is one JSON token (of those not owned).
 STORE_TRUE = frozenset({"disable-log-stats", "aggregate-engine-logging"})
 JSON_LISTS = frozenset({"allowed-methods", "allowed-headers"})
@@ -43,7 +45,7 @@ def problems_of(args: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(key, message) for each option that cannot be passed on. The keys are as written."""
     for key, value in args.items():
         name = option_name(key)
-        if message := _name_problem(name) or _negation_problem(name, value) or _value_problem(value):
+        if message := _name_problem(name) or _negation_problem(name, value) or _value_problem(name, value):
             yield key, message
 
 
@@ -86,13 +88,15 @@ def _scalar(value: object) -> str:
 
 def _name_problem(name: str) -> str | None:
     if not _NAME.fullmatch(name):
-        return f"expected the name of a vLLM option without its dashes, got {show(name)}"
+        return f"expected the name of a vLLM option without its dashes, got {show(shown_name(name))}"
     base = name.partition(".")[0].removeprefix("no-")
     if base in OWN_KEYS:
         return f"has a key of its own: write {OWN_KEYS[base]} outside args"
+    if variable := VARIABLES.get(base):
+        return f'`ps` would show it: write env.{variable} = {{ file = "..." }} outside args'
     if base in OWNED or base.startswith(OWNED_PREFIX):
         return f"--{base} belongs to the daemon and cannot be set"
-    for full in sorted([*OWNED, *OWN_KEYS, OWNED_PREFIX]):
+    for full in sorted([*OWNED, *OWN_KEYS, *VARIABLES, OWNED_PREFIX]):
         if full.startswith(base):  # argparse would take it for the full name
             return f"vLLM would read this as an abbreviation of --{full}, which cannot be set here"
     return None
@@ -100,11 +104,11 @@ def _name_problem(name: str) -> str | None:
 
 def _negation_problem(name: str, value: object) -> str | None:
     if name.startswith("no-") and value is not True:
-        return f"expected true, got {show(value)}; or write {name.removeprefix('no-')} = true or false"
+        return f"expected true, got {show(value, (name,))}; or write {name.removeprefix('no-')} = true or false"
     return None
 
 
-def _value_problem(value: object) -> str | None:
+def _value_problem(name: str, value: object) -> str | None:
     if isinstance(value, list):
         if not value:
             return "expected at least one item"
@@ -112,19 +116,19 @@ def _value_problem(value: object) -> str | None:
             if isinstance(item, list):
                 return "expected a list of plain values or tables, got a list inside a list"
             if isinstance(item, str | float) and str(item).startswith("-"):
-                return f"cannot pass {show(item)} inside a list: vLLM would take it for an option"
-    return _leaf_problem(value)
+                return f"cannot pass {show(item, (name,))} inside a list: vLLM would take it for an option"
+    return _leaf_problem(name, value)
 
 
-def _leaf_problem(value: object) -> str | None:
+def _leaf_problem(name: str, value: object) -> str | None:
     if isinstance(value, Mapping):
-        return next((message for item in value.values() if (message := _leaf_problem(item))), None)
+        return next((message for key, item in value.items() if (message := _leaf_problem(f"{name}.{key}", item))), None)
     if isinstance(value, list):
-        return next((message for item in value if (message := _leaf_problem(item))), None)
+        return next((message for item in value if (message := _leaf_problem(name, item))), None)
     if isinstance(value, str):
         return "expected text without NUL characters" if "\0" in value else None
     if isinstance(value, float) and not math.isfinite(value):
         return f"expected a finite number, got {value}"
     if not isinstance(value, bool | int | float):
-        return f"expected a string, number, boolean, list or table, got {show(value)}"
+        return f"expected a string, number, boolean, list or table, got {show(value, (name,))}"
     return None

@@ -24,9 +24,10 @@ _MARKER = "ENGINE_INSTANCE"  # of a name that starts with VLLM, vLLM warns
 _MODEL_PLACE = "{model}"
 _API_SERVER = "api_server"
 _OPTIONS = tuple(name for name in args.OWN_KEYS.values() if name != "model")
-# What would mislead an engine: the daemon's own settings and systemd's messages to it, leftovers of another launcher.
+# What is not an engine's: the daemon's own settings, keys and credentials, systemd's messages to it, and what would
+# mislead it, leftovers of another launcher.
 _SCRUBBED = re.compile(
-    r"VLLM_PROXY_.*|NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*|VLLM_PORT|VLLM_HOST_IP|VLLM_DP_.*|MASTER_.*"
+    r"VLLM_PROXY_.*|CREDENTIALS_DIRECTORY|NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*|VLLM_PORT|VLLM_HOST_IP|VLLM_DP_.*|MASTER_.*"
     r"|RANK|LOCAL_RANK|WORLD_SIZE|PROMETHEUS_MULTIPROC_DIR"
 )
 # Ours unless the user says otherwise.
@@ -76,10 +77,14 @@ def _own_options(spec: EngineSpec) -> list[str]:
     return args.tokens(given)
 
 
-def environment(inherited: Mapping[str, str], spec: EngineSpec, place: Place) -> dict[str, str]:
+def scrubbed(inherited: Mapping[str, str]) -> dict[str, str]:
+    """The part of the daemon's environment that its engines get."""
+    return {name: value for name, value in inherited.items() if not _SCRUBBED.fullmatch(name)}
+
+
+def environment(inherited: Mapping[str, str], variables: Mapping[str, str], place: Place) -> dict[str, str]:
     """The environment: the inherited one scrubbed, defaults, the user's `env`, then what only the daemon may say."""
-    env = {name: value for name, value in inherited.items() if not _SCRUBBED.fullmatch(name)}
-    env = {**_DEFAULTS, **env, "TMPDIR": place.folder, **spec.env}
+    env = {**_DEFAULTS, **scrubbed(inherited), "TMPDIR": place.folder, **variables}
     if place.allocation.visible is not None:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(place.allocation.visible)
     return env | {

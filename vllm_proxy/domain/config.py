@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
-from vllm_proxy.domain import hosts, references
+from vllm_proxy.domain import hosts, references, secrets
 from vllm_proxy.domain.keys import HASH_PREFIX, MOST_HASHES, Key
+from vllm_proxy.domain.secrets import show
 from vllm_proxy.domain.toml import same
-from vllm_proxy.domain.units import Bytes, Seconds, show
+from vllm_proxy.domain.units import Bytes, Seconds
 
 type TomlTable = Mapping[str, Any]  # a table as tomllib reads it: str, int, float, bool, dates, lists, tables
 
@@ -23,6 +24,7 @@ _MAX_MODEL_LEN = re.compile(r"auto|\d+(\.\d+)?[kKmMgG]?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # shells drop others from the environment
 _ID = re.compile(r"[A-Za-z0-9._:@/-]{1,200}")
 _HASH = re.compile(re.escape(HASH_PREFIX) + r"[0-9a-f]{64}")
+_USER = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#]*@", re.IGNORECASE)
 _ACTIONS = frozenset({"start", "stop", "restart", "sleep", "wake", "logs"})
 
 
@@ -47,10 +49,12 @@ def _alias(text: str) -> str:
     return text
 
 
-def _no_option(text: str) -> str:
+def _model_name(text: str) -> str:
     if text.startswith("-"):
         msg = f"expected a model, got {show(text)}, which vLLM would take for an option"
         raise ValueError(msg)
+    if _USER.match(text):
+        raise ValueError("expected a URL without a user or a password in it, which `ps` would show")
     return text
 
 
@@ -88,14 +92,24 @@ def _each_once(devices: tuple[int | str, ...]) -> tuple[int | str, ...]:
 
 def _env_name(name: str) -> str:
     if not _ENV_NAME.fullmatch(name):
-        msg = f"cannot name an environment variable {show(name)}"
+        msg = f"cannot name an environment variable {show(secrets.shown_name(name))}"
         raise ValueError(msg)
     return name
 
 
 def _env_value(value: object) -> object:
     """Numbers are accepted, since people write `OMP_NUM_THREADS = 1`."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str):
+        return _no_nul(value)
+    if secrets.is_reference(value):
+        references.reference(secrets.reference_of(value))
+        return value
+    got = "another table" if isinstance(value, Mapping) else show(value, ("env",))
+    expected = 'a string, { file = "..." } or { credential = "..." }' if isinstance(value, Mapping) else "a string"
+    msg = f"expected {expected}, got {got}"
+    raise ValueError(msg)
 
 
 def _one_or_more(value: object) -> object:
@@ -117,7 +131,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 MaxModelLen = Annotated[int | str, BeforeValidator(_max_model_len)]
 Device = Annotated[int | str, BeforeValidator(_device)]
 Devices = Annotated[tuple[Device, ...], Strict(strict=False), AfterValidator(_each_once)]
-ModelName = Annotated[NonEmptyText, AfterValidator(_no_option)]
+ModelName = Annotated[NonEmptyText, AfterValidator(_model_name)]
 Aliases = Annotated[tuple[Annotated[str, AfterValidator(_alias)], ...], Strict(strict=False)]
 Host = Annotated[NonEmptyText, AfterValidator(hosts.host)]
 Hosts = Annotated[tuple[Host, ...], Strict(strict=False)]
@@ -125,7 +139,8 @@ Origins = Annotated[tuple[Annotated[NonEmptyText, AfterValidator(hosts.origin)],
 Reference = Annotated[str, AfterValidator(references.reference)]
 Listen = Annotated[tuple[NonEmptyText, ...], Strict(strict=False)]
 Command = Annotated[tuple[NonEmptyText, ...], Strict(strict=False), Field(min_length=1)]
-Environment = dict[Annotated[str, AfterValidator(_env_name)], Annotated[Text, BeforeValidator(_env_value)]]
+EnvValue = Annotated[str | dict[str, str], BeforeValidator(_env_value)]  # a table names where the value stands
+Environment = dict[Annotated[str, AfterValidator(_env_name)], EnvValue]
 Hashes = Annotated[
     tuple[Annotated[str, AfterValidator(_hash)], ...],
     Strict(strict=False),
@@ -219,6 +234,16 @@ class EngineSpec(Table):
     command: Command | None = None
     env: Environment = {}
     args: dict[str, Any] = {}  # names in kebab-case; checked by args.py
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Those of `env` whose values stand in the file."""
+        return {name: value for name, value in self.env.items() if isinstance(value, str)}
+
+    @property
+    def references(self) -> dict[str, str]:
+        """Those of `env` whose values stand elsewhere, and where: as `domain/references.py` has it."""
+        return {name: secrets.reference_of(value) for name, value in self.env.items() if isinstance(value, dict)}
 
 
 class Policy(Table):

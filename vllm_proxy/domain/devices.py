@@ -30,6 +30,8 @@ def allocation_for(spec: EngineSpec, inherited: Mapping[str, str]) -> Allocation
         return Allocation(frozenset(named), named)
     count = (spec.tensor_parallel_size or 1) * (spec.pipeline_parallel_size or 1)
     visible = spec.env.get("CUDA_VISIBLE_DEVICES", inherited.get("CUDA_VISIBLE_DEVICES"))
+    if isinstance(visible, Mapping):  # it stands elsewhere, and is read when the engine starts
+        return Allocation(frozenset({ANY_DEVICE}))
     if visible is None:
         return Allocation(frozenset(str(index) for index in range(count)))
     shown = [name.strip() for name in visible.split(",") if name.strip()]

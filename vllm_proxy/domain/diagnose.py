@@ -8,7 +8,7 @@ tests/domain/tails has the logs of real failures.
 import difflib
 import re
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from vllm_proxy.domain.causes import CAUSES, Cause
@@ -39,6 +39,10 @@ class Diagnosis:
     reason: Reason
     message: str
 
+    def masked(self, mask: Callable[[str], str]) -> "Diagnosis":
+        """With the secrets in its message hidden."""
+        return Diagnosis(self.reason, mask(self.message))
+
 
 @dataclass(frozen=True, slots=True)
 class Exit:
@@ -59,18 +63,27 @@ class Exit:
         return "exit code unknown" if self.code is None else f"exit code {self.code}"
 
 
-def diagnose(ended: Exit, tail: Sequence[str], *, was_ready: bool, known_options: Collection[str] = ()) -> Diagnosis:
+def diagnose(
+    ended: Exit,
+    tail: Sequence[str],
+    *,
+    was_ready: bool,
+    known_options: Collection[str] = (),
+    mask: Callable[[str], str] = str,
+) -> Diagnosis:
     """From exit status and last lines. Any exit that nobody asked for is a failure: vLLM exits 0 when it dies.
 
     For a thread: it takes some milliseconds, of a log that is full of dumps some tens, no step of it longer than one.
-    `known_options`: the names of vLLM's options, kebab-case without dashes, where they are known.
+    `known_options`: the names of vLLM's options, kebab-case without dashes, where they are known. `mask` hides the
+    secrets in a message, before it is shortened: what is looked for are the lines as they are.
     """
     lines = _bounded(tail[-_LINES_OF_A_DEATH:] if was_ready else tail)
     found = (_of_the_command(ended, lines, known_options) if not was_ready else None) or _of_a_known_cause(
         ended, lines, was_ready=was_ready
     )
     when = "while it served" if was_ready else "before it was ready"
-    return found or _of_the_exit(ended, lines, when)
+    found = (found or _of_the_exit(ended, lines, when)).masked(mask)
+    return Diagnosis(found.reason, _short(found.message))
 
 
 def _bounded(tail: Sequence[str]) -> list[str]:
@@ -95,7 +108,7 @@ def _of_the_command(ended: Exit, lines: Sequence[str], known_options: Collection
     what = said["what"] if said else last or str(ended)
     if unknown := _UNKNOWN.search(what):
         return Diagnosis(Reason.INVALID_ARGUMENTS, _of_unknown_options(unknown["options"], known_options))
-    return Diagnosis(Reason.INVALID_ARGUMENTS, _short(f"vLLM refuses its options: {what}"))
+    return Diagnosis(Reason.INVALID_ARGUMENTS, f"vLLM refuses its options: {what}")
 
 
 def _of_unknown_options(given: str, known_options: Collection[str]) -> str:
@@ -103,7 +116,7 @@ def _of_unknown_options(given: str, known_options: Collection[str]) -> str:
     text = f"vLLM refuses its options: unrecognized arguments: {given}"
     near = [match for name in names for match in difflib.get_close_matches(name, known_options, n=1)]
     hint = f"; did you mean {', '.join(near)}?" if near else ""
-    return _short(f"{text}{hint}; they come from args or command")
+    return f"{text}{hint}; they come from args or command"
 
 
 def _of_a_known_cause(ended: Exit, lines: Sequence[str], *, was_ready: bool) -> Diagnosis | None:
@@ -112,7 +125,7 @@ def _of_a_known_cause(ended: Exit, lines: Sequence[str], *, was_ready: bool) -> 
     text = "\n".join(lines)
     for cause in CAUSES:
         if (cause.while_serving or not was_ready) and (found := cause.find(text)):
-            return Diagnosis(cause.reason, _short(_filled(cause, found)))
+            return Diagnosis(cause.reason, _filled(cause, found))
     return None
 
 
@@ -126,7 +139,7 @@ def _of_the_exit(ended: Exit, lines: Sequence[str], when: str) -> Diagnosis:
         return Diagnosis(Reason.KILLED, f"killed {when}, perhaps by the kernel for want of memory: see dmesg")
     cause = _last_error(lines)
     hint = "; often /dev/shm is too small" if ended.signal == signal.SIGBUS else ""
-    return Diagnosis(Reason.CRASHED, _short(f"the engine ended {when} ({ended}){hint}{': ' if cause else ''}{cause}"))
+    return Diagnosis(Reason.CRASHED, f"the engine ended {when} ({ended}){hint}{': ' if cause else ''}{cause}")
 
 
 def _last_error(lines: Sequence[str]) -> str:

@@ -87,6 +87,7 @@ class Reason(StrEnum):
     INVALID_ARGUMENTS = "invalid_arguments"
     COMMAND_NOT_FOUND = "command_not_found"
     MODEL_UNAVAILABLE = "model_unavailable"
+    SECRET_UNAVAILABLE = "secret_unavailable"  # noqa: S105 - what `env` refers to cannot be read
     OUT_OF_MEMORY = "out_of_memory"
     INSUFFICIENT_MEMORY = "insufficient_memory"  # less is free than the share that was asked for
     PORT_IN_USE = "port_in_use"

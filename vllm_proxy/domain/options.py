@@ -14,7 +14,7 @@ import msgspec
 
 from vllm_proxy.domain import args
 from vllm_proxy.domain.config import EngineSpec, TomlTable
-from vllm_proxy.domain.units import show
+from vllm_proxy.domain.secrets import show
 
 _MOST = 10_000  # of anything in a table: vLLM 0.32 has 317 options
 _CHOICES_SHOWN = 12
@@ -142,14 +142,14 @@ def _as_written(name: str, key: str) -> str:
 def _arity_problem(option: Option, count: int, value: object) -> str | None:
     match option.nargs:
         case 0 if count:
-            return f"expected true or false, since vLLM takes no value here, got {show(value)}"
+            return f"expected true or false, since vLLM takes no value here, got {show(value, (option.name,))}"
         case None | 1 | "?" if count > 1:
             hint = '; write it as text of JSON, such as "[1, 2]"' if option.type == "json" else ""
             return f"expected one value, got a list of {count}{hint}"
         case None | "+" | 1 if count == 0:
-            return f"expected a value, got {show(value)}"
+            return f"expected a value, got {show(value, (option.name,))}"
         case int(wanted) if wanted > 1 and count != wanted:
-            return f"expected a list of {wanted} values, got {show(value)}"
+            return f"expected a list of {wanted} values, got {show(value, (option.name,))}"
     return None
 
 
@@ -157,7 +157,7 @@ def _value_problem(option: Option, text: str, value: object) -> str | None:
     """`text` is what vLLM gets of `value`: an item where that is a list."""
     if text in _NONE:
         return None
-    got = show(text if isinstance(value, list) else value)
+    got = show(text if isinstance(value, list) else value, (option.name,))
     if not _TYPES.get(option.type, _anything)(text):
         return f"expected {_EXPECTED[option.type]}, got {got}"
     return _choice_problem(option, text, got)

@@ -5,7 +5,6 @@ replaced only where its command line or environment changes (tests/domain/test_p
 the plan. Also generates the table in docs/changes.md.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -14,11 +13,12 @@ from typing import Any
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
+from vllm_proxy.domain import secrets
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy, Restart, Server
-from vllm_proxy.domain.toml import same
-from vllm_proxy.domain.units import parse_duration, parse_size, show, show_duration, show_size
+from vllm_proxy.domain.secrets import show
+from vllm_proxy.domain.toml import KeyPath, same
+from vllm_proxy.domain.units import parse_duration, parse_size, show_duration, show_size
 
-_SECRET = re.compile(r"token|key|secret|password|credential", re.IGNORECASE)
 _LONGEST = 60  # characters of a value that is shown
 _UNITS: Mapping[object, Callable[[Any], str]] = {parse_duration: show_duration, parse_size: show_size}
 RESTART_KEYS = ("host", "port")  # of [server]: the sockets are open already
@@ -118,19 +118,20 @@ def _changes(old: EngineSpec | Policy | Restart, new: EngineSpec | Policy | Rest
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             for name in dict.fromkeys([*before, *after]):
                 if not same(before.get(name), after.get(name)):
-                    yield _change(f"{key}.{name}", before.get(name), after.get(name), hidden=key == "env")
+                    yield _change((key, name), before.get(name), after.get(name))
         elif isinstance(before, Restart) and isinstance(after, Restart):
             yield from (f"{key}.{change}" for change in _changes(before, after))
         else:
-            yield _change(key, before, after, _shown_as(type(new).model_fields[key]))
+            yield _change((key,), before, after, _shown_as(type(new).model_fields[key]))
 
 
-def _change(
-    key: str, before: object, after: object, shown: Callable[[Any], str] = show, *, hidden: bool = False
-) -> str:
-    if hidden or _SECRET.search(key):
+def _change(path: KeyPath, before: object, after: object, shown: Callable[[Any], str] = show) -> str:
+    """A value that is a secret is not shown, nor is that one became another; what names a file is."""
+    old, new = (secrets.form(value, path) for value in (before, after))
+    key = ".".join(path)
+    if secrets.HIDDEN in (old, new) or same(old, new):
         return f"{key} changed"
-    return f"{key} {_short(before, shown)} -> {_short(after, shown)}"
+    return f"{key} {_short(old, shown)} -> {_short(new, shown)}"
 
 
 def _shown_as(field: FieldInfo) -> Callable[[Any], str]:

@@ -8,8 +8,6 @@ import re
 from pathlib import Path
 from typing import Protocol
 
-from vllm_proxy.domain.units import show
-
 _CREDENTIAL = "credential:"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,255}")  # systemd.exec(5): a file's name
 
@@ -26,7 +24,9 @@ def reference(text: str) -> str:
     if text.startswith(_CREDENTIAL):
         name = text.removeprefix(_CREDENTIAL)
         if not _NAME.fullmatch(name) or name in {".", ".."}:
-            raise ValueError(f"expected the name of a systemd credential after credential:, got {show(name)}")
+            raise ValueError(
+                "expected the name of a systemd credential: letters, digits and . _ -"
+            )  # it may be the key
     return text
 
 

@@ -76,7 +76,7 @@ class OptionCheck:
         found: dict[tuple[Path, frozenset[tuple[str, str]]], Mapping[str, str]] = {}
         for spec in specs:
             if python := self._programs.python(spec):
-                found[python, frozenset(spec.env.items())] = self._programs.environment(spec)
+                found[python, frozenset(spec.variables.items())] = self._programs.environment(spec)
         return [(python, env) for (python, _), env in found.items()]
 
     def _known(self, spec: EngineSpec) -> OptionTable | None:

@@ -34,6 +34,7 @@ from vllm_proxy.engine.ports import HOST, NoPortError, Ports
 from vllm_proxy.engine.process import EngineProcess, end_processes, run_shielded
 from vllm_proxy.engine.program import LaunchError, Programs
 from vllm_proxy.engine.state import EngineRecord, StateDirectory, file_name
+from vllm_proxy.engine.variables import Variables
 from vllm_proxy.runtime import clock, descriptors, files
 from vllm_proxy.runtime.background import keep_running
 
@@ -117,6 +118,7 @@ class Launcher:
 
     programs: Programs
     check: OptionCheck
+    variables: Variables
     scratch: Path  # where their temporary folders go; short: sockets are in them
     has_gpus: bool
     ports: Ports
@@ -142,6 +144,7 @@ class Launcher:
             self.programs.command(model.engine)
             await self.check.names(model.engine)
             _refuse(await self.check.problems(model))
+            await self.variables.read(model.engine)
         except LaunchError as error:
             return error.diagnosis
         return None
@@ -162,11 +165,13 @@ class Launcher:
         """
         start = self.programs.command(model.engine)
         _refuse(await self.check.problems(model))
+        variables = await self.variables.read(model.engine)
         async with contextlib.AsyncExitStack() as stack:
             taken = stack.enter_context(contextlib.ExitStack())
             place = await self._allocate_place(instance, allocation, owner, taken)
             argv = command.argv(model.id, model.engine, start, place)
-            env = command.environment(self.programs.inherited, model.engine, place)
+            await stack.enter_async_context(self.variables.hidden(variables, place.credential))
+            env = command.environment(self.programs.inherited, variables, place)
             with descriptors.spare():
                 engine = self._spawn(argv, env, place, model.engine, stack)
                 await stack.enter_async_context(self._lifetime(engine, owner, taken))
@@ -177,8 +182,8 @@ class Launcher:
             yield engine
 
     @contextlib.asynccontextmanager
-    async def adopted(self, record: EngineRecord, owner: Owner) -> AsyncIterator[LaunchedEngine]:
-        """An engine that an earlier daemon started, as if it were ours.
+    async def adopted(self, record: EngineRecord, spec: EngineSpec, owner: Owner) -> AsyncIterator[LaunchedEngine]:
+        """An engine that an earlier daemon started for this spec, as if it were ours.
 
         Raises:
             LaunchError: when it is gone.
@@ -191,6 +196,8 @@ class Launcher:
                 taken.callback(files.remove_tree, Path(record.folder))
             engine, why = None, "the engine ended while no daemon watched it"
             try:
+                variables = await asyncio.to_thread(self.variables.of_running, record.pid, spec)
+                await stack.enter_async_context(self.variables.hidden(variables, record.credential))
                 engine = self._adopt(record, stack)
             except OSError as error:
                 why = f"cannot adopt the engine, so it was ended: {error}"

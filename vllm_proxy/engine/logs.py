@@ -13,6 +13,7 @@ from pathlib import Path
 _CHUNK = 16 * 1024  # is read at a time: little enough for a turn of the event loop
 _COPY = 256 * 1024
 _LONGEST_LINE = 16 * 1024  # is held back until it ends
+_LONGEST_WORD = 1024  # of a longer one, in a line that is too long, the pieces are shown apart
 _MOST_BEHIND = 4 * 2**20
 _NEAR_END = 256 * 1024  # there a reader goes on that was too far behind
 _SEEN = 1024  # of what was read last: enough to find it again
@@ -194,11 +195,12 @@ def _last_state(line: bytes) -> str:
 
 
 def _pieces(line: bytes) -> Iterator[bytes]:
-    """A line that is too long comes in pieces, none of which ends within a character."""
+    """A line that is too long comes in pieces, none of which ends within a character or a word (a secret)."""
     begin = 0
     while len(line) - begin > _LONGEST_LINE:
         most = begin + _LONGEST_LINE
-        end = next((at for at in range(most, most - 4, -1) if line[at] & 0xC0 != 0x80), most)
+        end = line.rfind(b" ", most - _LONGEST_WORD, most) + 1
+        end = end or next((at for at in range(most, most - 4, -1) if line[at] & 0xC0 != 0x80), most)
         yield line[begin:end]
         begin = end
     yield line[begin:]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_proxy.domain import command
 from vllm_proxy.domain.config import EngineSpec
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason
@@ -53,8 +54,8 @@ class Programs:
         return python_of([self._program(start), *start[1:]], self._path(spec)) if start else None
 
     def environment(self, spec: EngineSpec) -> Mapping[str, str]:
-        """What an engine would inherit."""
-        return {**self.inherited, **spec.env}
+        """What an engine would inherit, as far as it stands in the file."""
+        return {**command.scrubbed(self.inherited), **spec.variables}
 
     def _program(self, start: Sequence[str]) -> str:
         """The first word of a command; a relative path begins at the configuration's folder."""

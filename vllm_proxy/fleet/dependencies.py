@@ -5,6 +5,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,8 +32,10 @@ class Launcher(Protocol):
     ) -> contextlib.AbstractAsyncContextManager[Engine]:
         """An engine that runs inside the block."""
 
-    def adopted(self, record: EngineRecord, owner: Owner) -> contextlib.AbstractAsyncContextManager[Engine]:
-        """One that runs already."""
+    def adopted(
+        self, record: EngineRecord, spec: EngineSpec, owner: Owner
+    ) -> contextlib.AbstractAsyncContextManager[Engine]:
+        """One that runs already, for this spec."""
 
     async def end_orphan(self, record: EngineRecord, owner: Owner) -> None:
         """End one that an earlier daemon left."""
@@ -55,3 +58,4 @@ class Dependencies:
     skip_drain: asyncio.Event  # set: stop draining
     stopping: asyncio.Event  # set: the daemon stops, nothing that has no end goes on
     offload: Offload = asyncio.to_thread
+    mask: Callable[[str], str] = str  # hides the secrets in a text

@@ -8,7 +8,7 @@ by an editor is debounced. Carrying out what was adopted is up to `reconciler`.
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,10 @@ _SETTLED_SECONDS = 0.03  # debounce: unchanged for so long, whoever wrote it has
 _EMPTY_SECONDS = 1.0  # an empty file is taken for real after this long
 _DISK_SECONDS = 30.0  # the deadline for a disk, and for those who are queued for it
 _NOTHING = revision_of(b"")
+
+
+async def _nothing(_: Config) -> None:
+    """There is no log from which secrets would have to be hidden."""
 
 
 class Check(Protocol):
@@ -99,11 +103,12 @@ class Desired:
         key_files: KeyFiles,
         keyring: Keyring,
         offload: Offload = asyncio.to_thread,
+        hide_secrets: Callable[[Config], Awaitable[None]] = _nothing,
         address_is_given: bool = False,
     ) -> None:
         """`parse`: what bytes of the file mean; `files`: finds those that it names; `keyring`: follows its keys.
 
-        `key_files`: where these are written.
+        `key_files`: where these are written. `hide_secrets`: is given each configuration before it is adopted.
 
         `offload`: runs what blocks in a thread. `address_is_given`: the file does not say where to listen.
         """
@@ -121,6 +126,7 @@ class Desired:
         self._check = check
         self._ports = ports
         self.offload = offload
+        self._hide_secrets = hide_secrets
         self._started_with = None if address_is_given else reconciler.config.server
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -361,6 +367,7 @@ class Desired:
 
     async def _adopt(self, config: Config) -> Outcome:
         actions = await self.offload(plan, config.models, self.reconciler.specs())  # of many models it takes a while
+        await self._hide_secrets(config)
         self.rejected = None
         self._attached = config.attached
         changed = changes(self.reconciler.config.keys, config.keys)

@@ -287,7 +287,8 @@ class Model:
         self._checking = run_once(partial(self._check, wanted), f"check of {wanted.id}", failed)
 
     async def _check(self, wanted: ModelSpec) -> None:
-        self._end_check(wanted, await self._shared.launcher.objection(wanted))
+        found = await self._shared.launcher.objection(wanted)
+        self._end_check(wanted, found and found.masked(self._shared.mask))
 
     def _end_check(self, wanted: ModelSpec, found: Diagnosis | None) -> None:
         if wanted.engine is not self._rollback.wanted:

@@ -272,7 +272,7 @@ class Supervisor:
                     await claim.aclose()  # its memory is allocated: the next engine may measure
                     return await self._serve(engine, ready)
         except LaunchError as error:
-            return error.diagnosis
+            return error.diagnosis.masked(shared.mask)
         finally:
             self.engine = self.ready_at = None
 
@@ -286,7 +286,7 @@ class Supervisor:
         self, record: EngineRecord | None, allocation: Allocation
     ) -> contextlib.AbstractAsyncContextManager[Engine]:
         if record is not None:
-            return self._shared.launcher.adopted(record, self)
+            return self._shared.launcher.adopted(record, self.spec.engine, self)
         return self._shared.launcher.running(self.spec, self.name, allocation, self)
 
     async def _serve(self, engine: Engine, ready: Ready) -> Diagnosis:
@@ -351,13 +351,14 @@ class Supervisor:
     ) -> Diagnosis:
         """Record a failure. `verdict` None: the engine ended, and its exit and its log are diagnosed."""
         ended = engine.exited.result() if verdict is None else Exit(None, None)
+        mask = self._shared.mask
 
         def inspect() -> tuple[Diagnosis, tuple[str, ...]]:
             tail = engine.output.tail(_TAIL_LINES if verdict else _DIAGNOSED_LINES)
-            why = verdict or diagnose(ended, tail, was_ready=was_ready, known_options=known_options)
+            why = verdict or diagnose(ended, tail, was_ready=was_ready, known_options=known_options, mask=mask)
             if verdict is None and why.reason is Reason.CRASHED and (problem := engine.log.check()):
                 why = Diagnosis(Reason.CRASHED, f"{why.message}; {problem}")
-            return why, tuple(line[:_SHOWN_CHARACTERS] for line in tail[-_TAIL_LINES:])
+            return why, tuple(mask(line)[:_SHOWN_CHARACTERS] for line in tail[-_TAIL_LINES:])
 
         self._claim_departure()
         stalled = was_ready and verdict is not None and verdict.reason is Reason.STALLED

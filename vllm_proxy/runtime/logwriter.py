@@ -25,6 +25,7 @@ class LogWriter:
     """Writes to a file descriptor, from any thread. Use as a context manager: what waits at its end is written.
 
     `write` queues lines, which are written within a tenth of a second; `flush` triggers that at once. Neither blocks.
+    Secrets are hidden (`runtime/masking.py`), whatever it is that logs them.
     They come out in the order in which they went in. It can stand in for `sys.stderr`.
     """
 
@@ -32,6 +33,7 @@ class LogWriter:
         """`most_waiting`: characters; what exceeds it is dropped."""
         self.dropped = 0  # lines
         self.notice: Callable[[int], str] = _plain_notice  # formats the notice of lost lines
+        self.mask: Callable[[str], str] = str  # hides the secrets in what is written
         self._descriptor = descriptor
         self._most_waiting = most_waiting
         self._waiting: list[str] = []
@@ -56,7 +58,11 @@ class LogWriter:
         self.close()
 
     def write(self, text: str) -> None:
-        """Queue text; lines that belong together are passed in one call."""
+        """Queue text, without the secrets in it; lines that belong together are passed in one call."""
+        self.queue(self.mask(text))
+
+    def queue(self, text: str) -> None:
+        """Queue text as it is: for lines that are made of names alone, one for each request."""
         with self._lock:
             if self._closing or self._size + len(text) > self._most_waiting:
                 lines = text.count("\n")

@@ -15,7 +15,7 @@ from vllm_proxy.traffic.call import Call
 class Lines(Protocol):
     """What gathers lines, to be written soon."""
 
-    def write(self, text: str, /) -> object:
+    def queue(self, text: str, /) -> object:
         """Take whole lines, without waiting."""
 
 
@@ -31,10 +31,10 @@ class AccessLog:
         seconds = time.monotonic() - call.started_at
         first = call.first_byte_at - call.started_at if call.first_byte_at else None
         if self._form == "json":
-            self._lines.write(logline.as_json("request", "info", _fields(call, seconds, first)))
+            self._lines.queue(logline.as_json("request", "info", _fields(call, seconds, first)))
             return
         head = logline.head(self._form, "info")
-        self._lines.write(
+        self._lines.queue(
             f"{head}request id={call.request_id.decode()} engine_id={_engine_id(call) or '-'} "
             f"{call.request.method} {call.route} model={call.model or '-'} "
             f"instance={call.instance or '-'} status={call.status} bytes={call.bytes_out} seconds={seconds:.4f} "

@@ -71,7 +71,7 @@ def put(text: str, name: TableName, keys: Table) -> str:
 
     """
     _check(keys, _checked(name))
-    return _edited(text, name, _merged({}, _spelled_as(_table(text, name), keys)))
+    return _edited(text, name, _merged({}, spelled_as(_table(text, name), keys)))
 
 
 def patch(text: str, name: TableName, change: Table) -> str:
@@ -83,7 +83,7 @@ def patch(text: str, name: TableName, change: Table) -> str:
     """
     _check(change, _checked(name))
     old = _table(text, name)
-    return _edited(text, name, _merged(old, _spelled_as(old, change)))
+    return _edited(text, name, _merged(old, spelled_as(old, change)))
 
 
 def delete(text: str, name: TableName) -> str:
@@ -179,7 +179,7 @@ def _merged(target: object, change: object) -> Any:  # noqa: ANN401 - JSON
     return result
 
 
-def _spelled_as(old: Table, new: Table) -> Table:
+def spelled_as(old: Table, new: Table) -> Table:
     """The options in `args` as the file spells them: `a_b` and `a-b` are one. A value counts for more than a null."""
     options, before = new.get("args"), old.get("args")
     if not isinstance(options, Mapping) or not isinstance(before, Mapping):

@@ -20,14 +20,16 @@ _BARE_WORD = re.compile(r"[\[,]\s*(?!true\b|false\b|nan\b|inf\b)([A-Za-z][^\s,\]
 _SPELT = {"true": "true", "false": "false", "yes": "true", "no": "false", "on": "true", "off": "false"}
 
 
-def of_syntax(line: str) -> str:
-    """How to write a line that is no TOML, "" where that cannot be guessed."""
+def of_syntax(line: str, *, hides_values: bool = False) -> str:
+    """How to write a line that is no TOML, "" where that cannot be guessed. `hides_values`: they may be secrets."""
     if len(line) > _LONGEST:
         return ""
     if header := _HEADER.fullmatch(line):
         return _of_header(header[1], header[2])
     if assignment := _ASSIGNMENT.fullmatch(line):
-        return _of_assignment(assignment[1], assignment[2])
+        return _of_assignment(assignment[1], assignment[2], hides_values=hides_values)
+    if hides_values:
+        return ""
     if yaml := _YAML.fullmatch(line):
         return f"write {yaml[1]} = {yaml[2]}" if yaml[2] else f"this is TOML, not YAML: write [{yaml[1]}]"
     return ""
@@ -46,9 +48,10 @@ def quoted(model_id: str, rest: str = "") -> str:
     return f"write [{dotted(('models', model_id))}{rest}]"
 
 
-def _of_assignment(key: str, value: str) -> str:
+def _of_assignment(key: str, value: str, *, hides_values: bool) -> str:
     if not _BARE.fullmatch(key):
-        return f"a key with other characters than letters, digits, _ and - needs quotes: write {show(key)} ="
+        shown = "" if hides_values else f": write {show(key)} ="
+        return f"a key with other characters than letters, digits, _ and - needs quotes{shown}"
     word = value.partition("#")[0].strip()
     if _is_value(word) or "=" in word:
         return ""
@@ -56,10 +59,14 @@ def _of_assignment(key: str, value: str) -> str:
         return f"write {key} = {_SPELT[word.lower()]}"
     if word.lower() in {"none", "null", "nil"}:
         return f"there is no such value: leave {key} out"
-    if word[0] in "\"'[{":
-        bare = _BARE_WORD.search(word)
-        return f"text needs quotes: {show(bare[1])}" if bare else ""
-    return f"text needs quotes: write {key} = {show(word)}"
+    return _of_text(key, word, hides_values=hides_values)
+
+
+def _of_text(key: str, word: str, *, hides_values: bool) -> str:
+    if word[0] not in "\"'[{":
+        return f"text needs quotes: write {key} = {'"..."' if hides_values else show(word)}"
+    bare = None if hides_values else _BARE_WORD.search(word)
+    return f"text needs quotes: {show(bare[1])}" if bare else ""
 
 
 def _is_value(word: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_proxy.domain import args
+from vllm_proxy.domain import args, secrets
 from vllm_proxy.domain.config import (
     Config,
     EngineDefaults,
@@ -91,7 +91,7 @@ def _problems(found: Iterable[Found], text: str, overrides: Mapping[str, Overrid
         if len(path) > 1 and path[0] == "server" and path[1] in overrides:
             problems.append(Problem(0, overrides[path[1]].source, message))
         else:
-            problems.append(Problem(line_of(lines, path), dotted(path), message))
+            problems.append(Problem(line_of(lines, path), dotted(secrets.shown_path(path)), message))
     return problems
 
 
@@ -99,7 +99,7 @@ def _table(document: TomlTable, name: str, found: list[Found]) -> TomlTable:
     value = document.get(name, {})
     if isinstance(value, Mapping):
         return value
-    found.append(((name,), f"expected a table, got {show(value)}"))
+    found.append(((name,), f"expected a table, got {secrets.show(value, (name,))}"))
     return {}
 
 
@@ -136,7 +136,7 @@ def _model(
     model_id: str, table: TomlTable, defaults: TomlTable, engine: EngineDefaults, found: list[Found]
 ) -> ModelSpec | None:
     spelling = _spelling(defaults) | _spelling(table)
-    merged = merge(_canonical(defaults), _canonical(table))
+    merged = _merged(_canonical(defaults), _canonical(table))
     own = ("models", model_id)
     mine: list[Found] = []
     valid = validate(ModelTable, merged, own, mine)
@@ -173,6 +173,12 @@ def _spelling(table: TomlTable) -> dict[str, str]:
     """How the file spells each option."""
     options = table.get("args")
     return {args.option_name(key): key for key in options} if isinstance(options, Mapping) else {}
+
+
+def _merged(defaults: TomlTable, table: TomlTable) -> dict[str, Any]:
+    """A model's keys. What a variable of its own refers to is not merged with what the one in the defaults does."""
+    merged, env = merge(defaults, table), table.get("env")
+    return {**merged, "env": {**merged["env"], **env}} if isinstance(env, Mapping) else merged
 
 
 def merge(base: TomlTable, over: TomlTable) -> dict[str, Any]:

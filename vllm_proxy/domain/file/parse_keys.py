@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from vllm_proxy.domain.config import KeyTable, TomlTable, revision_of
 from vllm_proxy.domain.file.locate import key_lines, line_of
 from vllm_proxy.domain.file.read import read_toml, unusable
-from vllm_proxy.domain.file.validate import Found, kind_of, validate
+from vllm_proxy.domain.file.validate import Found, validate
 from vllm_proxy.domain.keys import (
     ANONYMOUS,
     HASH_PREFIX,
@@ -21,6 +21,7 @@ from vllm_proxy.domain.keys import (
     own_key_problem,
 )
 from vllm_proxy.domain.references import Files
+from vllm_proxy.domain.secrets import kind_of
 from vllm_proxy.domain.toml import dotted
 from vllm_proxy.errors import ConfigError, Problem
 

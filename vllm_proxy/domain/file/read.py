@@ -4,6 +4,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 
+from vllm_proxy.domain import secrets
 from vllm_proxy.domain.config import TomlTable
 from vllm_proxy.domain.file import hints
 from vllm_proxy.domain.file.validate import Found
@@ -36,7 +37,7 @@ def read_toml(data: bytes, file: str) -> tuple[str, TomlTable]:
         place = _SYNTAX_PLACE.search(message)
         line = int(place[1]) if place and place[1] else text.count("\n") + 1
         what = _SYNTAX_PLACE.sub("", message)
-        hint = hints.of_syntax(text.split("\n")[line - 1])
+        hint = hints.of_syntax(text.split("\n")[line - 1], hides_values=secrets.may_hide(text, line))
         raise ConfigError(file, [Problem(line, "", f"this is no TOML: {what}{hint and '; '}{hint}")]) from None
     except RecursionError:
         raise ConfigError(file, [Problem(0, "", "cannot read this TOML: nested too deeply")]) from None

@@ -1,20 +1,21 @@
 """Validates a table against its schema: each problem with the key path where it is, and what was expected.
 
-A message shows what stands there, unless it may be a secret.
+A message shows what stands there, unless it may be a secret (`domain/secrets.py`).
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from vllm_proxy.domain.config import KeyTable, ModelTable, TomlTable
+from vllm_proxy.domain import secrets, units
+from vllm_proxy.domain.config import ModelTable, TomlTable
 from vllm_proxy.domain.toml import KeyPath
-from vllm_proxy.domain.units import show
 
 type Found = tuple[KeyPath, str]  # where, what
 
+_KEY = "[key]"  # pydantic's mark of a wrong key
 _EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -38,40 +39,28 @@ def validate[T: BaseModel](table: type[T], value: TomlTable, at: KeyPath, found:
         return table.model_validate(value)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            path = (*at, *(str(part) for part in detail["loc"] if part != "[key]"))  # pydantic's mark of a wrong key
-            found.append((path, _message(table, detail)))
+            path = (*at, *(str(part) for part in detail["loc"] if part != _KEY))
+            found.append((path, _message(table, path, detail)))
         return None
 
 
-def _message(table: type[BaseModel], detail: ErrorDetails) -> str:
-    kind = detail["type"]
+def _message(table: type[BaseModel], path: KeyPath, detail: ErrorDetails) -> str:
+    kind, value = detail["type"], detail["input"]
+    shown = secrets.show(value, path)
     if kind == "extra_forbidden":
         in_model = table is ModelTable and len(detail["loc"]) == 1
         return unknown(str(detail["loc"][-1]), _known_keys(table, detail["loc"]), in_model=in_model)
     if kind == "missing":
         return 'missing: every model needs model = "a Hugging Face id, path or URL"'
     if kind == "value_error":
-        return str(detail["ctx"]["error"])
+        message = str(detail["ctx"]["error"])
+        return message if _KEY in detail["loc"] else message.replace(units.show(value), shown)
     if kind not in _EXPECTED:
-        return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {_shown(table, detail)}"
+        return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {shown}"
     context = dict(detail.get("ctx", {}))
     if kind == "literal_error":
         context["expected"] = context["expected"].replace("'", '"').replace(" or ", ", ")
-    return f"expected {_EXPECTED[kind].format(**context)}, got {_shown(table, detail)}"
-
-
-def _shown(table: type[BaseModel], detail: ErrorDetails) -> str:
-    """What stands there; of texts that may be credentials only that they are: messages are logged."""
-    value = detail["input"]
-    if (table is not KeyTable and "env" not in detail["loc"]) or isinstance(value, bool | int | float):
-        return show(value)
-    return kind_of(value)
-
-
-def kind_of(value: object) -> str:
-    """What a value is that may be a credential, and so is not shown."""
-    kinds = ((str, "a string"), (list, "a list"), (Mapping, "a table"))
-    return next((name for kind, name in kinds if isinstance(value, kind)), "another value")
+    return f"expected {_EXPECTED[kind].format(**context)}, got {shown}"
 
 
 def _known_keys(table: type[BaseModel], location: tuple[int | str, ...]) -> Iterable[str]:

@@ -1,0 +1,67 @@
+"""Which secrets are hidden when: those that are in use, and the last ones that were."""
+
+import time
+
+from vllm_proxy.runtime import masking
+from vllm_proxy.runtime.masking import Masking
+
+TEXT = "of the file: file-secret; of an engine: engine-secret\n"
+
+
+def test_nothing_is_hidden_where_there_are_no_secrets() -> None:
+    """The text itself comes back."""
+    assert Masking().mask(TEXT) is TEXT
+
+
+def test_what_the_file_and_the_engines_hold_is_hidden() -> None:
+    """Also when it is in use no more: it may stand in what was written before."""
+    hidden = Masking()
+    hidden.configure(["file-secret"])
+    assert hidden.mask(TEXT) == "of the file: ***; of an engine: engine-secret\n"
+    with hidden.held(["engine-secret"]):
+        assert hidden.mask(TEXT) == "of the file: ***; of an engine: ***\n"
+    hidden.configure([])
+    assert hidden.mask(TEXT) == "of the file: ***; of an engine: ***\n"
+
+
+def test_of_those_that_were_in_use_the_last_thousand_are_hidden() -> None:
+    """Those that are in use are never forgotten, however many come and go."""
+    hidden = Masking()
+    hidden.configure(["file-secret"])
+    with hidden.held(["engine-secret", "file-secret"]):
+        for number in range(3):
+            hidden.note(f"former-{number}-{one:05}" for one in range(1000))
+        assert hidden.mask(TEXT) == "of the file: ***; of an engine: ***\n"
+        assert hidden.mask("former-0-00000 former-2-00000 former-2-00999") == "former-0-00000 *** ***"
+
+
+def test_two_engines_may_hold_the_same_secret() -> None:
+    """It is in use until the last of them has ended."""
+    hidden = Masking()
+    with hidden.held(["engine-secret"]):
+        with hidden.held(["engine-secret"]):
+            pass
+        for one in range(2):
+            hidden.note(f"former-{one}-{number:05}" for number in range(1000))
+        assert "engine-secret" not in hidden.mask(TEXT)
+
+
+def test_a_long_text_is_looked_at_in_pieces_of_whole_lines() -> None:
+    """No secret is missed between two of them, and a line that is longer than a piece is one."""
+    hidden = Masking()
+    hidden.configure(["file-secret", "engine-secret"])
+    text = TEXT * (3 * masking._PIECE // len(TEXT)) + "x" * 2 * masking._PIECE + TEXT + "file-secret"
+    found = hidden.mask(text)
+    assert "secret" not in found
+    assert found.count("***") == text.count("secret")
+    assert found.replace("***", "") == text.replace("file-secret", "").replace("engine-secret", "")
+
+
+def test_thousands_of_secrets_hold_up_no_line() -> None:
+    """The pattern is made once, and not with each line."""
+    hidden = Masking()
+    hidden.configure(f"secret-{number}-of-many" for number in range(5000))
+    pattern = hidden._pattern
+    for _ in range(100):
+        assert hidden.mask(f"a secret-{4999}-of-many at {time.monotonic()}").startswith("a *** at")
+    assert hidden._pattern is pattern
