@@ -19,6 +19,7 @@ from vllm_proxy.domain.file import edit_keys
 from vllm_proxy.domain.keys import RANDOM_BYTES, Scope, hash_of, name_problem, new_key, own_key_problem
 from vllm_proxy.domain.resources import key_of
 from vllm_proxy.domain.units import parse_duration, parse_time, show, show_time
+from vllm_proxy.errors import VllmProxyError
 from vllm_proxy.fleet.changes import KeyEdit, KeyFiles
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.settings import Settings
@@ -81,7 +82,8 @@ async def run(settings: Settings, options: argparse.Namespace, stdin: TextIO | N
 
 async def _new(settings: Settings, options: argparse.Namespace) -> Done:
     found, where = await _create(settings, options, {})
-    return Done(found, str(found["key"]), f"{_described(found)}: {where}. The key is told this once: its hash is kept")
+    words = f"{_described(found)}: {where}. The key is told this once: its hash is kept"
+    return Done(found, str(found["key"]), words + await _of_the_first(settings))
 
 
 async def _add(settings: Settings, options: argparse.Namespace) -> Done:
@@ -93,7 +95,21 @@ async def _add(settings: Settings, options: argparse.Namespace) -> Done:
         msg = f"cannot add key {show(options.name)}: {problem}"
         raise CommandError(msg)
     found, where = await _create(settings, options, {"hash": hash_of(key)})
-    return Done(found, f"{_described(found)}: {where}")
+    return Done(found, f"{_described(found)}: {where}" + await _of_the_first(settings))
+
+
+async def _of_the_first(settings: Settings) -> str:
+    """What a first key changes for those who have none, which may surprise them."""
+    try:
+        others = len((await _all(settings))["keys"]) - 1
+    except (VllmProxyError, OSError):  # the key is made, and has to be told
+        return ""
+    if others:
+        return ""
+    return (
+        "\nIt is the first key: who sends none may do nothing from now on, on this machine neither."
+        ' [keys.anonymous] with scopes = ["inference"] leaves inference open'
+    )
 
 
 async def _create(
@@ -116,7 +132,7 @@ async def _create(
         return {**found, "key": key}, where
 
 
-async def _list(settings: Settings, _options: argparse.Namespace) -> Done:
+async def _all(settings: Settings) -> resources.Keys:
     found: resources.Keys
     try:
         async with connected(settings) as daemon:
@@ -124,6 +140,11 @@ async def _list(settings: Settings, _options: argparse.Namespace) -> Done:
     except NoDaemonError:
         config = _files(settings).change(lambda texts: texts).config
         found = {"revision": config.keys_revision, "keys": [key_of(key) for key in config.keys.values()]}
+    return found
+
+
+async def _list(settings: Settings, _options: argparse.Namespace) -> Done:
+    found = await _all(settings)
     rows = [("name", "id", "scopes", "models", "state"), *map(_row, found["keys"])]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)).rstrip() for row in rows)

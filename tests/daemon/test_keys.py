@@ -451,3 +451,14 @@ async def test_a_command_that_cannot_do_it_says_why(tmp_path: Path, port_start: 
     await fails(2, "expected how long", "new", "ci", "--expires", "soon")
     await fails(2, "invalid choice", "new", "ci", "--scope", "root")
     await fails(2, "--stdin", "add", "ci")
+
+
+async def test_the_first_key_says_whom_it_shuts_out(tmp_path: Path) -> None:
+    """On stderr, where the second one says nothing of it; the key alone is on stdout."""
+    (tmp_path / "models.toml").write_text("# none yet\n")
+    config = ("-c", str(tmp_path / "models.toml"))
+    status, out, err = await vllm_proxy(tmp_path, "keys", "new", "one", *config)
+    assert (status, is_mistyped(out.strip())) == (0, False)
+    assert "It is the first key: who sends none may do nothing" in err
+    status, _, err = await vllm_proxy(tmp_path, "keys", "new", "two", *config)
+    assert (status, "first key" in err) == (0, False)

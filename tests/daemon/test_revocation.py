@@ -247,3 +247,12 @@ async def test_a_write_is_one_line_and_one_event_with_who_and_what(running: Daem
     await running.logged("who='key other'", times=1)
     await running.write("POST", "/models/other/restart", status=202)
     await running.logged("what='POST /models/other/restart'")
+
+
+async def test_a_key_that_revokes_itself_is_told_that_it_did(running: Daemon) -> None:
+    """What a write has changed is answered; the next request is refused."""
+    headers = {"Authorization": f"Bearer {OTHER}"}
+    async with running.session.patch("/keys/other", json={"enabled": False}, headers=headers) as answer:
+        assert (answer.status, (await answer.json())["enabled"]) == (200, False)
+    async with running.session.get("/keys", headers=headers) as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (401, "invalid_api_key")

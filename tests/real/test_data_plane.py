@@ -36,7 +36,14 @@ class Engine:
 
     async def running(self) -> float:
         """`vllm:num_requests_running`."""
-        found = re.search(r"^vllm:num_requests_running\{[^}]*\} ([0-9.e+]+)$", await self.get("/metrics"), re.MULTILINE)
+        return await self._metric("num_requests_running")
+
+    async def prefix_hits(self) -> float:
+        """`vllm:prefix_cache_hits_total`: tokens that were not computed again."""
+        return await self._metric("prefix_cache_hits_total")
+
+    async def _metric(self, name: str) -> float:
+        found = re.search(rf"^vllm:{name}\{{[^}}]*\}} ([0-9.e+]+)$", await self.get("/metrics"), re.MULTILINE)
         assert found
         return float(found[1])
 
@@ -135,3 +142,33 @@ async def test_vllm_tokenizes_and_pools_through_the_daemon(demo: Daemon) -> None
     assert best["document"]["text"] == "the cat purrs"
     scored = await demo.post("/score", {"model": "embed", "text_1": "a cat", "text_2": ["a cat", "stocks"]})
     assert scored["data"][0]["score"] > scored["data"][1]["score"]
+
+
+async def test_a_key_that_isolates_its_prompts_shares_no_prefix_cache(demo: Daemon, engine: Engine) -> None:
+    """What one key has asked is cached for itself alone, on every route that generates; its own salt counts less."""
+    await demo.write("POST", "/keys", {"name": "anonymous", "scopes": ["inference", "read"]}, 201)
+    made = await demo.write("POST", "/keys", {"name": "alone", "isolate_cache": True}, 201)
+    try:
+        for path, fields in (
+            ("/v1/chat/completions", "messages"),
+            ("/v1/completions", "prompt"),
+            ("/v1/responses", "input"),
+            ("/v1/messages", "messages"),
+        ):
+            text = " ".join(f"{path}{number}" for number in range(60))  # of some blocks, and of this route alone
+            asked = [{"role": "user", "content": text}] if fields == "messages" else text
+            body = {"model": "chat", "max_tokens": 2, "max_output_tokens": 16, fields: asked, "cache_salt": "guessed"}
+            cached = []
+            for headers in ({}, {}, {"Authorization": f"Bearer {made['key']}"}, {"x-api-key": made["key"]}):
+                before = await engine.prefix_hits()
+                async with demo.session.post(path, json=body, headers=headers) as answer:
+                    assert answer.status == 200, await answer.text()
+                cached.append(await engine.prefix_hits() > before)
+            assert cached == [False, True, False, True], path
+        async with demo.session.post(
+            "/v2/embed", json={"model": "embed"}, headers={"x-api-key": made["key"]}
+        ) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (403, "isolation_unavailable")
+    finally:
+        await demo.write("DELETE", "/keys/alone", status=204)
+        await demo.write("DELETE", "/keys/anonymous", status=204)

@@ -63,7 +63,7 @@ def _let_in(request: web.Request, route: Route, access: Access) -> Admission:
     model = request.match_info.get("model_id", "")
     if model and route.scope in {Scope.READ, Scope.OPERATE} and not caller.may_use(model):
         raise model_not_found(model)
-    return Admission(caller, route.scope, model)
+    return Admission(caller, route.scope, model, writes=request.method not in {"GET", "HEAD"})
 
 
 def author_of(request: web.Request) -> Author:

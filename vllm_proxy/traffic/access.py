@@ -44,6 +44,7 @@ class Admission:
     caller: Caller
     scope: Scope | None
     model: str = ""  # that its path names
+    writes: bool = False  # what it changes is done, whatever becomes of its key meanwhile: so it gets its answer
     revoked: RequestError | None = None  # why it ends before its time
 
 
@@ -104,7 +105,7 @@ class Access:
     def refusal_of(self, admission: Admitted, client: ClientConnection) -> RequestError | None:
         """Why a request that was let in may not go on, since a key was changed or has expired; None: it may."""
         before = admission.caller
-        if before is CONTROL:
+        if before is CONTROL or admission.writes:
             return None
         now = self._keyring.now(before, local=client.listener.kind is Kind.LOOPBACK)
         if now is None:

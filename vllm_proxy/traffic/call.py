@@ -44,6 +44,7 @@ class Call:
     retries = 0
     caller: Caller  # who sent it, once that is known
     scope: Scope | None = Scope.INFERENCE
+    writes = False
     salt = b""  # the `cache_salt` that its prompt gets
     revoked: RequestError | None = None  # why it ends before its time
 

@@ -43,6 +43,7 @@ class Admitted(Protocol):
     caller: Caller
     scope: Scope | None
     model: str  # "" where it is not known
+    writes: bool
     revoked: RequestError | None  # why it ends before its time
 
 
