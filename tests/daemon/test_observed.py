@@ -22,7 +22,7 @@ aliases = ["an-alias"]
 model = "org/other"
 """
 ECHO = b'{"model": "chat", "fake": {"echo": true}}'
-FIELDS = "id engine_id model instance status bytes seconds first_byte".split()
+FIELDS = "id engine_id key model instance status bytes seconds first_byte".split()
 
 
 @pytest.fixture(scope="module")

@@ -256,3 +256,16 @@ async def test_a_key_that_revokes_itself_is_told_that_it_did(running: Daemon) ->
         assert (answer.status, (await answer.json())["enabled"]) == (200, False)
     async with running.session.get("/keys", headers=headers) as answer:
         assert (answer.status, (await answer.json())["error"]["code"]) == (401, "invalid_api_key")
+
+
+async def test_the_log_of_a_request_has_the_name_of_its_key(running: Daemon) -> None:
+    """Of one that was let in; neither the key nor what else was sent in its place."""
+    body = {"model": "chat", "messages": []}
+    for sent, shown in ((KEY, "ci"), ("vp-nobodys", "-")):
+        headers = {"Authorization": f"Bearer {sent}", "X-Request-Id": f"log-{shown}"}
+        async with running.session.post(CHAT, json=body, headers=headers) as answer:
+            assert answer.status in {200, 401}
+        await running.logged(f"request id=log-{shown} ")
+        (line,) = (line for line in running.log().splitlines() if f"request id=log-{shown} " in line)
+        assert f" key={shown} " in line
+        assert sent not in running.log()

@@ -36,7 +36,7 @@ class AccessLog:
         head = logline.head(self._form, "info")
         self._lines.queue(
             f"{head}request id={call.request_id.decode()} engine_id={_engine_id(call) or '-'} "
-            f"{call.request.method} {call.route} model={call.model or '-'} "
+            f"{call.request.method} {call.route} key={_key(call) or '-'} model={call.model or '-'} "
             f"instance={call.instance or '-'} status={call.status} bytes={call.bytes_out} seconds={seconds:.4f} "
             f"first_byte={'-' if first is None else f'{first:.4f}'}\n"
         )
@@ -47,12 +47,18 @@ def _engine_id(call: Call) -> str | None:
     return call.engine_id.decode() if call.instance else None
 
 
+def _key(call: Call) -> str | None:
+    """The name of the key that it was sent with."""
+    return None if call.caller.is_anonymous else call.caller.name
+
+
 def _fields(call: Call, seconds: float, first: float | None) -> dict[str, object]:
     return {
         "id": call.request_id.decode(),
         "engine_id": _engine_id(call),
         "method": call.request.method,
         "route": call.route,
+        "key": _key(call),
         "model": call.model or None,
         "instance": call.instance or None,
         "status": call.status,

@@ -20,7 +20,7 @@ from vllm_proxy.traffic.cors import Cors
 from vllm_proxy.traffic.envelope import as_request_error, error_response
 from vllm_proxy.traffic.front import client_of, withdraw_cancellation
 from vllm_proxy.traffic.head import engine_id, read_head, request_id
-from vllm_proxy.traffic.keyring import Caller
+from vllm_proxy.traffic.keyring import NOBODY, Caller
 from vllm_proxy.traffic.routes import InferenceRoute, is_anthropic
 
 log = structlog.get_logger()
@@ -42,7 +42,7 @@ class Call:
     bytes_out = 0
     held = 0  # bytes of its body that are counted in the budget
     retries = 0
-    caller: Caller  # who sent it, once that is known
+    caller = NOBODY  # who sent it, once that is known
     scope: Scope | None = Scope.INFERENCE
     writes = False
     salt = b""  # the `cache_salt` that its prompt gets

@@ -52,6 +52,9 @@ class Caller:
         return self.models is None or model_id in self.models or any(alias in self.models for alias in aliases)
 
 
+NOBODY = Caller(_NOBODY, b"", frozenset())  # who may do nothing, and was not let in
+
+
 class Keyring:
     """All callers of one daemon."""
 
