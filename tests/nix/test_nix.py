@@ -296,6 +296,7 @@ def test_a_build_checks_the_file_without_any_secret(tmp_path: Path, keys_file: s
     secrets = """
         credentials = { app-key = "/run/secrets/app"; hf-token = "/run/secrets/hf"; };
         settings.keys.app.file = "credential:app-key";
+        settings.defaults.env.HF_TOKEN.credential = "hf-token";
     """
     found = evaluate(tmp_path, MODELS + secrets + keys_file + more)
     (tmp_path / "generated.toml").write_text(tomli_w.dumps(generated(found)), encoding="utf-8")
