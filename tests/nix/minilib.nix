@@ -140,7 +140,6 @@ let
       inherit content;
     };
 
-    concatMapStrings = lib.concatMapStringsSep "";
     concatMapStringsSep =
       between: f: list:
       builtins.concatStringsSep between (map f list);

@@ -283,21 +283,23 @@ def test_secrets_are_named_in_the_file_and_loaded_by_systemd(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("keys_file", "more", "status"),
+    ("options", "more", "status"),
     [
         ('keysFile = "/run/secrets/keys.toml";', "", 0),
+        ('tlsCert = "/run/secrets/crt"; tlsKey = "/run/secrets/key";', "", 0),
         ('settings.server.keys_file = "/var/lib/vllm-proxy/keys.toml";', "", 0),  # it is not there in a build
         ("", "settings.keys.anonymous.scopes = [ ];", 0),
         ("", 'settings.keys.ci.hash = "sha256:0";', 1),
     ],
 )
-def test_a_build_checks_the_file_without_any_secret(tmp_path: Path, keys_file: str, more: str, status: int) -> None:
+def test_a_build_checks_the_file_without_any_secret(tmp_path: Path, options: str, more: str, status: int) -> None:
     """Our own `check` takes what the module generates where no credential is, and refuses what is wrong."""
     secrets = """
         credentials = { app-key = "/run/secrets/app"; hf-token = "/run/secrets/hf"; };
         settings.keys.app.file = "credential:app-key";
+        settings.defaults.env.HF_TOKEN.credential = "hf-token";
     """
-    found = evaluate(tmp_path, MODELS + secrets + keys_file + more)
+    found = evaluate(tmp_path, MODELS + secrets + options + more)
     (tmp_path / "generated.toml").write_text(tomli_w.dumps(generated(found)), encoding="utf-8")
     script = found["etc"]["vllm-proxy/models.toml"]["text"]
     script = re.sub(r"/nix/store/\S+/bin/vllm-proxy", f"{sys.executable} -m vllm_proxy", script)

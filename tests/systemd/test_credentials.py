@@ -125,7 +125,6 @@ def test_a_model_gets_its_secret_and_nobody_sees_it(machine: Machine) -> None:
     for path in ("/models", "/models/chat", "/health", "/metrics", "/config", "/models/chat/logs"):
         answer = machine.shell(f"curl -sS --fail-with-body --unix-socket {CONTROL} http://localhost{path}")
         assert TOKEN not in answer
-    assert machine.get("/models/chat", control=True)["spec"]["env"]["HF_TOKEN"] == "***"
     assert TOKEN not in machine.journal()
     assert TOKEN not in machine.run("ps", "-eo", "args").stdout
 

@@ -26,6 +26,24 @@ def commit(machine: Machine, text: str, *, force: bool = False) -> None:
     )
 
 
+def pull(machine: Machine, text: str) -> None:
+    """A commit that arrives."""
+    commit(machine, text)
+    machine.run("systemctl", "start", PULL)
+
+
+def scopes_of(machine: Machine, key: str) -> list[str]:
+    """What a key may do, by what it is answered: infer, read, administer."""
+    routes = {"inference": "/v1/models", "read": "/models", "admin": "/config"}
+    ask = "curl -sS -o /dev/null -w '%{http_code}' -H"
+    answered = {
+        scope: machine.shell(f"{ask} 'Authorization: Bearer {key}' localhost:8000{path}")
+        for scope, path in routes.items()
+    }
+    assert set(answered.values()) <= {"200", "401", "403"}
+    return [scope for scope, status in answered.items() if status == "200"]
+
+
 @pytest.fixture
 def following(machine: Machine) -> Machine:
     """A machine that follows a repository, as the README says; the timer is stopped, so that each test pulls itself."""
@@ -83,7 +101,7 @@ def test_a_forced_push_is_not_followed(following: Machine) -> None:
 
 
 def test_a_change_over_rest_is_not_lost(following: Machine) -> None:
-    """A pull that would overwrite it fails; with the folder read-only, the API refuses in the first place."""
+    """A pull that would overwrite it fails; with the folder read-only, the API refuses, and keys may lie elsewhere."""
     patch = (
         "curl -sS --fail-with-body -X PATCH -H 'Content-Type: application/json' -d '{\"max_model_len\": 256}' "
         f"--unix-socket {CONTROL} http://localhost/models/chat"
@@ -97,30 +115,17 @@ def test_a_change_over_rest_is_not_lost(following: Machine) -> None:
     following.shell("runuser -u vllm-proxy -- git -C /etc/vllm-proxy checkout -q models.toml")
     following.run("systemctl", "start", PULL)
     following.eventually("/models/embed", "effective.model", "org/other")
+    (elsewhere,) = re.findall(r"`(keys_file = \"(/.*?)\")`", README)
+    following.shell(f"install -o vllm-proxy -g vllm-proxy -m 640 /dev/null {elsewhere[1]}")
+    pull(following, f"{GOOD}[server]\n{elsewhere[0]}\n")
     folder = following.path("/etc/systemd/system/vllm-proxy.service.d")
     folder.mkdir()
     (folder / "read-only.conf").write_text("[Service]\nReadOnlyPaths=/etc/vllm-proxy\n", encoding="utf-8")
     following.run("systemctl", "daemon-reload")
     following.run("systemctl", "restart", "vllm-proxy")
     assert "config_read_only" in following.shell(patch, status=22)
-
-
-def pull(machine: Machine, text: str) -> None:
-    """A commit that arrives."""
-    commit(machine, text)
-    machine.run("systemctl", "start", PULL)
-
-
-def scopes_of(machine: Machine, key: str) -> list[str]:
-    """What a key may do, by what it is answered: infer, read, administer."""
-    routes = {"inference": "/v1/models", "read": "/models", "admin": "/config"}
-    ask = "curl -sS -o /dev/null -w '%{http_code}' -H"
-    answered = {
-        scope: machine.shell(f"{ask} 'Authorization: Bearer {key}' localhost:8000{path}")
-        for scope, path in routes.items()
-    }
-    assert set(answered.values()) <= {"200", "401", "403"}
-    return [scope for scope, status in answered.items() if status == "200"]
+    key = following.run("vllm-proxy", "keys", "new", "ada").stdout.strip()
+    assert (scopes_of(following, key), scopes_of(following, "")) == (["inference"], [])
 
 
 def test_keys_outside_of_git_live_beside_a_public_configuration(following: Machine) -> None:

@@ -107,20 +107,25 @@ def test_a_stream_ends_whole_before_a_restart_and_cut_where_the_daemon_is_killed
         ready(serving)
 
 
-def test_an_address_of_systemd_that_is_not_loopback_is_open_for_inference_alone(machine: Machine) -> None:
-    """Administration over it is refused, as if the daemon had opened it; the control socket and models serve."""
+def test_an_address_of_systemd_that_is_not_loopback_is_open_to_nobody_without_a_key(machine: Machine) -> None:
+    """As if the daemon had opened it, whoever connects to it from where; `[keys.anonymous]` opens what it says."""
     folder = machine.path("/etc/systemd/system/vllm-proxy.socket.d")
     folder.mkdir()
     (folder / "address.conf").write_text("[Socket]\nListenStream=\nListenStream=0.0.0.0:8000\n", encoding="utf-8")
     machine.run("systemctl", "daemon-reload")
     machine.run("systemctl", "start", "vllm-proxy.socket", "vllm-proxy.service")
     machine.eventually("/health", "models.ready", 2)
-    refused = machine.shell("curl -sS --fail-with-body localhost:8000/models", status=22)
-    assert json.loads(refused)["error"]["code"] == "remote_admin_disabled"
-    assert [model["id"] for model in machine.get("/v1/models")["data"]] == ["chat", "embed"]
-    configure(machine, machine.path("/etc/vllm-proxy/models.toml").read_text() + "[server]\nport = 9000\n")
+    for path in ("/models", "/v1/models"):
+        refused = machine.shell(f"curl -sS --fail-with-body localhost:8000{path}", status=22)
+        assert json.loads(refused)["error"]["code"] == "missing_api_key"
+    assert "[keys.anonymous]" in machine.journal(), "a warning names both ways out"
+    text = machine.path("/etc/vllm-proxy/models.toml").read_text()
+    configure(machine, text + '[server]\nport = 9000\n[keys.anonymous]\nscopes = ["inference"]\n')
     machine.run("systemctl", "reload", "vllm-proxy")
-    assert machine.get("/health")["config"]["pending_restart"] == [], "the file does not say where it listens"
+    assert [model["id"] for model in machine.get("/v1/models")["data"]] == ["chat", "embed"]
+    assert "missing_api_key" in machine.shell("curl -sS --fail-with-body localhost:8000/models", status=22)
+    pending = machine.get("/health", control=True)["config"]["pending_restart"]
+    assert pending == [], "the file does not say where it listens"
 
 
 def test_a_client_that_waits_makes_no_loop_of_an_invalid_file(machine: Machine) -> None:
