@@ -260,7 +260,7 @@ async def test_a_key_that_revokes_itself_is_told_that_it_did(running: Daemon) ->
 
 async def test_the_log_of_a_request_has_the_name_of_its_key(running: Daemon) -> None:
     """Of one that was let in; neither the key nor what else was sent in its place."""
-    body = {"model": "chat", "messages": []}
+    body = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
     for sent, shown in ((KEY, "ci"), ("vp-nobodys", "-")):
         headers = {"Authorization": f"Bearer {sent}", "X-Request-Id": f"log-{shown}"}
         async with running.session.post(CHAT, json=body, headers=headers) as answer:
