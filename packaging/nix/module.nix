@@ -14,6 +14,11 @@ let
   file = if isGenerated then "/etc/${name}/models.toml" else cfg.configFile;
   server = cfg.settings.server or { };
 
+  files = [
+    "keys_file"
+    "tls_cert"
+    "tls_key"
+  ];
   # Files that systemd reads for the service: by the key of [server] that names them, under which name, from where.
   given = lib.filterAttrs (_: credential: credential.source != null) {
     keys_file = {
@@ -43,9 +48,11 @@ let
     cfg.settings // lib.optionalAttrs (references != { }) { server = server // references; }
   );
   # An invalid file fails the build, with every problem and its place. What the service alone will have, a credential, is
-  # not looked at; nor is a keys_file by its path, which is not there while the system is built.
+  # not looked at; nor is a file that [server] names by its path, which is not there while the system is built.
   checked = pkgs.runCommand "models.toml" { } ''
-    ${lib.optionalString (server ? keys_file) "export VLLM_PROXY_KEYS_FILE=credential:keys.toml"}
+    ${lib.concatMapStringsSep "\n" (key: "export VLLM_PROXY_${lib.toUpper key}=credential:${key}") (
+      builtins.filter (key: server ? ${key}) files
+    )}
     ${lib.getExe cfg.package} check --config ${generated}
     cp ${generated} $out
   '';

@@ -288,6 +288,7 @@ def test_secrets_are_named_in_the_file_and_loaded_by_systemd(tmp_path: Path) -> 
         ('keysFile = "/run/secrets/keys.toml";', "", 0),
         ('tlsCert = "/run/secrets/crt"; tlsKey = "/run/secrets/key";', "", 0),
         ('settings.server.keys_file = "/var/lib/vllm-proxy/keys.toml";', "", 0),  # it is not there in a build
+        ('settings.server = { tls_cert = "/var/lib/acme/crt"; tls_key = "/var/lib/acme/key"; };', "", 0),
         ("", "settings.keys.anonymous.scopes = [ ];", 0),
         ("", 'settings.keys.ci.hash = "sha256:0";', 1),
     ],
