@@ -14,13 +14,8 @@ let
   file = if isGenerated then "/etc/${name}/models.toml" else cfg.configFile;
   server = cfg.settings.server or { };
 
-  files = [
-    "keys_file"
-    "tls_cert"
-    "tls_key"
-  ];
   # Files that systemd reads for the service: by the key of [server] that names them, under which name, from where.
-  given = lib.filterAttrs (_: credential: credential.source != null) {
+  files = {
     keys_file = {
       name = "keys.toml";
       source = cfg.keysFile;
@@ -34,6 +29,7 @@ let
       source = cfg.tlsKey;
     };
   };
+  given = lib.filterAttrs (_: credential: credential.source != null) files;
   references = builtins.mapAttrs (_: credential: "credential:${credential.name}") given;
   credentials =
     cfg.credentials
@@ -51,7 +47,7 @@ let
   # not looked at; nor is a file that [server] names by its path, which is not there while the system is built.
   checked = pkgs.runCommand "models.toml" { } ''
     ${lib.concatMapStringsSep "\n" (key: "export VLLM_PROXY_${lib.toUpper key}=credential:${key}") (
-      builtins.filter (key: server ? ${key}) files
+      builtins.filter (key: server ? ${key}) (builtins.attrNames files)
     )}
     ${lib.getExe cfg.package} check --config ${generated}
     cp ${generated} $out
