@@ -183,6 +183,19 @@ def test_what_root_left_in_the_daemons_folder_is_told_with_its_owner(roots: list
     assert told.format(**places) in error.message
 
 
+def test_a_group_that_the_daemon_is_not_in_is_told() -> None:
+    """It could not give the new file to that group, as who may read the old one expects."""
+    user = pwd.getpwnam("nobody")
+    with tempfile.TemporaryDirectory() as made:
+        file = Path(made, "keys.toml")
+        file.write_bytes(OLD)
+        os.chown(made, user.pw_uid, user.pw_gid)
+        os.chown(file, user.pw_uid, 0)
+        with being(user):
+            error = refused(file)
+    assert "it belongs to the group root; `chgrp " in error.message
+
+
 def test_what_the_system_forbids_for_no_reason_of_ownership_may_be_immutable(file: Path) -> None:
     """EPERM where all of it is ours."""
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from vllm_proxy.errors import RequestError
-from vllm_proxy.runtime.files import replace_file, user_name
+from vllm_proxy.runtime.files import group_name, replace_file, user_name
 from vllm_proxy.runtime.regular_file import MOST_BYTES, read_regular_file
 
 _NIX_STORE = Path("/nix/store")
@@ -110,6 +110,9 @@ def _not_permitted(target: Path) -> str:
         return f"{names} {verb} to {whose}; `chown {user_name(us)} {places}` lets the daemon replace it"
     if closed:
         return f"its folder has no write bit; `chmod u+wx {shlex.quote(str(folder))}`"
+    if target.exists() and (group := target.stat().st_gid) not in {os.getegid(), *os.getgroups()}:
+        mine, file = group_name(os.getegid()), shlex.quote(str(target))
+        return f"it belongs to the group {group_name(group)}; `chgrp {mine} {file}` lets the daemon replace it"
     return "the system does not permit it; is the file immutable (lsattr)?"
 
 

@@ -8,6 +8,7 @@ rename.
 import contextlib
 import ctypes
 import errno
+import grp
 import os
 import pwd
 import secrets
@@ -93,6 +94,14 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
+
+
+def group_name(gid: int) -> str:
+    """As `user_name`, of a group."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
 
 
 def read_file(path: Path) -> bytes:
