@@ -60,6 +60,8 @@ def test_the_stronger_place_wins(
         ("HOST", "gpu7", "gpu7"),
         ("HOST", "true", "true"),
         ("PORT", "9000", 9000),
+        ("KEYS_FILE", "/etc/keys.toml", "/etc/keys.toml"),
+        ("KEYS_FILE", "credential:keys.toml", "credential:keys.toml"),
         ("CORS_ORIGINS", "https://a.example, http://b:1 ,", ("https://a.example", "http://b:1")),
         ("CORS_ORIGINS", "*", ("*",)),
         ("ALLOWED_HOSTS", "", ()),
