@@ -97,7 +97,13 @@ def _kind(annotation: Any, marks: Sequence[Any]) -> str:  # noqa: ANN401 - a typ
         return f"{f'{one} or ' if config._one_or_more in readers else ''}list of {one}{_length(marks)}"
     if origin is dict or annotation is dict:
         return "table"
-    names = {bool: "true or false", int: "whole number", float: "number", str: "text", AwareDatetime: "time with offset"}
+    names = {
+        bool: "true or false",
+        int: "whole number",
+        float: "number",
+        str: "text",
+        AwareDatetime: "time with offset",
+    }
     return names[annotation] + (_bounds(marks) if annotation in {int, float} else "")
 
 

@@ -148,7 +148,9 @@ def test_the_example_shows_every_key_with_its_default() -> None:
     text = data.decode()
     for table in (Server, EngineDefaults, ModelTable, Restart, KeyTable):
         for key, field in table.model_fields.items():
-            mark = "#? ?" if field.default is None else ""  # what has no default stands in a comment, or has a value
+            mark = (
+                "#? ?" if field.default in (None, ()) else ""
+            )  # what has no default stands in a comment, or has a value
             assert re.search(rf"^({mark}{key} = |\[.*\b{key}\])", text, re.MULTILINE), key
     assert config.server == Server()
     for name, default in Restart().model_dump().items():
