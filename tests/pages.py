@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from annotated_types import Ge, Gt, Le, MinLen
+from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 from prometheus_client.core import Metric
-from pydantic import BaseModel, BeforeValidator
+from pydantic import AwareDatetime, BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from tests.api.test_metrics import Fleet, call, metrics_of
 from vllm_proxy import cli
-from vllm_proxy.api.openapi_keys import KEYS
+from vllm_proxy.api.openapi_keys import KEYS, OF_A_KEY
 from vllm_proxy.api.openapi_routes import OPERATIONS, Operation
-from vllm_proxy.domain import plan
-from vllm_proxy.domain.config import EngineDefaults, EngineSpec, Policy, Restart, Server
+from vllm_proxy.domain import config, plan
+from vllm_proxy.domain.config import EngineDefaults, EngineSpec, KeyTable, Policy, Restart, Server
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.units import parse_duration, parse_size, show, show_duration, show_size
 from vllm_proxy.errors import STATUS
@@ -93,12 +93,23 @@ def _kind(annotation: Any, marks: Sequence[Any]) -> str:  # noqa: ANN401 - a typ
     if origin is Literal:
         return ", ".join(f'`"{value}"`' for value in inner)
     if origin is tuple:
-        empty = "" if not any(isinstance(mark, MinLen) for mark in marks) else ", not empty"
-        return f"list of {_kind(inner[0], ())}{empty}"
+        one = _kind(inner[0], ())
+        return f"{f'{one} or ' if config._one_or_more in readers else ''}list of {one}{_length(marks)}"
     if origin is dict or annotation is dict:
         return "table"
-    names = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+    names = {
+        bool: "true or false",
+        int: "whole number",
+        float: "number",
+        str: "text",
+        AwareDatetime: "time with offset",
+    }
     return names[annotation] + (_bounds(marks) if annotation in {int, float} else "")
+
+
+def _length(marks: Sequence[Any]) -> str:
+    most = "".join(f", at most {mark.max_length}" for mark in marks if isinstance(mark, MaxLen))
+    return most or (", not empty" if any(isinstance(mark, MinLen) for mark in marks) else "")
 
 
 def _bounds(marks: Sequence[Any]) -> str:
@@ -245,6 +256,7 @@ TABLES: Mapping[str, Callable[[], str | tuple[Sequence[str], Rows]]] = {
     "keys of the server": lambda: _keys(
         Server, lambda key: "restart" if key in plan.RESTART_KEYS else "live", "server.", {}
     ),
+    "keys of a key": lambda: _keys(KeyTable, lambda _: "live", words=OF_A_KEY),
     "keys of all engines": lambda: _keys(
         EngineDefaults, lambda key: "replaces" if key in EngineSpec.model_fields else "live", "engine.", {}
     ),

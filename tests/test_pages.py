@@ -9,7 +9,7 @@ import pytest
 from tests import pages
 from vllm_proxy import cli
 from vllm_proxy.api.openapi_routes import OPERATIONS
-from vllm_proxy.domain.config import EngineDefaults, ModelTable, Restart, Server
+from vllm_proxy.domain.config import EngineDefaults, KeyTable, ModelTable, Restart, Server
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.errors import STATUS
 from vllm_proxy.help import TOPICS, anchor, sections
@@ -69,7 +69,8 @@ def test_every_key_is_in_both_tables_once() -> None:
     text = (pages.DOCS / "configuration.md").read_text(encoding="utf-8")
     rows = [pages.cells_of(line)[0].strip("`") for found in pages.BLOCK.finditer(text)
             for line in found["table"].splitlines()[2:]]  # fmt: skip
-    assert sorted(rows) == sorted(keys - {"restart"} | {f"restart.{key}" for key in Restart.model_fields})
+    keys = keys - {"restart"} | {f"restart.{key}" for key in Restart.model_fields}
+    assert sorted(rows) == sorted([*keys, *KeyTable.model_fields])
 
 
 @pytest.mark.parametrize("code", CODES)

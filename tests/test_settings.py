@@ -9,6 +9,7 @@ import pytest
 from vllm_proxy import settings
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.file.parse import Override, parse_config
+from vllm_proxy.domain.references import NoFiles
 from vllm_proxy.errors import ConfigError
 from vllm_proxy.settings import Settings
 
@@ -53,6 +54,14 @@ def test_the_stronger_place_wins(
     assert loaded.overrides["port"] == Override(port, source)
 
 
+class EmptyFiles(NoFiles):
+    """Every file is there, with nothing in it."""
+
+    def read(self, _text: str) -> bytes:
+        """Nothing."""
+        return b""
+
+
 @pytest.mark.parametrize(
     ("name", "value", "meaning"),
     [
@@ -60,6 +69,8 @@ def test_the_stronger_place_wins(
         ("HOST", "gpu7", "gpu7"),
         ("HOST", "true", "true"),
         ("PORT", "9000", 9000),
+        ("KEYS_FILE", "/etc/keys.toml", "/etc/keys.toml"),
+        ("KEYS_FILE", "credential:keys.toml", "credential:keys.toml"),
         ("CORS_ORIGINS", "https://a.example, http://b:1 ,", ("https://a.example", "http://b:1")),
         ("CORS_ORIGINS", "*", ("*",)),
         ("ALLOWED_HOSTS", "", ()),
@@ -80,7 +91,7 @@ def test_the_stronger_place_wins(
 def test_every_server_key_has_a_variable(name: str, value: str, meaning: object) -> None:
     """The variable's text means what the same value means in the file; lists are separated by commas."""
     loaded = load({f"VLLM_PROXY_{name}": value})
-    server = parse_config(b"", "f", loaded.overrides).server
+    server = parse_config(b"", "f", loaded.overrides, files=EmptyFiles()).server
     assert getattr(server, name.lower()) == meaning
 
 

@@ -1,6 +1,7 @@
 """What the pages tell somebody to type, typed at a running daemon."""
 
 import asyncio
+import os
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,14 +11,17 @@ import pytest
 from tests import pages
 from tests.harness import Daemon, daemon, fake_engines
 from tests.test_pages import blocks
+from vllm_proxy.domain.keys import hash_of, new_key
 
+KEY = new_key(b"k" * 32)  # $KEY of the pages
+KEYS = f'[keys.me]\nhash = "{hash_of(KEY)}"\nscopes = ["admin"]\n'
 CHAT = '[models.chat]\nmodel = "org/chat"\n'
 
 
 @pytest.fixture
 async def running(tmp_path: Path, port_start: int) -> AsyncIterator[Daemon]:
     """A daemon with the model `chat`, which the pages talk about."""
-    async with daemon(f"# kept\n{fake_engines(port_start)}{CHAT}", tmp_path) as found:
+    async with daemon(f"# kept\n{fake_engines(port_start)}{KEYS}{CHAT}", tmp_path) as found:
         await found.all_ready()
         yield found
 
@@ -28,7 +32,8 @@ async def typed(running: Daemon, line: str) -> str:
     line = line.replace("localhost:8000", f"localhost:{running.port}").replace("127.0.0.1:8001", f"127.0.0.1:{engine}")
     command = f"curl -sS --fail-with-body {line.removeprefix('curl ').partition(' | ')[0]}"
     pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_shell(command, cwd=running.folder, stdout=pipe, stderr=pipe)
+    env = {**os.environ, "KEY": KEY}
+    process = await asyncio.create_subprocess_shell(command, cwd=running.folder, env=env, stdout=pipe, stderr=pipe)
     out, err = await process.communicate()
     assert process.returncode == 0, (command, out, err)
     return out.decode()
@@ -69,8 +74,10 @@ async def test_what_is_typed_at_night_is_answered(running: Daemon) -> None:
 async def test_the_page_of_metrics_is_what_a_daemon_says(running: Daemon) -> None:
     """Every family with its type and its explanation, and no other; labels as the page has them."""
     body = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
-    await running.post("/v1/chat/completions", body)
-    text = await typed(running, "curl localhost:8000/metrics")
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with running.session.post("/v1/chat/completions", json=body, headers=headers) as answer:
+        assert answer.status == 200
+    text = await typed(running, 'curl -H "Authorization: Bearer $KEY" localhost:8000/metrics')
     kinds = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE))
     meanings = dict(re.findall(r"^# HELP (\w+) (.*)$", text, re.MULTILINE))
     families = pages.families()

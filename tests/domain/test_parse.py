@@ -48,6 +48,10 @@ def test_an_empty_file_is_valid() -> None:
     assert config.server.model_dump() == {
         "host": "127.0.0.1",
         "port": 8000,
+        "listen": (),
+        "tls_cert": None,
+        "tls_key": None,
+        "keys_file": None,
         "cors_origins": (),
         "allowed_hosts": (),
         "allow_remote_admin": False,
@@ -163,7 +167,7 @@ def test_a_bad_id_is_refused_and_so_is_such_an_alias(model_id: str, message: str
     ("text", "expected"),
     [
         ("sever.port = 1", "1: sever: unknown key; did you mean server?"),
-        ("\nx = 1", "2: x: unknown key; expected one of server, engine, defaults, models"),
+        ("\nx = 1", "2: x: unknown key; expected one of server, engine, defaults, models, keys"),
         ("[server]\nprot = 1", "2: server.prot: unknown key; did you mean port?"),
         ("[engine.x]", "1: engine.x: unknown key; expected one of command, port_start, port_end, env"),
         ("[engine]\nport_begin = 1", "2: engine.port_begin: unknown key; did you mean port_end?"),

@@ -156,6 +156,7 @@ def table() -> str:
         (live, "live: no engine notices"),
         *(((key,), effect) for key, effect in _OF_THEIR_OWN.items()),
         (("[models.ID]",), "a new id is a start, one that is gone a stop, another id a stop and a start"),
+        (("[keys.NAME]",), "live: the next request obeys, and streams end that their key may not have any more"),
         (("[defaults]",), "as the same key in each model that does not say otherwise"),
         (("engine.command", "engine.env"), "replaces the engines of each model that takes its own from there"),
         (("engine.port_start", "engine.port_end"), "live, for engines that are started from now on"),

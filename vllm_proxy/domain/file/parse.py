@@ -77,7 +77,7 @@ def parse_config(
     found += _port_problems(engine, models)
     keys = KeyTables(files, given)
     found += keys.add(document)
-    elsewhere = keys.add_file(server.keys_file, file) if server is not None and server.keys_file else []
+    elsewhere = keys.add_file(server.keys_file, file, found) if server is not None and server.keys_file else []
     if found or elsewhere or server is None or engine is None:
         problems = [*_problems(found, text, overrides), *elsewhere]
         raise ConfigError(file, problems, attached=keys.attached)

@@ -46,31 +46,37 @@ class KeyTables:
         self._in_config = set(tables) if isinstance(tables := document.get("keys", {}), Mapping) else set()
         return self._add(document, "file")
 
-    def add_file(self, reference: str, config: str) -> list[Problem]:
-        """The keys of `server.keys_file`; returns what is wrong with it. `config`: the configuration's name."""
+    def add_file(self, reference: str, config: str, found: list[Found]) -> list[Problem]:
+        """The keys of `server.keys_file`; returns what is wrong in it, and adds to `found` that it cannot be read.
+
+        `config`: the configuration's name.
+        """
         if self._files.is_elsewhere(reference):
             return []
         place = self._files.place(reference)
         data = self._read(reference)
         if isinstance(data, OSError):
             hint = "; `vllm-proxy keys new` makes it" if isinstance(data, FileNotFoundError) else ""
-            return [Problem(0, "server.keys_file", f"cannot read {place}: {data.strerror}{hint}")]
+            found.append((("server", "keys_file"), f"cannot read {place}: {data.strerror}{hint}"))
+            return []
         try:
             text, document = read_toml(data, place)
         except ConfigError as error:
             return [Problem(item.line, item.path, item.message, place) for item in error.problems]
-        found: list[Found] = [
+        wrong: list[Found] = [
             ((key,), "expected tables [keys.NAME] alone: everything else belongs into the configuration")
             for key in document
             if key != "keys"
         ]
-        if not (wrong := list(unusable(document))):
+        if unusables := list(unusable(document)):
+            wrong += unusables
+        else:
             tables = document.get("keys", {})
             twice = self._in_config & set(tables) if isinstance(tables, Mapping) else set()
-            found += [(("keys", name), f"it is in {config} too: a key stands in one of the two") for name in twice]
-            wrong = self._add(document, "keys_file")
+            wrong += [(("keys", name), f"it is in {config} too: a key stands in one of the two") for name in twice]
+            wrong += self._add(document, "keys_file")
         lines = key_lines(text)
-        return [Problem(line_of(lines, path), dotted(path), message, place) for path, message in [*found, *wrong]]
+        return [Problem(line_of(lines, path), dotted(path), message, place) for path, message in wrong]
 
     def _add(self, document: TomlTable, source: Source) -> list[Found]:
         tables = document.get("keys", {})

@@ -1,4 +1,7 @@
-"""Reads TOML from bytes, and says what is wrong with it, with its line."""
+"""Reads TOML from bytes, and says what is wrong with it, with its line.
+
+For the configuration and the files of keys that it names; what the tables mean is not looked at here.
+"""
 
 import re
 import tomllib
