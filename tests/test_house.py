@@ -142,7 +142,10 @@ def test_the_top_level_holds_what_the_user_fixed() -> None:
 
 
 def test_the_example_shows_every_key_with_its_default() -> None:
-    """models.toml.example parses, names every key of every table, and shows the real default of each policy key."""
+    """models.toml.example parses, names every key of every table, and shows the real default of each policy key.
+
+    A key without a default is in a comment.
+    """
     data = (ROOT / "models.toml.example").read_bytes()
     config = parse_config(data, "models.toml.example")
     text = data.decode()

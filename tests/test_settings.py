@@ -63,6 +63,23 @@ class EmptyFiles(NoFiles):
 
 
 @pytest.mark.parametrize(
+    ("flags", "environ", "in_dotenv", "left"),
+    [
+        ({"port": 1}, {"VLLM_PROXY_LISTEN": "[::1]:2"}, "", {"port", "listen"}),
+        ({}, {"VLLM_PROXY_LISTEN": "[::1]:2", "APP_PORT": "3"}, "", {"port", "listen"}),
+        ({}, {"VLLM_PROXY_LISTEN": "[::1]:2"}, "VLLM_PROXY_HOST=x\nAPP_PORT=5", {"listen"}),
+        ({"host": "x"}, {"VLLM_PROXY_LISTEN": "[::1]:2"}, "APP_PORT=5", {"host", "listen"}),
+        ({"port": 1}, {}, "VLLM_PROXY_LISTEN=[::1]:2", {"port", "listen"}),
+    ],
+)
+def test_a_weaker_host_or_port_does_not_replace_a_stronger_list(
+    tmp_path: Path, flags: dict[str, int | str], environ: dict[str, str], in_dotenv: str, left: set[str]
+) -> None:
+    """They replace the TCP addresses of a list that is as strong as they, or weaker."""
+    assert load(environ, dotenv(tmp_path, in_dotenv), **flags).overrides.keys() == left
+
+
+@pytest.mark.parametrize(
     ("name", "value", "meaning"),
     [
         ("HOST", "0.0.0.0", "0.0.0.0"),
@@ -71,6 +88,9 @@ class EmptyFiles(NoFiles):
         ("PORT", "9000", 9000),
         ("KEYS_FILE", "/etc/keys.toml", "/etc/keys.toml"),
         ("KEYS_FILE", "credential:keys.toml", "credential:keys.toml"),
+        ("LISTEN", "127.0.0.1:8000, unix:/run/x.sock", ("127.0.0.1:8000", "unix:/run/x.sock")),
+        ("TLS_CERT", "server.crt", "server.crt"),
+        ("TLS_KEY", "credential:key", "credential:key"),
         ("CORS_ORIGINS", "https://a.example, http://b:1 ,", ("https://a.example", "http://b:1")),
         ("CORS_ORIGINS", "*", ("*",)),
         ("ALLOWED_HOSTS", "", ()),
@@ -90,7 +110,9 @@ class EmptyFiles(NoFiles):
 )
 def test_every_server_key_has_a_variable(name: str, value: str, meaning: object) -> None:
     """The variable's text means what the same value means in the file; lists are separated by commas."""
-    loaded = load({f"VLLM_PROXY_{name}": value})
+    beside = {"TLS_CERT": "TLS_KEY", "TLS_KEY": "TLS_CERT"}  # given both or neither
+    env = {f"VLLM_PROXY_{beside[name]}": "x"} if name in beside else {}
+    loaded = load({**env, f"VLLM_PROXY_{name}": value})
     server = parse_config(b"", "f", loaded.overrides, files=EmptyFiles()).server
     assert getattr(server, name.lower()) == meaning
 

@@ -40,7 +40,7 @@ from vllm_proxy.fleet.loop import FleetLoop
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.fleet.watch import watch
-from vllm_proxy.listen import Listeners, address_of, listen, listen_for_commands, notice_departed_clients
+from vllm_proxy.listen import Listeners, inherited, listen, listen_for_commands, notice_departed_clients
 from vllm_proxy.logsetup import Output
 from vllm_proxy.runtime import clock, descriptors, threads
 from vllm_proxy.runtime.background import keep_running, log_faults, run_once
@@ -106,13 +106,12 @@ async def serve(
         state = stack.enter_context(StateDirectory(settings.state_dir, settings.scratch))
         reaping = keep_running(reap_orphans, "reaping of orphans")
         stack.callback(reaping.cancel)
-        inherited = inherited_sockets(os.environ)
-        sockets = inherited or listen(config.server)
-        for listener in sockets:
-            stack.callback(listener.close)
-            notice_departed_clients(listener)
-        listeners = Listeners(sockets, listen_for_commands(settings.control_socket))
-        stack.callback(settings.control_socket.unlink, missing_ok=True)
+        held = inherited(inherited_sockets(os.environ), config.server)
+        clients = held or listen(config.server, settings.config_file.parent)
+        for one in clients:
+            stack.callback(one.close)
+            notice_departed_clients(one.socket)
+        listeners = Listeners(clients, listen_for_commands(settings.control_socket))
         stack.callback(listeners.commands.close)
         shared, launcher = _dependencies(settings, config, state, listeners.ports(), stack,
                                         output=output, open_files=open_files)  # fmt: skip
@@ -126,7 +125,7 @@ async def serve(
         desired = Desired(store, settings.parse, reconciler, launcher.check, launcher.ports,
                           files=settings.files, key_files=key_files, keyring=keyring, offload=disk,
                           hide_secrets=launcher.variables.follow,
-                          address_is_given=bool(inherited))  # fmt: skip
+                          address_is_given=bool(held))  # fmt: skip
         _warn_of_access(keyring, config, listeners)
         await _run(desired, listeners, stack, output, on_listening)
     if hanging := threads.running():
@@ -140,7 +139,7 @@ def _warn_of_access(keyring: Keyring, config: Config, listeners: Listeners) -> N
     """Say once what is open, or closed, to others than this machine."""
     if config.server.allow_remote_admin:
         log.warning("server.allow_remote_admin is set: whoever can connect may change models, and so run code")
-    elif keyring.opens_nothing() and any(one.kind is Kind.ELSEWHERE for _, one in listeners.each()):
+    elif keyring.opens_nothing() and any(one.listener.kind is Kind.ELSEWHERE for one in listeners):
         log.warning(
             "nobody can use this address: there are no keys; `vllm-proxy keys new NAME` makes one, and"
             ' [keys.anonymous] with scopes = ["inference"] opens inference to whoever can connect'
@@ -178,15 +177,16 @@ async def _run(
     reconciler.start()
     try:
         await runner.setup()
-        for listening, listener in listeners.each():
-            await runner.accept(listening, listener)
+        for one in listeners:
+            await runner.accept(one.socket, one.listener)
         _tune_python()
         status.show()
         systemd.ready()
         following = keep_running(partial(_follow_file, desired, systemd, changed, asked), "following the file")
-        log.info("listening", address=address_of(listeners.clients[0]), models=len(reconciler.config.models))
+        urls = [one.listener.url for one in listeners.clients]
+        log.info("listening", address=", ".join(urls), models=len(reconciler.config.models))
         if on_listening:
-            on_listening(reconciler, address_of(listeners.clients[0]))
+            on_listening(reconciler, urls[0])
         await stopping.wait()
     finally:
         await _stop(desired, runner, systemd, following)

@@ -1,96 +1,180 @@
-"""The listening sockets: TCP ports for clients, and the Unix control socket for commands.
+"""The listening sockets: TCP ports and Unix sockets for clients, and the Unix control socket for commands.
 
 For `daemon`, which uses these or the sockets inherited from systemd (`systemd`). Enables the kernel's keep-alive
 probes, so that clients which vanished are noticed. Serving connections is up to `traffic/front.py`.
 """
 
+import contextlib
 import os
 import socket
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_proxy.domain.address import Address, TcpAddress, UnixAddress
 from vllm_proxy.domain.config import Server
-from vllm_proxy.domain.listener import CONTROL, Listener
+from vllm_proxy.domain.listener import Kind, Listener
 from vllm_proxy.errors import StartupError
 from vllm_proxy.settings import short_name
 
 BACKLOG = 4096  # connections that wait to be accepted: a burst of clients must not wait for a retransmission
+_OWNER, _OWNER_AND_GROUP = 0o600, 0o660
+_PROBE_SECONDS = 1.0  # for who listens on a socket that is there already: its queue may be full
+
+type SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """A listening socket, and what it says of its clients."""
+
+    socket: socket.socket
+    listener: Listener
+    file: tuple[int, int] | None = None  # device and inode of a Unix socket that was made here
+
+    def close(self) -> None:
+        """Close it. The file of a Unix socket goes too, unless it is another one by now."""
+        self.socket.close()
+        address = self.listener.address
+        if self.file is not None and isinstance(address, UnixAddress):
+            with contextlib.suppress(OSError):
+                if _identity(address.path) == self.file:
+                    Path(address.path).unlink()
 
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
     """Where requests come in."""
 
-    clients: Sequence[socket.socket]
-    commands: socket.socket
+    clients: Sequence[Listening]
+    commands: Listening
 
-    def each(self) -> Iterator[tuple[socket.socket, Listener]]:
-        """All of them, and what each says of its clients."""
-        for listening in self.clients:
-            yield (
-                listening,
-                Listener() if listening.family == socket.AF_UNIX else Listener.at(listening.getsockname()[0]),
-            )
-        yield self.commands, CONTROL
+    def __iter__(self) -> Iterator[Listening]:
+        """All of them."""
+        return iter((*self.clients, self.commands))
 
     def addresses(self) -> list[str]:
         """The addresses of `clients` that are on a network, be it loopback."""
-        return [listener.getsockname()[0] for listener in self.clients if listener.family != socket.AF_UNIX]
+        return [one.listener.host for one in self.clients if one.listener.host]
 
     def ports(self) -> list[int]:
         """The ports that are taken by them."""
-        return [listener.getsockname()[1] for listener in self.clients if listener.family != socket.AF_UNIX]
+        found = [one.listener.address for one in self.clients]
+        return [address.port for address in found if isinstance(address, TcpAddress)]
 
 
-def listen(server: Server) -> list[socket.socket]:
-    """Listening sockets for every address of the host.
+def listen(server: Server, folder: Path) -> list[Listening]:
+    """Listening sockets for every address that the configuration asks for. `folder`: of its file.
 
     Raises:
-        StartupError: when the port is taken or cannot be had.
+        StartupError: when one is taken or cannot be had; then none is left open.
 
     """
+    with contextlib.ExitStack() as opened:
+        found = []
+        for address in server.addresses:
+            for one in _listen_at(address, server, folder):
+                opened.callback(one.close)
+                found.append(one)
+        opened.pop_all()
+        return found
+
+
+def inherited(sockets: Iterable[socket.socket], server: Server) -> list[Listening]:
+    """The sockets that the service manager holds; their files are its own."""
+    return [Listening(one, _listener_of(one, server)) for one in sockets]
+
+
+def _listen_at(address: Address, server: Server, folder: Path) -> Iterator[Listening]:
+    if isinstance(address, UnixAddress):
+        path = folder / address.path
+        yield _unix(path, Listener(address=UnixAddress(str(path))), _OWNER_AND_GROUP)
+        return
     try:
-        found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        sockets = [_bound(family, address) for family, _, _, _, address in dict.fromkeys(found)]
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, place in dict.fromkeys(found):
+            bound = _bound(family, place)
+            yield Listening(bound, _listener_of(bound, server))
     except OSError as error:
-        hint = "choose another with --port, APP_PORT or server.port"
-        msg = f"cannot listen on {server.host} port {server.port}: {error.strerror or error}; {hint}"
+        where = "in server.listen" if server.listen else "with --port, APP_PORT or server.port"
+        msg = f"cannot listen on {address.host} port {address.port}: {error.strerror or error}; choose another {where}"
         raise StartupError(msg) from error
-    return sockets
 
 
-def listen_for_commands(path: Path) -> socket.socket:
+def listen_for_commands(path: Path) -> Listening:
     """The control socket, for this user alone. The caller holds the lock of the state directory.
 
     Raises:
         StartupError: when it cannot be made.
 
     """
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.unlink(missing_ok=True)
-        before = os.umask(0o177)
-        try:
-            with short_name(path) as name:
-                listener.bind(name)
-        finally:
-            os.umask(before)
-        listener.listen(BACKLOG)
     except OSError as error:
-        listener.close()
-        msg = f"cannot listen on {path}: {error.strerror or error}"
-        raise StartupError(msg) from error
-    return listener
+        raise _cannot_listen(path, error) from error
+    return _unix(path, Listener(Kind.CONTROL, UnixAddress(str(path))), _OWNER)
 
 
-def notice_departed_clients(listener: socket.socket, seconds: int = 60) -> None:
+def _unix(path: Path, listener: Listener, mode: int) -> Listening:
+    """A Unix socket of this mode. One that nobody listens on is replaced."""
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with short_name(path) as name:
+            _make_room(Path(name))
+            before = os.umask(0o777 & ~mode)
+            try:
+                bound.bind(name)
+            finally:
+                os.umask(before)
+            file = _identity(name)
+        bound.listen(BACKLOG)
+    except OSError as error:
+        bound.close()
+        raise _cannot_listen(path, error) from error
+    return Listening(bound, listener, file)
+
+
+def _make_room(path: Path) -> None:
+    """Remove the socket that a process which was killed has left.
+
+    Raises:
+        OSError: there is something else, or somebody listens on it.
+
+    """
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise OSError("there is something that is no socket; remove it, or choose another path in server.listen")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PROBE_SECONDS)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except (TimeoutError, BlockingIOError):
+            pass
+    raise OSError("it is taken: another process listens on it; choose another path in server.listen")
+
+
+def _cannot_listen(path: Path, error: OSError) -> StartupError:
+    return StartupError(f"cannot listen on {path}: {error.strerror or error}")
+
+
+def _identity(path: str) -> tuple[int, int]:
+    found = os.lstat(path)
+    return found.st_dev, found.st_ino
+
+
+def notice_departed_clients(listening: socket.socket, seconds: int = 60) -> None:
     """Enable TCP keep-alive, to end connections whose client has vanished; by default the kernel waits two hours.
 
     Accepted sockets inherit this. A connection that carries nothing is probed (aiohttp switches that on for each); one
     with bytes on the way ends when its client has taken none of them for `seconds`.
     """
-    if listener.family == socket.AF_UNIX:
+    if listening.family == socket.AF_UNIX:
         return  # its clients end with their descriptors
     probing = {
         socket.TCP_KEEPIDLE: max(seconds // 3, 1),
@@ -99,26 +183,25 @@ def notice_departed_clients(listener: socket.socket, seconds: int = 60) -> None:
         socket.TCP_USER_TIMEOUT: seconds * 1000,
     }
     for option, value in probing.items():
-        listener.setsockopt(socket.IPPROTO_TCP, option, value)
+        listening.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def address_of(listener: socket.socket) -> str:
-    """The URL of a listening socket; for a Unix socket `unix:` and its path."""
-    if listener.family == socket.AF_UNIX:
-        return f"unix:{os.fsdecode(listener.getsockname())}"
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _listener_of(listening: socket.socket, server: Server) -> Listener:
+    """What a socket for clients says of them, by where it is bound."""
+    if listening.family == socket.AF_UNIX:
+        return Listener(address=UnixAddress(os.fsdecode(listening.getsockname())))
+    return Listener.at(*listening.getsockname()[:2], tls=server.tls_cert is not None)
 
 
-def _bound(family: int, address: tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
+def _bound(family: int, address: SocketAddress) -> socket.socket:
+    bound = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind(address)
+        bound.listen(BACKLOG)
     except OSError:
-        listener.close()
+        bound.close()
         raise
-    return listener
+    return bound

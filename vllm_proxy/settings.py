@@ -8,7 +8,7 @@ socket. Values are validated by `domain/config.py`, not here.
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -24,7 +24,7 @@ from vllm_proxy.runtime.referenced import ReferencedFiles
 from vllm_proxy.runtime.regular_file import read_regular_file
 
 PREFIX = "VLLM_PROXY_"
-_LISTS = frozenset({"cors_origins", "allowed_hosts"})
+_LISTS = frozenset({"cors_origins", "allowed_hosts", "listen"})
 _TEXTS = frozenset({"host", "on_exit", "keys_file", "tls_cert", "tls_key"})
 _WEAKER_NAMES = {"port": "APP_PORT"}
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
@@ -79,11 +79,7 @@ def load(
     from_file = _dotenv(dotenv_file)
     env = {**from_file, **environ}
     warnings: list[str] = []
-    overrides = {
-        key: override
-        for key in Server.model_fields
-        if (override := _override(key, flags, (environ, from_file), warnings)) is not None
-    }
+    overrides = _overrides([_given(flags), _variables(environ, warnings), _variables(from_file, warnings)])
     runtime = env.get("RUNTIME_DIRECTORY", "").split(":")[0]
     state_dir = _state_dir(flags.get("state_dir"), env)
     control_socket = Path(runtime or state_dir, "control.sock")
@@ -145,25 +141,38 @@ def _keys(env: Mapping[str, str], warnings: list[str]) -> Iterator[keys.Key]:
         yield keys.Key(name, digests, keys.closure([_SCOPES[name]]), source="environment")
 
 
-def _override(
-    key: str,
-    flags: Mapping[str, str | int | None],
-    layers: tuple[Mapping[str, str], ...],
-    warnings: list[str],
-) -> Override | None:
-    if (flag := flags.get(key)) is not None:
-        return Override(flag, f"--{key}")
-    names = [PREFIX + key.upper(), *([_WEAKER_NAMES[key]] if key in _WEAKER_NAMES else [])]
+type Layer = dict[str, Override]
+
+
+def _overrides(layers: Sequence[Layer]) -> Layer:
+    """Of each key the strongest value, the layers from the strongest to the weakest.
+
+    Host and port replace the TCP addresses of `listen`, where they are not weaker than it.
+    """
+    merged: Layer = {}
     for layer in layers:
-        for name in names:
+        weaker = {"host", "port"} if "listen" in merged else set()
+        merged = {**{key: value for key, value in layer.items() if key not in weaker}, **merged}
+    return merged
+
+
+def _given(flags: Mapping[str, str | int | None]) -> Layer:
+    found = {key: flags.get(key) for key in Server.model_fields}
+    return {key: Override(flag, f"--{key}") for key, flag in found.items() if flag is not None}
+
+
+def _variables(layer: Mapping[str, str], warnings: list[str]) -> Layer:
+    found: Layer = {}
+    for key in Server.model_fields:
+        for name in (PREFIX + key.upper(), *([_WEAKER_NAMES[key]] if key in _WEAKER_NAMES else [])):
             value = layer.get(name)
-            if value is None:
+            if value is None or key in found:
                 continue
             if key not in _LISTS and _URL.match(value):  # Kubernetes injects NAME_PORT=tcp://... for its services
                 warnings.append(f"{name} looks like a URL and is ignored: {secrets.form(value, ())}")
                 continue
-            return Override(_typed(key, value), name)
-    return None
+            found[key] = Override(_typed(key, value), name)
+    return found
 
 
 def _typed(key: str, value: str) -> object:

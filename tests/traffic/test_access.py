@@ -276,9 +276,10 @@ def test_a_host_that_was_good_is_asked_again_when_the_configuration_changes() ->
         access.caller(head, connection(LOOPBACK), Scope.INFERENCE)
 
 
-def test_the_listen_address_is_an_allowed_host() -> None:
+@pytest.mark.parametrize("key", ['host = "workstation"', 'listen = ["unix:http.sock", "workstation:1"]'])
+def test_the_listen_address_is_an_allowed_host(key: str) -> None:
     """The name in the file, and the address that it became."""
-    text, listener = '[server]\nhost = "workstation"', Listener.at("127.0.1.1")
+    text, listener = f"[server]\n{key}", Listener.at("127.0.1.1")
     assert name(text, listener, Host="workstation:8000") == "anonymous"
     assert name(text, listener, Host="127.0.1.1:8000") == "anonymous"
 

@@ -51,7 +51,7 @@ def prepare(environ: Mapping[str, str], flags: Mapping[str, str | int | None]) -
         raise StartupError(msg) from error
     loaded = settings.load(environ, {**flags, "state_dir": str(state_dir), "config": str(file)})
     config = daemon.read_config(loaded)
-    for listener in listen(config.server):  # report a taken port now, not after the minute below
+    for listener in listen(config.server, file.parent):  # report a taken port now, not after the minute below
         listener.close()
     _prepare_chat_model(chat)
     return loaded, config

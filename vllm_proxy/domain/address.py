@@ -1,13 +1,15 @@
-"""The address of an engine as a value, a TCP port or a Unix socket, and every notation of it.
+"""An address as a value, a TCP port or a Unix socket, and every notation of it: engines listen there, and the daemon.
 
 For whoever starts an engine, records it or connects to it: nobody else assembles a URL, a `Host` header or an address
-from host, port or path. To open a connection, use `traffic/dial.py`.
+from host, port or path. To open a connection, use `traffic/dial.py`; where the daemon listens says `listener.py`.
 """
 
 import re
 from dataclasses import dataclass
 
-_TCP = re.compile(r"(?:\[(?P<v6>[0-9a-f:.]+:[0-9a-f:.]*)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[1-9][0-9]{0,4})")
+_TCP = re.compile(
+    r"(?:\[(?P<v6>[0-9a-f:.]+:[0-9a-f:.]*(?:%[A-Za-z0-9._-]+)?)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[1-9][0-9]{0,4})"
+)
 _UNIX = re.compile(r"unix:(?P<path>/[^\0]*[^\0/])")
 _PORT_END = 2**16
 

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
-from vllm_proxy.domain import hosts, references, secrets
+from vllm_proxy.domain import hosts, listener, references, secrets
+from vllm_proxy.domain.address import Address, TcpAddress
 from vllm_proxy.domain.keys import HASH_PREFIX, MOST_HASHES, Key
 from vllm_proxy.domain.secrets import show
 from vllm_proxy.domain.toml import same
@@ -137,7 +138,12 @@ Host = Annotated[NonEmptyText, AfterValidator(hosts.host)]
 Hosts = Annotated[tuple[Host, ...], Strict(strict=False)]
 Origins = Annotated[tuple[Annotated[NonEmptyText, AfterValidator(hosts.origin)], ...], Strict(strict=False)]
 Reference = Annotated[str, AfterValidator(references.reference)]
-Listen = Annotated[tuple[NonEmptyText, ...], Strict(strict=False)]
+Listen = Annotated[
+    tuple[Annotated[NonEmptyText, AfterValidator(listener.listen_address)], ...],
+    Strict(strict=False),
+    Field(min_length=1),
+    AfterValidator(listener.each_once),
+]
 Command = Annotated[tuple[NonEmptyText, ...], Strict(strict=False), Field(min_length=1)]
 EnvValue = Annotated[str | dict[str, str], BeforeValidator(_env_value)]  # a table names where the value stands
 Environment = dict[Annotated[str, AfterValidator(_env_name)], EnvValue]
@@ -169,7 +175,7 @@ class Server(Table):
 
     host: Host = "127.0.0.1"
     port: Port = 8000
-    listen: Listen = ()
+    listen: Listen = ()  # not given: host and port
     tls_cert: Reference | None = None
     tls_key: Reference | None = None
     keys_file: Reference | None = None
@@ -183,6 +189,16 @@ class Server(Table):
     body_timeout: Seconds = 60.0
     shutdown_timeout: Seconds = 30.0
     on_exit: Literal["stop", "keep"] = "stop"
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """Where clients come in. The path of a Unix socket may be a relative one, from the folder of the file."""
+        return listener.addresses(self.listen, self.host, self.port)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The names and addresses that are listened on, as the file spells them."""
+        return tuple(address.host for address in self.addresses if isinstance(address, TcpAddress))
 
 
 class EngineDefaults(Table):

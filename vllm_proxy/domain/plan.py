@@ -21,7 +21,7 @@ from vllm_proxy.domain.units import parse_duration, parse_size, show_duration, s
 
 _LONGEST = 60  # characters of a value that is shown
 _UNITS: Mapping[object, Callable[[Any], str]] = {parse_duration: show_duration, parse_size: show_size}
-RESTART_KEYS = ("host", "port")  # of [server]: the sockets are open already
+RESTART_KEYS = ("host", "port", "listen")  # of [server]: the sockets are open already
 _OF_THEIR_OWN = {  # of the policy keys
     "enabled": "stops the model, or starts it",
     "replicas": "adds or removes instances at the end; the others stay",

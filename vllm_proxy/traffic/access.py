@@ -55,7 +55,7 @@ class Access:
         """`server`: the `[server]` table now; `addresses`: those listened on."""
         self._server = server
         self._keyring = keyring
-        self._addresses = {host.lower() for host in (server().host, *addresses)}
+        self._addresses = {host.lower() for host in (*server().hosts, *addresses)}
         self._hosts: set[bytes] = set()  # Host headers that were found good
         self.listen(self._hosts.clear)
 

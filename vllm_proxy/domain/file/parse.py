@@ -27,6 +27,7 @@ from vllm_proxy.domain.file.parse_keys import KeyTables
 from vllm_proxy.domain.file.read import read_toml, unusable
 from vllm_proxy.domain.file.validate import Found, unknown, validate
 from vllm_proxy.domain.keys import Key
+from vllm_proxy.domain.listener import replaced_by
 from vllm_proxy.domain.references import Files, NoFiles
 from vllm_proxy.domain.toml import KeyPath, dotted
 from vllm_proxy.domain.units import show
@@ -70,7 +71,7 @@ def parse_config(
         if key not in _TABLES
     ]
     server_table = {**_table(document, "server", found), **{key: item.value for key, item in overrides.items()}}
-    server = validate(Server, server_table, ("server",), found)
+    server = _with_given_address(validate(Server, server_table, ("server",), found), overrides)
     engine = validate(EngineDefaults, _table(document, "engine", found), ("engine",), found)
     models = _models(document, engine or EngineDefaults(), found)
     found += _alias_clashes(_table(document, "models", []), _table(document, "defaults", []))
@@ -82,6 +83,13 @@ def parse_config(
         problems = [*_problems(found, text, overrides), *elsewhere]
         raise ConfigError(file, problems, attached=keys.attached)
     return Config(revision_of(data), server, engine, {model.id: model for model in models}, keys.found, keys.attached)
+
+
+def _with_given_address(server: Server | None, overrides: Mapping[str, Override]) -> Server | None:
+    """Host and port from outside the file are stronger than its `listen`."""
+    if server is None or not server.listen or not overrides.keys() & {"host", "port"}:
+        return server
+    return server.model_copy(update={"listen": replaced_by(server.listen, server.host, server.port)})
 
 
 def _problems(found: Iterable[Found], text: str, overrides: Mapping[str, Override]) -> list[Problem]:
