@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 import textwrap
@@ -20,7 +21,7 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-from tests import forks, slow_turns
+from tests import certificates, forks, slow_turns
 from vllm_proxy.domain.address import UnixAddress
 from vllm_proxy.domain.config import revision_of
 from vllm_proxy.engine.proc import look_up
@@ -124,13 +125,21 @@ class Running(Protocol):
 class Daemon:
     """A running `vllm-proxy`."""
 
-    def __init__(self, process: Running, port: int, folder: Path, notes: "Notes") -> None:
+    def __init__(
+        self, process: Running, port: int, folder: Path, notes: "Notes", tls: ssl.SSLContext | None = None
+    ) -> None:
+        """`tls`: how clients speak to its port, None: without."""
         self.process = process
+        self.tls = tls
+        self.unix: Path | None = None  # a socket for clients, where `connected` is to go there
         self.port = port
         self.folder = folder
         self.notes = notes
-        self.url = f"http://127.0.0.1:{port}"
-        self.session = aiohttp.ClientSession(self.url)  # its URLs are normalised, those of get and post are not
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+        connector = aiohttp.TCPConnector(ssl=tls) if tls else None
+        self.session = aiohttp.ClientSession(
+            self.url, connector=connector
+        )  # its URLs are normalised, those of get and post are not
         self._state = -1  # a descriptor of its state directory, whose path may be too long for a socket's name
         self._admin: aiohttp.ClientSession | None = None
 
@@ -344,12 +353,22 @@ class Notes(asyncio.DatagramProtocol):
 
 
 def daemon(
-    config: str, folder: Path, *flags: str, env: dict[str, str] | None = None, below: Sequence[str] = ()
+    config: str,
+    folder: Path,
+    *flags: str,
+    env: dict[str, str] | None = None,
+    below: Sequence[str] = (),
+    pair: certificates.Pair | None = None,
 ) -> contextlib.AbstractAsyncContextManager[Daemon]:
-    """`vllm-proxy serve` with this configuration, ready for requests. `below`: a command that becomes it."""
+    """`vllm-proxy serve` with this configuration, ready for requests. `below`: a command that becomes it.
+
+    `pair`: it speaks TLS, with this certificate.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "models.toml").write_text(textwrap.dedent(config), encoding="utf-8")
-    return running_command(folder, "serve", "--config", str(folder / "models.toml"), *flags, env=env, below=below)
+    return running_command(
+        folder, "serve", "--config", str(folder / "models.toml"), *flags, env=env, below=below, pair=pair
+    )
 
 
 @contextlib.asynccontextmanager
@@ -363,12 +382,13 @@ async def running_command(
     below: Sequence[str] = (),
     program: Sequence[str] = WATCHED,
     output: int | None = None,
+    pair: certificates.Pair | None = None,
 ) -> AsyncIterator[Daemon]:
     """A command that is a daemon, once it listens; it is stopped when the block ends. `program` runs the command.
 
     `below`: a command that becomes it. `output`: where it writes, a descriptor; None: to `daemon.log`. Where it is
     `serve` as all run it, and nothing is asked of its interpreter, it is forked from one that has imported all.
-    The end fails where a callback held its event loop for longer than `slow_turns` allows.
+    `pair`: as of `daemon`. The end fails where a callback held its event loop for longer than `slow_turns` allows.
     """
     port = port or free_port()
     slow = folder / "slow_turns.txt"
@@ -380,6 +400,8 @@ async def running_command(
         )
         arguments = (command, "--port", str(port), "--state-dir", str(folder / "state"), *flags)
         places = {"NOTIFY_SOCKET": f"{short}/notify", slow_turns.FILE: str(slow)}
+        if pair is not None:
+            places |= {"VLLM_PROXY_TLS_CERT": str(pair.certificate), "VLLM_PROXY_TLS_KEY": str(pair.key)}
         environment = {**clean_environment(), **places, **(env or {})}
         process: Running
         with (folder / "daemon.log").open("ab") as log:
@@ -391,7 +413,7 @@ async def running_command(
                 process = await asyncio.create_subprocess_exec(
                     *below, *program, *arguments, env=environment, cwd=folder, stdout=out, stderr=out
                 )
-        running = Daemon(process, port, folder, notes)
+        running = Daemon(process, port, folder, notes, pair.trust() if pair else None)
         try:
             await running.until("READY=1", seconds)
             yield running
@@ -508,19 +530,27 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def connected(port: int, *, receive_buffer: int | None = None, limit: int = 2**26) -> AsyncIterator[Client]:
-    """A connection to the daemon. `receive_buffer`, `limit`: bytes that are taken in without being asked for."""
-    connection = socket.socket()
+async def connected(
+    place: int | Daemon, *, receive_buffer: int | None = None, limit: int = 2**26
+) -> AsyncIterator[Client]:
+    """A connection to a port, or to a daemon as its clients speak to it.
+
+    `receive_buffer`, `limit`: bytes that are taken in without being asked for.
+    """
+    port, tls, unix = (place.port, place.tls, place.unix) if isinstance(place, Daemon) else (place, None, None)
+    connection = socket.socket(socket.AF_INET if unix is None else socket.AF_UNIX)
     if receive_buffer is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     connection.settimeout(0)
-    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port))
-    reader, writer = await asyncio.open_connection(sock=connection, limit=limit)
+    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port) if unix is None else str(unix))
+    reader, writer = await asyncio.open_connection(
+        sock=connection, limit=limit, ssl=tls, server_hostname="localhost" if tls else None
+    )
     try:
         yield Client(reader, writer)
     finally:
         writer.close()
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
             await writer.wait_closed()
 
 

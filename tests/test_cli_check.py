@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import certificates
 from vllm_proxy.cli import run
 from vllm_proxy.domain.config import Server
 
@@ -51,6 +52,20 @@ def test_check_prints_every_problem_on_a_line_of_its_own(folder: Path, capsys: p
         f'{file}:3: models.a.model: missing: every model needs model = "a Hugging Face id, path or URL"',
         f"{file}:4: models.a.replicas: expected at least 1, got 0",
     ]
+
+
+def test_check_looks_at_the_certificate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `serve` would refuse is a problem of the file, with the line of the key; a good pair is none."""
+    pair = certificates.make(folder)
+    file = folder / "models.toml"
+    file.write_text('[server]\ntls_key = "server.key"\ntls_cert = "server.crt"\n')
+    assert run(["check"]) == 0
+    pair.certificate.write_bytes(pair.key.read_bytes())
+    capsys.readouterr()
+    assert run(["check"]) == 78
+    printed = capsys.readouterr()
+    expected = f"{file}:3: server.tls_cert: cannot use {pair.certificate}: tls_cert and tls_key may be exchanged; "
+    assert (printed.out + printed.err).startswith(expected)
 
 
 def test_check_answers_in_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,10 @@ from functools import partial
 import aiohttp
 import structlog
 
+from vllm_proxy import tls
 from vllm_proxy.api import app
 from vllm_proxy.domain.config import Config
+from vllm_proxy.domain.file.parse import problems_at
 from vllm_proxy.domain.listener import Kind
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
@@ -32,7 +34,7 @@ from vllm_proxy.engine.process import become_subreaper, reap_orphans
 from vllm_proxy.engine.program import Programs
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.engine.variables import Variables
-from vllm_proxy.errors import ConfigError, NotEndedError, Problem
+from vllm_proxy.errors import ConfigError, NotEndedError, Problem, StartupError
 from vllm_proxy.fleet.changes import KeyFiles
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.desired import Desired
@@ -69,7 +71,7 @@ _HANDLER_SECONDS = 2.0  # for handlers to end once the engines are gone
 
 
 def read_config(settings: Settings) -> Config:
-    """The configuration file, settings from outside applied.
+    """The configuration file, settings from outside applied, and the certificate that it names looked at.
 
     Raises:
         ConfigError: when it is missing, unreadable or invalid.
@@ -81,7 +83,13 @@ def read_config(settings: Settings) -> Config:
     except OSError as error:
         hint = _HINTS.get(type(error), "")
         raise ConfigError(str(file), [Problem(0, "", f"cannot read it: {error.strerror}{hint}")]) from None
-    return settings.parse(data)
+    config = settings.parse(data)
+    try:
+        tls.load(config.server, settings.files)
+    except tls.PairError as error:
+        found = [(("server", error.key), str(error))]
+        raise ConfigError(str(file), problems_at(found, data.decode(), settings.overrides)) from None
+    return config
 
 
 async def serve(
@@ -127,7 +135,8 @@ async def serve(
                           hide_secrets=launcher.variables.follow,
                           address_is_given=bool(held))  # fmt: skip
         _warn_of_access(keyring, config, listeners)
-        await _run(desired, listeners, stack, output, on_listening)
+        certificate = _certificate(settings, reconciler, stack)
+        await _run(desired, listeners, certificate, stack, output=output, on_listening=on_listening)
     if hanging := threads.running():
         log.warning("calls that have not come back are left behind; a disk does not answer", calls=hanging)
     if left := reconciler.not_ended():
@@ -149,7 +158,9 @@ def _warn_of_access(keyring: Keyring, config: Config, listeners: Listeners) -> N
 async def _run(
     desired: Desired,
     listeners: Listeners,
+    certificate: tls.Certificate,
     stack: contextlib.AsyncExitStack,
+    *,
     output: Output,
     on_listening: Callable[[Reconciler, str], None] | None,
 ) -> None:
@@ -162,27 +173,30 @@ async def _run(
     stack.callback(pinging.cancel)
     stopping = _handle_stop_signals(reconciler)
     changed, asked = _handle_sighup()  # before READY=1, after which systemd may send SIGHUP
-    status = StatusLine(lambda: sentence(reconciler, desired), systemd.status)
+    status = StatusLine(lambda: sentence(reconciler, desired, certificate), systemd.status)
     stack.callback(status.close)
     reconciler.listen(status.changed)
     desired.listen(status.changed)
+    certificate.listen(status.changed)
     lag = LoopLag()
     watching = keep_running(lag.watch, "loop lag")
     stack.callback(watching.cancel)
     lines = AccessLog(output.writer, output.form) if output.requests else None
     parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines, lag, output.writer,
-                      output.masking.mask)  # fmt: skip
+                      output.masking.mask, certificate)  # fmt: skip
     runner = app.build(parts, _HANDLER_SECONDS)
     following: asyncio.Task[None] | None = None
     reconciler.start()
     try:
         await runner.setup()
         for one in listeners:
-            await runner.accept(one.socket, one.listener)
+            await runner.accept(one.socket, one.listener, certificate.context)
         _tune_python()
         status.show()
         systemd.ready()
-        following = keep_running(partial(_follow_file, desired, systemd, changed, asked), "following the file")
+        following = keep_running(
+            partial(_follow_file, desired, certificate, systemd, changed, asked), "following the file"
+        )
         urls = [one.listener.url for one in listeners.clients]
         log.info("listening", address=", ".join(urls), models=len(reconciler.config.models))
         if on_listening:
@@ -214,7 +228,9 @@ async def _stop(desired: Desired, runner: FrontRunner, systemd: Systemd, followi
         extending.cancel()
 
 
-async def _follow_file(desired: Desired, systemd: Systemd, changed: asyncio.Event, asked: asyncio.Event) -> None:
+async def _follow_file(
+    desired: Desired, certificate: tls.Certificate, systemd: Systemd, changed: asyncio.Event, asked: asyncio.Event
+) -> None:
     """Reload when the file `changed`, or when SIGHUP `asked` for it, until cancelled."""
     look = partial(watch, desired.files, changed.set, lambda: desired.fingerprint, offload=desired.offload)
     watching = keep_running(look, "watch of the file")
@@ -235,6 +251,7 @@ async def _follow_file(desired: Desired, systemd: Systemd, changed: asyncio.Even
             except Exception:  # later changes are followed all the same
                 log.exception("the configuration could not be followed")
             if by_signal:
+                await certificate.look()
                 systemd.ready()
     finally:
         watching.cancel()
@@ -280,6 +297,20 @@ def _dependencies(
     shared = Dependencies(launcher, FleetLoop(), Registry(), HttpProbe(health_checks), asyncio.Event(), stopping,
                           mask=output.masking.mask)  # fmt: skip
     return shared, launcher
+
+
+def _certificate(settings: Settings, reconciler: Reconciler, stack: contextlib.AsyncExitStack) -> tls.Certificate:
+    """What clients are shown, followed on disk."""
+    try:
+        pair = tls.load(reconciler.config.server, settings.files)
+    except tls.PairError as error:  # since `read_config` has looked
+        raise StartupError(str(error)) from None
+    disk = Disk("the certificate's files")
+    stack.callback(disk.close)
+    certificate = tls.Certificate(pair, lambda: reconciler.config.server, settings.files, disk)
+    following = keep_running(certificate.follow, "watch of the certificate")
+    stack.callback(following.cancel)
+    return certificate
 
 
 def _handle_stop_signals(reconciler: Reconciler) -> asyncio.Event:

@@ -12,6 +12,7 @@ from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.fleet.desired import Desired
 from vllm_proxy.fleet.model import Model
 from vllm_proxy.fleet.reconciler import Reconciler
+from vllm_proxy.tls import Certificate
 
 _NAMED = 5  # models of each state
 _LONGEST = 1500  # characters: systemd drops a message of more than 4,096 bytes
@@ -48,7 +49,7 @@ class StatusLine:
             self._timer = None
 
 
-def sentence(reconciler: Reconciler, desired: Desired | None = None) -> str:
+def sentence(reconciler: Reconciler, desired: Desired | None = None, certificate: Certificate | None = None) -> str:
     """The fleet in one sentence: "2 of 3 models ready; loading: chat; error: old"."""
     ready, on_demand = 0, list[Model]()
     by_state = defaultdict[State, list[Model]](list)
@@ -72,10 +73,15 @@ def sentence(reconciler: Reconciler, desired: Desired | None = None) -> str:
     if left := list(reconciler.not_ended()):
         text += f"; not ended: {_listed(left)}"
     problem = ""
-    if desired is not None and (rejected := desired.rejected):
-        first = rejected.places()[0]  # not what stands there: every user of this machine may read it
+    if desired is not None and desired.rejected is not None:
+        first = desired.rejected.places()[0]  # not what stands there: every user of this machine may read it
         problem = f"; configuration rejected: {_cut(first, _LONGEST_PROBLEM)}"
+    problem += "" if certificate is None else _certificate(certificate)
     return _cut(text, _LONGEST - len(problem)) + problem
+
+
+def _certificate(certificate: Certificate) -> str:
+    return f"; certificate rejected: {_cut(certificate.error, _LONGEST_PROBLEM)}" if certificate.error else ""
 
 
 def _named(models: Sequence[Model]) -> str:

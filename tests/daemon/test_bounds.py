@@ -13,6 +13,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from tests import certificates
 from tests.harness import OPEN, Answer, Client, Daemon, connected, daemon, fake_engines, memory, request, until
 
 CHAT = "/v1/chat/completions"
@@ -48,12 +49,16 @@ async def patient(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Dae
         await buffered(running, 0)
 
 
-@pytest.fixture(scope="module")
-async def strict(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
-    """A daemon with little time."""
-    async with daemon(
-        STRICT + OPEN + fake_engines(11_800) + MODELS + LOADS, tmp_path_factory.mktemp("strict")
-    ) as running:
+@pytest.fixture(scope="module", params=["tcp", "tls", "unix"])
+async def strict(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> AsyncIterator[Daemon]:
+    """A daemon with little time, however its clients come."""
+    folder = tmp_path_factory.mktemp("strict")
+    pair = certificates.make(folder) if request.param == "tls" else None
+    path = folder / "http.sock" if request.param == "unix" else None
+    env = {"VLLM_PROXY_LISTEN": f"127.0.0.1:1,unix:{path}"} if path else {}
+    config = STRICT + OPEN + fake_engines(11_800) + MODELS + LOADS
+    async with daemon(config, folder, env=env, pair=pair) as running:
+        running.unix = path
         await running.until(lambda status: status.startswith("2 of 3 models ready"))
         yield running
         await buffered(running, 0)
@@ -314,7 +319,7 @@ async def test_a_head_that_does_not_come_is_408(strict: Daemon) -> None:
     """The first of a connection, begun or not, and every later one that has begun."""
 
     async def one(sent: bytes, *, first: bool) -> None:
-        async with connected(strict.port) as client:
+        async with connected(strict) as client:
             if not first:
                 await client.send(request("/health", b"", method="GET"))
                 assert (await client.answer()).status == 200
@@ -330,7 +335,7 @@ async def test_a_head_that_does_not_come_is_408(strict: Daemon) -> None:
 
 async def test_a_head_that_comes_byte_by_byte_is_408(strict: Daemon) -> None:
     """The time is for all of it."""
-    async with connected(strict.port) as client:
+    async with connected(strict) as client:
         await client.send(b"GET /health HTTP/1.1\r\n")
         ended = asyncio.ensure_future(client.answer())
         while not (await asyncio.wait({ended}, timeout=0.05))[0]:
@@ -342,7 +347,7 @@ async def test_a_body_that_stops_coming_is_408(strict: Daemon) -> None:
     """On every route that takes one, be it small, large or on disk already; nothing of it is held any longer."""
 
     async def one(kind: str, size: int) -> None:
-        async with connected(strict.port) as client:
+        async with connected(strict) as client:
             await client.send(begun(kind, size))
             answer = await refused(client, 408, "request_timeout")
             assert b"server.body_timeout (1 s)" in answer.body
@@ -355,7 +360,7 @@ async def test_a_body_that_stops_coming_is_408(strict: Daemon) -> None:
 
 async def test_a_late_body_is_told_as_anthropics_clients_read_it(strict: Daemon) -> None:
     """In their envelope."""
-    async with connected(strict.port) as client:
+    async with connected(strict) as client:
         await client.send(request("/v1/messages", b"{", "Content-Length: 10"))
         answer = json.loads((await client.answer()).body)
         assert (answer["type"], answer["error"]["type"]) == ("error", "timeout_error")

@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 
+from tests import certificates
 from tests.harness import Answer, Client, Daemon, connected, daemon, fake_engines, memory, port_block, request, until
 
 PATH = "/v1/chat/completions"
 ECHO = b'{"model": "chat", "fake": {"echo": true}}'
 
 
-@pytest.fixture(scope="module")
-async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
-    """One daemon for all of them."""
+@pytest.fixture(scope="module", params=["tcp", "tls"])
+async def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> AsyncIterator[Daemon]:
+    """One daemon for all of them, and one that speaks TLS."""
     config = fake_engines(port_block()) + '[models.chat]\nmodel = "org/chat"\naliases = ["short"]\n'
-    async with daemon(config, tmp_path_factory.mktemp("bytes")) as running:
+    folder = tmp_path_factory.mktemp("bytes")
+    pair = certificates.make(folder) if request.param == "tls" else None
+    async with daemon(config, folder, pair=pair) as running:
         await running.until("1 of 1 models ready")
         yield running
 
@@ -37,7 +40,7 @@ def raw(*pieces: str, end: str = "keep") -> bytes:
 
 async def ask(running: Daemon, data: bytes, *, head: bool = False) -> Answer:
     """The answer to one request on a connection of its own."""
-    async with connected(running.port) as client:
+    async with connected(running) as client:
         await client.send(data)
         return await client.answer(head=head)
 
@@ -85,7 +88,7 @@ async def test_a_client_that_waits_for_100_continue_is_told_to_go_on_once(shared
         body = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nchat\r\n--b--\r\n'
         head = head.replace(b"application/json", b"multipart/form-data; boundary=b")
         head = head.replace(b"Content-Length: %d" % len(ECHO), b"Content-Length: %d" % len(body))
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(head)
         assert (await client.answer()).status == 100
         await client.send(body)
@@ -103,7 +106,7 @@ async def test_a_client_of_http10_is_not_told_to_go_on(shared: Daemon) -> None:
 
 async def test_a_body_that_will_be_refused_is_not_asked_for(shared: Daemon) -> None:
     """A client that waits for 100-continue with a body over the limit gets 413 at once."""
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(request(PATH, b"", "Expect: 100-continue", f"Content-Length: {2**40}"))
         assert (await client.answer()).status == 413
         client.leave()
@@ -155,7 +158,7 @@ async def test_eight_megabytes_arrive_and_come_back_intact(shared: Daemon) -> No
         b'{"pad": "' + bytes(range(48, 91)) * 200_000 + b'", ' + faulty(flood=8 * 2**20, raw=[CHUNKED], end="keep")[1:]
     )
     request_id = uuid.uuid4().hex
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(request(PATH, body, f"X-Request-Id: {request_id}"))
         answer = await client.answer()
         assert answer.body == b"".join(bytes([65 + n % 26]) * 2**16 for n in range(128))
@@ -191,7 +194,7 @@ async def test_status_reason_and_headers_of_an_answer_are_kept(shared: Daemon) -
     lines = ["set-cookie: a=1; Path=/", "Set-Cookie: b=2", "x-odd: \xe9 ,;", "Date: Thu, 01 Jan 2026 00:00:00 GMT",
              "server: uvicorn", "x-request-id: of-the-engine", 'etag: "x"']  # fmt: skip
     data = request(PATH, raw("HTTP/1.1 299 Odd Enough\r\n" + "\r\n".join(lines) + "\r\nContent-Length: 2\r\n\r\nhi"))
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(data)
         line = await client.reader.readuntil(b"\r\n")
         assert line == b"HTTP/1.1 299 Odd Enough\r\n"
@@ -238,7 +241,7 @@ async def test_each_framing_for_each_kind_of_client(shared: Daemon, framing: str
     }[framing]
     lines = [f"Connection: {keep}"] if keep else []
     body = raw(head, end="close" if framing == "end" else "keep")
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(request(PATH, body, *lines, version=version))
         answer = await client.answer()
         assert (answer.body, answer.whole) == (b"hello", True)
@@ -258,7 +261,7 @@ async def test_each_framing_for_each_kind_of_client(shared: Daemon, framing: str
 async def test_an_http10_stream_comes_event_by_event(shared: Daemon) -> None:
     """A client of HTTP/1.0 gets the events of a stream, decoded, while the stream goes on."""
     body = b'{"model": "chat", "stream": true, "fake": {"chunks": 2, "hang": 1}}'
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(request(PATH, body, version="1.0"))
         await client.reader.readuntil(b"\r\n\r\n")
         assert (await client.reader.readuntil(b"\n\n")).startswith(b"data: {")
@@ -267,7 +270,7 @@ async def test_an_http10_stream_comes_event_by_event(shared: Daemon) -> None:
 @pytest.mark.parametrize("status", [204, 304])
 async def test_an_answer_without_a_body_ends_with_its_head(shared: Daemon, status: int) -> None:
     """The connection is used again at once."""
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(request(PATH, raw(f"HTTP/1.1 {status} X\r\nx: y\r\n\r\n")))
         answer = await client.answer()
         assert (answer.status, answer.all("connection"), answer.all("transfer-encoding")) == (status, [], [])
@@ -280,7 +283,7 @@ async def test_interim_answers_of_an_engine_stay_behind_or_pass_whole(shared: Da
     pieces = ["HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n", "HTTP/1.1 102 Processing\r\n\r\n"]
     final = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\nx-final: 1\r\n\r\nhi"
     for told in (raw(*pieces, final), raw("".join(pieces) + final), raw(*pieces, final[:20], final[20:])):
-        async with connected(shared.port) as client:
+        async with connected(shared) as client:
             await client.send(request(PATH, told))
             answer = await client.answer()
             while answer.status < 200:
@@ -292,7 +295,7 @@ async def test_interim_answers_of_an_engine_stay_behind_or_pass_whole(shared: Da
 
 async def test_head_is_answered_without_a_body(shared: Daemon) -> None:
     """By the daemon for its own routes and by the engine for a stored response; the connection goes on."""
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         for path, status in (("/v1/models", 200), ("/health", 200), ("/v1/responses/r", 405), ("/nowhere", 404)):
             await client.send(request(path, b"", method="HEAD"))
             answer = await client.answer(head=True)
@@ -309,7 +312,7 @@ async def test_pipelined_requests_are_answered_in_order(shared: Daemon) -> None:
         request("/v1/models", b"", method="GET") + request(PATH, ECHO, f"X-Request-Id: {request_id}")
         for request_id in ids
     )
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(data)
         for request_id in ids:
             assert json.loads((await client.answer()).body)["object"] == "list"
@@ -319,7 +322,7 @@ async def test_pipelined_requests_are_answered_in_order(shared: Daemon) -> None:
 async def test_a_connection_to_an_engine_is_kept_for_the_next_request(shared: Daemon) -> None:
     """A hundred requests, one after another, need one connection to the engine at a time."""
     (pid,) = await shared.pids("chat")
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await ask_again(client)
         before = sockets(pid)
         for _ in range(100):
@@ -349,7 +352,7 @@ async def test_a_client_that_reads_nothing_costs_little_and_slows_its_engine(sha
     request_id = uuid.uuid4().hex
     await ask(shared, request(PATH, faulty(flood=2**20, raw=[CHUNKED], end="keep")))
     before = memory(shared.process.pid)
-    async with connected(shared.port, receive_buffer=4096, limit=4096) as client:
+    async with connected(shared, receive_buffer=4096, limit=4096) as client:
         await client.send(request(PATH, faulty(flood=2**26, raw=[CHUNKED], end="keep"), f"X-Request-Id: {request_id}"))
         history: list[int] = []
 

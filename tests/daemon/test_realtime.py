@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
+from tests import certificates
 from tests.harness import Daemon, connected, daemon, fake_engines, port_block, request, until
 
 MODELS = """
@@ -32,10 +33,12 @@ COMMIT = {"type": "input_audio_buffer.commit"}
 type Socket = aiohttp.ClientWebSocketResponse
 
 
-@pytest.fixture(scope="module")
-async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
-    """One daemon for all of them; at its end no session is counted anywhere."""
-    async with daemon(fake_engines(port_block()) + MODELS, tmp_path_factory.mktemp("realtime")) as running:
+@pytest.fixture(scope="module", params=["tcp", "tls"])
+async def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> AsyncIterator[Daemon]:
+    """One daemon for all of them, and one that speaks TLS; at its end no session is counted anywhere."""
+    folder = tmp_path_factory.mktemp("realtime")
+    pair = certificates.make(folder) if request.param == "tls" else None
+    async with daemon(fake_engines(port_block()) + MODELS, folder, pair=pair) as running:
         await running.until("2 of 2 models ready")
         yield running
         await free(running)
@@ -136,9 +139,10 @@ async def test_bytes_pass_both_ways(shared: Daemon) -> None:
 
 
 async def test_an_engine_gets_its_own_key_and_never_the_clients(shared: Daemon) -> None:
-    """The client's credentials stop at the daemon."""
+    """The client's credentials stop at the daemon, and so does what would set its priority or its replica."""
     request_id = uuid.uuid4().hex
-    headers = {"X-Request-Id": request_id, "Authorization": "Bearer client-key"}
+    own = {"Authorization": "Bearer client-key", "X-Vllm-Priority": "client-key", "X-data-parallel-rank": "client-key"}
+    headers = {"X-Request-Id": request_id, **own}
     async with shared.session.ws_connect("/v1/realtime?model=chat", headers=headers) as socket:
         await hears(socket, "session.created")
     (seen,) = await shared.seen(request_id)
@@ -226,7 +230,7 @@ async def test_a_client_that_vanishes_frees_its_engine(shared: Daemon, greeted: 
     request_id = uuid.uuid4().hex
     upgrade = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", f"X-Request-Id: {request_id}",
                "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==")  # fmt: skip
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         path = "/v1/realtime" + ("?model=chat" if greeted else "")
         await client.send(request(path, b"", *upgrade, method="GET"))
         await client.reader.readuntil(b"session.created")

@@ -67,7 +67,7 @@ async def send_form(
 ) -> tuple[int, dict[str, object], str]:
     """Status, answer and request id."""
     request_id = uuid.uuid4().hex
-    headers = {"Content-Type": kind, "X-Request-Id": request_id}
+    headers = {"Content-Type": kind, "X-Request-Id": request_id, "X-Vllm-Priority": "-9", "X-data-parallel-rank": "0"}
     async with running.session.post(path, data=io.BytesIO(body), headers=headers) as answer:
         return answer.status, await answer.json(), request_id
 
@@ -118,6 +118,7 @@ async def test_a_form_goes_to_the_model_that_its_field_names_byte_for_byte(
     assert status == 200
     (seen,) = await shared.seen(request_id)
     assert (seen["path"], seen["body"].encode("latin-1")) == (path, body)
+    assert not {name.lower() for name, _ in seen["headers"]} & {"x-vllm-priority", "x-data-parallel-rank"}
 
 
 @pytest.mark.parametrize("where", [0, 2])

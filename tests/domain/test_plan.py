@@ -149,6 +149,15 @@ def test_what_only_a_restart_applies_is_named() -> None:
     """The sockets are open already; everything else of `[server]` is live."""
     assert restart_needed(Server(), Server(host="::1", port=1, on_exit="keep")) == ["server.host", "server.port"]
     assert restart_needed(Server(), Server(cors_origins=("*",), max_body_size=1)) == []
+    assert restart_needed(Server(), Server(listen=("[::1]:1",))) == ["server.listen"]
+
+
+def test_tls_goes_on_or_off_with_a_restart_and_another_file_is_live() -> None:
+    """Where systemd holds the sockets, TLS is the file's business all the same."""
+    on, other = Server(tls_cert="a", tls_key="b"), Server(tls_cert="c", tls_key="d", port=1)
+    assert restart_needed(Server(), on) == restart_needed(on, Server()) == ["server.tls_cert", "server.tls_key"]
+    assert restart_needed(on, other) == ["server.port"]
+    assert restart_needed(Server(), other, address_is_given=True) == ["server.tls_cert", "server.tls_key"]
 
 
 KEYS = st.fixed_dictionaries(

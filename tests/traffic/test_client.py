@@ -4,7 +4,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
 
 import pytest
@@ -14,6 +14,7 @@ from tests.harness import connected, request
 from tests.traffic.callers import goes_on
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.listener import CONTROL, Kind, Listener
+from vllm_proxy.traffic import front
 from vllm_proxy.traffic.client import CLIENT_SECONDS, ClientConnection
 from vllm_proxy.traffic.front import FrontRunner, most_connections
 
@@ -172,6 +173,25 @@ async def test_a_daemon_that_was_frozen_lets_nobody_pay_for_it() -> None:
         front._sweep()
         front._sweep()
         assert found.runner.connections == 1
+
+
+async def test_many_clients_are_looked_at_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are served in between; each client is looked at once in a second."""
+    monkeypatch.setattr(front, "_SWEPT_AT_ONCE", 2)
+    looked_at: list[ClientConnection] = []
+    monkeypatch.setattr(ClientConnection, "enforce_deadlines", lambda self, *_: looked_at.append(self))
+    async with served() as found, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(connected(found.port)) for _ in range(5)]
+        server = cast("Any", found.runner.server)
+        while len(server.connections) < len(clients):
+            await asyncio.sleep(0)
+        server._next_sweep.cancel()
+        looked_at.clear()
+        server._sweep()
+        assert len(looked_at) == 2
+        await clients[0].send(request("/take", b"between"))
+        assert (await clients[0].answer()).body == b"between"
+        assert sorted(map(id, looked_at)) == sorted(map(id, server.connections))
 
 
 async def test_a_connection_knows_by_which_listener_it_came() -> None:

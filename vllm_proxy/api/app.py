@@ -24,6 +24,7 @@ from vllm_proxy.fleet.model import Model
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.runtime.logwriter import LogWriter
 from vllm_proxy.runtime.turns import LoopLag
+from vllm_proxy.tls import Certificate
 from vllm_proxy.traffic.access import Access
 from vllm_proxy.traffic.access_log import AccessLog
 from vllm_proxy.traffic.budget import Budget
@@ -54,6 +55,7 @@ class Parts:
     lag: LoopLag
     log: LogWriter
     mask: Callable[[str], str]  # hides the secrets in what engines write
+    certificate: Certificate
     budget: Budget = field(default_factory=Budget)
 
     def server(self) -> Server:
@@ -142,7 +144,7 @@ def _inference(
 def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
     reconciler, registry = parts.reconciler, parts.registry
     bodies = Bodies(parts.server, parts.budget)
-    writes = config.Writes(parts.desired, reconciler, bodies)
+    writes = config.Writes(parts.desired, reconciler, parts.certificate, bodies)
     events = Events(reconciler, parts.desired)
     actions = {"start": Model.start, "stop": Model.stop, "restart": Model.restart}
     read, operate = Scope.READ, Scope.OPERATE
@@ -162,7 +164,7 @@ def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
         *config.routes(writes, _ONE_MODEL),
         *keys.routes(keys.Keys(parts.desired, bodies)),
         Route("GET", "/events", read, events.stream),
-        Route("GET", "/health", None, answered(models.health(reconciler, parts.desired))),
+        Route("GET", "/health", None, answered(models.health(reconciler, parts.desired, parts.certificate))),
         Route("GET", "/ready", None, answered(models.ready(reconciler))),
         Route("GET", "/metrics", Scope.METRICS, models.exposition(metrics)),
     ]

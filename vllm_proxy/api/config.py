@@ -23,6 +23,7 @@ from vllm_proxy.domain.toml import dotted
 from vllm_proxy.errors import ConfigError, InvalidError, Problem, RequestError
 from vllm_proxy.fleet.desired import Desired, Outcome
 from vllm_proxy.fleet.reconciler import Reconciler
+from vllm_proxy.tls import Certificate
 
 _LOST = (
     f"{secrets.HIDDEN} keeps the value that the file has here, and it has none: send the value itself, or leave it out"
@@ -33,9 +34,11 @@ _OF_A_MODEL = re.compile(r"models\b")
 class Writes:
     """The handlers of one daemon."""
 
-    def __init__(self, desired: Desired, reconciler: Reconciler, bodies: Bodies) -> None:
+    def __init__(self, desired: Desired, reconciler: Reconciler, certificate: Certificate, bodies: Bodies) -> None:
+        """`certificate`: is looked at with each reload."""
         self._desired = desired
         self._reconciler = reconciler
+        self._certificate = certificate
         self._bodies = bodies
 
     # /models
@@ -146,6 +149,8 @@ class Writes:
             return _applied(outcome)
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None
+        finally:
+            await self._certificate.look()
 
     async def _text(self) -> bytes:
         try:

@@ -25,6 +25,7 @@ from vllm_proxy.fleet.model import Model
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.supervisor import LastExit, Supervisor
 from vllm_proxy.runtime.turns import in_turns
+from vllm_proxy.tls import Certificate
 from vllm_proxy.traffic.envelope import Handler
 from vllm_proxy.traffic.front import caller_of
 from vllm_proxy.traffic.registry import Registry
@@ -52,7 +53,7 @@ def root(endpoints: list[str]) -> Answers[resources.Root]:
     return handle
 
 
-def health(reconciler: Reconciler, desired: Desired) -> Answers[resources.Health]:
+def health(reconciler: Reconciler, desired: Desired, certificate: Certificate) -> Answers[resources.Health]:
     """`GET /health`: 200 while the daemon lives; in full for who may read."""
 
     async def handle(request: web.Request) -> Reply[resources.Health]:
@@ -61,7 +62,7 @@ def health(reconciler: Reconciler, desired: Desired) -> Answers[resources.Health
             "status": "ok",
             "version": __version__,
             "models": {state: states[state] for state in State},
-            "error": desired.rejected is not None or bool(reconciler.not_ended()),
+            "error": bool(desired.rejected or certificate.error or reconciler.not_ended()),
         }
         if Scope.READ not in caller_of(request).scopes:
             return Reply(short)
@@ -71,6 +72,7 @@ def health(reconciler: Reconciler, desired: Desired) -> Answers[resources.Health
             "config": {
                 "revision": reconciler.config.revision,
                 "error": _without_values(desired.rejected) if desired.rejected else None,
+                "certificate_error": certificate.error,
                 "pending_restart": desired.pending_restart(),
             },
         })  # fmt: skip

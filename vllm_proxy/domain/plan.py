@@ -22,6 +22,7 @@ from vllm_proxy.domain.units import parse_duration, parse_size, show_duration, s
 _LONGEST = 60  # characters of a value that is shown
 _UNITS: Mapping[object, Callable[[Any], str]] = {parse_duration: show_duration, parse_size: show_size}
 RESTART_KEYS = ("host", "port", "listen")  # of [server]: the sockets are open already
+TLS_KEYS = ("tls_cert", "tls_key")  # of [server]: another file is live, TLS itself goes on or off with a restart
 _OF_THEIR_OWN = {  # of the policy keys
     "enabled": "stops the model, or starts it",
     "replicas": "adds or removes instances at the end; the others stay",
@@ -59,9 +60,14 @@ def plan(desired: Mapping[str, ModelSpec], running: Mapping[str, ModelSpec]) -> 
     return tuple(sorted([*steps, *gone], key=lambda action: _rank(action, running)))
 
 
-def restart_needed(before: Server, after: Server) -> list[str]:
-    """The keys of `[server]` that changed and take effect with the next start of the daemon."""
-    return [f"server.{key}" for key in RESTART_KEYS if getattr(before, key) != getattr(after, key)]
+def restart_needed(before: Server, after: Server, *, address_is_given: bool = False) -> list[str]:
+    """The keys of `[server]` that changed and take effect with the next start of the daemon.
+
+    `address_is_given`: not by the file, which therefore changes nothing of it.
+    """
+    changed = [key for key in RESTART_KEYS if getattr(before, key) != getattr(after, key) and not address_is_given]
+    switched = [key for key in TLS_KEYS if (getattr(before, key) is None) != (getattr(after, key) is None)]
+    return [f"server.{key}" for key in (*changed, *switched)]
 
 
 def _of_one(old: ModelSpec | None, new: ModelSpec) -> Iterator[Action]:
@@ -150,7 +156,7 @@ def _short(value: Any, shown: Callable[[Any], str]) -> str:  # noqa: ANN401 - a 
 def table() -> str:
     """What a change of each key costs, for docs/changes.md. The keys come from the types: a new one is in its row."""
     live = [key for key in Policy.model_fields if key not in _OF_THEIR_OWN]
-    server = [key for key in Server.model_fields if key not in RESTART_KEYS]
+    server = [key for key in Server.model_fields if key not in (*RESTART_KEYS, *TLS_KEYS)]
     rows = [
         (EngineSpec.model_fields, "replaces the engines of this model, as `replace` says"),
         (live, "live: no engine notices"),
@@ -162,6 +168,10 @@ def table() -> str:
         (("engine.port_start", "engine.port_end"), "live, for engines that are started from now on"),
         ([f"server.{key}" for key in server], "live"),
         ([f"server.{key}" for key in RESTART_KEYS], "the next start of the daemon: `/health` lists `pending_restart`"),
+        (
+            [f"server.{key}" for key in TLS_KEYS],
+            "live, as is another content of the files; TLS goes on or off with the next start of the daemon",
+        ),
         ((), "comments, order, layout, a default written out, `a_b` for `a-b` in `args`: nothing"),
     ]
     lines = [f"| {' '.join(f'`{key}`' for key in keys)} | {effect} |" for keys, effect in rows]

@@ -139,6 +139,9 @@ class ConfigHealth(TypedDict):
 
     revision: Annotated[str, Field(description="Of the file that is in force.")]
     error: Annotated[str | None, Field(description="Why the file on disk was refused; null where it is in force.")]
+    certificate_error: Annotated[
+        str | None, Field(description="Why the certificate on disk is not in force; null where it is, or without TLS.")
+    ]
     pending_restart: Annotated[list[str], Field(description="Keys whose change waits for a restart of the daemon.")]
 
 
@@ -148,7 +151,9 @@ class Health(TypedDict):
     status: Literal["ok"]
     version: str
     models: Annotated[dict[str, int], Field(description="How many models are in each state.")]
-    error: Annotated[bool, Field(description="Whether the file is refused, or an engine could not be ended.")]
+    error: Annotated[
+        bool, Field(description="Whether the file or the certificate is refused, or an engine could not be ended.")
+    ]
     not_ended: NotRequired[
         Annotated[
             list[str], Field(description="Instances whose engines live and could not be ended. For who may read.")

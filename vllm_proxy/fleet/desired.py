@@ -127,7 +127,8 @@ class Desired:
         self._ports = ports
         self.offload = offload
         self._hide_secrets = hide_secrets
-        self._started_with = None if address_is_given else reconciler.config.server
+        self._started_with = reconciler.config.server
+        self._address_is_given = address_is_given
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listeners: list[Callable[[Outcome | Written | ConfigError], None]] = []
@@ -159,7 +160,7 @@ class Desired:
     def pending_restart(self) -> list[str]:
         """Keys of `[server]` that the file has changed and only a restart of the daemon applies."""
         now = self.reconciler.config.server
-        return restart_needed(self._started_with, now) if self._started_with else []
+        return restart_needed(self._started_with, now, address_is_given=self._address_is_given)
 
     async def text(self) -> bytes:
         """The file as it is on disk.

@@ -20,7 +20,7 @@ from vllm_proxy.domain.keys import Scope
 from vllm_proxy.domain.listener import Kind, Listener
 from vllm_proxy.errors import LateRequestError, RequestError
 from vllm_proxy.traffic.envelope import error_event, error_response, refusal
-from vllm_proxy.traffic.exchange import Exchange, end_in_reset
+from vllm_proxy.traffic.exchange import Exchange, end_in_reset, ends_in_reset
 from vllm_proxy.traffic.head import request_id
 from vllm_proxy.traffic.keyring import Caller
 from vllm_proxy.traffic.routes import is_anthropic
@@ -61,19 +61,21 @@ class ClientConnection(RequestHandler):
     """One client's connection. `exchange` is the answer that is being written to it."""
 
     __slots__ = ("_mark", "_resumed", "_since", "admission", "end_orderly", "exchange", "head_bytes", "held", "in_head",
-                 "listener", "on_message_bytes")  # fmt: skip
+                 "listener", "on_message_bytes", "wire")  # fmt: skip
 
     def __init__(
         self,
         manager: "Manager",
         listener: Listener,
+        wire: asyncio.Transport | None = None,
         *,
         loop: asyncio.AbstractEventLoop,
         **kwargs: Any,  # noqa: ANN401 - aiohttp's options
     ) -> None:
-        """`listener`: where it was accepted."""
+        """`listener`: where it was accepted; `wire`: what its bytes go through, below TLS where there is TLS."""
         super().__init__(cast("web.Server", manager), loop=loop, **kwargs)
         self.listener = listener
+        self.wire = wire
         self.exchange: Exchange | None = None
         self.admission: Admitted | None = None  # of the last request that was let in
         self.end_orderly: asyncio.Transport | None = None  # its own, once an answer that its end frames is whole
@@ -104,6 +106,7 @@ class ClientConnection(RequestHandler):
         if not manager.has_room(self.listener):
             manager.refuse(cast("asyncio.Transport", transport))
             return
+        self.wire = self.wire or cast("asyncio.Transport", transport)
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
@@ -181,9 +184,20 @@ class ClientConnection(RequestHandler):
                 mark = (_BODY, self._request_count, request.content.total_bytes)
                 return mark, server.body_timeout, lambda: self._time_out_body(request, server)
         elif self._paused and self.transport is not None and self.listener.kind is not Kind.CONTROL:
-            mark = (_ANSWER, self._resumed, self.transport.get_write_buffer_size())
+            mark = (_ANSWER, self._resumed, self._unsent())
             return mark, CLIENT_SECONDS, self._abort_slow_client
         return (), 0.0, self._abort_slow_client
+
+    def _unsent(self) -> int:
+        """Bytes that the kernel has not taken yet, those that TLS has encrypted already among them."""
+        found = {transport for transport in (self.transport, self.wire) if transport is not None}
+        return sum(transport.get_write_buffer_size() for transport in found)
+
+    def force_close(self) -> None:
+        """Close at once. Over TLS an answer that is not whole must not end in a close_notify, which says that it is."""
+        if self.listener.tls and self.transport is not None and ends_in_reset(self.transport):
+            self.transport.abort()
+        super().force_close()
 
     def _process_keepalive(self) -> None:
         """The time of an idle connection is over; that of a head has a bound of its own."""
@@ -244,7 +258,10 @@ class Refused(asyncio.Protocol):
 
     def linger(self) -> None:
         """End the answer, and give its client a moment to read it."""
-        self._transport.write_eof()
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        else:  # TLS: it says goodbye, and waits for the same
+            self._transport.close()
         self._end = asyncio.get_running_loop().call_later(_REFUSED_SECONDS, self._transport.abort)
 
     def connection_lost(self, exc: BaseException | None) -> None:  # noqa: ARG002 - asyncio's signature

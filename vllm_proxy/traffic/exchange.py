@@ -6,7 +6,8 @@ read. `pause` and `resume` are backpressure: they stop reading from the engine.
 
 Where only the connection's end tells a client that it has all of an answer, that connection is set to end in a reset as
 the answer begins, and set back when it is whole: so a cut, a stop and a kill of the daemon do not look like the end.
-Unix sockets have no reset; over them such a client (HTTP/1.0) cannot tell.
+Over TLS a whole answer ends with TLS's own close_notify, and what is cut without. Unix sockets have no reset; over them
+such a client (HTTP/1.0) cannot tell.
 """
 
 import asyncio
@@ -63,6 +64,12 @@ def end_in_reset(client: Client, *, reset: bool) -> None:
     connection = client.get_extra_info("socket")
     if connection is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET if reset else _ORDERLY)
+
+
+def ends_in_reset(client: Client) -> bool:
+    """Whether that is so now."""
+    connection = client.get_extra_info("socket")
+    return connection is not None and connection.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, len(_RESET)) == _RESET
 
 
 class Exchange:

@@ -8,6 +8,7 @@ framings that aiohttp's parser accepts and that allow request smuggling through 
 import asyncio
 import resource
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
@@ -25,12 +26,14 @@ from vllm_proxy.errors import RequestError
 from vllm_proxy.listen import BACKLOG
 from vllm_proxy.traffic.client import Admitted, ClientConnection, Refused, as_bytes
 from vllm_proxy.traffic.envelope import refusal
+from vllm_proxy.traffic.handshake import Handshake
 from vllm_proxy.traffic.keyring import Caller
 
 log = structlog.get_logger()
 
 _DRAIN_POLL_SECONDS = 0.01  # between two polls for connections that are still to end
 _SWEEP_SECONDS = 1.0
+_SWEPT_AT_ONCE = 200  # a third of a millisecond
 _OPEN_FILES = 2**20  # where there is no limit
 _RESERVED_FILES = 256  # for the engines' logs and processes, files that are written, and clients that are refused
 _REFUSED_AT_ONCE = 64  # so many linger until they have read the answer; more are closed at once
@@ -72,32 +75,44 @@ class Front(web.Server):
         self._refusal_of = refusal_of
         self._most = most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self._refused: set[Refused] = set()
+        self.handshakes: set[Handshake] = set()  # of clients that are not connected yet
         self._awake_seconds = 0.0  # seconds in which the daemon could read from its clients
         self._swept_at = self._loop.time()
+        self._unswept: list[ClientConnection | Handshake] = []  # who is still to be looked at in this second
         self._next_sweep = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
 
     def __call__(self, listener: Listener = _UNKNOWN) -> RequestHandler:
         """A protocol for one more connection, which came by `listener`."""
         return ClientConnection(self, listener, loop=self._loop, **self._kwargs)
 
+    def connection(self, listener: Listener, wire: asyncio.Transport) -> RequestHandler:
+        """A protocol for one more connection, whose TLS goes through `wire`."""
+        return ClientConnection(self, listener, wire, loop=self._loop, **self._kwargs)
+
+    def head_seconds(self) -> float:
+        """The deadline for a request's head now; 0: none."""
+        return self._settings().head_timeout
+
     def has_room(self, listener: Listener) -> bool:
         """Whether one more connection of this listener may be taken in; the control socket is never full."""
         most = min(self._settings().max_connections or self._most, self._most)
-        return len(self._connections) < most or listener.kind is Kind.CONTROL
+        return len(self._connections) + len(self.handshakes) < most or listener.kind is Kind.CONTROL
 
-    def refuse(self, transport: asyncio.Transport) -> None:
-        """Answer that there is no room, and close."""
+    def refuse(self, transport: asyncio.Transport, answer: bytes = _TOO_MANY) -> None:
+        """Answer that there is no room, or what else is in the way, and close."""
         refused = Refused(transport, self._refused)
         transport.set_protocol(refused)
-        transport.write(_TOO_MANY)
+        transport.write(answer)
         if len(self._refused) > _REFUSED_AT_ONCE:
             transport.close()
         else:
             refused.linger()
 
-    def stop_sweeping(self) -> None:
-        """Set no more deadlines."""
+    def close(self) -> None:
+        """Set no more deadlines, and take no one in who is still in a handshake."""
         self._next_sweep.cancel()
+        for handshake in list(self.handshakes):
+            handshake.abort()
 
     def revoke(self) -> None:
         """End what may not go on, since a key has changed or expired."""
@@ -110,20 +125,29 @@ class Front(web.Server):
             connection.revoke(admission, error)
 
     def _sweep(self) -> None:
-        self._next_sweep = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
+        """Look at every client once a second, a few at a time: no request waits until all have been looked at."""
         now = self._loop.time()
-        # After a freeze of the daemon, clients are not blamed for the time in which it could not read.
-        self._awake_seconds += min(now - self._swept_at, 2 * _SWEEP_SECONDS)
-        self._swept_at = now
+        if not self._unswept:
+            # After a freeze of the daemon, clients are not blamed for the time in which it could not read.
+            self._awake_seconds += min(now - self._swept_at, 2 * _SWEEP_SECONDS)
+            self._swept_at = now
+            self._unswept = [*self.handshakes, *cast("list[ClientConnection]", self.connections)]
+        some, self._unswept = self._unswept[:_SWEPT_AT_ONCE], self._unswept[_SWEPT_AT_ONCE:]
+        wait = 0.0 if self._unswept else max(self._swept_at + _SWEEP_SECONDS - now, 0.0)
+        self._next_sweep = self._loop.call_later(wait, self._sweep)
         server = self._settings()
-        for connection in self.connections:
-            client = cast("ClientConnection", connection)
+        for client in some:
             try:
                 client.enforce_deadlines(self._awake_seconds, server)
-                if (admission := client.in_progress) is not None and admission.caller.is_bounded:  # keys expire
-                    self._check_again(client)
+                if isinstance(client, ClientConnection):
+                    self._check_expiry(client)
             except Exception:  # the other connections are checked all the same
                 log.exception("a fault of the daemon: a connection could not be looked at")
+
+    def _check_expiry(self, connection: ClientConnection) -> None:
+        admission = connection.in_progress
+        if admission is not None and admission.caller.is_bounded:
+            self._check_again(connection)
 
 
 class FrontRunner(web.AppRunner):
@@ -146,9 +170,15 @@ class FrontRunner(web.AppRunner):
         self._settings = settings
         self._refusal_of = refusal_of
 
-    async def accept(self, listening: socket.socket, listener: Listener) -> None:
-        """Take in the clients of a listening socket, after `setup`."""
-        await _ListenerSite(self, listening, listener).start()
+    async def accept(
+        self, listening: socket.socket, listener: Listener, context: Callable[[], ssl.SSLContext] | None = None
+    ) -> None:
+        """Take in the clients of a listening socket, after `setup`. `context`: the TLS of one more client."""
+        front = cast("Front", self.server)
+        if listener.tls and context is not None:
+            await _ListenerSite(self, listening, partial(Handshake, front, listener, context)).start()
+        else:
+            await _ListenerSite(self, listening, partial(front, listener)).start()
 
     @property
     def connections(self) -> int:
@@ -176,15 +206,19 @@ class FrontRunner(web.AppRunner):
             for connection in self._clients():
                 if connection.is_idle:
                     connection.force_close()  # `close` alone would leave it to the server's end
-            calm = 0 if any(connection.is_receiving for connection in self._clients()) else calm + 1
+            receiving = any(connection.is_receiving for connection in self._clients())
+            calm = 0 if receiving or self._handshakes() else calm + 1
 
     def _clients(self) -> list[ClientConnection]:
         return cast("list[ClientConnection]", self.server.connections) if self.server else []
 
+    def _handshakes(self) -> int:
+        return len(cast("Front", self.server).handshakes) if self.server else 0
+
     async def cleanup(self) -> None:
         """Close everything."""
         if self.server is not None:
-            cast("Front", self.server).stop_sweeping()
+            cast("Front", self.server).close()
         await super().cleanup()
 
     async def _make_server(self) -> web.Server:
@@ -225,21 +259,18 @@ class FrontRunner(web.AppRunner):
 
 
 class _ListenerSite(web.SockSite):
-    """A listening socket whose connections know by which they came."""
+    """A listening socket with protocols of its own, so that its connections know by which they came."""
 
-    __slots__ = ("_listener",)
+    __slots__ = ("_protocol",)
 
-    def __init__(self, runner: FrontRunner, listening: socket.socket, listener: Listener) -> None:
+    def __init__(self, runner: FrontRunner, listening: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
         super().__init__(runner, listening, backlog=BACKLOG)
-        self._listener = listener
+        self._protocol = protocol
 
     async def start(self) -> None:
         """Accept: as aiohttp does, but for the protocols."""
         await web.BaseSite.start(self)  # registers it with the runner
-        server = cast("Front", self._runner.server)
-        self._server = await asyncio.get_running_loop().create_server(
-            partial(server, self._listener), sock=self._sock, backlog=BACKLOG
-        )
+        self._server = await asyncio.get_running_loop().create_server(self._protocol, sock=self._sock, backlog=BACKLOG)
 
 
 class DirectRequest(web.BaseRequest):

@@ -63,7 +63,7 @@ def parse_config(
     """
     text, document = read_toml(data, file)
     if wrong := list(unusable(document)):
-        raise ConfigError(file, _problems(wrong, text, {}))
+        raise ConfigError(file, problems_at(wrong, text, {}))
     overrides = overrides or {}
     found: list[Found] = [
         ((key,), hints.of_unknown_table(key, value) or unknown(key, _TABLES))
@@ -72,6 +72,7 @@ def parse_config(
     ]
     server_table = {**_table(document, "server", found), **{key: item.value for key, item in overrides.items()}}
     server = _with_given_address(validate(Server, server_table, ("server",), found), overrides)
+    found += _half_a_pair(server_table)
     engine = validate(EngineDefaults, _table(document, "engine", found), ("engine",), found)
     models = _models(document, engine or EngineDefaults(), found)
     found += _alias_clashes(_table(document, "models", []), _table(document, "defaults", []))
@@ -80,9 +81,16 @@ def parse_config(
     found += keys.add(document)
     elsewhere = keys.add_file(server.keys_file, file, found) if server is not None and server.keys_file else []
     if found or elsewhere or server is None or engine is None:
-        problems = [*_problems(found, text, overrides), *elsewhere]
+        problems = [*problems_at(found, text, overrides), *elsewhere]
         raise ConfigError(file, problems, attached=keys.attached)
     return Config(revision_of(data), server, engine, {model.id: model for model in models}, keys.found, keys.attached)
+
+
+def _half_a_pair(server: TomlTable) -> Iterator[Found]:
+    """A certificate without its key, or a key without its certificate."""
+    for key, other in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
+        if server.get(key) is not None and server.get(other) is None:
+            yield ("server", key), f"expected {other} beside it: TLS needs a certificate and its private key"
 
 
 def _with_given_address(server: Server | None, overrides: Mapping[str, Override]) -> Server | None:
@@ -92,7 +100,8 @@ def _with_given_address(server: Server | None, overrides: Mapping[str, Override]
     return server.model_copy(update={"listen": replaced_by(server.listen, server.host, server.port)})
 
 
-def _problems(found: Iterable[Found], text: str, overrides: Mapping[str, Override]) -> list[Problem]:
+def problems_at(found: Iterable[Found], text: str, overrides: Mapping[str, Override]) -> list[Problem]:
+    """What was found, with its line in the file or the source of an override."""
     lines = key_lines(text)
     problems = []
     for path, message in found:
