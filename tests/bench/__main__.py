@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench import build, cases, hazards, peers, proc, report
+from tests.bench import build, cases, hazards, idle, peers, proc, report
 
-SINGLE = ("memory", "departed", "slow", "bigbody", "models")
+SINGLE = ("memory", "idle", "departed", "slow", "bigbody", "models")
 NAMES = (*cases.CASES, *SINGLE)
 _OUTPUT = Path(".bench") / "result.json"
 
@@ -34,6 +34,7 @@ class Options:
     rounds: int = 3
     seconds: float = 4.0
     streams: int = 5000
+    idle: int = 10_000
     tries: int = 5
     models: int = 1000
 
@@ -63,7 +64,9 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Options
     add("--quick", action="store_true", help="one round of one second, fewer streams and tries: under a minute")
     add("--json", type=Path, default=_OUTPUT, metavar="FILE", help=f"default {_OUTPUT}")
     flags = parser.parse_args(arguments)
-    options = dataclasses.replace(known, rounds=1, seconds=1.0, streams=500, tries=1) if flags.quick else known
+    options = (
+        dataclasses.replace(known, rounds=1, seconds=1.0, streams=500, idle=500, tries=1) if flags.quick else known
+    )
     given = {"rounds": flags.rounds, "seconds": flags.seconds, "names": flags.only, "peers": flags.peers}
     return flags, dataclasses.replace(options, **{name: value for name, value in given.items() if value is not None})
 
@@ -112,6 +115,8 @@ def _singles(programs: build.Programs, names: Sequence[str], options: Options, f
                 for peer in _started(stack, [name], programs, engine_port, place):
                     findings.memory[name] = found = hazards.memory(programs, peer, options.streams)
                     _say(f"memory: {name}: {found.kib_per_stream:.1f} KiB a stream")
+    if "idle" in options.names:
+        findings.idle = idle.measure(programs, folder / "idle", options.idle, _say)
     if {"departed", "slow", "bigbody"} & set(options.names):
         with peers.ours(programs, folder) as peer:
             if "departed" in options.names:

@@ -3,6 +3,7 @@
 import http.client
 import json
 import socket
+import ssl
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,9 +40,15 @@ def connect(port: int) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=30)
 
 
-def get(port: int, path: str) -> Any:  # noqa: ANN401 - JSON
+def _http(port: int, tls: ssl.SSLContext | None) -> http.client.HTTPConnection:
+    if tls is None:
+        return http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    return http.client.HTTPSConnection("127.0.0.1", port, timeout=10, context=tls)
+
+
+def get(port: int, path: str, tls: ssl.SSLContext | None = None) -> Any:  # noqa: ANN401 - JSON
     """The JSON answer to a GET, None unless its status is 200."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = _http(port, tls)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
@@ -51,9 +58,9 @@ def get(port: int, path: str) -> Any:  # noqa: ANN401 - JSON
         connection.close()
 
 
-def answers(port: int) -> bool:
+def answers(port: int, tls: ssl.SSLContext | None = None) -> bool:
     """Whether a chat request gets a 200."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = _http(port, tls)
     try:
         connection.request("POST", "/v1/chat/completions", body(), {"Content-Type": "application/json"})
         answer = connection.getresponse()

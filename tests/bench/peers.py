@@ -3,12 +3,14 @@
 import contextlib
 import os
 import random
+import ssl
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import certificates
 from tests.bench import build, client, proc
 from tests.harness import clean_environment, free_port
 
@@ -72,15 +74,23 @@ class Peer:
 
 
 @contextlib.contextmanager
-def process(command: Sequence[str], folder: Path, port: int, name: str, **env: str) -> Iterator[int]:
+def process(
+    command: Sequence[str],
+    folder: Path,
+    port: int,
+    name: str,
+    *,
+    env: Mapping[str, str] | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> Iterator[int]:
     """A server, once it answers a chat request on `port`; it is ended when the block ends."""
     with (folder / f"{name}.log").open("ab") as log:
         started = subprocess.Popen(
-            list(command), cwd=folder, env={**clean_environment(), **env}, stdin=subprocess.DEVNULL,
+            list(command), cwd=folder, env={**clean_environment(), **(env or {})}, stdin=subprocess.DEVNULL,
             stdout=log, stderr=log,
         )  # fmt: skip
     try:
-        if not proc.wait_until(lambda: started.poll() is not None or client.answers(port), _START_SECONDS, 0.05):
+        if not proc.wait_until(lambda: started.poll() is not None or client.answers(port, tls), _START_SECONDS, 0.05):
             raise RuntimeError(f"{name} does not answer")
         if started.poll() is not None:
             tail = (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")[-2000:]
@@ -113,8 +123,15 @@ def configuration(programs: build.Programs, models: int) -> str:
 
 
 @contextlib.contextmanager
-def ours(programs: build.Programs, folder: Path, *, models: int = 1, name: str = OURS) -> Iterator[Peer]:
-    """vllm-proxy and the mock engine that it started."""
+def ours(
+    programs: build.Programs,
+    folder: Path,
+    *,
+    models: int = 1,
+    name: str = OURS,
+    pair: certificates.Pair | None = None,
+) -> Iterator[Peer]:
+    """vllm-proxy and the mock engine that it started. `pair`: it speaks TLS."""
     place = folder / f"{name}-{models}"
     place.mkdir(parents=True)
     (place / "models.toml").write_text(configuration(programs, models), encoding="utf-8")
@@ -123,8 +140,10 @@ def ours(programs: build.Programs, folder: Path, *, models: int = 1, name: str =
         sys.executable, "-m", "vllm_proxy", "serve", "--config", str(place / "models.toml"),
         "--port", str(port), "--state-dir", str(place / "state"), "--log-level", "error",
     ]  # fmt: skip
-    with process(command, place, port, name) as pid:
-        resource = client.get(port, f"/models/{client.MODEL}")
+    tls = {"VLLM_PROXY_TLS_CERT": str(pair.certificate), "VLLM_PROXY_TLS_KEY": str(pair.key)} if pair else {}
+    trust = pair.trust() if pair else None
+    with process(command, place, port, name, env=tls, tls=trust) as pid:
+        resource = client.get(port, f"/models/{client.MODEL}", trust)
         yield Peer(name, port, resource["status"]["instances"][0]["port"], pid, children=False)
 
 
@@ -142,7 +161,7 @@ def peer(name: str, programs: build.Programs, engine_port: int, folder: Path) ->
     place.mkdir()
     port = free_port()
     env = _LITELLM_ENV if name == "litellm" else {}
-    with process(_command(name, place, port, engine_port), place, port, name, **env) as pid:
+    with process(_command(name, place, port, engine_port), place, port, name, env=env) as pid:
         yield Peer(name, port, engine_port, pid, children=True)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tests.bench import cases, client, hazards
+from tests.bench.idle import Idle
 from tests.bench.peers import DIRECT, OURS
 
 
@@ -16,6 +17,7 @@ class Findings:
     conditions: dict[str, object] = field(default_factory=dict)
     results: cases.Results = field(default_factory=cases.Results)
     memory: dict[str, hazards.Memory] = field(default_factory=dict)
+    idle: dict[str, Idle] = field(default_factory=dict)
     departures: dict[str, hazards.Departures] = field(default_factory=dict)
     slow_mb: dict[str, float] = field(default_factory=dict)
     big_body: dict[str, hazards.BigBody] = field(default_factory=dict)
@@ -126,6 +128,7 @@ def targets(findings: Findings) -> list[Target]:
     sequential = _median(_added(results, "json1", OURS, _p50))
     tail = _median(_added(results, "sse1024", OURS, _p99))
     memory = findings.memory.get(OURS)
+    plain = [one for kind, one in findings.idle.items() if kind != "TLS"]
     departed = findings.departures.get(OURS)
     big = findings.big_body.get(OURS)
     return [
@@ -134,6 +137,20 @@ def targets(findings: Findings) -> list[Target]:
         Target("CPU per event, 256 streams, vs nginx", 2.2, 1.6, "x", cpu("sse256", "nginx")),
         Target("added to a sequential JSON request, p50", 100, 60, "us", sequential),
         Target("memory of an idle stream", 20, None, "KiB", memory.kib_per_stream if memory else None),
+        Target(
+            "memory of an idle connection",
+            20,
+            None,
+            "KiB",
+            max((one.kib_per_connection for one in plain), default=None),
+        ),
+        Target(
+            "a request beside 10,000 idle connections, p95",
+            10,
+            None,
+            "ms",
+            max((one.p95_ms for one in plain), default=None),
+        ),
         Target("added delay of an event, 1,024 streams, p99", 20, None, "ms", None if tail is None else tail / 1000),
         Target(
             "client gone: seen by the engine, worst of four states",
@@ -153,6 +170,9 @@ def _hazard_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
     for name, found in findings.memory.items():
         text = f"{found.kib_per_stream:.1f} KiB at {found.streams:,} (base {found.base_kib / 1024:.0f} MiB,"
         yield "memory of an idle stream", name, f"{text} open files limit {found.files_limit:,})"
+    for kind, one in findings.idle.items():
+        text = f"{one.kib_per_connection:.1f} KiB at {one.connections:,}; a request beside them: p50 {one.p50_ms:.2f},"
+        yield f"memory of an idle connection, {kind}", OURS, f"{text} p95 {one.p95_ms:.2f}, most {one.most_ms:.2f} ms"
     for name, gone in findings.departures.items():
         for state, values in gone.found.items():
             shown = ["never (4 s)" if ms is None else f"{ms:.1f}" for ms in values]
