@@ -140,15 +140,16 @@ class Daemon:
         self.session = aiohttp.ClientSession(
             self.url, connector=connector
         )  # its URLs are normalised, those of get and post are not
-        self._state = -1  # a descriptor of its state directory, whose path may be too long for a socket's name
+        self.runtime_dir = folder / "state"  # where its control socket lies
+        self._runtime = -1  # a descriptor of that, whose path may be too long for a socket's name
         self._admin: aiohttp.ClientSession | None = None
 
     @property
     def admin(self) -> aiohttp.ClientSession:
         """A client at the control socket, which may do everything."""
         if self._admin is None:
-            self._state = os.open(self.state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            connector = aiohttp.UnixConnector(f"/proc/self/fd/{self._state}/control.sock")
+            self._runtime = os.open(self.runtime_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            connector = aiohttp.UnixConnector(f"/proc/self/fd/{self._runtime}/control.sock")
             self._admin = aiohttp.ClientSession("http://localhost", connector=connector)
         return self._admin
 
@@ -157,7 +158,7 @@ class Daemon:
         await self.session.close()
         if self._admin is not None:
             await self._admin.close()
-            os.close(self._state)
+            os.close(self._runtime)
 
     def _client(self, path: str) -> tuple[aiohttp.ClientSession, URL]:
         """Who may ask for a path without a key, and where: the fleet is for the control socket."""
@@ -359,16 +360,18 @@ def daemon(
     env: dict[str, str] | None = None,
     below: Sequence[str] = (),
     pair: certificates.Pair | None = None,
+    listens_on: int | None = None,
 ) -> contextlib.AbstractAsyncContextManager[Daemon]:
     """`vllm-proxy serve` with this configuration, ready for requests. `below`: a command that becomes it.
 
-    `pair`: it speaks TLS, with this certificate.
+    `pair`: it speaks TLS, with this certificate. `listens_on`: one of its ports, where the configuration says them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "models.toml").write_text(textwrap.dedent(config), encoding="utf-8")
     return running_command(
-        folder, "serve", "--config", str(folder / "models.toml"), *flags, env=env, below=below, pair=pair
-    )
+        folder, "serve", "--config", str(folder / "models.toml"), *flags, env=env, below=below, pair=pair,
+        listens_on=listens_on,
+    )  # fmt: skip
 
 
 @contextlib.asynccontextmanager
@@ -383,14 +386,15 @@ async def running_command(
     program: Sequence[str] = WATCHED,
     output: int | None = None,
     pair: certificates.Pair | None = None,
+    listens_on: int | None = None,
 ) -> AsyncIterator[Daemon]:
     """A command that is a daemon, once it listens; it is stopped when the block ends. `program` runs the command.
 
     `below`: a command that becomes it. `output`: where it writes, a descriptor; None: to `daemon.log`. Where it is
     `serve` as all run it, and nothing is asked of its interpreter, it is forked from one that has imported all.
-    `pair`: as of `daemon`. The end fails where a callback held its event loop for longer than `slow_turns` allows.
+    `pair`, `listens_on`: as of `daemon`. The end fails where a callback held its event loop for longer than allowed.
     """
-    port = port or free_port()
+    port = listens_on or port or free_port()
     slow = folder / "slow_turns.txt"
     with tempfile.TemporaryDirectory() as short:
         loop = asyncio.get_running_loop()
@@ -398,7 +402,8 @@ async def running_command(
         transport, _ = await loop.create_datagram_endpoint(
             lambda: notes, family=socket.AF_UNIX, local_addr=f"{short}/notify"
         )
-        arguments = (command, "--port", str(port), "--state-dir", str(folder / "state"), *flags)
+        place = () if listens_on else ("--port", str(port))
+        arguments = (command, *place, "--state-dir", str(folder / "state"), *flags)
         places = {"NOTIFY_SOCKET": f"{short}/notify", slow_turns.FILE: str(slow)}
         if pair is not None:
             places |= {"VLLM_PROXY_TLS_CERT": str(pair.certificate), "VLLM_PROXY_TLS_KEY": str(pair.key)}
@@ -414,6 +419,7 @@ async def running_command(
                     *below, *program, *arguments, env=environment, cwd=folder, stdout=out, stderr=out
                 )
         running = Daemon(process, port, folder, notes, pair.trust() if pair else None)
+        running.runtime_dir = Path(environment.get("RUNTIME_DIRECTORY", running.state_dir))
         try:
             await running.until("READY=1", seconds)
             yield running

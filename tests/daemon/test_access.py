@@ -150,7 +150,7 @@ async def doors(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Doors
         + MODELS
     )
     (folder / "base.toml").write_text(base, encoding="utf-8")
-    async with daemon(base, folder, port=own, flags=False) as running:
+    async with daemon(base, folder, listens_on=own) as running:
         await running.all_ready()
         found = Doors(running, other)
         yield found
@@ -160,7 +160,7 @@ async def doors(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Doors
 @pytest.mark.parametrize("listener", ["loopback", "elsewhere", "unix", "control"])
 @pytest.mark.parametrize("configured", list(CONFIGURED))
 async def test_every_cell_of_the_table(doors: Doors, listener: str, configured: str) -> None:
-    """(listener, keys, route, caller) -> let in, 401 with its code, or 403; HEAD as GET."""
+    """(listener, keys, route, caller) -> let in, 401 with its code, or 403."""
     text, *anonymous = CONFIGURED[configured]
     await doors.configure(text)
     cells = 0
