@@ -226,8 +226,12 @@ class Daemon:
         """Save the file with something in it changed, as an editor does."""
         text = self.file.read_text(encoding="utf-8")
         assert old in text, text
+        self.save(text.replace(old, new))
+
+    def save(self, text: str) -> None:
+        """Save the file whole: a half of it would be followed too."""
         beside = self.file.with_suffix(".new")
-        beside.write_text(text.replace(old, new), encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
         beside.rename(self.file)
 
     async def revision(self) -> str:

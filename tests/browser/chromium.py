@@ -15,11 +15,13 @@ import aiohttp
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _WAIT_SECONDS = 60.0
+REBOUND = "evil.example"  # a name of somebody else, who lets it mean this machine
 _FLAGS = (
     "--headless=new", "--no-sandbox", "--remote-debugging-port=0", "--disable-gpu", "--disable-dev-shm-usage",
     "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-extensions", "--mute-audio", "--window-size=1400,1000",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",  # nothing leaves this machine
+    # Nothing leaves this machine.
+    f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
 )  # fmt: skip
 
 

@@ -1,47 +1,23 @@
-"""What a person sees of the documentation, and what a page of somebody else can do, in a real browser."""
+"""What a person sees of the documentation, and that a page of somebody else can administer nothing, in a real browser.
+
+What pages can do beyond that, with keys and by other ways in, is in test_web_pages.py.
+"""
 
 import json
-from collections.abc import AsyncIterator
 from urllib.parse import urlsplit
 
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
 
-from tests.browser.chromium import Browser, Page, browser
-from tests.harness import Daemon, daemon, fake_engines, port_block
+from tests.browser.chromium import Browser, Page
+from tests.browser.conftest import configured, form, models, post, unchanged
+from tests.harness import OPEN, Daemon
+from vllm_proxy.domain.keys import hash_of, new_key
 
 pytestmark = pytest.mark.browser
-CHAT = '[models.chat]\nmodel = "org/chat"\n'
 NEW = {"id": "evil", "model": "org/evil", "trust_remote_code": True}
-
-
-@pytest.fixture(scope="module")
-async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
-    """One daemon for all of them."""
-    async with daemon(fake_engines(port_block()) + CHAT, tmp_path_factory.mktemp("browser")) as running:
-        await running.all_ready()
-        yield running
-
-
-@pytest.fixture(scope="module")
-async def chromium(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Browser]:
-    """One browser for all of them."""
-    async with browser(tmp_path_factory.mktemp("profile")) as found:
-        yield found
-
-
-@pytest.fixture
-async def elsewhere() -> AsyncIterator[str]:
-    """The address of an empty page on another origin of this machine."""
-
-    async def page(_request: web.Request) -> web.Response:
-        return web.Response(text="<!DOCTYPE html><title>evil</title><p>hello", content_type="text/html")
-
-    site = web.Application()
-    site.router.add_get("/", page)
-    async with TestServer(site) as server:
-        yield f"http://127.0.0.1:{server.port}/"
+KEY = new_key(b"k" * 32)
+ADMIN = f'[keys.me]\nhash = "{hash_of(KEY)}"\nscopes = ["admin"]\n'
+WITHOUT_KEYS = pytest.mark.parametrize("keys", ["", OPEN], ids=["no keys", "nobody needs one"])
 
 
 def stayed(page: Page, origin: str) -> bool:
@@ -79,40 +55,56 @@ async def test_what_leaves_the_machine_would_be_seen(shared: Daemon, chromium: B
         await page.complains(directive)
 
 
-async def test_a_request_can_be_tried_from_the_page(shared: Daemon, chromium: Browser) -> None:
-    """Try it out, Execute: the answer of the daemon stands in the page."""
-    page = await chromium.page(f"{shared.url}/docs#/Models/getModels")
+async def tried(page: Page) -> str:
+    """What the page shows of an answer to GET /models that it was told to ask for."""
     block = "document.querySelector('#operations-Models-getModels')"
     for wanted in (".try-out__btn", ".execute"):
         await page.until(f"{block}?.querySelector('{wanted}')")
         await page.evaluate(f"{block}.querySelector('{wanted}').click()")
     await page.until(f"{block}.querySelector('.live-responses-table .response-col_description pre')")
-    answer = await page.evaluate(f"{block}.querySelector('.live-responses-table').innerText")
+    return str(await page.evaluate(f"{block}.querySelector('.live-responses-table').innerText"))
+
+
+async def test_a_request_can_be_tried_from_the_page(shared: Daemon, chromium: Browser) -> None:
+    """Try it out, Execute: the answer of the daemon stands in the page."""
+    page = await chromium.page(f"{shared.url}/docs#/Models/getModels")
+    answer = await tried(page)
     assert "200" in answer
     assert '"org/chat"' in answer
     assert f"{shared.url}/models" in page.requests
     assert page.complaints == []
 
 
-async def test_a_model_can_be_made_from_the_daemons_own_page(shared: Daemon, chromium: Browser) -> None:
-    """What the page of another origin cannot do below works from here: so it is the origin that is refused."""
+@pytest.mark.parametrize(("keys", "sent"), [(ADMIN, {"Authorization": f"Bearer {KEY}"}), (OPEN, {})])
+async def test_a_model_can_be_made_from_the_daemons_own_page(
+    shared: Daemon, chromium: Browser, keys: str, sent: dict[str, str]
+) -> None:
+    """With a key; where nobody needs one it is the origin alone that is refused below."""
     page = await chromium.page(f"{shared.url}/docs")
     own = {"id": "own", "model": "org/own", "enabled": False}
-    assert await page.evaluate(post("/models", own, "application/json")) == 201
-    assert await models(shared) == {"chat", "own"}
-    assert await page.evaluate("fetch('/models/own', {method: 'DELETE'}).then(answer => answer.ok)") is True
-    await shared.eventually("/models", lambda found: len(found["models"]) == 1)
+    gone = f"fetch('/models/own', {{method: 'DELETE', headers: {json.dumps(sent)}}}).then(answer => answer.ok)"
+    assert await page.evaluate(post("/models", own, "application/json")) == 401
+    async with configured(shared, keys):
+        assert await page.evaluate(post("/models", own, "application/json", headers=sent)) == 201
+        assert await models(shared) == {"chat", "own"}
+        assert await page.evaluate(gone) is True
+        await shared.eventually("/models", lambda found: len(found["models"]) == 1)
 
 
-def post(url: str, body: object, kind: str, mode: str = "cors") -> str:
-    """A request as a page's script sends it; what it comes to know of the answer."""
-    options = {"method": "POST", "mode": mode, "headers": {"Content-Type": kind}, "body": json.dumps(body)}
-    return f"fetch({json.dumps(url)}, {json.dumps(options)}).then(answer => answer.status, () => 'refused')"
-
-
-async def models(running: Daemon) -> set[str]:
-    """The ids of the daemon's models."""
-    return {model["id"] for model in (await running.get("/models"))["models"]}
+async def test_a_key_can_be_given_to_the_page(shared: Daemon, chromium: Browser) -> None:
+    """Authorize, and what is tried from then on carries it."""
+    async with configured(shared, ADMIN):
+        page = await chromium.page(f"{shared.url}/docs#/Models/getModels")
+        await page.until("document.querySelector('.btn.authorize')")
+        await page.evaluate("document.querySelector('.btn.authorize').click()")
+        field = "document.querySelector('.auth-container input')"
+        await page.until(field)
+        setter = "Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set"
+        await page.evaluate(f"{setter}.call({field}, {json.dumps(KEY)})")
+        await page.evaluate(f"{field}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+        await page.evaluate("document.querySelector('.auth-btn-wrapper .authorize').click()")
+        await page.evaluate("document.querySelector('.auth-btn-wrapper .btn-done').click()")
+        assert '"org/chat"' in await tried(page)
 
 
 @pytest.mark.parametrize(
@@ -124,58 +116,43 @@ async def models(running: Daemon) -> set[str]:
         ("application/json", "no-cors", 0),  # the browser makes it text/plain
     ],
 )
-@pytest.mark.parametrize("path", ["/models", "/config", "/models/chat/stop"])
+@pytest.mark.parametrize("path", ["/models", "/config", "/models/chat/stop", "/keys"])
+@WITHOUT_KEYS
 async def test_the_page_of_another_origin_changes_nothing_by_script(
-    shared: Daemon, chromium: Browser, elsewhere: str, kind: str, mode: str, told: object, path: str
+    shared: Daemon, chromium: Browser, elsewhere: str, kind: str, mode: str, told: object, path: str, keys: str
 ) -> None:
-    """Whatever type it declares: no model is made or stopped, and the page learns nothing."""
-    before = (shared.folder / "models.toml").read_bytes()
+    """Whatever type it declares: no model or key is made, none stopped, and the page learns nothing."""
     page = await chromium.page(elsewhere)
-    assert await page.evaluate(post(shared.url + path, NEW, kind, mode)) == told
-    assert any(urlsplit(url).port == shared.port for url in page.requests)
-    await unchanged(shared, before)
+    async with unchanged(shared, keys):
+        assert await page.evaluate(post(shared.url + path, NEW, kind, mode)) == told
+        assert any(urlsplit(url).port == shared.port for url in page.requests)
 
 
 @pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
+@WITHOUT_KEYS
 async def test_the_page_of_another_origin_changes_no_model(
-    shared: Daemon, chromium: Browser, elsewhere: str, method: str
+    shared: Daemon, chromium: Browser, elsewhere: str, method: str, keys: str
 ) -> None:
     """The browser asks first, and is told no."""
-    before = (shared.folder / "models.toml").read_bytes()
     page = await chromium.page(elsewhere)
     options = {"method": method, "headers": {"Content-Type": "application/json"}, "body": "{}"}
     url = json.dumps(f"{shared.url}/models/chat")
     call = f"fetch({url}, {json.dumps(options)}).then(answer => answer.status, () => 'refused')"
-    assert await page.evaluate(call) == "refused"
-    await unchanged(shared, before)
+    async with unchanged(shared, keys):
+        assert await page.evaluate(call) == "refused"
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+@WITHOUT_KEYS
 async def test_the_page_of_another_origin_makes_no_model_by_a_form(
-    shared: Daemon, chromium: Browser, elsewhere: str, kind: str
+    shared: Daemon, chromium: Browser, elsewhere: str, kind: str, keys: str
 ) -> None:
     """A form is sent without a question, and as text/plain it can spell JSON: the daemon refuses it."""
-    before = (shared.folder / "models.toml").read_bytes()
     page = await chromium.page(elsewhere)
-    name, value = json.dumps({**NEW, "description": "="}).split("=")
-    await page.follow(
-        f"""
-          const form = document.createElement("form"), field = document.createElement("input");
-          Object.assign(form, {{method: "POST", action: {json.dumps(shared.url + "/models")}, enctype: "{kind}"}});
-          Object.assign(field, {{name: {json.dumps(name)}, value: {json.dumps(value)}}});
-          form.append(field); document.body.append(form); form.submit();
-        """
-    )
-    answer = json.loads(await page.text())
-    assert answer["error"]["code"] in {"origin_not_allowed", "unsupported_media_type"}
-    await unchanged(shared, before)
-
-
-async def unchanged(running: Daemon, file: bytes) -> None:
-    """Nothing of all that had an effect."""
-    assert (running.folder / "models.toml").read_bytes() == file
-    assert await models(running) == {"chat"}
-    assert (await running.instance("chat"))["state"] == "ready"
+    async with unchanged(shared, keys):
+        await page.follow(form(f"{shared.url}/models", {**NEW, "description": "="}, kind))
+    code = json.loads(await page.text())["error"]["code"]
+    assert code == ("origin_not_allowed" if keys else "missing_api_key")
 
 
 async def test_the_pages_cannot_be_framed_elsewhere(shared: Daemon, chromium: Browser, elsewhere: str) -> None:

@@ -48,7 +48,7 @@ async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Dae
 
 async def configure(running: Daemon, keys: str) -> None:
     """Have the daemon follow a file with these keys."""
-    running.file.write_text((running.folder / "base.toml").read_text(encoding="utf-8") + keys, encoding="utf-8")
+    running.save((running.folder / "base.toml").read_text(encoding="utf-8") + keys)
     await running.write("POST", "/config/reload")
 
 

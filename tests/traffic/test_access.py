@@ -352,7 +352,9 @@ def test_allowing_remote_administration_does_not_open_a_loopback_listener_to_oth
         ({"Host": "localhost:8800", "Sec_Fetch_Site": "none"}, "control"),
         ({"Host": "localhost:8800", "Origin": "http://evil.example"}, "origin_not_allowed"),
         ({"Host": "evil.example:8800", "Origin": "http://evil.example:8800"}, "host_not_allowed"),
-        ({"Host": "evil.example", "Sec_Fetch_Mode": "no-cors"}, "host_not_allowed"),
+        ({"Host": "evil", "Sec_Fetch_Mode": "no-cors"}, "host_not_allowed"),
+        ({"Host": "evil.example:8800"}, "host_not_allowed"),  # a GET from a page of plain HTTP
+        ({"Host": "127.0.0.1:8800"}, "control"),
         ({"Authorization": f"Bearer {KEY}"}, "control"),
     ],
 )

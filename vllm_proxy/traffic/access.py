@@ -130,8 +130,12 @@ class Access:
         return None
 
     def _at_control_socket(self, head: Head, client: ClientConnection, scope: Scope | None) -> Caller:
-        """Its file has an owner, and only a browser can be led to it by others: through a forwarded port."""
-        if any(name in head for name in _BROWSERS):
+        """Its file has an owner, and only a browser can be led to it by others: through a forwarded port.
+
+        Browsers that GET from a page of plain HTTP send none of their headers. But such a page's name has a dot in it,
+        where others may have made it mean this machine.
+        """
+        if b"." in head.get(b"host", b"") or any(name in head for name in _BROWSERS):
             self._check_page(head, client, scope)
         return CONTROL
 
