@@ -135,7 +135,8 @@ async def test_more_time_is_asked_for_until_the_limit(notify_socket: socket.sock
 INHERIT = """
 import json, os, sys
 from vllm_proxy.errors import StartupError
-from vllm_proxy.listen import address_of
+from vllm_proxy.domain.config import Server
+from vllm_proxy.listen import inherited
 from vllm_proxy.systemd import inherited_sockets
 os.environ["LISTEN_PID"] = sys.argv[1] if len(sys.argv) > 1 else str(os.getpid())
 try:
@@ -145,7 +146,7 @@ except StartupError as error:
     print(error)
 else:
     inheritable = [listener.get_inheritable() for listener in found]
-    print(json.dumps([[address_of(one) for one in found], len(again), inheritable, "LISTEN_FDS" in os.environ]))
+    print(json.dumps([[one.listener.url for one in inherited(found, Server())], len(again), inheritable, "LISTEN_FDS" in os.environ]))
 """
 
 
