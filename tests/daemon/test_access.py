@@ -200,3 +200,13 @@ def _wanted(
     if scope in anonymous:
         return "in", ""
     return 401, "missing_api_key" if caller is None else "invalid_api_key"
+
+
+async def test_a_stored_response_is_asked_for_at_the_models_of_the_key_alone(doors: Doors) -> None:
+    """Whoever guesses the id of another tenant's answer does not get it from a model that is none of theirs."""
+    await doors.configure(f'[keys.ci]\nhash = "{hash_of(TOKENS["inference"])}"\nmodels = ["embed"]\n')
+    headers = {"Authorization": f"Bearer {TOKENS['inference']}", "X-Request-Id": "guessed"}
+    async with doors.running.session.get("/v1/responses/resp_1", headers=headers) as answer:
+        assert answer.status == 404
+    assert len(await doors.running.seen("guessed", "embed")) == 1
+    assert await doors.running.seen("guessed", "chat") == []
