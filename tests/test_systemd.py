@@ -146,7 +146,8 @@ except StartupError as error:
     print(error)
 else:
     inheritable = [listener.get_inheritable() for listener in found]
-    print(json.dumps([[one.listener.url for one in inherited(found, Server())], len(again), inheritable, "LISTEN_FDS" in os.environ]))
+    urls = [one.listener.url for one in inherited(found, Server())]
+    print(json.dumps([urls, len(again), inheritable, "LISTEN_FDS" in os.environ]))
 """
 
 
