@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeIs
 from urllib.parse import quote
 
 from vllm_proxy.domain import units
+from vllm_proxy.domain.keys import LEAST_CHARACTERS, name_problem
 from vllm_proxy.domain.toml import KeyPath, same
 
 type Table = Mapping[str, Any]  # of TOML, or of JSON
@@ -30,6 +31,8 @@ _PASSWORD = re.compile(r"(?<=://)([^\s/?#@:]*:)([^\s/?#@]+)(?=@)")
 # `HF_TOKEN=...`, `--api-key=...`: a word of a command, or such a word in the place of a name.
 _ASSIGNMENT = re.compile(r"(-{0,2}[A-Za-z_][\w.-]*[=\s])(.+)", re.DOTALL)
 _HEADER = re.compile(r"\s*\[{1,2}\s*(server|engine|defaults|models|keys)\b")
+_ANY_HEADER = re.compile(r"\s*\[[^,]*\]\s*(#.*)?$")
+_OF_A_SECRET = re.compile(r"\b(env|keys|hash)\b|\bvp-|\bsha256:")
 _COMMENT = re.compile(r"(?:^|\s)#(?:\s.*)?$")
 _REFERENCES = frozenset({"file", "credential"})
 _TABLES = ("env", "args", "metadata", "command")  # of a model: where secrets may stand
@@ -75,7 +78,7 @@ def form(value: object, path: KeyPath) -> object:
 
 def show(value: object, path: Sequence[str | int] = ()) -> str:
     """A value in a message, short. `path`: where it stands, from the root of the file, or from a model's table."""
-    if hides(path) and not isinstance(value, bool | int | float):
+    if hides(path) and not isinstance(value, bool | int | float if path[0] != "keys" else bool):
         return kind_of(value)
     return units.show(_form(value, "open"))
 
@@ -90,12 +93,17 @@ def hides(path: Sequence[str | int]) -> bool:
 
 def kind_of(value: object) -> str:
     """What a value is that is not shown."""
-    kinds = ((str, "a string"), (list | tuple, "a list"), (Mapping, "a table"))
+    kinds = ((str, "a string"), (int | float, "a number"), (list | tuple, "a list"), (Mapping, "a table"))
     return next((name for kind, name in kinds if isinstance(value, kind)), "another value")
 
 
 def shown_path(path: KeyPath) -> KeyPath:
-    """A path in a message: of a variable or an option that was written with its value in its name, the name alone."""
+    """A path in a message: of a variable or an option that was written with its value in its name, the name alone.
+
+    In `keys`, where a key may have been pasted as a name, nothing that is as long as one, and no name.
+    """
+    if path[:1] == ("keys",):
+        return tuple(HIDDEN if len(part) >= LEAST_CHARACTERS and name_problem(part) else part for part in path)
     at = next((index for index, part in enumerate(path) if part in {"env", "args"}), len(path))
     return tuple(part if index <= at else shown_name(part) for index, part in enumerate(path))
 
@@ -109,8 +117,10 @@ def may_hide(text: str, line: int) -> bool:
     """Whether a line (from 1) of a text that is no TOML may hold a secret: by its own words, or by its table."""
     lines = text.split("\n")[:line]
     table = next((one for one in reversed(lines) if _HEADER.match(one)), "")
+    nearest = next((one for one in reversed(lines) if _ANY_HEADER.match(one)), table)
     words = (_COMMENT.sub("", one) for one in (table, *lines[-1:]))
-    return any(re.search(r"\b(env|keys)\b", one) or is_secret_name(one) for one in words)
+    # Of a table that is misspelt nobody knows what it holds.
+    return nearest != table or any(_OF_A_SECRET.search(one) or is_secret_name(one) for one in words)
 
 
 def _place_of(key: str, value: object, outer: _Place) -> _Place:

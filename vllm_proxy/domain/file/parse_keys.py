@@ -5,6 +5,7 @@ No message repeats what stands in a key's table: somebody may have pasted the ke
 
 from collections.abc import Iterable, Mapping
 
+from vllm_proxy.domain import secrets
 from vllm_proxy.domain.config import KeyTable, TomlTable, revision_of
 from vllm_proxy.domain.file.locate import key_lines, line_of
 from vllm_proxy.domain.file.read import read_toml, unusable
@@ -27,6 +28,7 @@ from vllm_proxy.errors import ConfigError, Problem
 
 _NEITHER = "missing: every key needs a hash, or a file that holds the key; `vllm-proxy keys new` makes one"
 _BOTH = "expected either a hash, or a file that holds the key, not both"
+_FIRST_LINE = "the first line of that file:"  # not its name: somebody may have pasted the key itself there
 _NO_HASH = "this is for who sends no key, so it takes neither hash nor file"
 
 
@@ -60,7 +62,7 @@ class KeyTables:
             found.append((("server", "keys_file"), f"cannot read {place}: {data.strerror}{hint}"))
             return []
         try:
-            text, document = read_toml(data, place)
+            text, document = read_toml(data, place, hides_values=True)
         except ConfigError as error:
             return [Problem(item.line, item.path, item.message, place) for item in error.problems]
         wrong: list[Found] = [
@@ -76,7 +78,9 @@ class KeyTables:
             wrong += [(("keys", name), f"it is in {config} too: a key stands in one of the two") for name in twice]
             wrong += self._add(document, "keys_file")
         lines = key_lines(text)
-        return [Problem(line_of(lines, path), dotted(path), message, place) for path, message in wrong]
+        return [
+            Problem(line_of(lines, path), dotted(secrets.shown_path(path)), message, place) for path, message in wrong
+        ]
 
     def _add(self, document: TomlTable, source: Source) -> list[Found]:
         tables = document.get("keys", {})
@@ -132,15 +136,15 @@ class KeyTables:
             return ()
         data = self._read(reference)
         if isinstance(data, OSError):
-            found.append((path, f"cannot read {self._files.place(reference)}: {data.strerror}"))
+            found.append((path, f"cannot read that file: {str(data.strerror).replace(reference, 'it')}"))
             return ()
         try:
-            key = data.decode("ascii").partition("\n")[0].strip()
+            key = data.partition(b"\n")[0].decode("ascii").strip()
         except UnicodeDecodeError:
-            found.append((path, f"{self._files.place(reference)}: expected a key of ASCII characters"))
+            found.append((path, f"{_FIRST_LINE} expected a key of ASCII characters"))
             return ()
         if problem := own_key_problem(key):
-            found.append((path, f"{self._files.place(reference)}: {problem}"))
+            found.append((path, f"{_FIRST_LINE} {problem}"))
             return ()
         return (digest(key.encode()),)
 

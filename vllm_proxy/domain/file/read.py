@@ -19,8 +19,10 @@ _DEEPEST = 64  # tables and lists inside each other: what comes later may recurs
 _LONGEST_INTEGER = 64  # bits, as TOML has it
 
 
-def read_toml(data: bytes, file: str) -> tuple[str, TomlTable]:
+def read_toml(data: bytes, file: str, *, hides_values: bool = False) -> tuple[str, TomlTable]:
     """The text of a file's bytes, and its meaning. `file` is only named in messages.
+
+    `hides_values`: no message repeats anything of the text.
 
     Raises:
         ConfigError: it is no TOML.
@@ -40,7 +42,7 @@ def read_toml(data: bytes, file: str) -> tuple[str, TomlTable]:
         place = _SYNTAX_PLACE.search(message)
         line = int(place[1]) if place and place[1] else text.count("\n") + 1
         what = _SYNTAX_PLACE.sub("", message)
-        hint = hints.of_syntax(text.split("\n")[line - 1], hides_values=secrets.may_hide(text, line))
+        hint = hints.of_syntax(text.split("\n")[line - 1], hides_values=hides_values or secrets.may_hide(text, line))
         raise ConfigError(file, [Problem(line, "", f"this is no TOML: {what}{hint and '; '}{hint}")]) from None
     except RecursionError:
         raise ConfigError(file, [Problem(0, "", "cannot read this TOML: nested too deeply")]) from None
