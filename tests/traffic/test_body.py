@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.traffic.test_scan import KEYS, VALUES, spelt
 from vllm_proxy.errors import RequestError
-from vllm_proxy.traffic.body import LARGE, model_name, model_name_of_large, with_model
+from vllm_proxy.traffic.body import LARGE, model_name, model_name_of_large, with_model, with_salt
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DEEP = 500_000  # Python 3.13 goes down 10,000 levels, 3.14 as far as its stack reaches
@@ -167,3 +167,39 @@ def test_no_body_is_a_fault(body: bytes) -> None:
     if not (name := name_of(body)).startswith("refused: "):
         assert name_of(body, large=True) == name
         assert name_of(asyncio.run(with_model(body, "id", None))) == "id"
+
+
+@given(
+    document=st.dictionaries(KEYS | st.just("cache_salt"), VALUES, max_size=5),
+    seed=st.integers(0, 2**32),
+    marked=st.booleans(),
+    renamed=st.booleans(),
+)
+def test_a_salt_is_the_last_member_and_changes_no_other(
+    document: dict[str, object], seed: int, *, marked: bool, renamed: bool
+) -> None:
+    """Whatever a client sends as its own; with an alias that was replaced, behind a mark, with spaces at the end."""
+    text = spelt(document | {"model": "chat"}, random.Random(seed)).encode("utf-8", "surrogatepass")
+    body = BYTE_ORDER_MARK * marked + text + b" \r\n\t" * (seed % 3)
+    if renamed:
+        body = asyncio.run(with_model(body, "id", None))
+    salted = with_salt(body, b"s" * 64)
+    assert json.loads(salted) == json.loads(body) | {"cache_salt": "s" * 64}
+    assert name_of(salted) == name_of(salted, large=True) == ("id" if renamed else "chat")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_body_in_another_encoding_is_refused(encoding: str, large: bool) -> None:  # noqa: FBT001 - a parameter
+    """Engines would read it, and take no salt behind it: read as UTF-8, the same bytes may name a model as well."""
+    hidden, pad = b'", "model": "chat", "y": "'.decode("utf-16-le"), "x" * (LARGE if large else 1)
+    text = f'{{"model": "other", "x": "{hidden}", "pad": "{pad}"}}'
+    assert json.loads(text.encode(encoding))["model"] == "other"
+    assert name_of(text.encode(encoding), large=large) == "refused: invalid_json"
+
+
+@pytest.mark.parametrize("end", [b"", b"]", b'"', b"} x", b"}\0"])
+def test_what_does_not_end_as_an_object_takes_no_salt(end: bytes) -> None:
+    """It is refused, rather than passed on without one: a large body is not read as a whole."""
+    with pytest.raises(RequestError, match="expected an object"):
+        with_salt(b'{"model": "chat"' + end, b"s")

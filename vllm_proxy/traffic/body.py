@@ -28,6 +28,9 @@ class _Named(msgspec.Struct):
 
 _named = msgspec.json.Decoder(_Named)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # not JSON's, but engines take it
+# Engines would take these too, as UTF-16 or UTF-32: a text may then mean one thing to them and another one here.
+_UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_UTF_8 = "expected UTF-8, got another encoding"
 
 
 def check_head(call: Call, server: Server, budget: Budget) -> None:
@@ -115,6 +118,8 @@ def model_name(body: bytes) -> str:
 
 async def model_name_of_large(body: bytes) -> tuple[str, slice]:
     """As `model_name`, a slice at a time with the event loop in between; and where the name stands."""
+    if body.startswith(_UTF_16_MARKS) or b"\0" in body[:2]:
+        raise _no_json(_UTF_8)
     span: tuple[int, int] | None = None
     for span in find_member(body, b"model"):  # noqa: B007 - the last one counts
         await asyncio.sleep(0)
@@ -147,6 +152,13 @@ async def with_model(body: bytes, model_id: str, place: slice | None) -> bytes:
 
 
 def with_salt(body: bytes, salt: bytes) -> bytes:
-    """The body of a request with a `cache_salt` as its last member: of members of one name, the last one counts."""
+    """The body of a request with a `cache_salt` as its last member: of members of one name, the last one counts.
+
+    Raises:
+        RequestError: `invalid_json`, where it does not end as an object; a large body is not read as a whole.
+
+    """
     end = body.rstrip()
-    return b'%s,"cache_salt":"%s"}' % (end[:-1], salt) if end.endswith(b"}") else body
+    if not end.endswith(b"}"):
+        raise _no_json("expected an object, which ends in }")
+    return b'%s,"cache_salt":"%s"}' % (end[:-1], salt)
