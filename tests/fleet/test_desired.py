@@ -5,7 +5,6 @@ import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from structlog.testing import capture_logs
 
 from tests.engine.virtual import Stage, VirtualLoop, now, passes, settle, virtual
-from vllm_proxy.domain.config import EngineSpec, ModelSpec, revision_of
+from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec, revision_of
 from vllm_proxy.domain.file import edit, edit_keys
 from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.domain.keys import digest, hash_of
 from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.domain.references import Files
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.errors import ConfigError, RequestError
@@ -69,10 +69,13 @@ class NoCheck:
 def desired_of(store: Store, reconciler: Reconciler, offload: Offload) -> Desired:
     """The desired state of a file, and of those that it names."""
     files = ReferencedFiles(store.file.parent, None)
-    parse = partial(parse_config, file=str(store.file), files=files)
+
+    def parse(data: bytes, files: Files) -> Config:
+        return parse_config(data, str(store.file), files=files)
+
     ports = Ports(9000, 9999, [])
     keyring = Keyring(reconciler.config)
-    key_files = KeyFiles(store, lambda data, files: parse_config(data, str(store.file), files=files), files)
+    key_files = KeyFiles(store, parse, files)
     return Desired(
         store, parse, reconciler, NoCheck(), ports,
         files=files, key_files=key_files, keyring=keyring, offload=offload,

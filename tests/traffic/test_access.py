@@ -1,5 +1,7 @@
 """Who may do what: the head of a request becomes its caller, or a refusal."""
 
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ from vllm_proxy.domain.listener import CONTROL as CONTROL_SOCKET
 from vllm_proxy.domain.listener import Listener
 from vllm_proxy.errors import AccessError, RequestError
 from vllm_proxy.traffic.access import CONTROL, Access, Admission
+from vllm_proxy.traffic.envelope import error_response
 from vllm_proxy.traffic.head import read_head
 from vllm_proxy.traffic.keyring import Caller, Keyring
 
@@ -32,6 +35,14 @@ ANYBODY = '[keys.anonymous]\nscopes = ["inference"]\n'
 def connection(listener: Listener, *, tls: bool = False) -> Any:  # noqa: ANN401 - as much of a connection as is looked at
     """A client that came by a listener."""
     return SimpleNamespace(listener=listener, ssl_context=object() if tls else None, transport=None)
+
+
+def outcome(ask: Callable[[], Caller]) -> Caller | RequestError:
+    """Who that is, or the refusal."""
+    try:
+        return ask()
+    except RequestError as error:
+        return error
 
 
 def caller(
@@ -96,12 +107,47 @@ def test_loopback_is_this_machine_alone(host: str, expected: bool) -> None:  # n
         {"X_API_KEY": f" {KEY} "},
         {"Authorization": "Bearer EMPTY", "x_api_key": KEY},
         {"Authorization": "Basic dXNlcjpwYXNz", "x_api_key": KEY},
-        {"Upgrade": "websocket", "Sec_WebSocket_Protocol": f"realtime, openai-insecure-api-key.{KEY}"},
     ],
 )
-def test_a_key_comes_as_a_bearer_or_as_x_api_key_or_with_a_websocket(headers: dict[str, str]) -> None:
+def test_a_key_comes_as_a_bearer_or_as_x_api_key(headers: dict[str, str]) -> None:
     """In any case of the scheme, and by whichever header holds one that is known."""
     assert name(KEYS, NETWORK, Scope.INFERENCE, **headers) == "ci"
+
+
+@pytest.mark.parametrize(
+    ("offered", "expected"),
+    [
+        (f"openai-insecure-api-key.{KEY}", "ci"),
+        (f"realtime, openai-insecure-api-key.{KEY}", "ci"),
+        (f" openai-insecure-api-key.{KEY} ,openai-beta.realtime-v1", "ci"),
+        (f"openai-insecure-api-key.{OTHER}", "invalid_api_key"),
+        (f"openai-insecure-api-key.{ADMIN}, openai-insecure-api-key.{KEY}", "admin"),
+        ("openai-insecure-api-key.", "missing_api_key"),
+        (f"OpenAI-Insecure-Api-Key.{KEY}", "missing_api_key"),
+        (KEY, "missing_api_key"),
+        ("", "missing_api_key"),
+    ],
+)
+def test_a_key_comes_with_a_websocket_as_one_of_its_protocols(offered: str, expected: str) -> None:
+    """Which is all that a browser can send with it; on no other route."""
+    config = parse_config(KEYS.encode(), "models.toml")
+    access, head = Access(lambda: config.server, Keyring(config)), {b"sec-websocket-protocol": offered.encode()}
+    found = outcome(lambda: access.of_session(head, connection(NETWORK), Scope.INFERENCE))
+    assert (found.name if isinstance(found, Caller) else found.code) == expected
+    with pytest.raises(AccessError, match="without a key"):
+        access.caller(head | {b"upgrade": b"websocket"}, connection(NETWORK), Scope.INFERENCE)
+
+
+@pytest.mark.parametrize("header", ["Authorization", "x-api-key"])
+def test_a_websockets_other_key_counts_for_more_than_its_protocol(header: str) -> None:
+    """As programs send it."""
+    config = parse_config(KEYS.encode(), "models.toml")
+    value = KEY.encode() if header == "x-api-key" else f"Bearer {KEY}".encode()
+    head = {header.lower().encode(): value, b"sec-websocket-protocol": f"openai-insecure-api-key.{ADMIN}".encode()}
+    assert (
+        Access(lambda: config.server, Keyring(config)).of_session(head, connection(NETWORK), Scope.INFERENCE).name
+        == "ci"
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,6 +271,36 @@ def test_a_valid_key_needs_neither_host_nor_origin() -> None:
 def test_what_who_sends_no_key_may_do(text: str, listener: Listener, scopes: set[str]) -> None:
     """On loopback infer and read while there are no keys, elsewhere nothing; or what [keys.anonymous] says."""
     assert {scope for scope in Scope if not isinstance(caller(text, listener, scope), str)} == scopes
+
+
+@pytest.mark.parametrize("scope", [*Scope])
+@pytest.mark.parametrize("known_as", [*Scope, "control", "root", "keys"])
+def test_the_name_of_a_key_gives_it_nothing(known_as: str, scope: Scope) -> None:
+    """Be it that of a scope, or of the control socket."""
+    text = f'[keys.{known_as}]\nhash = "{hash_of(KEY)}"\nscopes = ["metrics"]\n'
+    expected = known_as if scope is Scope.METRICS else "missing_scope"
+    assert name(text, NETWORK, scope, Authorization=f"Bearer {KEY}") == expected
+
+
+def test_a_key_is_good_until_the_clock_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the moment itself it has expired; where the clock is set back it is good again; what runs ends by it too."""
+    config = parse_config(ci("expires_at = 2027-01-01T00:00:00+02:00").encode(), "models.toml")
+    access, client = Access(lambda: config.server, Keyring(config)), connection(NETWORK)
+    head, last = {b"authorization": f"Bearer {KEY}".encode()}, 1798754400.0
+    now = last - 0.001
+    monkeypatch.setattr("vllm_proxy.traffic.access.time", SimpleNamespace(time=lambda: now))
+    admission = Admission(access.caller(head, client, Scope.INFERENCE), Scope.INFERENCE)
+    assert access.whoever(head, client).name == "ci"
+    for now in (last, last + 1e9, last - 1e9, last):
+        found = outcome(lambda: access.caller(head, client, Scope.INFERENCE))
+        ended = access.refusal_of(admission, client)
+        assert access.whoever(head, client).name == ("ci" if now < last else "anonymous")
+        if now < last:
+            assert isinstance(found, Caller)
+            assert ended is None
+        else:
+            assert not isinstance(found, Caller)
+            assert (found.code, ended and ended.code) == ("expired_api_key", "expired_api_key")
 
 
 @pytest.mark.parametrize("headers", [{"Authorization": f"Bearer {OTHER}"}, {"x_api_key": "EMPTY"}])
@@ -410,10 +486,50 @@ def test_a_request_ends_when_its_key_may_not_have_it_any_more(after: str, code: 
     assert refusal(ci(), after) == code
 
 
+def test_a_request_of_a_model_that_is_gone_goes_on_whatever_else_becomes_of_its_key() -> None:
+    """It drains: only a key that may not use a model of that name any more has lost it."""
+    config = {
+        models: parse_config((ci(f'models = ["ch*"]\n{more}') + models).encode(), "models.toml")
+        for models, more in (
+            (MODELS, ""),
+            (MODELS.replace("[models.chat]", "[models.renamed]"), "isolate_cache = true"),
+        )
+    }
+    before, after = config.values()
+    keyring = Keyring(before)
+    access = Access(lambda: before.server, keyring)
+    head = {b"authorization": f"Bearer {KEY}".encode()}
+    admission = Admission(access.caller(head, connection(NETWORK), Scope.INFERENCE), Scope.INFERENCE, "chat")
+    keyring.adopt(after)
+    assert access.refusal_of(admission, connection(NETWORK)) is None
+    keyring.adopt(parse_config(ci('models = ["embed"]').encode(), ""))
+    assert access.refusal_of(admission, connection(NETWORK)) is not None
+
+
+def test_what_is_being_done_is_done_and_what_waits_for_its_turn_is_not() -> None:
+    """A change commits in its turn: before that it ends with its key, from then on it has its answer."""
+    old, new = (parse_config(text.encode(), "models.toml") for text in (ci('scopes = ["admin"]'), ""))
+    keyring, client = Keyring(old), connection(NETWORK)
+    access = Access(lambda: old.server, keyring)
+    caller = access.caller({b"authorization": f"Bearer {KEY}".encode()}, client, Scope.ADMIN)
+    committed, waits = Admission(caller, Scope.ADMIN), Admission(caller, Scope.ADMIN)
+    committed.commit()
+    keyring.adopt(new)
+    assert access.refusal_of(committed, client) is None
+    waits.revoked = access.refusal_of(waits, client)
+    with pytest.raises(RequestError, match="revoked"):
+        waits.commit()
+
+
 def test_a_request_of_nobody_ends_when_nobody_may_have_it_any_more() -> None:
     """[keys.anonymous] is narrowed as any other."""
     assert refusal(ANYBODY, ANYBODY, key="") is None
     assert refusal(ANYBODY, KEYS, key="") == "missing_scope"
+    everything = "[server]\nallow_remote_admin = true\n"
+    assert refusal(everything, "", key="") == "missing_scope"
+    assert refusal(everything, ANYBODY, key="") is None
+    assert refusal(everything, ANYBODY, key="", scope=Scope.ADMIN) == "missing_scope"
+    assert refusal(ANYBODY, everything, key="") is None
 
 
 def test_the_control_socket_is_never_revoked() -> None:
@@ -461,17 +577,51 @@ def test_keys_that_isolate_have_salts_of_their_own_that_last() -> None:
     assert digest(KEY.encode()).hex().encode() not in one.isolation
 
 
-NAMES = [b"authorization", b"x-api-key", b"origin", b"host", b"upgrade", b"sec-websocket-protocol", b"sec-fetch-site"]
+NAMES = [b"authorization", b"x-api-key", b"origin", b"host", b"upgrade", b"sec-websocket-protocol", b"sec-fetch-site",
+         b"Authorization", b"X-API-KEY", b"connection"]  # fmt: skip
+PIECES = [b"Bearer ", b"bearer", b"Basic ", KEY[:-1].encode(), OTHER.encode(), KEY[:20].encode(), b"\xff", b"\0", b",",
+          b" ", b"\t", b"openai-insecure-api-key.", b"localhost", b"[::1", b"@", b":8000", b"http://", b"null",
+          b"same-origin", b"\x80", b"sha256:", hash_of(KEY).encode(), digest(KEY.encode())]  # fmt: skip
+VALUES = st.binary(max_size=80) | st.lists(st.sampled_from(PIECES), max_size=6).map(b"".join)
+HEADS = st.lists(st.tuples(st.sampled_from(NAMES), VALUES), max_size=8)
 
 
-@given(st.lists(st.tuples(st.sampled_from(NAMES), st.binary(max_size=80))))
-def test_no_head_without_a_key_becomes_a_caller_that_needs_one(raw: list[tuple[bytes, bytes]]) -> None:
-    """Whatever bytes stand in it, it is a refusal and no fault."""
+@given(HEADS, st.sampled_from([LOOPBACK, NETWORK, UNIX]), st.sampled_from([*Scope]))
+def test_no_head_without_a_key_becomes_a_caller_that_needs_one(
+    raw: list[tuple[bytes, bytes]], listener: Listener, scope: Scope
+) -> None:
+    """Whatever bytes stand in it, also what is kept of a key: a refusal whose words a client can be sent, no fault."""
     config = parse_config(KEYS.encode(), "models.toml")
     access = Access(lambda: config.server, Keyring(config))
     head, _ = read_head(raw)
-    with pytest.raises(RequestError):
-        access.caller(head, connection(NETWORK), Scope.INFERENCE)
+    for let_in in (access.caller, access.of_session):
+        with pytest.raises(RequestError) as refused:
+            let_in(head, connection(listener), scope)
+        answer = error_response(refused.value)
+        assert 400 <= answer.status < 500
+        assert KEY[:20] not in str(answer.text)
+        assert "\n" not in answer.headers["WWW-Authenticate"]
+
+
+@given(
+    HEADS, st.sampled_from([LOOPBACK, NETWORK, UNIX, CONTROL_SOCKET]), st.sampled_from(["", ANYBODY, KEYS + ANYBODY])
+)
+def test_no_head_is_a_fault_where_it_needs_no_key(
+    raw: list[tuple[bytes, bytes]], listener: Listener, text: str
+) -> None:
+    """It is a caller who may do what anonymous may, or a refusal."""
+    config = parse_config(text.encode(), "models.toml")
+    access = Access(lambda: config.server, Keyring(config), ["127.0.0.1"])
+    head, _ = read_head(raw)
+    client = connection(listener)
+    for scope in (None, Scope.INFERENCE, Scope.ADMIN):
+        ask = partial(access.caller, head, client, scope) if scope else partial(access.whoever, head, client)
+        found = outcome(ask)
+        if isinstance(found, Caller):
+            assert found.is_anonymous
+            assert scope is not Scope.ADMIN or listener is CONTROL_SOCKET
+        else:
+            assert error_response(found).status in {401, 403}
 
 
 def test_scopes_are_closed_in_the_caller() -> None:

@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from aiohttp import web
@@ -16,6 +16,7 @@ from vllm_proxy.domain.address import TcpAddress
 from vllm_proxy.domain.config import ModelSpec, Server
 from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.traffic.call import Call, observed
+from vllm_proxy.traffic.client import ClientConnection
 from vllm_proxy.traffic.fan_out import fan_out
 from vllm_proxy.traffic.front import FrontRunner
 from vllm_proxy.traffic.registry import Endpoint, Registry
@@ -48,8 +49,9 @@ async def breaks(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) ->
 class Fleet:
     """Engines, one model each, and the front that asks them."""
 
-    def __init__(self, port: int, registry: Registry, gone: Mapping[str, asyncio.Event]) -> None:
-        self.port = port
+    def __init__(self, runner: FrontRunner, registry: Registry, gone: Mapping[str, asyncio.Event]) -> None:
+        self.port = runner.addresses[0][1]
+        self.runner = runner
         self.registry = registry
         self.gone = gone  # by engine: whoever asked it has left
         self.calls: list[Call] = []
@@ -64,10 +66,21 @@ class Fleet:
         assert [self.registry.counts(name) for name in self.gone] == [(0, 0)] * len(self.gone)
         return answer
 
+    @property
+    def client(self) -> ClientConnection:
+        """The only client's connection."""
+        (found,) = cast("Any", self.runner.server).connections
+        return cast("ClientConnection", found)
+
 
 @asynccontextmanager
-async def fleet(engines: Mapping[str, Behaviour], seconds: float = 60.0, policy: str = "") -> AsyncIterator[Fleet]:
-    """These engines, each the only instance of the model that has its name."""
+async def fleet(
+    engines: Mapping[str, Behaviour],
+    seconds: float = 60.0,
+    policy: str = "",
+    work: Callable[[Call, Registry], Any] | None = None,
+) -> AsyncIterator[Fleet]:
+    """These engines, each the only instance of the model that has its name. `work`: instead of asking all of them."""
     gone = {name: asyncio.Event() for name in engines}
     registry = Registry()
     async with AsyncExitStack() as stack:
@@ -91,21 +104,21 @@ async def fleet(engines: Mapping[str, Behaviour], seconds: float = 60.0, policy:
             stack.callback(endpoint.pool.close)
             registry.add_endpoint(name, endpoint)
 
-        async def work(call: Call) -> web.StreamResponse:
-            return await fan_out(call, registry, b"", seconds)
+        async def ask(call: Call) -> web.StreamResponse:
+            return await (work(call, registry) if work is not None else fan_out(call, registry, b"", seconds))
 
         def observe(call: Call) -> None:
             found.calls.append(call)
             found.noted.set()
 
         cors: Any = SimpleNamespace()
-        handler = observed(get(PATH), work, admit, observe, cors)
+        handler = observed(get(PATH), ask, admit, observe, cors)
         runner = FrontRunner(web.Application(), {("GET", PATH): handler}, Server, goes_on)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        found = Fleet(runner.addresses[0][1], registry, gone)
+        found = Fleet(runner, registry, gone)
         yield found
 
 

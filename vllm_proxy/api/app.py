@@ -115,7 +115,7 @@ def _inference(
     parts: Parts, observe: Callable[[Call], None], cors: Cors
 ) -> tuple[dict[tuple[str, str], Direct], list[Route]]:
     """The inference routes: those with a fixed path, past the router; and all of them, for the router."""
-    registry, server, budget = parts.registry, parts.server, parts.budget
+    registry, server, budget, access = parts.registry, parts.server, parts.budget, parts.access
     work: dict[NamesModel, Work] = {
         "json": openai.by_json_model(registry, server, budget),
         "form": openai.by_form_model(registry, server, budget),
@@ -125,7 +125,8 @@ def _inference(
     direct: dict[tuple[str, str], Direct] = {}
     table: list[Route] = []
     for route in INFERENCE:
-        handler = observed(route, work[route.names_model], parts.access.caller, observe, cors)
+        admit = access.of_session if route.names_model == "session" else access.caller
+        handler = observed(route, work[route.names_model], admit, observe, cors)
         table.append(Observed(route.method, route.path, route.scope, handler))
         if route.names_model in {"json", "form"}:
             direct[route.method, route.path] = handler

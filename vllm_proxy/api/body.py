@@ -14,7 +14,7 @@ from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.body import read_content
 from vllm_proxy.traffic.budget import Budget
-from vllm_proxy.traffic.front import client_of
+from vllm_proxy.traffic.front import ask_for_body, client_of
 
 _ETAG = re.compile(r'(?:W/)?"([^"]*)"')
 
@@ -36,6 +36,7 @@ class Bodies:
         """
         server = self._server()
         self._budget.check_length(request.content_length or 0, server)
+        ask_for_body(request)
         return await read_content(request.content, client_of(request), server, self._budget)
 
     async def json_object(self, request: web.Request, of: str) -> dict[str, Any]:

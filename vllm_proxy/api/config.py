@@ -24,6 +24,7 @@ from vllm_proxy.errors import ConfigError, InvalidError, Problem, RequestError
 from vllm_proxy.fleet.desired import Desired, Outcome
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.tls import Certificate
+from vllm_proxy.traffic.front import caller_of
 
 _LOST = (
     f"{secrets.HIDDEN} keeps the value that the file has here, and it has none: send the value itself, or leave it out"
@@ -133,19 +134,25 @@ class Writes:
         return _applied(outcome)
 
     async def plan(self, request: web.Request) -> Reply[resources.Plan]:
-        """`POST /config/plan`: what a text would change; without a body, what the file on disk would."""
+        """`POST /config/plan`: what a text would change; without a body, what the file on disk would.
+
+        Callers may know nothing but what `read` shows, and no text of theirs has a file of this machine looked at.
+        """
+        data = await self._bodies.toml(request)
+        trusted = not data or Scope.ADMIN in caller_of(request).scopes
         try:
-            actions = await self._desired.plan(await self._bodies.toml(request) or await self._text())
+            actions = await self._desired.plan(data or await self._text(), trusted=trusted)
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None
         return Reply({"changes": changes_of(actions)})
 
     async def reload(self, request: web.Request) -> Reply[resources.Applied]:
         """`POST /config/reload`."""
-        before = self._reconciler.config.revision
+        before, author = self._reconciler.config.revision, author_of(request)
+        author.commit()
         try:
             outcome = await self._desired.reload()
-            self._desired.record(author_of(request), before, outcome.revision)
+            self._desired.record(author, before, outcome.revision)
             return _applied(outcome)
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None

@@ -7,6 +7,7 @@ Inference has a guard of its own, `traffic/call.py`, since it is what has to be 
 import asyncio
 from dataclasses import dataclass
 from functools import wraps
+from typing import cast
 
 from aiohttp import web
 
@@ -17,7 +18,7 @@ from vllm_proxy.fleet.desired import Author
 from vllm_proxy.traffic.access import CONTROL, Access, Admission, check_body_type, who
 from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.envelope import Handler, error_event
-from vllm_proxy.traffic.front import caller_of, client_of, withdraw_cancellation
+from vllm_proxy.traffic.front import client_of, withdraw_cancellation
 from vllm_proxy.traffic.head import read_head
 
 
@@ -63,12 +64,14 @@ def _let_in(request: web.Request, route: Route, access: Access) -> Admission:
     model = request.match_info.get("model_id", "")
     if model and route.scope in {Scope.READ, Scope.OPERATE} and not caller.may_use(model):
         raise model_not_found(model)
-    return Admission(caller, route.scope, model, writes=request.method not in {"GET", "HEAD"})
+    return Admission(caller, route.scope, model)
 
 
 def author_of(request: web.Request) -> Author:
-    """Who sends a request that changes something."""
-    return Author(who(caller_of(request), client_of(request)), f"{request.method} {request.path}")
+    """Who sends a request that changes something. Until it commits that, the change ends with its key."""
+    client = client_of(request)
+    admission = cast("Admission", client.in_progress)
+    return Author(who(admission.caller, client), f"{request.method} {request.path}", admission.commit)
 
 
 async def _ended(request: web.Request, error: RequestError) -> web.StreamResponse:

@@ -152,7 +152,9 @@ def act(
         if not model.spec.policy.enabled:
             msg = f"cannot start or stop {model.spec.id}: it is disabled in the configuration"
             raise RequestError("model_disabled", msg)
-        desired.record(author_of(request))
+        author = author_of(request)
+        author.commit()
+        desired.record(author)
         done = do(model)
         await asyncio.wait({done})  # a client that leaves takes nothing back
         if not done.cancelled():  # the daemon stops

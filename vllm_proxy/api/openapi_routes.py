@@ -246,7 +246,9 @@ _CONFIGURATION = {
         (Answer(200, "Nothing is applied.", _json(resources.Plan)),),
         (*_HERE, *_BODY, "invalid_config"),
         _TOML,
-        description="Without a body: what would the file as it is on disk change?",
+        description="Without a body: what would the file as it is on disk change? A text may name files "
+        "(`server.keys_file`, `file` of a key): without the scope `admin` only those are looked at that the "
+        "configuration names already.",
         body_required=False,
     ),
     "POST /config/reload": Operation(

@@ -140,13 +140,14 @@ class Key:
             return None
         found: set[str] = set()
         for model_id, aliases in models.items():
-            if self._matches(model_id):
+            if self.matches(model_id):
                 found |= {model_id, *aliases}
             else:
-                found |= {alias for alias in aliases if self._matches(alias)}
+                found |= {alias for alias in aliases if self.matches(alias)}
         return frozenset(found)
 
-    def _matches(self, name: str) -> bool:
+    def matches(self, name: str) -> bool:
+        """Whether one of its globs allows a name."""
         return any(fnmatchcase(name, glob) for glob in self.models)
 
 

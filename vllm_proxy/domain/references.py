@@ -64,7 +64,7 @@ class Files(Protocol):
         """Which file that is, for people."""
 
     def is_elsewhere(self, text: str) -> bool:
-        """Whether it cannot be read here and that is no problem: a credential, which the service alone has."""
+        """Whether it is not read here and that is no problem, as of a credential, which the service alone has."""
 
 
 class NoFiles:

@@ -19,6 +19,7 @@ import structlog
 from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec, revision_of
 from vllm_proxy.domain.keys import KeyChanges, changes
 from vllm_proxy.domain.plan import Action, plan, restart_needed
+from vllm_proxy.domain.references import Files
 from vllm_proxy.domain.toml import dotted
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.errors import ConfigError, Problem, RequestError, VllmProxyError
@@ -69,6 +70,7 @@ class Author:
 
     who: str  # "key ci", "uid 1000", "anonymous"
     what: str  # "PATCH /models/chat"
+    commit: Callable[[], None] = field(default=lambda: None, compare=False)  # raises where it may not be done any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Desired:
     def __init__(
         self,
         store: Store,
-        parse: Callable[[bytes], Config],
+        parse: Callable[[bytes, Files], Config],
         reconciler: Reconciler,
         check: Check,
         ports: Ports,
@@ -106,7 +108,7 @@ class Desired:
         hide_secrets: Callable[[Config], Awaitable[None]] = _nothing,
         address_is_given: bool = False,
     ) -> None:
-        """`parse`: what bytes of the file mean; `files`: finds those that it names; `keyring`: follows its keys.
+        """`parse`: what bytes of the file mean; `files`: reads those that it names; `keyring`: follows its keys.
 
         `key_files`: where these are written. `hide_secrets`: is given each configuration before it is adopted.
 
@@ -117,7 +119,8 @@ class Desired:
         self._store = store
         self.file = store.file
         self._file = str(store.file)
-        self._parse = parse
+        self._parse_with = parse
+        self._parse: Callable[[bytes], Config] = lambda data: parse(data, files)
         self._files = files
         self._key_files = key_files
         self.keyring = keyring
@@ -171,14 +174,18 @@ class Desired:
         """
         return await self._in_time(self._read)
 
-    async def plan(self, data: bytes) -> tuple[Action, ...]:
+    async def plan(self, data: bytes, *, trusted: bool) -> tuple[Action, ...]:
         """What adopting a file with these bytes would change.
+
+        `trusted`: they may name any file of this machine, which is read, and of which a problem may tell. Else those
+        alone that the configuration names already.
 
         Raises:
             ConfigError: with every problem in it.
 
         """
-        config = await self._in_time(self._parse, data)
+        files = self._files if trusted else self._files.limited_to(self._attached)
+        config = await self._in_time(self._parse_with, data, files)
         return await self.offload(plan, config.models, self.reconciler.specs())
 
     async def settle(self) -> None:
@@ -316,6 +323,7 @@ class Desired:
     async def _write[**P](
         self, author: Author, make: Callable[P, Change], *args: P.args, **kwargs: P.kwargs
     ) -> tuple[Config, Outcome]:
+        author.commit()  # in its turn: what was adopted before may have taken its key away
         change = await self.offload(make, *args, **kwargs)
         config = change.config
         if found := await self._refused(config):

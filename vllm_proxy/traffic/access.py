@@ -44,8 +44,19 @@ class Admission:
     caller: Caller
     scope: Scope | None
     model: str = ""  # that its path names
-    writes: bool = False  # what it changes is done, whatever becomes of its key meanwhile: so it gets its answer
+    committed: bool = False  # what it changes is done, whatever becomes of its key meanwhile: so it gets its answer
     revoked: RequestError | None = None  # why it ends before its time
+
+    def commit(self) -> None:
+        """What it changes is done now.
+
+        Raises:
+            RequestError: its key was revoked while its body came or while it waited for its turn.
+
+        """
+        if self.revoked is not None:
+            raise self.revoked
+        self.committed = True
 
 
 class Access:
@@ -87,6 +98,17 @@ class Access:
             raise _too_narrow(found, scope)
         return found
 
+    def of_session(self, head: Head, client: ClientConnection, scope: Scope) -> Caller:
+        """As `caller`, of a WebSocket session: browsers can send a key with it as one of its protocols alone.
+
+        Raises:
+            RequestError: as `caller`.
+
+        """
+        offered = (one.strip() for one in head.get(b"sec-websocket-protocol", b"").split(b","))
+        key = next((one.removeprefix(_SUBPROTOCOL) for one in offered if one.startswith(_SUBPROTOCOL)), None)
+        return self.caller(head if key is None or b"x-api-key" in head else {**head, b"x-api-key": key}, client, scope)
+
     def whoever(self, head: Head, client: ClientConnection) -> Caller:
         """Who sends a request that everybody may send.
 
@@ -105,7 +127,7 @@ class Access:
     def refusal_of(self, admission: Admitted, client: ClientConnection) -> RequestError | None:
         """Why a request that was let in may not go on, since a key was changed or has expired; None: it may."""
         before = admission.caller
-        if before is CONTROL or admission.writes:
+        if before is CONTROL or admission.committed:
             return None
         now = self._keyring.now(before, local=client.listener.kind is Kind.LOOPBACK)
         if now is None:
@@ -213,10 +235,6 @@ def _tokens(head: Head) -> Iterator[bytes]:
         yield token
     if token := head.get(b"x-api-key", b"").strip():
         yield token
-    if b"upgrade" in head:
-        for offered in head.get(b"sec-websocket-protocol", b"").split(b","):
-            if (one := offered.strip()).startswith(_SUBPROTOCOL):
-                yield one.removeprefix(_SUBPROTOCOL)
 
 
 def _without_key(head: Head, scope: Scope) -> RequestError:

@@ -44,7 +44,7 @@ class Call:
     retries = 0
     caller = NOBODY  # who sent it, once that is known
     scope: Scope | None = Scope.INFERENCE
-    writes = False
+    committed = False
     salt = b""  # the `cache_salt` that its prompt gets
     revoked: RequestError | None = None  # why it ends before its time
 

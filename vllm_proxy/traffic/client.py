@@ -43,7 +43,7 @@ class Admitted(Protocol):
     caller: Caller
     scope: Scope | None
     model: str  # "" where it is not known
-    writes: bool
+    committed: bool
     revoked: RequestError | None  # why it ends before its time
 
 
@@ -138,8 +138,10 @@ class ClientConnection(RequestHandler):
         admission.revoked = error
         if self.exchange is not None and self.exchange.passed_status:
             self.exchange.end_early(error_event(error, anthropic=is_anthropic(request.path)))
-        else:
-            task.cancel()
+            return
+        if self.exchange is not None:
+            self.exchange.abandon()  # or what its engine sends until the task has its turn would begin an answer
+        task.cancel()
 
     def pause_writing(self) -> None:
         """The client reads more slowly than its engine writes: backpressure on the engine."""

@@ -93,6 +93,10 @@ class _Race:
             seen = status
             if self._won.done() or status in _DOES_NOT_KNOW or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 return False
+            call = self._call  # what it may not have any more by now is not there for it
+            if call.revoked is not None or not call.caller.may_use_some(lease.model_id, lease.policy.aliases):
+                return False
+            call.model = mine.model  # for whoever revokes it from here on
             self._won.set_result(mine)
             return True
 

@@ -19,6 +19,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.listener import Kind, Listener
@@ -46,6 +47,7 @@ _TOO_MANY = as_bytes(
     )
 )
 
+_EXPECT = "vllm_proxy.expect"  # in a request for the router: the header of that name
 _UNKNOWN = Listener()  # where nobody says: nothing is taken for local
 
 type Refusal = Callable[[Admitted, ClientConnection], RequestError | None]
@@ -121,8 +123,11 @@ class Front(web.Server):
 
     def _check_again(self, connection: ClientConnection) -> None:
         admission = connection.in_progress
-        if admission is not None and (error := self._refusal_of(admission, connection)) is not None:
-            connection.revoke(admission, error)
+        try:
+            if admission is not None and (error := self._refusal_of(admission, connection)) is not None:
+                connection.revoke(admission, error)
+        except Exception:  # the other connections are looked at all the same
+            log.exception("a fault of the daemon: a request could not be ended")
 
     def _sweep(self) -> None:
         """Look at every client once a second, a few at a time: no request waits until all have been looked at."""
@@ -237,7 +242,12 @@ class FrontRunner(web.AppRunner):
             protocol.head_bytes = 0  # type: ignore[attr-defined] # as above
             route = routes.get((message.method, message.path))
             if route is None:
-                return app_request(message, payload, protocol, writer, task)
+                expected = message.headers.get("Expect")
+                if expected is None:
+                    return app_request(message, payload, protocol, writer, task)
+                waiting = app_request(_without_expect(message), payload, protocol, writer, task)
+                waiting[_EXPECT] = expected
+                return waiting
             request = DirectRequest(message, payload, protocol, writer, task, loop)
             request.route = route
             return request
@@ -286,13 +296,20 @@ async def _checked(
         check_codings(
             request.headers.get("Transfer-Encoding", "chunked"), request.headers.get("Content-Encoding", "identity")
         )
-        if "Expect" in request.headers:
-            check_expectation(request, request.headers["Expect"])
+        if _EXPECT in request:
+            check_expectation(request, request[_EXPECT])
     except RequestError as error:
         response = refusal(request, error)
         response.force_close()
         return response
     return await handler(request)
+
+
+def _without_expect(message: RawRequestMessage) -> RawRequestMessage:
+    """Without what would make aiohttp's router ask for the body before anybody has looked at who sends it."""
+    headers = CIMultiDict(message.headers)
+    headers.popall("Expect")
+    return message._replace(headers=CIMultiDictProxy(headers))
 
 
 def check_codings(transfer: str, content: str) -> None:
@@ -379,6 +396,12 @@ def client_is_slow(request: web.BaseRequest) -> bool:
 
 
 def send_continue(request: web.BaseRequest) -> None:
-    """Answer 100 Continue to a client that sent `Expect`. aiohttp's router does this for its own routes."""
-    if type(request) is DirectRequest and request.transport is not None:
+    """Answer 100 Continue to a client that sent `Expect`."""
+    if request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+def ask_for_body(request: web.Request) -> None:
+    """Answer 100 Continue where the client waits for that; for routes of our own, whose expectations are checked."""
+    if _EXPECT in request and request.version >= (1, 1):
+        send_continue(request)

@@ -95,8 +95,8 @@ class Keyring:
         return self._anonymous[local] if caller.is_anonymous else self._by_digest.get(caller.digest)
 
     def may_go_on(self, caller: Caller, model_id: str) -> bool:
-        """Whether a request that has begun may still use a model, by whichever of its names."""
-        return caller.may_use_some(model_id, self._models.get(model_id, ()))
+        """Whether a request that has begun may still use a model, by whichever of its names; it may be gone by now."""
+        return caller.key.matches(model_id) or caller.may_use_some(model_id, self._models.get(model_id, ()))
 
     def opens_nothing(self) -> bool:
         """Whether nobody can do anything on an address that is not loopback: no keys, and nothing for strangers."""

@@ -121,7 +121,7 @@ async def _run_session(call: Call, sessions: Sessions, client: web.WebSocketResp
             raise RequestError("missing_model", msg, param="model")
     _find(call, sessions, name)
     with await sessions.registry.acquire(name) as lease:
-        call.model, call.instance = lease.model_id, lease.endpoint.instance
+        call.instance = lease.endpoint.instance
         headers = {"Authorization": f"Bearer {lease.endpoint.credential}", "X-Request-Id": call.engine_id.decode()}
         address = lease.endpoint.address
         try:
@@ -147,7 +147,7 @@ async def _run_session(call: Call, sessions: Sessions, client: web.WebSocketResp
 def _find(call: Call, sessions: Sessions, name: str) -> None:
     if not call.caller.may_use(name):
         raise model_not_found(name)
-    sessions.registry.find(name)
+    call.model = sessions.registry.find(name).spec.id
 
 
 async def _first_message(client: web.WebSocketResponse, seconds: float) -> WSMessage:
