@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench import build, cases, hazards, idle, peers, proc, report
+from tests.bench import access, build, cases, hazards, idle, peers, proc, report
 
-SINGLE = ("memory", "idle", "departed", "slow", "bigbody", "models")
+SINGLE = ("memory", "idle", "departed", "slow", "bigbody", "keys", "models")
 NAMES = (*cases.CASES, *SINGLE)
 _OUTPUT = Path(".bench") / "result.json"
 
@@ -142,6 +142,8 @@ def run(options: Options, available: Sequence[str], folder: Path) -> report.Find
             names = [peers.DIRECT, *chosen]
             running = _started(stack, names, programs, engine_port, folder)
             findings.results = cases.run_rounds(programs, running, rounds, options.rounds, options.seconds, _say)
+    if "keys" in options.names:
+        findings.keys = access.measure(programs, folder / "keys", options.rounds, options.seconds, _say)
     if "models" in options.names:
         findings.models = hazards.many_models(programs, folder, options.models, options.rounds, options.seconds, _say)
     findings.conditions = {

@@ -51,7 +51,7 @@ class Results:
 
 def measure(programs: build.Programs, case: Case, peer: peers.Peer, seconds: float) -> client.Figures:
     """One window of one case against one proxy."""
-    with client.Load(programs.load, case.kind, peer.port, case.connections, seconds, case.text) as load:
+    with client.Load(programs.load, case.kind, peer.port, case.connections, seconds, case.text, peer.key) as load:
         return load.measure(peer.pids)
 
 

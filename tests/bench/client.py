@@ -90,8 +90,11 @@ class Figures:
 class Load:
     """The load generator, connected and running once the block is entered; `measure` is its window."""
 
-    def __init__(self, program: Path, kind: str, port: int, connections: int, seconds: float, text: str) -> None:
-        command = [str(program), kind, str(port), str(connections), str(seconds), text]
+    def __init__(
+        self, program: Path, kind: str, port: int, connections: int, seconds: float, text: str, key: str = "sk-1234"
+    ) -> None:
+        """`key`: "" sends none."""
+        command = [str(program), kind, str(port), str(connections), str(seconds), text, key]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready = 0
 

@@ -205,11 +205,12 @@ static void prepare(char **argv) {
     server = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(argv[2]))};
     server.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     wanted = atoi(argv[3]);
+    const char *before = *argv[6] ? "Authorization: Bearer " : "", *after = *argv[6] ? "\r\n" : "";
     request_length = (size_t)asprintf(&request,
                                       "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:%s\r\nUser-Agent: load\r\n"
-                                      "Accept: */*\r\nAuthorization: Bearer sk-1234\r\nContent-Type: application/json\r\n"
+                                      "Accept: */*\r\n%s%s%sContent-Type: application/json\r\n"
                                       "Content-Length: %zu\r\n\r\n%s",
-                                      argv[2], strlen(argv[5]), argv[5]);
+                                      argv[2], before, argv[6], after, strlen(argv[5]), argv[5]);
     connections = calloc((size_t)wanted, sizeof *connections);
     for (int i = 0; i < wanted; i++) connections[i].data = malloc(streaming ? KEPT : ANSWER);
     struct rlimit files;
@@ -222,8 +223,8 @@ static void prepare(char **argv) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 6) {
-        fprintf(stderr, "usage: load json|stream PORT CONNECTIONS SECONDS BODY\n");
+    if (argc != 7) {
+        fprintf(stderr, "usage: load json|stream PORT CONNECTIONS SECONDS BODY KEY\n");
         return 2;
     }
     prepare(argv);

@@ -64,6 +64,7 @@ class Peer:
     engine: int
     root: int | None  # its first process; None for no proxy at all
     children: bool  # whether what descends from it counts; a daemon's engines do not
+    key: str = "sk-1234"  # that its clients send
 
     @property
     def pids(self) -> list[int]:
@@ -114,11 +115,11 @@ def engine(programs: build.Programs, folder: Path) -> Iterator[int]:
         yield port
 
 
-def configuration(programs: build.Programs, models: int) -> str:
-    """A models.toml with this many models, all but the first disabled."""
+def configuration(programs: build.Programs, models: int, keys: str = "") -> str:
+    """A models.toml with this many models, all but the first disabled, and these tables of keys."""
     start = random.randrange(9_000, 11_900, 20)  # below what tests/conftest.py hands out
     text = f'[engine]\ncommand = ["{programs.engine}"]\nport_start = {start}\nport_end = {start + 19}\n'
-    text += f'[models.{client.MODEL}]\nmodel = "mock"\n'
+    text += f'{keys}[models.{client.MODEL}]\nmodel = "mock"\n'
     return text + "".join(f'[models.m{n}]\nmodel = "mock"\nenabled = false\n' for n in range(1, models))
 
 
@@ -130,11 +131,16 @@ def ours(
     models: int = 1,
     name: str = OURS,
     pair: certificates.Pair | None = None,
+    keys: str = "",
+    key: str = "sk-1234",
 ) -> Iterator[Peer]:
-    """vllm-proxy and the mock engine that it started. `pair`: it speaks TLS."""
+    """vllm-proxy and the mock engine that it started.
+
+    `pair`: it speaks TLS. `keys`: tables of its file; `key`: what its clients send, "" for none.
+    """
     place = folder / f"{name}-{models}"
     place.mkdir(parents=True)
-    (place / "models.toml").write_text(configuration(programs, models), encoding="utf-8")
+    (place / "models.toml").write_text(configuration(programs, models, keys), encoding="utf-8")
     port = free_port()
     command = [
         sys.executable, "-m", "vllm_proxy", "serve", "--config", str(place / "models.toml"),
@@ -144,7 +150,7 @@ def ours(
     trust = pair.trust() if pair else None
     with process(command, place, port, name, env=tls, tls=trust) as pid:
         resource = client.get(port, f"/models/{client.MODEL}", trust)
-        yield Peer(name, port, resource["status"]["instances"][0]["port"], pid, children=False)
+        yield Peer(name, port, resource["status"]["instances"][0]["port"], pid, children=False, key=key)
 
 
 @contextlib.contextmanager

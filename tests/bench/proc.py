@@ -45,6 +45,12 @@ def rss_kib(pids: Iterable[int]) -> int:
     return sum(_kib(pid, "status", ("VmRSS",)) for pid in pids)
 
 
+def read_bytes(pids: Iterable[int]) -> int:
+    """What these processes have read so far, from sockets too."""
+    lines = [line.split() for pid in pids for line in Path(f"/proc/{pid}/io").read_text().splitlines()]
+    return sum(int(value) for name, value in lines if name == "rchar:")
+
+
 @contextlib.contextmanager
 def stopped(pids: Iterable[int]) -> Iterator[None]:
     """These processes do nothing while the block runs."""

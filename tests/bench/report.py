@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tests.bench import cases, client, hazards
+from tests.bench import access, cases, client, hazards
 from tests.bench.idle import Idle
 from tests.bench.peers import DIRECT, OURS
 
@@ -22,6 +22,7 @@ class Findings:
     slow_mb: dict[str, float] = field(default_factory=dict)
     big_body: dict[str, hazards.BigBody] = field(default_factory=dict)
     models: cases.Results = field(default_factory=cases.Results)
+    keys: access.Access = field(default_factory=access.Access)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,8 @@ def targets(findings: Findings) -> list[Target]:
     plain = [one for kind, one in findings.idle.items() if kind != "TLS"]
     departed = findings.departures.get(OURS)
     big = findings.big_body.get(OURS)
+    compared = findings.keys.compared
+    with_key = _median(_ratios(compared, "json32", access.WITH, access.WITHOUT, _cpu))
     return [
         Target("CPU per JSON request, 32 connections, vs vllm-router", 1.0, 0.6, "x", cpu("json32", "vllm-router")),
         Target("CPU per event, 256 streams, vs vllm-router", 1.1, 0.85, "x", cpu("sse256", "vllm-router")),
@@ -161,9 +164,33 @@ def targets(findings: Findings) -> list[Target]:
         ),
         Target("memory growth for a client that reads nothing", 5, None, "MB", findings.slow_mb.get(OURS)),
         Target("longest delay of an event beside a 50 MB body", 100, None, "ms", big.stall_ms if big else None),
+        Target("finding the caller", 1, None, "us", max(_callers(findings).values(), default=None)),
+        Target("CPU per JSON request with a key, 32 connections, vs none", 1.04, None, "x", with_key),
+        Target("read of a 64 MiB upload that is refused", 1, None, "MB", _most_read(findings)),
         Target("CPU per JSON request with 1,000 models, more by", 5, None, "%", more("json32")),
         Target("CPU per event with 1,000 models, more by", 5, None, "%", more("sse256")),
     ]
+
+
+def _callers(findings: Findings) -> dict[str, float]:
+    """Those that the target is about: who sends a known key, and who sends none where none is needed."""
+    return {name: us for name, us in findings.keys.caller_us.items() if "unknown" not in name}
+
+
+def _most_read(findings: Findings) -> float | None:
+    return max((one.read / 1e6 for one in findings.keys.refused), default=None)
+
+
+def _key_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
+    for name, us in findings.keys.caller_us.items():
+        yield f"finding the caller, {name}", OURS, f"{us:.2f} us"
+    for name in (access.WITHOUT, access.WITH):
+        if found := findings.keys.compared.get("json32", name):
+            yield f"json32, {name}", OURS, f"{spread([one.cpu_us for one in found])} us"
+    if refused := findings.keys.refused:
+        statuses = ", ".join(str(status) for status in sorted({one.status for one in refused}))
+        text = f"{statuses} in {spread([one.ms for one in refused])} ms, the daemon read"
+        yield "64 MiB upload that is refused", OURS, f"{text} {max(one.read for one in refused) / 1024:.0f} KiB at most"
 
 
 def _hazard_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
@@ -220,7 +247,7 @@ def render(findings: Findings) -> str:
             lambda case, name: spread([_cpu(figures) for figures in findings.models.get(case, name)]),
             shown,
         )
-    if rows := list(_hazard_rows(findings)):
+    if rows := [*_hazard_rows(findings), *_key_rows(findings)]:
         lines += _table(["case", "proxy", "found"], rows)
     verdicts = []
     for target in targets(findings):

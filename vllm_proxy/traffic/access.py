@@ -34,6 +34,7 @@ _BROWSERS = (b"origin", b"sec-fetch-site", b"sec-fetch-mode")  # headers that no
 _SAME_ORIGIN = b"same-origin"
 _REALM = 'Bearer realm="vllm-proxy"'
 _INVALID = f'{_REALM}, error="invalid_token"'
+_CONTROL_KIND, _LOOPBACK_KIND = Kind.CONTROL, Kind.LOOPBACK  # found quicker than in the class
 _MOST_HOSTS = 64  # spellings of the Host header that are remembered
 
 
@@ -82,17 +83,20 @@ class Access:
                 `host_not_allowed` or `origin_not_allowed`.
 
         """
-        if client.listener.kind is Kind.CONTROL:
+        if client.listener.kind is _CONTROL_KIND:
             return self._at_control_socket(head, client, scope)
-        found = None
-        given = head.get(b"authorization")
-        if given is not None and given[:7].lower() == _BEARER:
-            found = self._keyring.find(sha256(given[7:].strip()).digest())
+        given, tried = head.get(b"authorization"), b""  # first as nearly all clients send it
+        if given is None:
+            tried = head.get(b"x-api-key", b"")
+        elif given[:7] == b"Bearer ":
+            tried = given[7:]
+        found = self._keyring.find(sha256(tried).digest()) if tried else None
         if found is None:
-            found = self._by_other_headers(head)
-        if found is None:
-            return self._anonymous(head, client, scope)
-        if found.is_bounded:
+            if tried or given is not None or b"upgrade" in head:
+                found = self._by_any_header(head, tried)
+            if found is None:
+                return self._anonymous(head, client, scope)
+        if found.is_bounded and time.time() >= found.expires_at:
             _check_time(found)
         if scope not in found.scopes:
             raise _too_narrow(found, scope)
@@ -118,7 +122,7 @@ class Access:
         """
         if client.listener.kind is Kind.CONTROL:
             return self._at_control_socket(head, client, None)
-        found = self._by_other_headers(head)
+        found = self._by_any_header(head)
         if found is not None and time.time() < found.expires_at:
             return found
         self._check_page(head, client, None)
@@ -145,9 +149,10 @@ class Access:
             return model_not_found(admission.model)
         return None
 
-    def _by_other_headers(self, head: Head) -> Caller | None:
+    def _by_any_header(self, head: Head, tried: bytes = b"") -> Caller | None:
+        """`tried`: what is no key."""
         for token in _tokens(head):
-            if (found := self._keyring.find(sha256(token).digest())) is not None:
+            if token != tried and (found := self._keyring.find(sha256(token).digest())) is not None:
                 return found
         return None
 
@@ -162,7 +167,7 @@ class Access:
         return CONTROL
 
     def _anonymous(self, head: Head, client: ClientConnection, scope: Scope) -> Caller:
-        caller = self._keyring.anonymous(local=client.listener.kind is Kind.LOOPBACK)
+        caller = self._keyring.anonymous(local=client.listener.kind is _LOOPBACK_KIND)
         if scope not in caller.scopes or (caller.is_bounded and time.time() >= caller.expires_at):
             raise _without_key(head, scope)
         if b"origin" in head or head.get(b"host", b"") not in self._hosts:

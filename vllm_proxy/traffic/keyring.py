@@ -58,6 +58,8 @@ NOBODY = Caller(_NOBODY, b"", frozenset())  # who may do nothing, and was not le
 class Keyring:
     """All callers of one daemon."""
 
+    find: Callable[[bytes], Caller | None]  # who has the key of a digest, be it disabled or expired
+
     def __init__(self, config: Config) -> None:
         self._by_digest: dict[bytes, Caller] = {}
         self._anonymous: dict[bool, Caller] = {}  # by whether the listener is on loopback
@@ -71,6 +73,7 @@ class Keyring:
         self._by_digest = {
             digest: Caller(key, digest, key.allowed(models)) for key in config.keys.values() for digest in key.digests
         }
+        self.find = self._by_digest.get
         self._anonymous = {
             local: Caller(key, b"", key.allowed(models))
             for local, key in ((local, _anonymous(config, local=local)) for local in (True, False))
@@ -81,10 +84,6 @@ class Keyring:
     def listen(self, listener: Callable[[], None]) -> None:
         """Call `listener` after each change."""
         self._listeners.append(listener)
-
-    def find(self, digest: bytes) -> Caller | None:
-        """Who has the key of this digest, be it disabled or expired."""
-        return self._by_digest.get(digest)
 
     def anonymous(self, *, local: bool) -> Caller:
         """Who sends no key. `local`: to a listener on loopback."""
