@@ -25,7 +25,7 @@ _END = "expires_at = 2999-01-01T00:00:00Z\n"
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """An upload without a key: the answer's status and when it came, what the client had sent, what the daemon read."""
+    """An upload that is refused: its answer's status, when it came, and what was sent and read by then."""
 
     status: int
     ms: float
@@ -108,17 +108,16 @@ def _refused(peer: peers.Peer) -> Refused:
     size = 64 * 2**20
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     head += f"Authorization: Bearer {REVOKED}\r\nContent-Length: {size}\r\n\r\n"
-    before, sent, piece = proc.read_bytes(peer.pids), 0, b" " * 2**16
+    before, sent, piece, answer = proc.read_bytes(peer.pids), 0, b" " * 2**16, b""
     begin = time.perf_counter()
     with client.connect(peer.port) as connection:
         connection.sendall(head.encode())
         connection.settimeout(0)
-        answer = b""
         while not answer and sent < size:
             with contextlib.suppress(BlockingIOError):
                 sent += connection.send(piece)
             with contextlib.suppress(BlockingIOError):
                 answer = connection.recv(4096)
         took = time.perf_counter() - begin
-    time.sleep(0.2)  # whatever it still reads
-    return Refused(int(answer.split(b" ")[1]), took * 1000, sent, proc.read_bytes(peer.pids) - before)
+        read = proc.read_bytes(peer.pids) - before
+    return Refused(int(answer.split(b" ")[1]), took * 1000, sent, read)

@@ -166,7 +166,7 @@ def targets(findings: Findings) -> list[Target]:
         Target("longest delay of an event beside a 50 MB body", 100, None, "ms", big.stall_ms if big else None),
         Target("finding the caller", 1, None, "us", max(_callers(findings).values(), default=None)),
         Target("CPU per JSON request with a key, 32 connections, vs none", 1.04, None, "x", with_key),
-        Target("read of a 64 MiB upload that is refused", 1, None, "MB", _most_read(findings)),
+        Target("until a 64 MiB upload is refused", 10, None, "ms", _median([one.ms for one in findings.keys.refused])),
         Target("CPU per JSON request with 1,000 models, more by", 5, None, "%", more("json32")),
         Target("CPU per event with 1,000 models, more by", 5, None, "%", more("sse256")),
     ]
@@ -177,10 +177,6 @@ def _callers(findings: Findings) -> dict[str, float]:
     return {name: us for name, us in findings.keys.caller_us.items() if "unknown" not in name}
 
 
-def _most_read(findings: Findings) -> float | None:
-    return max((one.read / 1e6 for one in findings.keys.refused), default=None)
-
-
 def _key_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
     for name, us in findings.keys.caller_us.items():
         yield f"finding the caller, {name}", OURS, f"{us:.2f} us"
@@ -189,8 +185,8 @@ def _key_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
             yield f"json32, {name}", OURS, f"{spread([one.cpu_us for one in found])} us"
     if refused := findings.keys.refused:
         statuses = ", ".join(str(status) for status in sorted({one.status for one in refused}))
-        text = f"{statuses} in {spread([one.ms for one in refused])} ms, the daemon read"
-        yield "64 MiB upload that is refused", OURS, f"{text} {max(one.read for one in refused) / 1024:.0f} KiB at most"
+        text = f"{statuses} in {spread([one.ms for one in refused])} ms, of its body was read by then"
+        yield "64 MiB upload that is refused", OURS, f"{text} {spread([one.read / 1024 for one in refused], 0)} KiB"
 
 
 def _hazard_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Daemon, daemon, fake_engines, port_block
+from tests.harness import Daemon, connected, daemon, fake_engines, port_block, request
 from vllm_proxy.domain.keys import hash_of, new_key
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
@@ -69,7 +69,7 @@ class Official:
     async def ask(self, model: str = "chat", **more: Any) -> Any:  # noqa: ANN401 - either client's answer
         """One chat."""
         kind = self.client.chat.completions if self.route == CHAT else self.client.messages
-        return await kind.create(model=model, messages=HI, max_tokens=9, **more)
+        return await kind.create(**{"model": model, "messages": HI, "max_tokens": 9, **more})
 
 
 @contextlib.asynccontextmanager
@@ -123,6 +123,17 @@ async def test_a_client_without_a_good_key_raises_at_once(
     assert code in json.dumps(raised.value.body)
     assert token not in str(raised.value)
     assert after == before | {status: before.get(status, 0) + 1}
+
+
+@pytest.mark.parametrize("client", ["openai", "anthropic"])
+async def test_a_client_whose_large_request_is_refused_raises_the_same(running: Daemon, client: str) -> None:
+    """It reads nothing before it has sent all: cut off, it would see a fault of the connection, and try again."""
+    large = [{"role": "user", "content": "x" * 30_000_000}]
+    async with official(running, client, TOKENS["revoked"]) as one:
+        before = await answered(running, one.route)
+        with pytest.raises(one.package.AuthenticationError):
+            await one.ask(messages=large)
+        assert await answered(running, one.route) == before | {"401": before.get("401", 0) + 1}
 
 
 @pytest.mark.parametrize("client", ["openai", "anthropic"])
@@ -198,3 +209,22 @@ async def test_any_key_will_do_where_none_is_needed(running: Daemon, client: str
         async with official(running, client, "EMPTY") as one:
             assert await one.ask()
     await configure(running, KEYS)
+
+
+@pytest.mark.parametrize("route", [CHAT, "/models"])
+@pytest.mark.parametrize("framing", ["Content-Length: 67108864", "Transfer-Encoding: chunked"])
+async def test_a_request_is_refused_before_a_byte_of_its_body_came(running: Daemon, route: str, framing: str) -> None:
+    """The answer is the last one of its connection, since nobody looks at the rest."""
+    async with connected(running) as client:
+        await client.send(request(route, b"", framing))
+        answer = await client.answer()
+        assert (answer.status, answer.all("Connection")) == (401, ["close"])
+
+
+async def test_the_small_body_of_a_request_that_is_refused_does_no_harm(running: Daemon) -> None:
+    """It comes behind the head: the answer is the last one of its connection, which ends in order."""
+    async with connected(running) as client:
+        await client.send(request(CHAT, b"", "Content-Length: 9"))
+        assert (await client.answer()).status == 401
+        await client.send(b"x" * 9)
+        assert await client.closed()
