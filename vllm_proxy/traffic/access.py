@@ -92,7 +92,7 @@ class Access:
             tried = given[7:]
         found = self._keyring.find(sha256(tried).digest()) if tried else None
         if found is None:
-            if tried or given is not None or b"upgrade" in head:
+            if given is not None or tried:
                 found = self._by_any_header(head, tried)
             if found is None:
                 return self._anonymous(head, client, scope)
