@@ -1,8 +1,8 @@
 """CORS: which web pages of other origins may read answers (`server.cors_origins`).
 
-A page may always send a simple request; without these headers its browser withholds the answer. Requests that would
-change something are refused in `access`. A request without `Origin` must cost nothing here. Source: the Fetch standard,
-"CORS protocol".
+A page may always send a simple request; without these headers its browser withholds the answer. Requests of pages that
+have no key are refused in `access`, whatever they are for. A request without `Origin` must cost nothing here. Source:
+the Fetch standard, "CORS protocol".
 """
 
 from collections.abc import Callable, Mapping
