@@ -14,7 +14,8 @@ from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.body import read_content
 from vllm_proxy.traffic.budget import Budget
-from vllm_proxy.traffic.front import ask_for_body, client_of
+from vllm_proxy.traffic.framing import ask_for_body
+from vllm_proxy.traffic.front import client_of
 
 _ETAG = re.compile(r'(?:W/)?"([^"]*)"')
 

@@ -14,7 +14,7 @@ from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.budget import Budget, Holder
 from vllm_proxy.traffic.call import Call
-from vllm_proxy.traffic.front import check_codings, check_expectation, send_continue
+from vllm_proxy.traffic.framing import check_codings, check_expectation, send_continue
 from vllm_proxy.traffic.scan import find_member
 
 LARGE = 1024 * 1024  # from here on a body is searched in slices, so that other streams are not blocked

@@ -1,8 +1,8 @@
 """The seam to aiohttp's server: its internals are used here and in `client` only (tests/traffic/test_front.py).
 
 Adds to `aiohttp.web`: routes that bypass the router and answer by writing to the client's transport; a limit on
-connections, and a sweep over their deadlines each second; a graceful shutdown of connections; and the refusal of
-framings that aiohttp's parser accepts and that allow request smuggling through a proxy.
+connections, and a sweep over their deadlines each second; a graceful shutdown of connections; and the refusal of what
+`framing` does not take.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
-from multidict import CIMultiDict, CIMultiDictProxy
 
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.listener import Kind, Listener
 from vllm_proxy.errors import RequestError
 from vllm_proxy.listen import BACKLOG
+from vllm_proxy.traffic import framing
 from vllm_proxy.traffic.client import Admitted, ClientConnection, Refused, as_bytes
 from vllm_proxy.traffic.envelope import refusal
 from vllm_proxy.traffic.handshake import Handshake
@@ -47,7 +47,6 @@ _TOO_MANY = as_bytes(
     )
 )
 
-_EXPECT = "vllm_proxy.expect"  # in a request for the router: the header of that name
 _UNKNOWN = Listener()  # where nobody says: nothing is taken for local
 
 type Refusal = Callable[[Admitted, ClientConnection], RequestError | None]
@@ -242,12 +241,11 @@ class FrontRunner(web.AppRunner):
             protocol.head_bytes = 0  # type: ignore[attr-defined] # as above
             route = routes.get((message.method, message.path))
             if route is None:
-                expected = message.headers.get("Expect")
-                if expected is None:
-                    return app_request(message, payload, protocol, writer, task)
-                waiting = app_request(_without_expect(message), payload, protocol, writer, task)
-                waiting[_EXPECT] = expected
-                return waiting
+                expected, message = framing.without_expectation(message)
+                routed = app_request(message, payload, protocol, writer, task)
+                if expected is not None:
+                    routed[framing.EXPECTATION] = expected
+                return routed
             request = DirectRequest(message, payload, protocol, writer, task, loop)
             request.route = route
             return request
@@ -293,53 +291,12 @@ async def _checked(
     request: web.BaseRequest, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     try:
-        check_codings(
-            request.headers.get("Transfer-Encoding", "chunked"), request.headers.get("Content-Encoding", "identity")
-        )
-        if _EXPECT in request:
-            check_expectation(request, request[_EXPECT])
+        framing.check(request)
     except RequestError as error:
         response = refusal(request, error)
         response.force_close()
         return response
     return await handler(request)
-
-
-def _without_expect(message: RawRequestMessage) -> RawRequestMessage:
-    """Without what would make aiohttp's router ask for the body before anybody has looked at who sends it."""
-    headers = CIMultiDict(message.headers)
-    headers.popall("Expect")
-    return message._replace(headers=CIMultiDictProxy(headers))
-
-
-def check_codings(transfer: str, content: str) -> None:
-    """Refuse framings that the engine could read differently (request smuggling), and compressed bodies.
-
-    Raises:
-        RequestError: `bad_request` or `unsupported_media_type`.
-
-    """
-    if transfer.strip().lower() != "chunked":
-        raise RequestError("bad_request", f"cannot read a body of transfer-encoding {transfer!r}: only chunked")
-    if content.strip().lower() not in {"", "identity"}:
-        raise RequestError(
-            "unsupported_media_type", f"cannot take a body of content-encoding {content!r}: send it plain"
-        )
-
-
-def check_expectation(request: web.BaseRequest, expectation: str) -> bool:
-    """Whether the client waits for 100 Continue before it sends its body. Clients of HTTP/1.0 do not know that.
-
-    Raises:
-        RequestError: `expectation_failed`.
-
-    """
-    if request.version < (1, 1):
-        return False
-    if expectation.strip().lower() != "100-continue":
-        msg = "cannot meet what the header Expect asks for: 100-continue is all that is known"
-        raise RequestError("expectation_failed", msg)
-    return True
 
 
 class _Done:
@@ -393,15 +350,3 @@ def caller_of(request: web.BaseRequest) -> Caller:
 def client_is_slow(request: web.BaseRequest) -> bool:
     """Whether bytes of an earlier answer still wait for this client to read them."""
     return client_of(request).writing_paused
-
-
-def send_continue(request: web.BaseRequest) -> None:
-    """Answer 100 Continue to a client that sent `Expect`."""
-    if request.transport is not None:
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-
-def ask_for_body(request: web.Request) -> None:
-    """Answer 100 Continue where the client waits for that; for routes of our own, whose expectations are checked."""
-    if _EXPECT in request and request.version >= (1, 1):
-        send_continue(request)
