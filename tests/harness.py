@@ -156,8 +156,9 @@ class Daemon:
     async def close(self) -> None:
         """Close its clients."""
         await self.session.close()
-        if self._admin is not None:
-            await self._admin.close()
+        admin, self._admin = self._admin, None
+        if admin is not None:
+            await admin.close()
             os.close(self._runtime)
 
     def _client(self, path: str) -> tuple[aiohttp.ClientSession, URL]:
