@@ -336,6 +336,7 @@ def test_an_id_with_a_dot_and_no_quotes_is_explained(text: str, expected: list[s
         ("aliases = [gpt-4o, 'b']", 'text needs quotes: "gpt-4o"'),
         ("enabled = True", "write enabled = true"),
         ("enabled = off", "write enabled = false"),
+        ("model = # which one?", "model has no value: write one, or leave model out"),
         ("dtype = None", "there is no such value: leave dtype out"),
         ("replicas: 2", "write replicas = 2"),
         ("models:", "this is TOML, not YAML: write [models]"),

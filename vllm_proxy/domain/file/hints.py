@@ -53,6 +53,8 @@ def _of_assignment(key: str, value: str, *, hides_values: bool) -> str:
         shown = "" if hides_values else f": write {show(key)} ="
         return f"a key with other characters than letters, digits, _ and - needs quotes{shown}"
     word = value.partition("#")[0].strip()
+    if not word:
+        return f"{key} has no value: write one, or leave {key} out"
     if _is_value(word) or "=" in word:
         return ""
     if word.lower() in _SPELT:
