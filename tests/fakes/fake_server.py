@@ -209,15 +209,20 @@ class Fake:
         """A request that names a model."""
         try:
             asked = fake_answers.form(body, found) if "multipart" in found.get("content-type", "") else json.loads(body)
-        except ValueError:
+        except (IndexError, KeyError, ValueError):
             return await self.json(writer, 400, {"error": {"message": "bad json"}})
+        if not isinstance(asked, dict):
+            return await self.json(writer, 400, {"error": {"message": "no object"}})
         if asked.get("model") not in self.names:
             message = f"The model `{asked.get('model')}` does not exist."
             error = {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
             return await self.json(writer, 404, {"error": error})
         with self.engine.request():
             await self.engine.turn(prompt=1)
-            return await self.work(writer, method, path, headers, body, asked)
+            try:
+                return await self.work(writer, method, path, headers, body, asked)
+            except (AttributeError, IndexError, KeyError, TypeError) as error:  # what vLLM validates
+                return await self.json(writer, 400, {"error": {"message": repr(error), "code": 400}})
 
     async def work(
         self,

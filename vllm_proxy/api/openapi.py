@@ -17,6 +17,8 @@ from vllm_proxy.api.openapi_routes import HEADERS, OPERATIONS, PARAMETERS, TAGS,
 from vllm_proxy.domain import resources
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.errors import STATUS
+from vllm_proxy.traffic.envelope import anthropic_type
+from vllm_proxy.traffic.routes import is_anthropic
 
 _DESCRIPTION = """One OpenAI-compatible address in front of many vLLM processes, kept as one declarative file says.
 
@@ -27,11 +29,13 @@ Errors are `{"error": {"message", "type", "param", "code"}}`; `Retry-After` come
 _ANSWERS: tuple[Any, ...] = (
     resources.Models, resources.Keys, resources.NewKey,
     resources.Plan, resources.Applied, resources.Health, resources.Ready, resources.Root,
-    resources.Cards, resources.Error, resources.ModelEvent, resources.ConfigAccepted, resources.ConfigRejected,
-    resources.PlanEvent, resources.WriteEvent,
+    resources.Cards, resources.Error, resources.AnthropicError, resources.ModelEvent, resources.ConfigAccepted,
+    resources.ConfigRejected, resources.PlanEvent, resources.WriteEvent,
 )  # fmt: skip
 
 
+_ENGINES_ERROR: Schema = {"type": "object", "description": "An error of the engine's own, unchanged."}
+_MESSAGE = "cannot …: why, and what to do"
 _SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "A key, as `Authorization: Bearer KEY`."},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "A key, as Anthropic's API."},
@@ -85,7 +89,7 @@ def _operation(method: str, path: str, operation: Operation, scope: Scope | None
         "operationId": method.lower() + "".join(map(str.capitalize, re.findall(r"[a-z0-9]+", path) or ["root"])),
         "description": operation.description,
         "parameters": [{"$ref": f"#/components/parameters/{name}"} for name in parameters],
-        "responses": _responses([*operation.errors, *(NOT_LET_IN if scope else ())], operation),
+        "responses": _responses(path, [*operation.errors, *(NOT_LET_IN if scope else ())], operation),
     }
     if operation.body is not None:
         found["requestBody"] = {"required": operation.body_required, "content": _content(operation.body)}
@@ -93,7 +97,11 @@ def _operation(method: str, path: str, operation: Operation, scope: Scope | None
     return shown | {"security": [{name: [scope]} for name in _SCHEMES] if scope else []}
 
 
-def _responses(errors: Sequence[str], operation: Operation) -> dict[str, Schema]:
+def _responses(path: str, errors: Sequence[str], operation: Operation) -> dict[str, Schema]:
+    name, example = ("AnthropicError", _anthropic_example) if is_anthropic(path) else ("Error", _example)
+    schema: Schema = {"$ref": REF + name}
+    if operation.passes_on:
+        schema = {"anyOf": [schema, _ENGINES_ERROR]}
     found = {str(int(answer.status)): _answer(answer) for answer in operation.answers}
     for status in sorted({STATUS[code] for code in errors}):
         codes = [code for code in errors if STATUS[code] == status]
@@ -101,26 +109,33 @@ def _responses(errors: Sequence[str], operation: Operation) -> dict[str, Schema]
             "description": f"{HTTPStatus(status).phrase}: {', '.join(f'`{code}`' for code in codes)}",
             "content": {
                 "application/json": {
-                    "schema": {"$ref": REF + "Error"},
-                    "examples": {code: {"value": {"error": _example(code)}} for code in codes},
+                    "schema": schema,
+                    "examples": {code: {"value": example(code)} for code in codes},
                 }
             },
         })  # fmt: skip
+    if operation.passes_on:
+        found["default"] = {
+            "description": "Any other error of the engine's own, as it says it.",
+            "content": {"application/json": {"schema": _ENGINES_ERROR}},
+        }
     return found
 
 
 def _example(code: str) -> Schema:
     error: Schema = {
-        "message": "cannot …: why, and what to do",
+        "message": _MESSAGE,
         "type": "server_error" if STATUS[code] >= 500 else "invalid_request_error",
         "param": None,
     }
     problems = [{"path": "models.chat.replicas", "line": 3, "message": "expected a whole number"}]
-    return (
-        error
-        | {"code": code}
-        | ({"problems": problems} if code in {"invalid_model", "invalid_key", "invalid_config"} else {})
-    )
+    details = {"problems": problems} if code in {"invalid_model", "invalid_key", "invalid_config"} else {}
+    return {"error": error | {"code": code} | details}
+
+
+def _anthropic_example(code: str) -> Schema:
+    kind = anthropic_type(STATUS[code])
+    return {"type": "error", "error": {"type": kind, "message": _MESSAGE, "code": code}}
 
 
 def _answer(answer: Answer) -> Schema:

@@ -76,6 +76,7 @@ class Operation:
     parameters: tuple[str, ...] = ()
     description: str = ""
     body_required: bool = True
+    passes_on: bool = False  # an engine's answer, errors included
 
 
 def _json(resource: type) -> dict[str, Schema]:
@@ -325,7 +326,8 @@ _ENGINES: Mapping[str, Schema] = {"application/json": {"type": "object"}, "text/
 
 def _infer(summary: str, body: Schema = _NAMES_MODEL, kind: str = "application/json", **more: Any) -> Operation:  # noqa: ANN401 - what Operation takes
     errors = _INFERENCE if kind == "application/json" else (*_INFERENCE, "storage_full")
-    return Operation("Inference", summary, (Answer(200, "The engine's.", _ENGINES),), errors, {kind: body}, **more)
+    answers = (Answer(200, "The engine's.", _ENGINES),)
+    return Operation("Inference", summary, answers, errors, {kind: body}, passes_on=True, **more)
 
 
 _ASKED = ("request_too_large", "overloaded", "not_found", "engine_failed", "shutting_down", "request_timeout")
@@ -334,7 +336,8 @@ _ANTHROPIC = "Errors come in Anthropic's envelope."
 
 def _inference(route: InferenceRoute) -> Operation:
     if route.names_model == "nowhere":
-        return Operation("Inference", route.summary, (Answer(200, "The engine's.", _ENGINES),), _ASKED)
+        answers = (Answer(200, "The engine's.", _ENGINES),)
+        return Operation("Inference", route.summary, answers, _ASKED, passes_on=True)
     if route.names_model == "session":
         answer = Answer(101, "A WebSocket.", {})
         return Operation("Inference", route.summary, (answer,), ("bad_request",), None, ("model",))

@@ -273,6 +273,21 @@ class Error(TypedDict):
     error: ErrorBody
 
 
+class AnthropicErrorBody(TypedDict):
+    """What went wrong, on `/v1/messages`."""
+
+    type: Annotated[str, Field(description="One of Anthropic's API, such as `not_found_error`.")]
+    message: Annotated[str, Field(description="For people: cannot X: why.")]
+    code: Annotated[str, Field(description="Stable; the answers of each route list theirs.")]
+
+
+class AnthropicError(TypedDict):
+    """An error, in the envelope of Anthropic's API."""
+
+    type: Literal["error"]
+    error: AnthropicErrorBody
+
+
 def key_of(key: keys.Key) -> Key:
     """A key, as it may be shown."""
     return {

@@ -50,10 +50,19 @@ def error_event(error: RequestError, *, anthropic: bool = False) -> bytes:
     return b"data: %s\n\n" % msgspec.json.encode(_openai_body(error))
 
 
-def _anthropic_body(error: RequestError) -> object:
-    other = "api_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-    kind = _ANTHROPIC_TYPES.get(error.status, other)
-    return {"type": "error", "error": {"type": kind, "message": _text(error), "code": error.code}}
+def _anthropic_body(error: RequestError) -> resources.AnthropicError:
+    body: resources.AnthropicErrorBody = {
+        "type": anthropic_type(error.status),
+        "message": _text(error),
+        "code": error.code,
+    }
+    return {"type": "error", "error": body}
+
+
+def anthropic_type(status: int) -> str:
+    """What Anthropic's API calls an error with this status."""
+    other = "api_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    return _ANTHROPIC_TYPES.get(status, other)
 
 
 def _openai_body(error: RequestError) -> resources.Error:
