@@ -74,7 +74,7 @@ def test_check_answers_in_json(folder: Path, capsys: pytest.CaptureFixture[str])
     assert run(["check", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer.pop("revision")
-    assert answer == {"file": str(folder / "models.toml"), "models": ["a", "b"], "problems": []}
+    assert answer == {"file": str(folder / "models.toml"), "models": ["a", "b"], "problems": [], "warnings": []}
 
 
 def test_check_tells_problems_in_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +105,22 @@ def test_check_in_a_shell_can_do_without_the_services_credentials(
     assert [line.partition(": ")[2].partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         "server.keys_file",
         "keys.ci.file",
+    ]
+
+
+def test_check_warns_of_what_is_valid_and_dangerous_or_useless(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On stderr, and the exit status is 0."""
+    (folder / "models.toml").write_text(
+        f'[keys.anonymous]\nscopes = ["admin"]\n[keys.a]\nhash = "sha256:{"a" * 64}"\nscopes = []\n'
+        f'[keys.b]\nhash = "sha256:{"b" * 64}"\nmodels = ["none-*"]\n' + VALID
+    )
+    assert run(["check"]) == 0
+    assert [line.partition("warning: ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "[keys.anonymous] has the scope admin: whoever can connect may change models, and so run code",
+        "[keys.a] may do nothing: its scopes are empty",
+        "[keys.b] may use no model: its globs match none",
     ]
 
 

@@ -22,6 +22,7 @@ import uvloop
 from vllm_proxy import __version__, control, daemon, demo, key_commands, logsetup, settings, terminal
 from vllm_proxy import help as pages
 from vllm_proxy.connection import LostError, NoDaemonError, RefusedError
+from vllm_proxy.domain.keys import KeyChanges, told
 from vllm_proxy.domain.plan import plan
 from vllm_proxy.domain.resources import Change, changes_of, problems_of
 from vllm_proxy.errors import ConfigError, Problem, StartupError, VllmProxyError
@@ -188,9 +189,12 @@ def _check(options: argparse.Namespace) -> int:
     config = daemon.read_config(loaded)
     file = str(loaded.config_file)
     if options.json:
-        _print(json.dumps({"file": file, "revision": config.revision, "models": list(config.models), "problems": []}))
+        answer = {"file": file, "revision": config.revision, "models": [*config.models], "problems": []}
+        _print(json.dumps(answer | {"warnings": config.warnings()}))
     else:
         _print(f"{file}: valid, {len(config.models)} model{'' if len(config.models) == 1 else 's'}")
+        for warning in config.warnings():
+            _print_error(f"warning: {warning}")
     return OK
 
 
@@ -258,9 +262,13 @@ def _plan(options: argparse.Namespace) -> int:
 def _reload(options: argparse.Namespace) -> int:
     loaded = _load(options)
     try:
-        return _print_changes(options, uvloop.run(control.reload(loaded)), OK)
+        done = uvloop.run(control.reload(loaded))
     except RefusedError as error:
         return _refused_by_daemon(error, options, loaded)
+    if done.certificate_error is not None:
+        _print_error(f"the certificate before stays in force: {done.certificate_error}")
+    status = OK if done.certificate_error is None else CONFIG_INVALID
+    return _print_changes(options, done.changes, status, keys=done.keys)
 
 
 def _refused_by_daemon(error: RefusedError, options: argparse.Namespace, loaded: Settings) -> int:
@@ -272,11 +280,14 @@ def _refused_by_daemon(error: RefusedError, options: argparse.Namespace, loaded:
     return CONFIG_INVALID
 
 
-def _print_changes(options: argparse.Namespace, changes: Sequence[Change], status: int) -> int:
+def _print_changes(
+    options: argparse.Namespace, changes: Sequence[Change], status: int, *, keys: KeyChanges | None = None
+) -> int:
     if options.json:
-        _print(json.dumps({"changes": changes}))
+        _print(json.dumps({"changes": changes} | ({} if keys is None else {"keys": keys})))
     else:
         lines = [f"{change['action']} {change['model']}: {change['reason']}" for change in changes]
+        lines += [f"keys: {told(keys)}"] if keys and told(keys) else []
         _print("\n".join(lines or ["nothing to do"]))
     return status
 

@@ -8,11 +8,13 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 from urllib.parse import quote
 
 from vllm_proxy.connection import CommandError, NoDaemonError, connected
+from vllm_proxy.domain.keys import KeyChanges
 from vllm_proxy.domain.resources import Change, Model
 from vllm_proxy.engine.process import become_subreaper
 from vllm_proxy.engine.state import StateDirectory
@@ -80,8 +82,17 @@ async def planned(settings: Settings, toml: bytes) -> list[Change]:
         return list((await daemon.request("POST", "/config/plan", toml))["changes"])
 
 
-async def reload(settings: Settings) -> list[Change]:
-    """Have the daemon read its file; returns what changed.
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """What a reload did. `certificate_error`: why the certificate on disk is not in force, None where it is."""
+
+    changes: list[Change]
+    keys: KeyChanges
+    certificate_error: str | None
+
+
+async def reload(settings: Settings) -> Reloaded:
+    """Have the daemon read its file, and its certificate.
 
     Raises:
         NoDaemonError: when none listens.
@@ -90,7 +101,9 @@ async def reload(settings: Settings) -> list[Change]:
 
     """
     async with connected(settings) as daemon:
-        return list((await daemon.request("POST", "/config/reload"))["changes"])
+        done = await daemon.request("POST", "/config/reload")
+        health = await daemon.request("GET", "/health")
+        return Reloaded(done["changes"], done["keys"], health["config"]["certificate_error"])
 
 
 async def stop_all(settings: Settings, report: Report) -> Stopped:

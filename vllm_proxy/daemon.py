@@ -146,9 +146,9 @@ async def serve(
 
 def _warn_of_access(keyring: Keyring, config: Config, listeners: Listeners) -> None:
     """Say once what is open, or closed, to others than this machine."""
-    if config.server.allow_remote_admin:
-        log.warning("server.allow_remote_admin is set: whoever can connect may change models, and so run code")
-    elif keyring.opens_nothing() and any(one.listener.kind is Kind.ELSEWHERE for one in listeners):
+    for warning in config.warnings():
+        log.warning(warning)
+    if keyring.opens_nothing() and any(one.listener.kind is Kind.ELSEWHERE for one in listeners):
         log.warning(
             "nobody can use this address: there are no keys; `vllm-proxy keys new NAME` makes one, and"
             ' [keys.anonymous] with scopes = ["inference"] opens inference to whoever can connect'

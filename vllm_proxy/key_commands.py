@@ -191,7 +191,9 @@ def _on_files(settings: Settings, name: str, edit: KeyEdit) -> tuple[resources.K
     """Where no daemon runs; the resource, and where that is written."""
     change = _files(settings).change(edit)
     change.write()
-    return key_of(change.config.keys[name]), f"in {change.store.file}, for the next daemon: none runs here"
+    return key_of(
+        change.config.keys[name]
+    ), f"in {change.store.file}: no daemon answers here, and one that follows this file takes it over"
 
 
 def _path(name: str) -> str:

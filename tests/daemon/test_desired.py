@@ -495,7 +495,7 @@ async def test_plan_says_what_would_happen_and_does_nothing(shared: Daemon) -> N
     status, out, _ = await vllm_proxy(shared.folder, "plan", "-c", str(shared.file))
     assert (status, out) == (0, "nothing to do\n")
     status, out, _ = await vllm_proxy(shared.folder, "reload", "--json")
-    assert (status, json.loads(out)) == (0, {"changes": []})
+    assert (status, json.loads(out)) == (0, {"changes": [], "keys": {"added": [], "changed": [], "removed": []}})
     assert shared.file.read_text() == text
 
 

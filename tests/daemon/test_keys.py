@@ -399,7 +399,7 @@ async def test_the_commands_write_the_same_with_a_daemon_and_without_one(tmp_pat
     async with daemon(config, tmp_path / "with"):
         by_daemon = await life(tmp_path / "with", where="in force")
     (tmp_path / "without" / "models.toml").write_text(config)
-    by_hand = await life(tmp_path / "without", where="for the next daemon")
+    by_hand = await life(tmp_path / "without", where="no daemon answers here")
     assert by_daemon == by_hand
     async with daemon(config, tmp_path / "without") as running:
         shown = (await running.write("GET", "/keys"))["keys"]
@@ -462,3 +462,22 @@ async def test_the_first_key_says_whom_it_shuts_out(tmp_path: Path) -> None:
     assert "It is the first key: who sends none may do nothing" in err
     status, _, err = await vllm_proxy(tmp_path, "keys", "new", "two", *config)
     assert (status, "first key" in err) == (0, False)
+
+
+async def test_a_rotation_of_a_revoked_key_brings_the_old_one_never_back(shared: Daemon) -> None:
+    """Enabled again, it has the new hash alone: what was revoked stays so."""
+    first = await shared.write("POST", "/keys", {"name": "leaked"}, 201)
+    await shared.write("PATCH", "/keys/leaked", {"enabled": False})
+    second = await shared.write("POST", "/keys/leaked/rotate")
+    await shared.write("PATCH", "/keys/leaked", {"enabled": True})
+    assert table(shared, "leaked")["hash"] in (hash_of(second["key"]), [hash_of(second["key"])])
+    assert first["key"] != second["key"]
+
+
+async def test_a_dangerous_key_is_told_in_the_log_when_it_is_adopted(shared: Daemon) -> None:
+    """Once, and the names of the keys that have changed with it."""
+    await shared.write("POST", "/keys", {"name": "anonymous", "scopes": ["admin"]}, 201)
+    await shared.logged("[keys.anonymous] has the scope admin: whoever can connect may change models", times=1)
+    await shared.logged("keys='added anonymous'")
+    await shared.write("DELETE", "/keys/anonymous", status=204)
+    await shared.logged("keys='removed anonymous'")

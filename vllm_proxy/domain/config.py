@@ -14,7 +14,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, 
 
 from vllm_proxy.domain import hosts, listener, references, secrets
 from vllm_proxy.domain.address import Address, TcpAddress
-from vllm_proxy.domain.keys import HASH_PREFIX, MOST_HASHES, Key
+from vllm_proxy.domain.keys import HASH_PREFIX, MOST_HASHES, Key, warnings
 from vllm_proxy.domain.secrets import show
 from vllm_proxy.domain.toml import same
 from vllm_proxy.domain.units import Bytes, Seconds
@@ -118,6 +118,9 @@ def _one_or_more(value: object) -> object:
 
 
 def _hash(text: str) -> str:
+    if text.startswith("vp-"):
+        msg = "this is the key itself, and it stands in a file now: make another, and write the hash that comes with it"
+        raise ValueError(msg)
     if not _HASH.fullmatch(text):
         msg = "expected sha256: and 64 hex digits in lower case; `vllm-proxy keys new` makes a key and its hash"
         raise ValueError(msg)
@@ -317,6 +320,12 @@ class Config:
     def fingerprint(self) -> str:
         """Of everything that was read: the file, and the files that it names."""
         return fingerprint([self.revision, *self.attached.values()])
+
+    def warnings(self, since: "Config | None" = None) -> list[str]:
+        """What is valid, and dangerous or useless. `since`: but for what was so in this one already."""
+        models = {name: spec.policy.aliases for name, spec in self.models.items()}
+        found = warnings(self.keys, models, all_open=self.server.allow_remote_admin)
+        return found if since is None else [one for one in found if one not in since.warnings()]
 
     @property
     def keys_revision(self) -> str:

@@ -25,6 +25,7 @@ _CHECKED = 6  # characters of the checksum
 _LENGTH = len(_PREFIX) + 43 + _CHECKED
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_HEX = re.compile(r"[0-9a-f]{32,}")  # a key in the place of a name, as `openssl rand -hex` makes it
 _USABLE = re.compile(r"[!-~]+")  # what a header can carry
 RESERVED = {"env": "VLLM_PROXY_API_KEY", "env-admin": "VLLM_PROXY_ADMIN_KEY"}  # keys that the environment gives
 
@@ -110,6 +111,8 @@ def name_problem(name: str) -> str | None:
     """Why no key can be called so."""
     if name in RESERVED:
         return f"this name is kept for the key that {RESERVED[name]} gives"
+    if _HEX.fullmatch(name):
+        return "expected a name, and this may be a key itself"
     if not _NAME.fullmatch(name):
         return "expected a name of 1 to 64 lower-case letters, digits and . _ -, which begins with a letter or a digit"
     return None
@@ -166,3 +169,29 @@ def changes(before: Mapping[str, Key], after: Mapping[str, Key]) -> KeyChanges:
         "changed": [name for name, key in after.items() if name in before and before[name] != key],
         "removed": [name for name in before if name not in after],
     }
+
+
+def told(found: KeyChanges) -> str:
+    """Changes of keys in words, "" where there are none: `added ci, ada; removed old`."""
+    parts = (("added", found["added"]), ("changed", found["changed"]), ("removed", found["removed"]))
+    return "; ".join(f"{what} {', '.join(names)}" for what, names in parts if names)
+
+
+def warnings(keys: Mapping[str, Key], models: Mapping[str, Iterable[str]], *, all_open: bool) -> list[str]:
+    """What is valid, and dangerous or useless. `models`: aliases by id; `all_open`: `server.allow_remote_admin`."""
+    found = []
+    if all_open:
+        found.append("server.allow_remote_admin is set: whoever can connect may change models, and so run code")
+    for name, key in keys.items():
+        if name == ANONYMOUS and key.enabled and (may := key.scopes & {Scope.OPERATE, Scope.ADMIN}):
+            what = "change models, and so run code" if Scope.ADMIN in may else "stop models and read their logs"
+            found.append(f"[keys.{name}] has the scope {max(may, key=_rank)}: whoever can connect may {what}")
+        if not key.scopes:
+            found.append(f"[keys.{name}] may do nothing: its scopes are empty")
+        elif Scope.INFERENCE in key.scopes and key.allowed(models) == frozenset():
+            found.append(f"[keys.{name}] may use no model: its globs match none")
+    return found
+
+
+def _rank(scope: Scope) -> int:
+    return len(_INCLUDED[scope])

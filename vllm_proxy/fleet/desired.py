@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import structlog
 
 from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec, revision_of
-from vllm_proxy.domain.keys import KeyChanges, changes
+from vllm_proxy.domain.keys import KeyChanges, changes, told
 from vllm_proxy.domain.plan import Action, plan, restart_needed
 from vllm_proxy.domain.references import Files
 from vllm_proxy.domain.toml import dotted
@@ -382,10 +382,13 @@ class Desired:
         changed = changes(self.reconciler.config.keys, config.keys)
         self.keyring.adopt(config)  # first: what a key may not do any more is refused from here on
         self._ports.set_range(config.engine.port_start, config.engine.port_end)
+        for warning in config.warnings(since=self.reconciler.config):
+            log.warning(warning)
         await self.reconciler.adopt(config, actions)
         outcome = Outcome(config.revision, actions, changed)
         self._check.prefetch(model.engine for model in config.models.values())
-        log.info("the configuration is adopted", revision=config.revision, changes=len(outcome.changes))
+        of_keys = {"keys": text} if (text := told(changed)) else {}
+        log.info("the configuration is adopted", revision=config.revision, changes=len(outcome.changes), **of_keys)
         notify(self._listeners, outcome)
         return outcome
 

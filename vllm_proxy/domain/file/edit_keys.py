@@ -130,11 +130,15 @@ def delete(texts: KeyTexts, name: str) -> KeyTexts:
 def rotate(texts: KeyTexts, name: str, new: str) -> KeyTexts:
     """With one more hash, behind the others: the last one is the newest. All of them are good until `finish`.
 
+    Of a key that is disabled the new hash alone is left: enabled again, it must not bring back what was revoked.
+
     Raises:
         RequestError: `key_not_found`; `key_conflict` where the key stands elsewhere, or has as many as there may be.
 
     """
     hashes = _hashes(texts, name)
+    if _is_disabled(texts, name):
+        return patch(texts, name, {"hash": new})
     if len(hashes) >= MOST_HASHES:
         msg = (
             f"cannot rotate key {show(name)}: it has {MOST_HASHES} hashes, which is the most; "
@@ -142,6 +146,10 @@ def rotate(texts: KeyTexts, name: str, new: str) -> KeyTexts:
         )
         raise RequestError("key_conflict", msg)
     return patch(texts, name, {"hash": [*hashes, new]})
+
+
+def _is_disabled(texts: KeyTexts, name: str) -> bool:
+    return texts.table(name).get("enabled") is False
 
 
 def finish(texts: KeyTexts, name: str) -> KeyTexts:

@@ -58,7 +58,11 @@ class KeyTables:
         place = self._files.place(reference)
         data = self._read(reference)
         if isinstance(data, OSError):
-            hint = "; `vllm-proxy keys new` makes it" if isinstance(data, FileNotFoundError) else ""
+            hint = (
+                "; put it back, or `vllm-proxy keys new` begins an empty one"
+                if isinstance(data, FileNotFoundError)
+                else ""
+            )
             found.append((("server", "keys_file"), f"cannot read {place}: {data.strerror}{hint}"))
             return []
         try:
@@ -93,8 +97,11 @@ class KeyTables:
                 found.append((path, problem))
             elif not isinstance(table, Mapping):
                 found.append((path, f"expected a table: write [{dotted(path)}]"))
-            elif valid := validate(KeyTable, table, path, found):
+            elif valid := validate(KeyTable, table, path, wrong := list[Found]()):
                 self._add_one(name, valid, source, found)
+            else:  # one hash without a list has no number
+                one = isinstance(table.get("hash"), str)
+                found += [(at[:3] if one and at[2:3] == ("hash",) else at, message) for at, message in wrong]
         return found
 
     def _add_one(self, name: str, table: KeyTable, source: Source, found: list[Found]) -> None:

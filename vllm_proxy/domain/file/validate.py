@@ -30,6 +30,9 @@ _EXPECTED = {
     "greater_than": "more than {gt}",
     "less_than_equal": "at most {le}",
     "literal_error": "one of {expected}",
+    "timezone_aware": "a time with an offset, such as 2031-01-01T00:00:00Z",
+    "datetime_type": "a time with an offset and without quotes, such as 2031-01-01T00:00:00Z",
+    "datetime_from_date_parsing": "a time with an offset, such as 2031-01-01T00:00:00Z",
 }
 
 
