@@ -354,6 +354,8 @@ async def _status(running: Daemon, path: str, headers: Mapping[str, str]) -> int
         ("POST", "/keys", "application/json", b'{"name": "mine", "scopes": ["admin"]}'),
         ("POST", "/models", "application/json", b'{"id": "mine", "model": "x", "command": ["sh", "-c", "id"]}'),
         ("PATCH", "/models/chat", "application/merge-patch+json", b'{"command": ["sh", "-c", "id"]}'),
+        ("POST", CHAT, "application/json", ASK),
+        ("POST", "/v1/audio/transcriptions", "multipart/form-data; boundary=b", b"--b\r\n" + b"x" * 100),
     ],
 )
 async def test_what_a_stolen_key_has_half_sent_is_never_done(
@@ -399,6 +401,26 @@ async def test_who_loads_a_file_without_its_own_key_is_told_what_became_of_it(ru
     headers = {"Authorization": f"Bearer {KEYS['operate']}"}
     async with running.session.post("/config/reload", headers=headers) as answer:
         assert (answer.status, (await answer.json()).get("revision") is not None) in {(200, True), (401, False)}
+
+
+@pytest.mark.parametrize("path", ["/models/chat/logs?follow=1", "/events"])
+async def test_what_is_followed_ends_with_its_key(running: Daemon, path: str) -> None:
+    """A log, the events: with an error event, in order."""
+    async with running.session.get(path, headers={"Authorization": f"Bearer {KEYS['operate']}"}) as answer:
+        await answer.content.readany()
+        save(running.folder / "keys.toml", TABLES.replace("[keys.operate]", "[keys.operate]\nenabled = false").encode())
+        async with asyncio.timeout(60):
+            text = await answer.text()
+    assert "invalid_api_key" in text
+
+
+async def test_a_session_that_has_said_nothing_ends_with_its_key(running: Daemon) -> None:
+    """It was greeted, and has named no model yet."""
+    headers = {"Authorization": f"Bearer {KEYS['ci']}"}
+    async with running.session.ws_connect("/v1/realtime", headers=headers) as session:
+        assert (await session.receive_json(timeout=60))["type"] == "session.created"
+        save(running.folder / "keys.toml", TABLES.replace("[keys.ci]", "[keys.ci]\nenabled = false").encode())
+        assert (await session.receive_json(timeout=60))["error"]["code"] == "invalid_api_key"
 
 
 async def test_a_session_that_waits_for_its_model_ends_when_its_key_may_not_have_that_any_more(
