@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Client, Daemon, connected, daemon, fake_engines, port_block, request
+from tests.harness import Client, Daemon, connected, daemon, fake_engines, port_block, request, until
 from vllm_proxy.domain.keys import hash_of, new_key
 
 CHAT, KEY_LINE = "/v1/chat/completions", "Authorization: Bearer "
@@ -453,19 +453,13 @@ async def test_two_daemons_with_one_keys_file_follow_each_other(running: Daemon,
     async with daemon(config, tmp_path) as other:
         made = await running.write("POST", "/keys", {"name": "shared", "scopes": ["read"]}, 201)
         headers = {"Authorization": f"Bearer {made['key']}"}
-        async with asyncio.timeout(60):
-            while await _status(other, "/models", headers) != 200:
-                await asyncio.sleep(0.01)
+        await until(lambda: _status(other, "/models", headers), lambda status: status == 200)
         await other.write("PATCH", "/keys/shared", {"enabled": False})
-        async with asyncio.timeout(60):
-            while await _status(running, "/models", headers) != 401:
-                await asyncio.sleep(0.01)
-        writers = [
-            daemon_.write("POST", "/keys", {"name": f"k{number}"}, 201)
-            for number, daemon_ in enumerate([running, running, running])
-        ]
-        await asyncio.gather(*writers)
-        await other.eventually("/keys", lambda found: {"k0", "k1", "k2"} <= {key["name"] for key in found["keys"]})
+        await until(lambda: _status(running, "/models", headers), lambda status: status == 401)
+        names = [f"k{number}" for number in range(3)]
+        await asyncio.gather(*(running.write("POST", "/keys", {"name": name}, 201) for name in names))
+        listed = await other.eventually("/keys", lambda found: {*names} <= {key["name"] for key in found["keys"]})
+        assert not next(key["enabled"] for key in listed["keys"] if key["name"] == "shared")
 
 
 @pytest.mark.slow
