@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.daemon.test_clients import KEYS, MISTYPED, MODELS, TOKENS, configure
-from tests.harness import Daemon, daemon, fake_engines, port_block
+from tests.daemon.test_clients import KEYS, MISTYPED, TOKENS, configure, with_keys
+from tests.harness import Daemon
 
 pytestmark = pytest.mark.browser
 PACKAGE = Path(__file__).parent / "npm"  # its lock says which version, with its hash
@@ -19,11 +19,8 @@ PACKAGE = Path(__file__).parent / "npm"  # its lock says which version, with its
 
 @pytest.fixture(scope="module")
 async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
-    """A daemon whose models are ready."""
-    base = fake_engines(port_block()) + MODELS
-    async with daemon(base + KEYS, tmp_path_factory.mktemp("clients")) as found:
-        (found.folder / "base.toml").write_text(base, encoding="utf-8")
-        await found.all_ready()
+    """The daemon of all tests here."""
+    async with with_keys(tmp_path_factory.mktemp("clients")) as found:
         yield found
 
 

@@ -36,13 +36,20 @@ BEGUN: list[dict[str, Any]] = [  # an answer of Anthropic's API
 HI: Any = [{"role": "user", "content": "hi"}]
 
 
-@pytest.fixture(scope="module")
-async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
-    """A daemon whose models are ready."""
+@contextlib.asynccontextmanager
+async def with_keys(folder: Path) -> AsyncIterator[Daemon]:
+    """A daemon whose models are ready, with a key for each thing that may be wrong with one."""
     base = fake_engines(port_block()) + MODELS
-    async with daemon(base + KEYS, tmp_path_factory.mktemp("clients")) as found:
+    async with daemon(base + KEYS, folder) as found:
         (found.folder / "base.toml").write_text(base, encoding="utf-8")
         await found.all_ready()
+        yield found
+
+
+@pytest.fixture(scope="module")
+async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
+    """The daemon of all tests here."""
+    async with with_keys(tmp_path_factory.mktemp("clients")) as found:
         yield found
 
 
