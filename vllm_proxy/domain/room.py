@@ -1,0 +1,200 @@
+"""Decides who gets room on the devices, where, and who makes room for whom.
+
+Looks only at what is, so it may be asked after every change: what it said and was carried out, it does not say again.
+An ask gets all of its devices at once, and holds nothing while it waits: nobody waits in a circle. Memory that comes
+back is promised to one ask at a time. Whoever does not press makes nobody go, so two models without requests never take
+turns in evicting each other. Who goes is in `eviction`, sums are in `ledger`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from vllm_proxy.domain.eviction import Plan, Planner, Rules
+from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Ledger, Short, Standing, Where
+
+_EARLY_SECONDS = 1e-3  # what is due so soon is due now: a timer may fire as much too early
+_SHORT_SECONDS = 10.0  # so long devices may be short of what the ledger says
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Why an ask waits, for people and for `Retry-After`."""
+
+    where: Where = ()  # its place, promised or planned; else where it may run at all
+    waits_for: tuple[str, ...] = ()  # instances that move there, leave, or are to go
+    behind: tuple[str, ...] = ()  # asks whose turn is before its
+    at: float = math.inf  # when those may go that are to go; inf: not known
+    not_ended: str | None = None  # why an engine in its way could not be ended
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """What is done now. `place` and `short` are handed back with the asks next time."""
+
+    admit: Mapping[str, Where] = field(default_factory=dict)
+    go: Mapping[str, Depth] = field(default_factory=dict)
+    go_for: Mapping[str, str] = field(default_factory=dict)  # for which ask each of them goes
+    place: Mapping[str, Where] = field(default_factory=dict)  # whose turn is next where
+    short: Mapping[str, Short] = field(default_factory=dict)
+    wait: Mapping[str, Wait] = field(default_factory=dict)  # every ask that is not admitted, with the reason
+    look_again: float = math.inf  # when something else becomes possible by time alone
+    stuck: tuple[str, ...] = ()  # would not fit if all had gone that ever may
+    refuse: tuple[str, ...] = ()  # the ledger has room, and the devices were short of it for too long
+
+
+def decide(
+    now: float, devices: Mapping[str, Device], holds: Sequence[Hold], asks: Iterable[Ask], rules: Rules
+) -> Moves:
+    """Who comes and who goes now."""
+    decision = _Decision(now, Ledger(devices, holds), sorted(asks, key=lambda ask: _turn(ask, now, rules)), rules)
+    return decision.made()
+
+
+def _is_overdue(ask: Ask, now: float, rules: Rules) -> bool:
+    return ask.pressing and ask.since + rules.max_wait <= now + _EARLY_SECONDS
+
+
+def _turn(ask: Ask, now: float, rules: Rules) -> tuple[float | str, ...]:
+    """Who is always to run; who has waited too long, by age; who presses; who does not. Then by priority and by age."""
+    if ask.pressing and ask.always:
+        return (0, -ask.priority, ask.since, ask.name)
+    if _is_overdue(ask, now, rules):
+        return (1, 0, ask.since, ask.name)
+    return (2 if ask.pressing else 3, -ask.priority, ask.since, ask.name)
+
+
+class _Decision:
+    """One decision: asks get their turns, one after another, and the ledger keeps what was given to those before."""
+
+    def __init__(self, now: float, ledger: Ledger, asks: Sequence[Ask], rules: Rules) -> None:
+        self._now, self._ledger, self._asks, self._rules = now, ledger, asks, rules
+        wanted = {ask.name for ask in asks if ask.pressing}
+        self._planner = Planner(now + _EARLY_SECONDS, rules, ledger, wanted)
+        self._admit: dict[str, Where] = {}
+        self._go: dict[str, Depth] = {}
+        self._go_for: dict[str, str] = {}
+        self._place: dict[str, Where] = {}
+        self._short: dict[str, Short] = {}
+        self._wait: dict[str, Wait] = {}
+        self._stuck: list[str] = []
+        self._refuse: list[str] = []
+        self._look_again = math.inf
+
+    def made(self) -> Moves:
+        """All of it."""
+        untried = next((hold for hold in self._ledger.holds.values() if hold.untried), None)
+        for ask in self._asks:
+            if untried is not None:  # its memory and its port may be in use, wherever it is
+                self._wait[ask.name] = Wait(waits_for=(untried.name,))
+            elif (own := self._ledger.is_leaving(ask)) is not None:
+                self._wait[ask.name] = Wait(waits_for=(own.name,), not_ended=own.not_ended)
+            elif ask.name not in self._go:  # one that goes asks again when it has gone
+                self._give_turn(ask)
+                if ask.pressing and not _is_overdue(ask, self._now, self._rules) and ask.name in self._wait:
+                    self._look_at(ask.since + self._rules.max_wait)
+        return Moves(
+            self._admit, self._go, self._go_for, self._place, self._short, self._wait,
+            self._look_again, tuple(self._stuck), tuple(self._refuse),
+        )  # fmt: skip
+
+    def _give_turn(self, ask: Ask) -> None:
+        ledger = self._ledger
+        if (where := ledger.fits(ask, measured=True)) is not None:
+            self._admit[ask.name] = where
+            ledger.admit(ask, where)
+        elif (where := ledger.fits(ask, measured=False)) is not None:
+            self._lacks(ask, where)
+        elif (where := ledger.will_fit(ask)) is not None:
+            self._promise(ask, where)
+        elif ledger.never_fits(ask):
+            self._is_stuck(ask)
+        elif ask.pressing and (plan := self._planner.plan(ask)) is not None:
+            self._follow(ask, plan)
+        elif (where := self._planner.foreign_in_the_way(ask)) is not None:
+            self._lacks_for_others(ask, where)
+        else:
+            self._note_wait(ask, ask.only or tuple(ask.needs))
+
+    def _promise(self, ask: Ask, where: Where) -> None:
+        self._note_wait(ask, where)
+        self._place[ask.name] = where
+        self._ledger.promise(ask, where)
+
+    def _is_stuck(self, ask: Ask) -> None:
+        if ask.name not in self._ledger.holds:
+            self._stuck.append(ask.name)
+        elif ask.pressing:  # where it sleeps: so it gives that up, and asks for another place
+            self._ask_to_go(ask, {ask.name: Depth.STOP})
+        self._note_wait(ask, ask.only or tuple(ask.needs))
+
+    def _follow(self, ask: Ask, plan: Plan) -> None:
+        """Now, where it is time; else its turn is kept where it has waited too long, and lesser ones stay away."""
+        is_time = plan.at <= self._now + _EARLY_SECONDS
+        if is_time:
+            self._ask_to_go(ask, plan.go)
+        else:
+            self._look_at(plan.at)
+        self._note_wait(ask, plan.where, plan)
+        if is_time or _is_overdue(ask, self._now, self._rules):
+            self._place[ask.name] = plan.where
+            self._ledger.promise(ask, plan.where)
+        else:
+            self._ledger.reserve(ask, plan.where)
+
+    def _lacks(self, ask: Ask, where: Where) -> None:
+        """The devices have less than the ledger says. After a while one more goes; after another it is refused."""
+        if not ask.pressing:
+            self._note_wait(ask, where)
+            return
+        short = ask.short or Short(self._now)
+        if any(hold.standing in {Standing.YIELDS, Standing.GOES} for hold in self._ledger.on(where)):
+            short = Short(self._now, short.evicted)  # more may come back
+        if self._is_over(short):
+            more = None if short.evicted else self._planner.one_more(ask, where)
+            if more is None:
+                self._refuse.append(ask.name)
+            else:
+                self._ask_to_go(ask, {more: Depth.STOP})
+                short = Short(self._now, evicted=True)
+        self._short[ask.name] = short
+        self._promise(ask, where)
+
+    def _lacks_for_others(self, ask: Ask, where: Where) -> None:
+        """Other programs have what it needs. They may go; after a while it is refused."""
+        self._note_wait(ask, where)
+        if ask.pressing:
+            self._short[ask.name] = short = ask.short or Short(self._now)
+            if self._is_over(short):
+                self._refuse.append(ask.name)
+
+    def _is_over(self, short: Short) -> bool:
+        at = short.since + _SHORT_SECONDS
+        if at <= self._now + _EARLY_SECONDS:
+            return True
+        self._look_at(at)
+        return False
+
+    def _ask_to_go(self, ask: Ask, go: Mapping[str, Depth]) -> None:
+        self._go |= go
+        self._go_for |= dict.fromkeys(go, ask.name)
+        self._ledger.leave(go)
+
+    def _look_at(self, at: float) -> None:
+        self._look_again = min(self._look_again, at)
+
+    def _note_wait(self, ask: Ask, where: Where, plan: Plan | None = None) -> None:
+        """Before its own promise is in the ledger."""
+        ledger = self._ledger
+        on = [hold for hold in ledger.on(name for name in where if name in ledger.devices) if hold.name != ask.name]
+        leaving = [
+            hold for hold in on if hold.standing not in {Standing.SERVES, Standing.SLEEPS} or hold.name in self._go
+        ]
+        waits_for = dict.fromkeys([*(hold.name for hold in leaving), *(plan.go if plan else ())])
+        turns = [turn for name in where for turn in (ledger.next.get(name), ledger.reserved.get(name)) if turn]
+        not_ended = next((hold.not_ended for hold in on if hold.not_ended is not None), None)
+        at = self._now if plan is None else max(plan.at, self._now)
+        known = plan is not None or bool(leaving)
+        self._wait[ask.name] = Wait(
+            where, tuple(waits_for), tuple(dict.fromkeys(turns)), at if known else math.inf, not_ended
+        )
