@@ -88,15 +88,11 @@ def settled(
     return moves
 
 
-def _after_admission(
-    name: str, device: Device, holds: Sequence[Hold], asks: Sequence[Ask], moves: Moves
-) -> Device:
+def _after_admission(name: str, device: Device, holds: Sequence[Hold], asks: Sequence[Ask], moves: Moves) -> Device:
     """What is measured once those who were admitted have what they need."""
     held = {hold.name: hold.takes.get(name, 0) for hold in holds}
     by_name = {ask.name: ask for ask in asks}
-    taken = sum(
-        by_name[one].needs[name] - held.get(one, 0) for one, where in moves.admit.items() if name in where
-    )
+    taken = sum(by_name[one].needs[name] - held.get(one, 0) for one, where in moves.admit.items() if name in where)
     return replace(device, free=device.free - taken)
 
 

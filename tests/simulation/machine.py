@@ -152,11 +152,14 @@ class Machine:
         self._idle += seconds * any(map(self._waits_in_vain, engines))
 
     def _waits_in_vain(self, engine: Engine) -> bool:
+        """Whether all devices that would do have nothing awake, and are not promised to another one."""
         if not engine.queue or engine.standing not in {None, Standing.SLEEPS} or engine.name in self.stuck:
             return False
-        possible = engine.takes or engine.only or self.devices
-        awake = {name for one in self.engines.values() if one.standing not in {None, Standing.SLEEPS} for name in one.takes}
-        return not awake & {*possible}
+        others = [one for one in self.engines.values() if one is not engine]
+        taken = {name for one in others if one.standing not in {None, Standing.SLEEPS} for name in one.takes}
+        return not {*(engine.takes or engine.only or self.devices)} & (
+            taken | {name for one in others for name in one.place}
+        )
 
     # What follows
 

@@ -37,6 +37,19 @@ class Depth(StrEnum):
     STOP = "stop"
 
 
+class Kind(StrEnum):
+    """What a device is. The values are those of the REST API."""
+
+    GPU = "gpu"
+    MIG = "mig"
+    MEMORY = "memory"  # the machine's own, where engines compute on its processors
+
+    @property
+    def word(self) -> str:
+        """As messages have it."""
+        return "the machine's memory" if self is Kind.MEMORY else "a GPU"
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """One device. As it is by default, nothing is known of it, and engines only take turns there."""
@@ -45,6 +58,7 @@ class Device:
     room: float = math.inf  # what engines may have together
     foreign: int = 0  # of `room`, what other programs have
     free: float = math.inf  # as measured; inf: it cannot be measured
+    kind: Kind = Kind.GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +121,19 @@ class Ask:
     short: Short | None = None
 
 
+def admitted(ask: Ask, where: Where) -> Hold:
+    """What one has that was just admitted."""
+    takes = {device: ask.needs[device] for device in where}
+    return Hold(ask.name, ask.model, takes, Standing.COMES, always=ask.always, priority=ask.priority)
+
+
 class Ledger:
     """What is free, what comes back, and whose turn is next. Changed by one decision as it proceeds."""
 
     def __init__(self, devices: Mapping[str, Device], holds: Sequence[Hold]) -> None:
         self.devices = devices
         self.holds = {hold.name: hold for hold in holds}
-        self.settled: set[str] = set()  # decided about: who wakes does not go, who goes is not asked twice
+        self.settled: set[str] = set()  # decided about: who is to wake does not go, who goes is not asked twice
         self.next: dict[str, str] = {}  # by device: the ask whose turn is next there
         self.reserved: dict[str, str] = {}  # by device: the pressing ask for which others are to go, though not yet
         self._on: dict[str, list[Hold]] = {name: [] for name in devices}
@@ -242,16 +262,19 @@ class Ledger:
 
     def admit(self, ask: Ask, where: Where) -> None:
         """It comes there now."""
-        self._moving.update(where)
         self._take(ask, where)
+        self._moving.update(where)
+        self.holds[ask.name] = hold = admitted(ask, where)
+        for device in where:
+            self._on[device] = [*(other for other in self._on[device] if other.name != ask.name), hold]
 
     def promise(self, ask: Ask, where: Where) -> None:
         """The next turn on these devices is its."""
-        self.next |= dict.fromkeys(where, ask.name)
         self._take(ask, where)
+        self.settled.add(ask.name)
+        self.next |= dict.fromkeys(where, ask.name)
 
     def _take(self, ask: Ask, where: Where) -> None:
-        self.settled.add(ask.name)
         for device in where:
             self._free[device] -= self._wants(ask, device)
             self._awake[device] += 1

@@ -8,10 +8,10 @@ turns in evicting each other. Who goes is in `eviction`, sums are in `ledger`.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllm_proxy.domain.eviction import Plan, Planner, Rules
-from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Ledger, Short, Standing, Where
+from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Ledger, Short, Standing, Where, admitted
 
 _EARLY_SECONDS = 1e-3  # what is due so soon is due now: a timer may fire as much too early
 _SHORT_SECONDS = 10.0  # so long devices may be short of what the ledger says
@@ -44,11 +44,34 @@ class Moves:
 
 
 def decide(
-    now: float, devices: Mapping[str, Device], holds: Sequence[Hold], asks: Iterable[Ask], rules: Rules
+    now: float, devices: Mapping[str, Device], holds: Sequence[Hold], asks: Sequence[Ask], rules: Rules
 ) -> Moves:
-    """Who comes and who goes now."""
-    decision = _Decision(now, Ledger(devices, holds), sorted(asks, key=lambda ask: _turn(ask, now, rules)), rules)
-    return decision.made()
+    """Who comes and who goes now.
+
+    Where somebody goes that is decided once more, as if it had begun: what one ask sets in motion may be all that
+    another one waited for. So the next decision has nothing to add.
+    """
+    admit: dict[str, Where] = {}
+    go: dict[str, Depth] = {}
+    go_for: dict[str, str] = {}
+    while True:
+        moves = _Decision(now, devices, holds, asks, rules).made()
+        admit |= moves.admit
+        go |= moves.go
+        go_for |= moves.go_for
+        if not moves.go:
+            return replace(moves, admit=admit, go=go, go_for=go_for)
+        holds, asks = _followed(holds, asks, moves)
+
+
+def _followed(holds: Sequence[Hold], asks: Sequence[Ask], moves: Moves) -> tuple[list[Hold], list[Ask]]:
+    """What is, once these moves have begun."""
+    stay = [hold for hold in holds if hold.name not in moves.go and hold.name not in moves.admit]
+    leave = [replace(hold, standing=Standing.YIELDS, to=moves.go[hold.name]) for hold in holds if hold.name in moves.go]
+    come = [admitted(ask, moves.admit[ask.name]) for ask in asks if ask.name in moves.admit]
+    wait = [ask for ask in asks if ask.name not in moves.admit]
+    kept = [replace(ask, place=moves.place.get(ask.name, ()), short=moves.short.get(ask.name)) for ask in wait]
+    return [*stay, *leave, *come], kept
 
 
 def _is_overdue(ask: Ask, now: float, rules: Rules) -> bool:
@@ -67,9 +90,13 @@ def _turn(ask: Ask, now: float, rules: Rules) -> tuple[float | str, ...]:
 class _Decision:
     """One decision: asks get their turns, one after another, and the ledger keeps what was given to those before."""
 
-    def __init__(self, now: float, ledger: Ledger, asks: Sequence[Ask], rules: Rules) -> None:
-        self._now, self._ledger, self._asks, self._rules = now, ledger, asks, rules
-        wanted = {ask.name for ask in asks if ask.pressing}
+    def __init__(
+        self, now: float, devices: Mapping[str, Device], holds: Sequence[Hold], asks: Iterable[Ask], rules: Rules
+    ) -> None:
+        self._now, self._rules = now, rules
+        self._ledger = ledger = Ledger(devices, holds)
+        self._asks = sorted(asks, key=lambda ask: _turn(ask, now, rules))
+        wanted = {ask.name for ask in self._asks if ask.pressing}
         self._planner = Planner(now + _EARLY_SECONDS, rules, ledger, wanted)
         self._admit: dict[str, Where] = {}
         self._go: dict[str, Depth] = {}
