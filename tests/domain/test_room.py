@@ -26,12 +26,12 @@ def gpus(*sizes: int, foreign: int = 0) -> dict[str, Device]:
 def hold(name: str, size: int, standing: Standing = SERVES, on: str = "0", **more: object) -> Hold:
     """One that has so many GiB of each of these devices, and has been idle for very long."""
     keys = {"since": 0.0, "idle_since": 0.0, **more}
-    return Hold(name, name, {device: size * GIB for device in on}, standing, **keys)  # type: ignore[arg-type]
+    return Hold(name, name, dict.fromkeys(on, size * GIB), standing, **keys)  # type: ignore[arg-type]
 
 
 def ask(name: str, size: int, since: float = NOW, on: str = "0123", **more: object) -> Ask:
     """One that wants so many GiB of each of `count` devices among these."""
-    return Ask(name, name, {device: size * GIB for device in on}, since=since, **more)  # type: ignore[arg-type]
+    return Ask(name, name, dict.fromkeys(on, size * GIB), since=since, **more)  # type: ignore[arg-type]
 
 
 def moves(
@@ -496,11 +496,11 @@ def test_what_only_other_programs_are_in_the_way_of_waits_and_is_then_refused() 
 
 def test_who_does_not_press_is_not_refused() -> None:
     """It waits for as long as it takes, and nobody goes."""
-    lacks = {"pressing": False, "short": Short(0.0)}
+    waits = ask("b", 40, pressing=False, short=Short(0.0))
     devices = {"0": replace(gpus(80)["0"], free=39 * GIB)}
     for found in (
-        moves(devices, [hold("a", 10)], ask("b", 40, **lacks)),
-        moves(gpus(80, foreign=50), [hold("a", 20)], ask("b", 40, **lacks)),
+        moves(devices, [hold("a", 10)], waits),
+        moves(gpus(80, foreign=50), [hold("a", 20)], waits),
     ):
         assert (found.admit, found.go, found.refuse, found.short) == ({}, {}, (), {})
 

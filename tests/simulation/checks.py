@@ -1,17 +1,20 @@
-"""What holds of every decision of `domain/room.py`, whatever the fleet is: for its properties and for the simulation."""
+"""What holds of every decision of `domain/room.py`, whatever the fleet is.
+
+For the properties of one decision, and for the simulation, which checks each of its own.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from vllm_proxy.domain.eviction import Rules
-from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Short, Standing
+from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Standing
 from vllm_proxy.domain.room import Moves, decide
 
 MOVES = frozenset({Standing.COMES, Standing.GOES})
 
 
 def verify(devices: Mapping[str, Device], holds: Sequence[Hold], asks: Sequence[Ask], moves: Moves) -> None:
-    """Capacity, one comer at a time, whole gangs; `always` stays; only who presses makes others go; nobody does both."""
+    """Capacity, comers alone, whole gangs; `always` stays; only who presses makes others go; nobody does both."""
     by_name = {ask.name: ask for ask in asks}
     _verify_capacity(devices, holds, by_name, moves)
     assert not moves.admit.keys() & moves.go.keys()
@@ -20,7 +23,7 @@ def verify(devices: Mapping[str, Device], holds: Sequence[Hold], asks: Sequence[
     assert not moves.admit.keys() & moves.wait.keys()
     for hold in holds:
         if hold.name in moves.go:
-            assert not hold.always
+            assert not hold.always or moves.go_for[hold.name] == hold.name
             assert hold.to is None
             assert hold.standing in {Standing.SERVES, Standing.SLEEPS}
             asleep = moves.go[hold.name] is Depth.SLEEP
@@ -81,19 +84,8 @@ def settled(
     """Decide, and make sure that a second decision says nothing new."""
     moves = decide(now, devices, holds, asks, rules)
     verify(devices, holds, asks, moves)
-    measured = {name: _after_admission(name, device, holds, asks, moves) for name, device in devices.items()}
-    again = decide(now, measured, *carried_out(holds, asks, moves), rules)
-    assert not again.admit
-    assert not again.go
+    if moves.admit or moves.go:
+        again = decide(now, devices, *carried_out(holds, asks, moves), rules)
+        assert not again.admit
+        assert not again.go
     return moves
-
-
-def _after_admission(name: str, device: Device, holds: Sequence[Hold], asks: Sequence[Ask], moves: Moves) -> Device:
-    """What is measured once those who were admitted have what they need."""
-    held = {hold.name: hold.takes.get(name, 0) for hold in holds}
-    by_name = {ask.name: ask for ask in asks}
-    taken = sum(by_name[one].needs[name] - held.get(one, 0) for one, where in moves.admit.items() if name in where)
-    return replace(device, free=device.free - taken)
-
-
-__all__ = ["Short", "carried_out", "settled", "verify"]

@@ -15,6 +15,7 @@ from typing import Literal
 from tests.simulation import checks
 from vllm_proxy.domain.eviction import Rules
 from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Short, Standing
+from vllm_proxy.domain.room import Moves
 
 GIB = 2**30
 
@@ -109,7 +110,7 @@ class Machine:
         self._numbers = itertools.count()
         self._served = self._swaps = self._cut = 0
         self._serving = self._wanted = self._idle = 0.0
-        self._wakes_at = math.inf
+        self._looks_at = math.inf
 
     # What happens
 
@@ -120,6 +121,13 @@ class Machine:
     def arrive(self, name: str, seconds: float, done: Callable[[], None] | None = None) -> None:
         """A request comes."""
         self.engines[name].queue.append(Request(self.now, seconds, done))
+
+    def crash(self, engine: Engine) -> None:
+        """It is gone, and with it what was in flight."""
+        for request in list(engine.in_flight):
+            self._end(engine, request, cut=True)
+        engine.to = None
+        self._has_gone(engine)
 
     def run(self, until: float) -> "Machine":
         """Let time pass."""
@@ -168,7 +176,7 @@ class Machine:
             self._serve(engine)
         holds = [engine.hold() for engine in self.engines.values() if engine.standing is not None]
         asks = [engine.ask(self.devices) for engine in self.engines.values() if engine.asks]
-        moves = checks.settled(self.now, self._measured(), holds, asks, self.rules)
+        moves = checks.settled(self.now, self._measured(), holds, asks, self.rules) if asks else Moves()
         self.stuck = {*moves.stuck}
         assert not moves.refuse, "nothing is short here"
         for engine in self.engines.values():
@@ -179,7 +187,8 @@ class Machine:
             self._yield(self.engines[name], depth)
         for engine in self.engines.values():
             self._go_when_drained(engine)
-        if self.now < moves.look_again < math.inf:
+        if self.now < moves.look_again < math.inf and moves.look_again != self._looks_at:
+            self._looks_at = moves.look_again
             self.at(moves.look_again, int)
 
     def _measured(self) -> dict[str, Device]:

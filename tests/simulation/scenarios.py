@@ -1,5 +1,6 @@
 """Random machines under random loads, one for each seed, and the bound on how long any request may wait there."""
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ def scenario(seed: int) -> Scenario:
         else:
             rate = 1 / rng.uniform(5, 200)
             poisson(machine, engine.name, rate, uniform(0.5, _LONGEST_REQUEST), rng, MINUTES * 60)
-    return Scenario(machine, bound(machine))
+    return Scenario(machine, bound(machine, _LONGEST_REQUEST))
 
 
 def _engine(rng: random.Random, name: str, devices: dict[str, int], *, first: bool) -> Engine:
@@ -67,11 +68,11 @@ def _largest_group(devices: dict[str, int]) -> int:
     return max(sizes.count(size) for size in sizes)
 
 
-def bound(machine: Machine) -> float:
+def bound(machine: Machine, longest_request: float = math.inf) -> float:
     """max_wait + (k + 1) x (max(min_residency, own return) + yield_timeout + going + coming), k being all others."""
     engines, rules = machine.engines.values(), machine.rules
     returns = max(rules.min_residency, *(one.start_seconds for one in engines))
-    yields = max(min(one.yield_timeout, _LONGEST_REQUEST) for one in engines)
+    yields = max(min(one.yield_timeout, longest_request) for one in engines)
     going = max(one.sleep_seconds + one.stop_seconds for one in engines)
     coming = max(one.start_seconds for one in engines)
     return rules.max_wait + len(engines) * (returns + yields + going + coming)

@@ -191,7 +191,8 @@ class Ledger:
         """Whether too little would be left even when all had gone that ever may, other programs among them."""
 
         def possible(name: str) -> bool:
-            stay = sum(hold.takes[name] for hold in self._on[name] if hold.always and hold.name != ask.name)
+            others = (hold for hold in self._on[name] if hold.name != ask.name)
+            stay = sum(hold.takes[name] for hold in others if hold.always and hold.standing not in _LEAVES)
             return stay + ask.needs[name] <= self.devices[name].room
 
         return next(self.sets(ask, possible), None) is None

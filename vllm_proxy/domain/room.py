@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from vllm_proxy.domain.eviction import Plan, Planner, Rules
 from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Ledger, Short, Standing, Where, admitted
 
+_STAY = frozenset({Standing.SERVES, Standing.SLEEPS})
 _EARLY_SECONDS = 1e-3  # what is due so soon is due now: a timer may fire as much too early
 _SHORT_SECONDS = 10.0  # so long devices may be short of what the ledger says
 
@@ -110,10 +111,10 @@ class _Decision:
 
     def made(self) -> Moves:
         """All of it."""
-        untried = next((hold for hold in self._ledger.holds.values() if hold.untried), None)
+        untried = tuple(sorted(hold.name for hold in self._ledger.holds.values() if hold.untried))
         for ask in self._asks:
-            if untried is not None:  # its memory and its port may be in use, wherever it is
-                self._wait[ask.name] = Wait(waits_for=(untried.name,))
+            if untried:  # its memory and its port may be in use, wherever it is
+                self._wait[ask.name] = Wait(waits_for=untried)
             elif (own := self._ledger.is_leaving(ask)) is not None:
                 self._wait[ask.name] = Wait(waits_for=(own.name,), not_ended=own.not_ended)
             elif ask.name not in self._go:  # one that goes asks again when it has gone
@@ -180,20 +181,22 @@ class _Decision:
         if self._is_over(short):
             more = None if short.evicted else self._planner.one_more(ask, where)
             if more is None:
+                self._note_wait(ask, where)
                 self._refuse.append(ask.name)
-            else:
-                self._ask_to_go(ask, {more: Depth.STOP})
-                short = Short(self._now, evicted=True)
+                return
+            self._ask_to_go(ask, {more: Depth.STOP})
+            short = Short(self._now, evicted=True)
         self._short[ask.name] = short
         self._promise(ask, where)
 
     def _lacks_for_others(self, ask: Ask, where: Where) -> None:
         """Other programs have what it needs. They may go; after a while it is refused."""
         self._note_wait(ask, where)
-        if ask.pressing:
-            self._short[ask.name] = short = ask.short or Short(self._now)
-            if self._is_over(short):
-                self._refuse.append(ask.name)
+        short = ask.short or Short(self._now)
+        if ask.pressing and self._is_over(short):
+            self._refuse.append(ask.name)
+        elif ask.pressing:
+            self._short[ask.name] = short
 
     def _is_over(self, short: Short) -> bool:
         at = short.since + _SHORT_SECONDS
@@ -214,14 +217,13 @@ class _Decision:
         """Before its own promise is in the ledger."""
         ledger = self._ledger
         on = [hold for hold in ledger.on(name for name in where if name in ledger.devices) if hold.name != ask.name]
-        leaving = [
-            hold for hold in on if hold.standing not in {Standing.SERVES, Standing.SLEEPS} or hold.name in self._go
-        ]
-        waits_for = dict.fromkeys([*(hold.name for hold in leaving), *(plan.go if plan else ())])
-        turns = [turn for name in where for turn in (ledger.next.get(name), ledger.reserved.get(name)) if turn]
-        not_ended = next((hold.not_ended for hold in on if hold.not_ended is not None), None)
-        at = self._now if plan is None else max(plan.at, self._now)
-        known = plan is not None or bool(leaving)
+        leaving = {hold.name for hold in on if hold.standing not in _STAY or hold.name in self._go}
+        turns = {turn for name in where for turn in (ledger.next.get(name), ledger.reserved.get(name)) if turn}
+        at = math.inf if plan is None and not leaving else self._now
         self._wait[ask.name] = Wait(
-            where, tuple(waits_for), tuple(dict.fromkeys(turns)), at if known else math.inf, not_ended
+            where,
+            tuple(sorted(leaving.union(plan.go if plan else ()))),
+            tuple(sorted(turns)),
+            at if plan is None else max(plan.at, at),
+            next((hold.not_ended for hold in on if hold.not_ended is not None), None),
         )
