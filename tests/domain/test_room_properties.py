@@ -246,7 +246,7 @@ class Starvation(RuleBasedStateMachine):
             assert self.machine.result().never == 0
 
 
-class TestStarvation(Starvation.TestCase):  # type: ignore[misc,name-defined]
+class TestStarvation(Starvation.TestCase):  # type: ignore[misc,valid-type]
     """No interleaving starves a request."""
 
     settings = settings(deadline=None, stateful_step_count=30)

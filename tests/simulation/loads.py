@@ -1,7 +1,13 @@
 """Loads for a machine: clients in closed loops, random arrivals, recorded ones. Seeds are fixed, so runs are alike."""
 
+import itertools
+import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from typing import Protocol
 
 from tests.simulation.machine import GIB, Engine, Machine
 from vllm_proxy.domain.eviction import Rules
@@ -9,6 +15,13 @@ from vllm_proxy.domain.eviction import Rules
 HOUR = 3600.0
 
 type Draw = Callable[[random.Random], float]
+
+
+class Load(Protocol):
+    """Makes a machine under these rules and runs it to its end."""
+
+    def __call__(self, rules: Rules, *, sleep: bool) -> Machine:
+        """`sleep`: models that give way sleep, and keep 1 to 2 GiB."""
 
 
 def uniform(low: float, high: float) -> Draw:
@@ -29,15 +42,8 @@ def poisson(machine: Machine, name: str, rate: float, seconds: Draw, rng: random
     """Requests that know nothing of each other; `rate` a second."""
     time = rng.expovariate(rate)
     while time <= until:
-        arrival = (name, seconds(rng))
-        machine.at(time, lambda arrival=arrival: machine.arrive(*arrival))  # type: ignore[misc]
+        machine.at(time, partial(machine.arrive, name, seconds(rng)))
         time += rng.expovariate(rate)
-
-
-def recorded(machine: Machine, arrivals: Iterable[tuple[float, str, float]]) -> None:
-    """Requests as they came: second, model, seconds in flight."""
-    for time, name, seconds in arrivals:
-        machine.at(time, lambda name=name, seconds=seconds: machine.arrive(name, seconds))  # type: ignore[misc]
 
 
 def _pair(rules: Rules, *, sleep: bool) -> Machine:
@@ -75,7 +81,63 @@ def six_models(rules: Rules, *, sleep: bool) -> Machine:
     return machine.run(HOUR)
 
 
-LOADS = {"busy beside rare": busy_beside_rare, "two agents": two_agents, "six models": six_models}
+def one_agent(rules: Rules, *, sleep: bool) -> Machine:
+    """An agent who plans with a and writes with b, a few requests each, while somebody chats with b at times."""
+    machine, rng = _pair(rules, sleep=sleep), random.Random(4)
+    steps = itertools.cycle("aabbbbb")
+
+    def ask() -> None:
+        machine.arrive(next(steps), rng.uniform(1, 8), lambda: machine.at(machine.now + rng.uniform(0.2, 1.5), ask))
+
+    machine.at(0.0, ask)
+    poisson(machine, "b", 1 / 90, uniform(2, 10), rng)
+    return machine.run(HOUR)
+
+
+# What was recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request as it came: second, and how long it was in flight."""
+
+    at: float
+    model: str
+    seconds: float
+
+
+def read_access_log(lines: Iterable[str]) -> list[Arrival]:
+    """The requests of the daemon's log in JSON that an engine answered, the first one at second 0."""
+    found = []
+    for line in lines:
+        entry = json.loads(line) if line.startswith("{") else {}
+        if entry.get("event") == "request" and entry.get("model") and entry.get("instance"):
+            ended = datetime.fromisoformat(entry["timestamp"]).timestamp()
+            waited = entry["first_byte"] or 0.0
+            found.append(Arrival(ended - entry["seconds"], entry["model"], max(entry["seconds"] - waited, 0.1)))
+    first = min((one.at for one in found), default=0.0)
+    return sorted((replace(one, at=one.at - first) for one in found), key=lambda one: one.at)
+
+
+def recorded(gib: int, engines: Sequence[Engine], arrivals: Sequence[Arrival]) -> Load:
+    """The same requests at the same times, whatever came of those before; until an hour after the last one."""
+
+    def load(rules: Rules, *, sleep: bool) -> Machine:
+        own = [replace(engine, keeps=2 * GIB if sleep else None, queue=[], in_flight=[]) for engine in engines]
+        machine = Machine({"0": gib * GIB}, own, rules)
+        for one in arrivals:
+            machine.at(one.at, partial(machine.arrive, one.model, one.seconds))
+        return machine.run(max((one.at for one in arrivals), default=0.0) + HOUR)
+
+    return load
+
+
+LOADS: dict[str, Load] = {
+    "busy beside rare": busy_beside_rare,
+    "two agents": two_agents,
+    "one agent, two models": one_agent,
+    "six models": six_models,
+}
 POLICIES = {
     "swap when idle": Rules(max_wait=float("inf"), min_residency=0, patience=0, worth=0),
     "first come, first served": Rules(max_wait=0, min_residency=0, patience=0, worth=0),
