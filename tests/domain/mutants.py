@@ -8,8 +8,11 @@ import argparse
 import ast
 import contextlib
 import copy
+import functools
 import importlib
+import itertools
 import os
+import signal
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -17,15 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 MODULES = ("vllm_proxy.domain.ledger", "vllm_proxy.domain.eviction", "vllm_proxy.domain.room")
-# What is loaded anew with the mutants, in the order of imports; facts first, since they are found by these fastest.
-TESTS = (
-    "tests.simulation.checks",
-    "tests.simulation.machine",
-    "tests.simulation.loads",
-    "tests.simulation.scenarios",
-    "tests.domain.test_room",
-    "tests.domain.test_room_properties",
-)
+# What is loaded anew with the mutants, where it is needed.
+CHECKS, FACTS = "tests.simulation.checks", "tests.domain.test_room"
+PROPERTIES = "tests.domain.test_room_properties"
+MACHINES = ("tests.simulation.machine", "tests.simulation.loads", "tests.simulation.scenarios")
 
 
 def source_of(module: str) -> str:
@@ -33,16 +31,21 @@ def source_of(module: str) -> str:
     return (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
 
 
+@functools.cache
+def _code(module: str) -> types.CodeType:
+    return compile(source_of(module), module, "exec")  # as it is: assertions are not rewritten by pytest
+
+
 @contextlib.contextmanager
-def mutated(sources: Mapping[str, str]) -> Iterator[dict[str, types.ModuleType]]:
-    """The modules with these texts instead of their own, and the tests as they see them."""
-    names = (*MODULES, *TESTS)
+def mutated(sources: Mapping[str, str]) -> Iterator[None]:
+    """The modules with these texts instead of their own, for tests that are imported meanwhile."""
+    names = (*MODULES, CHECKS, FACTS, PROPERTIES, *MACHINES)
     before = {name: sys.modules.pop(name, None) for name in names}
     try:
-        for name in MODULES:
+        for name in (*MODULES, CHECKS, FACTS):
             module = sys.modules[name] = types.ModuleType(name)
-            exec(compile(sources.get(name) or source_of(name), name, "exec"), module.__dict__)  # noqa: S102
-        yield {name: importlib.import_module(name) for name in TESTS}
+            exec(compile(sources[name], name, "exec") if name in sources else _code(name), module.__dict__)
+        yield
     finally:
         for name, module_before in before.items():
             sys.modules.pop(name, None)
@@ -55,11 +58,8 @@ def mutated(sources: Mapping[str, str]) -> Iterator[dict[str, types.ModuleType]]
 def found_by(sources: Mapping[str, str], *, seeds: int = 0) -> str | None:
     """The first test that finds a fault in these texts; None: nothing does. `seeds`: machines to try, at the end."""
     try:
-        with mutated(sources) as tests:
-            for name, fact in _facts(tests["tests.domain.test_room"]):
-                if not _holds(fact):
-                    return name
-            for name, check in _slower(tests, seeds):
+        with mutated(sources):
+            for name, check in itertools.chain(_facts(), _slower(seeds)):
                 if not _holds(check):
                     return name
     except Exception as error:  # noqa: BLE001 - it cannot even be imported
@@ -67,8 +67,8 @@ def found_by(sources: Mapping[str, str], *, seeds: int = 0) -> str | None:
     return None
 
 
-def _facts(module: types.ModuleType) -> Iterator[tuple[str, Callable[[], object]]]:
-    for name, test in vars(module).items():
+def _facts() -> Iterator[tuple[str, Callable[[], object]]]:
+    for name, test in vars(sys.modules[FACTS]).items():
         if not name.startswith("test_"):
             continue
         cases = [mark.args[1] for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
@@ -77,10 +77,10 @@ def _facts(module: types.ModuleType) -> Iterator[tuple[str, Callable[[], object]
             yield name, lambda test=test, values=values: test(*values)  # type: ignore[misc]
 
 
-def _slower(tests: Mapping[str, types.ModuleType], seeds: int) -> Iterator[tuple[str, Callable[[], object]]]:
+def _slower(seeds: int) -> Iterator[tuple[str, Callable[[], object]]]:
     if not seeds:
         return
-    properties = tests["tests.domain.test_room_properties"]
+    properties = importlib.import_module(PROPERTIES)
     for name, test in vars(properties).items():
         if name.startswith("test_") and hasattr(test, "hypothesis"):
             yield name, test
@@ -126,6 +126,8 @@ type _Path = tuple[tuple[str, int | None], ...]
 
 
 def _nodes(node: ast.AST, path: _Path = ()) -> Iterator[tuple[_Path, ast.AST]]:
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return  # the default of a field
     for field, value in ast.iter_fields(node):
         if field in {"annotation", "returns", "decorator_list", "type_params"}:
             continue
@@ -153,34 +155,25 @@ def _changes(node: ast.AST) -> Iterator[ast.AST | None]:
             yield from (ast.Compare(left, [other()], rest) for other in _COMPARE.get(type(operator), ()))
         case ast.BoolOp(operator, values):
             yield ast.BoolOp(ast.Or() if isinstance(operator, ast.And) else ast.And(), values)
-            if len(values) > 1:
-                yield from (ast.BoolOp(operator, [*values[:at], *values[at + 1 :]]) for at in range(len(values)))
-        case ast.UnaryOp(ast.Not(), operand) | ast.UnaryOp(ast.USub(), operand):
+            yield from (ast.BoolOp(operator, [*values[:at], *values[at + 1 :]]) for at in range(len(values)))
+        case ast.UnaryOp(ast.Not() | ast.USub(), operand):
             yield operand
         case ast.BinOp(left, operator, right) if type(operator) in _BINARY:
             yield ast.BinOp(left, _BINARY[type(operator)](), right)
-        case ast.If(test, body, orelse):
-            yield ast.If(ast.Constant(True), body, orelse)
-            yield ast.If(ast.Constant(False), body, orelse)
-        case ast.IfExp(test, body, orelse):
-            yield body
-            yield orelse
-        case ast.Constant(bool() as value):
-            yield ast.Constant(not value)
+        case ast.If(_, body, orelse):
+            yield from (ast.If(ast.Constant(value), body, orelse) for value in (1, 0))
+        case ast.IfExp(_, body, orelse):
+            yield from (body, orelse)
         case ast.Constant(int() | float() as value):
-            yield ast.Constant(value + 1)
-        case ast.Call(ast.Name("min"), arguments, keywords):
-            yield ast.Call(ast.Name("max", ast.Load()), arguments, keywords)
-        case ast.Call(ast.Name("max"), arguments, keywords):
-            yield ast.Call(ast.Name("min", ast.Load()), arguments, keywords)
+            yield ast.Constant(not value if isinstance(value, bool) else value + 1)
+        case ast.Call(ast.Name("min" | "max" as name), arguments, keywords):
+            yield ast.Call(ast.Name("min" if name == "max" else "max", ast.Load()), arguments, keywords)
         case ast.Expr(ast.Call()) | ast.AugAssign():
             yield None
 
 
 def _in_child(check: Callable[[], str | None], seconds: int) -> str | None:
     """Look in a process of its own, which is ended where it takes too long: that is found, too."""
-    import signal
-
     read, write = os.pipe()
     child = os.fork()
     if not child:

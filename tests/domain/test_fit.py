@@ -211,7 +211,6 @@ def test_the_search_finds_what_trying_everything_finds(sizes: list[int], rooms: 
     """Every way to put each on one device."""
     devices = {str(index): Device(room * GIB, room * GIB, kind=Kind.MEMORY) for index, room in enumerate(rooms)}
     demands = [Demand(f"m{index}", (), 1, size * GIB, always=True) for index, size in enumerate(sizes)]
-    needed = [round(size, 2) for size in sizes]
 
     def fits(left: list[float], rest: list[float]) -> bool:
         if not rest:
@@ -222,4 +221,6 @@ def test_the_search_finds_what_trying_everything_finds(sizes: list[int], rooms: 
         )
 
     alone = all(size <= max(rooms) for size in sizes)
-    assert (not misfits(demands, devices)) == (alone and fits([float(room) for room in rooms], needed))
+    assert (not misfits(demands, devices)) == (
+        alone and fits([float(room) for room in rooms], [float(size) for size in sizes])
+    )

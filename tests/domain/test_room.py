@@ -135,8 +135,9 @@ def test_an_instance_waits_until_nothing_of_its_former_engine_is_left() -> None:
 def test_nothing_comes_before_it_was_tried_to_end_what_an_earlier_daemon_left() -> None:
     """What it has may be in use, wherever that is; nor does anybody go for it."""
     left = hold("a", 1, GOES, untried=True)
-    found = moves(gpus(80, 80), [left, hold("x", 80, on="1")], ask("b", 70))
-    assert (admitted(found), gone(found), found.wait["b"].waits_for) == ({}, set(), ("a",))
+    for rest in ([], [hold("x", 80, on="1")]):
+        found = moves(gpus(80, 80), [left, *rest], ask("b", 70, on="1"))
+        assert (admitted(found), gone(found), found.wait["b"].waits_for) == ({}, set(), ("a",))
 
 
 # Placement
@@ -166,7 +167,7 @@ def test_named_devices_are_exactly_these() -> None:
     """Though another one is empty."""
     found = moves(gpus(80, 80), [hold("a", 80, on="0", always=True)], ask("b", 10, only=("0",)))
     assert (admitted(found), found.stuck) == ({}, ("b",))
-    assert moves(gpus(80), [], ask("b", 10, only=("7",))).stuck == ("b",)
+    assert moves(gpus(80), [], ask("b", 10, on="07", only=("7",))).stuck == ("b",)
 
 
 def test_a_gang_gets_all_of_its_devices_at_once_or_none() -> None:
@@ -192,7 +193,8 @@ def test_of_very_many_sets_those_with_most_room_are_looked_at() -> None:
 
 
 def test_what_comes_back_is_promised_to_one_ask() -> None:
-    """The second one waits for something else."""
+    """To the byte; the second one waits for something else."""
+    assert not moves(gpus(80), [hold("a", 60, GOES)], replace(ask("b", 0), needs={"0": 80 * GIB + 1})).place
     found = moves(gpus(80), [hold("a", 80, GOES)], ask("b", 50, 990), ask("c", 50))
     assert found.place == {"b": ("0",)}
     assert (found.wait["b"].waits_for, found.wait["c"].behind) == (("a",), ("b",))
@@ -207,6 +209,18 @@ def test_a_promised_place_is_kept() -> None:
         assert moves(gpus(80, 80), holds, ask("c", 50, place=(place,))).place == {"c": (place,)}
     free = moves(gpus(80, 80, 80), holds, ask("c", 50, place=("1",)))
     assert admitted(free) == {"c": "2"}, "unless it comes at once elsewhere"
+
+
+def test_a_place_that_is_none_any_more_is_forgotten() -> None:
+    """Its device is gone, or its model has another size by now."""
+    for place in ("7", "01", ""):
+        assert admitted(moves(gpus(80, 80), [], ask("a", 50, on="017", place=tuple(place)))) == {"a": "0"}
+
+
+def test_what_is_given_is_not_promised_to_another_one() -> None:
+    """In the same decision."""
+    found = moves(gpus(80), [], ask("a", 60, 990), ask("b", 60))
+    assert (admitted(found), found.place, found.wait["b"].waits_for) == ({"a": "0"}, {}, ("a",))
 
 
 def test_a_small_one_passes_a_larger_one_that_waits() -> None:
@@ -312,17 +326,31 @@ def test_the_place_is_chosen_where_least_is_lost() -> None:
     assert gone(moves(gpus(80, 60), [hold("a", 60, on="0"), hold("b", 60, on="1")], ask("d", 50))) == {"b"}
 
 
-def test_an_idle_one_that_costs_a_little_time_is_not_worth_a_busy_one() -> None:
-    """Seconds until it may go count as seconds of its return."""
-    soon, later = hold("a", 80, on="0", idle_since=NOW - 4), hold("b", 80, on="1", idle_since=NOW)
-    assert moves(gpus(80, 80), [soon, later], ask("d", 50)).look_again == NOW + 1
+def test_the_time_until_somebody_may_go_is_lost_like_that_of_its_return() -> None:
+    """Seconds, both."""
+    cheap, long_idle = hold("a", 80, on="0", idle_since=NOW, start_seconds=8), hold("b", 80, on="1", idle_since=NOW - 5)
+    assert gone(moves(gpus(80, 80), [cheap, long_idle], ask("d", 50))) == {"b"}
+    cheaper = replace(cheap, start_seconds=4)
+    assert moves(gpus(80, 80), [cheaper, long_idle], ask("d", 50)).look_again == NOW + 2
+
+
+def test_who_goes_from_several_devices_makes_room_on_all_of_them() -> None:
+    """Others there wait for it as well: it is not asked twice, and nobody else goes in vain."""
+    gang = hold("g", 50, on="01", keeps=GIB)
+    found = moves(gpus(80, 80), [gang, hold("h", 30, on="1", priority=1)],
+                  ask("b", 60, 990, on="0"), ask("c", 30, on="1"))  # fmt: skip
+    assert (found.go, {**found.go_for}) == ({"g": Depth.SLEEP}, {"g": "b"})
+    assert found.place == {"b": ("0",), "c": ("1",)}
+    found = moves(gpus(80, 80), [gang], ask("b", 60, 990, on="0"), ask("c", 80, on="1"))
+    assert (found.go, {**found.go_for}, found.place) == ({"g": Depth.SLEEP}, {"g": "b"}, {"b": ("0",)})
 
 
 def test_one_goes_no_further_than_it_has_to() -> None:
     """It sleeps where what it keeps can be spared, and stops where it cannot."""
     sleeper = hold("a", 60, keeps=2 * GIB)
     assert moves(gpus(80), [sleeper], ask("b", 78)).go == {"a": Depth.SLEEP}
-    assert moves(gpus(80), [sleeper], ask("b", 79)).go == {"a": Depth.STOP}
+    stops = moves(gpus(80), [sleeper], ask("b", 79))
+    assert (stops.go, stops.place) == ({"a": Depth.STOP}, {"b": ("0",)})
     assert moves(gpus(80), [hold("a", 60)], ask("b", 30)).go == {"a": Depth.STOP}
 
 

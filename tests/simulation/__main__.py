@@ -1,4 +1,4 @@
-"""`python -m tests.simulation`: what a machine with too many models serves, by this rule and by those of other programs.
+"""`python -m tests.simulation`: what a machine with too many models serves, by our rules and by those of others.
 
 Time is virtual and seeds are fixed, so the table is the same everywhere. `--recorded FILE` plays the arrivals of an
 access log of the daemon instead, as `--log-format json` writes it.

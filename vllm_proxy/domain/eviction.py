@@ -101,7 +101,7 @@ class Planner:
         return [
             hold
             for hold in self._ledger.on(where)
-            if hold.standing in standings and hold.to is None and hold.name not in self._ledger.settled
+            if hold.standing in standings and hold.name not in self._ledger.going
             if not hold.always and hold.model != ask.model
         ]
 

@@ -133,7 +133,7 @@ class Ledger:
     def __init__(self, devices: Mapping[str, Device], holds: Sequence[Hold]) -> None:
         self.devices = devices
         self.holds = {hold.name: hold for hold in holds}
-        self.settled: set[str] = set()  # decided about: who is to wake does not go, who goes is not asked twice
+        self.going: set[str] = set()  # asked to go by this decision
         self.next: dict[str, str] = {}  # by device: the ask whose turn is next there
         self.reserved: dict[str, str] = {}  # by device: the pressing ask for which others are to go, though not yet
         self._on: dict[str, list[Hold]] = {name: [] for name in devices}
@@ -263,22 +263,17 @@ class Ledger:
 
     def admit(self, ask: Ask, where: Where) -> None:
         """It comes there now."""
-        self._take(ask, where)
-        self._moving.update(where)
-        self.holds[ask.name] = hold = admitted(ask, where)
-        for device in where:
-            self._on[device] = [*(other for other in self._on[device] if other.name != ask.name), hold]
-
-    def promise(self, ask: Ask, where: Where) -> None:
-        """The next turn on these devices is its."""
-        self._take(ask, where)
-        self.settled.add(ask.name)
-        self.next |= dict.fromkeys(where, ask.name)
-
-    def _take(self, ask: Ask, where: Where) -> None:
+        hold = admitted(ask, where)
         for device in where:
             self._free[device] -= self._wants(ask, device)
             self._awake[device] += 1
+            self._moving.add(device)
+            self._on[device] = [*(other for other in self._on[device] if other.name != ask.name), hold]
+        self.holds[ask.name] = hold
+
+    def promise(self, ask: Ask, where: Where) -> None:
+        """The next turn on these devices is its: nothing of them is given to those behind it."""
+        self.next |= dict.fromkeys(where, ask.name)
 
     def reserve(self, ask: Ask, where: Where) -> None:
         """Whoever does not press keeps off these devices: others are to go for it, though not yet."""
@@ -287,7 +282,7 @@ class Ledger:
 
     def leave(self, go: Mapping[str, Depth]) -> None:
         """These are asked to go."""
-        self.settled |= go.keys()
+        self.going |= go.keys()
         for name, depth in go.items():
             self._count_back(self.holds[name], depth)
 
