@@ -42,6 +42,7 @@ FAULTS = {
     "what is promised is taken": (ROOM, "        self._ledger.promise(ask, where)", "        pass"),
     "who goes is counted": (ROOM, "        self._ledger.leave(go)", "        pass"),
     "it looks again": (ROOM, "            self._look_at(plan.at)", "            pass"),
+    "spared in the end": (ROOM, "        self._spare()\n", ""),
     "a decision is final": (ROOM, "        if not moves.go:\n", "        if True:\n"),
     "devices are measured": (ROOM, "ledger.fits(ask, measured=True)", "ledger.fits(ask, measured=False)"),
     "one more goes": (ROOM, "more = None if short.evicted else", "more = None and"),

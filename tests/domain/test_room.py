@@ -345,6 +345,14 @@ def test_who_goes_from_several_devices_makes_room_on_all_of_them() -> None:
     assert (found.go, {**found.go_for}, found.place) == ({"g": Depth.SLEEP}, {"g": "b"}, {"b": ("0",)})
 
 
+def test_who_was_to_go_is_spared_when_another_one_goes_from_there_as_well() -> None:
+    """The gang goes for the second ask, and what it had on the first one's device is enough."""
+    holds = [hold("g", 30, on="01", start_seconds=90), hold("h", 30, on="0", start_seconds=60)]
+    found = moves(gpus(80, 60), holds, ask("b", 50, 990, on="0"), ask("c", 40, on="1"))
+    assert (found.go, {**found.go_for}) == ({"g": Depth.STOP}, {"g": "c"})
+    assert found.place == {"b": ("0",), "c": ("1",)}
+
+
 def test_one_goes_no_further_than_it_has_to() -> None:
     """It sleeps where what it keeps can be spared, and stops where it cannot."""
     sleeper = hold("a", 60, keeps=2 * GIB)

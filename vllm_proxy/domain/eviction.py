@@ -55,6 +55,10 @@ class Planner:
         kept = next((plan for plan in plans if plan.where == ask.place), None)
         return kept if kept is not None and best is not None and best.at > self._now else best
 
+    def by_worth(self, holds: Iterable[Hold]) -> list[Hold]:
+        """In the order in which they are spared: by priority, those in use, those whose return costs most."""
+        return sorted(holds, key=self._worth, reverse=True)
+
     def foreign_in_the_way(self, ask: Ask) -> Where | None:
         """Where it could be given room if other programs had nothing."""
 
@@ -80,8 +84,8 @@ class Planner:
         left = {name: most[name] for name in where}
         holds = {hold.name: hold for name in where for hold in able[name]}
         go: dict[str, Depth] = {}
-        for hold in sorted(holds.values(), key=self._worth, reverse=True):  # what is worth most is spared first
-            if (depth := _least(hold, left)) is not None:
+        for hold in self.by_worth(holds.values()):
+            if (depth := least(hold, left)) is not None:
                 go[hold.name] = depth
             for name in hold.takes.keys() & left.keys():
                 left[name] -= hold.keeps_of(name, depth)
@@ -131,8 +135,8 @@ class Planner:
         return worth
 
 
-def _least(hold: Hold, left: Mapping[str, float]) -> Depth | None:
-    """How far it has to go; None: it can be spared."""
+def least(hold: Hold, left: Mapping[str, float]) -> Depth | None:
+    """How far it has to go, where so much is left of each device without it; None: it can be spared."""
     may_sleep = hold.keeps is not None and hold.standing is not Standing.SLEEPS
     milder: Iterable[Depth | None] = (None, Depth.SLEEP) if may_sleep else (None,)
     for depth in milder:

@@ -286,10 +286,15 @@ class Ledger:
         for name, depth in go.items():
             self._count_back(self.holds[name], depth)
 
-    def _count_back(self, hold: Hold, depth: Depth) -> None:
+    def stay(self, hold: Hold, depth: Depth) -> None:
+        """It is not asked to go so far after all."""
+        self.going.remove(hold.name)
+        self._count_back(hold, depth, -1)
+
+    def _count_back(self, hold: Hold, depth: Depth, times: int = 1) -> None:
         for device in hold.takes.keys() & self._back.keys():
-            self._back[device] += hold.takes[device] - hold.keeps_of(device, depth)
-            self._awake[device] -= _is_awake(hold)
+            self._back[device] += times * (hold.takes[device] - hold.keeps_of(device, depth))
+            self._awake[device] -= times * _is_awake(hold)
 
 
 def _is_awake(hold: Hold) -> bool:

@@ -7,10 +7,10 @@ turns in evicting each other. Who goes is in `eviction`, sums are in `ledger`.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from vllm_proxy.domain.eviction import Plan, Planner, Rules
+from vllm_proxy.domain.eviction import Plan, Planner, Rules, least
 from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Ledger, Short, Standing, Where, admitted
 
 _STAY = frozenset({Standing.SERVES, Standing.SLEEPS})
@@ -47,7 +47,7 @@ class Moves:
 def decide(
     now: float, devices: Mapping[str, Device], holds: Sequence[Hold], asks: Sequence[Ask], rules: Rules
 ) -> Moves:
-    """Who comes and who goes now.
+    """What starts and what goes now.
 
     Where somebody goes that is decided once more, as if it had begun: what one ask sets in motion may be all that
     another one waited for. So the next decision has nothing to add.
@@ -92,12 +92,12 @@ class _Decision:
     """One decision: asks get their turns, one after another, and the ledger keeps what was given to those before."""
 
     def __init__(
-        self, now: float, devices: Mapping[str, Device], holds: Sequence[Hold], asks: Iterable[Ask], rules: Rules
+        self, now: float, devices: Mapping[str, Device], holds: Sequence[Hold], asks: Sequence[Ask], rules: Rules
     ) -> None:
         self._now, self._rules = now, rules
         self._ledger = ledger = Ledger(devices, holds)
-        self._asks = sorted(asks, key=lambda ask: _turn(ask, now, rules))
-        wanted = {ask.name for ask in self._asks if ask.pressing}
+        self._asks = {ask.name: ask for ask in sorted(asks, key=lambda ask: _turn(ask, now, rules))}
+        wanted = {ask.name for ask in asks if ask.pressing}
         self._planner = Planner(now + _EARLY_SECONDS, rules, ledger, wanted)
         self._admit: dict[str, Where] = {}
         self._go: dict[str, Depth] = {}
@@ -105,6 +105,7 @@ class _Decision:
         self._place: dict[str, Where] = {}
         self._short: dict[str, Short] = {}
         self._wait: dict[str, Wait] = {}
+        self._planned: set[str] = set()  # of those who go: for the memory that the ledger says they have
         self._stuck: list[str] = []
         self._refuse: list[str] = []
         self._look_again = math.inf
@@ -112,7 +113,7 @@ class _Decision:
     def made(self) -> Moves:
         """All of it."""
         untried = tuple(sorted(hold.name for hold in self._ledger.holds.values() if hold.untried))
-        for ask in self._asks:
+        for ask in self._asks.values():
             if untried:  # its memory and its port may be in use, wherever it is
                 self._wait[ask.name] = Wait(waits_for=untried)
             elif (own := self._ledger.is_leaving(ask)) is not None:
@@ -121,6 +122,7 @@ class _Decision:
                 self._give_turn(ask)
                 if ask.pressing and not _is_overdue(ask, self._now, self._rules) and ask.name in self._wait:
                     self._look_at(ask.since + self._rules.max_wait)
+        self._spare()
         return Moves(
             self._admit, self._go, self._go_for, self._place, self._short, self._wait,
             self._look_again, tuple(self._stuck), tuple(self._refuse),
@@ -161,6 +163,7 @@ class _Decision:
         is_time = plan.at <= self._now + _EARLY_SECONDS
         if is_time:
             self._ask_to_go(ask, plan.go)
+            self._planned |= plan.go.keys()
         else:
             self._look_at(plan.at)
         self._note_wait(ask, plan.where, plan)
@@ -169,6 +172,21 @@ class _Decision:
             self._ledger.promise(ask, plan.where)
         else:
             self._ledger.reserve(ask, plan.where)
+
+    def _spare(self) -> None:
+        """Nobody goes, or as far, who need not, now that it is known who else goes: some make room on several."""
+        ledger = self._ledger
+        for hold in self._planner.by_worth(ledger.holds[name] for name in self._planned):
+            depth = self._go.pop(hold.name)
+            ledger.stay(hold, depth)
+            left = {device: ledger.left_later(self._asks[ledger.next[device]], device) + hold.takes[device]
+                    for device in hold.takes.keys() & ledger.next.keys()}  # fmt: skip
+            enough = {device: size for device, size in left.items() if size >= hold.keeps_of(device, depth)}
+            if (needed := least(hold, enough)) is None:
+                del self._go_for[hold.name]
+            else:
+                self._go[hold.name] = needed
+                ledger.leave({hold.name: needed})
 
     def _lacks(self, ask: Ask, where: Where) -> None:
         """The devices have less than the ledger says. After a while one more goes; after another it is refused."""
