@@ -149,6 +149,8 @@ def test_more_memory_than_the_largest_has() -> None:
     assert messages(gpus(24, 80), demand(gib=79.2)) == {
         "m.memory": "needs 79.8 GiB on a GPU, and engines may have 79.5 of 1 (80.0 without what is kept back)"
     }
+    memory = {"0": Device(14 * GIB, 13 * GIB, kind=Kind.MEMORY)}
+    assert messages(memory, demand(gib=13.5))["m.memory"].startswith("needs 13.5 GiB on the machine's memory, and")
     assert messages(gpus(24), demand(gpu_memory_utilization=0.99)).keys() == {"m.gpu_memory_utilization"}
     two = messages(gpus(80, 24), demand(gib=40, tensor_parallel_size=2, devices=[0, 1]))
     assert two["m.memory"].startswith("needs 40.6 GiB on each of 2 devices (tensor_parallel_size 2), and engines may")

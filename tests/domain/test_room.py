@@ -74,6 +74,8 @@ def test_who_has_waited_too_long_comes_before_priority() -> None:
 def test_who_is_always_to_run_comes_before_all() -> None:
     """Even before one that has waited too long."""
     assert admitted(moves(gpus(80), [], ask("a", 60, 0), ask("b", 60, always=True))) == {"b": "0"}
+    rivals = [ask("a", 60, 980, always=True), ask("b", 60, always=True, priority=1)]
+    assert admitted(moves(gpus(80), [], *rivals)) == {"b": "0"}, "among them by priority"
 
 
 def test_who_does_not_press_comes_last() -> None:
@@ -194,6 +196,7 @@ def test_of_very_many_sets_those_with_most_room_are_looked_at() -> None:
 
 def test_what_comes_back_is_promised_to_one_ask() -> None:
     """To the byte; the second one waits for something else."""
+    assert moves(gpus(80), [hold("a", 60, GOES)], ask("b", 80)).place == {"b": ("0",)}
     assert not moves(gpus(80), [hold("a", 60, GOES)], replace(ask("b", 0), needs={"0": 80 * GIB + 1})).place
     found = moves(gpus(80), [hold("a", 80, GOES)], ask("b", 50, 990), ask("c", 50))
     assert found.place == {"b": ("0",)}
@@ -215,6 +218,8 @@ def test_a_place_that_is_none_any_more_is_forgotten() -> None:
     """Its device is gone, or its model has another size by now."""
     for place in ("7", "01", ""):
         assert admitted(moves(gpus(80, 80), [], ask("a", 50, on="017", place=tuple(place)))) == {"a": "0"}
+    assert admitted(moves(gpus(80, 80), [], ask("a", 50, on="0", place=("1",)))) == {"a": "0"}
+    assert moves(gpus(80, 80), [], ask("a", 50, on="0", only=("1",))).stuck == ("a",)
 
 
 def test_what_is_given_is_not_promised_to_another_one() -> None:
@@ -283,6 +288,12 @@ def test_where_one_comes_the_next_turn_is_kept_for_who_has_waited_too_long() -> 
     assert (admitted(found), gone(found), found.place) == ({}, set(), {"g": ("0", "1")})
 
 
+def test_nobody_waits_for_one_that_comes_where_another_one_may_go() -> None:
+    """Though that one has more priority."""
+    holds = [hold("c", 35, COMES, priority=-1), hold("a", 35)]
+    assert gone(moves(gpus(80), holds, ask("b", 40, OVERDUE))) == {"a"}
+
+
 def test_nothing_goes_that_can_be_spared() -> None:
     """What is worth most is spared first."""
     holds = [hold("a", 30, idle_since=10.0), hold("b", 30, idle_since=20.0), hold("c", 20, idle_since=5.0)]
@@ -298,6 +309,10 @@ def test_less_priority_goes_first_then_who_is_not_used_then_who_is_soon_back() -
     assert gone(moves(gpus(80), rivals, ask("d", 40, OVERDUE))) == {"b"}
     rivals = [hold("a", 40, start_seconds=500), hold("b", 40, idle_since=None, start_seconds=5)]
     assert gone(moves(gpus(80), rivals, ask("d", 40, OVERDUE))) == {"a"}
+    rivals = [hold("a", 40, idle_since=999.0, start_seconds=500), hold("b", 40, idle_since=None, start_seconds=5)]
+    assert gone(moves(gpus(80), rivals, ask("d", 40, OVERDUE))) == {"a"}, "though it is the more expensive one"
+    rivals = [hold("a", 40, keeps=GIB, start_seconds=500), hold("b", 40, start_seconds=60)]
+    assert gone(moves(gpus(80), rivals, ask("d", 30))) == {"a"}, "from its sleep it is soon back"
     rivals = [hold("a", 40, start_seconds=50), hold("b", 40, start_seconds=60)]
     assert gone(moves(gpus(80), rivals, ask("d", 40))) == {"a"}
     rivals = [hold("a", 40, idle_since=900.0, start_seconds=50), hold("b", 40, idle_since=500.0, start_seconds=60)]
@@ -305,7 +320,11 @@ def test_less_priority_goes_first_then_who_is_not_used_then_who_is_soon_back() -
 
 
 def test_a_sleeper_that_somebody_waits_for_is_spared() -> None:
-    """Its ask comes later in the line, and it goes only where nothing else would do."""
+    """Its ask comes later in the line, and it goes only where nothing else would do. Else the one soonest started."""
+    holds = [hold("a", 4, SLEEPS, start_seconds=50, wake_seconds=45), hold("b", 4, SLEEPS, start_seconds=20)]
+    assert gone(moves(gpus(80), holds, ask("d", 75, 980))) == {"a"}, "it would lose five seconds"
+    holds[0] = replace(holds[0], idle_since=None, start_seconds=45.5)
+    assert gone(moves(gpus(80), holds, ask("d", 75, 980))) == {"b"}, "long asleep"
     holds = [hold("a", 4, SLEEPS, start_seconds=5), hold("b", 4, SLEEPS, start_seconds=500)]
     assert gone(moves(gpus(80), holds, ask("d", 75, 980))) == {"a"}
     assert gone(moves(gpus(80), holds, ask("d", 75, 980), ask("a", 60))) == {"b"}
@@ -321,6 +340,8 @@ def test_the_place_is_chosen_where_least_is_lost() -> None:
     assert goes(hold("a", 80, on="0", idle_since=None), hold("b", 80, on="1", priority=9)) == {"b"}
     assert goes(hold("a", 80, on="0", priority=1), hold("b", 80, on="1", start_seconds=500)) == {"b"}
     assert goes(hold("a", 80, on="0", start_seconds=90), hold("b", 80, on="1")) == {"b"}
+    both = hold("a", 40, on="0", priority=9), hold("b", 40, on="0")
+    assert gone(moves(gpus(80, 80), [*both, hold("c", 80, on="1", priority=5)], ask("d", 80, OVERDUE))) == {"c"}
     crowded = hold("x", 20, on="0", always=True)
     assert goes(crowded, hold("a", 60, on="0"), hold("b", 60, on="1")) == {"b"}
     assert gone(moves(gpus(80, 60), [hold("a", 60, on="0"), hold("b", 60, on="1")], ask("d", 50))) == {"b"}
@@ -367,6 +388,8 @@ def test_what_a_sleeper_keeps_is_held() -> None:
     asleep = hold("a", 2, SLEEPS, keeps=2 * GIB, since=NOW, idle_since=NOW)
     assert admitted(moves(gpus(80), [asleep], ask("b", 78))) == {"b": "0"}
     assert moves(gpus(80), [asleep], ask("b", 79)).go == {"a": Depth.STOP}
+    more = replace(asleep, takes={"0": 4 * GIB})
+    assert moves(gpus(80), [more], ask("b", 77)).go == {"a": Depth.STOP}, "it sleeps already"
 
 
 def test_one_on_its_way_to_sleep_gives_back_what_it_does_not_keep() -> None:
@@ -483,6 +506,8 @@ def test_what_would_not_fit_if_all_had_gone_is_stuck() -> None:
     """Beside what is always to run; memory of other programs may go."""
     assert moves(gpus(80), [hold("a", 30, always=True), hold("c", 50)], ask("b", 51)).stuck == ("b",)
     assert moves(gpus(80), [hold("a", 30, always=True), hold("c", 50)], ask("b", 50)).stuck == ()
+    leaves = hold("a", 70, YIELDS, always=True, to=Depth.STOP)
+    assert moves(gpus(80), [leaves, hold("c", 10, GOES, not_ended="it survives")], ask("b", 75)).stuck == ()
     assert moves(gpus(80), [], ask("b", 81)).stuck == ("b",)
     assert moves(gpus(80, foreign=79), [], ask("b", 80)).stuck == ()
     assert moves(gpus(80, 80), [hold("a", 1, always=True)], ask("b", 80, count=2)).stuck == ("b",)
@@ -514,6 +539,8 @@ def test_where_devices_are_short_for_long_one_more_goes_and_then_it_is_refused()
     assert (found.go, found.short, found.refuse) == ({"c": Depth.STOP}, {"b": Short(NOW, evicted=True)}, ())
     leaving = short(39, *rest, hold("e", 1, GOES, to=Depth.STOP), lacks=Short(NOW - 30, evicted=True))
     assert (leaving.go, leaving.refuse) == ({}, ())
+    drains = short(39, *rest, hold("e", 1, YIELDS, to=Depth.STOP), lacks=Short(NOW - 30, evicted=True))
+    assert (drains.go, drains.refuse, drains.short) == ({}, (), {"b": Short(NOW, evicted=True)})
     after = short(39, *rest, lacks=Short(NOW - 10, evicted=True))
     assert (after.go, after.refuse) == ({}, ("b",))
     assert short(39, lacks=Short(NOW - 10)).refuse == ("b",), "nobody may go"
@@ -528,6 +555,11 @@ def test_what_only_other_programs_are_in_the_way_of_waits_and_is_then_refused() 
     late = moves(devices, [hold("a", 20)], ask("b", 40, short=Short(NOW - 10)))
     assert (late.go, late.refuse) == ({}, ("b",))
     assert gone(moves(devices, [hold("a", 20)], ask("b", 30))) == {"a"}
+    behind = moves(gpus(80, foreign=10), [hold("x", 60, GOES)], ask("b", 60, 990), ask("c", 60))
+    assert (behind.place, behind.short) == ({"b": ("0",)}, {}), "its turn has not come"
+    own = replace(hold("b2", 70), model="b")
+    assert moves(gpus(80, foreign=1), [own], ask("b", 40)).short == {}, "they are not what is in its way"
+    assert moves(gpus(80), [own], ask("b", 40)).short == {}
 
 
 def test_who_does_not_press_is_not_refused() -> None:
@@ -551,5 +583,7 @@ def test_who_waits_is_told_for_whom_and_until_when() -> None:
     assert (wait.where, wait.waits_for, wait.behind, wait.at) == (("0",), ("a",), (), NOW + 40)
     found = moves(gpus(80), [busy], ask("b", 50, OVERDUE - 1), ask("c", 50, OVERDUE))
     assert (found.wait["c"].behind, found.wait["c"].waits_for) == (("b",), ())
+    assert moves(gpus(80, 80), [], ask("b", 90, only=("1",))).wait["b"].where == ("1",)
+    assert moves(gpus(80, 80), [], ask("b", 90, on="01")).wait["b"].where == ("0", "1")
     found = moves(gpus(80), [busy], ask("b", 50, 990), ask("c", 50, pressing=False))
     assert found.wait["c"].behind == ("b",)
