@@ -1,0 +1,152 @@
+"""Who would have to go so that an ask finds its room, and from when on: the plan that loses least.
+
+For `room`, which decides whether they go. Nothing goes that can be spared; who may go and when is said here alone.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+from vllm_proxy.domain.ledger import Ask, Depth, Hold, Ledger, Standing, Where
+
+_SETTLED = frozenset({Standing.SERVES, Standing.SLEEPS})  # may be asked to go
+_EVER = _SETTLED | {Standing.COMES}  # or will be, once it serves
+
+
+type _Worth = tuple[int, bool, float, str]  # priority, in use, seconds of its return, name
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the operator sets, and how long one is left alone that serves. Seconds, or parts of what a return costs."""
+
+    max_wait: float = 30.0  # a request that waits longer makes even a busy one go
+    min_residency: float = 10.0  # it serves at least so long
+    patience: float = 0.5  # of its return: so long an idle one may expect its next request
+    most_patience: float = 5.0
+    worth: float = 1.0  # of its return: so long a busy one serves at least
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Who goes, how far and from when on (inf: not known yet), so that an ask has its room on these devices."""
+
+    where: Where
+    go: Mapping[str, Depth]
+    at: float
+    loss: tuple[float, ...]  # less is better
+
+
+class Planner:
+    """Makes plans while one decision is made. `wanted`: the instances that a pressing ask is for."""
+
+    def __init__(self, now: float, rules: Rules, ledger: Ledger, wanted: AbstractSet[str]) -> None:
+        self._now, self._rules, self._ledger, self._wanted = now, rules, ledger, wanted
+        self._worths: dict[str, _Worth] = {}
+
+    def plan(self, ask: Ask) -> Plan | None:
+        """The one that loses least; the place that was chosen before, unless who goes elsewhere may go now.
+
+        So an ask that has waited too long is not sent from one place to another, while others come where it was.
+        """
+        plans = self._plans(ask, _SETTLED) or self._plans(ask, _EVER)
+        best = min(plans, key=lambda plan: (plan.loss, plan.where), default=None)
+        kept = next((plan for plan in plans if plan.where == ask.place), None)
+        return kept if kept is not None and best is not None and best.at > self._now else best
+
+    def by_worth(self, holds: Iterable[Hold]) -> list[Hold]:
+        """In the order in which they are spared: by priority, those in use, those whose return costs most."""
+        return sorted(holds, key=self._worth, reverse=True)
+
+    def foreign_in_the_way(self, ask: Ask) -> Where | None:
+        """Where it could be given room if other programs had nothing."""
+
+        def possible(name: str) -> bool:
+            foreign = self._ledger.devices[name].foreign
+            return foreign > 0 and self._left_at_most(ask, name, self._able(ask, [name], _EVER)) + foreign >= 0
+
+        return next(self._ledger.sets(ask, lambda name: self._ledger.is_open(ask, name) and possible(name)), None)
+
+    def one_more(self, ask: Ask, where: Where) -> str | None:
+        """Whom to ask next, where all had gone that had to and the devices are still short; None: nobody may go now."""
+        able = self._able(ask, where, _SETTLED)
+        able = [hold for hold in able if self._may_go_at(hold, Depth.STOP, ask) <= self._now]
+        return min(able, key=self._worth).name if able else None
+
+    def _plans(self, ask: Ask, standings: AbstractSet[Standing]) -> list[Plan]:
+        able = {name: self._able(ask, [name], standings) for name in self._ledger.devices}
+        left = {name: self._left_at_most(ask, name, able[name]) for name in ask.needs.keys() & able.keys()}
+        sets = self._ledger.sets(ask, lambda name: self._ledger.is_open(ask, name) and left[name] >= 0)
+        return [self._plan_on(ask, where, able, left) for where in sets]
+
+    def _plan_on(self, ask: Ask, where: Where, able: Mapping[str, Sequence[Hold]], most: Mapping[str, float]) -> Plan:
+        left = {name: most[name] for name in where}
+        holds = {hold.name: hold for name in where for hold in able[name]}
+        go: dict[str, Depth] = {}
+        for hold in self.by_worth(holds.values()):
+            if (depth := least(hold, left)) is not None:
+                go[hold.name] = depth
+            for name in hold.takes.keys() & left.keys():
+                left[name] -= hold.keeps_of(name, depth)
+        at = max((self._may_go_at(holds[name], depth, ask) for name, depth in go.items()), default=self._now)
+        return Plan(where, go, at, self._loss(where, [holds[name] for name in go], at, sum(left.values())))
+
+    def _loss(self, where: Where, gone: Sequence[Hold], at: float, left: float) -> tuple[float, ...]:
+        """Busy ones, then priority, then seconds (of their returns, and until they may go), then the placement."""
+        busy = sum(hold.busy for hold in gone)
+        priority = max((hold.priority for hold in gone), default=-math.inf)
+        seconds = sum(self._worth(hold)[2] for hold in gone) + max(at - self._now, 0.0)
+        awake = (len(hold.takes.keys() & {*where}) for hold in gone if hold.standing is not Standing.SLEEPS)
+        return (busy, priority, seconds, self._ledger.awake(where) - sum(awake), left)
+
+    def _able(self, ask: Ask, where: Iterable[str], standings: AbstractSet[Standing]) -> list[Hold]:
+        """Who may be asked to go for it, and was not yet."""
+        return [
+            hold
+            for hold in self._ledger.on(where)
+            if hold.standing in standings and hold.name not in self._ledger.going
+            if not hold.always and hold.model != ask.model
+        ]
+
+    def _left_at_most(self, ask: Ask, device: str, able: Iterable[Hold]) -> float:
+        return self._ledger.left_later(ask, device) + sum(hold.takes[device] for hold in able)
+
+    def _may_go_at(self, hold: Hold, depth: Depth, ask: Ask) -> float:
+        """When it may be asked: not while it has served too short, nor while its next request is likely to come."""
+        if hold.standing is Standing.SLEEPS:
+            return self._now
+        if hold.standing is Standing.COMES:
+            return math.inf
+        rules, back = self._rules, _return_seconds(hold, depth)
+        at_least = hold.since + rules.min_residency
+        busy = max(at_least, hold.since + rules.worth * back, ask.since + rules.max_wait)
+        if hold.idle_since is None:
+            return busy
+        return min(busy, max(at_least, hold.idle_since + min(rules.patience * back, rules.most_patience)))
+
+    def _worth(self, hold: Hold) -> _Worth:
+        if (known := self._worths.get(hold.name)) is not None:
+            return known
+        idle = 0.0 if hold.idle_since is None else max(self._now - hold.idle_since, 0.0)
+        depth = Depth.STOP if hold.keeps is None or hold.standing is Standing.SLEEPS else Depth.SLEEP
+        in_use = hold.busy or hold.name in self._wanted
+        worth = self._worths[hold.name] = (hold.priority, in_use, _return_seconds(hold, depth) / (1 + idle), hold.name)
+        return worth
+
+
+def least(hold: Hold, left: Mapping[str, float]) -> Depth | None:
+    """How far it has to go, where so much is left of each device without it; None: it can be spared."""
+    may_sleep = hold.keeps is not None and hold.standing is not Standing.SLEEPS
+    milder: Iterable[Depth | None] = (None, Depth.SLEEP) if may_sleep else (None,)
+    for depth in milder:
+        if all(left[device] >= hold.keeps_of(device, depth) for device in hold.takes.keys() & left.keys()):
+            return depth
+    return Depth.STOP
+
+
+def _return_seconds(hold: Hold, depth: Depth) -> float:
+    """What it costs to have it back from there; of one that sleeps: how much more than to wake it."""
+    if hold.standing is Standing.SLEEPS:
+        return max(hold.start_seconds - hold.wake_seconds, 0.0)
+    return hold.wake_seconds if depth is Depth.SLEEP else hold.start_seconds

@@ -1,0 +1,302 @@
+"""What an engine needs of each device, in vLLM's own arithmetic, and which models of a file can never have it.
+
+For `room`, which is asked with these sizes, for `check`, and for writes of the file. In doubt everything fits. Source:
+`request_memory` of vLLM 0.32, which wants `ceil(total x share)` free on each device, after the CUDA context was made.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from vllm_proxy.domain import args
+from vllm_proxy.domain.config import EngineSpec, ModelSpec
+from vllm_proxy.domain.ledger import Device, Kind
+
+DEFAULT_SHARE = 0.92  # vLLM's own, where its option table does not say
+CUDA_CONTEXT_BYTES = int(0.6 * 2**30)  # of each GPU, before vLLM looks at what is free; until it was learned
+_NO_KV_CACHE = 0.6  # of what it needs: an engine that has less of it has no KV cache
+_MORE, _MORE_BYTES = 1.25, 512 * 2**20  # than was measured: what such an engine may come to
+_MOST_NODES = 10_000  # of the search whether models fit together
+_MOST_SHOWN = 6
+
+_PARALLEL = {
+    "prefill-context-parallel-size": "prefill_context_parallel_size",
+    "data-parallel-size": "data_parallel_size",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What each instance of a model wants. `named`: of these devices; None: of any. `count` 0: of none."""
+
+    model: str
+    sizes: tuple[tuple[str, int], ...]  # what makes the world size: ("tensor_parallel_size", 2)
+    count: int
+    memory: int | None = None  # bytes of each device; None: `share` of its total
+    share: float = DEFAULT_SHARE
+    named: tuple[str, ...] | None = None
+    always: bool = False
+    replicas: int = 1
+    elsewhere: bool = False  # other machines may have a part of its devices, or they are not known
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """A model that can never have what it needs. `key`: of the model's table."""
+
+    model: str
+    key: str
+    message: str
+
+
+def demand_of(model: ModelSpec, memory: int | None = None, default_share: float | None = None) -> Demand:
+    """What a model asks for. `default_share`: of the vLLM that is installed, where its option table says it."""
+    spec = model.engine
+    sizes = tuple((name, size) for name, size in _sizes(spec) if size > 1)
+    world = math.prod(size for _, size in sizes)
+    named = _named(spec)
+    none = memory == 0 or named == ()
+    return Demand(
+        model.id,
+        sizes,
+        0 if none else world,
+        memory,
+        spec.gpu_memory_utilization or default_share or DEFAULT_SHARE,
+        None if none or named is None else named[:world],
+        model.policy.start == "always" and model.policy.enabled,
+        model.policy.replicas,
+        _is_elsewhere(spec),
+    )
+
+
+def share_of(memory: int, total: int) -> float:
+    """The `gpu_memory_utilization` that is so many bytes of a device."""
+    return math.floor(memory / total * 1e6) / 1e6
+
+
+def requested(total: int, share: float) -> int:
+    """The bytes that vLLM wants to find free on a device."""
+    return math.ceil(total * share)
+
+
+def needs(demand: Demand, devices: Mapping[str, Device], measured: int | None = None) -> dict[str, int]:
+    """Bytes that a start needs of each device where it may run. `measured`: what its last engine had of each.
+
+    Devices that it names get the share of the smallest of them; else those of one total are used together.
+    """
+    where = [name for name in (devices if demand.named is None else demand.named) if name in devices]
+    if not demand.count or not where:
+        return {}
+    smallest = min(devices[name].total for name in where)
+    found = {}
+    for name in where:
+        total = devices[name].total
+        share = demand.share
+        if demand.memory is not None:
+            share = share_of(demand.memory, total if demand.named is None else smallest)
+        wants = requested(total, share)
+        context = 0 if devices[name].kind is Kind.MEMORY else CUDA_CONTEXT_BYTES
+        found[name] = measured if measured is not None and measured > wants else wants + context
+    return found
+
+
+def held(need: int, measured: int | None) -> int:
+    """What an engine counts for once it is ready: what it needed, or less where it has no KV cache."""
+    if measured is None or measured >= _NO_KV_CACHE * need:
+        return need
+    return min(need, int(measured * _MORE) + _MORE_BYTES)
+
+
+def misfits(
+    demands: Sequence[Demand], devices: Mapping[str, Device], measured: Mapping[str, int] | None = None
+) -> list[Misfit]:
+    """Each model that can never run here, and the first that cannot stand beside the `always` ones before it.
+
+    `measured`: by model, what its last engine had of each device. Memory of other programs is not counted: it may go.
+    """
+    known = measured or {}
+    found = [
+        misfit
+        for one in demands
+        if one.count and not one.elsewhere
+        if (misfit := _alone(one, devices, needs(one, devices, known.get(one.model)))) is not None
+    ]
+    if not found and (together := _together(demands, devices, known)) is not None:
+        found.append(together)
+    return found
+
+
+def _sizes(spec: EngineSpec) -> Iterator[tuple[str, int]]:
+    yield "tensor_parallel_size", spec.tensor_parallel_size or 1
+    yield "pipeline_parallel_size", spec.pipeline_parallel_size or 1
+    options = {args.option_name(key): value for key, value in spec.args.items()}
+    local = options.get("data-parallel-size-local")
+    for option, name in _PARALLEL.items():
+        size = local if option == "data-parallel-size" and local is not None else options.get(option)
+        yield name, size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else 1
+
+
+def _named(spec: EngineSpec) -> tuple[str, ...] | None:
+    if spec.devices is not None:
+        return tuple(str(device) for device in spec.devices)
+    visible = spec.variables.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return None
+    return tuple(name.strip() for name in visible.split(",") if name.strip())
+
+
+def _is_elsewhere(spec: EngineSpec) -> bool:
+    options = {args.option_name(key): value for key, value in spec.args.items()}
+    others = options.get("nnodes", 1) != 1 or options.get("distributed-executor-backend") == "ray"
+    return others or "CUDA_VISIBLE_DEVICES" in spec.references
+
+
+# One model
+
+
+def _alone(one: Demand, devices: Mapping[str, Device], need: Mapping[str, int]) -> Misfit | None:
+    here = ", ".join(devices)
+    if one.named is not None:
+        if unknown := [name for name in one.named if name not in devices]:
+            return Misfit(one.model, "devices", f"names {' and '.join(unknown)}, and there is {here or 'none'}")
+        if len(one.named) < one.count:
+            return Misfit(one.model, "devices", f"needs {_counted(one)}, and names {len(one.named)}")
+    elif len(devices) < one.count:
+        return Misfit(
+            one.model, _largest(one), f"needs {_counted(one)}, and there are {len(devices)}: {here or 'none'}"
+        )
+    able = [name for name, size in need.items() if size <= devices[name].room]
+    if len(able) < one.count:
+        return Misfit(one.model, "memory" if one.memory is not None else "gpu_memory_utilization",
+                      _too_much(one, devices, need, len(able)))  # fmt: skip
+    totals = [devices[name].total for name in able]
+    if one.named is None and max(map(totals.count, totals)) < one.count:
+        sizes = " + ".join(f"{totals.count(total)} of {gib(total)}" for total in sorted(set(totals), reverse=True))
+        return Misfit(one.model, _largest(one), f"needs {_counted(one)} of one size, and there are {sizes} GiB")
+    return None
+
+
+def _too_much(one: Demand, devices: Mapping[str, Device], need: Mapping[str, int], able: int) -> str:
+    best = max(need, key=lambda name: devices[name].room - need[name])
+    device = devices[best]
+    kept = f" ({gib(device.total)} without what is kept back)" if device.room < device.total else ""
+    on = device.kind.word if one.count == 1 else f"each of {_counted(one)}"
+    enough = f"; enough is on {able}" if able else ""
+    return f"needs {gib(need[best])} GiB on {on}, and engines may have {gib(device.room)} of {best}{kept}{enough}"
+
+
+def _counted(one: Demand) -> str:
+    product = " x ".join(f"{name} {size}" for name, size in one.sizes)
+    devices = "1 device" if one.count == 1 else f"{one.count} devices"
+    return f"{devices} ({product})" if product else devices
+
+
+def _largest(one: Demand) -> str:
+    name = max(one.sizes, key=lambda size: size[1])[0] if one.sizes else "tensor_parallel_size"
+    return f"args.{name}" if name in _PARALLEL.values() else name
+
+
+def gib(size: float) -> str:
+    """Bytes as messages have them: "38.5", in GiB."""
+    return f"{size / 2**30:.1f}"
+
+
+# All that are always to run
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One instance that is to run for good."""
+
+    needs: Mapping[str, int]
+    count: int
+    named: tuple[str, ...] | None
+
+
+def _together(demands: Sequence[Demand], devices: Mapping[str, Device], measured: Mapping[str, int]) -> Misfit | None:
+    resident = [one for one in demands if one.always and one.count and not one.elsewhere]
+    sizes = [_kept(one, devices, measured.get(one.model)) for one in resident]
+
+    def too_many(number: int) -> bool:
+        pairs = zip(resident[:number], sizes[:number], strict=True)
+        parts = [_Part(size, one.count, one.named) for one, size in pairs for _ in range(one.replicas)]
+        return not _fit(parts, devices)
+
+    first = bisect_left(range(len(resident) + 1), x=True, key=too_many)
+    if first > len(resident):
+        return None
+    message = _sum(resident[:first], sizes[:first], devices)
+    return Misfit(resident[first - 1].model, "start", message)
+
+
+def _kept(one: Demand, devices: Mapping[str, Device], measured: int | None) -> dict[str, int]:
+    return {name: held(need, measured) for name, need in needs(one, devices, measured).items()}
+
+
+def _sum(resident: Sequence[Demand], sizes: Sequence[Mapping[str, int]], devices: Mapping[str, Device]) -> str:
+    rows = []
+    for one, size in zip(resident, sizes, strict=True):
+        least, times = min(size.values()), one.replicas * one.count
+        rows.append((least * times, f"{f'{times} x ' if times > 1 else ''}{gib(least)} ({one.model})"))
+    shown = [text for _, text in rows[-_MOST_SHOWN:]]
+    others = len(rows) - len(shown)
+    before = [f"{others} more"] if others else []
+    rooms = [f"{gib(device.room)} ({name})" for name, device in devices.items()]
+    total, room = sum(bytes_ for bytes_, _ in rows), sum(device.room for device in devices.values())
+    there = f"{' + '.join(rooms)} = {gib(room)}" if len(rooms) > 1 else rooms[0]
+    divided = "" if total > room else ", which cannot be divided so that each has its own"
+    return (
+        f"what is always to run needs {' + '.join([*before, *shown])} = {gib(total)} GiB, and engines may have "
+        f'{there}{divided}: give less memory, or start = "warm" or "on-demand"'
+    )
+
+
+def _fit(parts: Sequence[_Part], devices: Mapping[str, Device]) -> bool:
+    """Whether all can stand together: an exact search, the largest first, that gives up after so many steps."""
+    room = {name: device.room for name, device in devices.items()}
+    if sum(min(part.needs.values()) * part.count for part in parts) > sum(room.values()):
+        return False
+    order = sorted(parts, key=lambda part: -min(part.needs.values()) * part.count)
+    named = {name for part in parts for name in part.named or ()}
+    open_: list[tuple[Iterator[tuple[str, ...]], tuple[str, ...]]] = []  # where each may be, and where it is
+    nodes = 0
+    while len(open_) < len(order):
+        open_.append((_places(order[len(open_)], room, devices, named), ()))
+        while (where := next(open_[-1][0], None)) is None:
+            open_.pop()
+            if not open_:
+                return False
+            choices, there = open_.pop()
+            _take(room, order[len(open_)], there, -1)
+            open_.append((choices, ()))
+        nodes += 1
+        if nodes > _MOST_NODES:
+            return True
+        open_[-1] = (open_[-1][0], where)
+        _take(room, order[len(open_) - 1], where, 1)
+    return True
+
+
+def _take(room: dict[str, float], part: _Part, where: Sequence[str], sign: int) -> None:
+    for name in where:
+        room[name] -= sign * part.needs[name]
+
+
+def _places(
+    part: _Part, room: Mapping[str, float], devices: Mapping[str, Device], named: set[str]
+) -> Iterator[tuple[str, ...]]:
+    """Where it fits; of sets that nobody can tell apart, one."""
+    able = [name for name, need in part.needs.items() if need <= room[name]]
+    if part.named is not None:
+        yield from [part.named] if len(able) == len(part.named) else []
+        return
+    seen = set()
+    for where in combinations(able, part.count):
+        if len({devices[name].total for name in where}) > 1:
+            continue
+        looks = tuple(sorted((devices[name].total, room[name], name if name in named else "") for name in where))
+        if looks not in seen:
+            seen.add(looks)
+            yield where

@@ -1,0 +1,247 @@
+"""Decides who gets room on the devices, where, and who makes room for whom.
+
+Looks only at what is, so it may be asked after every change: what it said and was carried out, it does not say again.
+An ask gets all of its devices at once, and holds nothing while it waits: nobody waits in a circle. Memory that comes
+back is promised to one ask at a time. Whoever does not press makes nobody go, so two models without requests never take
+turns in evicting each other. Who goes is in `eviction`, sums are in `ledger`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from vllm_proxy.domain.eviction import Plan, Planner, Rules, least
+from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Ledger, Short, Standing, Where, admitted
+
+_STAY = frozenset({Standing.SERVES, Standing.SLEEPS})
+_EARLY_SECONDS = 1e-3  # what is due so soon is due now: a timer may fire as much too early
+_SHORT_SECONDS = 10.0  # so long devices may be short of what the ledger says
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Why an ask waits, for people and for `Retry-After`."""
+
+    where: Where = ()  # its place, promised or planned; else where it may run at all
+    waits_for: tuple[str, ...] = ()  # instances that move there, leave, or are to go
+    behind: tuple[str, ...] = ()  # asks whose turn is before its
+    at: float = math.inf  # when those may go that are to go; inf: not known
+    not_ended: str | None = None  # why an engine in its way could not be ended
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """What is done now. `place` and `short` are handed back with the asks next time."""
+
+    admit: Mapping[str, Where] = field(default_factory=dict)
+    go: Mapping[str, Depth] = field(default_factory=dict)
+    go_for: Mapping[str, str] = field(default_factory=dict)  # for which ask each of them goes
+    place: Mapping[str, Where] = field(default_factory=dict)  # whose turn is next where
+    short: Mapping[str, Short] = field(default_factory=dict)
+    wait: Mapping[str, Wait] = field(default_factory=dict)  # every ask that is not admitted, with the reason
+    look_again: float = math.inf  # when something else becomes possible by time alone
+    stuck: tuple[str, ...] = ()  # would not fit if all had gone that ever may
+    refuse: tuple[str, ...] = ()  # the ledger has room, and the devices were short of it for too long
+
+
+def decide(
+    now: float, devices: Mapping[str, Device], holds: Sequence[Hold], asks: Sequence[Ask], rules: Rules
+) -> Moves:
+    """What starts and what goes now.
+
+    Where somebody goes that is decided once more, as if it had begun: what one ask sets in motion may be all that
+    another one waited for. So the next decision has nothing to add.
+    """
+    admit: dict[str, Where] = {}
+    go: dict[str, Depth] = {}
+    go_for: dict[str, str] = {}
+    while True:
+        moves = _Decision(now, devices, holds, asks, rules).made()
+        admit |= moves.admit
+        go |= moves.go
+        go_for |= moves.go_for
+        if not moves.go:
+            return replace(moves, admit=admit, go=go, go_for=go_for)
+        holds, asks = _followed(holds, asks, moves)
+
+
+def _followed(holds: Sequence[Hold], asks: Sequence[Ask], moves: Moves) -> tuple[list[Hold], list[Ask]]:
+    """What is, once these moves have begun."""
+    stay = [hold for hold in holds if hold.name not in moves.go and hold.name not in moves.admit]
+    leave = [replace(hold, standing=Standing.YIELDS, to=moves.go[hold.name]) for hold in holds if hold.name in moves.go]
+    come = [admitted(ask, moves.admit[ask.name]) for ask in asks if ask.name in moves.admit]
+    wait = [ask for ask in asks if ask.name not in moves.admit]
+    kept = [replace(ask, place=moves.place.get(ask.name, ()), short=moves.short.get(ask.name)) for ask in wait]
+    return [*stay, *leave, *come], kept
+
+
+def _is_overdue(ask: Ask, now: float, rules: Rules) -> bool:
+    return ask.pressing and ask.since + rules.max_wait <= now + _EARLY_SECONDS
+
+
+def _turn(ask: Ask, now: float, rules: Rules) -> tuple[float | str, ...]:
+    """Who is always to run; who has waited too long, by age; who presses; who does not. Then by priority and by age."""
+    if ask.pressing and ask.always:
+        return (0, -ask.priority, ask.since, ask.name)
+    if _is_overdue(ask, now, rules):
+        return (1, 0, ask.since, ask.name)
+    return (2 if ask.pressing else 3, -ask.priority, ask.since, ask.name)
+
+
+class _Decision:
+    """One decision: asks get their turns, one after another, and the ledger keeps what was given to those before."""
+
+    def __init__(
+        self, now: float, devices: Mapping[str, Device], holds: Sequence[Hold], asks: Sequence[Ask], rules: Rules
+    ) -> None:
+        self._now, self._rules = now, rules
+        self._ledger = ledger = Ledger(devices, holds)
+        self._asks = {ask.name: ask for ask in sorted(asks, key=lambda ask: _turn(ask, now, rules))}
+        wanted = {ask.name for ask in asks if ask.pressing}
+        self._planner = Planner(now + _EARLY_SECONDS, rules, ledger, wanted)
+        self._admit: dict[str, Where] = {}
+        self._go: dict[str, Depth] = {}
+        self._go_for: dict[str, str] = {}
+        self._place: dict[str, Where] = {}
+        self._short: dict[str, Short] = {}
+        self._wait: dict[str, Wait] = {}
+        self._planned: set[str] = set()  # of those who go: for the memory that the ledger says they have
+        self._stuck: list[str] = []
+        self._refuse: list[str] = []
+        self._look_again = math.inf
+
+    def made(self) -> Moves:
+        """All of it."""
+        untried = tuple(sorted(hold.name for hold in self._ledger.holds.values() if hold.untried))
+        for ask in self._asks.values():
+            if untried:  # its memory and its port may be in use, wherever it is
+                self._wait[ask.name] = Wait(waits_for=untried)
+            elif (own := self._ledger.is_leaving(ask)) is not None:
+                self._wait[ask.name] = Wait(waits_for=(own.name,), not_ended=own.not_ended)
+            elif ask.name not in self._go:  # one that goes asks again when it has gone
+                self._give_turn(ask)
+                if ask.pressing and not _is_overdue(ask, self._now, self._rules) and ask.name in self._wait:
+                    self._look_at(ask.since + self._rules.max_wait)
+        self._spare()
+        return Moves(
+            self._admit, self._go, self._go_for, self._place, self._short, self._wait,
+            self._look_again, tuple(self._stuck), tuple(self._refuse),
+        )  # fmt: skip
+
+    def _give_turn(self, ask: Ask) -> None:
+        ledger = self._ledger
+        if (where := ledger.fits(ask, measured=True)) is not None:
+            self._admit[ask.name] = where
+            ledger.admit(ask, where)
+        elif (where := ledger.fits(ask, measured=False)) is not None:
+            self._lacks(ask, where)
+        elif (where := ledger.will_fit(ask)) is not None:
+            self._promise(ask, where)
+        elif ledger.never_fits(ask):
+            self._is_stuck(ask)
+        elif ask.pressing and (plan := self._planner.plan(ask)) is not None:
+            self._follow(ask, plan)
+        elif (where := self._planner.foreign_in_the_way(ask)) is not None:
+            self._lacks_for_others(ask, where)
+        else:
+            self._note_wait(ask, ask.only or tuple(ask.needs))
+
+    def _promise(self, ask: Ask, where: Where) -> None:
+        self._note_wait(ask, where)
+        self._place[ask.name] = where
+        self._ledger.promise(ask, where)
+
+    def _is_stuck(self, ask: Ask) -> None:
+        if ask.name not in self._ledger.holds:
+            self._stuck.append(ask.name)
+        elif ask.pressing:  # where it sleeps: so it gives that up, and asks for another place
+            self._ask_to_go(ask, {ask.name: Depth.STOP})
+        self._note_wait(ask, ask.only or tuple(ask.needs))
+
+    def _follow(self, ask: Ask, plan: Plan) -> None:
+        """Now, where it is time; else its turn is kept where it has waited too long, and lesser ones stay away."""
+        is_time = plan.at <= self._now + _EARLY_SECONDS
+        if is_time:
+            self._ask_to_go(ask, plan.go)
+            self._planned |= plan.go.keys()
+        else:
+            self._look_at(plan.at)
+        self._note_wait(ask, plan.where, plan)
+        if is_time or _is_overdue(ask, self._now, self._rules):
+            self._place[ask.name] = plan.where
+            self._ledger.promise(ask, plan.where)
+        else:
+            self._ledger.reserve(ask, plan.where)
+
+    def _spare(self) -> None:
+        """Nobody goes, or as far, who need not, now that it is known who else goes: some make room on several."""
+        ledger = self._ledger
+        for hold in self._planner.by_worth(ledger.holds[name] for name in self._planned):
+            depth = self._go.pop(hold.name)
+            ledger.stay(hold, depth)
+            left = {device: ledger.left_later(self._asks[ledger.next[device]], device) + hold.takes[device]
+                    for device in hold.takes.keys() & ledger.next.keys()}  # fmt: skip
+            enough = {device: size for device, size in left.items() if size >= hold.keeps_of(device, depth)}
+            if (needed := least(hold, enough)) is None:
+                del self._go_for[hold.name]
+            else:
+                self._go[hold.name] = needed
+                ledger.leave({hold.name: needed})
+
+    def _lacks(self, ask: Ask, where: Where) -> None:
+        """The devices have less than the ledger says. After a while one more goes; after another it is refused."""
+        if not ask.pressing:
+            self._note_wait(ask, where)
+            return
+        short = ask.short or Short(self._now)
+        if any(hold.standing in {Standing.YIELDS, Standing.GOES} for hold in self._ledger.on(where)):
+            short = Short(self._now, short.evicted)  # more may come back
+        if self._is_over(short):
+            more = None if short.evicted else self._planner.one_more(ask, where)
+            if more is None:
+                self._note_wait(ask, where)
+                self._refuse.append(ask.name)
+                return
+            self._ask_to_go(ask, {more: Depth.STOP})
+            short = Short(self._now, evicted=True)
+        self._short[ask.name] = short
+        self._promise(ask, where)
+
+    def _lacks_for_others(self, ask: Ask, where: Where) -> None:
+        """Other programs have what it needs. They may go; after a while it is refused."""
+        self._note_wait(ask, where)
+        short = ask.short or Short(self._now)
+        if ask.pressing and self._is_over(short):
+            self._refuse.append(ask.name)
+        elif ask.pressing:
+            self._short[ask.name] = short
+
+    def _is_over(self, short: Short) -> bool:
+        at = short.since + _SHORT_SECONDS
+        if at <= self._now + _EARLY_SECONDS:
+            return True
+        self._look_at(at)
+        return False
+
+    def _ask_to_go(self, ask: Ask, go: Mapping[str, Depth]) -> None:
+        self._go |= go
+        self._go_for |= dict.fromkeys(go, ask.name)
+        self._ledger.leave(go)
+
+    def _look_at(self, at: float) -> None:
+        self._look_again = min(self._look_again, at)
+
+    def _note_wait(self, ask: Ask, where: Where, plan: Plan | None = None) -> None:
+        """Before its own promise is in the ledger."""
+        ledger = self._ledger
+        on = [hold for hold in ledger.on(name for name in where if name in ledger.devices) if hold.name != ask.name]
+        leaving = {hold.name for hold in on if hold.standing not in _STAY or hold.name in self._go}
+        turns = {turn for name in where for turn in (ledger.next.get(name), ledger.reserved.get(name)) if turn}
+        at = math.inf if plan is None and not leaving else self._now
+        self._wait[ask.name] = Wait(
+            where,
+            tuple(sorted(leaving.union(plan.go if plan else ()))),
+            tuple(sorted(turns)),
+            at if plan is None else max(plan.at, at),
+            next((hold.not_ended for hold in on if hold.not_ended is not None), None),
+        )
