@@ -23,7 +23,7 @@ from vllm_proxy import cli
 from vllm_proxy.api.openapi_keys import KEYS, OF_A_KEY
 from vllm_proxy.api.openapi_routes import OPERATIONS, Operation
 from vllm_proxy.domain import config, plan
-from vllm_proxy.domain.config import EngineDefaults, EngineSpec, KeyTable, Policy, Restart, Server
+from vllm_proxy.domain.config import Devices, EngineDefaults, EngineSpec, KeyTable, Policy, Restart, Server
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.units import parse_duration, parse_size, show, show_duration, show_size
 from vllm_proxy.errors import STATUS
@@ -256,6 +256,7 @@ TABLES: Mapping[str, Callable[[], str | tuple[Sequence[str], Rows]]] = {
     "keys of the server": lambda: _keys(
         Server, lambda key: "restart" if key in plan.RESTART_KEYS else "live", "server.", {}
     ),
+    "keys of devices": lambda: _keys(Devices, lambda _: "live", "devices.", words={}),
     "keys of a key": lambda: _keys(KeyTable, lambda _: "live", words=OF_A_KEY),
     "keys of all engines": lambda: _keys(
         EngineDefaults, lambda key: "replaces" if key in EngineSpec.model_fields else "live", "engine.", {}

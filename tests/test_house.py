@@ -10,7 +10,7 @@ import pytest
 
 from vllm_proxy import errors
 from vllm_proxy.domain import lifecycle
-from vllm_proxy.domain.config import EngineDefaults, KeyTable, ModelTable, Restart, Server
+from vllm_proxy.domain.config import Devices, EngineDefaults, KeyTable, ModelTable, Restart, Server
 from vllm_proxy.domain.file.parse import parse_config
 
 ROOT = Path(__file__).parent.parent
@@ -150,7 +150,7 @@ def test_the_example_shows_every_key_with_its_default() -> None:
     data = (ROOT / "models.toml.example").read_bytes()
     config = parse_config(data, "models.toml.example")
     text = data.decode()
-    for table in (Server, EngineDefaults, ModelTable, Restart, KeyTable):
+    for table in (Server, EngineDefaults, Devices, ModelTable, Restart, KeyTable):
         for key, field in table.model_fields.items():
             mark = (
                 "#? ?" if field.default in (None, ()) else ""

@@ -9,7 +9,7 @@ import pytest
 from tests import pages
 from vllm_proxy import cli
 from vllm_proxy.api.openapi_routes import OPERATIONS
-from vllm_proxy.domain.config import EngineDefaults, KeyTable, ModelTable, Restart, Server
+from vllm_proxy.domain.config import Devices, EngineDefaults, KeyTable, ModelTable, Restart, Server
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.errors import STATUS
 from vllm_proxy.help import TOPICS, anchor, sections
@@ -62,6 +62,7 @@ def test_every_key_is_in_both_tables_once() -> None:
     """In the one of all keys, and in the one of what a change costs."""
     keys = {*ModelTable.model_fields, *(f"server.{key}" for key in Server.model_fields)}
     keys |= {f"engine.{key}" for key in EngineDefaults.model_fields}
+    keys |= {f"devices.{key}" for key in Devices.model_fields}
     text = (pages.DOCS / "changes.md").read_text(encoding="utf-8")
     (table,) = (found["table"] for found in pages.BLOCK.finditer(text))
     shown = re.findall(r"`([a-z_.]+)`", "\n".join(row.split("|")[1] for row in table.splitlines()))

@@ -79,6 +79,7 @@ def test_a_model_needs_no_more_than_its_model() -> None:
         "quantization": None,
         "trust_remote_code": None,
         "gpu_memory_utilization": None,
+        "memory": None,
         "max_num_seqs": None,
         "devices": None,
         "command": None,
@@ -90,6 +91,8 @@ def test_a_model_needs_no_more_than_its_model() -> None:
         "enabled": True,
         "replicas": 1,
         "start": "always",
+        "priority": 0,
+        "yield_timeout": 300.0,
         "idle_timeout": 900.0,
         "startup_timeout": 600.0,
         "drain_timeout": 60.0,
@@ -167,7 +170,7 @@ def test_a_bad_id_is_refused_and_so_is_such_an_alias(model_id: str, message: str
     ("text", "expected"),
     [
         ("sever.port = 1", "1: sever: unknown key; did you mean server?"),
-        ("\nx = 1", "2: x: unknown key; expected one of server, engine, defaults, models, keys"),
+        ("\nx = 1", "2: x: unknown key; expected one of server, engine, devices, defaults, models, keys"),
         ("[server]\nprot = 1", "2: server.prot: unknown key; did you mean port?"),
         ("[engine.x]", "1: engine.x: unknown key; expected one of command, port_start, port_end, env"),
         ("[engine]\nport_begin = 1", "2: engine.port_begin: unknown key; did you mean port_end?"),
@@ -217,7 +220,7 @@ def test_a_missing_model_is_told_at_its_table(model: str) -> None:
         ("max_model_len = 0", 'max_model_len: expected a number of tokens such as 8192, "8k" or "auto", got 0'),
         ("max_model_len = true", 'max_model_len: expected a number of tokens such as 8192, "8k" or "auto", got true'),
         ('max_model_len = "8 k"', 'max_model_len: expected a number of tokens such as 8192, "8k" or "auto", got "8 k"'),
-        ('start = "on_demand"', 'start: expected one of "always", "on-demand", got "on_demand"'),
+        ('start = "on_demand"', 'start: expected one of "always", "warm", "on-demand", got "on_demand"'),
         ('dtype = "int8"',
          'dtype: expected one of "auto", "half", "float16", "bfloat16", "float", "float32", got "int8"'),
         ('dtype = "a\\nb"',
@@ -678,3 +681,24 @@ def clash(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
         or (isinstance(one[key], Mapping) and clash(one[key], two[key]))
         for key in one.keys() & two.keys()
     )
+
+
+def test_what_is_said_of_devices_counts() -> None:
+    """With the defaults of the contract for what is not said."""
+    assert parse("").devices.model_dump() == {
+        "source": "auto", "reserve": 512 * 2**20, "max_wait": 30.0, "min_residency": 10.0, "limit": {},
+    }  # fmt: skip
+    config = parse('[devices]\nsource = "cpu"\nmax_wait = "1m"\n[devices.limit]\n"0" = "40GiB"\n')
+    assert (config.devices.source, config.devices.max_wait, config.devices.limit) == ("cpu", 60.0, {"0": 40 * 2**30})
+
+
+def test_memory_and_a_share_are_two_ways_to_say_one_thing() -> None:
+    """In one table that is a problem; a model's own way beats the other one in the defaults."""
+    (told,) = problems(CHAT + 'memory = "20GiB"\ngpu_memory_utilization = 0.5\n')
+    assert told.startswith("3: models.chat.memory: expected either memory or gpu_memory_utilization")
+    (told,) = problems('[defaults]\nmemory = "1GiB"\ngpu_memory_utilization = 0.5\n' + CHAT)
+    assert "defaults.memory" in told
+    share = parse("[defaults]\ngpu_memory_utilization = 0.5\n" + CHAT + 'memory = "20GiB"\n').models["chat"].engine
+    assert (share.memory, share.gpu_memory_utilization) == (20 * 2**30, None)
+    size = parse('[defaults]\nmemory = "1GiB"\n' + CHAT + "gpu_memory_utilization = 0.5\n").models["chat"].engine
+    assert (size.memory, size.gpu_memory_utilization) == (None, 0.5)

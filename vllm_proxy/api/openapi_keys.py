@@ -30,6 +30,13 @@ DURATION: Schema = {
     ],
     "examples": ["90s", "1h30m", 90],
 }
+_SIZE: Schema = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0},
+        {"type": "string", "pattern": r"^\d{1,30}(\.\d{1,30})?\s*(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?$"},
+    ],
+    "examples": ["20GiB"],
+}
 _REFERENCES: dict[str, Schema] = {
     "file": {"type": "string", "minLength": 1, "pattern": r"^(?!credential:)[^\x00]+$"},
     "credential": {"type": "string", "pattern": r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,255}$"},
@@ -43,6 +50,7 @@ _TAKEN: dict[str, Schema] = {
         ],
         "examples": [8192, "8k", "auto"],
     },
+    "memory": _SIZE,
     "devices": {
         "type": "array",
         "items": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^[^, ]+$"}]},
@@ -74,8 +82,9 @@ KEYS = {
     "quantization": "How the weights are quantized.",
     "trust_remote_code": "Run Python code that comes with the model.",
     "gpu_memory_utilization": "This engine's share of each GPU's memory.",
+    "memory": "What this engine gets of each of its GPUs, in the place of `gpu_memory_utilization`; 0: it uses none.",
     "max_num_seqs": "Requests that the engine works on at once.",
-    "devices": "GPU indices or UUIDs, as `CUDA_VISIBLE_DEVICES`. Engines that share one load one after another.",
+    "devices": "GPU indices or UUIDs, as `CUDA_VISIBLE_DEVICES`: exactly these. Left out: those that have room.",
     "command": "Another vLLM for this model, over `engine.command`.",
     "env": 'Environment, over `engine.env`; a value that is a secret may stand elsewhere: `{ file = "…" }`, '
     '`{ credential = "…" }`. Shown as `***`.',
@@ -86,7 +95,10 @@ KEYS = {
     "aliases": "Other names that clients may send.",
     "enabled": "Whether it is offered and may run.",
     "replicas": "Instances.",
-    "start": "`on-demand`: started by the first request; later ones join the same start and wait in the queue.",
+    "start": "`always`: has its room for good; `warm`: runs whenever there is room that nobody waits for; `on-demand`: "
+    "started by the first request; later ones join the same start and wait in the queue.",
+    "priority": "Whose requests wait with more comes first, whose has less gives way first; never beats `max_wait`.",
+    "yield_timeout": "How long its running requests may take when others wait for its room; 0: they are never cut.",
     "idle_timeout": "On-demand: unload after this long with no request; 0 never.",
     "startup_timeout": "A start in which nothing moves for this long (no line, no download, no disk) has failed.",
     "drain_timeout": "For requests in flight before an engine is stopped.",

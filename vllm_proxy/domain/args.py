@@ -24,7 +24,7 @@ OWNED_PREFIX = "ssl-"
 OWN_KEYS = {
     name.replace("_", "-"): name
     for name in EngineSpec.model_fields
-    if name not in {"command", "env", "args", "devices"}
+    if name not in {"command", "env", "args", "devices", "memory"}
 } | {"device-memory-utilization": "gpu_memory_utilization"}
 # Options whose value is a secret, with the variable that says the same: every user may read a command line.
 VARIABLES = {"hf-token": "HF_TOKEN"}

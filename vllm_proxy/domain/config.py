@@ -134,7 +134,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 MaxModelLen = Annotated[int | str, BeforeValidator(_max_model_len)]
 Device = Annotated[int | str, BeforeValidator(_device)]
-Devices = Annotated[tuple[Device, ...], Strict(strict=False), AfterValidator(_each_once)]
+DeviceNames = Annotated[tuple[Device, ...], Strict(strict=False), AfterValidator(_each_once)]
 ModelName = Annotated[NonEmptyText, AfterValidator(_model_name)]
 Aliases = Annotated[tuple[Annotated[str, AfterValidator(_alias)], ...], Strict(strict=False)]
 Host = Annotated[NonEmptyText, AfterValidator(hosts.host)]
@@ -204,6 +204,16 @@ class Server(Table):
         return tuple(address.host for address in self.addresses if isinstance(address, TcpAddress))
 
 
+class Devices(Table):
+    """`[devices]`: what engines may have of the devices, and when one gives way to another. All of it live."""
+
+    source: NonEmptyText = "auto"  # auto, none, cpu, or a file with {name = {total = ..., free = ...}}
+    reserve: Bytes = 512 * 2**20  # of each device
+    max_wait: Seconds = 30.0
+    min_residency: Seconds = 10.0
+    limit: dict[NonEmptyText, Bytes] = {}  # by index or UUID
+
+
 class EngineDefaults(Table):
     """`[engine]`: how vLLM is started. `command` and `env` count as engine keys of every model."""
 
@@ -248,8 +258,9 @@ class EngineSpec(Table):
     quantization: NonEmptyText | None = None
     trust_remote_code: bool | None = None
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    memory: Bytes | None = None  # of each of its devices, in the place of gpu_memory_utilization; 0: it uses none
     max_num_seqs: Count | None = None
-    devices: Devices | None = None
+    devices: DeviceNames | None = None
     command: Command | None = None
     env: Environment = {}
     args: dict[str, Any] = {}  # names in kebab-case; checked by args.py
@@ -273,7 +284,9 @@ class Policy(Table):
     aliases: Aliases = ()
     enabled: bool = True
     replicas: Count = 1
-    start: Literal["always", "on-demand"] = "always"
+    start: Literal["always", "warm", "on-demand"] = "always"
+    priority: int = 0
+    yield_timeout: Seconds = 5 * 60.0
     idle_timeout: Seconds = 15 * 60.0
     startup_timeout: Seconds = 10 * 60.0
     drain_timeout: Seconds = 60.0
@@ -315,6 +328,7 @@ class Config:
     models: Mapping[str, ModelSpec]  # in the file's order
     keys: Mapping[str, Key] = field(default_factory=dict)  # those of the environment included
     attached: Mapping[str, str] = field(default_factory=dict)  # reference -> revision of the file, in reading order
+    devices: Devices = field(default_factory=Devices)
 
     @property
     def fingerprint(self) -> str:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from vllm_proxy.domain import secrets
-from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy, Restart, Server
+from vllm_proxy.domain.config import Devices, EngineSpec, ModelSpec, Policy, Restart, Server
 from vllm_proxy.domain.secrets import show
 from vllm_proxy.domain.toml import KeyPath, same
 from vllm_proxy.domain.units import parse_duration, parse_size, show_duration, show_size
@@ -100,8 +100,8 @@ def _of_one(old: ModelSpec | None, new: ModelSpec) -> Iterator[Action]:
 def _first(new: ModelSpec) -> Action:
     if not new.policy.enabled:
         return Action(Kind.UPDATE, new.id, "new, disabled", new)
-    later = "" if new.policy.start == "always" else "; its first request starts it"
-    return Action(Kind.START, new.id, f"new{later}", new)
+    later = {"always": "", "warm": "; it runs while nobody else wants the room"}
+    return Action(Kind.START, new.id, f"new{later.get(new.policy.start, '; its first request starts it')}", new)
 
 
 def _with_replicas(policy: Policy, replicas: int) -> Policy:
@@ -166,6 +166,7 @@ def table() -> str:
         (("[defaults]",), "as the same key in each model that does not say otherwise"),
         (("engine.command", "engine.env"), "replaces the engines of each model that takes its own from there"),
         (("engine.port_start", "engine.port_end"), "live, for engines that are started from now on"),
+        ([f"devices.{key}" for key in Devices.model_fields], "live: what runs stays where it is"),
         ([f"server.{key}" for key in server], "live"),
         ([f"server.{key}" for key in RESTART_KEYS], "the next start of the daemon: `/health` lists `pending_restart`"),
         (

@@ -11,6 +11,7 @@ from typing import Any
 from vllm_proxy.domain import args, secrets
 from vllm_proxy.domain.config import (
     Config,
+    Devices,
     EngineDefaults,
     EngineSpec,
     ModelSpec,
@@ -33,7 +34,8 @@ from vllm_proxy.domain.toml import KeyPath, dotted
 from vllm_proxy.domain.units import show
 from vllm_proxy.errors import ConfigError, Problem
 
-_TABLES = ("server", "engine", "defaults", "models", "keys")
+_TABLES = ("server", "engine", "devices", "defaults", "models", "keys")
+_EITHER = ("memory", "gpu_memory_utilization")  # say the same in two ways
 _NO_FILES = NoFiles()
 
 
@@ -74,16 +76,18 @@ def parse_config(
     server = _with_given_address(validate(Server, server_table, ("server",), found), overrides)
     found += _half_a_pair(server_table)
     engine = validate(EngineDefaults, _table(document, "engine", found), ("engine",), found)
+    devices = validate(Devices, _table(document, "devices", found), ("devices",), found)
     models = _models(document, engine or EngineDefaults(), found)
     found += _alias_clashes(_table(document, "models", []), _table(document, "defaults", []))
     found += _port_problems(engine, models)
     keys = KeyTables(files, given)
     found += keys.add(document)
     elsewhere = keys.add_file(server.keys_file, file, found) if server is not None and server.keys_file else []
-    if found or elsewhere or server is None or engine is None:
+    if found or elsewhere or server is None or engine is None or devices is None:
         problems = [*problems_at(found, text, overrides), *elsewhere]
         raise ConfigError(file, problems, attached=keys.attached)
-    return Config(revision_of(data), server, engine, {model.id: model for model in models}, keys.found, keys.attached)
+    by_id = {model.id: model for model in models}
+    return Config(revision_of(data), server, engine, by_id, keys.found, keys.attached, devices)
 
 
 def _half_a_pair(server: TomlTable) -> Iterator[Found]:
@@ -155,7 +159,10 @@ def _model(
     spelling = _spelling(defaults) | _spelling(table)
     merged = _merged(_canonical(defaults), _canonical(table))
     own = ("models", model_id)
-    mine: list[Found] = []
+    mine: list[Found] = [
+        ((*own, "memory"), "expected either memory or gpu_memory_utilization: both say how much of a device it gets")
+        for _ in range(all(merged.get(key) is not None for key in _EITHER))
+    ]
     valid = validate(ModelTable, merged, own, mine)
     options = merged.get("args")
     if isinstance(options, Mapping):
@@ -194,6 +201,8 @@ def _spelling(table: TomlTable) -> dict[str, str]:
 
 def _merged(defaults: TomlTable, table: TomlTable) -> dict[str, Any]:
     """A model's keys. What a variable of its own refers to is not merged with what the one in the defaults does."""
+    if table.keys() & {*_EITHER} and not defaults.keys() >= {*_EITHER}:  # its own way of saying it
+        defaults = {key: value for key, value in defaults.items() if key not in _EITHER}
     merged, env = merge(defaults, table), table.get("env")
     return {**merged, "env": {**merged["env"], **env}} if isinstance(env, Mapping) else merged
 
