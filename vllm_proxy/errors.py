@@ -177,6 +177,7 @@ STATUS = {
     "model_error": 503,
     "model_disabled": 503,
     "model_stopped": 503,
+    "no_room": 503,
     "queue_full": 503,
     "overloaded": 503,
     "shutting_down": 503,

@@ -6,7 +6,7 @@ from tests.engine.virtual import Stage, model, passes, settle, virtual
 from vllm_proxy.domain.address import TcpAddress
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.fleet.supervisor import Supervisor
-from vllm_proxy.traffic.registry import Endpoint
+from vllm_proxy.traffic.endpoint import Endpoint
 
 
 def two(stage: Stage) -> tuple[Endpoint, Endpoint]:

@@ -17,9 +17,10 @@ from vllm_proxy.domain.config import ModelSpec, Server
 from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.traffic.call import Call, observed
 from vllm_proxy.traffic.client import ClientConnection
+from vllm_proxy.traffic.endpoint import Endpoint
 from vllm_proxy.traffic.fan_out import fan_out
 from vllm_proxy.traffic.front import FrontRunner
-from vllm_proxy.traffic.registry import Endpoint, Registry
+from vllm_proxy.traffic.registry import Registry
 
 PATH = "/v1/responses/r"
 type Behaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

@@ -17,9 +17,10 @@ from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call, observed
+from vllm_proxy.traffic.endpoint import Endpoint
 from vllm_proxy.traffic.front import FrontRunner
 from vllm_proxy.traffic.realtime import Sessions, realtime
-from vllm_proxy.traffic.registry import Endpoint, Registry
+from vllm_proxy.traffic.registry import Registry
 
 PATH = "/v1/realtime"
 HEARTBEAT = 0.2

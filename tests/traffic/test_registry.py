@@ -13,7 +13,8 @@ from tests.engine.virtual import model, now, passes, settle, virtual
 from vllm_proxy.domain.address import TcpAddress
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import RequestError
-from vllm_proxy.traffic.registry import Endpoint, Lease, Registry
+from vllm_proxy.traffic.endpoint import Endpoint
+from vllm_proxy.traffic.registry import Lease, Registry
 
 
 def nobody() -> None:

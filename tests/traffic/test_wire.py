@@ -11,7 +11,7 @@ from aiohttp import web
 from tests.harness import at_unix_socket, free_port
 from vllm_proxy.domain.address import TcpAddress, UnixAddress
 from vllm_proxy.traffic import wire
-from vllm_proxy.traffic.registry import Endpoint
+from vllm_proxy.traffic.endpoint import Endpoint
 from vllm_proxy.traffic.wire import EngineConnection, Pool
 
 type Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

@@ -21,9 +21,10 @@ from vllm_proxy.domain.keys import Scope
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import ConfigError, RequestError
 from vllm_proxy.fleet.desired import Desired
+from vllm_proxy.fleet.failure import LastExit
 from vllm_proxy.fleet.model import Model
 from vllm_proxy.fleet.reconciler import Reconciler
-from vllm_proxy.fleet.supervisor import LastExit, Supervisor
+from vllm_proxy.fleet.supervisor import Supervisor
 from vllm_proxy.runtime.turns import in_turns
 from vllm_proxy.tls import Certificate
 from vllm_proxy.traffic.envelope import Handler

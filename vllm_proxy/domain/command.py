@@ -67,13 +67,15 @@ def argv(model_id: str, spec: EngineSpec, command: Sequence[str], place: Place) 
         model_id,
         place.own_name,
         f"--shutdown-timeout={ENGINE_SHUTDOWN_SECONDS}",
-        *_own_options(spec),
+        *_own_options(spec, place.allocation),
         *args.tokens({"disable-access-log-for-endpoints": "/health,/metrics,/v1/models", **spec.args}),
     ]
 
 
-def _own_options(spec: EngineSpec) -> list[str]:
+def _own_options(spec: EngineSpec, allocation: Allocation) -> list[str]:
     given = {name: value for name in _OPTIONS if (value := getattr(spec, name)) is not None}
+    if allocation.share is not None:
+        given["gpu_memory_utilization"] = allocation.share
     return args.tokens(given)
 
 

@@ -1,24 +1,26 @@
-"""Decides what the whole fleet does next, from a snapshot and the time; and why a start has to wait.
+"""Decides what the whole fleet does next, from a snapshot and the time.
 
-The only place where it is decided which instance starts, stops, is retried or given up, which start goes first, and
-when an idle model is unloaded (the only eviction there is: nothing is stopped to make room for another model). Pure and
-idempotent: `decide` is called after every event and considers only what is, so nothing that it returned ever has to be
-undone. `fleet/loop.py` carries it out. What concerns one model alone is in `rollout` (which instances make room for
-which) and `rollback` (which spec they run).
+The only place where it is decided which instance starts, stops, is retried or given up, and when an idle model is
+unloaded. Pure and idempotent: `decide` is called after every event and considers only what is, so nothing that it
+returned ever has to be undone. `fleet/loop.py` carries it out. Who gets room on the devices, and who gives way for it,
+is in `room`; what concerns one model alone is in `rollout` (which instances make room for which) and `rollback` (which
+spec they run).
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum, StrEnum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
 
-from vllm_proxy.domain import lifecycle, rollout
+from vllm_proxy.domain import lifecycle, rollout, room
 from vllm_proxy.domain.config import EngineSpec, Policy, Restart
-from vllm_proxy.domain.devices import Allocation, DeviceMap
 from vllm_proxy.domain.diagnose import Diagnosis
+from vllm_proxy.domain.eviction import Rules
+from vllm_proxy.domain.ledger import Ask, Device, Hold
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.domain.rollback import Attempt, Rollback
 from vllm_proxy.domain.rollout import Replica, Strategy
+from vllm_proxy.domain.room import Moves
 
 _STRATEGIES = {"auto": Strategy.ONE_BY_ONE, "surge": Strategy.SURGE, "drain": Strategy.DRAIN}
 _NEVER = math.inf
@@ -36,13 +38,14 @@ class Wanted(Enum):
 
 @dataclass(frozen=True, slots=True)
 class InstanceNow:
-    """One instance. `renew`: it is to be started anew, though it runs what is wanted."""
+    """One instance. `renew`: it is to be started anew, though it runs what is wanted. `yields`: it gives way."""
 
     index: int
     state: State
     engine: EngineSpec
     failure: Diagnosis | None = None  # why its last engine failed
     renew: bool = False
+    yields: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,29 +60,17 @@ class ModelNow:
     requested: bool = False  # a request came, and nobody served it
     waits_since: float | None = None  # when the oldest request came that waits for it; None: nobody waits
     idle_seconds: float = 0.0  # since a request held it or waited for it
-
-
-class ClaimState(StrEnum):
-    """What a claim is for."""
-
-    WAITING = "waiting"  # wants to start
-    LOADING = "loading"  # vLLM measures its devices: no other engine may start or leave there
-    LEAVING = "leaving"  # sets memory free: as above
-
-
-_DOING = {ClaimState.WAITING: "waits for", ClaimState.LOADING: "loads on", ClaimState.LEAVING: "is leaving"}
+    fits_beside: bool = True  # there is room for a new instance beside the old one
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
-    """An instance's claim on devices, while its engine starts or is ended. One that serves has none."""
+class RoomNow:
+    """The devices, who holds and who asks for memory of them. Times are of the loop's clock."""
 
-    key: int  # names the claim
-    instance: str  # "chat/0"
-    allocation: Allocation
-    state: ClaimState
-    not_ended: str | None = None  # why its engine could not be ended
-    untried: bool = False  # an engine of an earlier daemon that nobody has tried to end yet
+    devices: Mapping[str, Device] = field(default_factory=dict)
+    holds: Sequence[Hold] = ()
+    asks: Sequence[Ask] = ()
+    rules: Rules = field(default_factory=Rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +87,10 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The fleet at one moment: models that something happened to, every claim in the order they came, retries."""
+    """The fleet at one moment: models that something happened to, all of the room, retries."""
 
     models: Sequence[ModelNow] = ()
-    claims: Sequence[Claim] = ()
+    room: RoomNow | None = None
     retries: Sequence[Retry] = ()
 
 
@@ -116,39 +107,29 @@ class ModelDecision:
 
 
 @dataclass(frozen=True, slots=True)
-class NotNow:
-    """Why a start waits. `not_ended`: for an engine that could not be ended, which nobody knows to end soon."""
-
-    because: str
-    not_ended: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Decision:
     """What is done now, and what is not, with the reason."""
 
     models: Mapping[str, ModelDecision] = field(default_factory=dict)
-    admit: Mapping[int, Allocation] = field(default_factory=dict)  # claims that may start, with what they get
-    wait: Mapping[int, NotNow] = field(default_factory=dict)  # claims that may not
+    moves: Moves = field(default_factory=Moves)  # who may start, and who gives way
     retries: Mapping[str, float | None] = field(default_factory=dict)  # seconds until the next try; None: give up
 
     def and_of(self, other: "Decision") -> "Decision":
         """Of this part of the fleet and of another one."""
         return Decision(
             {**self.models, **other.models},
-            {**self.admit, **other.admit},
-            {**self.wait, **other.wait},
+            other.moves if self.moves == Moves() else self.moves,
             {**self.retries, **other.retries},
         )
 
 
 def decide(now: Snapshot, time: float) -> Decision:
     """What follows from what is. `time`: of the clock that the snapshot's times are of, in seconds."""
-    admit, wait = _admissions(now.claims)
+    here = now.room
+    moves = room.decide(time, here.devices, here.holds, here.asks, here.rules) if here and here.asks else Moves()
     return Decision(
         models={model.id: decide_model(model) for model in now.models},
-        admit=admit,
-        wait=wait,
+        moves=moves,
         retries={retry.instance: _next_try(retry, time) for retry in now.retries},
     )
 
@@ -159,21 +140,38 @@ def decide_model(model: ModelNow) -> ModelDecision:
     wanted = _wanted(model)
     rollback = model.rollback.update([Attempt(one.engine, one.state, one.failure) for one in model.instances])
     target = rollback.target
-    replicas = [Replica(one.index, one.state, one.engine == target and not one.renew) for one in model.instances]
+    yielding = tuple(one.index for one in model.instances if _yields(one))
+    replicas = [
+        Replica(one.index, State.UNLOADING if _yields(one) else one.state, one.engine == target and not one.renew)
+        for one in model.instances
+    ]
     runs = wanted is Wanted.RUN and policy.enabled
     steps = rollout.steps(replicas, policy.replicas if runs else 0, _strategy(model, target))
     recheck_in = max(0.0, _idle_seconds_left(model)) if wanted is Wanted.RUN else _NEVER
-    return ModelDecision(wanted, rollback, steps.stop, steps.start, rollback.needs_check, recheck_in)
+    return ModelDecision(wanted, rollback, (*steps.stop, *yielding), steps.start, rollback.needs_check, recheck_in)
+
+
+def _yields(one: InstanceNow) -> bool:
+    """Whether it was told to give way, and has not begun to."""
+    return one.yields and one.state is State.READY
 
 
 def _wanted(model: ModelNow) -> Wanted:
     asked = model.requested or model.waits_since is not None
     if model.wanted is Wanted.AWAIT and asked:
         return Wanted.RUN
+    if model.wanted is Wanted.RUN and model.policy.start == "on-demand" and _gave_way(model.instances):
+        return Wanted.AWAIT
     idle = not asked and model.idle_seconds > 0
     if model.wanted is Wanted.RUN and idle and _idle_seconds_left(model) < _NOW_SECONDS:
         return Wanted.AWAIT
     return model.wanted
+
+
+def _gave_way(instances: Sequence[InstanceNow]) -> bool:
+    """Whether what served is told to give way, all of it."""
+    served = [one for one in instances if one.state is State.READY]
+    return bool(served) and all(map(_yields, served)) and not any(one.state is State.LOADING for one in instances)
 
 
 def _idle_seconds_left(model: ModelNow) -> float:
@@ -187,6 +185,8 @@ def _idle_seconds_left(model: ModelNow) -> float:
 
 def _strategy(model: ModelNow, target: EngineSpec) -> Strategy:
     chosen = _STRATEGIES[model.policy.replace]
+    if chosen is Strategy.SURGE and not model.fits_beside:
+        chosen = Strategy.ONE_BY_ONE
     others = any(one.engine != target for one in model.instances if one.state is State.READY)
     # All run the same spec, so it is a manual restart: one by one keeps the others serving.
     return chosen if others or chosen is Strategy.SURGE else Strategy.ONE_BY_ONE
@@ -199,56 +199,3 @@ def _next_try(retry: Retry, time: float) -> float | None:
     pause = lifecycle.backoff_seconds(retry.failures, restart.backoff, restart.max_backoff, retry.jitter)
     left = retry.since + pause - time
     return left if left >= _NOW_SECONDS else 0.0
-
-
-class _ClaimQueue:
-    """Claims in the order they came. Finds what conflicts with one without a scan of all."""
-
-    def __init__(self, claims: Iterable[Claim] = ()) -> None:
-        self._by_instance: dict[str, Claim] = {}
-        self._by_device = DeviceMap[Claim]()
-        for claim in claims:
-            self.add(claim)
-
-    def add(self, claim: Claim) -> None:
-        """Behind all others."""
-        self._by_instance.setdefault(claim.instance, claim)
-        self._by_device.add(claim.allocation.devices, claim)
-
-    def conflict(self, claim: Claim) -> Claim | None:
-        """The claim that this one has to wait for: of the same instance, or on one of its devices."""
-        return self._by_instance.get(claim.instance) or self._by_device.holder(claim.allocation.devices)
-
-
-def _admissions(claims: Sequence[Claim]) -> tuple[dict[int, Allocation], dict[int, NotNow]]:
-    """Which starts may go now.
-
-    No engine starts while another loads on its devices, or has not left them; else first come, first served, so
-    that a start which needs many devices is not starved by small ones. Starts on other devices are not held up (no
-    head-of-line blocking). vLLM measures a device while it loads, so starts that share one go one after another, and
-    behind what leaves it.
-    """
-    admit: dict[int, Allocation] = {}
-    wait: dict[int, NotNow] = {}
-    untried = next((claim for claim in claims if claim.untried), None)
-    moving = [claim for claim in claims if claim.state is not ClaimState.WAITING]
-    queue, stuck = _ClaimQueue(moving), _ClaimQueue(claim for claim in moving if claim.not_ended is not None)
-    for claim in claims:
-        if claim.state is not ClaimState.WAITING:
-            continue
-        other = stuck.conflict(claim) or queue.conflict(claim)
-        if untried is not None:
-            wait[claim.key] = NotNow(f"{untried.instance}, which an earlier daemon left, is being ended")
-        elif other is not None:
-            wait[claim.key] = _not_now(other)
-        else:
-            admit[claim.key] = claim.allocation
-            claim = replace(claim, state=ClaimState.LOADING)  # noqa: PLW2901 - what it is for those behind it
-        queue.add(claim)
-    return admit, wait
-
-
-def _not_now(other: Claim) -> NotNow:
-    if other.not_ended is not None:
-        return NotNow(f"{other.instance} could not be ended: {other.not_ended}", not_ended=True)
-    return NotNow(f"{other.instance} {_DOING[other.state]} what it needs")

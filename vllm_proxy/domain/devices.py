@@ -1,11 +1,11 @@
-"""Allocations of GPUs: which devices an engine is given, and which allocations may overlap.
+"""Allocations of GPUs: what one engine is given, and what it uses where nobody manages devices.
 
-For `decide`, which admits starts, and for launchers. A device is named by its index or its UUID, as in
-CUDA_VISIBLE_DEVICES. No device is queried here, so an index and a UUID count as the same device.
+For `fleet`, which asks the room for them, and for launchers. A device is named by its index or its UUID, as in
+CUDA_VISIBLE_DEVICES. Where nobody manages devices none is queried, so an index and a UUID may be the same device.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm_proxy.domain.config import EngineSpec
 
@@ -16,8 +16,22 @@ ANY_DEVICE = "*"  # which GPUs it has is not known
 class Allocation:
     """What one instance is given. The spec says what it needs; where it runs is decided for each start."""
 
-    devices: frozenset[str] = frozenset()  # empty: it uses none
+    takes: Mapping[str, int] = field(default_factory=dict)  # bytes by device; 0: not managed; none: it uses none
     visible: tuple[str, ...] | None = None  # what CUDA_VISIBLE_DEVICES says; None: as the daemon has it
+    share: float | None = None  # `gpu_memory_utilization`, in the place of `memory`
+
+    @property
+    def devices(self) -> frozenset[str]:
+        """Those that it uses."""
+        return frozenset(self.takes)
+
+
+NO_DEVICES = Allocation()
+
+
+def unmanaged(devices: Iterable[str], visible: tuple[str, ...] | None = None) -> Allocation:
+    """These devices, of whose memory nothing is known."""
+    return Allocation(dict.fromkeys(devices, 0), visible)
 
 
 def allocation_for(spec: EngineSpec, inherited: Mapping[str, str]) -> Allocation:
@@ -25,53 +39,49 @@ def allocation_for(spec: EngineSpec, inherited: Mapping[str, str]) -> Allocation
 
     vLLM takes the first `tensor_parallel_size * pipeline_parallel_size` of the visible ones.
     """
+    if spec.memory == 0:
+        return Allocation(visible=())
     if spec.devices is not None:
         named = tuple(str(device) for device in spec.devices)
-        return Allocation(frozenset(named), named)
+        return unmanaged(named, named)
     count = (spec.tensor_parallel_size or 1) * (spec.pipeline_parallel_size or 1)
     visible = spec.env.get("CUDA_VISIBLE_DEVICES", inherited.get("CUDA_VISIBLE_DEVICES"))
     if isinstance(visible, Mapping):  # it stands elsewhere, and is read when the engine starts
-        return Allocation(frozenset({ANY_DEVICE}))
+        return unmanaged([ANY_DEVICE])
     if visible is None:
-        return Allocation(frozenset(str(index) for index in range(count)))
+        return unmanaged(str(index) for index in range(count))
     shown = [name.strip() for name in visible.split(",") if name.strip()]
-    return Allocation(frozenset(shown[:count]))
+    return unmanaged(shown[:count])
 
 
-NO_DEVICES = Allocation()
+class Names:
+    """What may be the same device under several names: an index and a UUID, and `ANY_DEVICE` and every other one.
 
-
-class DeviceMap[T]:
-    """Who was the first to have each device; asking takes as long for one holder as for thousands.
-
-    An index and a UUID may name the same device, and `ANY_DEVICE` may be each of them.
+    Made of all names that are in use. Each is given stand-ins, so that two of them may be one device where they have
+    one in common.
     """
 
-    def __init__(self) -> None:
-        self._first: dict[str, tuple[int, T]] = {}  # by name, with its place in the order
-        self._first_index: tuple[int, T] | None = None
-        self._first_other: tuple[int, T] | None = None  # a UUID, or any
-        self._count = 0
+    def __init__(self, used: Iterable[str]) -> None:
+        names = frozenset(used)
+        self._indices = [name for name in names if name.isdigit()]
+        self._others = [name for name in names if not name.isdigit() and name != ANY_DEVICE]
+        pairs = [f"{index} or {other}" for index in self._indices for other in self._others]
+        self._all = [*self._indices, *self._others, *pairs, ANY_DEVICE]
 
-    def add(self, devices: Iterable[str], holder: T) -> None:
-        """Let a holder have these, behind all that were added before."""
-        entry = (self._count, holder)
-        self._count += 1
+    def of(self, devices: Iterable[str]) -> tuple[str, ...]:
+        """The stand-ins of these devices."""
+        found: dict[str, None] = {}
         for device in devices:
-            self._first.setdefault(device, entry)
-            if device.isdigit():
-                self._first_index = self._first_index or entry
-            else:
-                self._first_other = self._first_other or entry
+            found |= dict.fromkeys(self._of_one(device))
+        return tuple(found)
 
-    def holder(self, devices: Iterable[str]) -> T | None:
-        """The first holder of what may be one of these; None: nobody has any of them."""
-        found = [entry for device in devices for entry in self._may_be(device) if entry is not None]
-        return min(found, key=lambda entry: entry[0])[1] if found else None
-
-    def _may_be(self, device: str) -> tuple[tuple[int, T] | None, ...]:
+    def _of_one(self, device: str) -> Iterable[str]:
         if device == ANY_DEVICE:
-            return self._first_index, self._first_other
+            return self._all
         if device.isdigit():
-            return self._first.get(device), self._first_other
-        return self._first.get(device), self._first_index, self._first.get(ANY_DEVICE)
+            return [device, *(f"{device} or {other}" for other in self._others)]
+        return [device, *(f"{index} or {device}" for index in self._indices)]
+
+    def all(self) -> list[str]:
+        """Every stand-in."""
+        return self._all

@@ -67,7 +67,7 @@ class Life:
 class Phase(StrEnum):
     """How far an instance is within its state."""
 
-    QUEUED = "queued"  # waits for another engine on its GPUs, for one that could not be ended, or for a port
+    QUEUED = "queued"  # waits for room on its devices, for an engine that could not be ended, or for a port
     IMPORTING = "importing"  # Python, PyTorch, vLLM
     DOWNLOADING = "downloading"
     LOADING_WEIGHTS = "loading_weights"
@@ -96,12 +96,14 @@ class Reason(StrEnum):
     STALLED = "stalled"
     KILLED = "killed"
     NOT_ENDED = "not_ended"  # an engine lives that was to be ended: this one's, or one in whose place it is to start
+    DOES_NOT_FIT = "does_not_fit"  # its devices cannot have what it needs, or other programs hold that
+    GAVE_WAY = "gave_way"  # another model waited for its room
     REPLACEMENT_FAILED = "replacement_failed"
     STOPPED_BY_HAND = "stopped_by_hand"
 
 
 # What no retry can mend before somebody changes the spec.
-FINAL = frozenset({Reason.INVALID_ARGUMENTS, Reason.COMMAND_NOT_FOUND})
+FINAL = frozenset({Reason.INVALID_ARGUMENTS, Reason.COMMAND_NOT_FOUND, Reason.DOES_NOT_FIT})
 
 
 def after(state: State, event: Event) -> State:

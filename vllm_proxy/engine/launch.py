@@ -20,7 +20,7 @@ from vllm_proxy.domain import command
 from vllm_proxy.domain.address import TcpAddress
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
-from vllm_proxy.domain.devices import Allocation, allocation_for
+from vllm_proxy.domain.devices import NO_DEVICES, Allocation, allocation_for
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.engine import cgroup, logs, vitals
@@ -42,6 +42,10 @@ log = structlog.get_logger()
 
 _MEMORY_SECONDS = 30.0
 _MUCH_MORE_MEMORY = 1.5  # times what it was
+_NO_TOTAL = (
+    "memory is a part of a device whose size nobody knows here: no device is managed ([devices] source); "
+    "write gpu_memory_utilization in its place"
+)
 
 
 class LaunchedEngine:
@@ -131,7 +135,7 @@ class Launcher:
     def allocation(self, spec: EngineSpec) -> Allocation:
         """What an engine of this spec needs, as long as nothing places it elsewhere."""
         if not self.has_gpus and spec.devices is None:
-            return Allocation()
+            return NO_DEVICES
         return allocation_for(spec, self.programs.inherited)
 
     def fingerprint(self, spec: EngineSpec) -> str:
@@ -165,6 +169,8 @@ class Launcher:
         """
         start = self.programs.command(model.engine)
         _refuse(await self.check.problems(model))
+        if model.engine.memory and allocation.share is None:
+            raise LaunchError(Reason.INVALID_ARGUMENTS, _NO_TOTAL)
         variables = await self.variables.read(model.engine)
         async with contextlib.AsyncExitStack() as stack:
             taken = stack.enter_context(contextlib.ExitStack())
@@ -272,6 +278,7 @@ class Launcher:
             place.instance, place.own_name, process.pid, process.started, str(place.address), place.credential,
             place.folder, log_file.recorded(process.pid), self.fingerprint(spec), log_start,
             datetime.now(UTC).isoformat(), devices=tuple(sorted(place.allocation.devices)),
+            takes=dict(place.allocation.takes), share=place.allocation.share or 0.0,
         )  # fmt: skip
         start = (place.instance, log_file.path, log_start, log_start)
         output = Output(*start, self.pass_on, most_bytes=log_file.most_bytes)

@@ -14,7 +14,7 @@ from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.engine.probe import Probe
 from vllm_proxy.runtime import clock
-from vllm_proxy.traffic.registry import Endpoint
+from vllm_proxy.traffic.endpoint import Endpoint
 
 log = structlog.get_logger()
 

@@ -12,7 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, Self
@@ -69,12 +69,15 @@ class EngineRecord:
     segments: tuple[str, ...] = ()  # its files in /dev/shm
     cgroup: str = ""  # the folder of its own, where it has one
     devices: tuple[str, ...] = (ANY_DEVICE,)  # the GPUs that it has
+    takes: Mapping[str, int] = field(default_factory=dict)  # bytes of each of them, where devices are managed
+    share: float = 0.0  # its `gpu_memory_utilization`, where the daemon chose that
     launched: Literal["process"] = "process"  # how it was; what another daemon launched in another way is not touched
 
     @property
     def place(self) -> Place:
         """Where it runs."""
-        address, allocation = parse_address(self.address), Allocation(frozenset(self.devices))
+        address, takes = parse_address(self.address), {name: self.takes.get(name, 0) for name in self.devices}
+        allocation = Allocation(takes, share=self.share or None)
         return Place(self.instance, self.own_name, address, self.credential, self.folder, allocation)
 
     @property
@@ -303,6 +306,8 @@ def _invariants(record: EngineRecord) -> list[tuple[str, bool]]:
         ("started_at", _is_moment(record.started_at) or not (record.started_at or record.spec)),
         ("segments", all(_SEGMENT.fullmatch(path) and "/../" not in path for path in record.segments)),
         ("cgroup", not record.cgroup or _is_cgroup_of(record)),
+        ("takes", all(0 <= size < 2**63 for size in record.takes.values())),
+        ("share", 0 <= record.share <= 1),
     ]
 
 

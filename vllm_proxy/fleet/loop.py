@@ -95,7 +95,7 @@ class FleetLoop:
         self._due_at: dict[Member, float] = {}  # every member, and when to decide about it though nothing happened
         self._changed: dict[Member, None] = {}  # in the order it happened
         self._retries: list[_PendingRetry] = []
-        self._next_try = _NEVER  # when the next engine that failed is started again
+        self._next_try = _NEVER  # when an engine that failed is started again, or another one may give way
         self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -242,14 +242,15 @@ class FleetLoop:
         self._next_try = time + _AFTER_FAULT_SECONDS  # where a bug is in the way
         with self._faults.contained("starts could not be decided about"):
             failures = [failure for failure in self._retries if not failure.again.done()]
-            snapshot = Snapshot(claims=self.room.claims(), retries=[failure.now() for failure in failures])
-            decision, whole = self._decide(snapshot, time)
-            self.room.follow(decision.admit, decision.wait)
+            here = self.room.now()
+            decision, whole = self._decide(Snapshot(room=here, retries=[one.now() for one in failures]), time)
+            self.room.follow(here, decision.moves, time)
             for failure in failures:
                 if failure.instance in decision.retries:
                     failure.follow(decision.retries[failure.instance])
             pauses = [seconds for seconds in decision.retries.values() if seconds]
-            self._next_try = time + min(*pauses, _NEVER, _NEVER if whole else _AFTER_FAULT_SECONDS)
+            again = min(*pauses, _NEVER, _NEVER if whole else _AFTER_FAULT_SECONDS)
+            self._next_try = min(time + again, decision.moves.look_again)
 
     def _decide(self, snapshot: Snapshot, time: float) -> tuple[Decision, bool]:
         """The decision, and whether it is complete: parts that a bug prevented are left out."""
@@ -266,6 +267,6 @@ def _parts(snapshot: Snapshot) -> Iterator[tuple[str, Snapshot]]:
     """What can be decided about by itself, with a name for the log."""
     for model in snapshot.models:
         yield model.id, Snapshot(models=[model])
-    yield "claims", Snapshot(claims=snapshot.claims)
+    yield "room", Snapshot(room=snapshot.room)
     for retry in snapshot.retries:
         yield retry.instance, Snapshot(retries=[retry])

@@ -20,6 +20,7 @@ from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.domain.rollback import Rollback
 from vllm_proxy.engine.state import EngineRecord
+from vllm_proxy.fleet.claims import Waits
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.supervisor import Supervisor
@@ -27,6 +28,7 @@ from vllm_proxy.runtime.background import run_once
 
 log = structlog.get_logger()
 
+_RUNS = frozenset({"always", "warm"})  # without a request
 _STOPPED_BY_HAND = Diagnosis(Reason.STOPPED_BY_HAND, "stopped by hand; start it by hand, or change it")
 
 
@@ -58,6 +60,8 @@ class Model:
         self._begun = False
         self._keep = False  # engines live on where the model ends
         self._requested = False  # a request came, and nobody served it
+        self._started_by_hand: float | None = None  # since then somebody waits for it, on the loop's clock
+        self._gave_way: Diagnosis | None = None
         self._rollback = Rollback(spec.engine)
         self._checking: asyncio.Task[None] | None = None
         self._renew: set[Supervisor] = set()  # to be started anew, though they run what is wanted
@@ -83,12 +87,19 @@ class Model:
         if not_ended := next((one.diagnosis for one in self.instances if _is_not_ended(one)), None):
             return not_ended
         if state is State.STOPPED:
-            return _STOPPED_BY_HAND if self.stopped_by_hand else None
+            return _STOPPED_BY_HAND if self.stopped_by_hand else self._gave_way
         if state is not State.ERROR and self._rollback.refusal is not None:
             return self._rollback.refusal
         if state not in {State.LOADING, State.ERROR}:
             return None
         return next((one.diagnosis for one in self.instances if one.state is state and one.diagnosis), None)
+
+    @property
+    def waits(self) -> Waits | None:
+        """Why it waits for room, where nothing of it serves or comes."""
+        if any(one.state is State.READY or one.engine is not None for one in self.instances):
+            return None
+        return next((one.waits for one in self.instances if one.waits is not None), None)
 
     @property
     def stopped_by_hand(self) -> bool:
@@ -134,7 +145,7 @@ class Model:
 
     def begin(self, records: Mapping[int, EngineRecord]) -> None:
         """Start what the file asks for; `records` are engines of an earlier daemon, by instance. Returns at once."""
-        asked = self.spec.policy.start == "always" or records
+        asked = self.spec.policy.start in _RUNS or records
         self._wanted = Wanted.RUN if asked else Wanted.AWAIT
         self._begun = True
         if records:
@@ -152,7 +163,7 @@ class Model:
             instance.spec = replace(spec, engine=instance.spec.engine)
         self._reset_rollback(spec)
         self._renew |= {one for one in self.instances if one.state is State.ERROR}
-        runs = spec.policy.start == "always" or self._wanted is Wanted.RUN
+        runs = spec.policy.start in _RUNS or self._wanted is Wanted.RUN
         self._want(Wanted.RUN if runs else Wanted.AWAIT)
 
     def end(self, *, keep: bool) -> asyncio.Future[None]:
@@ -170,11 +181,13 @@ class Model:
 
     def _start(self) -> None:
         self._renew |= {one for one in self.instances if one.state is State.ERROR}
+        self._started_by_hand = asyncio.get_running_loop().time()
         self._want(Wanted.RUN)
 
     def _restart(self) -> None:
         self._reset_rollback(self.spec)
         self._renew |= set(self.instances)
+        self._started_by_hand = asyncio.get_running_loop().time()
         self._want(Wanted.RUN)
 
     def _reset_rollback(self, spec: ModelSpec) -> None:
@@ -189,6 +202,7 @@ class Model:
     def _want(self, wanted: Wanted) -> None:
         if self._wanted is not Wanted.END:
             self._wanted = wanted
+        self._gave_way = None
         self._notify()
 
     def _notify(self) -> None:
@@ -200,7 +214,9 @@ class Model:
     def now(self) -> ModelNow:
         """As the loop decides about it."""
         instances = tuple(
-            InstanceNow(one.index, one.state, one.spec.engine, one.failure, one in self._renew)
+            InstanceNow(
+                one.index, one.state, one.spec.engine, one.failure, one in self._renew, one.gives_way_to is not None
+            )
             for one in self.instances
         )
         policy, registry = self.spec.policy, self._shared.registry
@@ -209,6 +225,7 @@ class Model:
             requested=self._requested,
             waits_since=registry.waits_since(self.name),
             idle_seconds=registry.idle_seconds(self.name),
+            fits_beside=policy.replace != "surge" or self._fits_beside(),
         )  # fmt: skip
 
     def carry_out(self, decided: ModelDecision) -> None:
@@ -242,7 +259,7 @@ class Model:
         is_visible = (refused, wanted) != (self._rollback.failed, self._wanted)
         if (self._wanted, wanted) == (Wanted.AWAIT, Wanted.RUN):
             log.info("started by a request", model=self.name)
-        if (self._wanted, wanted) == (Wanted.RUN, Wanted.AWAIT):
+        if (self._wanted, wanted) == (Wanted.RUN, Wanted.AWAIT) and not any(one.gives_way_to for one in self.instances):
             log.info("unloaded: no request for a while", model=self.name)
         self._rollback, self._wanted = decided.rollback, wanted
         if decided.check and self._checking is None and not self.ends:
@@ -253,12 +270,15 @@ class Model:
     def _start_instance(self, instance: Supervisor) -> None:
         instance.spec = replace(self.spec, engine=self._rollback.target)
         self._renew.discard(instance)
+        self._gave_way = None
         if instance not in self.instances:
             self.instances = _in_order([*self.instances, instance])
         instance.start()
 
     def _stop_instance(self, instance: Supervisor) -> None:
         self._renew.discard(instance)
+        if instance.gives_way_to is not None:
+            self._note_gave_way(instance.gives_way_to)
         leaving = self._leaving[instance] = instance.stop(keep=self._keep)
 
         def left(_: asyncio.Task[None]) -> None:
@@ -267,6 +287,27 @@ class Model:
             self._shared.loop.changed(self)
 
         leaving.add_done_callback(left)
+
+    def _note_gave_way(self, for_whom: str) -> None:
+        whom, when = for_whom.removesuffix("/0"), datetime.now(UTC).strftime("%H:%M:%S")
+        again = "its next request starts it" if self.spec.policy.start == "on-demand" else "it waits for room"
+        self._gave_way = Diagnosis(Reason.GAVE_WAY, f"gave way to {whom} at {when} UTC; {again}")
+        log.info("gives way", model=self.name, to=whom)
+
+    def _fits_beside(self) -> bool:
+        """Whether a new instance has, or would have, its room beside an old one that serves."""
+        old = [one for one in self.instances if one.state is State.READY]
+        new = [one for one in self.instances if one.state is State.LOADING]
+        if not old or any(one.engine is not None for one in new):
+            return True
+        return self._shared.loop.room.fits_beside(replace(self.spec, engine=self._rollback.target))
+
+    def _wanted_since(self) -> float | None:
+        """Since when a request or a person has waited for it, on the loop's clock."""
+        if self.state is State.READY:
+            self._started_by_hand = None
+        since = [self._shared.registry.waits_since(self.name), self._started_by_hand]
+        return min((one for one in since if one is not None), default=None)
 
     def _adjust_instances(self) -> None:
         """As many instances as the file asks for, and those that still leave."""
@@ -279,7 +320,7 @@ class Model:
         self.instances = _in_order([*kept, *missing])
 
     def _supervisor(self, index: int) -> Supervisor:
-        return Supervisor(self.spec, index, self._shared, self.history, self._notify)
+        return Supervisor(self.spec, index, self._shared, self.history, self._notify, wanted_since=self._wanted_since)
 
     def _begin_check(self, wanted: ModelSpec) -> None:
         # A check that failed has found nothing; the start of the engine will find it.

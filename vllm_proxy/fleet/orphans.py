@@ -14,7 +14,7 @@ from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.engine.ending import end_engine
 from vllm_proxy.engine.process import end_processes, is_alive
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
-from vllm_proxy.fleet.room import Departure
+from vllm_proxy.fleet.claims import Leftover
 
 log = structlog.get_logger()
 
@@ -67,8 +67,8 @@ async def end_orphans(records: Iterable[EngineRecord], state: StateDirectory) ->
 class Orphan:
     """An orphan that is being ended. `changed` is called when that failed, and when it is gone."""
 
-    def __init__(self, departure: Departure, changed: Callable[[], None]) -> None:
-        self._departure = departure
+    def __init__(self, leftover: Leftover, changed: Callable[[], None]) -> None:
+        self._leftover = leftover
         self._changed = changed
 
     def stop_timeout(self) -> float:
@@ -80,10 +80,10 @@ class Orphan:
 
     def not_ended(self, why: str) -> None:
         """Starts that need its devices keep waiting."""
-        self._departure.failed(why)
+        self._leftover.failed(why)
         self._changed()
 
     def ended(self) -> None:
         """Its claim is withdrawn."""
-        self._departure.done()
+        self._leftover.done()
         self._changed()

@@ -13,7 +13,6 @@ from pathlib import Path
 import structlog
 
 from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec
-from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.domain.plan import Action
 from vllm_proxy.engine.ending import LAST_TRIES_SECONDS
@@ -59,6 +58,8 @@ class Reconciler:
         self.config = config
         self.registry = shared.registry
         self._shared = shared
+        self._room = shared.loop.room
+        self._room.unmanaged = shared.launcher.allocation
         self._state = state
         self._fingerprint = fingerprint
         self._listeners: list[Callable[[Model], None]] = []
@@ -219,20 +220,19 @@ class Reconciler:
             if model := self._models.get(model_id) or next(iter(self._models.values()), None):
                 notify(self._listeners, model)
 
-        allocation = Allocation(frozenset(record.devices))
-        departure = self._shared.loop.room.leave(record.instance, allocation, untried=True)
-        end = partial(self._shared.launcher.end_orphan, record, Orphan(departure, changed))
-        return run_once(
-            end, f"end of {record.instance}", lambda: departure.failed("a fault of the daemon: see its log")
-        )
+        leftover = self._room.leave(record.instance, record.place.allocation.takes)
+        end = partial(self._shared.launcher.end_orphan, record, Orphan(leftover, changed))
+        return run_once(end, f"end of {record.instance}", lambda: leftover.failed("a fault of the daemon: see its log"))
 
     def not_ended(self) -> dict[str, str]:
         """The instances whose engines could not be ended, those of an earlier daemon included, and why."""
-        return self._shared.loop.room.not_ended()
+        return self._room.not_ended()
 
     def _changed(self, model: Model) -> None:
         notify([self._report, *self._listeners], model)
 
     def _report(self, model: Model) -> None:
         message = model.diagnosis.message if model.diagnosis else None
+        waits = model.waits
+        self.registry.report_room(model.spec.id, waits and waits.no_room, waits and waits.ready_in)
         self.registry.report(model.spec.id, model.state, message, stopped_by_hand=model.stopped_by_hand)

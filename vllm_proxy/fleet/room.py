@@ -1,140 +1,287 @@
-"""The claims of instances on devices: while an engine wants to start, loads, or is ended.
+"""Every claim on devices: who has what, who waits, and what was decided about it.
 
-Owns the claims and their order, for supervisors, which make and withdraw them. Who may start is not decided here: each
-change wakes the fleet loop, and `domain/decide.py` says who is admitted and why others are not.
+Owns the claims, from before an engine starts until nothing of it is left. Who may start, where, and who gives way for
+it is decided by `domain/room.py`: the fleet loop has it decide about `now()` after every change, and `follow` carries
+that out. Where devices are not managed, engines take turns on those that they use.
 """
 
 import asyncio
-import itertools
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
-from vllm_proxy.domain.decide import Claim, ClaimState, NotNow
-from vllm_proxy.domain.devices import Allocation
-from vllm_proxy.runtime.background import notify
+from vllm_proxy.domain import fit, room, waiting
+from vllm_proxy.domain.config import EngineSpec, ModelSpec
+from vllm_proxy.domain.decide import RoomNow
+from vllm_proxy.domain.devices import NO_DEVICES, Allocation, Names
+from vllm_proxy.domain.ledger import Ask, Device, Hold, Standing, Where, admitted
+from vllm_proxy.domain.lifecycle import Reason
+from vllm_proxy.domain.placement import Machine
+from vllm_proxy.domain.room import Moves, Wait
+from vllm_proxy.fleet.claims import Claim, Leftover, Tenant, Waits
 
-_MOST_NOTIFIED = 100  # waiting starts in one turn of the loop: each notification has listeners
-
-
-def _ignore(_why: NotNow | None) -> None:
-    """No listener."""
-
-
-class _Entry:
-    """A claim, and the start that waits for its admission."""
-
-    def __init__(self, claim: Claim, on_change: Callable[[NotNow | None], None] = _ignore) -> None:
-        self.claim = claim
-        self.admitted: asyncio.Future[Allocation] = asyncio.get_running_loop().create_future()
-        self._on_change = on_change
-        self._last: NotNow | None = None
-
-    def admit(self, allocation: Allocation) -> None:
-        """Admit its start, unless that is wanted no more."""
-        if not self.admitted.done():
-            self.claim = replace(self.claim, state=ClaimState.LOADING, allocation=allocation)
-            self.admitted.set_result(allocation)
-            self.notify_waiting(None)
-
-    def notify_waiting(self, why: NotNow | None) -> bool:
-        """Report why it waits, once for each change; whether it was one."""
-        if why == self._last or (why is not None and self.admitted.done()):
-            return False
-        self._last = why
-        notify([self._on_change], why)
-        return True
+_INSTANT = 1e-6  # seconds
+_MOST_TOLD = 100  # waiting starts in one turn of the loop: each notification has listeners
 
 
-class Departure:
-    """The claim of an engine that is being ended: nothing that needs its devices may start meanwhile."""
+def _not_managed() -> Machine | None:
+    return None
 
-    def __init__(self, room: "Room", entry: _Entry) -> None:
-        self._room = room
-        self._entry = entry
 
-    def failed(self, why: str) -> None:
-        """It could not be ended; that is tried again."""
-        self._room.change(self._entry, not_ended=why)
-
-    def done(self) -> None:
-        """Nothing of it is left."""
-        self._room.remove(self._entry)
+def _none_used(_: EngineSpec) -> Allocation:
+    return NO_DEVICES
 
 
 class Room:
-    """Every claim. `wake` is called after each change."""
+    """The claims of one daemon. `wake` is called after each change."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
+        self.machine: Callable[[], Machine | None] = _not_managed  # the devices; None: nobody manages them
+        self.unmanaged: Callable[[EngineSpec], Allocation] = _none_used  # what an engine uses where nobody does
+        self.last = RoomNow()  # what was decided about last, and what was decided
+        self.moves = Moves()
         self._wake = wake
-        self._leaving: dict[int, _Entry] = {}  # by key; in the order they came
-        self._starting: dict[int, _Entry] = {}
-        self._keys = itertools.count()
+        self._last_came = -math.inf
+        self._claims: dict[Claim, None] = {}  # in the order they came
+        self._leftovers: dict[Leftover, None] = {}
 
-    @asynccontextmanager
-    async def hold(
-        self,
-        instance: str,
-        allocation: Allocation,
-        *,
-        at_once: bool = False,
-        on_change: Callable[[NotNow | None], None] = _ignore,
-    ) -> AsyncIterator[Allocation]:
-        """Wait for admission, then keep others off its devices. Gives what it was allocated.
+    # For supervisors
 
-        `at_once`: do not wait, since the engine runs already. `on_change`: called with why it waits, and with None when
-        nothing is in its way any more.
-        """
-        state = ClaimState.LOADING if at_once else ClaimState.WAITING
-        entry = _Entry(Claim(next(self._keys), instance, allocation, state), on_change)
-        self._starting[entry.claim.key] = entry
+    def ask(self, tenant: Tenant) -> Claim:
+        """An instance wants to start."""
+        return self._add(tenant)
+
+    def hold(self, tenant: Tenant, allocation: Allocation) -> Claim:
+        """An engine runs already, and loads as far as anybody knows: it is admitted as it is."""
+        claim = self._add(tenant)
+        claim.admit(allocation)
+        return claim
+
+    def leave(self, name: str, takes: Mapping[str, int]) -> Leftover:
+        """An engine that an earlier daemon left is ended. Nothing starts at all before that was tried."""
+        left = Leftover(name, takes, self._changed)
+        self._leftovers[left] = None
         self._wake()
-        try:
-            yield allocation if at_once else await entry.admitted
-        finally:
-            self.remove(entry)
-
-    def leave(self, instance: str, allocation: Allocation, *, untried: bool = False) -> Departure:
-        """Keep starts waiting that need this engine's devices and are not admitted yet, until it is gone.
-
-        `untried`: an earlier daemon left it. Until an attempt to end it was made, nothing starts at all: its port
-        and its memory may be in use.
-        """
-        entry = _Entry(Claim(next(self._keys), instance, allocation, ClaimState.LEAVING, untried=untried))
-        self._leaving[entry.claim.key] = entry
-        self._wake()
-        return Departure(self, entry)
-
-    def claims(self) -> tuple[Claim, ...]:
-        """In the order they came; those of leaving engines first."""
-        return tuple(entry.claim for entry in (*self._leaving.values(), *self._starting.values()))
-
-    def follow(self, admit: Mapping[int, Allocation], wait: Mapping[int, NotNow]) -> None:
-        """Admit the starts that may go, and report to the others why not. Called by the fleet loop."""
-        for key, allocation in admit.items():
-            if entry := self._starting.get(key):
-                entry.admit(allocation)
-        notified = 0
-        for key, why in wait.items():
-            if notified == _MOST_NOTIFIED:
-                self._wake()
-                return
-            if entry := self._starting.get(key):
-                notified += entry.notify_waiting(why)
+        return left
 
     def not_ended(self) -> dict[str, str]:
         """The instances whose engines could not be ended, and why."""
-        claims = (entry.claim for entry in self._leaving.values())
-        return dict(sorted((claim.instance, claim.not_ended) for claim in claims if claim.not_ended is not None))
+        every = (*self._claims, *self._leftovers)
+        return dict(sorted((one.name, one.not_ended) for one in every if one.not_ended is not None))
 
-    def change(self, entry: _Entry, *, not_ended: str) -> None:
-        """Its engine could not be ended."""
-        entry.claim = replace(entry.claim, not_ended=not_ended, untried=False)
+    def is_asked(self) -> bool:
+        """Whether anybody waits."""
+        return any(claim.waits for claim in self._claims)
+
+    def fits_beside(self, model: ModelSpec) -> bool:
+        """Whether one more instance of a model would find its room now, and nobody had to give way."""
+        return self.place_of(model) is not None
+
+    def place_of(self, model: ModelSpec) -> Where | None:
+        """Where one more instance of a model would run, as things are; None: it would have to wait."""
+        machine = self.machine()
+        if machine is None:
+            return ()
+        now, wish = self._managed(machine), machine.wish(model)
+        ask = Ask(f"{model.id}/+", model.id, wish.needs, wish.count, wish.only, since=math.inf, pressing=False)
+        return room.decide(0.0, now.devices, now.holds, [*now.asks, ask], now.rules).admit.get(ask.name)
+
+    def _add(self, tenant: Tenant) -> Claim:
+        # Nobody came at the same time as another one, so that they get their turns in that order.
+        self._last_came = max(asyncio.get_running_loop().time(), self._last_came + _INSTANT)
+        claim = Claim(tenant, self._last_came, self._changed)
+        self._claims[claim] = None
+        self._wake()
+        return claim
+
+    def _changed(self, one: Claim | Leftover) -> None:
+        if one.is_done and isinstance(one, Claim):
+            self._claims.pop(one, None)
+        elif one.is_done and isinstance(one, Leftover):
+            self._leftovers.pop(one, None)
         self._wake()
 
-    def remove(self, entry: _Entry) -> None:
-        """It needs nothing any more."""
-        key = entry.claim.key
-        self._leaving.pop(key, None)
-        self._starting.pop(key, None)
+    # What is: for the fleet loop
+
+    def now(self) -> RoomNow:
+        """Who holds and who asks."""
+        machine = self.machine()
+        return self._taking_turns() if machine is None else self._managed(machine)
+
+    def _managed(self, machine: Machine) -> RoomNow:
+        takes = {claim: self._taken(claim, machine) for claim in self._claims if claim.allocation is not None}
+        held = {claim.name: sizes for claim, sizes in takes.items()}
+        left = {one: machine.renamed(one.takes) for one in self._leftovers}
+        devices = machine.devices({one.name: dict(sizes) for one, sizes in left.items()} | held)
+        holds = [*self._leftover_holds(left), *(_hold(claim, sizes) for claim, sizes in takes.items())]
+        return RoomNow(devices, holds, list(self._asks(machine)), machine.eviction)
+
+    def _asks(self, machine: Machine) -> Iterator[Ask]:
+        stays = Counter(claim.model for claim in self._claims if claim.stays)
+        waiting: set[str] = set()
+        for claim in self._waiting():
+            spec = claim.tenant.spec
+            always, wanted_since = spec.policy.start == "always", claim.tenant.wanted_since()
+            first = claim.model not in waiting and not stays[claim.model]
+            waiting.add(claim.model)
+            # One that comes beside an old one, to take its place, makes nobody go.
+            pressing = stays[claim.model] < spec.policy.replicas if always else wanted_since is not None and first
+            since = claim.since if always or wanted_since is None else min(wanted_since, claim.since)
+            wish = machine.wish(spec, claim.measured)
+            yield Ask(
+                claim.name, claim.model, wish.needs, wish.count, wish.only, always, spec.policy.priority, since,
+                pressing, claim.place, claim.short,
+            )  # fmt: skip
+
+    def _taken(self, claim: Claim, machine: Machine) -> Mapping[str, int]:
+        """What it has of each device."""
+        assert claim.allocation is not None, "it was admitted"
+        takes = machine.renamed(claim.allocation.takes)
+        if takes and not all(takes.values()):  # it came while nobody managed the devices
+            takes = machine.held_by(claim.tenant.spec, takes)
+        if claim.standing is not Standing.SERVES or claim.found is None:
+            return takes
+        return {name: fit.held(size, claim.found) for name, size in takes.items()}
+
+    def _taking_turns(self) -> RoomNow:
+        """Nobody knows what they have of their devices, so who serves is in nobody's way."""
+        wishes = {claim: self.unmanaged(claim.tenant.spec.engine) for claim in self._waiting()}
+        moving = {
+            claim: claim.allocation
+            for claim in self._claims
+            if claim.allocation is not None and claim.standing is not Standing.SERVES
+        }
+        used = (one.takes for one in (*wishes.values(), *moving.values(), *self._leftovers))
+        names = Names(name for takes in used for name in takes)
+        holds = [
+            *self._leftover_holds({one: dict.fromkeys(names.of(one.takes), 0) for one in self._leftovers}),
+            *(_hold(claim, dict.fromkeys(names.of(allocation.takes), 0)) for claim, allocation in moving.items()),
+        ]
+        asks = []
+        for claim, allocation in wishes.items():
+            only = names.of(allocation.takes)
+            needs = dict.fromkeys(only, 0)
+            asks.append(Ask(claim.name, claim.model, needs, len(only), only, since=claim.since, place=claim.place))
+        return RoomNow(dict.fromkeys(names.all(), Device()), holds, asks)
+
+    def _waiting(self) -> Iterator[Claim]:
+        return (claim for claim in self._claims if claim.waits)
+
+    def _leftover_holds(self, takes: Mapping[Leftover, Mapping[str, int]]) -> Iterator[Hold]:
+        running = {claim.name for claim in self._claims if not claim.waits}
+        for one, sizes in takes.items():
+            name = f"an earlier {one.name}" if one.name in running else one.name
+            yield Hold(name, "", sizes, Standing.GOES, not_ended=one.not_ended, untried=one.untried)
+
+    # What was decided: by the fleet loop
+
+    def follow(self, now: RoomNow, moves: Moves, time: float) -> None:
+        """Carry out what was decided about `now`, and report to those who wait why."""
+        self.last, self.moves = now, moves
+        claims = {claim.name: claim for claim in self._waiting()}
+        asks = {ask.name: ask for ask in now.asks}
+        for name in moves.admit.keys() & claims.keys():
+            self._admit(claims.pop(name), moves.admit[name], asks[name])
+        for claim in [claim for claim in self._claims if claim.name in moves.go]:
+            if claim.standing is Standing.SERVES:
+                claim.give_way(moves.go_for[claim.name])
+        self._let_go()
+        reports = _Reports(now, moves, time, self._claims)
+        for name, claim in claims.items():
+            claim.place, claim.short = moves.place.get(name, ()), moves.short.get(name)
+            if name in moves.refuse:
+                claim.refuse(reports.refusal(asks[name], self._foreign()))
+        self._watch_idle()
+        if not reports.tell(claims, self._foreign()):
+            self._wake()
+
+    def _admit(self, claim: Claim, where: Where, ask: Ask) -> None:
+        machine, spec = self.machine(), claim.tenant.spec
+        if machine is None:
+            claim.admit(self.unmanaged(spec.engine))
+        else:
+            claim.admit(machine.allocation(spec, where, ask.needs))
+
+    def _let_go(self) -> None:
+        """Memory is not set free beside an engine that measures it."""
+        comes = [claim for claim in self._claims if claim.standing is Standing.COMES]
+        for claim in self._claims:
+            if claim.is_drained and not any(claim.meets(other) for other in comes):
+                claim.let_go()
+
+    def _watch_idle(self) -> None:
+        """Look again when one has no request in flight any more that somebody waits for."""
+        awaited = {name for wait in self.moves.wait.values() for name in wait.waits_for}
+        for claim in self._claims:
+            serves = claim.standing is Standing.SERVES
+            if serves and claim.name in awaited and not claim.watches_idle and claim.tenant.idle_since() is None:
+                claim.watches_idle = True
+                claim.tenant.on_idle(partial(self._is_idle, claim))
+
+    def _is_idle(self, claim: Claim) -> None:
+        claim.watches_idle = False
         self._wake()
+
+    def _foreign(self) -> waiting.Foreign:
+        machine = self.machine()
+        seen = {} if machine is None else machine.seen
+        return {name: [(other.name, other.bytes) for other in one.foreign] for name, one in seen.items()}
+
+
+def _hold(claim: Claim, takes: Mapping[str, int]) -> Hold:
+    policy, standing = claim.tenant.spec.policy, claim.standing
+    assert standing is not None, "it was admitted"
+    return Hold(
+        claim.name, claim.model, takes, standing,
+        always=policy.start == "always" and policy.enabled,
+        priority=policy.priority,
+        since=claim.since,
+        idle_since=claim.tenant.idle_since() if standing is Standing.SERVES else None,
+        start_seconds=claim.start_seconds,
+        not_ended=claim.not_ended,
+    )  # fmt: skip
+
+
+class _Reports:
+    """Says why they wait to those who wait, after one decision."""
+
+    def __init__(self, now: RoomNow, moves: Moves, time: float, claims: Iterable[Claim]) -> None:
+        self._now, self._moves, self._time = now, moves, time
+        self._asks = {ask.name: ask for ask in now.asks}
+        self._claims = {claim.name: claim for claim in claims if not claim.waits}
+        holds = {hold.name: hold for hold in now.holds}
+        for name in moves.go:
+            holds[name] = replace(holds[name], standing=Standing.YIELDS)
+        for name, where in moves.admit.items():
+            holds[name] = admitted(self._asks[name], where)
+        self._holds = holds
+
+    def refusal(self, ask: Ask, foreign: waiting.Foreign) -> str:
+        """Why one is refused."""
+        return waiting.refusal(ask, self._moves.wait[ask.name].where, self._now.devices, self._holds, foreign)
+
+    def tell(self, claims: Mapping[str, Claim], foreign: waiting.Foreign) -> bool:
+        """Tell each, once for each change; whether that was all of them."""
+        told = 0
+        for name, claim in claims.items():
+            if told == _MOST_TOLD:
+                return False
+            if (wait := self._moves.wait.get(name)) is not None:
+                told += claim.tell(self._waits(claim, self._asks[name], wait, foreign))
+        return True
+
+    def _waits(self, claim: Claim, ask: Ask, wait: Wait, foreign: waiting.Foreign) -> Waits:
+        if ask.name in self._moves.stuck:
+            why = waiting.stuck_sentence(ask, self._now.devices, self._holds)
+            return Waits(why, Reason.DOES_NOT_FIT, no_room=why)
+        in_flight = {name: self._in_flight(name) for name in wait.waits_for}
+        why = waiting.sentence(ask, wait, self._time, self._now.devices, self._holds, in_flight, foreign)
+        if wait.not_ended is not None:
+            return Waits(why, Reason.NOT_ENDED)
+        ready_in = None if wait.at == math.inf else max(wait.at - self._time, 0.0) + claim.start_seconds
+        return Waits(why, ready_in=ready_in)
+
+    def _in_flight(self, name: str) -> int:
+        return self._claims[name].tenant.in_flight() if name in self._claims else 0

@@ -1,14 +1,15 @@
 """One instance of a model, one task: starts its engine, watches it, drains and ends it.
 
-Owns the engine, what is shown of it, and its claim on devices. An engine's death is a value here, never an exception
-that could reach another model. When a start is admitted, and whether there is a retry after a failure, is decided by
-the fleet loop; `start` and `stop` are for its `Model` alone.
+Owns the engine, what is shown of it, and its claim on devices, from the wish to start until nothing is left. An
+engine's death is a value here, never an exception that could reach another model. When a start is admitted, who gives
+way, and whether there is a retry after a failure, is decided by the fleet loop; `start` and `stop` are for its `Model`
+alone.
 """
 
 import asyncio
 import contextlib
+import statistics
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -17,9 +18,8 @@ import structlog
 
 from vllm_proxy.domain import progress
 from vllm_proxy.domain.config import ModelSpec, Restart
-from vllm_proxy.domain.decide import NotNow
-from vllm_proxy.domain.devices import ANY_DEVICE, Allocation
-from vllm_proxy.domain.diagnose import Diagnosis, Exit, diagnose
+from vllm_proxy.domain.devices import Allocation
+from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Event, Life, Phase, Reason, State
 from vllm_proxy.domain.progress import Progress
 from vllm_proxy.engine.interface import Engine
@@ -28,37 +28,36 @@ from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.engine.readiness import until_ready
 from vllm_proxy.engine.state import EngineRecord
+from vllm_proxy.fleet.claims import Claim, Waits
 from vllm_proxy.fleet.dependencies import Dependencies
+from vllm_proxy.fleet.failure import LastExit, inspected
 from vllm_proxy.fleet.history import History
-from vllm_proxy.fleet.room import Departure
 from vllm_proxy.runtime import clock
 from vllm_proxy.runtime.background import keep_running, run_once, spawn
 from vllm_proxy.traffic.ejection import watch_health
-from vllm_proxy.traffic.registry import Endpoint
+from vllm_proxy.traffic.endpoint import Endpoint
 
 log = structlog.get_logger()
 
-_TAIL_LINES = 20  # shown
-_SHOWN_CHARACTERS = 2000  # of each
-_DIAGNOSED_LINES = 2000  # the root cause is far above the last lines of vLLM
-
-
-@dataclass(frozen=True, slots=True)
-class LastExit:
-    """How the engine last ended without being asked to."""
-
-    diagnosis: Diagnosis
-    ended: Exit
-    at: datetime
-    log_tail: tuple[str, ...]
+_FOREVER = 1e9  # seconds
+_TRANSFERS = {"kv-transfer-config"}  # args of an engine that others read from, until it has ended in peace
+_START_SECONDS = 60.0  # of a model that has never started
 
 
 class Supervisor:
     """The life of instance `index` of a model. `changed` is called after every change of what it shows."""
 
     def __init__(
-        self, spec: ModelSpec, index: int, shared: Dependencies, history: History, changed: Callable[[], None]
+        self,
+        spec: ModelSpec,
+        index: int,
+        shared: Dependencies,
+        history: History,
+        changed: Callable[[], None],
+        *,
+        wanted_since: Callable[[], float | None] = lambda: None,
     ) -> None:
+        """`wanted_since`: since when a request or a person has waited for the model, on the loop's clock."""
         self.spec = spec  # its policy may change at any time, its engine while it is stopped
         self.index = index
         self.name = f"{spec.id}/{index}"
@@ -72,6 +71,9 @@ class Supervisor:
         self.restarts = 0
         self.engine: Engine | None = None
         self.endpoint: Endpoint | None = None
+        self.gives_way_to: str | None = None  # the instance that waits for its room
+        self.waits: Waits | None = None  # for room, and why
+        self.wanted_since = wanted_since
         self._life = Life()
         self._shared = shared
         self._history = history
@@ -79,9 +81,7 @@ class Supervisor:
         self._failures = 0
         self._engine_alive = False  # whether an engine of it, or a process of one, lives
         self._failure: Diagnosis | None = None  # of its last engine, until the next one serves
-        self._allocation: Allocation | None = None  # of its engine, since that was admitted
-        self._departure: Departure | None = None
-        self._waiting_because: str | None = None  # which end or start its own start waits for
+        self._claim: Claim | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -93,6 +93,8 @@ class Supervisor:
         """Begin to run, with an engine of an earlier daemon where there is one. Returns at once."""
         self._failures = 0
         self.diagnosis = self._failure = None
+        if record is not None:  # it holds what it has before anybody asks
+            self._claim = self._shared.loop.room.hold(self, record.place.allocation)
         self._transition(Event.START)
         self._task = run_once(partial(self._run, record), f"supervisor of {self.name}")
 
@@ -103,7 +105,8 @@ class Supervisor:
         """
         assert self._task is not None, "only a started one can be stopped"
         assert self._life.state not in {State.STOPPED, State.UNLOADING}, "it is stopped once"
-        self._claim_departure()
+        if self.gives_way_to is None:
+            self._leave()
         is_reported = self.diagnosis is not None and self.diagnosis.reason is Reason.NOT_ENDED and self._engine_alive
         self._transition(Event.STOP, Phase.STOPPING if is_reported else Phase.DRAINING)
         if keep and self.engine is not None:
@@ -119,35 +122,73 @@ class Supervisor:
             self.diagnosis = None
             self._transition(Event.GONE)
 
-    def _claim_departure(self) -> Departure:
-        """Claim its devices as being left, so that nobody starts there until nothing of its engine is left."""
-        if self._departure is None:
-            allocation = self._allocation or self._shared.launcher.allocation(self.spec.engine)
-            self._departure = self._shared.loop.room.leave(self.name, allocation)
-        return self._departure
+    def _leave(self) -> None:
+        """Nobody is to come to its devices until nothing of its engine is left; one that only waited is not heeded."""
+        if self._claim is not None and self._claim.waits:
+            self._release_claim()
+        elif self._claim is not None:
+            self._claim.goes()
 
     def _release_claim(self) -> None:
-        self._allocation = None
-        if self._departure is not None:
-            self._departure.done()
-            self._departure = None
+        self.waits = self.gives_way_to = None
+        if self._claim is not None:
+            self._claim.done()
+            self._claim = None
+
+    # For the room
+
+    def idle_since(self) -> float | None:
+        """Since when it has had no request in flight; None: it has some, or does not serve."""
+        return self.endpoint.idle_since if self.endpoint and not self.endpoint.in_flight else None
+
+    def in_flight(self) -> int:
+        """Its requests."""
+        return self.endpoint.in_flight if self.endpoint else 0
+
+    def on_idle(self, callback: Callable[[], None]) -> None:
+        """Call it once when no request is in flight any more."""
+        if self.endpoint:
+            self.endpoint.on_idle(callback)
+
+    def start_seconds(self) -> float:
+        """What a start takes: as the last ones of its spec went."""
+        past = self._history.past_starts(self.spec.engine)
+        return statistics.median(past) if past else _START_SECONDS
+
+    def measured(self) -> int | None:
+        """Bytes that the last engine of its spec had of each device; None: not known."""
+        return None
+
+    def on_yield(self, for_whom: str) -> None:
+        """It is to give way: to stop, once the fleet loop says so."""
+        self.gives_way_to = for_whom
+        self._changed()
+
+    def on_wait(self, why: Waits | None) -> None:
+        """Why its start waits for room; None: it does not any more."""
+        self.waits = why
+        self._show_wait(None if why is None else why.diagnosis)
 
     # Notifications of the launcher
 
     def stop_timeout(self) -> float:
-        """Seconds between SIGTERM and SIGKILL."""
+        """Seconds between SIGTERM and SIGKILL. One that gives way has no request any more and holds nothing to save."""
+        if self.gives_way_to is not None and not _TRANSFERS & self.spec.engine.args.keys():
+            return 0.0
         return self.spec.policy.stop_timeout
 
     def waits_for_port(self, why: str | None) -> None:
         """No port is free yet."""
-        self._show_wait(Reason.PORT_IN_USE, why)
+        self._show_wait(Diagnosis(Reason.PORT_IN_USE, f"waits: {why}") if why else None)
 
     def not_ended(self, why: str) -> None:
         """Its engine could not be ended, which is tried again."""
         self._engine_alive = True
         if self.state is State.READY:
             self._transition(Event.DIED)
-        self._claim_departure().failed(why)
+        if self._claim is None:
+            self._claim = self._shared.loop.room.hold(self, self._shared.launcher.allocation(self.spec.engine))
+        self._claim.failed(why)
         self.diagnosis = Diagnosis(Reason.NOT_ENDED, f"cannot end its engine: {why}")
         self._notify(Phase.STOPPING)
 
@@ -155,22 +196,16 @@ class Supervisor:
         """Nothing is left of its engine, or it was left to the next daemon."""
         self._engine_alive = False
 
-    def _on_admission_wait(self, why: NotNow | None) -> None:
-        """The fleet loop reports why its start has to wait; None: it need not any more."""
-        stuck = why is not None and why.not_ended
-        self._waiting_because = None if why is None or stuck else f"waits: {why.because}"
-        self._show_wait(Reason.NOT_ENDED, why.because if why is not None and stuck else None)
-
-    def _show_wait(self, reason: Reason, why: str | None) -> None:
-        """A start waits for something; None: not any more, and the diagnosis from before is shown again."""
+    def _show_wait(self, why: Diagnosis | None) -> None:
+        """A start waits for something; None: for nothing that may not come, and the last failure is shown again."""
         if self.state is State.LOADING:
-            self.diagnosis = Diagnosis(reason, f"waits: {why}") if why else self._failure
+            self.diagnosis = why or self._failure
             self._notify(Phase.QUEUED)
 
     @property
     def waiting_because(self) -> str | None:
-        """Which end or start its own start waits for, in a sentence; None: it does not wait."""
-        return self._waiting_because if self.state is State.LOADING else None
+        """Why its start waits for room, in a sentence; None: it does not."""
+        return self.waits.because if self.waits is not None and self.state is State.LOADING else None
 
     @property
     def failure(self) -> Diagnosis | None:
@@ -252,35 +287,24 @@ class Supervisor:
         """Start or adopt an engine and stay with it until it ends by itself; returns why it did."""
         shared = self._shared
         try:
-            async with contextlib.AsyncExitStack() as claim:
-                self._waiting_because = None
-                self._notify(Phase.QUEUED)
-                hold = shared.loop.room.hold(
-                    self.name, self._needs(record), at_once=record is not None, on_change=self._on_admission_wait
-                )
-                self._allocation = await claim.enter_async_context(hold)
-                self._engine_alive = record is not None
-                async with self._running(record, self._allocation) as engine:
-                    self.engine, self.started_at, self._engine_alive = engine, engine.started_at, True
-                    self._notify(Phase.IMPORTING)
-                    ready = await until_ready(engine, shared.probe, self._startup_timeout, self._progress)
-                    if not isinstance(ready, Ready):
-                        refused = ready is None and engine.exited.result().refused
-                        known = await shared.launcher.option_names(self.spec.engine) if refused else frozenset()
-                        return await self._failed(engine, ready, known_options=known)
-                    engine.mark_ready()
-                    await claim.aclose()  # its memory is allocated: the next engine may measure
-                    return await self._serve(engine, ready)
+            self._notify(Phase.QUEUED)
+            claim = self._claim = self._claim or shared.loop.room.ask(self)
+            allocation = await claim.admission()
+            self._engine_alive = record is not None
+            async with self._running(record, allocation) as engine:
+                self.engine, self.started_at, self._engine_alive = engine, engine.started_at, True
+                self._notify(Phase.IMPORTING)
+                ready = await until_ready(engine, shared.probe, self._startup_timeout, self._progress)
+                if not isinstance(ready, Ready):
+                    refused = ready is None and engine.exited.result().refused
+                    known = await shared.launcher.option_names(self.spec.engine) if refused else frozenset()
+                    return await self._failed(engine, ready, known_options=known)
+                engine.mark_ready()
+                return await self._serve(engine, ready, claim)
         except LaunchError as error:
             return error.diagnosis.masked(shared.mask)
         finally:
             self.engine = self.ready_at = None
-
-    def _needs(self, record: EngineRecord | None) -> Allocation:
-        """What its engine has, or is to have."""
-        if record is None or ANY_DEVICE in record.devices:  # of an older daemon, which did not say
-            return self._shared.launcher.allocation(self.spec.engine)
-        return Allocation(frozenset(record.devices))
 
     def _running(
         self, record: EngineRecord | None, allocation: Allocation
@@ -289,7 +313,7 @@ class Supervisor:
             return self._shared.launcher.adopted(record, self.spec.engine, self)
         return self._shared.launcher.running(self.spec, self.name, allocation, self)
 
-    async def _serve(self, engine: Engine, ready: Ready) -> Diagnosis:
+    async def _serve(self, engine: Engine, ready: Ready, claim: Claim) -> Diagnosis:
         """Route requests to it until the engine ends or stalls; when stopped, drain those in flight."""
         loop, place, registry = asyncio.get_running_loop(), engine.place, self._shared.registry
         endpoint = Endpoint(self.name, place.address, place.credential, ready.max_model_len)
@@ -299,6 +323,7 @@ class Supervisor:
         self._transition(Event.LISTENING, Phase.SERVING, generation=generation)
         registry.add_endpoint(self.spec.id, endpoint)
         self.endpoint = endpoint
+        claim.serves()  # its memory is allocated: the next engine may measure
         readmit = partial(registry.readmit, self.spec.id)
         watching_health = keep_running(
             partial(watch_health, endpoint, self._shared.probe, readmit), f"ejection of {self.name}"
@@ -310,7 +335,7 @@ class Supervisor:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             registry.withdraw_endpoint(self.spec.id, endpoint)
-            await self._drain(endpoint, engine)
+            await self._drain(endpoint, engine, claim)
             raise
         else:
             registry.withdraw_endpoint(self.spec.id, endpoint)  # before anything else, and before any notification
@@ -325,13 +350,20 @@ class Supervisor:
             stalling.cancel()
             self.endpoint = None
 
-    async def _drain(self, endpoint: Endpoint, engine: Engine) -> None:
-        """Drain: wait for the requests in flight, up to `drain_timeout`, and not for a dead engine."""
+    async def _drain(self, endpoint: Endpoint, engine: Engine, claim: Claim) -> None:
+        """Drain: wait for the requests in flight, up to a timeout, and not for a dead engine.
+
+        One that gives way waits for those too that measure its devices: memory that comes back would mislead them.
+        """
+        policy, yields = self.spec.policy, self.gives_way_to is not None
+        timeout = (policy.yield_timeout or _FOREVER) if yields else policy.drain_timeout
         idle = spawn(endpoint.wait_idle(), f"last requests of {self.name}")
         skip = spawn(self._shared.skip_drain.wait(), f"drain of {self.name}")
         waits: set[asyncio.Future[Any]] = {idle, skip, engine.exited}
         try:
-            await clock.wait(waits, self.spec.policy.drain_timeout)
+            await clock.wait(waits, timeout)
+            if yields and not engine.exited.done() and not self._shared.skip_drain.is_set():
+                await claim.may_go()
         finally:
             idle.cancel()
             skip.cancel()
@@ -350,25 +382,16 @@ class Supervisor:
         known_options: Collection[str] = (),
     ) -> Diagnosis:
         """Record a failure. `verdict` None: the engine ended, and its exit and its log are diagnosed."""
-        ended = engine.exited.result() if verdict is None else Exit(None, None)
         mask = self._shared.mask
-
-        def inspect() -> tuple[Diagnosis, tuple[str, ...]]:
-            tail = engine.output.tail(_TAIL_LINES if verdict else _DIAGNOSED_LINES)
-            why = verdict or diagnose(ended, tail, was_ready=was_ready, known_options=known_options, mask=mask)
-            if verdict is None and why.reason is Reason.CRASHED and (problem := engine.log.check()):
-                why = Diagnosis(Reason.CRASHED, f"{why.message}; {problem}")
-            return why, tuple(mask(line)[:_SHOWN_CHARACTERS] for line in tail[-_TAIL_LINES:])
-
-        self._claim_departure()
+        inspect = partial(inspected, engine, verdict, was_ready=was_ready, known_options=known_options, mask=mask)
+        self._leave()
         stalled = was_ready and verdict is not None and verdict.reason is Reason.STALLED
         # Shown before the diagnosis is there: the rest of its processes is being stopped.
         self._transition(Event.STALLED if stalled else Event.DIED, Phase.STOPPING, generation=generation)
-        why, tail = await self._shared.offload(inspect)  # a log may be megabytes of dumps
-        self.last_exit = LastExit(why, ended, datetime.now(UTC), tail)
-        self.diagnosis = why
+        self.last_exit = await self._shared.offload(inspect)  # a log may be megabytes of dumps
+        self.diagnosis = self.last_exit.diagnosis
         self._notify(Phase.STOPPING)
-        return why
+        return self.diagnosis
 
     def _note_ready(self, engine: Engine) -> None:
         self.ready_at = datetime.now(UTC)

@@ -12,7 +12,7 @@ from typing import Protocol
 import structlog
 
 from vllm_proxy.domain.address import Address
-from vllm_proxy.traffic.registry import Endpoint
+from vllm_proxy.traffic.endpoint import Endpoint
 
 log = structlog.get_logger()
 

@@ -6,59 +6,20 @@ queue of its own: no head-of-line blocking between models. Everything runs on th
 """
 
 import asyncio
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from vllm_proxy.domain.address import Address
 from vllm_proxy.domain.config import ModelSpec, Policy
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import RequestError, model_not_found
 from vllm_proxy.runtime import clock
-from vllm_proxy.traffic.wire import Pool
+from vllm_proxy.traffic.endpoint import Endpoint
 
-_SUSPECT_FAILURES = 3
-
-
-class Endpoint:
-    """One ready engine, as requests see it."""
-
-    def __init__(self, instance: str, address: Address, credential: str, max_model_len: int | None) -> None:
-        self.instance = instance  # "chat/0"
-        self.address = address
-        self.credential = credential
-        self.max_model_len = max_model_len  # tokens, as the engine says
-        self.in_flight = 0
-        self.failures = 0  # connections in a row that gave no answer
-        self.ejected = False  # the circuit is open: no requests until a health check succeeds
-        self.pool = Pool(address)
-        model_id = instance.rpartition("/")[0]
-        self.answer_headers = f"X-Vllm-Proxy-Model: {model_id}\r\nX-Vllm-Proxy-Instance: {instance}\r\n".encode()
-        self.own_headers = f"Host: {address.authority}\r\nAuthorization: Bearer {credential}\r\n".encode()
-        self.suspect = asyncio.Event()  # so many failures in a row that a health check decides
-        self._idle: asyncio.Future[None] | None = None  # made where somebody waits
-
-    async def wait_idle(self) -> None:
-        """Until no request is in flight here."""
-        if self.in_flight:
-            if self._idle is None:
-                self._idle = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._idle)
-
-    def failed(self) -> None:
-        """A connection to this engine gave no answer."""
-        self.failures += 1
-        if self.failures >= _SUSPECT_FAILURES:
-            self.suspect.set()
-
-    def _add(self, count: int) -> None:
-        self.in_flight += count
-        assert self.in_flight >= 0, "a permit was given back twice"
-        if not self.in_flight and self._idle is not None:
-            self._idle.set_result(None)
-            self._idle = None
+_MOST_RETRY_AFTER = 120  # seconds: the OpenAI client gives up where it is asked to wait for longer
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +39,8 @@ class Route:
     wake: Callable[[], None]  # a request waits for it, and nothing has started it
     state: State = State.STOPPED
     message: str | None = None  # why it is not ready
+    no_room: str | None = None  # why it will not become ready by itself, though it waits for room
+    ready_in: float | None = None  # seconds; a guess, where it waits for room
     stopped_by_hand: bool = False
     retired: bool = False  # gone from the file, while its engines drain
     accepts: bool = False  # takes requests: ready, and not about to be stopped by hand
@@ -97,10 +60,12 @@ class Route:
         return next((waiter.since for waiter in self.waiting if not waiter.endpoint.done()), None)
 
     def _add(self, endpoint: Endpoint, count: int) -> None:
-        endpoint._add(count)  # noqa: SLF001 - the counters are this module's
+        endpoint.add(count)
         self.in_flight += count
-        if not self.in_flight:
-            self.idle_since = asyncio.get_running_loop().time()
+        if not endpoint.in_flight:
+            endpoint.idle_since = asyncio.get_running_loop().time()
+            if not self.in_flight:
+                self.idle_since = endpoint.idle_since
 
 
 class Lease:
@@ -196,11 +161,18 @@ class Registry:
         if stopped_by_hand or state is State.ERROR:
             self._fail_waiting(route)
 
+    def report_room(self, model_id: str, no_room: str | None, ready_in: float | None) -> None:
+        """A model that does not serve waits for room. `no_room`: none can be made; `ready_in`: seconds, a guess."""
+        route = self._routes[model_id]
+        route.no_room, route.ready_in = no_room, ready_in
+        if no_room is not None:
+            self._fail_waiting(route)
+
     def add_endpoint(self, model_id: str, endpoint: Endpoint) -> None:
         """An instance is ready."""
         route = self._routes[model_id]
         route.endpoints.append(endpoint)
-        route.idle_since = asyncio.get_running_loop().time()
+        route.idle_since = endpoint.idle_since = asyncio.get_running_loop().time()
         self._serve_waiting(route)
 
     def withdraw_endpoint(self, model_id: str, endpoint: Endpoint) -> None:
@@ -323,12 +295,14 @@ class Registry:
             raise RequestError("model_error", f"cannot serve {name}: {route.message}")
         if route.stopped_by_hand:
             raise RequestError("model_stopped", f"cannot serve {name}: it was stopped by hand")
+        if route.no_room is not None:
+            raise RequestError("no_room", f"cannot serve {name}: {route.no_room}")
 
     async def _queue(self, route: Route, caller: str) -> Endpoint:
         policy = route.spec.policy
         if route.queued >= policy.queue_size:
             msg = f"cannot serve {route.spec.id}: {policy.queue_size} requests wait already"
-            raise RequestError("queue_full", msg, retry_after=1)
+            raise RequestError("queue_full", msg, retry_after=_retry_after(route.ready_in))
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Endpoint] = loop.create_future()
         waiter = Waiter(caller, loop.time(), future)
@@ -364,6 +338,10 @@ class Registry:
                     future.set_exception(error)
                 else:
                     raise AssertionError("whoever waits is failed for a reason")
+
+
+def _retry_after(ready_in: float | None) -> int:
+    return 1 if ready_in is None else min(max(math.ceil(ready_in), 1), _MOST_RETRY_AFTER)
 
 
 def _least_loaded(route: Route, without: Sequence[Endpoint] = ()) -> Endpoint | None:

@@ -15,10 +15,11 @@ from aiohttp import web
 
 from vllm_proxy.errors import EngineFailedError, RequestError
 from vllm_proxy.traffic.call import Call
+from vllm_proxy.traffic.endpoint import Endpoint
 from vllm_proxy.traffic.exchange import Ending, Exchange
 from vllm_proxy.traffic.front import SENT_CLOSE, SENT_KEEP_ALIVE, client_is_slow, client_of
 from vllm_proxy.traffic.head import engine_id
-from vllm_proxy.traffic.registry import Endpoint, Lease, Registry, Route
+from vllm_proxy.traffic.registry import Lease, Registry, Route
 from vllm_proxy.traffic.wire import EngineConnection
 
 log = structlog.get_logger()

@@ -1,0 +1,214 @@
+"""What one instance holds of the devices, or waits for: from when it wants to start until nothing of it is left.
+
+A claim belongs to its supervisor, which notifies it, and is in the room as long as it lasts (`fleet/room.py`). Who is
+admitted and who gives way is not decided here.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from vllm_proxy.domain.config import ModelSpec
+from vllm_proxy.domain.devices import Allocation
+from vllm_proxy.domain.diagnose import Diagnosis
+from vllm_proxy.domain.ledger import Short, Standing, Where
+from vllm_proxy.domain.lifecycle import Reason
+from vllm_proxy.engine.program import LaunchError
+from vllm_proxy.runtime.background import notify
+
+_STAYS = frozenset({Standing.COMES, Standing.SERVES})
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """Why a start waits. `reason`: where nobody knows that it ends; `no_room`: what requests are told then."""
+
+    because: str
+    reason: Reason | None = None
+    no_room: str | None = None
+    ready_in: float | None = None  # seconds; a guess
+
+    @property
+    def diagnosis(self) -> Diagnosis | None:
+        """As it is shown where it may never end."""
+        return None if self.reason is None else Diagnosis(self.reason, self.because)
+
+
+class Tenant(Protocol):
+    """An instance, as the room sees it."""
+
+    @property
+    def name(self) -> str:
+        """As "chat/0"."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What it runs, with its policy as it is now."""
+
+    def wanted_since(self) -> float | None:
+        """Since when a request or a person has waited for its model, on the loop's clock; None: nobody does."""
+
+    def idle_since(self) -> float | None:
+        """Since when it has had no request in flight; None: it has some."""
+
+    def on_idle(self, callback: Callable[[], None]) -> None:
+        """Call it once, when that is so. It has some."""
+
+    def start_seconds(self) -> float:
+        """What a start takes; a guess."""
+
+    def in_flight(self) -> int:
+        """Its requests."""
+
+    def measured(self) -> int | None:
+        """Bytes that its last engine had of each device; None: not known."""
+
+    def on_wait(self, why: Waits | None) -> None:
+        """Why its start waits; None: it does not any more."""
+
+    def on_yield(self, for_whom: str) -> None:
+        """It is to give way."""
+
+
+class Claim:
+    """A part of the devices. `changed` is called after each change."""
+
+    def __init__(self, tenant: Tenant, asked_at: float, changed: Callable[["Claim"], None]) -> None:
+        self.tenant = tenant
+        self.name = tenant.name
+        self.model = tenant.spec.id
+        self.standing: Standing | None = None  # None: it waits
+        self.allocation: Allocation | None = None  # since it was admitted
+        self.since = asked_at  # it waits, or serves
+        self.place: Where = ()  # as `room.decide` hands it back
+        self.short: Short | None = None
+        self.not_ended: str | None = None  # why its engine could not be ended
+        self.start_seconds = tenant.start_seconds()
+        self.measured = tenant.measured()
+        self.found: int | None = None  # bytes that its engine has of each device, as measured since it serves
+        self.watches_idle = False  # somebody waits for its last request
+        self.is_done = False
+        self._admitted: asyncio.Future[Allocation] = asyncio.get_running_loop().create_future()
+        self._may_go: asyncio.Future[None] | None = None
+        self._changed = changed
+        self._told: Waits | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it was not admitted yet, and still wants to be."""
+        return self.standing is None
+
+    # For its supervisor
+
+    async def admission(self) -> Allocation:
+        """What it was admitted to, once it is.
+
+        Raises:
+            LaunchError: `does_not_fit`.
+
+        """
+        return await self._admitted
+
+    def serves(self) -> None:
+        """Its engine has allocated what it needs: others may measure the devices."""
+        self.standing, self.since = Standing.SERVES, asyncio.get_running_loop().time()
+        self._changed(self)
+
+    async def may_go(self) -> None:
+        """One that gives way has no request in flight any more. Returns when nobody measures its devices."""
+        if self.standing is Standing.YIELDS:
+            self._may_go = asyncio.get_running_loop().create_future()
+            self._changed(self)
+            await self._may_go
+
+    def goes(self) -> None:
+        """Its engine is being ended: nobody may come where it sets memory free."""
+        if self.standing in _STAYS:
+            self.standing = Standing.GOES
+            self._changed(self)
+
+    def failed(self, why: str) -> None:
+        """Its engine could not be ended, which is tried again."""
+        self.standing, self.not_ended = Standing.GOES, why
+        self._changed(self)
+
+    def done(self) -> None:
+        """Nothing of it is left, or it does not want to start any more."""
+        self.is_done = True
+        self._changed(self)
+
+    # For the room
+
+    def hold(self, allocation: Allocation, standing: Standing) -> None:
+        """It has this."""
+        self.allocation, self.standing = allocation, standing
+        self.place, self.short = (), None
+
+    def admit(self, allocation: Allocation) -> None:
+        """Its engine may start."""
+        self.hold(allocation, Standing.COMES)
+        if not self._admitted.done():
+            self._admitted.set_result(allocation)
+        self.tell(None)
+
+    def refuse(self, why: str) -> None:
+        """Its engine will not start, though the ledger has room for it."""
+        if not self._admitted.done():
+            self._admitted.set_exception(LaunchError(Reason.DOES_NOT_FIT, why))
+
+    def give_way(self, for_whom: str) -> None:
+        """It takes no new requests from now on."""
+        self.standing = Standing.YIELDS
+        notify([self.tenant.on_yield], for_whom)
+
+    @property
+    def stays(self) -> bool:
+        """Whether it loads or serves, and nobody has asked it to go."""
+        return self.standing in _STAYS
+
+    def meets(self, other: "Claim") -> bool:
+        """Whether both have something of one device."""
+        mine, theirs = (one.allocation for one in (self, other))
+        return mine is not None and theirs is not None and not mine.devices.isdisjoint(theirs.devices)
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether it gives way, and only waits for others that measure its devices."""
+        return self.standing is Standing.YIELDS and self._may_go is not None
+
+    def let_go(self) -> None:
+        """Nobody measures its devices."""
+        self.standing = Standing.GOES
+        if self._may_go is not None and not self._may_go.done():
+            self._may_go.set_result(None)
+
+    def tell(self, why: Waits | None) -> bool:
+        """Report why it waits, once for each change; whether it was one."""
+        if why == self._told:
+            return False
+        self._told = why
+        notify([self.tenant.on_wait], why)
+        return True
+
+
+class Leftover:
+    """What an engine of an earlier daemon holds, until it is ended. `changed` is called after each change."""
+
+    def __init__(self, name: str, takes: Mapping[str, int], changed: Callable[["Leftover"], None]) -> None:
+        self.name = name
+        self.takes = takes
+        self.untried = True  # nobody has tried to end it: its port and its memory may be in use
+        self.not_ended: str | None = None
+        self.is_done = False
+        self._changed = changed
+
+    def failed(self, why: str) -> None:
+        """It could not be ended; that is tried again."""
+        self.not_ended, self.untried = why, False
+        self._changed(self)
+
+    def done(self) -> None:
+        """Nothing of it is left."""
+        self.is_done = True
+        self._changed(self)
