@@ -67,18 +67,22 @@ class Owned:
             first, grouped = self.first(), self.kernel.members(self.identity.cgroup)
             keys = {(process.pid, process.started) for process in there.values()}
             self._unmarked &= keys
-            found = {
-                pid: process
-                for pid, process in there.items()
-                if _key(process) in self._proven
-                or process == first
-                or (first is not None and process.session == first.pid)
-                or pid in grouped
-                or self._is_marked(process)
-            }
+            found = {pid: process for pid, process in there.items() if self._is_proven(process, first, grouped)}
             _add_descendants(found, there)
             self._proven = frozenset(_key(process) for process in found.values() if process.started)
             return list(found.values())
+
+    def owns(self, pid: int) -> bool:
+        """Whether a process is the engine's. Reads no more than it and those above it: not for the event loop.
+
+        Raises:
+            OSError: when that cannot be determined.
+
+        """
+        with self._find_lock:
+            line = self._line(pid)
+            first, grouped = self.first(), self.kernel.members(self.identity.cgroup)  # after the others, as in `find`
+            return any(self._is_proven(process, first, grouped) for process in line)
 
     def send(self, process: Process, number: signal.Signals) -> bool:
         """Send a signal to a process that `find` has found; False when it is gone.
@@ -119,6 +123,27 @@ class Owned:
     def _may_be(self, process: Process) -> bool:
         """Nothing of an engine is older than its first process; where its start is hidden, its session decides."""
         return process.pid != self.kernel.own_pid and (not process.started or process.started >= self.identity.started)
+
+    def _line(self, pid: int) -> list[Process]:
+        """A process, its parent, that one's parent, and so on, as far as they may be the engine's."""
+        line: list[Process] = []
+        process = self.kernel.look_up(pid)
+        while process is not None and process.started and self._may_be(process):
+            if process in line or (line and process.started > line[-1].started):  # it has the number of another
+                break
+            line.append(process)
+            process = self.kernel.look_up(process.parent)
+        return line
+
+    def _is_proven(self, process: Process, first: Process | None, grouped: frozenset[int]) -> bool:
+        """Whether it is the engine's by itself, whoever its parent is."""
+        return (
+            _key(process) in self._proven
+            or process == first
+            or (first is not None and process.session == first.pid)
+            or process.pid in grouped
+            or self._is_marked(process)
+        )
 
     def _is_marked(self, process: Process) -> bool:
         key = _key(process)

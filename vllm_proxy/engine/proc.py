@@ -14,6 +14,7 @@ from pathlib import Path
 
 PID_LIMIT = 2**22  # the kernel's own; 0, 1 and what is above name no engine
 
+_FIRST_PID_NAMESPACE = f"pid:[{0xEFFFFFFC}]"  # PROC_PID_INIT_INO: the same in every kernel
 _NO_PROCESS = {errno.ESRCH, errno.EINVAL, errno.ENOENT}  # the latter: the number is a thread's now
 
 
@@ -42,6 +43,11 @@ def pid_namespace() -> str:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
+
+
+def is_first_pid_namespace() -> bool:
+    """Whether pids of this process's namespace are the machine's own, which drivers report."""
+    return pid_namespace() == _FIRST_PID_NAMESPACE
 
 
 def look_up(pid: int) -> Process | None:
@@ -95,9 +101,10 @@ class Kernel:
 
         """
         pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-        return [found for pid in pids if (found := self._listed(pid))]
+        return [found for pid in pids if (found := self.find(pid))]
 
-    def _listed(self, pid: int) -> Process | None:
+    def find(self, pid: int) -> Process | None:
+        """As `look_up`, of a process that /proc hides too."""
         try:
             return look_up(pid) or _hidden(pid)
         except PermissionError:
@@ -152,7 +159,7 @@ class Kernel:
             return False
         try:
             # After the open, to avoid a pid reuse race: descriptor and line are of the same process.
-            process = self._listed(pid)
+            process = self.find(pid)
             if process is None or not process.alive or not is_it(process):
                 return False
             signal.pidfd_send_signal(fd, number)

@@ -23,8 +23,8 @@
         python = {
           pkgs = builtins.listToAttrs (
             map (name: { inherit name; value = derivation' name; }) [
-              "aiohttp" "aiohttp-swagger3" "hatchling" "httptools" "msgspec" "prometheus-client" "pydantic"
-              "python-dotenv" "python-multipart" "sdnotify" "structlog" "tomli-w" "uvloop" "vllm" "watchfiles"
+              "aiohttp" "aiohttp-swagger3" "hatchling" "httptools" "msgspec" "nvidia-ml-py" "prometheus-client"
+              "pydantic" "python-dotenv" "python-multipart" "sdnotify" "structlog" "tomli-w" "uvloop" "vllm" "watchfiles"
             ]
           ) // {
             buildPythonApplication = arguments: derivation' arguments.pname // arguments;

@@ -1,0 +1,236 @@
+"""Follows the devices of this machine: how much memory each has, how much of it is free, and who holds it.
+
+They are looked at in a thread of their own, which a driver may block for as long as it likes: nobody waits for it but
+the next look, and never is there more than one. What was seen counts until three looks in a row have failed; then
+nothing counts as measured, and what engines were given is all that is known (tests/engine/test_devices.py).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from vllm_proxy.domain import inventory
+from vllm_proxy.domain.inventory import Seen
+from vllm_proxy.engine.amdgpu import AmdGpu
+from vllm_proxy.engine.device_file import DeviceFile
+from vllm_proxy.engine.device_source import Sight, Source, SourceError
+from vllm_proxy.engine.holders import Programs
+from vllm_proxy.engine.machine_memory import MachineMemory
+from vllm_proxy.engine.nvml import Nvml
+from vllm_proxy.engine.ownership import Owned
+from vllm_proxy.runtime import clock
+from vllm_proxy.runtime.background import notify, run_once, spawn
+from vllm_proxy.runtime.threads import Disk, Offload
+
+log = structlog.get_logger()
+
+ASKED_SECONDS = 0.05  # between two looks while somebody waits for memory
+IDLE_SECONDS = 5.0
+LOOK_SECONDS = 5.0  # a look that takes longer has failed
+MOST_FAILURES = 3  # in a row
+
+
+class Threads(Offload, Protocol):
+    """Where looks are taken: one after another."""
+
+    def close(self) -> None:
+        """End what is idle; what hangs is left behind."""
+
+
+def _one_thread() -> Threads:
+    return Disk("the devices", 1)
+
+
+class Inventory:
+    """The devices that engines may be placed on. Used on the event loop alone."""
+
+    def __init__(
+        self,
+        source: str,
+        folder: Path,
+        inherited: Mapping[str, str],
+        engines: Callable[[], Mapping[str, Owned]],
+        make_threads: Callable[[], Threads] = _one_thread,
+    ) -> None:
+        """Nothing is looked at yet.
+
+        `source`: as `use` takes it, relative to `folder`. `inherited`: the environment that engines inherit.
+        `engines`: ours that run, by instance.
+        """
+        self._folder = folder
+        self._visible = inherited.get("CUDA_VISIBLE_DEVICES")
+        self._engines = engines
+        self._make_threads = make_threads
+        self._devices: Mapping[str, Seen] = {}
+        self._problem: str | None = None
+        self._shown: tuple[Mapping[str, Seen], str | None] = {}, None  # as the last look left it
+        self._failures = 0  # in a row
+        self._woken = asyncio.Event()
+        self._name = source
+        self._source = self._source_of(source)
+        self._threads: Threads | None = None  # made when it is needed
+
+    @property
+    def devices(self) -> Mapping[str, Seen]:
+        """As they were last seen, by name."""
+        return self._devices
+
+    @property
+    def managed(self) -> bool:
+        """Whether anything is known of the devices. Where not, engines only take turns."""
+        return bool(self._devices)
+
+    @property
+    def problem(self) -> str | None:
+        """Why something is not known that ought to be; until it is."""
+        return self._problem
+
+    @property
+    def usable(self) -> frozenset[str]:
+        """Where engines are placed whose models name no devices: what CUDA_VISIBLE_DEVICES leaves to the daemon."""
+        return inventory.usable(self._visible, self._devices)
+
+    def use(self, source: str) -> None:
+        """Look there from now on: "auto", "none", "cpu", or the path of a file. Nothing of another source counts."""
+        if source == self._name:
+            return
+        if self._threads is not None and self._source is not None:
+            run_once(partial(_let_go, self._threads, self._source), "letting go of the devices")
+        self._threads = None  # one that hangs holds up nothing of the new source
+        self._name, self._source = source, self._source_of(source)
+        self._devices, self._problem, self._failures = {}, None, 0
+        self.wake()
+
+    def close(self) -> None:
+        """Look no more. A look that hangs is left behind."""
+        if self._threads is not None:
+            self._threads.close()
+
+    def wake(self) -> None:
+        """Look now; and soon again, where `asked` of `follow` says so."""
+        self._woken.set()
+
+    async def follow(self, asked: Callable[[], bool], changed: Callable[[], None]) -> None:
+        """Look again and again until cancelled, often while `asked`; call `changed` after what is new."""
+        while True:
+            if await self.look():
+                notify([changed])
+            self._woken.clear()
+            await clock.sleep(ASKED_SECONDS)  # whoever wakes it in vain is not served more often
+            if not asked():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(IDLE_SECONDS - ASKED_SECONDS):
+                        await self._woken.wait()
+
+    async def look(self) -> bool:
+        """Look once, for some seconds at most; whether anything has changed since the last one.
+
+        What fails is a `problem`, and raises nothing.
+        """
+        source = self._source
+        if source is not None:
+            try:
+                sight = await self._ask(source)
+            except Exception as error:  # noqa: BLE001 - whatever a driver's bindings raise
+                if source is self._source:
+                    self._fail(error)
+            else:
+                if source is self._source:
+                    self._adopt(sight)
+        before, self._shown = self._shown, (self._devices, self._problem)
+        return self._shown != before
+
+    async def _ask(self, source: Source) -> Sight:
+        """What it says, in a thread, behind one that hangs."""
+        if self._threads is None:
+            self._threads = self._make_threads()
+        call = spawn(self._threads(source.look, dict(self._engines())), "a look at the devices")
+        try:
+            if not await clock.wait([call], LOOK_SECONDS):
+                raise SourceError(f"nothing has answered for {LOOK_SECONDS:.0f} s")
+            return call.result()
+        finally:
+            call.cancel()
+
+    def _adopt(self, sight: Sight) -> None:
+        self._failures = 0
+        self._devices = {one.name: one for one in sight.devices}
+        self._report(sight.problem)
+
+    def _fail(self, error: Exception) -> None:
+        self._failures += 1
+        if self._devices and self._failures < MOST_FAILURES:
+            return
+        self._devices = {name: _unmeasured(one) for name, one in self._devices.items()}
+        expected = isinstance(error, SourceError | OSError)
+        known = "what engines were given is all that counts" if self._devices else "engines only take turns"
+        why = f"cannot look at the devices: {error if expected else repr(error)}; until it works, {known}"
+        self._report(why, None if expected else error)
+
+    def _report(self, problem: str | None, fault: Exception | None = None) -> None:
+        """Say it once, and that it is over."""
+        if problem is not None and self._problem is None:
+            log.warning("not all is known of the devices", source=self._name, why=problem, exc_info=fault)
+        elif problem is None and self._problem is not None:
+            log.info("all devices are measured again", source=self._name)
+        self._problem = problem
+
+    def _source_of(self, name: str) -> Source | None:
+        match name:
+            case "none":
+                return None
+            case "auto":
+                return _Auto()
+            case "cpu":
+                return MachineMemory()
+        return DeviceFile(self._folder / name)
+
+
+class _Auto:
+    """The first kind of GPUs that is found. It stays with that: one that vanishes has not become another."""
+
+    def __init__(self) -> None:
+        self._kinds: tuple[Source, ...] = (Nvml(Programs()), AmdGpu())
+        self._found = False
+
+    def look(self, engines: Mapping[str, Owned], /) -> Sight:
+        """What is there; nothing where no kind is.
+
+        Raises:
+            SourceError: it cannot be told, or nothing is left of what was there.
+            OSError: as it comes.
+
+        """
+        for kind in self._kinds:
+            sight = kind.look(engines)
+            if sight.devices or sight.problem:
+                self._kinds, self._found = (kind,), True
+                return sight
+        if self._found:
+            raise SourceError("no GPU is left of those that were there")
+        return Sight()
+
+    def close(self) -> None:
+        """Let go of the drivers."""
+        for kind in self._kinds:
+            kind.close()
+
+
+def _unmeasured(one: Seen) -> Seen:
+    return replace(one, free=None, held={}, foreign=())
+
+
+async def _let_go(threads: Threads, source: Source) -> None:
+    """In a thread too: behind a look that hangs it waits as long as that."""
+    call = spawn(threads(source.close), "letting go of a source")
+    try:
+        await clock.wait([call], LOOK_SECONDS)
+    finally:
+        call.cancel()
+        threads.close()
