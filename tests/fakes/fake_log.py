@@ -55,7 +55,7 @@ _CLOSING: dict[str, Lines] = {
     "compile": (
         ("EngineCore", "monitor.py:62", "torch.compile took 2.40 s in total"),
         ("EngineCore", "monitor.py:91", "Initial profiling/warmup run took 0.40 s"),
-        ("EngineCore", "gpu_worker.py:759", "Available KV cache memory: 8.21 GiB"),
+        ("EngineCore", "gpu_worker.py:759", "Available KV cache memory: {kv} GiB"),
         (
             "EngineCore",
             "kv_cache_utils.py:2327",
@@ -94,7 +94,7 @@ class Log:
     def __init__(self, options: object) -> None:
         """`options`: what the lines tell of the command line."""
         known = vars(options)
-        self.values = {**known, "address": known["host"] or "0.0.0.0", "pid": os.getpid()}
+        self.values = {**known, "address": known["host"] or "0.0.0.0", "pid": os.getpid(), "kv": "8.21"}
         self.core = 0  # the pid of the engine core, once there is one
 
     def line(self, process: str, place: str, text: str, level: str = "INFO") -> None:
@@ -124,6 +124,13 @@ class Log:
         """The core is dead before the engine was ready."""
         cause = "Engine core initialization failed. See root cause above. Failed core proc(s): "
         write(ERR, f"Traceback (most recent call last):\nRuntimeError: {cause}{{'EngineCore': {code}}}\n".encode())
+
+    def core_refused(self, cause: str) -> None:
+        """The core has ended itself before the engine was ready. `cause`: the last line of its traceback."""
+        for text in ("EngineCore failed to start.", "Traceback (most recent call last):", cause):
+            self.line("EngineCore", "core.py:1510", text, "ERROR")
+        cause = "Engine core initialization failed. See root cause above. Failed core proc(s): {}"
+        write(ERR, f"Traceback (most recent call last):\nRuntimeError: {cause}\n".encode())
 
     def core_died(self) -> None:
         """The core is dead, and so is the engine. This is an exit with code 0."""

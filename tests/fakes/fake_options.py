@@ -6,6 +6,8 @@ import json
 import os
 import sys
 
+import fake_ledger  # type: ignore[import-not-found] # beside this script
+
 # In the order of a start. A phase's faults come behind the line that tells of the phase.
 PHASES = (
     "import",  # before anything is bound or said
@@ -17,6 +19,8 @@ PHASES = (
     "capture",
     "listen",  # the port accepts connections, and nothing answers yet
 )
+# Whose product is how many devices an engine has.
+WORLD = ("tensor-parallel-size", "pipeline-parallel-size", "prefill-context-parallel-size", "data-parallel-size")
 # What `--fake-once` takes back: whatever keeps a start from its end.
 _ONCE = (
     "fake_exit_at",
@@ -41,21 +45,36 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shutdown-timeout", type=int, default=0)
     parser.add_argument("--disable-access-log-for-endpoints")
     parser.add_argument("--max-model-len", type=int, default=4096)
-    parser.add_argument("--tensor-parallel-size", type=int)
-    parser.add_argument("--gpu-memory-utilization", type=float)
+    for size in WORLD:
+        parser.add_argument(f"--{size}", type=int, default=1)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--dtype")
     parser.add_argument("--trust-remote-code", action=argparse.BooleanOptionalAction)
     parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
     parser.add_argument("--hf-overrides", type=json.loads)
+    _memory(parser)
     _faults_of_the_start(parser)
     _faults_of_the_core(parser)
     _faults_while_it_runs(parser)
     options = parser.parse_args(sys.argv[2:] if sys.argv[1:2] == ["serve"] else sys.argv[1:])
+    if options.fake_ledger and not fake_ledger.Ledger(options.fake_ledger).wake():
+        parser.error(f"nobody keeps {options.fake_ledger} true: see tests.fakes.ledger")
     if options.fake_once and not first(options.fake_once):
         for name in _ONCE:
             setattr(options, name, parser.get_default(name))
     return options
+
+
+def _memory(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--fake-ledger", metavar="FILE", help="the memory of the devices, shared with all that name the same file")
+    add("--fake-context", type=int, default=int(0.6 * 2**30), metavar="BYTES", help="of each device, before all else")
+    add("--fake-weights", type=int, metavar="BYTES", help="of each device; default: a quarter of what it wants")
+    add("--fake-hold", type=int, metavar="BYTES", help="it has no KV cache, and keeps so much of each device")
+    add(
+        "--fake-release-delay", type=float, default=0.0, metavar="SECONDS", help="from its death to its memory's return"
+    )
 
 
 def _faults_of_the_start(parser: argparse.ArgumentParser) -> None:

@@ -2,13 +2,16 @@
 
 import argparse
 import json
+import math
 import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 import fake_core  # type: ignore[import-not-found] # beside this script
+import fake_ledger  # type: ignore[import-not-found] # as above
 import fake_log  # type: ignore[import-not-found] # as above
 import fake_options  # type: ignore[import-not-found] # as above
 
@@ -22,12 +25,28 @@ class Start:
         self.options = options
         self.log = fake_log.Log(options)
         self.core: fake_core.Core | None = None
+        self.memory: fake_ledger.Memory | None = None  # None: it uses no device
 
     def reach(self, phase: str) -> None:
         """Go through a phase."""
         self.log.opening(phase)
         self.faults(phase)
+        self.remember(phase)
         self.log.closing(phase)
+
+    def remember(self, phase: str) -> None:
+        """Take the memory of a phase."""
+        memory, options = self.memory, self.options
+        if memory is None:
+            return
+        with_cache = options.fake_hold is None
+        if phase == "load":
+            self.or_fail(lambda: memory.start(profiles=with_cache))
+        elif phase == "weights":
+            self.or_fail(lambda: memory.load(options.fake_weights if with_cache else options.fake_hold))
+        elif phase == "compile" and with_cache:
+            self.or_fail(memory.allocate)
+            self.log.values["kv"] = fake_ledger.gib(memory.kv)
 
     def faults(self, phase: str) -> None:
         """What was asked for in a phase: to wait, to hang, to end."""
@@ -71,6 +90,16 @@ class Start:
         self.core.end()
         os._exit(1)
 
+    def or_fail(self, take: Callable[[], None]) -> None:
+        """Take memory; where the devices refuse, that is the end of the core, and then of the server."""
+        assert self.core is not None
+        try:
+            take()
+        except fake_ledger.RefusedError as error:
+            self.log.core_refused(str(error))
+            self.core.end()
+            os._exit(1)
+
     def fail(self) -> NoReturn:
         """End as a failed start does, or all of a sudden by a signal, which leaves the core alone."""
         number, text = self.options.fake_exit_signal, self.options.fake_exit_text
@@ -109,6 +138,17 @@ def bind(options: argparse.Namespace) -> socket.socket:
     return listener
 
 
+def memory_of(options: argparse.Namespace, core: fake_core.Core) -> fake_ledger.Memory | None:
+    """The memory of the devices that it may use."""
+    if options.fake_ledger is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    world = math.prod(getattr(options, name.replace("-", "_")) for name in fake_options.WORLD)
+    return fake_ledger.Memory(
+        options.fake_ledger, options.served_model_name[0], core.workers or [core.pid], world,
+        share=options.gpu_memory_utilization, context=options.fake_context, delay=options.fake_release_delay,
+    )  # fmt: skip
+
+
 def main() -> None:
     """Import, bind, load, listen, serve."""
     options = fake_options.parse()
@@ -120,6 +160,7 @@ def main() -> None:
     start.reach("bind")
     start.core = fake_core.Core(options, listener)
     start.log.core = start.core.pid
+    start.memory = memory_of(options, start.core)
     for phase in ("load", "weights", "profile", "compile", "capture"):
         start.reach(phase)
     import fake_server  # type: ignore[import-not-found] # the first that needs asyncio

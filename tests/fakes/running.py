@@ -89,7 +89,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def engine(*flags: str, port: int | None = None) -> Iterator[Engine]:
+def engine(*flags: str, port: int | None = None, env: dict[str, str] | None = None) -> Iterator[Engine]:
     """A fake with these options, as the daemon would start it; nothing of it is left behind the block."""
     if port is None:
         with socket.socket() as probe:
@@ -98,7 +98,7 @@ def engine(*flags: str, port: int | None = None) -> Iterator[Engine]:
     names = ["--served-model-name", "chat", "own"]
     command = [sys.executable, "-S", str(FAKE), "serve", "org/chat", f"--port={port}", "--host=127.0.0.1", *names]
     process = subprocess.Popen(
-        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={}, start_new_session=True
+        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env or {}, start_new_session=True
     )
     running = Engine(process, port)
     try:
