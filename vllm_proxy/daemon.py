@@ -25,6 +25,7 @@ from vllm_proxy.domain.file.parse import problems_at
 from vllm_proxy.domain.listener import Kind
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
+from vllm_proxy.engine.devices import Inventory
 from vllm_proxy.engine.find import find_vllm, has_gpus
 from vllm_proxy.engine.launch import Launcher
 from vllm_proxy.engine.options import OptionTables
@@ -39,6 +40,7 @@ from vllm_proxy.fleet.changes import KeyFiles
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.desired import Desired
 from vllm_proxy.fleet.loop import FleetLoop
+from vllm_proxy.fleet.managed import Managed
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.fleet.watch import watch
@@ -121,9 +123,10 @@ async def serve(
             notice_departed_clients(one.socket)
         listeners = Listeners(clients, listen_for_commands(settings.control_socket))
         stack.callback(listeners.commands.close)
-        shared, launcher = _dependencies(settings, config, state, listeners.ports(), stack,
+        shared, launcher, managed = _dependencies(settings, config, state, listeners.ports(), stack,
                                         output=output, open_files=open_files)  # fmt: skip
         await launcher.variables.follow(config)
+        await _follow_devices(managed, shared.loop, stack)
         reconciler = Reconciler(config, shared, state, launcher.fingerprint)
         keyring = Keyring(config)
         store = Store(settings.config_file)
@@ -267,7 +270,7 @@ def _dependencies(
     *,
     output: Output,
     open_files: int,
-) -> tuple[Dependencies, Launcher]:
+) -> tuple[Dependencies, Launcher, Managed]:
     # No keep-alive for health checks: such a connection would outlive the engine's readiness.
     health_checks = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), trust_env=False)
     stack.push_async_callback(health_checks.close)
@@ -294,9 +297,19 @@ def _dependencies(
         open_files=open_files,
         stopping=stopping,
     )
-    shared = Dependencies(launcher, FleetLoop(), Registry(), HttpProbe(health_checks), asyncio.Event(), stopping,
+    inventory = Inventory(config.devices.source, settings.config_file.parent, env, launcher.owned)
+    stack.callback(inventory.close)
+    managed = Managed(inventory, config.devices)
+    shared = Dependencies(launcher, FleetLoop(managed), Registry(), HttpProbe(health_checks), asyncio.Event(), stopping,
                           mask=output.masking.mask)  # fmt: skip
-    return shared, launcher
+    return shared, launcher, managed
+
+
+async def _follow_devices(managed: Managed, loop: FleetLoop, stack: contextlib.AsyncExitStack) -> None:
+    """Know them before anything starts, and follow them."""
+    await managed.inventory.look()
+    following = keep_running(partial(managed.follow, loop.room.is_asked, loop.room.look), "watch of the devices")
+    stack.callback(following.cancel)
 
 
 def _certificate(settings: Settings, reconciler: Reconciler, stack: contextlib.AsyncExitStack) -> tls.Certificate:

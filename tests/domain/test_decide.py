@@ -12,29 +12,27 @@ from hypothesis import strategies as st
 
 from vllm_proxy.domain.config import EngineSpec, Policy, Restart
 from vllm_proxy.domain.decide import (
-    Claim,
-    ClaimState,
     InstanceNow,
     ModelDecision,
     ModelNow,
-    NotNow,
     Retry,
+    RoomNow,
     Snapshot,
     Wanted,
     decide,
     decide_model,
 )
-from vllm_proxy.domain.devices import ANY_DEVICE, Allocation
 from vllm_proxy.domain.diagnose import Diagnosis
+from vllm_proxy.domain.ledger import Ask, Device, Hold, Standing
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.domain.rollback import Rollback
+from vllm_proxy.domain.room import Moves
 
 READY, LOADING, ERROR, STOPPED, UNLOADING = (
     State.READY, State.LOADING, State.ERROR, State.STOPPED, State.UNLOADING,
 )  # fmt: skip
 OLD, NEW = EngineSpec(model="old"), EngineSpec(model="new")
 CRASHED = Diagnosis(Reason.CRASHED, "it crashed")
-ASKS, LOADS, LEAVES = ClaimState.WAITING, ClaimState.LOADING, ClaimState.LEAVING
 
 
 def chat(*states: State, wanted: Wanted = Wanted.RUN, engine: EngineSpec = OLD, **policy: object) -> ModelNow:
@@ -177,120 +175,60 @@ def test_a_change_that_failed_goes_back_to_what_was_ready() -> None:
 # Starts
 
 
-def claim(key: int, state: ClaimState, *devices: str, instance: str = "", **more: object) -> Claim:
-    """A claim on devices."""
-    return Claim(key, instance or f"m{key}/0", Allocation(frozenset(devices)), state, **more)  # type: ignore[arg-type]
+def on(*devices: str) -> dict[str, int]:
+    """What engines have that take turns."""
+    return dict.fromkeys(devices, 0)
 
 
-def starts(*claims: Claim) -> tuple[list[int], dict[int, str]]:
-    """The claims that may start, and why the others may not."""
-    found = decide(Snapshot(claims=claims), 0.0)
-    return list(found.admit), {key: why.because for key, why in found.wait.items()}
+def here(*parts: Hold | Ask) -> RoomNow:
+    """A room whose devices nobody manages."""
+    names = {name for part in parts for name in (part.takes if isinstance(part, Hold) else part.needs)}
+    holds = [part for part in parts if isinstance(part, Hold)]
+    return RoomNow(dict.fromkeys(names, Device()), holds, [part for part in parts if isinstance(part, Ask)])
 
 
-def test_starts_on_different_devices_go_together_and_are_given_what_they_claim() -> None:
-    """Those without any too."""
-    claims = claim(0, ASKS, "0"), claim(1, ASKS, "1"), claim(2, ASKS), claim(3, ASKS)
-    admitted = decide(Snapshot(claims=claims), 0.0).admit
-    assert admitted == {one.key: one.allocation for one in claims}
+def asks(name: str, *devices: str, since: float = 0.0) -> Ask:
+    """One that wants to start there."""
+    return Ask(name, name.partition("/")[0], on(*devices), len(devices), devices, since=since)
 
 
-@pytest.mark.parametrize(
-    ("other", "why"),
-    [
-        (claim(0, LOADS, "0"), "m0/0 loads on what it needs"),
-        (claim(0, LEAVES, "0"), "m0/0 is leaving what it needs"),
-        (claim(0, LEAVES, "7", instance="m1/0"), "m1/0 is leaving what it needs"),
-        (claim(0, LOADS, "GPU-a"), "m0/0 loads on what it needs"),
-        (claim(0, LEAVES, ANY_DEVICE), "m0/0 is leaving what it needs"),
-    ],
-)
-def test_nobody_starts_beside_one_that_loads_or_leaves(other: Claim, why: str) -> None:
-    """On the same device, or as the same instance; wherever it stands in the line."""
-    asks = claim(1, ASKS, "0")
-    assert starts(other, asks) == ([], {1: why})
-    assert starts(asks, other) == ([], {1: why})
+def test_who_starts_is_what_the_room_says() -> None:
+    """Nobody beside one that loads or leaves; who came first comes first, on other devices nobody waits."""
+    loads = Hold("a/0", "a", on("0"), Standing.COMES)
+    first, second, other = asks("b/0", "0", "1", since=1), asks("c/0", "1", since=2), asks("d/0", "2", since=3)
+    moves = decide(Snapshot(room=here(loads, first, second, other)), 9.0).moves
+    assert {**moves.admit} == {"d/0": ("2",)}
+    assert (moves.wait["b/0"].waits_for, moves.wait["c/0"].behind) == (("a/0",), ("b/0",))
 
 
-def test_who_came_first_starts_first() -> None:
-    """Each waits for the first whom it conflicts with."""
-    found = starts(claim(0, ASKS, "0"), claim(1, ASKS, "0", "1"), claim(2, ASKS, "1"), claim(3, ASKS, "2"))
-    assert found == ([0, 3], {1: "m0/0 loads on what it needs", 2: "m1/0 waits for what it needs"})
+def test_where_nobody_asks_there_is_nothing_to_decide() -> None:
+    """However many there are."""
+    assert decide(Snapshot(room=here(Hold("a/0", "a", on("0"), Standing.GOES))), 0.0).moves == Moves()
 
 
-def test_who_waits_for_an_engine_that_could_not_be_ended_is_told_so_first() -> None:
-    """That may take for ever, whatever else is in the way."""
-    stuck = claim(0, LEAVES, "0", not_ended="process 7 survives")
-    found = decide(Snapshot(claims=[claim(1, LEAVES, "1"), stuck, claim(2, ASKS, "0", "1")]), 0.0)
-    assert found.wait == {2: NotNow("m0/0 could not be ended: process 7 survives", not_ended=True)}
+def test_who_gives_way_is_stopped_and_an_on_demand_model_awaits_its_next_request() -> None:
+    """One that is to run whatever happens asks again once it has gone."""
+    yields = InstanceNow(0, READY, OLD, yields=True)
+    decided = decide_model(replace(on_demand(), instances=(yields,)))
+    assert (decided.wanted, decided.stop, decided.start) == (Wanted.AWAIT, (0,), ())
+    warm = replace(chat(start="warm"), instances=(yields,))
+    assert (decide_model(warm).wanted, decide_model(warm).stop) == (Wanted.RUN, (0,))
+    gone = replace(warm, instances=(replace(yields, state=STOPPED),))
+    assert decide_model(gone).start == (0,)
 
 
-def test_nobody_starts_before_it_was_tried_to_end_what_an_earlier_daemon_left() -> None:
-    """Its port and its memory are not free. Behind a try that failed, only who needs what it has waits."""
-    left = claim(0, LEAVES, "0", untried=True)
-    why = "m0/0, which an earlier daemon left, is being ended"
-    assert starts(left, claim(1, ASKS), claim(2, ASKS, "0")) == ([], {1: why, 2: why})
-    tried = replace(left, untried=False, not_ended="process 7 survives")
-    assert starts(tried, claim(1, ASKS), claim(2, ASKS, "0"))[0] == [1]
+def test_a_model_whose_other_instance_serves_on_does_not_await_a_request() -> None:
+    """The one that gave way comes back when there is room."""
+    instances = (InstanceNow(0, READY, OLD, yields=True), InstanceNow(1, READY, OLD))
+    decided = decide_model(replace(on_demand(), policy=Policy(start="on-demand", replicas=2), instances=instances))
+    assert (decided.wanted, decided.stop, decided.start) == (Wanted.RUN, (0,), ())
 
 
-DEVICES = st.frozensets(st.sampled_from(["0", "1", "2", "3", "GPU-a", ANY_DEVICE]), max_size=2)
-INSTANCES = st.sampled_from(["a/0", "b/0", "c/0", "d/0", "e/0"])
-
-
-@st.composite
-def claims_of_a_fleet(draw: st.DrawFn) -> list[Claim]:
-    """In any order, on any devices."""
-    made: list[Claim] = []
-    for key in range(draw(st.integers(0, 8))):
-        state = draw(st.sampled_from(ClaimState))
-        leaves = state is LEAVES
-        not_ended = draw(st.sampled_from([None, "it survives"])) if leaves else None
-        untried = leaves and not_ended is None and draw(st.integers(0, 9)) == 0
-        made.append(Claim(key, draw(INSTANCES), Allocation(draw(DEVICES)), state, not_ended, untried))
-    return made
-
-
-def conflict(one: Claim, other: Claim) -> bool:
-    """As people would look for it."""
-    pairs = [(a, b) for a in one.allocation.devices for b in other.allocation.devices]
-    same = any(a == b or ANY_DEVICE in (a, b) or a.isdigit() != b.isdigit() for a, b in pairs)
-    return same or one.instance == other.instance
-
-
-@given(claims_of_a_fleet())
-def test_whatever_is_claimed_nobody_starts_beside_whom_it_conflicts_with_nor_before_who_came_first(
-    claims: list[Claim],
-) -> None:
-    """And nobody waits without somebody in the way."""
-    found = decide(Snapshot(claims=claims), 0.0)
-    asking = [one for one in claims if one.state is ASKS]
-    assert {*found.admit} | {*found.wait} == {one.key for one in asking}
-    assert not {*found.admit} & {*found.wait}
-    moving = [one for one in claims if one.state is not ASKS]
-    untried = any(one.untried for one in claims)
-    for position, one in enumerate(asking):
-        in_the_way = [other for other in (*moving, *asking[:position]) if conflict(one, other)]
-        assert (one.key in found.admit) == (not in_the_way and not untried)
-        if one.key in found.wait and not untried:
-            stuck = any(other.not_ended for other in in_the_way)
-            assert found.wait[one.key].not_ended is stuck
-            assert any(found.wait[one.key].because.startswith(other.instance) for other in in_the_way)
-
-
-@given(st.lists(DEVICES, max_size=8), st.data())
-def test_everybody_starts_in_the_end_whoever_is_ready_first(wants: list[frozenset[str]], data: st.DataObject) -> None:
-    """Nobody is starved: as long as starts come to an end, each gets its turn."""
-    line = [Claim(key, f"m{key}/0", Allocation(devices), ASKS) for key, devices in enumerate(wants)]
-    started: list[int] = []
-    while line:
-        admitted = decide(Snapshot(claims=line), 0.0).admit
-        started += admitted
-        line = [replace(one, state=LOADS) if one.key in admitted else one for one in line]
-        loads = [one for one in line if one.state is LOADS]
-        assert not any(conflict(one, other) for one in loads for other in loads if one is not other)
-        line.remove(data.draw(st.sampled_from(loads)))
-    assert sorted(started) == list(range(len(wants)))
+def test_new_beside_old_where_that_does_not_fit_is_one_by_one() -> None:
+    """The old one goes first."""
+    surge = replace(changed(InstanceNow(0, READY, OLD)), policy=Policy(replace="surge"))
+    assert steps(surge) == ((), (1,))
+    assert steps(replace(surge, fits_beside=False)) == ((0,), ())
 
 
 # Failures
@@ -343,12 +281,18 @@ class Fleet:
 
     def __init__(self, model: ModelNow, devices: Sequence[frozenset[str]]) -> None:
         self.model = model
-        self.claims: list[Claim] = []
+        self.holds: dict[str, Hold] = {}  # of those that move
+        self.asks: dict[str, Ask] = {}
         self._devices = devices  # of each instance, by index
-        self._keys = itertools.count()
+        self._times = itertools.count()
         for one in model.instances:
             if one.state in {LOADING, UNLOADING}:
-                self._claim(one.index, LOADS if one.state is LOADING else LEAVES)
+                self._hold(one.index, Standing.COMES if one.state is LOADING else Standing.GOES)
+
+    @property
+    def room(self) -> RoomNow:
+        """As it is decided about."""
+        return here(*self.holds.values(), *self.asks.values())
 
     def turn(self, most: int | None = None) -> bool:
         """Carry out what is decided, or its first `most` steps; whether there was anything to do."""
@@ -359,8 +303,10 @@ class Fleet:
         steps += [partial(self._start, index) for index in decided.start]
         for step in steps[:most]:
             step()
-        admitted = decide(Snapshot(claims=self.claims), 0.0).admit
-        self.claims = [replace(one, state=LOADS) if one.key in admitted else one for one in self.claims]
+        admitted = decide(Snapshot(room=self.room), 0.0).moves.admit
+        for name in admitted:
+            del self.asks[name]
+            self._hold(int(name.rpartition("/")[2]), Standing.COMES)
         return news or bool(steps) or bool(admitted)
 
     def settle(self) -> None:
@@ -377,7 +323,8 @@ class Fleet:
             if self.model.rollback.needs_check:
                 self.model = replace(self.model, rollback=self.model.rollback.check_ended(None))
                 continue
-            loading = [int(one.instance.rpartition("/")[2]) for one in self.claims if one.state is LOADS]
+            loads = [name for name, hold in self.holds.items() if hold.standing is Standing.COMES]
+            loading = [int(name.rpartition("/")[2]) for name in loads]
             leaving = [one.index for one in self.model.instances if one.state is UNLOADING]
             moving = [*((index, READY) for index in loading), *((index, STOPPED) for index in leaving)]
             if not moving:
@@ -392,24 +339,27 @@ class Fleet:
     def ends_up(self, index: int, state: State) -> None:
         """One that moved is there."""
         self._set(index, replace(self._instance(index), state=state))
-        self.claims = [one for one in self.claims if one.instance != f"chat/{index}"]
+        del self.holds[f"chat/{index}"]
 
     def _instance(self, index: int) -> InstanceNow:
         return next(one for one in self.model.instances if one.index == index)
 
     def _stop(self, index: int) -> None:
         self._set(index, replace(self._instance(index), state=UNLOADING, renew=False))
-        self.claims = [one for one in self.claims if one.instance != f"chat/{index}"]
-        self._claim(index, LEAVES)
+        self.asks.pop(f"chat/{index}", None)
+        self._hold(index, Standing.GOES)
 
     def _start(self, index: int) -> None:
         self._set(index, InstanceNow(index, LOADING, self.model.rollback.target))
-        self._claim(index, ASKS)
+        name = f"chat/{index}"
+        self.asks[name] = asks(name, *sorted(self._devices_of(index)), since=next(self._times))
 
-    def _claim(self, index: int, state: ClaimState) -> None:
-        devices = self._devices[index % len(self._devices)]
-        made = Claim(next(self._keys), f"chat/{index}", Allocation(devices), state)
-        self.claims.insert(0 if state is LEAVES else len(self.claims), made)
+    def _hold(self, index: int, standing: Standing) -> None:
+        name = f"chat/{index}"
+        self.holds[name] = Hold(name, "chat", on(*self._devices_of(index)), standing)
+
+    def _devices_of(self, index: int) -> frozenset[str]:
+        return self._devices[index % len(self._devices)]
 
     def _set(self, index: int, one: InstanceNow) -> None:
         others = (other for other in self.model.instances if other.index != index)
@@ -448,7 +398,7 @@ def test_the_same_fleet_gives_the_same_decision_and_what_was_carried_out_is_not_
     model: ModelNow, devices: list[frozenset[str]]
 ) -> None:
     """As long as nothing happens, there is an end to it."""
-    snapshot = Snapshot(models=[model], claims=Fleet(model, devices).claims)
+    snapshot = Snapshot(models=[model], room=Fleet(model, devices).room)
     assert decide(snapshot, 0.0) == decide(snapshot, 0.0)
     fleet = Fleet(model, devices)
     fleet.settle()
@@ -464,7 +414,7 @@ def test_whatever_ends_first_a_model_becomes_what_is_wanted_of_it(
     fleet = Fleet(model, devices)
     fleet.to_the_end(lambda moving: data.draw(st.sampled_from(moving)))
     runs = fleet.model.wanted is Wanted.RUN and model.policy.enabled
-    assert fleet.claims == []
+    assert (fleet.holds, fleet.asks) == ({}, {})
     assert fleet.active() == [(READY, fleet.model.rollback.target)] * (model.policy.replicas if runs else 0)
 
 
@@ -479,7 +429,7 @@ def test_decisions_that_are_cut_off_in_the_middle_lead_to_the_same_end(
         cut.turn(most)
     cut.to_the_end(lambda moving: moving[0])
     assert cut.active() == whole.active()
-    assert (cut.model.wanted, cut.model.rollback, cut.claims) == (whole.model.wanted, whole.model.rollback, [])
+    assert (cut.model.wanted, cut.model.rollback, cut.holds) == (whole.model.wanted, whole.model.rollback, {})
 
 
 @given(models(), st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 1e6))

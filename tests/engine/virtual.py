@@ -15,7 +15,7 @@ from typing import Any
 from vllm_proxy.domain.address import Address, TcpAddress
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
-from vllm_proxy.domain.devices import Allocation
+from vllm_proxy.domain.devices import Allocation, unmanaged
 from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Phase, State
 from vllm_proxy.domain.progress import START, Progress
@@ -24,9 +24,11 @@ from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.process import run_shielded
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.engine.state import EngineRecord
+from vllm_proxy.fleet.claims import Waits
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.loop import FleetLoop
+from vllm_proxy.fleet.managed import Machines
 from vllm_proxy.fleet.supervisor import Supervisor
 from vllm_proxy.traffic.registry import Registry
 
@@ -188,7 +190,7 @@ class FakeLauncher:
 
     def allocation(self, spec: EngineSpec) -> Allocation:
         """What an engine of this spec needs."""
-        return Allocation(frozenset(str(device) for device in spec.devices or ()))
+        return unmanaged(str(device) for device in spec.devices or ())
 
     async def objection(self, model: ModelSpec) -> Diagnosis | None:  # noqa: ARG002 - one answer for all
         """Why no engine would start."""
@@ -324,14 +326,58 @@ class KeptStarts:
 type Moment = tuple[State, Phase | None, int]  # what a supervisor shows, and how many endpoints its model has then
 
 
+class FakeTenant:
+    """An instance that wants devices, for who has no supervisor."""
+
+    def __init__(self, name: str, *devices: str) -> None:
+        self.name = name
+        self.spec = model(name.rpartition("/")[0], devices=devices)
+        self.told: list[str | None] = []  # why it waits
+        self.gives_way_to: str | None = None
+
+    def wanted_since(self) -> float | None:
+        """Nobody waits for it."""
+        return None
+
+    def idle_since(self) -> float | None:
+        """It has no requests."""
+        return 0.0
+
+    def in_flight(self) -> int:
+        """None."""
+        return 0
+
+    def on_idle(self, callback: Callable[[], None]) -> None:
+        """It is."""
+        callback()
+
+    def start_seconds(self) -> float:
+        """A guess."""
+        return 60.0
+
+    def measured(self) -> int | None:
+        """Not known."""
+        return None
+
+    def on_wait(self, why: Waits | None) -> None:
+        """Note it."""
+        self.told.append(why.because if why else None)
+
+    def on_yield(self, for_whom: str) -> None:
+        """Note it."""
+        self.gives_way_to = for_whom
+
+
 class Stage:
     """What every supervisor shares, and a record of what they showed."""
 
-    def __init__(self) -> None:
+    def __init__(self, machines: Machines | None = None) -> None:
+        """`machines`: the devices, where they are managed."""
         self.launcher = FakeLauncher()
         self.probe = FakeProbe(self.launcher)
         self.registry = Registry()
-        self.loop = FleetLoop()
+        self.loop = FleetLoop(machines)
+        self.loop.room.unmanaged = self.launcher.allocation
         self.loop.start()
         self.shared = Dependencies(
             self.launcher,

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from structlog.testing import capture_logs
 
-from tests.engine.virtual import now, passes, settle, virtual
+from tests.engine.virtual import FakeTenant, now, passes, settle, virtual
 from vllm_proxy.domain.config import EngineSpec, Policy, Restart
 from vllm_proxy.domain.decide import Decision, InstanceNow, ModelDecision, ModelNow, Snapshot, Wanted, decide
-from vllm_proxy.domain.devices import Allocation
+from vllm_proxy.domain.devices import unmanaged
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.domain.rollback import Rollback
 from vllm_proxy.fleet import loop as fleet_loop
@@ -308,10 +308,10 @@ async def test_a_bug_in_a_decision_is_one_of_its_model_alone(monkeypatch: pytest
     bad, good = Member(loop, "bad"), Member(loop, "good")
     with capture_logs() as logs:
         waits = [asyncio.create_task(again(loop, f"{name}/0", Restart(backoff=5))) for name in ("bad", "good")]
-        async with loop.room.hold("good/1", Allocation(frozenset("0"))):
-            await passes(3.7)
-            assert not waits[1].done()
-            await passes(1.4)
+        await loop.room.ask(FakeTenant("good/1", "0")).admission()
+        await passes(3.7)
+        assert not waits[1].done()
+        await passes(1.4)
         assert (waits[0].done(), waits[1].done()) == (False, True)
     assert (len(good.decided), bad.decided) == (1, [])
     assert {entry["part"] for entry in logs if "part" in entry} == {"bad", "bad/0"}
@@ -325,17 +325,19 @@ async def test_a_bug_in_a_decision_is_one_of_its_model_alone(monkeypatch: pytest
 async def test_a_bug_in_who_is_told_keeps_no_start_up() -> None:
     """Neither its own nor another one's."""
 
-    def told(_why: object) -> None:
-        fails()
+    class Faulty(FakeTenant):
+        def on_wait(self, why: object) -> None:  # noqa: ARG002 - whatever it is
+            fails()
 
     loop = begun()
-    device = Allocation(frozenset("0"))
+    loop.room.unmanaged = lambda spec: unmanaged(str(device) for device in spec.devices or ())
     with capture_logs() as logs:
-        async with loop.room.hold("a/0", device):
-            waiting = asyncio.create_task(loop.room.hold("b/0", device, on_change=told).__aenter__())
-            failed = asyncio.create_task(again(loop, "c/0", Restart(backoff=1), told))
-            await passes(2)
-            assert (waiting.done(), failed.done()) == (False, True)
+        first = loop.room.ask(FakeTenant("a/0", "0"))
+        waiting = asyncio.create_task(loop.room.ask(Faulty("b/0", "0")).admission())
+        failed = asyncio.create_task(again(loop, "c/0", Restart(backoff=1), lambda _: fails()))
+        await passes(2)
+        assert (waiting.done(), failed.done()) == (False, True)
+        first.done()
         await waiting
     assert {entry["event"] for entry in logs} == {"a listener failed"}
 

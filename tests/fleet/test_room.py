@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 
-from tests.engine.virtual import passes, settle, virtual
-from vllm_proxy.domain.decide import ClaimState, NotNow
-from vllm_proxy.domain.devices import Allocation
+from tests.engine.virtual import FakeTenant, passes, settle, virtual
+from vllm_proxy.domain.devices import unmanaged
+from vllm_proxy.domain.ledger import Standing
 from vllm_proxy.fleet.loop import FleetLoop
 from vllm_proxy.fleet.room import Room
 
@@ -17,6 +17,7 @@ _numbers = itertools.count()
 def begun() -> Room:
     """The room of a fleet loop that decides."""
     loop = FleetLoop()
+    loop.room.unmanaged = lambda spec: unmanaged(str(device) for device in spec.devices or ())
     loop.start()
     return loop.room
 
@@ -27,12 +28,17 @@ class Start:
     def __init__(self, room: Room, *devices: str) -> None:
         self.admitted = False
         self.let_go = asyncio.Event()
-        self.task = asyncio.create_task(self._run(room, frozenset(devices)))
+        self.tenant = FakeTenant(f"start{next(_numbers)}/0", *devices)
+        self.task = asyncio.create_task(self._run(room))
 
-    async def _run(self, room: Room, devices: frozenset[str]) -> None:
-        async with room.hold(f"start/{next(_numbers)}", Allocation(devices)):
+    async def _run(self, room: Room) -> None:
+        self.claim = room.ask(self.tenant)
+        try:
+            await self.claim.admission()
             self.admitted = True
             await self.let_go.wait()
+        finally:
+            self.claim.done()
 
 
 @virtual
@@ -113,28 +119,22 @@ async def test_a_holder_that_fails_lets_the_next_one_in() -> None:
 @virtual
 async def test_everybody_who_waits_is_told_for_whom_and_told_again_when_that_is_another_one() -> None:
     """Hundreds of them, a few in each turn of the loop; and that nothing is in the way any more."""
-    loop = FleetLoop()
-    loop.start()
-    told: dict[int, list[str | None]] = {number: [] for number in range(300)}
-    begun_at: list[int] = []
-
-    async def start(number: int) -> None:
-        def tell(why: NotNow | None) -> None:
-            told[number].append(why.because if why else None)
-
-        async with loop.room.hold(f"m{number}/0", Allocation(frozenset("0")), on_change=tell):
-            begun_at.append(number)
-            await passes(10)
-
-    starts = [asyncio.create_task(start(number)) for number in range(300)]
-    await passes(15)
-    assert told[1] == ["m0/0 loads on what it needs", None]
-    assert {tuple(told[number]) for number in range(2, 300)} == {
-        ("m0/0 loads on what it needs", "m1/0 loads on what it needs")
-    }
-    await asyncio.wait(starts)
-    assert begun_at == list(range(300))
-    assert loop.room.claims() == ()
+    room = begun()
+    starts = [Start(room, "0") for _ in range(300)]
+    names = [start.tenant.name for start in starts]
+    await passes(1)
+    assert starts[1].tenant.told == [f"waits: {names[0]} loads on what it needs"]
+    starts[0].let_go.set()
+    await passes(1)
+    assert starts[1].tenant.told == [f"waits: {names[0]} loads on what it needs", None]
+    for start in starts[2:]:
+        assert start.tenant.told[-1] == f"waits: {names[1]} loads on what it needs"
+    for start in starts:
+        start.let_go.set()
+        await settle()
+        assert start.admitted
+    await settle()
+    assert room.now().holds == []
 
 
 @virtual
@@ -143,7 +143,7 @@ async def test_a_claim_withdrawn_in_the_moment_of_its_admission_is_gone() -> Non
     room = begun()
     first, second = Start(room, "0"), Start(room, "0")
     await asyncio.sleep(0)
-    while room.claims()[0].state is not ClaimState.LOADING:
+    while first.claim.standing is not Standing.COMES:
         await asyncio.sleep(0)
     assert not first.admitted, "it does not know yet"
     first.task.cancel()
@@ -151,4 +151,4 @@ async def test_a_claim_withdrawn_in_the_moment_of_its_admission_is_gone() -> Non
     assert (first.task.cancelled(), second.admitted) == (True, True)
     second.let_go.set()
     await settle()
-    assert room.claims() == ()
+    assert (room.now().holds, room.now().asks) == ([], [])

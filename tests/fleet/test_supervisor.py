@@ -5,9 +5,8 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from tests.engine.virtual import Stage, model, now, passes, settle, virtual
+from tests.engine.virtual import FakeTenant, Stage, model, now, passes, settle, virtual
 from vllm_proxy.domain.config import Restart
-from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Exit
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.engine.program import LaunchError
@@ -293,8 +292,8 @@ async def test_stop_works_while_it_loads() -> None:
     engine = await stage.engine()
     await chat.stop()
     assert (chat.state, engine.reaped_at, chat.engine) == (State.STOPPED, 5, None)
-    async with stage.loop.room.hold("other/0", Allocation(frozenset({"0"}))):
-        assert now() == 5
+    await stage.loop.room.ask(FakeTenant("other/0", "0")).admission()
+    assert now() == 5
 
 
 @virtual

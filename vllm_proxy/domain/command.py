@@ -89,6 +89,8 @@ def environment(inherited: Mapping[str, str], variables: Mapping[str, str], plac
     env = {**_DEFAULTS, **scrubbed(inherited), "TMPDIR": place.folder, **variables}
     if place.allocation.visible is not None:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(place.allocation.visible)
+    if any(place.allocation.takes.values()):  # indices are those of the inventory
+        env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     return env | {
         "VLLM_RPC_BASE_PATH": place.folder,  # sockets: removed with the folder, short enough for AF_UNIX
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(ENGINE_KEEPALIVE_SECONDS),

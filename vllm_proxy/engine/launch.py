@@ -9,7 +9,7 @@ import contextlib
 import secrets
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -131,6 +131,11 @@ class Launcher:
     cgroups: Cgroups
     open_files: int  # the soft limit that engines get
     stopping: asyncio.Event  # set: the daemon stops
+    running_now: dict[str, EngineProcess] = field(default_factory=dict)  # by instance
+
+    def owned(self) -> dict[str, Owned]:
+        """The processes of each engine that runs, by instance."""
+        return {instance: process.owned for instance, process in self.running_now.items()}
 
     def allocation(self, spec: EngineSpec) -> Allocation:
         """What an engine of this spec needs, as long as nothing places it elsewhere."""
@@ -296,10 +301,12 @@ class Launcher:
         process, output, name = engine.process, engine.output, engine.place.instance
         pump = keep_running(partial(output.pump, lambda: vitals.work(process.owned)), f"output of {name}")
         monitoring = keep_running(engine.monitor, f"monitor of {name}")
+        self.running_now[name] = process
         try:
             yield
         finally:
             monitoring.cancel()
+            self.running_now.pop(name, None)
             if engine.kept and not engine.exited.done():
                 process.detach()
                 taken.pop_all()  # address and folder stay its own

@@ -3,6 +3,7 @@
 For the metrics and for estimates of a start. It only counts: nothing is decided by it.
 """
 
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -11,6 +12,7 @@ from vllm_proxy.domain.config import EngineSpec
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import Reason
 
+_START_SECONDS = 60.0  # of a model that has never started
 _BUCKETS = (1.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)  # seconds
 
 
@@ -41,6 +43,11 @@ class History:
     def failed(self, instance: str, reason: Reason) -> None:
         """An engine ended without being asked to, or could not be started."""
         self.failures[instance, reason] += 1
+
+    def start_seconds(self, spec: EngineSpec) -> float:
+        """What a start of this spec takes; a guess."""
+        past = self.past_starts(spec)
+        return statistics.median(past) if past else _START_SECONDS
 
     def past_starts(self, spec: EngineSpec) -> Sequence[float]:
         """How many seconds the last starts of this spec took, those under earlier daemons too."""

@@ -20,6 +20,7 @@ from vllm_proxy.domain.config import Restart
 from vllm_proxy.domain.decide import Decision, ModelDecision, ModelNow, Retry, Snapshot, decide
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.fleet.faults import Faults
+from vllm_proxy.fleet.managed import Machines, Unmanaged
 from vllm_proxy.fleet.room import Room
 from vllm_proxy.runtime.background import keep_running, notify
 
@@ -88,8 +89,9 @@ class _PendingRetry:
 class FleetLoop:
     """Decides for all models of one daemon, or of one test."""
 
-    def __init__(self) -> None:
-        self.room = Room(self.wake)
+    def __init__(self, machines: Machines | None = None) -> None:
+        """`machines`: the devices of this machine, where they are managed."""
+        self.room = Room(self.wake, machines or Unmanaged())
         self._faults = Faults()
         self._mailbox: list[tuple[Event, asyncio.Future[None]]] = []
         self._due_at: dict[Member, float] = {}  # every member, and when to decide about it though nothing happened

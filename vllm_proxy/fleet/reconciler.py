@@ -18,6 +18,7 @@ from vllm_proxy.domain.plan import Action
 from vllm_proxy.engine.ending import LAST_TRIES_SECONDS
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 from vllm_proxy.errors import RequestError
+from vllm_proxy.fleet.claims import Waits
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.model import Model
@@ -100,6 +101,7 @@ class Reconciler:
         self.config = config
         if self.stopping.is_set():
             return
+        self._room.machines.use(config.devices)
         self.registry.update(config.models)
         for action in actions:
             log.info("plan", model=action.model, action=action.kind, reason=action.reason)
@@ -233,6 +235,6 @@ class Reconciler:
 
     def _report(self, model: Model) -> None:
         message = model.diagnosis.message if model.diagnosis else None
-        waits = model.waits
-        self.registry.report_room(model.spec.id, waits and waits.no_room, waits and waits.ready_in)
+        waits = model.waits or Waits("")
+        self.registry.report_room(model.spec.id, waits.no_room, waits.ready_in)
         self.registry.report(model.spec.id, model.state, message, stopped_by_hand=model.stopped_by_hand)

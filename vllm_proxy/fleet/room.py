@@ -20,14 +20,12 @@ from vllm_proxy.domain.ledger import Ask, Device, Hold, Standing, Where, admitte
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.placement import Machine
 from vllm_proxy.domain.room import Moves, Wait
+from vllm_proxy.domain.waiting import Situation
 from vllm_proxy.fleet.claims import Claim, Leftover, Tenant, Waits
+from vllm_proxy.fleet.managed import Machines
 
 _INSTANT = 1e-6  # seconds
 _MOST_TOLD = 100  # waiting starts in one turn of the loop: each notification has listeners
-
-
-def _not_managed() -> Machine | None:
-    return None
 
 
 def _none_used(_: EngineSpec) -> Allocation:
@@ -37,8 +35,8 @@ def _none_used(_: EngineSpec) -> Allocation:
 class Room:
     """The claims of one daemon. `wake` is called after each change."""
 
-    def __init__(self, wake: Callable[[], None]) -> None:
-        self.machine: Callable[[], Machine | None] = _not_managed  # the devices; None: nobody manages them
+    def __init__(self, wake: Callable[[], None], machines: Machines) -> None:
+        self.machines = machines
         self.unmanaged: Callable[[EngineSpec], Allocation] = _none_used  # what an engine uses where nobody does
         self.last = RoomNow()  # what was decided about last, and what was decided
         self.moves = Moves()
@@ -68,7 +66,7 @@ class Room:
 
     def not_ended(self) -> dict[str, str]:
         """The instances whose engines could not be ended, and why."""
-        every = (*self._claims, *self._leftovers)
+        every: list[Claim | Leftover] = [*self._claims, *self._leftovers]
         return dict(sorted((one.name, one.not_ended) for one in every if one.not_ended is not None))
 
     def is_asked(self) -> bool:
@@ -81,7 +79,7 @@ class Room:
 
     def place_of(self, model: ModelSpec) -> Where | None:
         """Where one more instance of a model would run, as things are; None: it would have to wait."""
-        machine = self.machine()
+        machine = self.machines.machine()
         if machine is None:
             return ()
         now, wish = self._managed(machine), machine.wish(model)
@@ -93,6 +91,7 @@ class Room:
         self._last_came = max(asyncio.get_running_loop().time(), self._last_came + _INSTANT)
         claim = Claim(tenant, self._last_came, self._changed)
         self._claims[claim] = None
+        self.machines.wake()
         self._wake()
         return claim
 
@@ -107,7 +106,7 @@ class Room:
 
     def now(self) -> RoomNow:
         """Who holds and who asks."""
-        machine = self.machine()
+        machine = self.machines.machine()
         return self._taking_turns() if machine is None else self._managed(machine)
 
     def _managed(self, machine: Machine) -> RoomNow:
@@ -153,8 +152,8 @@ class Room:
             for claim in self._claims
             if claim.allocation is not None and claim.standing is not Standing.SERVES
         }
-        used = (one.takes for one in (*wishes.values(), *moving.values(), *self._leftovers))
-        names = Names(name for takes in used for name in takes)
+        used: list[Allocation | Leftover] = [*wishes.values(), *moving.values(), *self._leftovers]
+        names = Names(name for one in used for name in one.takes)
         holds = [
             *self._leftover_holds({one: dict.fromkeys(names.of(one.takes), 0) for one in self._leftovers}),
             *(_hold(claim, dict.fromkeys(names.of(allocation.takes), 0)) for claim, allocation in moving.items()),
@@ -177,28 +176,34 @@ class Room:
 
     # What was decided: by the fleet loop
 
+    def look(self) -> None:
+        """The devices were looked at."""
+        if self.is_asked():
+            self._wake()
+
     def follow(self, now: RoomNow, moves: Moves, time: float) -> None:
         """Carry out what was decided about `now`, and report to those who wait why."""
         self.last, self.moves = now, moves
         claims = {claim.name: claim for claim in self._waiting()}
         asks = {ask.name: ask for ask in now.asks}
-        for name in moves.admit.keys() & claims.keys():
-            self._admit(claims.pop(name), moves.admit[name], asks[name])
+        for name, where in moves.admit.items():  # in the order of their turns
+            if name in claims:
+                self._admit(claims.pop(name), where, asks[name])
         for claim in [claim for claim in self._claims if claim.name in moves.go]:
             if claim.standing is Standing.SERVES:
                 claim.give_way(moves.go_for[claim.name])
         self._let_go()
-        reports = _Reports(now, moves, time, self._claims)
+        reports = _Reports(now, moves, time, self._claims, self.machines.machine())
         for name, claim in claims.items():
             claim.place, claim.short = moves.place.get(name, ()), moves.short.get(name)
             if name in moves.refuse:
-                claim.refuse(reports.refusal(asks[name], self._foreign()))
+                claim.refuse(reports.refusal(name))
         self._watch_idle()
-        if not reports.tell(claims, self._foreign()):
+        if not reports.tell(claims):
             self._wake()
 
     def _admit(self, claim: Claim, where: Where, ask: Ask) -> None:
-        machine, spec = self.machine(), claim.tenant.spec
+        machine, spec = self.machines.machine(), claim.tenant.spec
         if machine is None:
             claim.admit(self.unmanaged(spec.engine))
         else:
@@ -224,11 +229,6 @@ class Room:
         claim.watches_idle = False
         self._wake()
 
-    def _foreign(self) -> waiting.Foreign:
-        machine = self.machine()
-        seen = {} if machine is None else machine.seen
-        return {name: [(other.name, other.bytes) for other in one.foreign] for name, one in seen.items()}
-
 
 def _hold(claim: Claim, takes: Mapping[str, int]) -> Hold:
     policy, standing = claim.tenant.spec.policy, claim.standing
@@ -247,41 +247,42 @@ def _hold(claim: Claim, takes: Mapping[str, int]) -> Hold:
 class _Reports:
     """Says why they wait to those who wait, after one decision."""
 
-    def __init__(self, now: RoomNow, moves: Moves, time: float, claims: Iterable[Claim]) -> None:
-        self._now, self._moves, self._time = now, moves, time
+    def __init__(
+        self, now: RoomNow, moves: Moves, time: float, claims: Iterable[Claim], machine: Machine | None
+    ) -> None:
+        self._moves = moves
         self._asks = {ask.name: ask for ask in now.asks}
-        self._claims = {claim.name: claim for claim in claims if not claim.waits}
         holds = {hold.name: hold for hold in now.holds}
         for name in moves.go:
             holds[name] = replace(holds[name], standing=Standing.YIELDS)
         for name, where in moves.admit.items():
             holds[name] = admitted(self._asks[name], where)
-        self._holds = holds
+        awaited = {name for wait in moves.wait.values() for name in wait.waits_for}
+        in_flight = {claim.name: claim.tenant.in_flight() for claim in claims if claim.name in awaited}
+        seen = {} if machine is None else machine.seen
+        foreign = {name: [(other.name, other.bytes) for other in one.foreign] for name, one in seen.items()}
+        self._what_is = Situation(time, now.devices, holds, in_flight, foreign)
 
-    def refusal(self, ask: Ask, foreign: waiting.Foreign) -> str:
+    def refusal(self, name: str) -> str:
         """Why one is refused."""
-        return waiting.refusal(ask, self._moves.wait[ask.name].where, self._now.devices, self._holds, foreign)
+        return waiting.refusal(self._asks[name], self._moves.wait[name], self._what_is)
 
-    def tell(self, claims: Mapping[str, Claim], foreign: waiting.Foreign) -> bool:
+    def tell(self, claims: Mapping[str, Claim]) -> bool:
         """Tell each, once for each change; whether that was all of them."""
         told = 0
         for name, claim in claims.items():
             if told == _MOST_TOLD:
                 return False
             if (wait := self._moves.wait.get(name)) is not None:
-                told += claim.tell(self._waits(claim, self._asks[name], wait, foreign))
+                told += claim.tell(self._waits(claim, self._asks[name], wait))
         return True
 
-    def _waits(self, claim: Claim, ask: Ask, wait: Wait, foreign: waiting.Foreign) -> Waits:
+    def _waits(self, claim: Claim, ask: Ask, wait: Wait) -> Waits:
         if ask.name in self._moves.stuck:
-            why = waiting.stuck_sentence(ask, self._now.devices, self._holds)
+            why = waiting.stuck_sentence(ask, self._what_is)
             return Waits(why, Reason.DOES_NOT_FIT, no_room=why)
-        in_flight = {name: self._in_flight(name) for name in wait.waits_for}
-        why = waiting.sentence(ask, wait, self._time, self._now.devices, self._holds, in_flight, foreign)
+        why = waiting.sentence(ask, wait, self._what_is)
         if wait.not_ended is not None:
             return Waits(why, Reason.NOT_ENDED)
-        ready_in = None if wait.at == math.inf else max(wait.at - self._time, 0.0) + claim.start_seconds
-        return Waits(why, ready_in=ready_in)
-
-    def _in_flight(self, name: str) -> int:
-        return self._claims[name].tenant.in_flight() if name in self._claims else 0
+        left = wait.at - self._what_is.now
+        return Waits(why, ready_in=None if wait.at == math.inf else max(left, 0.0) + claim.start_seconds)

@@ -8,7 +8,6 @@ alone.
 
 import asyncio
 import contextlib
-import statistics
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 import structlog
 
 from vllm_proxy.domain import progress
-from vllm_proxy.domain.config import ModelSpec, Restart
+from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Event, Life, Phase, Reason, State
@@ -41,7 +40,6 @@ log = structlog.get_logger()
 
 _FOREVER = 1e9  # seconds
 _TRANSFERS = {"kv-transfer-config"}  # args of an engine that others read from, until it has ended in peace
-_START_SECONDS = 60.0  # of a model that has never started
 
 
 class Supervisor:
@@ -152,8 +150,7 @@ class Supervisor:
 
     def start_seconds(self) -> float:
         """What a start takes: as the last ones of its spec went."""
-        past = self._history.past_starts(self.spec.engine)
-        return statistics.median(past) if past else _START_SECONDS
+        return self._history.start_seconds(self.spec.engine)
 
     def measured(self) -> int | None:
         """Bytes that the last engine of its spec had of each device; None: not known."""
@@ -270,7 +267,7 @@ class Supervisor:
             self._notify(Phase.BACKOFF)
 
         again = await self._shared.loop.await_retry(
-            self.name, failure.reason, self._failures, self._restart_policy, on_retry
+            self.name, failure.reason, self._failures, lambda: self.spec.policy.restart, on_retry
         )
         if again:
             self.restarts += 1
@@ -279,9 +276,6 @@ class Supervisor:
                       message=failure.message, failures=self._failures)  # fmt: skip
             self._transition(Event.GAVE_UP)
         return again
-
-    def _restart_policy(self) -> Restart:
-        return self.spec.policy.restart
 
     async def _run_engine(self, record: EngineRecord | None) -> Diagnosis:
         """Start or adopt an engine and stay with it until it ends by itself; returns why it did."""
@@ -294,7 +288,9 @@ class Supervisor:
             async with self._running(record, allocation) as engine:
                 self.engine, self.started_at, self._engine_alive = engine, engine.started_at, True
                 self._notify(Phase.IMPORTING)
-                ready = await until_ready(engine, shared.probe, self._startup_timeout, self._progress)
+                ready = await until_ready(
+                    engine, shared.probe, lambda: self.spec.policy.startup_timeout, self._progress
+                )
                 if not isinstance(ready, Ready):
                     refused = ready is None and engine.exited.result().refused
                     known = await shared.launcher.option_names(self.spec.engine) if refused else frozenset()
@@ -328,7 +324,7 @@ class Supervisor:
         watching_health = keep_running(
             partial(watch_health, endpoint, self._shared.probe, readmit), f"ejection of {self.name}"
         )
-        stall = partial(until_stalled, endpoint, self._shared.probe, self._stall_timeout)
+        stall = partial(until_stalled, endpoint, self._shared.probe, lambda: self.spec.policy.stall_timeout)
         stalling = keep_running(stall, f"stall watch of {self.name}")
         try:
             ends: set[asyncio.Future[Any]] = {engine.exited, stalling}
@@ -403,9 +399,3 @@ class Supervisor:
 
     def _progress(self, now: Progress) -> None:
         self._notify(now.phase, now.fraction)
-
-    def _startup_timeout(self) -> float:
-        return self.spec.policy.startup_timeout
-
-    def _stall_timeout(self) -> float:
-        return self.spec.policy.stall_timeout

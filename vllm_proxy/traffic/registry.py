@@ -296,7 +296,7 @@ class Registry:
         if route.stopped_by_hand:
             raise RequestError("model_stopped", f"cannot serve {name}: it was stopped by hand")
         if route.no_room is not None:
-            raise RequestError("no_room", f"cannot serve {name}: {route.no_room}")
+            raise RequestError("no_room", route.no_room)
 
     async def _queue(self, route: Route, caller: str) -> Endpoint:
         policy = route.spec.policy

@@ -1,0 +1,64 @@
+"""The devices that are managed: as their inventory last saw them, with what `[devices]` says.
+
+The room asks `machine` what there is. Where nothing is known of them nobody manages them, and engines take turns.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from vllm_proxy.domain.config import Devices
+from vllm_proxy.domain.placement import Machine
+from vllm_proxy.engine.devices import Inventory
+
+
+class Machines(Protocol):
+    """Where the room learns what there is."""
+
+    def machine(self) -> Machine | None:
+        """The devices; None: nobody manages them."""
+
+    def use(self, rules: Devices) -> None:
+        """The file says this of them now."""
+
+    def wake(self) -> None:
+        """Somebody waits for room."""
+
+
+class Unmanaged:
+    """Nobody manages the devices."""
+
+    def machine(self) -> Machine | None:
+        """None."""
+        return None
+
+    def use(self, rules: Devices) -> None:
+        """Nothing to do."""
+
+    def wake(self) -> None:
+        """Nothing to do."""
+
+
+class Managed:
+    """The devices of an inventory."""
+
+    def __init__(self, inventory: Inventory, rules: Devices) -> None:
+        self.inventory = inventory
+        self.rules = rules
+
+    def machine(self) -> Machine | None:
+        """As they were last seen."""
+        inventory = self.inventory
+        return Machine(inventory.devices, inventory.usable, self.rules) if inventory.managed else None
+
+    def use(self, rules: Devices) -> None:
+        """What the file says counts from now on; another source is looked at."""
+        self.rules = rules
+        self.inventory.use(rules.source)
+
+    def wake(self) -> None:
+        """Look at them now, and often."""
+        self.inventory.wake()
+
+    async def follow(self, asked: Callable[[], bool], changed: Callable[[], None]) -> None:
+        """Look again and again until cancelled, often while `asked`; call `changed` after what is new."""
+        await self.inventory.follow(asked, changed)
