@@ -64,8 +64,8 @@ def test_a_model_is_as_good_as_its_best_instance(states: list[str], expected: st
 
 
 def test_no_retry_follows_what_no_retry_can_mend() -> None:
-    """Wrong options and a missing command rest in error at once."""
-    assert {Reason.INVALID_ARGUMENTS, Reason.COMMAND_NOT_FOUND} == FINAL
+    """Wrong options, a missing command and memory that others hold rest in error at once."""
+    assert {Reason.INVALID_ARGUMENTS, Reason.COMMAND_NOT_FOUND, Reason.DOES_NOT_FIT} == FINAL
 
 
 def test_the_wait_doubles_up_to_the_longest() -> None:
