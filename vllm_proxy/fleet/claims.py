@@ -113,6 +113,7 @@ class Claim:
     def serves(self) -> None:
         """Its engine has allocated what it needs: others may measure the devices."""
         self.standing, self.since = Standing.SERVES, asyncio.get_running_loop().time()
+        self.start_seconds = self.tenant.start_seconds()
         self._changed(self)
 
     async def may_go(self) -> None:
