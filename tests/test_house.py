@@ -97,7 +97,7 @@ CALLBACKS = {
     ("runtime/background.py", "add_done_callback"),  # a set
     ("engine/check.py", "add_done_callback"),  # a set
     ("runtime/clock.py", "call_later"),  # the next beat is set first
-    ("fleet/desired.py", "add_done_callback"),  # a set
+    ("runtime/exclusive.py", "add_done_callback"),  # a set
     ("fleet/model.py", "add_done_callback"),  # the fleet loop decides again after every change
     ("engine/process.py", "add_reader"),  # the end of an engine
     ("fleet/reconciler.py", "add_done_callback"),  # a set

@@ -189,6 +189,8 @@ async def _run(
                       output.masking.mask, certificate)  # fmt: skip
     runner = app.build(parts, _HANDLER_SECONDS)
     following: asyncio.Task[None] | None = None
+    for misfit in await desired.objections.standing():
+        log.warning("a model can never run on this machine", model=misfit.model, key=misfit.key, why=misfit.message)
     reconciler.start()
     try:
         await runner.setup()

@@ -161,8 +161,8 @@ def test_what_is_always_to_run_has_to_fit_together() -> None:
     """The first of the file that does not fit beside those before it, with the sum; replicas and gangs count."""
     found = messages(gpus(80), demand("chat", 40), demand("code", 60), demand("small", 1))
     assert found == {
-        "code.start": "what is always to run needs 40.6 (chat) + 60.6 (code) = 101.2 GiB, and engines may have "
-        '79.5 (0): give less memory, or start = "warm" or "on-demand"'
+        "code.start": "what is always to run needs 40.6 (chat) + 60.6 (code) + 1.6 (small) = 102.8 GiB, and "
+        'engines may have 79.5 (0): give less memory, or start = "warm" or "on-demand"'
     }
     assert "3 x 30.6 (a) = 91.8 GiB" in messages(gpus(80), demand("a", 30, replicas=3))["a.start"]
     gang = demand("g", 60, tensor_parallel_size=2)

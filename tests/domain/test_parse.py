@@ -692,6 +692,16 @@ def test_what_is_said_of_devices_counts() -> None:
     assert (config.devices.source, config.devices.max_wait, config.devices.limit) == ("cpu", 60.0, {"0": 40 * 2**30})
 
 
+def test_bytes_of_a_device_need_to_know_how_large_it_is() -> None:
+    """With `source = "none"` nobody does; no bytes at all are known anyway."""
+    nobody = '[devices]\nsource = "none"\n'
+    (told,) = problems(CHAT + 'memory = "20GiB"\n' + nobody)
+    assert told.startswith("3: models.chat.memory: expected gpu_memory_utilization: with [devices] source")
+    (told,) = problems(CHAT + '[defaults]\nmemory = "20GiB"\n' + nobody)
+    assert told.startswith("4: defaults.memory: expected gpu_memory_utilization")
+    assert parse(CHAT + 'memory = "0B"\n' + nobody).models["chat"].engine.memory == 0
+
+
 def test_memory_and_a_share_are_two_ways_to_say_one_thing() -> None:
     """In one table that is a problem; a model's own way beats the other one in the defaults."""
     (told,) = problems(CHAT + 'memory = "20GiB"\ngpu_memory_utilization = 0.5\n')

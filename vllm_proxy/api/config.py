@@ -18,7 +18,7 @@ from vllm_proxy.domain import resources, secrets
 from vllm_proxy.domain.config import revision_of
 from vllm_proxy.domain.file import edit
 from vllm_proxy.domain.keys import Scope
-from vllm_proxy.domain.resources import changes_of
+from vllm_proxy.domain.resources import changes_of, prospective
 from vllm_proxy.domain.toml import dotted
 from vllm_proxy.errors import ConfigError, InvalidError, Problem, RequestError
 from vllm_proxy.fleet.desired import Desired, Outcome
@@ -141,10 +141,10 @@ class Writes:
         data = await self._bodies.toml(request)
         trusted = not data or Scope.ADMIN in caller_of(request).scopes
         try:
-            actions = await self._desired.plan(data or await self._text(), trusted=trusted)
+            actions, prospects = await self._desired.plan(data or await self._text(), trusted=trusted)
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None
-        return Reply({"changes": changes_of(actions)})
+        return Reply({"changes": prospective(actions, prospects)})
 
     async def reload(self, request: web.Request) -> Reply[resources.Applied]:
         """`POST /config/reload`."""

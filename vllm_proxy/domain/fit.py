@@ -6,7 +6,7 @@ For `room`, which is asked with these sizes, for `check`, and for writes of the 
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -20,6 +20,7 @@ _NO_KV_CACHE = 0.6  # of what it needs: an engine that has less of it has no KV 
 _MORE, _MORE_BYTES = 1.25, 512 * 2**20  # than was measured: what such an engine may come to
 _MOST_NODES = 10_000  # of the search whether models fit together
 _MOST_SHOWN = 6
+TOGETHER = "start"  # the key of a misfit of all that are always to run
 
 _PARALLEL = {
     "prefill-context-parallel-size": "prefill_context_parallel_size",
@@ -44,11 +45,12 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """A model that can never have what it needs. `key`: of the model's table."""
+    """A model that can never have what it needs. `key`: of the model's table; "start": that it is always to run."""
 
     model: str
     key: str
     message: str
+    lacks: float  # how much is missing, bytes or devices: whether another one of this key is worse
 
 
 def demand_of(model: ModelSpec, memory: int | None = None, default_share: float | None = None) -> Demand:
@@ -114,18 +116,44 @@ def misfits(
 ) -> list[Misfit]:
     """Each model that can never run here, and the first that cannot stand beside the `always` ones before it.
 
-    `measured`: by model, what its last engine had of each device. Memory of other programs is not counted: it may go.
+    Of one that can never run nothing more is said: the others stand together without it. Memory of other programs is
+    not counted: it may go. `measured`: by model, what its last engine had of each device.
     """
     known = measured or {}
-    found = [
-        misfit
-        for one in demands
-        if one.count and not one.elsewhere
-        if (misfit := _alone(one, devices, needs(one, devices, known.get(one.model)))) is not None
-    ]
-    if not found and (together := _together(demands, devices, known)) is not None:
+    here = [one for one in demands if one.count and not one.elsewhere]
+    alone = {one.model: _alone(one, devices, needs(one, devices, known.get(one.model))) for one in here}
+    found = [misfit for misfit in alone.values() if misfit is not None]
+    if (together := _together([one for one in here if alone[one.model] is None], devices, known)) is not None:
         found.append(together)
     return found
+
+
+def unsized(demands: Iterable[Demand]) -> list[Misfit]:
+    """Each that wants bytes, where nobody knows how large devices are: vLLM is told a share."""
+    message = (
+        "needs a device whose size is known, and none is: [devices] source says where sizes come from, "
+        "gpu_memory_utilization is a share of whatever there is"
+    )
+    return [Misfit(one.model, "memory", message, 0) for one in demands if one.memory and one.count]
+
+
+def worse(after: Iterable[Misfit], before: Iterable[Misfit], unchanged: Container[str]) -> list[Misfit]:
+    """Those that speak against going from one file to another: what was so before is no reason to refuse it.
+
+    `unchanged`: models that want what they wanted. One that was changed has to fit now; of those that are always to
+    run, which are one sum, it is enough that less is missing than before.
+    """
+    lacked = {(one.key, _whose(one)): one.lacks for one in before}
+    return [
+        one
+        for one in after
+        if one.lacks > lacked.get((one.key, _whose(one)), -math.inf)
+        or not (one.key == TOGETHER or one.model in unchanged)
+    ]
+
+
+def _whose(misfit: Misfit) -> str | None:
+    return None if misfit.key == TOGETHER else misfit.model
 
 
 def _sizes(spec: EngineSpec) -> Iterator[tuple[str, int]]:
@@ -160,21 +188,24 @@ def _alone(one: Demand, devices: Mapping[str, Device], need: Mapping[str, int]) 
     here = ", ".join(devices)
     if one.named is not None:
         if unknown := [name for name in one.named if name not in devices]:
-            return Misfit(one.model, "devices", f"names {' and '.join(unknown)}, and there is {here or 'none'}")
+            message = f"names {' and '.join(unknown)}, and there is {here or 'none'}"
+            return Misfit(one.model, "devices", message, len(unknown))
         if len(one.named) < one.count:
-            return Misfit(one.model, "devices", f"needs {_counted(one)}, and names {len(one.named)}")
+            message = f"needs {_counted(one)}, and names {len(one.named)}"
+            return Misfit(one.model, "devices", message, one.count - len(one.named))
     elif len(devices) < one.count:
-        return Misfit(
-            one.model, _largest(one), f"needs {_counted(one)}, and there are {len(devices)}: {here or 'none'}"
-        )
+        message = f"needs {_counted(one)}, and there are {len(devices)}: {here or 'none'}"
+        return Misfit(one.model, _largest(one), message, one.count - len(devices))
     able = [name for name, size in need.items() if size <= devices[name].room]
     if len(able) < one.count:
-        return Misfit(one.model, "memory" if one.memory is not None else "gpu_memory_utilization",
-                      _too_much(one, devices, need, len(able)))  # fmt: skip
+        key = "memory" if one.memory is not None else "gpu_memory_utilization"
+        short = sorted(size - devices[name].room for name, size in need.items())[one.count - 1]
+        return Misfit(one.model, key, _too_much(one, devices, need, len(able)), short)
     totals = [devices[name].total for name in able]
     if one.named is None and max(map(totals.count, totals)) < one.count:
         sizes = " + ".join(f"{totals.count(total)} of {gib(total)}" for total in sorted(set(totals), reverse=True))
-        return Misfit(one.model, _largest(one), f"needs {_counted(one)} of one size, and there are {sizes} GiB")
+        message = f"needs {_counted(one)} of one size, and there are {sizes} GiB"
+        return Misfit(one.model, _largest(one), message, one.count - max(map(totals.count, totals)))
     return None
 
 
@@ -216,7 +247,7 @@ class _Part:
 
 
 def _together(demands: Sequence[Demand], devices: Mapping[str, Device], measured: Mapping[str, int]) -> Misfit | None:
-    resident = [one for one in demands if one.always and one.count and not one.elsewhere]
+    resident = [one for one in demands if one.always]
     sizes = [_kept(one, devices, measured.get(one.model)) for one in resident]
 
     def too_many(number: int) -> bool:
@@ -227,8 +258,11 @@ def _together(demands: Sequence[Demand], devices: Mapping[str, Device], measured
     first = bisect_left(range(len(resident) + 1), x=True, key=too_many)
     if first > len(resident):
         return None
-    message = _sum(resident[:first], sizes[:first], devices)
-    return Misfit(resident[first - 1].model, "start", message)
+    total = sum(min(size.values()) * one.count * one.replicas for one, size in zip(resident, sizes, strict=True))
+    lacks = total - sum(device.room for device in devices.values())
+    shown = len(resident) if lacks > 0 else first
+    message = _sum(resident[:shown], sizes[:shown], devices)
+    return Misfit(resident[first - 1].model, TOGETHER, message, lacks)
 
 
 def _kept(one: Demand, devices: Mapping[str, Device], measured: int | None) -> dict[str, int]:

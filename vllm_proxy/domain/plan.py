@@ -50,6 +50,15 @@ class Action:
     to: ModelSpec | None
 
 
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What would become of a step on this machine. `place`: the devices of its engine; None: it would have to wait."""
+
+    starts: bool  # whether it needs a place
+    place: tuple[str, ...] | None = None
+    misfit: str | None = None  # why its model can never run here
+
+
 def plan(desired: Mapping[str, ModelSpec], running: Mapping[str, ModelSpec]) -> tuple[Action, ...]:
     """The actions that lead from `running`, the specs that were adopted, to `desired`.
 

@@ -4,7 +4,7 @@ Descriptions are written here and nowhere else. A new field comes here first; th
 provide it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from pydantic import Field
@@ -12,7 +12,7 @@ from pydantic import Field
 from vllm_proxy import errors
 from vllm_proxy.domain import keys
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
-from vllm_proxy.domain.plan import Action, Kind
+from vllm_proxy.domain.plan import Action, Kind, Prospect
 from vllm_proxy.domain.units import show_time
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
@@ -118,6 +118,19 @@ class Change(TypedDict):
     model: str
     action: Kind
     reason: Annotated[str, Field(examples=["max_model_len 4096 -> 8192"])]
+    place: NotRequired[
+        Annotated[
+            list[str] | None,
+            Field(
+                description="In a plan, of a start or a replacement that fits this machine: the devices that one more "
+                "engine would get as things are; null where it would wait for room, or nobody manages devices.",
+                examples=[["0"]],
+            ),
+        ]
+    ]
+    misfit: NotRequired[
+        Annotated[str, Field(description="In a plan: why the model can never run on this machine, with the sum.")]
+    ]
 
 
 class Plan(TypedDict):
@@ -308,6 +321,17 @@ def key_of(key: keys.Key) -> Key:
 def changes_of(actions: Iterable[Action]) -> list[Change]:
     """A plan."""
     return [{"model": action.model, "action": action.kind, "reason": action.reason} for action in actions]
+
+
+def prospective(actions: Sequence[Action], prospects: Sequence[Prospect]) -> list[Change]:
+    """A plan, with what would become of each step."""
+    changes = changes_of(actions)
+    for change, prospect in zip(changes, prospects, strict=True):
+        if prospect.misfit is not None:
+            change["misfit"] = prospect.misfit
+        elif prospect.starts:
+            change["place"] = None if prospect.place is None else list(prospect.place)
+    return changes
 
 
 def problems_of(problems: Iterable[errors.Problem]) -> list[Problem]:

@@ -8,26 +8,26 @@ by an editor is debounced. Carrying out what was adopted is up to `reconciler`.
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
 import structlog
 
-from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec, revision_of
+from vllm_proxy.domain.config import Config, revision_of
 from vllm_proxy.domain.keys import KeyChanges, changes, told
-from vllm_proxy.domain.plan import Action, plan, restart_needed
+from vllm_proxy.domain.plan import Action, Prospect, plan, restart_needed
 from vllm_proxy.domain.references import Files
-from vllm_proxy.domain.toml import dotted
 from vllm_proxy.engine.ports import Ports
-from vllm_proxy.errors import ConfigError, Problem, RequestError, VllmProxyError
+from vllm_proxy.errors import ConfigError, Problem, RequestError
 from vllm_proxy.fleet.changes import Change, Edit, KeyEdit, KeyFiles, edited, read
+from vllm_proxy.fleet.objections import Check, Hardware, Objections
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime import clock
 from vllm_proxy.runtime.background import notify, spawn
+from vllm_proxy.runtime.exclusive import Exclusive, NoAnswerError
 from vllm_proxy.runtime.referenced import ReferencedFiles
 from vllm_proxy.runtime.regular_file import read_regular_file
 from vllm_proxy.runtime.threads import Offload
@@ -41,18 +41,11 @@ _DISK_SECONDS = 30.0  # the deadline for a disk, and for those who are queued fo
 _NOTHING = revision_of(b"")
 
 
+_UNKNOWN = Hardware()
+
+
 async def _nothing(_: Config) -> None:
     """There is no log from which secrets would have to be hidden."""
-
-
-class Check(Protocol):
-    """What is known of the options that engines take."""
-
-    async def problems(self, model: ModelSpec) -> list[tuple[str, str]]:
-        """(key path, message) of each that its engine would refuse."""
-
-    def prefetch(self, specs: Iterable[EngineSpec]) -> None:
-        """Read the options of programs that are not known yet, in the background."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +75,6 @@ class Written:
     after: str
 
 
-class _NoAnswerError(Exception):
-    """A deadline passed; `begun`: the work goes on, and may still succeed."""
-
-    def __init__(self, *, begun: bool) -> None:
-        super().__init__()
-        self.begun = begun
-
-
 class Desired:
     """The configuration file of one daemon."""
 
@@ -105,6 +90,7 @@ class Desired:
         key_files: KeyFiles,
         keyring: Keyring,
         offload: Offload = asyncio.to_thread,
+        hardware: Hardware = _UNKNOWN,
         hide_secrets: Callable[[Config], Awaitable[None]] = _nothing,
         address_is_given: bool = False,
     ) -> None:
@@ -112,7 +98,9 @@ class Desired:
 
         `key_files`: where these are written. `hide_secrets`: is given each configuration before it is adopted.
 
-        `offload`: runs what blocks in a thread. `address_is_given`: the file does not say where to listen.
+        `offload`: runs what blocks in a thread. `hardware`: what models have to fit.
+
+        `address_is_given`: the file does not say where to listen.
         """
         self.rejected: ConfigError | None = None  # why what is on disk is not what runs
         self.reloads = Counter[str]()  # by result
@@ -127,13 +115,13 @@ class Desired:
         self._attached: Mapping[str, str] = reconciler.config.attached  # of the last text that was read
         self.reconciler = reconciler
         self._check = check
+        self.objections = Objections(check, hardware, lambda: reconciler.config, offload)
         self._ports = ports
         self.offload = offload
         self._hide_secrets = hide_secrets
         self._started_with = reconciler.config.server
         self._address_is_given = address_is_given
-        self._turn = asyncio.Lock()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._turn = Exclusive("the configuration", _DISK_SECONDS)
         self._listeners: list[Callable[[Outcome | Written | ConfigError], None]] = []
 
     @property
@@ -174,8 +162,8 @@ class Desired:
         """
         return await self._in_time(self._read)
 
-    async def plan(self, data: bytes, *, trusted: bool) -> tuple[Action, ...]:
-        """What adopting a file with these bytes would change.
+    async def plan(self, data: bytes, *, trusted: bool) -> tuple[tuple[Action, ...], list[Prospect]]:
+        """What adopting a file with these bytes would change, and what would become of each step.
 
         `trusted`: they may name any file of this machine, which is read, and of which a problem may tell. Else those
         alone that the configuration names already.
@@ -186,7 +174,8 @@ class Desired:
         """
         files = self._files if trusted else self._files.limited_to(self._attached)
         config = await self._in_time(self._parse_with, data, files)
-        return await self.offload(plan, config.models, self.reconciler.specs())
+        actions = await self.offload(plan, config.models, self.reconciler.specs())
+        return actions, await self.objections.prospects(config, actions)
 
     async def settle(self) -> None:
         """Debounce: wait until the file does not change any more.
@@ -211,8 +200,8 @@ class Desired:
 
         """
         try:
-            return await self._serialized(self._reload)
-        except _NoAnswerError as error:
+            return await self._turn.run(self._reload)
+        except NoAnswerError as error:
             self._reject(self._unanswered())
             raise self._unanswered() from error
 
@@ -244,46 +233,15 @@ class Desired:
     ) -> tuple[Config, Outcome]:
         """Write what `make` makes of what is on disk, and follow it; it is called in a thread, in turn."""
         try:
-            return await self._serialized(partial(self._write, author, make, *args, **kwargs))
-        except _NoAnswerError as error:
+            return await self._turn.run(partial(self._write, author, make, *args, **kwargs))
+        except NoAnswerError as error:
             what = "the file is the old one or the new one, look again" if error.begun else "nothing has changed"
             msg = f"cannot write {self._file}: its disk has not answered for {_DISK_SECONDS:g} s; {what}"
             raise RequestError("config_not_written", msg) from error
 
     async def close(self, seconds: float) -> bool:
         """Wait for what has begun, for so long at most; whether it has ended."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=seconds)
-        return not self._tasks
-
-    async def _serialized[T](self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run work exclusively, in the order of the calls; it goes on though the caller gives up.
-
-        Raises:
-            _NoAnswerError: when it takes too long. What has begun goes on and keeps its turn, the rest is dropped.
-
-        """
-        begun = asyncio.Event()
-
-        async def in_turn() -> T:
-            async with self._turn:
-                begun.set()
-                return await work()
-
-        task = spawn(in_turn(), "the configuration file's turn")
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        if await clock.wait({task}, _DISK_SECONDS):
-            return task.result()
-        if not begun.is_set():
-            task.cancel()
-        raise _NoAnswerError(begun=begun.is_set())
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        error = None if task.cancelled() else task.exception()  # its caller may have gone
-        if error is not None and not isinstance(error, VllmProxyError):
-            log.error("the configuration could not be read or written", exc_info=error)
+        return await self._turn.close(seconds)
 
     async def _in_time[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function without side effects, with a deadline for a disk that hangs."""
@@ -308,7 +266,7 @@ class Desired:
 
     async def _reload(self) -> Outcome:
         try:
-            config = await self.offload(self._read_new)
+            config = await self._new()
         except ConfigError as error:
             self._reject(error)
             raise
@@ -326,7 +284,9 @@ class Desired:
         author.commit()  # in its turn: what was adopted before may have taken its key away
         change = await self.offload(make, *args, **kwargs)
         config = change.config
-        if found := await self._refused(config):
+        text = change.after if change.store is self._store else b""  # the other file has no models
+        found = [*await self.objections.to_options(config, text), *await self.objections.to_sizes(config, text)]
+        if found:
             raise ConfigError(self._file, found)
         await self.offload(change.write)
         self.record(author, change.was, change.now)
@@ -341,38 +301,31 @@ class Desired:
         """The revision of each file that is read."""
         return [_revision(file) for file in self.files()]
 
-    def _read_new(self) -> Config | None:
-        """What the file, and those that it names, say; None where that is adopted already."""
+    async def _new(self) -> Config | None:
+        """What is to be adopted; None where nothing is."""
+        config, text = await self.offload(self._read_new)
+        if config is not None and (found := await self.objections.to_sizes(config, text)):
+            raise ConfigError(self._file, found, config.attached)
+        return config
+
+    def _read_new(self) -> tuple[Config | None, bytes]:
+        """What the file, and those that it names, say, with its text; None where that is adopted already."""
         data = self._read()
         now = self.reconciler.config
         if revision_of(data) == now.revision and not now.attached:
             self._attached = {}
-            return None
+            return None, data
         try:
             config = self._parse(data)
         except ConfigError as error:
             self._attached = error.attached
             raise
         self._attached = config.attached
-        return None if config.fingerprint == now.fingerprint else config
+        return None if config.fingerprint == now.fingerprint else config, data
 
     def _edited(self, edit: Edit, if_match: str | None, *, blind: bool) -> Change:
         adopted = self.reconciler.config.revision
         return edited(self._store, self._parse, edit, if_match, adopted=None if blind else adopted)
-
-    async def _refused(self, config: Config) -> list[Problem]:
-        """What the vLLM of each model that is new or changed would not take, where it is known."""
-        running = self.reconciler.specs()
-        changed = [
-            model
-            for model in config.models.values()
-            if model.id not in running or running[model.id].engine != model.engine
-        ]
-        return [
-            Problem(0, dotted(("models", model.id, *path.split(".", 1))), message)
-            for model in changed
-            for path, message in await self._check.problems(model)
-        ]
 
     async def _adopt(self, config: Config) -> Outcome:
         actions = await self.offload(plan, config.models, self.reconciler.specs())  # of many models it takes a while

@@ -80,6 +80,7 @@ def parse_config(
     models = _models(document, engine or EngineDefaults(), found)
     found += _alias_clashes(_table(document, "models", []), _table(document, "defaults", []))
     found += _port_problems(engine, models)
+    found += _unsized(devices, models, _table(document, "defaults", []))
     keys = KeyTables(files, given)
     found += keys.add(document)
     elsewhere = keys.add_file(server.keys_file, file, found) if server is not None and server.keys_file else []
@@ -241,6 +242,19 @@ def _alias_clashes(tables: TomlTable, defaults: TomlTable) -> Iterator[Found]:
             if alias in taken:
                 yield (*place, "aliases"), f"{show(alias)} is taken by model {show(taken[alias])}"
             taken.setdefault(alias, model_id)
+
+
+def _unsized(devices: Devices | None, models: list[ModelSpec], defaults: TomlTable) -> Iterator[Found]:
+    """Bytes of devices of which nobody is to know how large they are: vLLM is told a share."""
+    if devices is None or devices.source != "none":
+        return
+    for model in models:
+        if model.engine.memory:
+            place = ("models", model.id) if "memory" in model.written or "memory" not in defaults else ("defaults",)
+            message = (
+                'expected gpu_memory_utilization: with [devices] source = "none" nobody knows how large devices are'
+            )
+            yield (*place, "memory"), message
 
 
 def _port_problems(engine: EngineDefaults | None, models: list[ModelSpec]) -> Iterator[Found]:
