@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -136,4 +137,4 @@ def test_the_first_namespace_of_a_machine_is_known() -> None:
     if inside.returncode:
         pytest.skip("no namespace can be made here")
     assert inside.stdout == "False\n"
-    assert is_first_pid_namespace() == (os.stat("/proc/self/ns/pid").st_ino == 4026531836)
+    assert is_first_pid_namespace() == (Path("/proc/self/ns/pid").stat().st_ino == 4026531836)
