@@ -224,32 +224,38 @@ def test_a_look_that_hangs_ends_when_the_driver_answers(driver: Driver, nvml: Nv
     assert names(found[0]) == ["0", "1"]
 
 
-WITHOUT = """
+ALONE = """
 import sys
 from pathlib import Path
 from vllm_proxy.engine.holders import Programs
 from vllm_proxy.engine.nvml import Nvml
 if sys.argv[1] == "no bindings":
     sys.modules["pynvml"] = None
-print(Nvml(Programs()).look({}).devices)
+print([seen.id for seen in Nvml(Programs()).look({}).devices], "pynvml" in sys.modules)
 """
 
 
-@pytest.mark.parametrize("lacks", ["no library", "no bindings"])
-def test_without_the_drivers_library_there_are_no_nvidia_gpus(tmp_path: Path, lacks: str) -> None:
-    """Nor without the bindings: both are optional. A library that is none, as of another machine, is none."""
+def alone(folder: Path, lacks: str) -> str:
+    """What is found by a process that has nothing loaded, and finds libraries in a folder; whether it has bindings."""
+    (folder / "says").write_text(TWO, encoding="utf-8")
+    env = {**os.environ, "LD_LIBRARY_PATH": str(folder), "NVML_STUB": str(folder / "says")}
+    command = [sys.executable, "-c", ALONE, lacks]
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout.strip()
+
+
+def test_without_the_drivers_library_there_are_no_nvidia_gpus(tmp_path: Path) -> None:
+    """Nor are the bindings loaded, which take memory. A library that is none, as of another machine, is none."""
     (tmp_path / LIBRARY).write_bytes(b"not a library")
-    env = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
-    command = [sys.executable, "-c", WITHOUT, lacks]
-    found = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
-    assert found.stdout == "()\n"
+    assert alone(tmp_path, "a library") == "[] False"
+
+
+def test_without_the_bindings_there_are_no_nvidia_gpus(tmp_path: Path) -> None:
+    """They are optional, as the library is."""
+    build(tmp_path)
+    assert alone(tmp_path, "no bindings") == "[] True"
 
 
 def test_the_library_is_found_by_its_name(tmp_path: Path) -> None:
-    """In a process that has nothing else loaded."""
+    """Where the system looks for libraries."""
     build(tmp_path)
-    (tmp_path / "says").write_text(TWO, encoding="utf-8")
-    env = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "NVML_STUB": str(tmp_path / "says")}
-    command = [sys.executable, "-c", WITHOUT, "all"]
-    found = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
-    assert "GPU-a" in found.stdout
+    assert alone(tmp_path, "nothing") == "['GPU-a', 'GPU-b'] True"
