@@ -192,6 +192,20 @@ def test_an_engines_processes_are_all_ended_and_nobody_else(rows: dict[int, Row]
     assert [entry for entry in logs if entry["log_level"] == "error"] == []
 
 
+@settings(deadline=None)
+@given(innocents(), PIDS, st.sampled_from(["", "/group"]), st.frozensets(PIDS, max_size=2), st.sets(PIDS, max_size=2))
+def test_one_process_is_the_engines_if_it_is_found_among_all(
+    rows: dict[int, Row], first: int, cgroup: str, group: frozenset[int], marked: set[int]
+) -> None:
+    """Whoever asks for one need not read the table of all; in any table, with parents in circles too."""
+    rows |= {pid: replace(rows[pid], environ=MINE) for pid in marked & rows.keys()}
+    identity = Identity(first, rows[first].process.started if first in rows else 3, MARK, cgroup)
+    kernel = FakeKernel(rows, group)
+    found = {process.pid for process in Owned(identity, kernel).find()}
+    assert {pid for pid in rows if Owned(identity, kernel).owns(pid)} == found
+    assert not Owned(identity, kernel).owns(77)
+
+
 def test_a_session_proves_nothing_once_its_leader_is_another_or_gone() -> None:
     """Every classic daemon: it forks, its child leads a session, forks again, and ends."""
     for leader in (None, a_process(100, started=50)):

@@ -5,6 +5,7 @@ that is lost, or may not be used, is left out; the others are then named to CUDA
 """
 
 import contextlib
+import ctypes
 import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from vllm_proxy.engine.holders import Holders, Programs
 from vllm_proxy.engine.machine_memory import ROOT, Memory, machine_memory
 from vllm_proxy.engine.ownership import Owned
 
+_LIBRARIES = ("libnvidia-ml.so.1", "/run/opengl-driver/lib/libnvidia-ml.so.1")  # the latter: NixOS
 _MOST_FAILURES = 2  # of one GPU in a row: with another one it is left out, and the others are looked at without it
 _NO_DRIVER = ("LIBRARY_NOT_FOUND", "DRIVER_NOT_LOADED")
 _ANEW = ("UNINITIALIZED", "DRIVER_NOT_LOADED", "LIB_RM_VERSION_MISMATCH")  # the driver was loaded anew
@@ -79,6 +81,8 @@ class Nvml:
 
     def _initialise(self) -> bool:
         """Whether there is a driver."""
+        if not _has_library():
+            return False
         try:
             nvml = importlib.import_module("pynvml")
         except ImportError:
@@ -185,6 +189,15 @@ class Nvml:
             foreign=holders.foreign,
             visible=card.uuid if by_uuid else card.name,
         )  # fmt: skip
+
+
+def _has_library() -> bool:
+    """Load it; the bindings, which take 16 MiB, then find it by its name."""
+    for name in _LIBRARIES:
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(name)
+            return True
+    return False
 
 
 def _is(nvml: Any, error: Any, codes: tuple[str, ...]) -> bool:  # noqa: ANN401 - the bindings have no types

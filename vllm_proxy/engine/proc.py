@@ -202,6 +202,8 @@ def open_pidfd(pid: int) -> int | None:
 
 def _hidden(pid: int) -> Process | None:
     """What the kernel reveals of a process that /proc hides."""
+    if pid <= 0:  # it would be this one
+        return None
     try:
         return Process(pid, alive=True, parent=0, session=os.getsid(pid), started=0)
     except OSError:
