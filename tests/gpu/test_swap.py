@@ -12,6 +12,8 @@ import pytest
 from tests import mixed_load
 from tests.gpu.conftest import needs_gpus
 from tests.harness import Daemon, daemon
+from tests.real.swapping import refused_without_room
+from vllm_proxy.domain.ledger import Device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800), needs_gpus(1)]
 
@@ -30,6 +32,7 @@ def configuration(model: Path, models: str) -> str:
 [engine.env]
 HF_HUB_OFFLINE = "1"
 [devices]
+source = "auto"
 min_residency = "1s"
 [defaults]
 start = "on-demand"
@@ -66,6 +69,13 @@ def foreign_memory(share: float) -> Iterator[int]:
 async def test_no_request_fails_through_swaps(two: Daemon) -> None:
     """Of 40, streams and whole answers for both models at once, while each of them makes room for the other."""
     assert await mixed_load.run(two.url, mixed_load.to_and_fro("a", "b", clients=4, requests=40)) == []
+
+
+async def test_vllm_refuses_what_has_no_room_in_the_numbers_of_the_daemon(two: Daemon) -> None:
+    """Beside the CUDA context, which is made before vLLM looks at what is free."""
+    total = next(device["total"] for device in (await two.get("/devices"))["devices"] if device["index"] == 0)
+    said, counted = await refused_without_room(two, Device(total))
+    assert abs(said - counted) <= 0.01
 
 
 async def test_a_model_waits_for_the_memory_of_another_program(tmp_path: Path, random_model: Path) -> None:

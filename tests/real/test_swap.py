@@ -2,42 +2,31 @@
 
 import asyncio
 import os
-import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests import mixed_load
 from tests.harness import Daemon, daemon, session_of
+from tests.real.swapping import GIB, refused_without_room, which_serves
 from vllm_proxy.demo.prepare import chat_model
 from vllm_proxy.demo.threads import openmp
-from vllm_proxy.domain.file.parse import parse_config
-from vllm_proxy.domain.fit import demand_of, needs
 from vllm_proxy.domain.ledger import Device, Kind
+from vllm_proxy.engine.machine_memory import node_memory
 
-GIB = 2**30
 SHARE = 0.55
 LEAST = 12 * GIB  # that must be available
 
 
-def node() -> tuple[int, int]:
-    """Of the memory that vLLM counts on this machine: all of it, and what is available."""
-    text = Path("/sys/devices/system/node/node0/meminfo").read_text(encoding="utf-8")
-    kib = {name: int(size) for name, size in re.findall(r"Node 0 (\S+): +(\d+) kB", text)}
-    free = sum(kib[name] for name in ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable"))
-    return kib["MemTotal"] * 1024, free * 1024
-
-
-TOTAL, AVAILABLE = node()
+MEMORY = node_memory()
 pytestmark = [
     pytest.mark.real,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(
-        max(LEAST, (SHARE + 0.05) * TOTAL) > AVAILABLE,
-        reason=f"{AVAILABLE / GIB:.1f} GiB are available, too little for one engine of {SHARE} of the memory",
+        MEMORY.available < max(LEAST, (SHARE + 0.05) * MEMORY.total),
+        reason=f"{MEMORY.available / GIB:.1f} GiB are available, too little for one engine of {SHARE} of the memory",
     ),
 ]
 
@@ -76,15 +65,6 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]
         assert await running.stop() == 0
 
 
-async def which_serves(running: Daemon) -> tuple[Any, str]:
-    """The instance that is ready, and the name of the other model."""
-    for name, other in (("a", "b"), ("b", "a")):
-        instance = await running.instance(name)
-        if instance["state"] == "ready":
-            return instance, other
-    raise AssertionError("neither is ready")
-
-
 async def test_no_request_fails_through_swaps(two: Daemon) -> None:
     """Of 40, streams and whole answers for both models at once, while each of them makes room for the other."""
     assert await mixed_load.run(two.url, mixed_load.to_and_fro("a", "b", clients=4, requests=40)) == []
@@ -106,16 +86,5 @@ async def test_an_idle_engine_is_gone_at_once(two: Daemon) -> None:
 
 async def test_vllm_refuses_what_has_no_room_in_the_numbers_of_the_daemon(two: Daemon) -> None:
     """Nothing makes room where nothing is managed: vLLM says what it wants, and that is what the daemon counts with."""
-    _, other = await which_serves(two)
-    config = two.file.read_text(encoding="utf-8")
-    two.save(config.replace('source = "cpu"', 'source = "none"'))
-    await two.adopts()
-    (failure,) = await mixed_load.run(two.url, [[other]])
-    assert "503" in failure
-    ended = (await two.instance(other))["last_exit"]
-    assert ended["reason"] == "insufficient_memory"
-    said = re.search(r" asks for ([\d.]+) GiB", ended["message"])
-    assert said, ended
-    model = parse_config(config.encode(), "models.toml").models[other]
-    (need,) = needs(demand_of(model), {"0": Device(TOTAL, kind=Kind.MEMORY)}).values()
-    assert abs(float(said[1]) - need / GIB) <= 0.01
+    said, counted = await refused_without_room(two, Device(MEMORY.total, kind=Kind.MEMORY))
+    assert abs(said - counted) <= 0.01
