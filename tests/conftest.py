@@ -28,7 +28,7 @@ def port_start() -> int:
 
 
 # What most machines lack, and what does not bear company: real vLLM, which takes every processor there is.
-ALONE = ("browser", "nix", "systemd", "real")
+ALONE = ("browser", "nix", "systemd", "real", "gpu")
 PARTS = {"unit": ("slow", *ALONE), "beside": ALONE}  # and which markers they leave out
 
 
@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(left_out)]
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: not item.nodeid.startswith("tests/daemon/"))
-    items.sort(key=lambda item: (_is_marked(item, "real"), _is_marked(item, "last")))
+    items.sort(key=lambda item: (_is_marked(item, "real", "gpu"), _is_marked(item, "last")))
 
 
 def _is_marked(item: pytest.Item, *names: str) -> bool:

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench import access, build, cases, hazards, idle, peers, proc, report
+from tests.bench import access, build, cases, hazards, idle, peers, proc, report, swap
 
-SINGLE = ("memory", "idle", "departed", "slow", "bigbody", "keys", "models")
+SINGLE = ("memory", "idle", "departed", "slow", "bigbody", "keys", "models", "swap")
 NAMES = (*cases.CASES, *SINGLE)
 _OUTPUT = Path(".bench") / "result.json"
 
@@ -37,6 +37,7 @@ class Options:
     idle: int = 10_000
     tries: int = 5
     models: int = 1000
+    swaps: int = 200
 
 
 def _listed(text: str, known: Sequence[str]) -> list[str]:
@@ -65,7 +66,9 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Options
     add("--json", type=Path, default=_OUTPUT, metavar="FILE", help=f"default {_OUTPUT}")
     flags = parser.parse_args(arguments)
     options = (
-        dataclasses.replace(known, rounds=1, seconds=1.0, streams=500, idle=500, tries=1) if flags.quick else known
+        dataclasses.replace(known, rounds=1, seconds=1.0, streams=500, idle=500, tries=1, swaps=20)
+        if flags.quick
+        else known
     )
     given = {"rounds": flags.rounds, "seconds": flags.seconds, "names": flags.only, "peers": flags.peers}
     return flags, dataclasses.replace(options, **{name: value for name, value in given.items() if value is not None})
@@ -146,6 +149,8 @@ def run(options: Options, available: Sequence[str], folder: Path) -> report.Find
         findings.keys = access.measure(programs, folder / "keys", options.rounds, options.seconds, _say)
     if "models" in options.names:
         findings.models = hazards.many_models(programs, folder, options.models, options.rounds, options.seconds, _say)
+    if "swap" in options.names:
+        findings.swaps = swap.measure(folder / "swap", options.swaps, _say)
     findings.conditions = {
         "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -161,7 +166,7 @@ def run(options: Options, available: Sequence[str], folder: Path) -> report.Find
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the report, write the figures."""
+    """Measure, print the report, write the figures. Exit status 1 where a bound is missed that is to hold anywhere."""
     flags, options = _parse(arguments)
     available = _available(options.peers, install=flags.install_peers)
     with tempfile.TemporaryDirectory(prefix="vllm-proxy-bench-") as folder:
@@ -171,7 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.json.parent.mkdir(parents=True, exist_ok=True)
     flags.json.write_text(json.dumps(figures, indent=1, default=str) + "\n", encoding="utf-8")
     _say(f"figures: {flags.json}")
-    return 0
+    missed = [target for target in report.targets(findings) if target.holds and target.verdict == "missed"]
+    for target in missed:
+        _say(f"{target.name}: {target.value:.1f} {target.unit}, and at most {target.must:g} is allowed")
+    return 1 if missed else 0
 
 
 def _as_json(target: report.Target) -> dict[str, object]:

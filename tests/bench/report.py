@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tests.bench import access, cases, client, hazards
+from tests.bench import access, cases, client, hazards, swap
 from tests.bench.idle import Idle
 from tests.bench.peers import DIRECT, OURS
 
@@ -23,17 +23,19 @@ class Findings:
     big_body: dict[str, hazards.BigBody] = field(default_factory=dict)
     models: cases.Results = field(default_factory=cases.Results)
     keys: access.Access = field(default_factory=access.Access)
+    swaps: list[swap.Swap] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One line of the verdict; `value` None: not measured."""
+    """One line of the verdict; `value` None: not measured. `holds`: a run that misses it has failed."""
 
     name: str
     must: float
     aim: float | None
     unit: str
     value: float | None
+    holds: bool = False
 
     @property
     def verdict(self) -> str:
@@ -133,6 +135,7 @@ def targets(findings: Findings) -> list[Target]:
     departed = findings.departures.get(OURS)
     big = findings.big_body.get(OURS)
     compared = findings.keys.compared
+    half, tail_of_swaps = swap.overheads(findings.swaps) if findings.swaps else (None, None)
     with_key = _median(_ratios(compared, "json32", access.WITH, access.WITHOUT, _cpu))
     return [
         Target("CPU per JSON request, 32 connections, vs vllm-router", 1.0, 0.6, "x", cpu("json32", "vllm-router")),
@@ -169,6 +172,8 @@ def targets(findings: Findings) -> list[Target]:
         Target("until a 64 MiB upload is refused", 10, None, "ms", _median([one.ms for one in findings.keys.refused])),
         Target("CPU per JSON request with 1,000 models, more by", 5, None, "%", more("json32")),
         Target("CPU per event with 1,000 models, more by", 5, None, "%", more("sse256")),
+        Target("a swap beside the engine's own start and stop, p50", 40, None, "ms", half, holds=True),
+        Target("a swap beside the engine's own start and stop, p95", 100, None, "ms", tail_of_swaps, holds=True),
     ]
 
 
@@ -193,6 +198,9 @@ def _hazard_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
     for name, found in findings.memory.items():
         text = f"{found.kib_per_stream:.1f} KiB at {found.streams:,} (base {found.base_kib / 1024:.0f} MiB,"
         yield "memory of an idle stream", name, f"{text} open files limit {found.files_limit:,})"
+    if findings.swaps:
+        whole, engine = ([getattr(one, name) for one in findings.swaps] for name in ("all_ms", "engine_ms"))
+        yield f"{len(whole)} swaps: ms to the first byte", OURS, f"{spread(whole)}, of it the engine {spread(engine)}"
     for kind, one in findings.idle.items():
         text = f"{one.kib_per_connection:.1f} KiB at {one.connections:,}; a request beside them: p50 {one.p50_ms:.2f},"
         yield f"memory of an idle connection, {kind}", OURS, f"{text} p95 {one.p95_ms:.2f}, most {one.most_ms:.2f} ms"

@@ -34,6 +34,20 @@ def test_a_short_run_gives_figures(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "| target | at most |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not build.compiler(), reason="no C compiler")
+def test_swaps_are_measured_and_judged(tmp_path: Path) -> None:
+    """Each is one start; the exit status says whether the bounds were met."""
+    file = tmp_path / "result.json"
+    status = bench.main(["--quick", "--only", "swap", "--peers", "none", "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert len(found["swaps"]) == 20
+    assert all(0 < one["engine_ms"] < one["all_ms"] for one in found["swaps"])
+    verdicts = {target["verdict"] for target in found["targets"] if target["holds"]}
+    assert status == ("missed" in verdicts)
+    assert "not measured" not in verdicts
+
+
 def test_a_request_says_how_long_it_is() -> None:
     """The head's Content-Length is that of the body in bytes."""
     head, body = client.request(1, "é").split(b"\r\n\r\n")

@@ -43,6 +43,7 @@ class Engine:
         self.answering.set()
         self.sick = options.fake_unhealthy
         self.over = False
+        self.listens_at = 0.0
         self.requests = 0
         self.shown_requests = 0  # as of the last step
         self.prompt_tokens = self.generated_tokens = self.steps = 0
@@ -117,7 +118,7 @@ class Engine:
             self.dead()
 
     def state(self) -> dict[str, object]:
-        """Its processes, its shared memory, and whether its core stands still."""
+        """Its processes, its shared memory, whether its core stands still; when it was started, and listened."""
         core = self.core
         return {
             "pid": os.getpid(),
@@ -125,6 +126,8 @@ class Engine:
             "workers": core.workers,
             "segment": core.segment or None,
             "frozen": not self.running.is_set(),
+            "born_at": float(os.environ.get("FAKE_BORN_AT", "0")),  # as whoever started it says
+            "listens_at": self.listens_at,
         }
 
     def metrics(self) -> str:

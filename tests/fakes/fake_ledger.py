@@ -30,6 +30,7 @@ class State:
         self.holders: dict[str, dict[str, Any]] = found["holders"]
         self.events: list[dict[str, Any]] = found["events"]  # what went wrong, and for whom
         self.most: dict[str, int] = found["most"]  # that was ever held of each device
+        self.starts: dict[str, int] = found["starts"]  # engines of each model that found what they wanted
 
     def free(self, device: str) -> int:
         """What nobody has of a device."""
@@ -134,7 +135,7 @@ class Ledger:
         with open(self.file, "rb") as file:  # noqa: PTH123 - as above
             devices = tomllib.load(file)
         totals = {name: device["total"] for name, device in devices.items()}
-        state = State({"totals": totals, "holders": {}, "events": [], "most": dict.fromkeys(totals, 0)})
+        state = State({"totals": totals, "holders": {}, "events": [], "most": dict.fromkeys(totals, 0), "starts": {}})
         for name, device in devices.items():
             if others := device["total"] - device["free"]:
                 state.hold("others", "others")
@@ -158,7 +159,7 @@ class Memory:
         self, file: str, model: str, pids: Sequence[int], world: int, *, share: float, context: int, delay: float
     ) -> None:
         self.ledger = Ledger(file)
-        self.share, self.context = share, context
+        self.model, self.share, self.context = model, share, context
         self.wanted: dict[str, int] = {}
         self.kv = 0  # bytes of the KV cache, on each device
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -193,6 +194,7 @@ class Memory:
                     )
                 if profiles:
                     state.holders[key]["profiles"][name] = {"free": free, "taken": 0, "released": 0}
+            state.starts[self.model] = state.starts.get(self.model, 0) + 1
 
     def load(self, size: int | None) -> None:
         """Take the weights; None: a quarter of what it wants."""

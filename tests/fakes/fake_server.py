@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 from typing import Any, NoReturn
 
 import fake_answers  # type: ignore[import-not-found] # beside this script
@@ -73,6 +74,7 @@ class Fake:
         server = self.server = await loop.create_server(
             lambda: asyncio.StreamReaderProtocol(Reader(), self.connection), sock=listener
         )
+        self.engine.listens_at = time.time()
         self.start.faults("listen")
         if self.options.fake_flood:
             threading.Thread(target=fake_log.flood, args=[self.options.fake_flood], daemon=True).start()

@@ -133,6 +133,7 @@ def bind(options: argparse.Namespace) -> socket.socket:
         thief.listen()
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as uvloop, under the real one
     listener.bind(address)
     thief.close()
     return listener

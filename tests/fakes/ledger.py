@@ -90,6 +90,11 @@ class Devices:
         with self._ledger.changed(wakes=False) as state:
             return state.most
 
+    def starts(self) -> dict[str, int]:
+        """How many engines of each model found what they wanted."""
+        with self._ledger.changed(wakes=False) as state:
+            return state.starts
+
     def events(self) -> list[dict[str, Any]]:
         """`what` went wrong, for which `model`, on which `device`, by how many `bytes`.
 

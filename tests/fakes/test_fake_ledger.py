@@ -57,6 +57,7 @@ def test_an_engine_takes_what_it_asked_for_and_its_context(devices: Devices) -> 
         assert b"Available KV cache memory: 30.0 GiB\n" in running.output
     comes_back(devices, device="1")
     assert devices.most() == {"0": 0, "1": CONTEXT + TOTAL // 2}
+    assert devices.starts() == {"chat": 1}
     assert not devices.events()
 
 
@@ -74,6 +75,7 @@ def test_an_engine_that_does_not_fit_dies_as_vllm_does(devices: Devices) -> None
     assert found.message.startswith(
         "38.4 of 80.0 GiB are free on device cuda:0, and gpu_memory_utilization 0.5 asks for"
     )
+    assert not devices.starts()
     missing = 41 * GIB + CONTEXT + 40 * GIB - TOTAL
     assert devices.events() == [{"what": "refused", "model": "chat", "device": "0", "bytes": missing}]
     comes_back(devices)

