@@ -6,8 +6,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.fakes.ledger import GIB, Devices
 from tests.harness import Daemon, daemon, fake_engines, port_block
 
@@ -19,16 +17,22 @@ def models(**tables: str) -> str:
     return "".join(f'[models.{name}]\nmodel = "{name}"\nmemory = "6GiB"\n{keys}\n' for name, keys in tables.items())
 
 
+RULES = 'min_residency = 0\nmax_wait = "1s"\n'
+
+
+def fleet_config(devices: Devices, config: str, rules: str = RULES) -> str:
+    """The file of a daemon whose engines share these devices."""
+    ledger = f'[defaults]\nargs = {{ fake_ledger = "{devices.file}" }}\n'
+    return f"{fake_engines(port_block())}{devices.config}{rules}{ledger}{config}"
+
+
 @contextlib.asynccontextmanager
 async def fleet(
-    folder: Path, config: str, rules: str = 'min_residency = 0\nmax_wait = "1s"\n', gpus: int = 1, size: int = 10 * GIB
+    folder: Path, config: str, rules: str = RULES, gpus: int = 1, size: int = 10 * GIB
 ) -> AsyncIterator[tuple[Daemon, Devices]]:
     """A daemon whose engines share GPUs."""
-    folder.mkdir(parents=True, exist_ok=True)
     with Devices(folder / "gpus.toml", {str(number): size for number in range(gpus)}) as devices:
-        ledger = f'[defaults]\nargs = {{ fake_ledger = "{devices.file}" }}\n'
-        text = f"{fake_engines(port_block())}{devices.config}{rules}{ledger}{config}"
-        async with daemon(text, folder) as running:
+        async with daemon(fleet_config(devices, config, rules), folder) as running:
             yield running, devices
         assert not devices.events(), "nobody was refused, disturbed, or got less than asked for"
 
@@ -48,6 +52,99 @@ async def test_two_models_that_do_not_fit_together_take_turns_and_no_request_fai
         together = await asyncio.gather(*(says(running, name) for name in ("chat", "code") * 5))
         assert len(together) == 10
         assert devices.most()["0"] <= 10 * GIB
-        (shown,) = [model for model in (await running.get("/models"))["models"] if model["status"]["state"] == "stopped"]
+        (shown,) = [
+            model for model in (await running.get("/models"))["models"] if model["status"]["state"] == "stopped"
+        ]
         assert shown["status"]["reason"] == "gave_way"
         assert shown["status"]["message"].startswith("gave way to ")
+
+
+ON_DEMAND = 'start = "on-demand"'
+
+
+async def once(running: Daemon, model: str, **wanted: object) -> Any:  # noqa: ANN401 - JSON
+    """The status of a model, once it says this."""
+
+    def holds(found: Any) -> bool:  # noqa: ANN401 - JSON
+        status = {**found["status"], "phase": found["status"]["instances"][0]["phase"]}
+        return all(status[key] == value for key, value in wanted.items())
+
+    return (await running.eventually(f"/models/{model}", holds))["status"]
+
+
+async def test_a_request_in_flight_ends_before_its_model_gives_way(tmp_path: Path) -> None:
+    """The one that waits says for whom, and how many requests are left; nothing of a running answer is lost."""
+    async with fleet(tmp_path, models(chat=ON_DEMAND, code=ON_DEMAND)) as (running, _):
+        await says(running, "chat")
+        gate = tmp_path / "gate"
+        slow = asyncio.create_task(says(running, "chat", fake={"hold": str(gate)}))
+        await running.eventually("/models/chat", lambda found: found["status"]["in_flight"] == 1)
+        waits = asyncio.create_task(says(running, "code"))
+        await once(running, "chat", state="unloading", phase="draining")
+        status = await once(running, "code", phase="queued")
+        assert status["instances"][0]["message"] == "waits for 6.6 GiB on GPU 0: chat gives way, 1 request in flight"
+        gate.touch()
+        assert (await slow)["choices"]
+        assert (await waits)["choices"]
+
+
+async def test_what_can_never_have_room_fails_its_requests_at_once(tmp_path: Path) -> None:
+    """With what it needs, what can be had, and who has the rest; no time is said after which to try again."""
+    config = models(chat="", code=ON_DEMAND)
+    async with fleet(tmp_path, config) as (running, _):
+        await running.once("chat", lambda one: one["state"] == "ready")
+        error = (await says(running, "code", 503))["error"]
+        assert (error["code"], error["message"]) == (
+            "no_room",
+            "cannot serve code: it needs 6.6 GiB on a GPU and 2.9 can be had: chat (always) has 6.6 of 10.0",
+        )
+        status = await once(running, "code", reason="does_not_fit")
+        assert status["state"] == "loading"
+        await running.write("PATCH", "/models/chat", {"start": "on-demand"})
+        await says(running, "code")
+
+
+async def test_a_warm_model_runs_while_nobody_waits_for_its_room_and_comes_back(tmp_path: Path) -> None:
+    """It makes nobody go, and goes itself for who presses."""
+    config = models(chat='start = "warm"', code=f"{ON_DEMAND}\nidle_timeout = 1")
+    async with fleet(tmp_path, config) as (running, _):
+        await once(running, "chat", state="ready")
+        await says(running, "code")
+        status = await once(running, "chat", phase="queued")
+        assert status["instances"][0]["message"].startswith("waits for 6.6 GiB on GPU 0")
+        await once(running, "code", state="stopped")
+        await once(running, "chat", state="ready")
+
+
+async def test_other_programs_are_named_where_they_have_what_a_model_needs(tmp_path: Path) -> None:
+    """It rests in error after a while, and starts again when somebody says so."""
+    async with fleet(tmp_path, models(chat=ON_DEMAND)) as (running, devices):
+        with devices.taken("0", 6 * GIB):
+            error = (await says(running, "chat", 503))["error"]
+            assert error["code"] == "model_error"
+            assert "it needs 6.6 GiB on GPU 0, and 4.0 of 10.0 are free" in error["message"]
+            await once(running, "chat", state="error", reason="does_not_fit")
+        await running.post("/models/chat/start", {}, 202)
+        await once(running, "chat", state="ready")
+
+
+async def test_an_engine_that_is_adopted_has_its_room_before_anybody_asks(tmp_path: Path) -> None:
+    """So nothing starts beside it that would not fit; it gives way as if it had been started by this daemon."""
+    keep = '[server]\non_exit = "keep"\n'
+    with Devices(tmp_path / "gpus.toml", {"0": 10 * GIB}) as devices:
+        config = fleet_config(devices, models(chat=ON_DEMAND, code=ON_DEMAND))
+        async with daemon(keep + config, tmp_path) as running:
+            await says(running, "chat")
+        async with daemon(config, tmp_path) as running:
+            assert (await once(running, "chat", state="ready"))["instances"][0]["restarts"] == 0
+            await says(running, "code")
+            assert (await once(running, "chat", state="stopped"))["reason"] == "gave_way"
+        assert not devices.events()
+
+
+async def test_engines_on_two_gpus_go_where_fewest_are(tmp_path: Path) -> None:
+    """And each is told its GPU and its share of it."""
+    config = models(one="", two="") + '[models.none]\nmodel = "x"\nmemory = "0B"\n'
+    async with fleet(tmp_path, config, gpus=2) as (running, devices):
+        await running.all_ready()
+        assert sorted(devices.free().values()) == [10 * GIB - int(6.6 * GIB)] * 2

@@ -53,7 +53,7 @@ def hardware(*sizes: float) -> Hardware:
     def look(table: Devices) -> Gpus:
         return Gpus(named, table.reserve)
 
-    return Hardware(look, lambda model: ("0",) if model.engine.memory == 10 * GIB else None)
+    return Hardware(look, place_of=lambda model: ("0",) if model.engine.memory == 10 * GIB else None)
 
 
 def text(*models: str, reserve: str = "0B") -> bytes:

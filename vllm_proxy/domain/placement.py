@@ -3,6 +3,7 @@
 For `fleet/room.py`, which asks with it. Values alone: the devices as their inventory last saw them, and a model's keys.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,7 @@ class Machine:
     seen: Mapping[str, Seen]
     usable: frozenset[str]  # those that an engine may be placed on that names none
     rules: Devices
+    looked_at: float = math.inf  # when they were seen so, on the loop's clock
     default_share: float | None = None  # of the installed vLLM, where it is known
 
     def devices(self, held: Mapping[str, Mapping[str, int]] | None = None) -> Mapping[str, Device]:

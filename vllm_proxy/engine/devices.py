@@ -7,6 +7,7 @@ nothing counts as measured, and what engines were given is all that is known (te
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -71,6 +72,7 @@ class Inventory:
         self._problem: str | None = None
         self._shown: tuple[Mapping[str, Seen], str | None] = {}, None  # as the last look left it
         self._failures = 0  # in a row
+        self.looked_at = -math.inf  # when the last look began, on the loop's clock
         self._woken = asyncio.Event()
         self._name = source
         self._source = self._source_of(source)
@@ -117,9 +119,12 @@ class Inventory:
         self._woken.set()
 
     async def follow(self, asked: Callable[[], bool], changed: Callable[[], None]) -> None:
-        """Look again and again until cancelled, often while `asked`; call `changed` after what is new."""
+        """Look again and again until cancelled, often while `asked`.
+
+        Call `changed` after what is new, and after each look while `asked`.
+        """
         while True:
-            if await self.look():
+            if await self.look() or asked():  # who asked since the last look may be waiting for this one
                 notify([changed])
             self._woken.clear()
             await clock.sleep(ASKED_SECONDS)  # whoever wakes it in vain is not served more often
@@ -133,7 +138,7 @@ class Inventory:
 
         What fails is a `problem`, and raises nothing.
         """
-        source = self._source
+        source, began = self._source, asyncio.get_running_loop().time()
         if source is not None:
             try:
                 sight = await self._ask(source)
@@ -143,6 +148,7 @@ class Inventory:
             else:
                 if source is self._source:
                     self._adopt(sight)
+        self.looked_at = began
         before, self._shown = self._shown, (self._devices, self._problem)
         return self._shown != before
 

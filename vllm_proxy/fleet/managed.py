@@ -4,6 +4,7 @@ The room asks `machine` what there is. Where nothing is known of them nobody man
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from vllm_proxy.domain.config import Devices
@@ -48,7 +49,18 @@ class Managed:
     def machine(self) -> Machine | None:
         """As they were last seen."""
         inventory = self.inventory
-        return Machine(inventory.devices, inventory.usable, self.rules) if inventory.managed else None
+        if not inventory.managed:
+            return None
+        return Machine(inventory.devices, inventory.usable, self.rules, inventory.looked_at)
+
+    def look(self, rules: Devices) -> Machine | None:
+        """As `machine`, where the file says this; of another source nothing is known before it is used."""
+        machine = self.machine()
+        return None if machine is None or rules.source == "none" else replace(machine, rules=rules)
+
+    def knows(self, rules: Devices) -> bool:
+        """Whether `look` tells the truth of it."""
+        return rules.source in {self.rules.source, "none"}
 
     def use(self, rules: Devices) -> None:
         """What the file says counts from now on; another source is looked at."""

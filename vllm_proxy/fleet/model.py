@@ -140,6 +140,8 @@ class Model:
         if self._wanted is Wanted.AWAIT and not self._requested:
             self._requested = True
             self._shared.loop.changed(self)
+        elif self.state is State.LOADING and self._shared.registry.waits_since(self.name) is None:
+            self._shared.loop.wake()  # it may have waited for room that nobody pressed for
 
     # What is wanted: for the loop's events
 

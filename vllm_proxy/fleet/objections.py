@@ -48,15 +48,16 @@ class Hardware:
     """What this machine has. `look`: the devices now, as a `[devices]` table has them; None: nobody manages them."""
 
     look: Callable[[Devices], Machine | None] | None = None  # None: nobody has looked, so nothing is known to be wrong
+    knows: Callable[[Devices], bool] = lambda _: True  # whether its source is the one that is looked at
     place_of: Callable[[ModelSpec], Where | None] = _nobody_knows  # where it would run now; None: it would wait
     measured: Callable[[], Mapping[str, int]] = dict  # by model: bytes that its last engine had of each device
 
     def wants(self, config: Config) -> "Wants":
         """What its models want of it."""
         models = [model for model in config.models.values() if model.policy.enabled]
-        machine = None if self.look is None else self.look(config.devices)
-        if self.look is None:
+        if self.look is None or not self.knows(config.devices):
             return Wants({}, None)
+        machine = self.look(config.devices)
         if machine is None:
             return Wants({model.id: fit.demand_of(model, model.engine.memory) for model in models}, None)
         return Wants({model.id: machine.demand(model) for model in models}, machine.devices(), self.measured())

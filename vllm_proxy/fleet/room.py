@@ -121,6 +121,8 @@ class Room:
         stays = Counter(claim.model for claim in self._claims if claim.stays)
         waiting: set[str] = set()
         for claim in self._waiting():
+            if claim.since > machine.looked_at:  # what is free may have changed: it is being looked at
+                continue
             spec = claim.tenant.spec
             always, wanted_since = spec.policy.start == "always", claim.tenant.wanted_since()
             first = claim.model not in waiting and not stays[claim.model]

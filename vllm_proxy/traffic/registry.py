@@ -303,6 +303,8 @@ class Registry:
         if route.queued >= policy.queue_size:
             msg = f"cannot serve {route.spec.id}: {policy.queue_size} requests wait already"
             raise RequestError("queue_full", msg, retry_after=_retry_after(route.ready_in))
+        if route.waits_since is None:  # from now on somebody does
+            route.wake()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Endpoint] = loop.create_future()
         waiter = Waiter(caller, loop.time(), future)
