@@ -72,6 +72,7 @@ class Inventory:
         self._shown: tuple[Mapping[str, Seen], str | None] = {}, None  # as the last look left it
         self._failures = 0  # in a row
         self._woken = asyncio.Event()
+        self._freed = asyncio.Event()
         self._name = source
         self._source = self._source_of(source)
         self._threads: Threads | None = None  # made when it is needed
@@ -116,13 +117,20 @@ class Inventory:
         """Look now; and soon again, where `asked` of `follow` says so."""
         self._woken.set()
 
+    def freed(self) -> None:
+        """An engine has ended, so its memory is back, or soon: look at once, where somebody waits for it."""
+        self._freed.set()
+
     async def follow(self, asked: Callable[[], bool], changed: Callable[[], None]) -> None:
         """Look again and again until cancelled, often while `asked`; call `changed` after what is new."""
         while True:
+            self._freed.clear()
             if await self.look():
                 notify([changed])
             self._woken.clear()
-            await clock.sleep(ASKED_SECONDS)  # whoever wakes it in vain is not served more often
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ASKED_SECONDS):  # whoever wakes it in vain is not served more often
+                    await self._freed.wait()
             if not asked():
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(IDLE_SECONDS - ASKED_SECONDS):

@@ -23,6 +23,9 @@ class Machines(Protocol):
     def wake(self) -> None:
         """Somebody waits for room."""
 
+    def freed(self) -> None:
+        """An engine has ended."""
+
 
 class Unmanaged:
     """Nobody manages the devices."""
@@ -35,6 +38,9 @@ class Unmanaged:
         """Nothing to do."""
 
     def wake(self) -> None:
+        """Nothing to do."""
+
+    def freed(self) -> None:
         """Nothing to do."""
 
 
@@ -58,6 +64,10 @@ class Managed:
     def wake(self) -> None:
         """Look at them now, and often."""
         self.inventory.wake()
+
+    def freed(self) -> None:
+        """Look whether its memory is back."""
+        self.inventory.freed()
 
     async def follow(self, asked: Callable[[], bool], changed: Callable[[], None]) -> None:
         """Look again and again until cancelled, often while `asked`; call `changed` after what is new."""
