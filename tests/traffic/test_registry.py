@@ -459,7 +459,7 @@ async def test_a_request_for_a_model_that_sleeps_wakes_it_and_waits() -> None:
     for task in (first, second):
         assert (await task).endpoint is endpoint
     await registry.acquire("chat")
-    assert len(woken) == 2
+    assert len(woken) == 3
     assert not registry.is_awaited("chat")
 
 

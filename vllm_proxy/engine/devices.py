@@ -33,6 +33,7 @@ log = structlog.get_logger()
 
 ASKED_SECONDS = 0.05  # between two looks while somebody waits for memory
 IDLE_SECONDS = 5.0
+SHORTEST_SECONDS = 0.005  # whoever wakes it in vain is not served more often
 LOOK_SECONDS = 5.0  # a look that takes longer has failed
 MOST_FAILURES = 3  # in a row
 
@@ -115,7 +116,7 @@ class Inventory:
             self._threads.close()
 
     def wake(self) -> None:
-        """Look now; and soon again, where `asked` of `follow` says so."""
+        """Look at once: somebody asks for memory, or some has come back."""
         self._woken.set()
 
     async def follow(self, asked: Callable[[], bool], changed: Callable[[], None]) -> None:
@@ -124,14 +125,13 @@ class Inventory:
         Call `changed` after what is new, and after each look while `asked`.
         """
         while True:
+            self._woken.clear()
             if await self.look() or asked():  # who asked since the last look may be waiting for this one
                 notify([changed])
-            self._woken.clear()
-            await clock.sleep(ASKED_SECONDS)  # whoever wakes it in vain is not served more often
-            if not asked():
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(IDLE_SECONDS - ASKED_SECONDS):
-                        await self._woken.wait()
+            await clock.sleep(SHORTEST_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ASKED_SECONDS if asked() else IDLE_SECONDS):
+                    await self._woken.wait()
 
     async def look(self) -> bool:
         """Look once, for some seconds at most; whether anything has changed since the last one.

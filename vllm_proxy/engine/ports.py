@@ -57,16 +57,14 @@ class Ports:
             NoPortError: when there is none.
 
         """
+        ours = [port for port in self._range if port not in self._held and port not in self._reserved]
+        free = next((port for port in ours if is_free(port)), None)
         uses: dict[Use, int] = {}  # the lowest port of each
-        for port in self._range:
-            if port not in self._held and port not in self._reserved:
-                use = use_of(port)
-                uses.setdefault(use, port)
-                if use is Use.FREE:
-                    break
-        if (free := uses.get(Use.FREE, uses.get(Use.CLOSING))) is not None:
-            self._held.add(free)
-            return free
+        for port in ours if free is None else ():
+            uses.setdefault(use_of(port), port)
+        if (taken := free or uses.get(Use.FREE, uses.get(Use.CLOSING))) is not None:
+            self._held.add(taken)
+            return taken
         if Use.UNKNOWN in uses:
             raise ClosingError(f"port {uses[Use.UNKNOWN]} is taken, perhaps by closed connections alone, for a minute")
         msg = f"cannot find a free port in {self._range.start} to {self._range.stop - 1}: set engine.port_end"
@@ -105,15 +103,20 @@ class Ports:
         self._held.discard(port)
 
 
+def is_free(port: int) -> bool:
+    """Whether nothing at all has a port, closed connections among it."""
+    with socket.socket() as ours:
+        return _bind(ours, port)
+
+
 def use_of(port: int) -> Use:
     """What others do with a port.
 
     A bind without SO_REUSEADDR is the only one that a vLLM which loads (bound, not listening) keeps from binding. It
     fails beside closed connections too: the kernel is then asked what is bound.
     """
-    with socket.socket() as ours:
-        if _bind(ours, port):
-            return Use.FREE
+    if is_free(port):
+        return Use.FREE
     with socket.socket() as ours:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if not _bind(ours, port):

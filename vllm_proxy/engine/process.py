@@ -26,7 +26,7 @@ from vllm_proxy.runtime.background import spawn
 log = structlog.get_logger()
 
 _PR_SET_CHILD_SUBREAPER = 36
-_SWEEP_SECONDS = 0.02
+_SWEEP_SECONDS = 0.005  # what SIGKILL ends is gone in milliseconds, unless it has much memory to give back
 _LONGEST_SWEEP_SECONDS = 0.5
 _KILL_SECONDS = 15.0  # a process that survives SIGKILL for this long hangs in the kernel
 _REAP_SECONDS = 2.0
@@ -72,12 +72,13 @@ async def end_processes(
 
     """
     loop, owned = asyncio.get_running_loop(), Owned(identity, kernel)
-    await _find_processes(owned)  # who has left the session is known by its parent while that one lives
-    with contextlib.suppress(OSError):  # the sweep below reports what is left
-        if owned.send_to_first(signal.SIGTERM):
-            began = loop.time()
-            while clock.elapsed(began) < grace_seconds and _may_live(owned):  # noqa: ASYNC110 - there is no event for it
-                await asyncio.sleep(_SWEEP_SECONDS)
+    if grace_seconds > 0:
+        await _find_processes(owned)  # who has left the session is known by its parent while that one lives
+        with contextlib.suppress(OSError):  # the sweep below reports what is left
+            if owned.send_to_first(signal.SIGTERM):
+                began = loop.time()
+                while clock.elapsed(began) < grace_seconds and _may_live(owned):  # noqa: ASYNC110 - there is no event
+                    await asyncio.sleep(_SWEEP_SECONDS)
     return await until_gone(partial(_sweep, owned), patience)
 
 

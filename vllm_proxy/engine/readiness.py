@@ -13,7 +13,9 @@ from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.probe import Probe, Ready
 from vllm_proxy.runtime import clock
 
-_POLL_SECONDS = 0.05  # a refused connection on loopback costs microseconds
+_POLL_SECONDS = 0.05
+_FIRST_POLL_SECONDS = 0.005  # a refused connection on loopback costs little
+_OF_START = 0.05  # so much longer a start may seem, where it is short
 _BACK_SECONDS = 30.0  # for an adopted engine that has served before: it has nothing to load
 
 
@@ -38,5 +40,6 @@ async def until_ready(
         if clock.elapsed(moved_at) > (limit := startup_timeout()):
             message = f"nothing happened for {limit:g} s in phase {output.progress.phase}"
             return Diagnosis(Reason.STARTUP_TIMEOUT, f"{message}; see its log, or raise startup_timeout")
-        await asyncio.wait({engine.exited}, timeout=_POLL_SECONDS)
+        pause = min(max(_FIRST_POLL_SECONDS, engine.age_seconds() * _OF_START), _POLL_SECONDS)
+        await asyncio.wait({engine.exited}, timeout=pause)
     return None

@@ -100,6 +100,8 @@ class Room:
             self._claims.pop(one, None)
         elif one.is_done and isinstance(one, Leftover):
             self._leftovers.pop(one, None)
+        if one.is_done:
+            self.machines.wake()
         self._wake()
 
     # What is: for the fleet loop
