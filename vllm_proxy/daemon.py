@@ -41,6 +41,7 @@ from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.desired import Desired
 from vllm_proxy.fleet.loop import FleetLoop
 from vllm_proxy.fleet.managed import Managed
+from vllm_proxy.fleet.objections import Hardware
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.fleet.watch import watch
@@ -135,6 +136,7 @@ async def serve(
         stack.callback(disk.close)
         desired = Desired(store, settings.parse, reconciler, launcher.check, launcher.ports,
                           files=settings.files, key_files=key_files, keyring=keyring, offload=disk,
+                          hardware=Hardware(managed.machine_as, shared.loop.room.place_of),
                           hide_secrets=launcher.variables.follow,
                           address_is_given=bool(held))  # fmt: skip
         _warn_of_access(keyring, config, listeners)

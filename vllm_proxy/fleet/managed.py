@@ -50,6 +50,13 @@ class Managed:
         inventory = self.inventory
         return Machine(inventory.devices, inventory.usable, self.rules) if inventory.managed else None
 
+    def machine_as(self, rules: Devices) -> Machine | None:
+        """As a file with these rules would have them; None: nobody knows, since nothing was seen of its source."""
+        inventory = self.inventory
+        if rules.source != self.rules.source or (inventory.problem is not None and not inventory.managed):
+            return None
+        return Machine(inventory.devices, inventory.usable, rules)
+
     def use(self, rules: Devices) -> None:
         """What the file says counts from now on; another source is looked at."""
         self.rules = rules
