@@ -4,9 +4,11 @@ import json
 import os
 import stat
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from tests import certificates
 from vllm_proxy.cli import run
@@ -15,6 +17,14 @@ from vllm_proxy.domain.config import Server
 EXAMPLES = Path(__file__).parents[1] / "examples/gitops"
 VALID = '[models.a]\nmodel = "x"\n[models.b]\nmodel = "y"\n'
 WRONG = "[server]\nprot = 1\n[models.a]\nreplicas = 0\n"
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """Commands set it up for themselves, as if nothing came after them."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture(autouse=True)
