@@ -10,6 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from tests.api.test_metrics import Fleet, call, metrics_of
+from tests.simulation import __main__ as simulation
+from tests.simulation import loads
 from vllm_proxy import cli
 from vllm_proxy.api.openapi_keys import KEYS, OF_A_KEY
 from vllm_proxy.api.openapi_routes import OPERATIONS, Operation
@@ -249,6 +252,13 @@ def exit_statuses() -> list[int]:
     return sorted({cli.OK, cli.FAILED, cli.CHANGES, cli.NO_DAEMON, cli.CONFIG_INVALID})
 
 
+@cache
+def _simulated() -> tuple[Sequence[str], Rows]:
+    """What `python -m tests.simulation` finds, while nobody sleeps."""
+    found = [(name.removesuffix("; cold"), *cells) for name, *cells in simulation.rows(loads.LOADS, (False,))]
+    return simulation.HEAD, found
+
+
 TABLES: Mapping[str, Callable[[], str | tuple[Sequence[str], Rows]]] = {
     "keys of the engine": lambda: _keys(EngineSpec, lambda _: "replaces"),
     "keys of the policy": lambda: _keys(Policy, _of_a_policy),
@@ -268,6 +278,7 @@ TABLES: Mapping[str, Callable[[], str | tuple[Sequence[str], Rows]]] = {
         f"routes: {tag}": lambda tag=tag: _routes(tag)  # type: ignore[misc]
         for tag in ("Inference", "Models", "Keys", "Configuration", "Daemon", "Documentation")
     },
+    "simulation": _simulated,
     "metrics": _metrics,
     "codes": _codes,
 }

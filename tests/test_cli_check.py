@@ -4,9 +4,11 @@ import json
 import os
 import stat
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from tests import certificates
 from vllm_proxy.cli import run
@@ -15,6 +17,14 @@ from vllm_proxy.domain.config import Server
 EXAMPLES = Path(__file__).parents[1] / "examples/gitops"
 VALID = '[models.a]\nmodel = "x"\n[models.b]\nmodel = "y"\n'
 WRONG = "[server]\nprot = 1\n[models.a]\nreplicas = 0\n"
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """Commands set it up for themselves, as if nothing came after them."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture(autouse=True)
@@ -276,3 +286,46 @@ def test_the_first_file_is_not_readable_by_all(folder: Path) -> None:
 def test_check_takes_the_examples_with_keys(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those in which keys are beside the file, and those in which they are in it; none needs a secret to be there."""
     assert run(["check", "-c", str(example)]) == 0, capsys.readouterr()
+
+
+# What this machine cannot hold
+
+
+def misfit(folder: Path) -> Path:
+    """A file with a model that is too large for the one device of this machine."""
+    (folder / "gpus.toml").write_text('[0]\ntotal = "80GiB"\nfree = "80GiB"\n')
+    file = folder / "models.toml"
+    file.write_text('[devices]\nsource = "gpus.toml"\n[models.a]\nmodel = "x"\nmemory = "90GiB"\n')
+    return file
+
+
+def test_check_warns_of_what_this_machine_cannot_hold(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At its line, with the sum; the file is valid, as it may be for another machine."""
+    file = misfit(folder)
+    assert run(["check"]) == 0
+    out, err = capsys.readouterr()
+    why = "needs 90.6 GiB on a GPU, and engines may have 79.5 of GPU 0 (80.0 without what is kept back)"
+    assert out == f"{file}: valid, 1 model\n"
+    assert err == f"vllm-proxy: warning: {file}:5: models.a.memory: on this machine: {why}\n"
+    assert run(["check", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] == [f"{file}:5: models.a.memory: on this machine: {why}"]
+
+
+def test_check_warns_where_it_cannot_know(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A source that cannot be read says nothing against the models."""
+    misfit(folder)
+    (folder / "gpus.toml").unlink()
+    assert run(["check"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vllm-proxy: warning: cannot look at the devices: ")
+
+
+def test_a_plan_without_a_daemon_says_what_can_never_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In its change; the status is that of any change."""
+    misfit(folder)
+    assert run(["plan", "--state-dir", str(folder / "state")]) == 2
+    printed = capsys.readouterr().out
+    assert printed.startswith("start a: new; it can never run on this machine: needs 90.6 GiB on a GPU, and engines")
+    assert run(["plan", "--json", "--state-dir", str(folder / "state")]) == 2
+    (change,) = json.loads(capsys.readouterr().out)["changes"]
+    assert change["misfit"].startswith("needs 90.6 GiB")

@@ -26,6 +26,7 @@ from vllm_proxy.domain.keys import KeyChanges, told
 from vllm_proxy.domain.plan import plan
 from vllm_proxy.domain.resources import Change, changes_of, problems_of
 from vllm_proxy.errors import ConfigError, Problem, StartupError, VllmProxyError
+from vllm_proxy.fleet.objections import misfits_here, reasons, warnings_here
 from vllm_proxy.runtime.logwriter import LogWriter
 from vllm_proxy.runtime.regular_file import read_regular_file
 from vllm_proxy.runtime.threads import DaemonLoop
@@ -188,12 +189,15 @@ def _check(options: argparse.Namespace) -> int:
     loaded = _load_outside_service(options)
     config = daemon.read_config(loaded)
     file = str(loaded.config_file)
+    logsetup.set_up("error", logsetup.resolve("auto", os.environ))  # warnings are printed
+    here = uvloop.run(warnings_here(config, loaded.config_file, loaded.engine_environment))
+    warnings = [*config.warnings(), *here]
     if options.json:
         answer = {"file": file, "revision": config.revision, "models": [*config.models], "problems": []}
-        _print(json.dumps(answer | {"warnings": config.warnings()}))
+        _print(json.dumps(answer | {"warnings": warnings}))
     else:
         _print(f"{file}: valid, {len(config.models)} model{'' if len(config.models) == 1 else 's'}")
-        for warning in config.warnings():
+        for warning in warnings:
             _print_error(f"warning: {warning}")
     return OK
 
@@ -252,10 +256,13 @@ def _act(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     loaded = _load_outside_service(options)
     config = daemon.read_config(loaded)
+    logsetup.set_up("error", logsetup.resolve("auto", os.environ))
     try:
         changes = uvloop.run(control.planned(loaded, read_regular_file(loaded.config_file)))
     except NoDaemonError:
-        changes = changes_of(plan(config.models, {}))
+        actions = plan(config.models, {})
+        misfits, _ = uvloop.run(misfits_here(config, loaded.config_file.parent, loaded.engine_environment))
+        changes = changes_of(actions, reasons(misfits, actions))
     return _print_changes(options, changes, CHANGES if changes else OK)
 
 
@@ -286,10 +293,18 @@ def _print_changes(
     if options.json:
         _print(json.dumps({"changes": changes} | ({} if keys is None else {"keys": keys})))
     else:
-        lines = [f"{change['action']} {change['model']}: {change['reason']}" for change in changes]
+        lines = [f"{change['action']} {change['model']}: {change['reason']}{_prospect(change)}" for change in changes]
         lines += [f"keys: {told(keys)}"] if keys and told(keys) else []
         _print("\n".join(lines or ["nothing to do"]))
     return status
+
+
+def _prospect(change: Change) -> str:
+    """What would become of it."""
+    if "misfit" in change:
+        return f"; it can never run on this machine: {change['misfit']}"
+    place = change.get("place")
+    return f"; on device{'s' if len(place) > 1 else ''} {', '.join(place)}" if place else ""
 
 
 def _logs(options: argparse.Namespace) -> int:

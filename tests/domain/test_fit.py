@@ -128,7 +128,7 @@ def test_more_devices_than_there_are() -> None:
     """With what makes them so many."""
     wide = demand(gib=10, tensor_parallel_size=2, pipeline_parallel_size=2)
     product = "4 devices (tensor_parallel_size 2 x pipeline_parallel_size 2)"
-    assert messages(gpus(80, 80), wide) == {"m.tensor_parallel_size": f"needs {product}, and there are 2: 0, 1"}
+    assert messages(gpus(80, 80), wide) == {"m.tensor_parallel_size": f"needs {product}, and there are 2: GPU 0, GPU 1"}
     assert messages(gpus(80, 80), demand(gib=10, tensor_parallel_size=2, devices=[1])) == {
         "m.devices": "needs 2 devices (tensor_parallel_size 2), and names 1"
     }
@@ -141,13 +141,13 @@ def test_more_devices_than_there_are() -> None:
 
 def test_devices_that_are_not_there() -> None:
     """By name."""
-    assert messages(gpus(80), demand(gib=10, devices=[7])) == {"m.devices": "names 7, and there is 0"}
+    assert messages(gpus(80), demand(gib=10, devices=[7])) == {"m.devices": "names 7, and there is GPU 0"}
 
 
 def test_more_memory_than_the_largest_has() -> None:
     """With the sum: context included, what is kept back left out."""
     assert messages(gpus(24, 80), demand(gib=79.2)) == {
-        "m.memory": "needs 79.8 GiB on a GPU, and engines may have 79.5 of 1 (80.0 without what is kept back)"
+        "m.memory": "needs 79.8 GiB on a GPU, and engines may have 79.5 of GPU 1 (80.0 without what is kept back)"
     }
     memory = {"0": Device(14 * GIB, 13 * GIB, kind=Kind.MEMORY)}
     assert messages(memory, demand(gib=13.5))["m.memory"].startswith("needs 13.5 GiB on the machine's memory, and")
@@ -162,7 +162,7 @@ def test_what_is_always_to_run_has_to_fit_together() -> None:
     found = messages(gpus(80), demand("chat", 40), demand("code", 60), demand("small", 1))
     assert found == {
         "code.start": "what is always to run needs 40.6 (chat) + 60.6 (code) + 1.6 (small) = 102.8 GiB, and "
-        'engines may have 79.5 (0): give less memory, or start = "warm" or "on-demand"'
+        'engines may have 79.5 (GPU 0): give less memory, or start = "warm" or "on-demand"'
     }
     assert "3 x 30.6 (a) = 91.8 GiB" in messages(gpus(80), demand("a", 30, replicas=3))["a.start"]
     gang = demand("g", 60, tensor_parallel_size=2)
@@ -175,7 +175,10 @@ def test_what_fits_in_sum_may_still_not_be_divided() -> None:
     """By an exact search: the largest first is not enough."""
     thirds = [demand(name, 30) for name in "abcde"]
     found = messages(gpus(80, 80), *thirds)
-    assert "= 153.0 GiB, and engines may have 79.5 (0) + 79.5 (1) = 159.0, which cannot be divided" in found["e.start"]
+    assert (
+        "= 153.0 GiB, and engines may have 79.5 (GPU 0) + 79.5 (GPU 1) = 159.0, which cannot be divided"
+        in found["e.start"]
+    )
     sizes = (39.4, 39.4, 29.4, 29.4, 29.4, 29.4)
     assert not messages(gpus(100.7, 100.7), *(demand(f"m{index}", size) for index, size in enumerate(sizes)))
     named = [demand("a", 50, devices=[0]), demand("b", 50, devices=[0])]

@@ -121,19 +121,17 @@ async def test_devices_are_looked_at_every_five_seconds_and_often_while_somebody
 
 
 @virtual
-async def test_who_wakes_it_again_and_again_causes_no_more_looks_than_who_waits(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A wake that comes right behind a look counts, 50 ms later."""
+async def test_who_wakes_it_again_and_again_causes_a_look_every_5_ms_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wake that comes right behind a look counts, 5 ms later."""
     stage = Stage(monkeypatch)
     async with stage.following():
-        await passes(0.01)
+        await passes(0.001)
         for _ in range(100):
             stage.inventory.wake()
             await passes(0.001)
-        assert stage.looks() == [0, 0.05, 0.1]
+        assert 20 <= len(stage.looks()) <= 22
         await passes(4)
-        assert stage.looks() == [0.15]
+        assert len(stage.looks()) <= 1
 
 
 @virtual

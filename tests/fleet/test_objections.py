@@ -1,7 +1,6 @@
 """What speaks against a file: it is judged by what this machine has, and by what was adopted before."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +8,11 @@ from structlog.testing import capture_logs
 
 from tests.engine.virtual import Stage, virtual
 from tests.fleet.test_desired import ME, NoCheck, at_once
-from vllm_proxy.domain import fit
-from vllm_proxy.domain.config import Config, Devices, ModelSpec
+from vllm_proxy.domain.config import Config, Devices
 from vllm_proxy.domain.file.parse import parse_config
-from vllm_proxy.domain.fit import Demand
-from vllm_proxy.domain.ledger import Device
+from vllm_proxy.domain.inventory import Seen
+from vllm_proxy.domain.ledger import Kind
+from vllm_proxy.domain.placement import Machine
 from vllm_proxy.domain.plan import plan
 from vllm_proxy.domain.references import Files
 from vllm_proxy.engine.ports import Ports
@@ -30,28 +29,17 @@ from vllm_proxy.traffic.keyring import Keyring
 GIB = 2**30
 
 
-@dataclass
-class Gpus:
-    """A machine with these, of which `[devices] reserve` is kept back."""
-
-    sizes: Mapping[str, float] = field(default_factory=lambda: {"0": 80.0})
-    reserve: int = 0
-
-    def devices(self) -> dict[str, Device]:
-        """By index."""
-        return {name: Device(int(size * GIB), int(size * GIB) - self.reserve) for name, size in self.sizes.items()}
-
-    def demand(self, model: ModelSpec) -> Demand:
-        """Devices are named by index."""
-        return fit.demand_of(model, model.engine.memory)
-
-
 def hardware(*sizes: float) -> Hardware:
     """A machine whose GPUs have so many GiB."""
-    named = {str(index): size for index, size in enumerate(sizes)}
+    seen = {
+        str(index): Seen(
+            str(index), f"GPU-{index}", index, "GPU", Kind.GPU, unified=False, total=int(size * GIB), free=None
+        )
+        for index, size in enumerate(sizes)
+    }
 
-    def look(table: Devices) -> Gpus:
-        return Gpus(named, table.reserve)
+    def look(table: Devices) -> Machine:
+        return Machine(seen, frozenset(seen), table)
 
     return Hardware(look, place_of=lambda model: ("0",) if model.engine.memory == 10 * GIB else None)
 
@@ -84,7 +72,7 @@ async def test_a_model_that_can_never_run_here_speaks_against_a_file() -> None:
     (problem,) = await Objections(NoCheck(), hardware(80), lambda: running, at_once).to_sizes(
         parse_config(after, ""), after
     )
-    assert problem == Problem(8, "models.code.memory", "needs 90.6 GiB on a GPU, and engines may have 80.0 of 0")
+    assert problem == Problem(8, "models.code.memory", "needs 90.6 GiB on a GPU, and engines may have 80.0 of GPU 0")
     assert after.decode().splitlines()[7] == 'memory = "90GiB"'
 
 
@@ -94,7 +82,7 @@ async def test_what_are_always_to_run_have_to_stand_together() -> None:
     assert await paths(text(), text(chat, "code 50GiB")) == set()
     found = await told(text(chat, "code 50GiB"), text(chat, "code 50GiB always"))
     assert found.keys() == {"models.code.start"}
-    assert "50.6 (chat) + 50.6 (code) = 101.2 GiB, and engines may have 80.0 (0)" in found["models.code.start"]
+    assert "50.6 (chat) + 50.6 (code) = 101.2 GiB, and engines may have 80.0 (GPU 0)" in found["models.code.start"]
 
 
 async def test_what_was_adopted_speaks_against_no_other_change() -> None:
@@ -135,7 +123,7 @@ async def test_less_room_is_judged_too() -> None:
 
 async def test_where_nobody_manages_devices_bytes_of_them_speak_against_a_file() -> None:
     """Nobody could say what share that is. Where nobody has looked, nothing is known to be wrong."""
-    nobody = Hardware(lambda _: None)
+    nobody = hardware()
     found = await told(text("old 10GiB"), text("old 10GiB", "chat 10GiB", "none 0B"), nobody)
     assert found.keys() == {"models.chat.memory"}
     assert "gpu_memory_utilization" in found["models.chat.memory"]
@@ -187,7 +175,7 @@ async def test_a_reload_of_what_cannot_run_is_refused_and_what_runs_goes_on(tmp_
     with capture_logs() as logs, pytest.raises(ConfigError) as refused:
         await desired.reload()
     assert refused.value.lines() == [
-        f"{desired.file}:8: models.code.memory: needs 90.6 GiB on a GPU, and engines may have 80.0 of 0"
+        f"{desired.file}:8: models.code.memory: needs 90.6 GiB on a GPU, and engines may have 80.0 of GPU 0"
     ]
     assert desired.rejected is refused.value
     assert [entry["event"] for entry in logs] == ["the configuration is rejected, what runs goes on"]
@@ -224,10 +212,10 @@ async def test_each_step_of_a_plan_has_its_place_or_why_there_is_none() -> None:
     objections = Objections(NoCheck(), hardware(80), lambda: running, at_once)
     names = [f"{one.kind} {one.model}" for one in actions]
     found = dict(zip(names, await objections.prospects(desired, actions), strict=True))
-    assert {name: (one.starts, one.place, one.misfit is None) for name, one in found.items()} == {
-        "update embed": (False, None, True),
-        "stop old": (False, None, True),
-        "replace chat": (True, None, False),
-        "start new": (True, ("0",), True),
-        "start later": (True, None, True),
+    assert {name: (one.place, one.misfit is None) for name, one in found.items()} == {
+        "update embed": (None, True),
+        "stop old": (None, True),
+        "replace chat": (None, False),
+        "start new": (("0",), True),
+        "start later": (None, True),
     }

@@ -21,11 +21,11 @@ from vllm_proxy.domain.room import decide
 HEAD = ("load", "policy", "served", "mean wait", "p95", "worst wait", "never served", "swaps", "serving", "idle loss")
 
 
-def rows(chosen: Mapping[str, Load]) -> list[tuple[str, ...]]:
+def rows(chosen: Mapping[str, Load], depths: Sequence[bool] = (False, True)) -> list[tuple[str, ...]]:
     """One for each load and policy, first without sleep, then with it."""
     return [
         (f"{name}; {'sleep' if sleep else 'cold'}", policy, *_cells(load(rules, sleep=sleep).result()))
-        for sleep in (False, True)
+        for sleep in depths
         for name, load in chosen.items()
         for policy, rules in loads.POLICIES.items()
     ]

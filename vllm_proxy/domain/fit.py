@@ -131,8 +131,8 @@ def misfits(
 def unsized(demands: Iterable[Demand]) -> list[Misfit]:
     """Each that wants bytes, where nobody knows how large devices are: vLLM is told a share."""
     message = (
-        "needs a device whose size is known, and none is: [devices] source says where sizes come from, "
-        "gpu_memory_utilization is a share of whatever there is"
+        "needs a device of known size, and none is known: give it gpu_memory_utilization, "
+        "or say in [devices] source where sizes come from"
     )
     return [Misfit(one.model, "memory", message, 0) for one in demands if one.memory and one.count]
 
@@ -185,7 +185,7 @@ def _is_elsewhere(spec: EngineSpec) -> bool:
 
 
 def _alone(one: Demand, devices: Mapping[str, Device], need: Mapping[str, int]) -> Misfit | None:
-    here = ", ".join(devices)
+    here = ", ".join(device.kind.called(name) for name, device in devices.items())
     if one.named is not None:
         if unknown := [name for name in one.named if name not in devices]:
             message = f"names {' and '.join(unknown)}, and there is {here or 'none'}"
@@ -215,7 +215,8 @@ def _too_much(one: Demand, devices: Mapping[str, Device], need: Mapping[str, int
     kept = f" ({gib(device.total)} without what is kept back)" if device.room < device.total else ""
     on = device.kind.word if one.count == 1 else f"each of {_counted(one)}"
     enough = f"; enough is on {able}" if able else ""
-    return f"needs {gib(need[best])} GiB on {on}, and engines may have {gib(device.room)} of {best}{kept}{enough}"
+    there = f"{gib(device.room)} of {device.kind.called(best)}"
+    return f"needs {gib(need[best])} GiB on {on}, and engines may have {there}{kept}{enough}"
 
 
 def _counted(one: Demand) -> str:
@@ -277,7 +278,7 @@ def _sum(resident: Sequence[Demand], sizes: Sequence[Mapping[str, int]], devices
     shown = [text for _, text in rows[-_MOST_SHOWN:]]
     others = len(rows) - len(shown)
     before = [f"{others} more"] if others else []
-    rooms = [f"{gib(device.room)} ({name})" for name, device in devices.items()]
+    rooms = [f"{gib(device.room)} ({device.kind.called(name)})" for name, device in devices.items()]
     total, room = sum(bytes_ for bytes_, _ in rows), sum(device.room for device in devices.values())
     there = f"{' + '.join(rooms)} = {gib(room)}" if len(rooms) > 1 else rooms[0]
     divided = "" if total > room else ", which cannot be divided so that each has its own"

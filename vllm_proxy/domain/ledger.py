@@ -49,6 +49,12 @@ class Kind(StrEnum):
         """As messages have it."""
         return "the machine's memory" if self is Kind.MEMORY else "a GPU"
 
+    def called(self, device: str) -> str:
+        """The name of one, as messages have it: "GPU 0"; a UUID begins with its kind."""
+        if self is Kind.MEMORY:
+            return self.word
+        return f"GPU {device}" if device.isdigit() else device
+
 
 @dataclass(frozen=True, slots=True)
 class Device:

@@ -49,13 +49,17 @@ class Action:
     reason: str
     to: ModelSpec | None
 
+    @property
+    def starts(self) -> bool:
+        """Whether an engine is to come that was not there."""
+        return self.kind in {Kind.START, Kind.REPLACE}
+
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """What would become of a step on this machine. `place`: the devices of its engine; None: it would have to wait."""
+    """What would become of a step on this machine."""
 
-    starts: bool  # whether it needs a place
-    place: tuple[str, ...] | None = None
+    place: tuple[str, ...] | None = None  # the devices of its engine; None: none needed, or it would have to wait
     misfit: str | None = None  # why its model can never run here
 
 

@@ -5,6 +5,7 @@ provide it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from pydantic import Field
@@ -318,20 +319,27 @@ def key_of(key: keys.Key) -> Key:
     }
 
 
-def changes_of(actions: Iterable[Action]) -> list[Change]:
-    """A plan."""
-    return [{"model": action.model, "action": action.kind, "reason": action.reason} for action in actions]
+def changes_of(actions: Iterable[Action], misfits: Mapping[str, str] = MappingProxyType({})) -> list[Change]:
+    """A plan. `misfits`: why models can never run on this machine, where that is known."""
+    return [_change(action, misfits.get(action.model)) for action in actions]
 
 
 def prospective(actions: Sequence[Action], prospects: Sequence[Prospect]) -> list[Change]:
     """A plan, with what would become of each step."""
-    changes = changes_of(actions)
-    for change, prospect in zip(changes, prospects, strict=True):
-        if prospect.misfit is not None:
-            change["misfit"] = prospect.misfit
-        elif prospect.starts:
+    changes = []
+    for action, prospect in zip(actions, prospects, strict=True):
+        change = _change(action, prospect.misfit)
+        if action.starts and prospect.misfit is None:
             change["place"] = None if prospect.place is None else list(prospect.place)
+        changes.append(change)
     return changes
+
+
+def _change(action: Action, misfit: str | None) -> Change:
+    change: Change = {"model": action.model, "action": action.kind, "reason": action.reason}
+    if misfit is not None:
+        change["misfit"] = misfit
+    return change
 
 
 def problems_of(problems: Iterable[errors.Problem]) -> list[Problem]:

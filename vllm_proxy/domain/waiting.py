@@ -229,10 +229,7 @@ def _called(instance: str) -> str:
 
 
 def _name(device: str, devices: Mapping[str, Device]) -> str:
-    kind = devices[device].kind if device in devices else Kind.GPU
-    if kind is Kind.MEMORY:
-        return kind.word
-    return f"GPU {device}" if device.isdigit() else device  # a UUID begins with its kind
+    return (devices[device].kind if device in devices else Kind.GPU).called(device)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -130,7 +130,8 @@ class Inventory:
                 notify([changed])
             await clock.sleep(SHORTEST_SECONDS)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ASKED_SECONDS if asked() else IDLE_SECONDS):
+                pause = ASKED_SECONDS if asked() else IDLE_SECONDS
+                async with asyncio.timeout(pause - SHORTEST_SECONDS):
                     await self._woken.wait()
 
     async def look(self) -> bool:

@@ -4,7 +4,6 @@ The room asks `machine` what there is. Where nothing is known of them nobody man
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Protocol
 
 from vllm_proxy.domain.config import Devices
@@ -54,13 +53,13 @@ class Managed:
         return Machine(inventory.devices, inventory.usable, self.rules, inventory.looked_at)
 
     def look(self, rules: Devices) -> Machine | None:
-        """As `machine`, where the file says this; of another source nothing is known before it is used."""
-        machine = self.machine()
-        return None if machine is None or rules.source == "none" else replace(machine, rules=rules)
-
-    def knows(self, rules: Devices) -> bool:
-        """Whether `look` tells the truth of it."""
-        return rules.source in {self.rules.source, "none"}
+        """As the file would have them that says this, without devices where nobody manages any; None: not known."""
+        inventory = self.inventory
+        if rules.source == "none":
+            return Machine({}, frozenset(), rules)
+        if rules.source != self.rules.source or (inventory.problem is not None and not inventory.managed):
+            return None
+        return Machine(inventory.devices, inventory.usable, rules)
 
     def use(self, rules: Devices) -> None:
         """What the file says counts from now on; another source is looked at."""

@@ -7,6 +7,7 @@ it and runs what fits, speaks against no other change: only what is new, or wors
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 from vllm_proxy.domain import fit
@@ -14,9 +15,13 @@ from vllm_proxy.domain.config import Config, Devices, EngineSpec, ModelSpec
 from vllm_proxy.domain.file.parse import problems_at
 from vllm_proxy.domain.fit import Demand, Misfit
 from vllm_proxy.domain.ledger import Device, Where
-from vllm_proxy.domain.plan import Action, Kind, Prospect
+from vllm_proxy.domain.placement import Machine
+from vllm_proxy.domain.plan import Action, Prospect
+from vllm_proxy.engine.devices import Inventory
 from vllm_proxy.errors import Problem
+from vllm_proxy.runtime.regular_file import read_regular_file
 from vllm_proxy.runtime.threads import Offload
+from vllm_proxy.runtime.turns import in_turns
 
 
 class Check(Protocol):
@@ -29,51 +34,44 @@ class Check(Protocol):
         """Read the options of programs that are not known yet, in the background."""
 
 
-class Machine(Protocol):
-    """The devices that are managed."""
-
-    def devices(self) -> Mapping[str, Device]:
-        """By name."""
-
-    def demand(self, model: ModelSpec) -> Demand:
-        """What a model wants, with its devices named in the same way."""
+def _nowhere(_: ModelSpec) -> Where | None:
+    return None
 
 
-def _nobody_knows(_: ModelSpec) -> Where | None:
+def _not_known(_: Devices) -> Machine | None:
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What this machine has. `look`: the devices now, as a `[devices]` table has them; None: nobody manages them."""
+    """What this machine has. `look`: as a `[devices]` table has it; None: nobody knows, and nothing is said of it."""
 
-    look: Callable[[Devices], Machine | None] | None = None  # None: nobody has looked, so nothing is known to be wrong
-    knows: Callable[[Devices], bool] = lambda _: True  # whether its source is the one that is looked at
-    place_of: Callable[[ModelSpec], Where | None] = _nobody_knows  # where it would run now; None: it would wait
+    look: Callable[[Devices], Machine | None] = _not_known
+    place_of: Callable[[ModelSpec], Where | None] = _nowhere  # where one more engine would run now; None: it would wait
     measured: Callable[[], Mapping[str, int]] = dict  # by model: bytes that its last engine had of each device
 
     def wants(self, config: Config) -> "Wants":
-        """What its models want of it."""
-        models = [model for model in config.models.values() if model.policy.enabled]
-        if self.look is None or not self.knows(config.devices):
-            return Wants({}, None)
+        """What the models want of it that are not off."""
         machine = self.look(config.devices)
         if machine is None:
-            return Wants({model.id: fit.demand_of(model, model.engine.memory) for model in models}, None)
-        return Wants({model.id: machine.demand(model) for model in models}, machine.devices(), self.measured())
+            return Wants({}, {})
+        demands = {model.id: machine.demand(model) for model in config.models.values() if model.policy.enabled}
+        named = {name for one in demands.values() for name in one.named or ()}
+        devices = {name: device for name, device in machine.devices().items() if name in machine.usable | named}
+        return Wants(demands, devices, self.measured())
 
 
 @dataclass(frozen=True, slots=True)
 class Wants:
-    """What models want, and what there is; None: nobody knows."""
+    """What models want, and what there is; no devices: nobody manages them."""
 
     demands: Mapping[str, Demand]
-    devices: Mapping[str, Device] | None
+    devices: Mapping[str, Device]
     measured: Mapping[str, int] = field(default_factory=dict)
 
     def misfits(self) -> list[Misfit]:
         """What can never run. It may take a while."""
-        if self.devices is None:
+        if not self.devices:
             return fit.unsized(self.demands.values())
         return fit.misfits([*self.demands.values()], self.devices, self.measured)
 
@@ -84,6 +82,30 @@ class Wants:
         unchanged = {name for name, one in self.demands.items() if _size(one) == _size(before.demands.get(name))}
         more = [name for name, one in self.demands.items() if one.always and one != before.demands.get(name)]
         return [_blamed(one, more) for one in fit.worse(found, before.misfits(), unchanged)]
+
+
+async def misfits_here(config: Config, folder: Path, env: Mapping[str, str]) -> tuple[list[Misfit], str | None]:
+    """What this machine can never run, for commands that run without a daemon; and why that is not known.
+
+    `folder`: of the file. `env`: what engines would inherit.
+    """
+    inventory = Inventory(config.devices.source, folder, env, dict)
+    try:
+        await inventory.look()
+        if inventory.problem is not None and not inventory.managed:
+            return [], inventory.problem
+        machine = Machine(inventory.devices, inventory.usable, config.devices)
+        return Hardware(lambda _: machine).wants(config).misfits(), inventory.problem
+    finally:
+        inventory.close()
+
+
+async def warnings_here(config: Config, file: Path, env: Mapping[str, str]) -> list[str]:
+    """As `check` says it: no problem of the file, which may be for another machine."""
+    found, unknown = await misfits_here(config, file.parent, env)
+    problems = problems_of(found, read_regular_file(file)) if found else []
+    here = [f"{problem.place(str(file))}: on this machine: {problem.message}" for problem in problems]
+    return here if unknown is None else [*here, unknown]
 
 
 def _blamed(misfit: Misfit, changed: Sequence[str]) -> Misfit:
@@ -142,20 +164,19 @@ class Objections:
 
     async def prospects(self, config: Config, actions: Sequence[Action]) -> list[Prospect]:
         """What becomes of each step: where its engine would run, or why it never can."""
-        misfits = await self._offload(self._hardware.wants(config).misfits)
-        return prospects(actions, misfits, self._hardware.place_of)
+        wants = self._hardware.wants(config)
+        why = reasons(await self._offload(wants.misfits), actions)
+        found = []
+        async for action in in_turns(actions):  # of thousands it takes a while
+            misfit = why.get(action.model) if action.to is not None else None
+            place = None
+            if action.to is not None and action.starts and misfit is None and wants.devices:
+                place = self._hardware.place_of(action.to)
+            found.append(Prospect(place, misfit))
+        return found
 
 
-def prospects(
-    actions: Sequence[Action], misfits: Iterable[Misfit], place_of: Callable[[ModelSpec], Where | None] = _nobody_knows
-) -> list[Prospect]:
-    """Of each step."""
+def reasons(misfits: Iterable[Misfit], actions: Sequence[Action]) -> dict[str, str]:
+    """Why models can never run, by model, as a plan says it."""
     changed = [action.model for action in actions if action.to is not None and action.to.policy.start == "always"]
-    why = {one.model: one.message for one in (_blamed(misfit, changed) for misfit in misfits)}
-    found = []
-    for action in actions:
-        misfit = why.get(action.model) if action.to is not None else None
-        starts = action.to is not None and action.kind in {Kind.START, Kind.REPLACE}
-        place = place_of(action.to) if action.to is not None and starts and misfit is None else None
-        found.append(Prospect(starts, place, misfit))
-    return found
+    return {one.model: one.message for one in (_blamed(misfit, changed) for misfit in misfits)}
