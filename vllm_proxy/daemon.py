@@ -136,7 +136,6 @@ async def serve(
         stack.callback(disk.close)
         desired = Desired(store, settings.parse, reconciler, launcher.check, launcher.ports,
                           files=settings.files, key_files=key_files, keyring=keyring, offload=disk,
-                          hardware=Hardware(managed.machine_as, shared.loop.room.place_of),
                           hide_secrets=launcher.variables.follow,
                           hardware=Hardware(managed.look, shared.loop.room.place_of),
                           address_is_given=bool(held))  # fmt: skip

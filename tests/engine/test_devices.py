@@ -117,7 +117,7 @@ async def test_devices_are_looked_at_every_five_seconds_and_often_while_somebody
         assert stage.looks() == [11, 11.05, 11.1, 11.15, 11.2]
         stage.asked = False
         await passes(6)
-        assert stage.looks() == [16.2]
+        assert stage.looks() == [11.25, 16.25]
 
 
 @virtual
