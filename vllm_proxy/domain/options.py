@@ -34,6 +34,7 @@ class Option(msgspec.Struct, frozen=True):
     nargs: int | _Text | None  # as argparse has it
     type: Literal["str", "int", "float", "human_int", "json", "folded", "other"]
     choices: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=_MOST)] | None
+    default: float | None = None  # where it is a number
 
     @property
     def name(self) -> str:
@@ -56,6 +57,10 @@ class OptionTable(msgspec.Struct, frozen=True):
 
         """
         return msgspec.json.decode(data, type=cls)
+
+    def default(self, name: str) -> float | None:
+        """The number that an option has where nobody gives it; None: it is not known."""
+        return next((option.default for option in self.options if option.name == name), None)
 
     def to_json(self) -> bytes:
         """One line."""

@@ -54,6 +54,10 @@ class OptionCheck:
             return frozenset()
         return options.names(table) if table else frozenset()
 
+    def default_share(self) -> float | None:
+        """The part of a GPU that vLLM takes where nobody says how much; None: it is not known yet."""
+        return self._tables.default("gpu-memory-utilization")
+
     def prefetch(self, specs: Iterable[EngineSpec]) -> None:
         """Have the options of each vLLM read in the background, once a version."""
         task = run_once(partial(self._prefetch, list(specs)), "options of vLLM")

@@ -209,6 +209,11 @@ class OptionTables:
                 return None
             raise
 
+    def default(self, name: str) -> float | None:
+        """The number that an option has where nobody gives it, of those vLLMs that are known; the largest of theirs."""
+        found = (table.default(name) for table in self._tables.values() if table is not None)
+        return max((value for value in found if value is not None), default=None)
+
     async def close(self) -> None:
         """End what still runs."""
         readings = list(self._readings.values())

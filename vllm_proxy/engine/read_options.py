@@ -90,6 +90,7 @@ def _describe(action: argparse.Action) -> dict[str, Any]:
         "nargs": action.nargs,
         "type": _type(action.type),
         "choices": _choices(action.choices),
+        "default": action.default if type(action.default) in (int, float) else None,
     }
 
 

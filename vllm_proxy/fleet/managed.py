@@ -41,16 +41,21 @@ class Unmanaged:
 class Managed:
     """The devices of an inventory."""
 
-    def __init__(self, inventory: Inventory, rules: Devices) -> None:
+    def __init__(
+        self, inventory: Inventory, rules: Devices, default_share: Callable[[], float | None] = lambda: None
+    ) -> None:
+        """`default_share`: the part of a device that vLLM takes where nobody says how much, where that is known."""
         self.inventory = inventory
         self.rules = rules
+        self._default_share = default_share
 
     def machine(self) -> Machine | None:
         """As they were last seen."""
         inventory = self.inventory
         if not inventory.managed:
             return None
-        return Machine(inventory.devices, inventory.usable, self.rules, inventory.looked_at)
+        share = self._default_share()
+        return Machine(inventory.devices, inventory.usable, self.rules, inventory.looked_at, share)
 
     def look(self, rules: Devices) -> Machine | None:
         """As the file would have them that says this, without devices where nobody manages any; None: not known."""
@@ -59,7 +64,7 @@ class Managed:
             return Machine({}, frozenset(), rules)
         if rules.source != self.rules.source or (inventory.problem is not None and not inventory.managed):
             return None
-        return Machine(inventory.devices, inventory.usable, rules)
+        return Machine(inventory.devices, inventory.usable, rules, default_share=self._default_share())
 
     def use(self, rules: Devices) -> None:
         """What the file says counts from now on; another source is looked at."""

@@ -298,11 +298,16 @@ class Model:
 
     def _fits_beside(self) -> bool:
         """Whether a new instance has, or would have, its room beside an old one that serves."""
-        old = [one for one in self.instances if one.state is State.READY]
+        target = self._rollback.target
+        ready = [one for one in self.instances if one.state is State.READY]
         new = [one for one in self.instances if one.state is State.LOADING]
-        if not old or any(one.engine is not None for one in new):
+        if all(one.spec.engine == target and one not in self._renew for one in ready):
             return True
-        return self._shared.loop.room.fits_beside(replace(self.spec, engine=self._rollback.target))
+        waiting = next((one.claim for one in new if one.claim is not None), None)
+        fits = self._shared.loop.room.fits_beside(replace(self.spec, engine=target), waiting)
+        if not fits and all(one.spec.engine != target for one in self.instances):
+            log.info("no room for a new engine beside the old one, which goes first", model=self.name)
+        return fits
 
     def _wanted_since(self) -> float | None:
         """Since when a request or a person has waited for it, on the loop's clock."""

@@ -73,9 +73,18 @@ class Room:
         """Whether anybody waits."""
         return any(claim.waits for claim in self._claims)
 
-    def fits_beside(self, model: ModelSpec) -> bool:
-        """Whether one more instance of a model would find its room now, and nobody had to give way."""
-        return self.place_of(model) is not None
+    def fits_beside(self, model: ModelSpec, waiting: Claim | None) -> bool:
+        """Whether one more instance of a model finds its room now, and nobody has to give way.
+
+        `waiting`: the claim of that instance, where it has asked already.
+        """
+        machine = self.machines.machine()
+        if waiting is None or machine is None:
+            return self.place_of(model) is not None
+        if not waiting.waits or waiting.since > machine.looked_at:
+            return True
+        now = self._managed(machine)
+        return waiting.name in room.decide(0.0, now.devices, now.holds, now.asks, now.rules).admit
 
     def place_of(self, model: ModelSpec) -> Where | None:
         """Where one more instance of a model would run, as things are; None: it would have to wait."""

@@ -38,7 +38,7 @@ from vllm_proxy.traffic.endpoint import Endpoint
 
 log = structlog.get_logger()
 
-_FOREVER = 1e9  # seconds
+_FOREVER = 1e9
 _TRANSFERS = {"kv-transfer-config"}  # args of an engine that others read from, until it has ended in peace
 
 
@@ -60,7 +60,7 @@ class Supervisor:
         self.index = index
         self.name = f"{spec.id}/{index}"
         self.phase: Phase | None = None
-        self.fraction: float | None = None  # of the phase
+        self.fraction: float | None = None
         self.diagnosis: Diagnosis | None = None
         self.last_exit: LastExit | None = None
         self.updated_at = datetime.now(UTC)
@@ -70,7 +70,8 @@ class Supervisor:
         self.engine: Engine | None = None
         self.endpoint: Endpoint | None = None
         self.gives_way_to: str | None = None  # the instance that waits for its room
-        self.waits: Waits | None = None  # for room, and why
+        self.claim: Claim | None = None
+        self.waits: Waits | None = None
         self.wanted_since = wanted_since
         self._life = Life()
         self._shared = shared
@@ -79,7 +80,6 @@ class Supervisor:
         self._failures = 0
         self._engine_alive = False  # whether an engine of it, or a process of one, lives
         self._failure: Diagnosis | None = None  # of its last engine, until the next one serves
-        self._claim: Claim | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -92,7 +92,7 @@ class Supervisor:
         self._failures = 0
         self.diagnosis = self._failure = None
         if record is not None:  # it holds what it has before anybody asks
-            self._claim = self._shared.loop.room.hold(self, record.place.allocation)
+            self.claim = self._shared.loop.room.hold(self, record.place.allocation)
         self._transition(Event.START)
         self._task = run_once(partial(self._run, record), f"supervisor of {self.name}")
 
@@ -122,18 +122,16 @@ class Supervisor:
 
     def _leave(self) -> None:
         """Nobody is to come to its devices until nothing of its engine is left; one that only waited is not heeded."""
-        if self._claim is not None and self._claim.waits:
+        if self.claim is not None and self.claim.waits:
             self._release_claim()
-        elif self._claim is not None:
-            self._claim.goes()
+        elif self.claim is not None:
+            self.claim.goes()
 
     def _release_claim(self) -> None:
         self.waits = self.gives_way_to = None
-        if self._claim is not None:
-            self._claim.done()
-            self._claim = None
-
-    # For the room
+        if self.claim is not None:
+            self.claim.done()
+            self.claim = None
 
     def idle_since(self) -> float | None:
         """Since when it has had no request in flight; None: it has some, or does not serve."""
@@ -183,9 +181,9 @@ class Supervisor:
         self._engine_alive = True
         if self.state is State.READY:
             self._transition(Event.DIED)
-        if self._claim is None:
-            self._claim = self._shared.loop.room.hold(self, self._shared.launcher.allocation(self.spec.engine))
-        self._claim.failed(why)
+        if self.claim is None:
+            self.claim = self._shared.loop.room.hold(self, self._shared.launcher.allocation(self.spec.engine))
+        self.claim.failed(why)
         self.diagnosis = Diagnosis(Reason.NOT_ENDED, f"cannot end its engine: {why}")
         self._notify(Phase.STOPPING)
 
@@ -266,6 +264,7 @@ class Supervisor:
                         message=failure.message, seconds=round(seconds, 1))  # fmt: skip
             self._notify(Phase.BACKOFF)
 
+        restart = lambda: self.spec.policy.restart  # noqa: E731 - as short as it can be
         again = await self._shared.loop.await_retry(
             self.name, failure.reason, self._failures, lambda: self.spec.policy.restart, on_retry
         )
@@ -282,7 +281,7 @@ class Supervisor:
         shared = self._shared
         try:
             self._notify(Phase.QUEUED)
-            claim = self._claim = self._claim or shared.loop.room.ask(self)
+            claim = self.claim = self.claim or shared.loop.room.ask(self)
             allocation = await claim.admission()
             self._engine_alive = record is not None
             async with self._running(record, allocation) as engine:

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable
 
 from vllm_proxy.domain.address import Address
+from vllm_proxy.runtime.background import notify
 from vllm_proxy.traffic.wire import Pool
 
 _SUSPECT_FAILURES = 3
@@ -30,6 +31,7 @@ class Endpoint:
         self.own_headers = f"Host: {address.authority}\r\nAuthorization: Bearer {credential}\r\n".encode()
         self.suspect = asyncio.Event()  # so many failures in a row that a health check decides
         self._idle: asyncio.Future[None] | None = None  # made where somebody waits
+        self._when_idle: list[Callable[[], None]] = []
 
     async def wait_idle(self) -> None:
         """Until no request is in flight here."""
@@ -42,7 +44,7 @@ class Endpoint:
         """Call it once, when no request is in flight here any more. There is one."""
         if self._idle is None:
             self._idle = asyncio.get_running_loop().create_future()
-        self._idle.add_done_callback(lambda _: callback())
+        self._when_idle.append(callback)
 
     def failed(self) -> None:
         """A connection to this engine gave no answer."""
@@ -57,3 +59,6 @@ class Endpoint:
         if not self.in_flight and self._idle is not None:
             self._idle.set_result(None)
             self._idle = None
+            told, self._when_idle = self._when_idle, []
+            for callback in told:
+                notify([callback])
