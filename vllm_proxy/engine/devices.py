@@ -71,7 +71,6 @@ class Inventory:
         self._make_threads = make_threads
         self._devices: Mapping[str, Seen] = {}
         self._problem: str | None = None
-        self._shown: tuple[Mapping[str, Seen], str | None] = {}, None  # as the last look left it
         self._failures = 0  # in a row
         self.looked_at = -math.inf  # when the last look began, on the loop's clock
         self._woken = asyncio.Event()
@@ -122,11 +121,15 @@ class Inventory:
     async def follow(self, asked: Callable[[], bool], changed: Callable[[], None]) -> None:
         """Look again and again until cancelled, often while `asked`.
 
-        Call `changed` after what is new, and after each look while `asked`.
+        Call `changed` after what is new, whichever look has found it, and after each look while `asked`.
         """
+        told: tuple[Mapping[str, Seen], str | None] | None = None
         while True:
             self._woken.clear()
-            if await self.look() or asked():  # who asked since the last look may be waiting for this one
+            await self.look()
+            # Who asked since the last look may be waiting for this one.
+            if told != (self._devices, self._problem) or asked():
+                told = self._devices, self._problem
                 notify([changed])
             await clock.sleep(SHORTEST_SECONDS)
             with contextlib.suppress(TimeoutError):
@@ -134,11 +137,8 @@ class Inventory:
                 async with asyncio.timeout(pause - SHORTEST_SECONDS):
                     await self._woken.wait()
 
-    async def look(self) -> bool:
-        """Look once, for some seconds at most; whether anything has changed since the last one.
-
-        What fails is a `problem`, and raises nothing.
-        """
+    async def look(self) -> None:
+        """Look once, for some seconds at most. What fails is a `problem`, and raises nothing."""
         source, began = self._source, asyncio.get_running_loop().time()
         if source is not None:
             try:
@@ -150,8 +150,6 @@ class Inventory:
                 if source is self._source:
                     self._adopt(sight)
         self.looked_at = began
-        before, self._shown = self._shown, (self._devices, self._problem)
-        return self._shown != before
 
     async def _ask(self, source: Source) -> Sight:
         """What it says, in a thread, behind one that hangs."""
