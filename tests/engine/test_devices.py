@@ -251,24 +251,39 @@ async def test_a_source_knows_the_engines_of_that_moment(monkeypatch: pytest.Mon
 
 
 @virtual
-async def test_another_source_counts_from_now_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the one before does, and who follows is told; the one before lets go of its driver."""
+async def test_another_source_counts_once_it_has_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who follows is told; the one before lets go of its driver. "none" counts at once."""
     stage = Stage(monkeypatch)
     async with stage.following():
         await passes(1)
-        stage.inventory.use("auto")
-        assert stage.inventory.managed, "it is the same"
-        stage.inventory.use("none")
-        assert not stage.inventory.managed
-        await passes(0.1)
-        assert stage.source.closed == 1
-        assert len(stage.changes) == 2
-        await passes(10)
         assert stage.looks() == [0]
         stage.inventory.use("auto")
+        await passes(1)
+        assert stage.looks() == [], "it is the same"
+        before, stage.source = stage.source, FakeSource()
+        stage.inventory.use("cpu")
+        stage.source.sight = Sight((gpu(70, "1"),))
+        stage.inventory.use("auto")
+        assert list(stage.inventory.devices) == ["0"]
         await passes(0.1)
-        assert stage.inventory.devices == {"0": gpu(80)}
+        assert list(stage.inventory.devices) == ["1"]
+        assert before.closed == 1
+        stage.inventory.use("none")
+        assert not stage.inventory.managed
+        await passes(10)
+        assert len(stage.looks()) == 1
         assert len(stage.changes) == 3
+
+
+@virtual
+async def test_another_source_that_fails_leaves_nothing_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its devices may be others. That is a problem at once."""
+    stage = Stage(monkeypatch)
+    await stage.inventory.look()
+    stage.inventory.use("a file that is not there")
+    with capture_logs():
+        await stage.inventory.look()
+    assert (stage.inventory.managed, stage.inventory.problem is None) == (False, False)
 
 
 @virtual
@@ -388,17 +403,22 @@ class Hanging:
 async def test_a_look_that_hangs_takes_one_thread_and_holds_up_no_other_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However often it is tried; another source is looked at meanwhile, and it comes back when the driver does."""
+    """However often it is tried, and only the first try waits for it; it comes back when the driver does.
+
+    Another source is looked at meanwhile.
+    """
     hanging = Hanging()
     monkeypatch.setattr(devices, "_Auto", lambda: hanging)
     monkeypatch.setattr(devices, "LOOK_SECONDS", 0.01)
     inventory = Inventory("auto", tmp_path, {}, dict)
     with contextlib.closing(inventory), capture_logs():
+        while not hanging.calls:
+            await inventory.look()
+        monkeypatch.setattr(devices, "LOOK_SECONDS", 60)
         for _ in range(5):
             await inventory.look()
-        assert (hanging.calls, running().count("Hanging.look")) == (1, 1)
+        assert (hanging.calls, running().count("_Watched.look")) == (1, 1)
         assert "nothing has answered" in (inventory.problem or "")
-        monkeypatch.setattr(devices, "LOOK_SECONDS", 60)
         inventory.use("cpu")
         await inventory.look()
         assert inventory.usable == {"cpu"}
