@@ -136,15 +136,19 @@ async def test_who_wakes_it_again_and_again_causes_a_look_every_5_ms_at_most(mon
 
 @virtual
 async def test_only_what_is_new_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of looks that find nothing new nobody is told."""
+    """Of looks that find nothing new nobody is told; nor is a change lost that another look has found."""
     stage = Stage(monkeypatch)
     async with stage.following():
         await passes(11)
         assert stage.changes == [0]
         stage.source.sight = Sight((gpu(70),))
         await passes(10)
-        assert [round(time, 3) for time in stage.changes] == [0, 15]
+        assert stage.changes == [0, 15]
         assert stage.inventory.devices == {"0": gpu(70)}
+        stage.source.sight = Sight((gpu(60),))
+        await stage.inventory.look()
+        await passes(5)
+        assert stage.changes == [0, 15, 25]
 
 
 @virtual
@@ -178,7 +182,7 @@ async def test_what_was_seen_counts_until_three_looks_in_a_row_have_failed(monke
         assert stage.inventory.managed
         assert "gone" in (stage.inventory.problem or "")
         assert [entry["log_level"] for entry in logs] == ["warning"]
-        assert await stage.inventory.look()
+        await stage.inventory.look()
         assert (stage.inventory.devices, stage.inventory.problem) == ({"0": gpu(80)}, None)
         assert [entry["log_level"] for entry in logs] == ["warning", "info"]
 
@@ -203,7 +207,7 @@ async def test_a_bug_in_a_source_is_a_failure_like_others(monkeypatch: pytest.Mo
     stage = Stage(monkeypatch)
     stage.source.error = AttributeError("nvmlLib")
     with capture_logs() as logs:
-        assert await stage.inventory.look()
+        await stage.inventory.look()
     assert "AttributeError" in (stage.inventory.problem or "")
     assert logs[0]["exc_info"] is stage.source.error
 
@@ -214,7 +218,7 @@ async def test_what_a_source_misses_is_a_problem_and_the_rest_counts(monkeypatch
     stage = Stage(monkeypatch)
     with capture_logs() as logs:
         stage.source.sight = Sight((gpu(80, "1"),), "GPU 0 is left out: it was lost")
-        assert await stage.inventory.look()
+        await stage.inventory.look()
         assert stage.inventory.problem == "GPU 0 is left out: it was lost"
         assert list(stage.inventory.devices) == ["1"]
         await stage.inventory.look()
@@ -247,24 +251,39 @@ async def test_a_source_knows_the_engines_of_that_moment(monkeypatch: pytest.Mon
 
 
 @virtual
-async def test_another_source_counts_from_now_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the one before does, and who follows is told; the one before lets go of its driver."""
+async def test_another_source_counts_once_it_has_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who follows is told; the one before lets go of its driver. "none" counts at once."""
     stage = Stage(monkeypatch)
     async with stage.following():
         await passes(1)
-        stage.inventory.use("auto")
-        assert stage.inventory.managed, "it is the same"
-        stage.inventory.use("none")
-        assert not stage.inventory.managed
-        await passes(0.1)
-        assert stage.source.closed == 1
-        assert len(stage.changes) == 2
-        await passes(10)
         assert stage.looks() == [0]
         stage.inventory.use("auto")
+        await passes(1)
+        assert stage.looks() == [], "it is the same"
+        before, stage.source = stage.source, FakeSource()
+        stage.inventory.use("cpu")
+        stage.source.sight = Sight((gpu(70, "1"),))
+        stage.inventory.use("auto")
+        assert list(stage.inventory.devices) == ["0"]
         await passes(0.1)
-        assert stage.inventory.devices == {"0": gpu(80)}
+        assert list(stage.inventory.devices) == ["1"]
+        assert before.closed == 1
+        stage.inventory.use("none")
+        assert not stage.inventory.managed
+        await passes(10)
+        assert len(stage.looks()) == 1
         assert len(stage.changes) == 3
+
+
+@virtual
+async def test_another_source_that_fails_leaves_nothing_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its devices may be others. That is a problem at once."""
+    stage = Stage(monkeypatch)
+    await stage.inventory.look()
+    stage.inventory.use("a file that is not there")
+    with capture_logs():
+        await stage.inventory.look()
+    assert (stage.inventory.managed, stage.inventory.problem is None) == (False, False)
 
 
 @virtual
@@ -309,10 +328,11 @@ async def test_a_file_is_found_beside_the_configuration(tmp_path: Path) -> None:
         await inventory.look()
         assert (inventory.devices["0"].free, inventory.problem) == (80, None)
         file.write_text('"0" = {total = 1', encoding="utf-8")
-        assert not await inventory.look()
+        await inventory.look()
         file.unlink()
-        assert not await inventory.look()
-        assert await inventory.look()
+        await inventory.look()
+        assert (inventory.devices["0"].free, inventory.problem) == (80, None)
+        await inventory.look()
         assert inventory.devices["0"].free is None
         inventory.use("cpu")
         await inventory.look()
@@ -326,7 +346,7 @@ async def test_a_machine_without_gpus_has_no_devices_and_no_problem(tmp_path: Pa
         patch.setattr(devices, "AmdGpu", FakeNothing)
         inventory = Inventory("auto", tmp_path, {}, dict)
     with contextlib.closing(inventory):
-        assert not await inventory.look()
+        await inventory.look()
     assert (inventory.devices, inventory.managed, inventory.problem) == ({}, False, None)
 
 
@@ -383,17 +403,22 @@ class Hanging:
 async def test_a_look_that_hangs_takes_one_thread_and_holds_up_no_other_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However often it is tried; another source is looked at meanwhile, and it comes back when the driver does."""
+    """However often it is tried, and only the first try waits for it; it comes back when the driver does.
+
+    Another source is looked at meanwhile.
+    """
     hanging = Hanging()
     monkeypatch.setattr(devices, "_Auto", lambda: hanging)
     monkeypatch.setattr(devices, "LOOK_SECONDS", 0.01)
     inventory = Inventory("auto", tmp_path, {}, dict)
     with contextlib.closing(inventory), capture_logs():
+        while not hanging.calls:
+            await inventory.look()
+        monkeypatch.setattr(devices, "LOOK_SECONDS", 60)
         for _ in range(5):
             await inventory.look()
-        assert (hanging.calls, running().count("Hanging.look")) == (1, 1)
+        assert (hanging.calls, running().count("_Watched.look")) == (1, 1)
         assert "nothing has answered" in (inventory.problem or "")
-        monkeypatch.setattr(devices, "LOOK_SECONDS", 60)
         inventory.use("cpu")
         await inventory.look()
         assert inventory.usable == {"cpu"}

@@ -1,6 +1,7 @@
 """Whose the processes on a device are, with real processes: the engine's of ours, or another program's."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,11 +50,24 @@ def owned(process: subprocess.Popen[bytes], kernel: Kernel = KERNEL) -> Owned:
 def test_each_process_is_an_engines_or_another_programs(
     engine: subprocess.Popen[bytes], other: subprocess.Popen[bytes]
 ) -> None:
-    """On each device apart. What an engine's processes have adds up; a process that is gone has nothing."""
+    """On each device apart. A process that is gone has nothing."""
     listed = {"0": {engine.pid: 30, other.pid: 7, NOBODY: 1, 0: 1}, "1": {engine.pid: 5}, "2": {}}
     found = Programs(pids_are_ours=True).holders(listed, {"chat/0": owned(engine)})
     foreign = (Foreign(other.pid, name_of(other.pid), 7),)
     assert found == {"0": Holders({"chat/0": 30}, foreign), "1": Holders({"chat/0": 5}), "2": Holders()}
+
+
+def test_what_an_engines_processes_have_adds_up() -> None:
+    """Those of vLLM's workers, on one device or on several."""
+    fork = "import os, sys; child = os.fork(); child and print(child, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", fork]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as first:
+        assert first.stdout is not None
+        child = int(first.stdout.readline())
+        listed = {"0": {first.pid: 30, child: 12}, "1": {child: 5}}
+        found = Programs(pids_are_ours=True).holders(listed, {"chat/0": owned(first)})
+        assert {device: holders.held for device, holders in found.items()} == {"0": {"chat/0": 42}, "1": {"chat/0": 5}}
+        os.killpg(first.pid, signal.SIGKILL)
 
 
 def test_a_program_is_named_and_its_arguments_are_not(other: subprocess.Popen[bytes]) -> None:

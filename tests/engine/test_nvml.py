@@ -137,6 +137,12 @@ def test_programs_are_listed_by_name_once_each(driver: Driver, nvml: Nvml) -> No
     }
 
 
+def test_a_process_of_unknown_size_is_not_listed(driver: Driver, nvml: Nvml) -> None:
+    """An engine of ours must not seem to have nothing."""
+    driver.says(f"{TWO}process Compute {os.getppid()} {2**64 - 1}\nprocess Compute {os.getpid()} 0\n")
+    assert [seen.foreign for seen in nvml.look({}).devices] == [(), ()]
+
+
 @pytest.mark.parametrize("code", ["NOT_SUPPORTED", "NO_PERMISSION", "FUNCTION_NOT_FOUND"])
 def test_where_processes_are_not_told_devices_are_measured_all_the_same(driver: Driver, nvml: Nvml, code: str) -> None:
     """In a container, in WSL, on GeForce cards."""

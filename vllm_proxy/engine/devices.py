@@ -36,6 +36,7 @@ IDLE_SECONDS = 5.0
 SHORTEST_SECONDS = 0.005  # whoever wakes it in vain is not served more often
 LOOK_SECONDS = 5.0  # a look that takes longer has failed
 MOST_FAILURES = 3  # in a row
+_NO_ANSWER = f"nothing has answered for {LOOK_SECONDS:.0f} s"
 
 
 class Threads(Offload, Protocol):
@@ -70,9 +71,10 @@ class Inventory:
         self._engines = engines
         self._make_threads = make_threads
         self._devices: Mapping[str, Seen] = {}
+        self._seen_by: Source | None = None  # whose these are
         self._problem: str | None = None
-        self._shown: tuple[Mapping[str, Seen], str | None] = {}, None  # as the last look left it
         self._failures = 0  # in a row
+        self._hangs = False  # the last one did not answer in time
         self.looked_at = -math.inf  # when the last look began, on the loop's clock
         self._woken = asyncio.Event()
         self._name = source
@@ -100,14 +102,19 @@ class Inventory:
         return inventory.usable(self._visible, self._devices)
 
     def use(self, source: str) -> None:
-        """Look there from now on: "auto", "none", "cpu", or the path of a file. Nothing of another source counts."""
+        """Look there from now on: "auto", "none", "cpu", or the path of a file.
+
+        What was seen counts until that has answered once: meanwhile nobody starts as if nothing were known.
+        """
         if source == self._name:
             return
         if self._threads is not None and self._source is not None:
             run_once(partial(_let_go, self._threads, self._source), "letting go of the devices")
         self._threads = None  # one that hangs holds up nothing of the new source
         self._name, self._source = source, self._source_of(source)
-        self._devices, self._problem, self._failures = {}, None, 0
+        self._problem, self._failures, self._hangs = None, 0, False
+        if self._source is None:
+            self._devices = {}
         self.wake()
 
     def close(self) -> None:
@@ -122,11 +129,15 @@ class Inventory:
     async def follow(self, asked: Callable[[], bool], changed: Callable[[], None]) -> None:
         """Look again and again until cancelled, often while `asked`.
 
-        Call `changed` after what is new, and after each look while `asked`.
+        Call `changed` after what is new, whichever look has found it, and after each look while `asked`.
         """
+        told: tuple[Mapping[str, Seen], str | None] | None = None
         while True:
             self._woken.clear()
-            if await self.look() or asked():  # who asked since the last look may be waiting for this one
+            await self.look()
+            # Who asked since the last look may be waiting for this one.
+            if told != (self._devices, self._problem) or asked():
+                told = self._devices, self._problem
                 notify([changed])
             await clock.sleep(SHORTEST_SECONDS)
             with contextlib.suppress(TimeoutError):
@@ -134,11 +145,8 @@ class Inventory:
                 async with asyncio.timeout(pause - SHORTEST_SECONDS):
                     await self._woken.wait()
 
-    async def look(self) -> bool:
-        """Look once, for some seconds at most; whether anything has changed since the last one.
-
-        What fails is a `problem`, and raises nothing.
-        """
+    async def look(self) -> None:
+        """Look once, for some seconds at most. What fails is a `problem`, and raises nothing."""
         source, began = self._source, asyncio.get_running_loop().time()
         if source is not None:
             try:
@@ -150,28 +158,31 @@ class Inventory:
                 if source is self._source:
                     self._adopt(sight)
         self.looked_at = began
-        before, self._shown = self._shown, (self._devices, self._problem)
-        return self._shown != before
 
-    async def _ask(self, source: Source) -> Sight:
-        """What it says, in a thread, behind one that hangs."""
+    async def _ask(self, source: "_Watched") -> Sight:
+        """What it says, in a thread. Once one has hung nobody waits again as long as it does."""
+        if self._hangs and source.busy:
+            raise SourceError(_NO_ANSWER)
         if self._threads is None:
             self._threads = self._make_threads()
         call = spawn(self._threads(source.look, dict(self._engines())), "a look at the devices")
         try:
-            if not await clock.wait([call], LOOK_SECONDS):
-                raise SourceError(f"nothing has answered for {LOOK_SECONDS:.0f} s")
+            self._hangs = not await clock.wait([call], LOOK_SECONDS)
+            if self._hangs:
+                raise SourceError(_NO_ANSWER)
             return call.result()
         finally:
             call.cancel()
 
     def _adopt(self, sight: Sight) -> None:
-        self._failures = 0
+        self._failures, self._seen_by = 0, self._source
         self._devices = {one.name: one for one in sight.devices}
         self._report(sight.problem)
 
     def _fail(self, error: Exception) -> None:
         self._failures += 1
+        if self._seen_by is not self._source:
+            self._devices = {}
         if self._devices and self._failures < MOST_FAILURES:
             return
         self._devices = {name: _unmeasured(one) for name, one in self._devices.items()}
@@ -188,15 +199,32 @@ class Inventory:
             log.info("all devices are measured again", source=self._name)
         self._problem = problem
 
-    def _source_of(self, name: str) -> Source | None:
+    def _source_of(self, name: str) -> "_Watched | None":
         match name:
             case "none":
                 return None
             case "auto":
-                return _Auto()
+                return _Watched(_Auto())
             case "cpu":
-                return MachineMemory()
-        return DeviceFile(self._folder / name)
+                return _Watched(MachineMemory())
+        return _Watched(DeviceFile(self._folder / name))
+
+
+class _Watched:
+    """A source, and whether it is `busy` with a call."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.busy = False
+        self.close = source.close
+
+    def look(self, engines: Mapping[str, Owned]) -> Sight:
+        """As the source."""
+        self.busy = True
+        try:
+            return self._source.look(engines)
+        finally:
+            self.busy = False
 
 
 class _Auto:
@@ -233,7 +261,7 @@ def _unmeasured(one: Seen) -> Seen:
     return replace(one, free=None, held={}, foreign=())
 
 
-async def _let_go(threads: Threads, source: Source) -> None:
+async def _let_go(threads: Threads, source: _Watched) -> None:
     """In a thread too: behind a look that hangs it waits as long as that."""
     call = spawn(threads(source.close), "letting go of a source")
     try:

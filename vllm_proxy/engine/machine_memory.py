@@ -23,7 +23,6 @@ _CGROUP_FILES = (
     ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
     ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-_NO_LIMIT = 2**62  # from so many bytes on
 _AVAILABLE = ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable")  # of a node, which has no MemAvailable
 
 
@@ -109,11 +108,11 @@ def _figure(figures: Mapping[str, int], name: str) -> int:
 
 
 def _cgroup_memory(root: Path) -> tuple[int | None, int]:
-    """The limit, None where there is none, and what is used."""
+    """The limit, and what is used. None where there is none; version 1 has a very large one then."""
     for limit_file, used_file in _CGROUP_FILES:
         limit = _number(root / limit_file)
         if limit is not None:
-            return (limit if limit < _NO_LIMIT else None), _number(root / used_file) or 0
+            return limit, _number(root / used_file) or 0
     return None, 0
 
 

@@ -172,7 +172,8 @@ class Nvml:
                     raise
                 continue
             for process in processes:
-                found[process.pid] = max(found.get(process.pid, 0), process.usedGpuMemory or 0)
+                if process.usedGpuMemory:  # else it is not known: in WSL, say
+                    found[process.pid] = max(found.get(process.pid, 0), process.usedGpuMemory)
         return found
 
     def _seen(self, card: _Card, holders: Holders, *, by_uuid: bool) -> Seen:
