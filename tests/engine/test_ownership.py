@@ -516,12 +516,13 @@ LISTEN = (
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
 def test_a_port_is_the_engines_when_one_of_its_processes_listens(address: str) -> None:
-    """And only then: a port that nobody has is not."""
+    """And only then: a port that nobody has is not, nor one of a later process with the number of the first."""
     with subprocess.Popen(python(LISTEN.format(address)), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         port = TcpAddress("127.0.0.1", int(child.stdout.readline()))
         assert Owned(identity_of(child.pid)).listens_on(port)
         assert not Owned(identity_of(os.getpid())).listens_on(port)
+        assert not Owned(replace(identity_of(child.pid), started=1)).listens_on(port)
         child.kill()
         child.wait()
     with socket.socket() as bound:  # bound and silent, as a vLLM that loads
