@@ -485,8 +485,8 @@ async def test_plan_says_what_would_happen_and_does_nothing(shared: Daemon) -> N
     plan = await shared.write("POST", "/config/plan", wanted)
     assert plan["changes"] == [
         {"model": "embed", "action": "stop", "reason": "no longer in the file"},
-        {"model": "chat", "action": "replace", "reason": "max_model_len 4096 -> 8192"},
-        {"model": "other", "action": "start", "reason": "new"},
+        {"model": "chat", "action": "replace", "reason": "max_model_len 4096 -> 8192", "place": None},
+        {"model": "other", "action": "start", "reason": "new", "place": None},
     ]
     file = shared.folder / "other.toml"
     file.write_text(wanted)

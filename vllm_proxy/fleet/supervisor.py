@@ -264,7 +264,6 @@ class Supervisor:
                         message=failure.message, seconds=round(seconds, 1))  # fmt: skip
             self._notify(Phase.BACKOFF)
 
-        restart = lambda: self.spec.policy.restart  # noqa: E731 - as short as it can be
         again = await self._shared.loop.await_retry(
             self.name, failure.reason, self._failures, lambda: self.spec.policy.restart, on_retry
         )
