@@ -52,9 +52,9 @@ class Machine:
             return demand
         return replace(demand, named=tuple(map(self.name_of, demand.named)))
 
-    def wish(self, model: ModelSpec, measured: int | None = None) -> Wish:
+    def wish(self, model: ModelSpec, devices: Mapping[str, Device], measured: int | None = None) -> Wish:
         """Where an instance may run. `measured`: bytes that its last engine had of each device."""
-        demand, devices = self.demand(model), self.devices()
+        demand = self.demand(model)
         if not demand.count:
             return Wish({}, 0)
         if demand.named is None:

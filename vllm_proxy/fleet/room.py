@@ -91,7 +91,8 @@ class Room:
         machine = self.machines.machine()
         if machine is None:
             return ()
-        now, wish = self._managed(machine), machine.wish(model)
+        now = self._managed(machine)
+        wish = machine.wish(model, now.devices)
         ask = Ask(f"{model.id}/+", model.id, wish.needs, wish.count, wish.only, since=math.inf, pressing=False)
         return room.decide(0.0, now.devices, now.holds, [*now.asks, ask], now.rules).admit.get(ask.name)
 
@@ -126,9 +127,9 @@ class Room:
         left = {one: machine.renamed(one.takes) for one in self._leftovers}
         devices = machine.devices({one.name: dict(sizes) for one, sizes in left.items()} | held)
         holds = [*self._leftover_holds(left), *(_hold(claim, sizes) for claim, sizes in takes.items())]
-        return RoomNow(devices, holds, list(self._asks(machine)), machine.eviction)
+        return RoomNow(devices, holds, list(self._asks(machine, devices)), machine.eviction)
 
-    def _asks(self, machine: Machine) -> Iterator[Ask]:
+    def _asks(self, machine: Machine, devices: Mapping[str, Device]) -> Iterator[Ask]:
         stays = Counter(claim.model for claim in self._claims if claim.stays)
         waiting: set[str] = set()
         for claim in self._waiting():
@@ -141,7 +142,7 @@ class Room:
             # One that comes beside an old one, to take its place, makes nobody go.
             pressing = stays[claim.model] < spec.policy.replicas if always else wanted_since is not None and first
             since = claim.since if always or wanted_since is None else min(wanted_since, claim.since)
-            wish = machine.wish(spec, claim.measured)
+            wish = machine.wish(spec, devices, claim.measured)
             yield Ask(
                 claim.name, claim.model, wish.needs, wish.count, wish.only, always, spec.policy.priority, since,
                 pressing, claim.place, claim.short,
