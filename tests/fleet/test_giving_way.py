@@ -356,3 +356,38 @@ def reported(stage: Stage, spec: ModelSpec) -> Model:
     stage.registry.declare(spec, made.request)
     made.begin({})
     return made
+
+
+@virtual
+async def test_who_stops_a_model_that_gives_way_waits_no_longer_than_for_any_other() -> None:
+    """Its running requests then have `drain_timeout`, though they would never have been cut."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", yield_timeout=0, drain_timeout=20))
+    begun(stage, model("code"))
+    running = await answered(stage, "chat")
+    waiting = asyncio.create_task(answered(stage, "code"))
+    await stage.until(lambda: chat.state is State.UNLOADING)
+    await passes(300)
+    assert chat.state is State.UNLOADING
+    asked = now()
+    chat.stop()
+    await stage.until(lambda: chat.state is State.STOPPED)
+    assert (now() - asked, chat.stopped_by_hand) == (pytest.approx(20, abs=1), True)
+    with await waiting:
+        pass
+    running.__exit__()
+
+
+@virtual
+async def test_an_engine_that_dies_while_it_is_to_give_way_is_gone_all_the_same() -> None:
+    """Nobody waits for its requests any more."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", yield_timeout=0))
+    begun(stage, model("code"))
+    running = await answered(stage, "chat")
+    waiting = asyncio.create_task(answered(stage, "code"))
+    await stage.until(lambda: chat.state is State.UNLOADING)
+    engine_of(stage, "chat").die()
+    with await waiting:
+        assert chat.state is State.STOPPED
+    running.__exit__()

@@ -125,7 +125,7 @@ class Claim:
 
     def goes(self) -> None:
         """Its engine is being ended: nobody may come where it sets memory free."""
-        if self.standing in _STAYS:
+        if self.standing is not None:
             self.standing = Standing.GOES
             self._changed(self)
 

@@ -205,6 +205,9 @@ class Model:
         if self._wanted is not Wanted.END:
             self._wanted = wanted
         self._gave_way = None
+        if wanted in {Wanted.STOP, Wanted.END}:
+            for instance in self.instances:
+                instance.hurry()
         self._notify()
 
     def _notify(self) -> None:

@@ -29,16 +29,16 @@ from vllm_proxy.engine.readiness import until_ready
 from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.fleet.claims import Claim, Waits
 from vllm_proxy.fleet.dependencies import Dependencies
+from vllm_proxy.fleet.draining import cut, drain, give_way
 from vllm_proxy.fleet.failure import LastExit, inspected
 from vllm_proxy.fleet.history import History
 from vllm_proxy.runtime import clock
-from vllm_proxy.runtime.background import keep_running, run_once, spawn
+from vllm_proxy.runtime.background import keep_running, run_once
 from vllm_proxy.traffic.ejection import watch_health
 from vllm_proxy.traffic.endpoint import Endpoint
 
 log = structlog.get_logger()
 
-_FOREVER = 1e9
 _TRANSFERS = {"kv-transfer-config"}  # args of an engine that others read from, until it has ended in peace
 
 
@@ -70,6 +70,7 @@ class Supervisor:
         self.engine: Engine | None = None
         self.endpoint: Endpoint | None = None
         self.gives_way_to: str | None = None  # the instance that waits for its room
+        self._hurry = asyncio.Event()
         self.claim: Claim | None = None
         self.waits: Waits | None = None
         self.wanted_since = wanted_since
@@ -112,6 +113,10 @@ class Supervisor:
         self._task.cancel()
         return run_once(partial(self._finish_stop, self._task), f"stop of {self.name}")
 
+    def hurry(self) -> None:
+        """One that gives way is stopped by hand, or for good: no longer than any other."""
+        self._hurry.set()
+
     async def _finish_stop(self, running: asyncio.Task[None]) -> None:
         """It stays `unloading` where its engine could not be ended and a stopping daemon gave up."""
         await asyncio.wait({running})
@@ -129,6 +134,7 @@ class Supervisor:
 
     def _release_claim(self) -> None:
         self.waits = self.gives_way_to = None
+        self._hurry.clear()
         if self.claim is not None:
             self.claim.done()
             self.claim = None
@@ -345,25 +351,13 @@ class Supervisor:
             self.endpoint = None
 
     async def _drain(self, endpoint: Endpoint, engine: Engine, claim: Claim) -> None:
-        """Drain: wait for the requests in flight, up to a timeout, and not for a dead engine.
-
-        One that gives way waits for those too that measure its devices: memory that comes back would mislead them.
-        """
-        policy, yields = self.spec.policy, self.gives_way_to is not None
-        timeout = (policy.yield_timeout or _FOREVER) if yields else policy.drain_timeout
-        idle = spawn(endpoint.wait_idle(), f"last requests of {self.name}")
-        skip = spawn(self._shared.skip_drain.wait(), f"drain of {self.name}")
-        waits: set[asyncio.Future[Any]] = {idle, skip, engine.exited}
-        try:
-            await clock.wait(waits, timeout)
-            if yields and not engine.exited.done() and not self._shared.skip_drain.is_set():
-                await claim.may_go()
-        finally:
-            idle.cancel()
-            skip.cancel()
-        if endpoint.in_flight:
-            log.warning("requests did not end in time", instance=self.name, in_flight=endpoint.in_flight)
-        endpoint.pool.close()  # vLLM waits for open connections without limit
+        """Wait for the requests in flight; one that gives way, until it is stopped by hand, has a time of its own."""
+        policy, skip = self.spec.policy, self._shared.skip_drain
+        if self.gives_way_to is not None:
+            await give_way(endpoint, engine, claim, policy.yield_timeout, (skip, self._hurry))
+        if self.gives_way_to is None or self._hurry.is_set():
+            await drain(endpoint, engine, policy.drain_timeout, (skip,))
+        cut(endpoint)
         self._notify(Phase.STOPPING)
 
     async def _failed(
