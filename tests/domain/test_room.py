@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from tests.simulation.checks import settled
-from vllm_proxy.domain.eviction import Rules
+from vllm_proxy.domain.eviction import Plan, Planner, Rules
 from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Short, Standing
-from vllm_proxy.domain.room import Moves
+from vllm_proxy.domain.room import Moves, decide
 
 GIB = 2**30
 NOW = 1000.0
@@ -189,6 +189,75 @@ def test_of_very_many_sets_those_with_most_room_are_looked_at() -> None:
     found = moves(devices, holds, Ask("g", "g", dict.fromkeys(names, 70 * GIB), 8, since=NOW - 100))
     assert len(found.go) == 8
     assert gone(found) > {"h13", "h14", "h15"}
+
+
+# Very many
+
+
+def test_thousands_that_want_the_same_are_answered_as_one() -> None:
+    """A decision takes no longer than to name each; their names, their ages and their models make no difference."""
+    asked: list[str] = []
+    real = Planner.plan
+
+    def plan(self: Planner, ask: Ask) -> Plan | None:
+        asked.append(ask.name)
+        return real(self, ask)
+
+    served = [hold(f"h{index}", 70, on=f"{index}", since=NOW - 1, idle_since=None) for index in range(2)]
+    asks = [ask(f"a{index}", 50, 980 + index / 100) for index in range(1000)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Planner, "plan", plan)
+        found = decide(NOW, gpus(80, 80), served, asks, RULES)
+    assert asked == ["a0", "a1"], "the second one is behind the first"
+    assert {found.wait[one.name] for one in asks[1:]} == {replace(found.wait["a0"], behind=("a0",))}
+    assert found.look_again == asks[0].since + RULES.max_wait
+
+
+def test_who_is_of_a_model_that_serves_is_answered_for_itself() -> None:
+    """One of its own never goes for it, though it goes for all others."""
+    served = replace(hold("a", 70), model="b")
+    found = moves(gpus(80), [served], ask("b", 50, 980), ask("c", 50))
+    assert (found.go, found.go_for) == ({"a": Depth.STOP}, {"a": "c"})
+
+
+def test_who_wants_something_else_is_answered_for_itself() -> None:
+    """As many devices, others, or a place of its own; who does not press, and who has waited too long."""
+    lasting = hold("x", 70, on="1", always=True)
+    found = moves(gpus(80, 80), [lasting], ask("gang", 40, 980, count=2), ask("one", 40))
+    assert (found.stuck, admitted(found)) == (("gang",), {"one": "0"})
+    found = moves(gpus(80, 80), [lasting], ask("named", 40, 980, only=("1",)), ask("any", 40))
+    assert (found.stuck, admitted(found)) == (("named",), {"any": "0"})
+
+    young = [hold(f"h{index}", 70, on=f"{index}", since=NOW - 1, idle_since=None) for index in range(2)]
+    asks = [ask("a", 50, 980), ask("b", 50, 981), ask("c", 50, 982, place=("1",)), ask("d", 50, 983)]
+    found = moves(gpus(80, 80), young, *asks, ask("e", 50, pressing=False))
+    assert [found.wait[name].where for name in "abcd"] == [("0",), ("0",), ("1",), ("0",)]
+    assert [found.wait[name].waits_for for name in "abcde"] == [("h0",), ("h0",), ("h1",), ("h0",), ()]
+
+    busy = hold("h", 70, idle_since=None)
+    asks = [ask("a", 50, always=True), ask("b", 50, always=True), ask("late", 50, OVERDUE)]
+    assert moves(gpus(80), [busy], *asks).go_for == {"h": "late"}
+
+
+def test_one_that_comes_in_this_decision_goes_for_none_of_its_model() -> None:
+    """Nor is a turn kept behind it, as for another model."""
+    asks = [replace(ask(name, size, OVERDUE - 1), model=model) for name, model, size in (
+        ("a/0", "a", 60), ("a/1", "a", 50), ("b/0", "b", 50))]  # fmt: skip
+    assert moves(gpus(80), [], *asks).place == {"b/0": ("0",)}
+
+
+def test_of_very_many_sizes_that_nobody_may_go_for_yet_the_first_are_planned() -> None:
+    """The others wait behind them, and have a plan as soon as they have waited too long."""
+    served = hold("h", 70, since=NOW - 1, idle_since=None)
+    asks = [replace(ask(f"a{index:02}", 0, 980 + index / 100), needs={"0": 50 * GIB + index}) for index in range(40)]
+    found = moves(gpus(80), [served], *asks)
+    assert [name for name, wait in found.wait.items() if wait.waits_for] == [f"a{index:02}" for index in range(32)]
+    assert {wait.behind for name, wait in found.wait.items() if not wait.waits_for} == {("a00",)}
+    assert found.look_again == asks[0].since + RULES.max_wait
+    overdue = [*asks[:-1], replace(asks[-1], since=OVERDUE)]
+    assert moves(gpus(80), [served], *overdue).place == {"a39": ("0",)}
+    before = [replace(one, always=True) for one in asks[:-1]]
+    assert gone(moves(gpus(80), [replace(served, since=0.0)], *before, overdue[-1])) == {"h"}, "however many are before"
 
 
 # Promises

@@ -28,7 +28,7 @@ class Rules:
     worth: float = 1.0  # of its return: so long a busy one serves at least
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """Who goes, how far and from when on (inf: not known yet), so that an ask has its room on these devices."""
 
@@ -38,12 +38,23 @@ class Plan:
     loss: tuple[float, ...]  # less is better
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Of a plan, on some of its devices: who goes how far, from when on, and what is left over then."""
+
+    gone: Sequence[tuple[Hold, Depth]]
+    at: float
+    left: float
+
+
 class Planner:
     """Makes plans while one decision is made. `wanted`: the instances that a pressing ask is for."""
 
     def __init__(self, now: float, rules: Rules, ledger: Ledger, wanted: AbstractSet[str]) -> None:
         self._now, self._rules, self._ledger, self._wanted = now, rules, ledger, wanted
         self._worths: dict[str, _Worth] = {}
+        self._version = -1  # of the ledger that this is about:
+        self._able_on: dict[tuple[str, AbstractSet[Standing]], list[Hold]] = {}
 
     def plan(self, ask: Ask) -> Plan | None:
         """The one that loses least; the place that was chosen before, unless who goes elsewhere may go now.
@@ -64,33 +75,52 @@ class Planner:
 
         def possible(name: str) -> bool:
             foreign = self._ledger.devices[name].foreign
-            return foreign > 0 and self._left_at_most(ask, name, self._able(ask, [name], _EVER)) + foreign >= 0
+            return foreign > 0 and self._left_at_most(ask, name, self._able(ask, name, _EVER)) + foreign >= 0
 
         return next(self._ledger.sets(ask, lambda name: self._ledger.is_open(ask, name) and possible(name)), None)
 
     def one_more(self, ask: Ask, where: Where) -> str | None:
         """Whom to ask next, where all had gone that had to and the devices are still short; None: nobody may go now."""
-        able = self._able(ask, where, _SETTLED)
+        able = [hold for device in where for hold in self._able(ask, device, _SETTLED)]
         able = [hold for hold in able if self._may_go_at(hold, Depth.STOP, ask) <= self._now]
         return min(able, key=self._worth).name if able else None
 
     def _plans(self, ask: Ask, standings: AbstractSet[Standing]) -> list[Plan]:
-        able = {name: self._able(ask, [name], standings) for name in self._ledger.devices}
+        able = {name: self._able(ask, name, standings) for name in self._ledger.devices}
         left = {name: self._left_at_most(ask, name, able[name]) for name in ask.needs.keys() & able.keys()}
         sets = self._ledger.sets(ask, lambda name: self._ledger.is_open(ask, name) and left[name] >= 0)
-        return [self._plan_on(ask, where, able, left) for where in sets]
+        apart = all(len(hold.takes) == 1 for holds in able.values() for hold in holds)
+        parts: dict[Where, _Part] = {}
+        plans = []
+        for where in sets:  # of devices that share no holder each is looked at once, whatever sets it is in
+            pieces = [(name,) for name in where] if apart else [where]
+            for piece in pieces:
+                if piece not in parts:
+                    parts[piece] = self._part(ask, piece, able, left)
+            plans.append(self._joined(where, [parts[piece] for piece in pieces]))
+        return plans
 
-    def _plan_on(self, ask: Ask, where: Where, able: Mapping[str, Sequence[Hold]], most: Mapping[str, float]) -> Plan:
+    def _part(self, ask: Ask, where: Where, able: Mapping[str, Sequence[Hold]], most: Mapping[str, float]) -> _Part:
         left = {name: most[name] for name in where}
-        holds = {hold.name: hold for name in where for hold in able[name]}
-        go: dict[str, Depth] = {}
-        for hold in self.by_worth(holds.values()):
+        holds: Sequence[Hold] = able[where[0]] if len(where) == 1 else self._merged(able[name] for name in where)
+        gone: list[tuple[Hold, Depth]] = []
+        at = self._now
+        for hold in holds:
             if (depth := least(hold, left)) is not None:
-                go[hold.name] = depth
+                gone.append((hold, depth))
+                at = max(at, self._may_go_at(hold, depth, ask))
             for name in hold.takes.keys() & left.keys():
                 left[name] -= hold.keeps_of(name, depth)
-        at = max((self._may_go_at(holds[name], depth, ask) for name, depth in go.items()), default=self._now)
-        return Plan(where, go, at, self._loss(where, [holds[name] for name in go], at, sum(left.values())))
+        return _Part(gone, at, sum(left.values()))
+
+    def _merged(self, able: Iterable[Iterable[Hold]]) -> list[Hold]:
+        return self.by_worth({hold.name: hold for holds in able for hold in holds}.values())
+
+    def _joined(self, where: Where, parts: Sequence[_Part]) -> Plan:
+        gone = [one for part in parts for one in part.gone]
+        at = max((part.at for part in parts), default=self._now)
+        loss = self._loss(where, [hold for hold, _ in gone], at, sum(part.left for part in parts))
+        return Plan(where, {hold.name: depth for hold, depth in gone}, at, loss)
 
     def _loss(self, where: Where, gone: Sequence[Hold], at: float, left: float) -> tuple[float, ...]:
         """Busy ones, then priority, then seconds (of their returns, and until they may go), then the placement."""
@@ -100,14 +130,17 @@ class Planner:
         awake = (len(hold.takes.keys() & {*where}) for hold in gone if hold.standing is not Standing.SLEEPS)
         return (busy, priority, seconds, self._ledger.awake(where) - sum(awake), left)
 
-    def _able(self, ask: Ask, where: Iterable[str], standings: AbstractSet[Standing]) -> list[Hold]:
-        """Who may be asked to go for it, and was not yet."""
-        return [
-            hold
-            for hold in self._ledger.on(where)
-            if hold.standing in standings and hold.name not in self._ledger.going
-            if not hold.always and hold.model != ask.model
-        ]
+    def _able(self, ask: Ask, device: str, standings: AbstractSet[Standing]) -> list[Hold]:
+        """Who may be asked to go for it, and was not yet; worth most first."""
+        if self._version != self._ledger.version:
+            self._version = self._ledger.version
+            self._able_on.clear()
+        if (found := self._able_on.get((device, standings))) is None:
+            able = (hold for hold in self._ledger.on([device]) if hold.standing in standings and not hold.always)
+            found = self._able_on[device, standings] = self.by_worth(
+                hold for hold in able if hold.name not in self._ledger.going
+            )
+        return [hold for hold in found if hold.model != ask.model] if ask.model in self._ledger.models else found
 
     def _left_at_most(self, ask: Ask, device: str, able: Iterable[Hold]) -> float:
         return self._ledger.left_later(ask, device) + sum(hold.takes[device] for hold in able)

@@ -139,6 +139,8 @@ class Ledger:
     def __init__(self, devices: Mapping[str, Device], holds: Sequence[Hold]) -> None:
         self.devices = devices
         self.holds = {hold.name: hold for hold in holds}
+        self.models = {hold.model for hold in holds}
+        self.version = 0  # another one after each change: what was asked before may have another answer
         self.going: set[str] = set()  # asked to go by this decision
         self.next: dict[str, str] = {}  # by device: the ask whose turn is next there
         self.reserved: dict[str, str] = {}  # by device: the pressing ask for which others are to go, though not yet
@@ -150,6 +152,7 @@ class Ledger:
             name: device.room - device.foreign - sum(hold.takes[name] for hold in self._on[name])
             for name, device in devices.items()
         }
+        self._for_good = {name: sum(hold.takes[name] for hold in on if _stays(hold)) for name, on in self._on.items()}
         self._awake = {name: sum(map(_is_awake, on)) for name, on in self._on.items()}
         self._moving = {name for name, on in self._on.items() if any(hold.standing in _MOVES for hold in on)}
         self._back = dict.fromkeys(devices, 0)  # what those have who are on their way out
@@ -195,10 +198,12 @@ class Ledger:
 
     def never_fits(self, ask: Ask) -> bool:
         """Whether too little would be left even when all had gone that ever may, other programs among them."""
+        own = self.holds.get(ask.name)
 
         def possible(name: str) -> bool:
-            others = (hold for hold in self._on[name] if hold.name != ask.name)
-            stay = sum(hold.takes[name] for hold in others if hold.always and hold.standing not in _LEAVES)
+            stay = self._for_good[name]
+            if own is not None and _stays(own):
+                stay -= own.takes.get(name, 0)
             return stay + ask.needs[name] <= self.devices[name].room
 
         return next(self.sets(ask, possible), None) is None
@@ -272,35 +277,47 @@ class Ledger:
         hold = admitted(ask, where)
         for device in where:
             self._free[device] -= self._wants(ask, device)
+            self._for_good[device] += self._wants(ask, device) if hold.always else 0
             self._awake[device] += 1
             self._moving.add(device)
             self._on[device] = [*(other for other in self._on[device] if other.name != ask.name), hold]
         self.holds[ask.name] = hold
+        self.models.add(hold.model)
+        self.version += len(where)
 
     def promise(self, ask: Ask, where: Where) -> None:
         """The next turn on these devices is its: nothing of them is given to those behind it."""
         self.next |= dict.fromkeys(where, ask.name)
+        self.version += len(where)
 
     def reserve(self, ask: Ask, where: Where) -> None:
         """Whoever does not press keeps off these devices: others are to go for it, though not yet."""
         for device in where:
-            self.reserved.setdefault(device, ask.name)
+            if device not in self.reserved:
+                self.reserved[device] = ask.name
+                self.version += 1
 
     def leave(self, go: Mapping[str, Depth]) -> None:
         """These are asked to go."""
         self.going |= go.keys()
+        self.version += len(go)
         for name, depth in go.items():
             self._count_back(self.holds[name], depth)
 
     def stay(self, hold: Hold, depth: Depth) -> None:
         """It is not asked to go so far after all."""
         self.going.remove(hold.name)
+        self.version += 1
         self._count_back(hold, depth, -1)
 
     def _count_back(self, hold: Hold, depth: Depth, times: int = 1) -> None:
         for device in hold.takes.keys() & self._back.keys():
             self._back[device] += times * (hold.takes[device] - hold.keeps_of(device, depth))
             self._awake[device] -= times * _is_awake(hold)
+
+
+def _stays(hold: Hold) -> bool:
+    return hold.always and hold.standing not in _LEAVES
 
 
 def _is_awake(hold: Hold) -> bool:

@@ -7,14 +7,16 @@ turns in evicting each other. Who goes is in `eviction`, sums are in `ledger`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from vllm_proxy.domain.eviction import Plan, Planner, Rules, least
 from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Ledger, Short, Standing, Where, admitted
 
 _STAY = frozenset({Standing.SERVES, Standing.SLEEPS})
 _EARLY_SECONDS = 1e-3  # what is due so soon is due now: a timer may fire as much too early
+_MOST_IN_VAIN = 32  # plans of one decision that nobody may follow yet; who is behind them has one when it is overdue
 _SHORT_SECONDS = 10.0  # so long devices may be short of what the ledger says
 
 
@@ -71,8 +73,14 @@ def _followed(holds: Sequence[Hold], asks: Sequence[Ask], moves: Moves) -> tuple
     leave = [replace(hold, standing=Standing.YIELDS, to=moves.go[hold.name]) for hold in holds if hold.name in moves.go]
     come = [admitted(ask, moves.admit[ask.name]) for ask in asks if ask.name in moves.admit]
     wait = [ask for ask in asks if ask.name not in moves.admit]
-    kept = [replace(ask, place=moves.place.get(ask.name, ()), short=moves.short.get(ask.name)) for ask in wait]
-    return [*stay, *leave, *come], kept
+    return [*stay, *leave, *come], [_kept(ask, moves) for ask in wait]
+
+
+def _kept(ask: Ask, moves: Moves) -> Ask:
+    """With what was said of it."""
+    place, short = moves.place.get(ask.name, ()), moves.short.get(ask.name)
+    same = place == ask.place and short == ask.short
+    return ask if same else replace(ask, place=place, short=short)
 
 
 def _is_overdue(ask: Ask, now: float, rules: Rules) -> bool:
@@ -88,8 +96,14 @@ def _turn(ask: Ask, now: float, rules: Rules) -> tuple[float | str, ...]:
     return (2 if ask.pressing else 3, -ask.priority, ask.since, ask.name)
 
 
+type _Answer = Callable[[Ask], None]  # carries out what an ask gets in its turn
+
+
 class _Decision:
-    """One decision: asks get their turns, one after another, and the ledger keeps what was given to those before."""
+    """One decision: asks get their turns, one after another, and the ledger keeps what was given to those before.
+
+    Of thousands that wait most want the same, so what one was answered holds for the next until the ledger changes.
+    """
 
     def __init__(
         self, now: float, devices: Mapping[str, Device], holds: Sequence[Hold], asks: Sequence[Ask], rules: Rules
@@ -106,9 +120,13 @@ class _Decision:
         self._short: dict[str, Short] = {}
         self._wait: dict[str, Wait] = {}
         self._planned: set[str] = set()  # of those who go: for the memory that the ledger says they have
+        self._in_vain = 0
         self._stuck: list[str] = []
         self._refuse: list[str] = []
         self._look_again = math.inf
+        self._version = -1  # of the ledger that these are about:
+        self._answers: dict[tuple[object, ...], _Answer] = {}  # by what is asked for
+        self._reasons: dict[tuple[Where, Plan | None], Wait] = {}
 
     def made(self) -> Moves:
         """All of it."""
@@ -129,24 +147,52 @@ class _Decision:
         )  # fmt: skip
 
     def _give_turn(self, ask: Ask) -> None:
+        self._forget_what_has_changed()
+        if ask.name in self._ledger.holds:  # it sleeps, and may wake there alone
+            self._answer(ask)(ask)
+            return
+        model = ask.model if ask.model in self._ledger.models else None
+        overdue = _is_overdue(ask, self._now, self._rules)
+        wants = (*ask.needs.items(), None, ask.count, ask.only, ask.place, ask.pressing, overdue, model)
+        if (answer := self._answers.get(wants)) is None:
+            answer = self._answers[wants] = self._answer(ask)
+        answer(ask)
+
+    def _answer(self, ask: Ask) -> _Answer:
+        """What it gets, which depends on what it asks for, and neither on its name nor on when it came."""
         ledger = self._ledger
         if (where := ledger.fits(ask, measured=True)) is not None:
-            self._admit[ask.name] = where
-            ledger.admit(ask, where)
-        elif (where := ledger.fits(ask, measured=False)) is not None:
-            self._lacks(ask, where)
-        elif (where := ledger.will_fit(ask)) is not None:
-            self._promise(ask, where)
-        elif ledger.never_fits(ask):
-            self._is_stuck(ask)
-        elif ask.pressing and (plan := self._planner.plan(ask)) is not None:
-            self._follow(ask, plan)
-        elif (where := self._planner.foreign_in_the_way(ask)) is not None:
-            self._lacks_for_others(ask, where)
-        else:
-            self._note_wait(ask, ask.only or tuple(ask.needs))
+            return partial(self._comes, where)
+        if (where := ledger.fits(ask, measured=False)) is not None:
+            return partial(self._lacks, where)
+        if (where := ledger.will_fit(ask)) is not None:
+            return partial(self._promise, where)
+        return self._is_stuck if ledger.never_fits(ask) else self._answer_where_full(ask)
 
-    def _promise(self, ask: Ask, where: Where) -> None:
+    def _answer_where_full(self, ask: Ask) -> _Answer:
+        if ask.pressing and self._in_vain == _MOST_IN_VAIN and not _is_overdue(ask, self._now, self._rules):
+            return self._waits
+        if ask.pressing and (plan := self._planner.plan(ask)) is not None:
+            self._in_vain += plan.at > self._now + _EARLY_SECONDS
+            return partial(self._follow, plan)
+        if (where := self._planner.foreign_in_the_way(ask)) is not None:
+            return partial(self._lacks_for_others, where)
+        return self._waits
+
+    def _forget_what_has_changed(self) -> None:
+        if self._version != self._ledger.version:
+            self._version = self._ledger.version
+            self._answers.clear()
+            self._reasons.clear()
+
+    def _comes(self, where: Where, ask: Ask) -> None:
+        self._admit[ask.name] = where
+        self._ledger.admit(ask, where)
+
+    def _waits(self, ask: Ask) -> None:
+        self._note_wait(ask, ask.only or tuple(ask.needs))
+
+    def _promise(self, where: Where, ask: Ask) -> None:
         self._note_wait(ask, where)
         self._place[ask.name] = where
         self._ledger.promise(ask, where)
@@ -156,9 +202,9 @@ class _Decision:
             self._stuck.append(ask.name)
         elif ask.pressing:  # where it sleeps: so it gives that up, and asks for another place
             self._ask_to_go(ask, {ask.name: Depth.STOP})
-        self._note_wait(ask, ask.only or tuple(ask.needs))
+        self._waits(ask)
 
-    def _follow(self, ask: Ask, plan: Plan) -> None:
+    def _follow(self, plan: Plan, ask: Ask) -> None:
         """Now, where it is time; else its turn is kept where it has waited too long, and lesser ones stay away."""
         is_time = plan.at <= self._now + _EARLY_SECONDS
         if is_time:
@@ -188,7 +234,7 @@ class _Decision:
                 self._go[hold.name] = needed
                 ledger.leave({hold.name: needed})
 
-    def _lacks(self, ask: Ask, where: Where) -> None:
+    def _lacks(self, where: Where, ask: Ask) -> None:
         """The devices have less than the ledger says. After a while one more goes; after another it is refused."""
         if not ask.pressing:
             self._note_wait(ask, where)
@@ -205,9 +251,9 @@ class _Decision:
             self._ask_to_go(ask, {more: Depth.STOP})
             short = Short(self._now, evicted=True)
         self._short[ask.name] = short
-        self._promise(ask, where)
+        self._promise(where, ask)
 
-    def _lacks_for_others(self, ask: Ask, where: Where) -> None:
+    def _lacks_for_others(self, where: Where, ask: Ask) -> None:
         """Other programs have what it needs. They may go; after a while it is refused."""
         self._note_wait(ask, where)
         short = ask.short or Short(self._now)
@@ -233,12 +279,22 @@ class _Decision:
 
     def _note_wait(self, ask: Ask, where: Where, plan: Plan | None = None) -> None:
         """Before its own promise is in the ledger."""
+        self._forget_what_has_changed()
+        if ask.name in self._ledger.holds:
+            self._wait[ask.name] = self._reason(where, plan, own=ask.name)
+        elif (known := self._reasons.get((where, plan))) is not None:
+            self._wait[ask.name] = known
+        else:
+            self._wait[ask.name] = self._reasons[where, plan] = self._reason(where, plan)
+
+    def _reason(self, where: Where, plan: Plan | None, own: str | None = None) -> Wait:
+        """Why somebody waits there. `own`: the instance that asks, which is not in its own way."""
         ledger = self._ledger
-        on = [hold for hold in ledger.on(name for name in where if name in ledger.devices) if hold.name != ask.name]
+        on = [hold for hold in ledger.on(name for name in where if name in ledger.devices) if hold.name != own]
         leaving = {hold.name for hold in on if hold.standing not in _STAY or hold.name in self._go}
         turns = {turn for name in where for turn in (ledger.next.get(name), ledger.reserved.get(name)) if turn}
         at = math.inf if plan is None and not leaving else self._now
-        self._wait[ask.name] = Wait(
+        return Wait(
             where,
             tuple(sorted(leaving.union(plan.go if plan else ()))),
             tuple(sorted(turns)),
