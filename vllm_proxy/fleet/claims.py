@@ -80,6 +80,7 @@ class Claim:
         self.model = tenant.spec.id
         self.standing: Standing | None = None  # None: it waits
         self.allocation: Allocation | None = None  # since it was admitted
+        self.unmanaged: Allocation | None = None  # what it uses where nobody manages devices, once that was asked
         self.since = asked_at  # it waits, or serves
         self.place: Where = ()  # as `room.decide` hands it back
         self.short: Short | None = None

@@ -207,7 +207,7 @@ class Model:
         self._gave_way = None
         if wanted in {Wanted.STOP, Wanted.END}:
             for instance in self.instances:
-                instance.hurry()
+                instance.stop_yielding()
         self._notify()
 
     def _notify(self) -> None:

@@ -160,7 +160,7 @@ class Room:
 
     def _taking_turns(self) -> RoomNow:
         """Nobody knows what they have of their devices, so who serves is in nobody's way."""
-        wishes = {claim: self.unmanaged(claim.tenant.spec.engine) for claim in self._waiting()}
+        wishes = {claim: self._unmanaged(claim) for claim in self._waiting()}
         moving = {
             claim: claim.allocation
             for claim in self._claims
@@ -178,6 +178,11 @@ class Room:
             needs = dict.fromkeys(only, 0)
             asks.append(Ask(claim.name, claim.model, needs, len(only), only, since=claim.since, place=claim.place))
         return RoomNow(dict.fromkeys(names.all(), Device()), holds, asks)
+
+    def _unmanaged(self, claim: Claim) -> Allocation:
+        if claim.unmanaged is None:
+            claim.unmanaged = self.unmanaged(claim.tenant.spec.engine)
+        return claim.unmanaged
 
     def _waiting(self) -> Iterator[Claim]:
         return (claim for claim in self._claims if claim.waits)
@@ -219,7 +224,7 @@ class Room:
     def _admit(self, claim: Claim, where: Where, ask: Ask) -> None:
         machine, spec = self.machines.machine(), claim.tenant.spec
         if machine is None:
-            claim.admit(self.unmanaged(spec.engine))
+            claim.admit(self._unmanaged(claim))
         else:
             claim.admit(machine.allocation(spec, where, ask.needs))
 

@@ -70,7 +70,7 @@ class Supervisor:
         self.engine: Engine | None = None
         self.endpoint: Endpoint | None = None
         self.gives_way_to: str | None = None  # the instance that waits for its room
-        self._hurry = asyncio.Event()
+        self._stop_yielding = asyncio.Event()
         self.claim: Claim | None = None
         self.waits: Waits | None = None
         self.wanted_since = wanted_since
@@ -113,9 +113,9 @@ class Supervisor:
         self._task.cancel()
         return run_once(partial(self._finish_stop, self._task), f"stop of {self.name}")
 
-    def hurry(self) -> None:
+    def stop_yielding(self) -> None:
         """One that gives way is stopped by hand, or for good: no longer than any other."""
-        self._hurry.set()
+        self._stop_yielding.set()
 
     async def _finish_stop(self, running: asyncio.Task[None]) -> None:
         """It stays `unloading` where its engine could not be ended and a stopping daemon gave up."""
@@ -134,7 +134,7 @@ class Supervisor:
 
     def _release_claim(self) -> None:
         self.waits = self.gives_way_to = None
-        self._hurry.clear()
+        self._stop_yielding.clear()
         if self.claim is not None:
             self.claim.done()
             self.claim = None
@@ -354,8 +354,8 @@ class Supervisor:
         """Wait for the requests in flight; one that gives way, until it is stopped by hand, has a time of its own."""
         policy, skip = self.spec.policy, self._shared.skip_drain
         if self.gives_way_to is not None:
-            await give_way(endpoint, engine, claim, policy.yield_timeout, (skip, self._hurry))
-        if self.gives_way_to is None or self._hurry.is_set():
+            await give_way(endpoint, engine, claim, policy.yield_timeout, (skip, self._stop_yielding))
+        if self.gives_way_to is None or self._stop_yielding.is_set():
             await drain(endpoint, engine, policy.drain_timeout, (skip,))
         cut(endpoint)
         self._notify(Phase.STOPPING)
