@@ -392,3 +392,37 @@ async def test_an_engine_that_dies_while_it_is_to_give_way_is_gone_all_the_same(
     with await waiting:
         assert chat.state is State.STOPPED
     running.__exit__()
+
+
+@virtual
+async def test_clients_that_give_up_and_ask_again_have_waited_as_long_as_one_that_does_not() -> None:
+    """A busy model gives way after `max_wait`, though no request has waited so long."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", yield_timeout=0))
+    begun(stage, model("code"))
+    running = await answered(stage, "chat")
+    asked = now()
+    while chat.state is State.READY:
+        request = asyncio.create_task(stage.registry.acquire("code"))
+        await passes(8)
+        request.cancel()
+        await passes(1)
+    assert now() - asked == pytest.approx(30, abs=10)
+    running.__exit__()
+
+
+@virtual
+async def test_how_long_a_model_waited_that_nobody_asked_for_does_not_count() -> None:
+    """A request for it waits its own time."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat"))
+    running = await answered(stage, "chat")
+    warm = begun(stage, model("warm", start="warm"))
+    await passes(1000)
+    request = asyncio.create_task(stage.registry.acquire("warm"))
+    await passes(25)
+    assert (chat.state, warm.state) == (State.READY, State.LOADING)
+    await passes(10)
+    assert chat.state is State.UNLOADING
+    running.__exit__()
+    request.cancel()

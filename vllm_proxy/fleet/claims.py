@@ -17,6 +17,7 @@ from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.runtime.background import notify
 
+_ASKS_AGAIN_SECONDS = 10.0  # a client that has given up
 _STAYS = frozenset({Standing.COMES, Standing.SERVES})
 
 
@@ -90,10 +91,24 @@ class Claim:
         self.found: int | None = None  # bytes that its engine has of each device, as measured since it serves
         self.watches_idle = False  # somebody waits for its last request
         self.is_done = False
+        self._wanted_since: float | None = None
+        self._wanted_until = 0.0
         self._admitted: asyncio.Future[Allocation] = asyncio.get_running_loop().create_future()
         self._may_go: asyncio.Future[None] | None = None
         self._changed = changed
         self._told: Waits | None = None
+
+    def wanted_since(self) -> float | None:
+        """Since when somebody has waited for its model, though not always the same one; None: nobody does now.
+
+        Clients that give up and ask again are as patient as one that does not.
+        """
+        since, time = self.tenant.wanted_since(), asyncio.get_running_loop().time()
+        if since is not None:
+            if self._wanted_since is None or since > self._wanted_until + _ASKS_AGAIN_SECONDS:
+                self._wanted_since = since
+            self._wanted_until = time
+        return None if since is None else self._wanted_since
 
     @property
     def waits(self) -> bool:

@@ -136,12 +136,12 @@ class Room:
             if claim.since > machine.looked_at:  # what is free may have changed: it is being looked at
                 continue
             spec = claim.tenant.spec
-            always, wanted_since = spec.policy.start == "always", claim.tenant.wanted_since()
+            always, wanted_since = spec.policy.start == "always", claim.wanted_since()
             first = claim.model not in waiting and not stays[claim.model]
             waiting.add(claim.model)
             # One that comes beside an old one, to take its place, makes nobody go.
             pressing = stays[claim.model] < spec.policy.replicas if always else wanted_since is not None and first
-            since = claim.since if always or wanted_since is None else min(wanted_since, claim.since)
+            since = claim.since if always or wanted_since is None else wanted_since
             wish = machine.wish(spec, devices, claim.measured)
             yield Ask(
                 claim.name, claim.model, wish.needs, wish.count, wish.only, always, spec.policy.priority, since,
