@@ -277,13 +277,15 @@ async def test_another_source_counts_once_it_has_answered(monkeypatch: pytest.Mo
 
 @virtual
 async def test_another_source_that_fails_leaves_nothing_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its devices may be others. That is a problem at once."""
+    """Its devices may be others. That is a problem at once, and none of the source that follows."""
     stage = Stage(monkeypatch)
     await stage.inventory.look()
     stage.inventory.use("a file that is not there")
     with capture_logs():
         await stage.inventory.look()
     assert (stage.inventory.managed, stage.inventory.problem is None) == (False, False)
+    stage.inventory.use("none")
+    assert stage.inventory.problem is None
 
 
 @virtual
@@ -429,3 +431,23 @@ async def test_a_look_that_hangs_takes_one_thread_and_holds_up_no_other_source(
         hanging.go.set()
         await look
     assert inventory.devices == {"0": gpu(80)}
+
+
+async def test_a_source_that_hung_is_asked_again_once_it_has_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it answered too late does not count: that was long ago."""
+    hanging = Hanging()
+    monkeypatch.setattr(devices, "_Auto", lambda: hanging)
+    monkeypatch.setattr(devices, "LOOK_SECONDS", 0.01)
+    inventory = Inventory("auto", tmp_path, {}, dict)
+    with contextlib.closing(inventory), capture_logs():
+        while not hanging.calls:
+            await inventory.look()
+        hanging.go.set()
+        while "_Watched.look" in running():
+            await asyncio.sleep(0.001)
+        assert inventory.devices == {}
+        monkeypatch.setattr(devices, "LOOK_SECONDS", 60)
+        await inventory.look()
+    assert (inventory.devices, inventory.problem, hanging.calls) == ({"0": gpu(80)}, None, 2)

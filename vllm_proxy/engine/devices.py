@@ -112,7 +112,7 @@ class Inventory:
             run_once(partial(_let_go, self._threads, self._source), "letting go of the devices")
         self._threads = None  # one that hangs holds up nothing of the new source
         self._name, self._source = source, self._source_of(source)
-        self._problem, self._failures, self._hangs = None, 0, False
+        self._problem = None
         if self._source is None:
             self._devices = {}
         self.wake()
