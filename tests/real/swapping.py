@@ -12,13 +12,13 @@ from vllm_proxy.domain.ledger import Device, Kind
 GIB = 2**30
 
 
-async def which_serves(running: Daemon) -> tuple[Any, str]:
-    """Of the models `a` and `b` the instance that is ready, and the name of the other one."""
-    for name, other in (("a", "b"), ("b", "a")):
-        instance = await running.instance(name)
-        if instance["state"] == "ready":
-            return instance, other
-    raise AssertionError("neither is ready")
+async def one_serves(running: Daemon) -> tuple[Any, str]:
+    """Of the models `a` and `b` the instance that is ready, `a` where none is, and the name of the other one."""
+    instances = {name: await running.instance(name) for name in "ab"}
+    ready = [name for name, instance in instances.items() if instance["state"] == "ready"]
+    name = ready[0] if ready else "a"
+    assert await mixed_load.run(running.url, [[name]]) == []
+    return await running.instance(name), "b" if name == "a" else "a"
 
 
 async def refused_without_room(running: Daemon, device: Device) -> tuple[float, float]:
@@ -26,7 +26,7 @@ async def refused_without_room(running: Daemon, device: Device) -> tuple[float, 
 
     It looks at what is free after the CUDA context was made, which the need of a GPU includes.
     """
-    _, other = await which_serves(running)
+    _, other = await one_serves(running)
     text = running.file.read_text(encoding="utf-8")
     running.save(re.sub(r'source = "\w+"', 'source = "none"', text))
     await running.adopts()
