@@ -20,10 +20,11 @@ from structlog.testing import capture_logs
 
 from vllm_proxy.domain.address import TcpAddress, UnixAddress
 from vllm_proxy.domain.command import mark, marked
-from vllm_proxy.engine import process
+from vllm_proxy.engine import ownership, process
 from vllm_proxy.engine.ownership import Identity, Owned
 from vllm_proxy.engine.proc import KERNEL, Kernel, Process, look_up, pid_namespace
 from vllm_proxy.engine.process import EngineProcess, end_processes, reap_orphans
+from vllm_proxy.engine.sock_diag import TcpSocket
 
 from .virtual import VirtualLoop
 
@@ -514,6 +515,18 @@ LISTEN = (
 )
 
 
+@pytest.fixture(params=["netlink", "tables"])
+def _asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the kernel is asked for who listens: where netlink is not allowed, its tables say the same."""
+
+    def refused(_state: int, _port: int) -> list[TcpSocket]:
+        raise OSError(93, "no such protocol")
+
+    if request.param == "tables":
+        monkeypatch.setattr(ownership, "tcp_sockets", refused)
+
+
+@pytest.mark.usefixtures("_asked")
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
 def test_a_port_is_the_engines_when_one_of_its_processes_listens(address: str) -> None:
     """And only then: a port that nobody has is not, nor one of a later process with the number of the first."""
@@ -530,6 +543,7 @@ def test_a_port_is_the_engines_when_one_of_its_processes_listens(address: str) -
         assert not Owned(identity_of(os.getppid())).listens_on(TcpAddress(*bound.getsockname()))
 
 
+@pytest.mark.usefixtures("_asked")
 def test_a_port_of_another_program_is_not_the_engines() -> None:
     """On IPv6 with IPv4 in it, too, where a connection to 127.0.0.1 arrives as well."""
     with running(python("import os; print(os.getpid(), flush=True); input()")) as (first, _):

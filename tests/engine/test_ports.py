@@ -8,6 +8,7 @@ import pytest
 from tests.engine.virtual import now, passes, virtual
 from vllm_proxy.engine import ports as ports_module
 from vllm_proxy.engine.ports import NoPortError, Ports, Use, use_of
+from vllm_proxy.engine.sock_diag import BOUND_ALONE, TcpSocket, tcp_sockets
 
 
 def test_ports_are_handed_out_from_the_lowest_and_only_once(port_start: int) -> None:
@@ -90,7 +91,7 @@ def loading_engine(port: int) -> socket.socket:
 def kernel_tells(port: int) -> bool:
     """Whether it knows sockets that are bound alone (since Linux 6.8)."""
     with loading_engine(port):
-        return ports_module._bound_sockets(port) == 1
+        return len(tcp_sockets(BOUND_ALONE, port)) == 1
 
 
 def test_closed_connections_of_the_last_engine_do_not_take_its_port(port_start: int) -> None:
@@ -113,19 +114,19 @@ def test_an_engine_that_loads_keeps_its_port_beside_closed_connections(port_star
         assert use_of(port_start) is Use.TAKEN
 
 
-@pytest.mark.parametrize("answer", [0, OSError(93, "no such protocol")])
+@pytest.mark.parametrize("answer", [None, OSError(93, "no such protocol")])
 @virtual
 async def test_where_the_kernel_does_not_tell_the_start_waits_and_says_so(
-    port_start: int, monkeypatch: pytest.MonkeyPatch, answer: int | OSError
+    port_start: int, monkeypatch: pytest.MonkeyPatch, answer: OSError | None
 ) -> None:
     """An older kernel, a sandbox: once the port is free it is taken; what waits for is told once."""
 
-    def ask(_port: int) -> int:
-        if isinstance(answer, OSError):
+    def ask(_state: int, _port: int) -> list[TcpSocket]:
+        if answer is not None:
             raise answer
-        return answer
+        return []
 
-    monkeypatch.setattr(ports_module, "_bound_sockets", ask)
+    monkeypatch.setattr(ports_module, "tcp_sockets", ask)
     told: list[str | None] = []
     engine = loading_engine(port_start)
     taking = asyncio.create_task(Ports(port_start, port_start, []).take_or_wait(told.append))
@@ -140,7 +141,7 @@ async def test_where_the_kernel_does_not_tell_the_start_waits_and_says_so(
 @virtual
 async def test_the_wait_for_a_port_has_an_end(port_start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A closed connection is forgotten after a minute: what is still there is something else."""
-    monkeypatch.setattr(ports_module, "_bound_sockets", lambda _: 0)
+    monkeypatch.setattr(ports_module, "tcp_sockets", lambda _state, _port: [])
     with loading_engine(port_start), pytest.raises(NoPortError):
         await Ports(port_start, port_start, []).take_or_wait(lambda _: None)
     assert 60 < now() < 120

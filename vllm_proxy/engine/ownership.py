@@ -9,15 +9,17 @@ is not proven is somebody else's (tests/engine/test_ownership.py).
 
 import os
 import signal
+import struct
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 from vllm_proxy.domain.address import Address, TcpAddress, UnixAddress
 from vllm_proxy.engine.proc import KERNEL, Kernel, Process
+from vllm_proxy.engine.sock_diag import LISTENS, tcp_sockets
 
 _TCP_LISTENS = "0A"
 _UNIX_LISTENS = 1 << 16  # __SO_ACCEPTCON
@@ -195,6 +197,13 @@ def listeners(address: Address) -> frozenset[int]:
 
 def _tcp_listeners(host: str, port: int) -> frozenset[int]:
     reached = _arrivals(host)
+    try:
+        return frozenset(found.inode for found in tcp_sockets(LISTENS, port) if found.local in reached)
+    except (OSError, struct.error):  # netlink is not allowed, or has no sock_diag
+        return _tcp_listeners_of_tables({_printed(local) for local in reached}, port)
+
+
+def _tcp_listeners_of_tables(reached: Collection[str], port: int) -> frozenset[int]:
     found = set()
     for table in ("tcp", "tcp6"):
         try:
@@ -209,8 +218,8 @@ def _tcp_listeners(host: str, port: int) -> frozenset[int]:
     return frozenset(found)
 
 
-def _arrivals(host: str) -> frozenset[str]:
-    """Local addresses that accept connections to an IP address, as /proc/net prints them: itself, and wildcards."""
+def _arrivals(host: str) -> frozenset[bytes]:
+    """Packed local addresses that accept connections to an IP address: itself, and wildcards."""
     try:
         to = ip_address(host)
     except ValueError as error:
@@ -218,7 +227,7 @@ def _arrivals(host: str) -> frozenset[str]:
     every: list[IPv4Address | IPv6Address] = [to, IPv6Address(0)]
     if isinstance(to, IPv4Address):  # an IPv6 socket may take those of IPv4 too
         every += [IPv4Address(0), *(IPv6Address(f"::ffff:{v4}") for v4 in (to, IPv4Address(0)))]
-    return frozenset(_printed(local.packed) for local in every)
+    return frozenset(local.packed for local in every)
 
 
 def _printed(address: bytes) -> str:

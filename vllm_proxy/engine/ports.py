@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Collection
 from enum import Enum
 
+from vllm_proxy.engine.sock_diag import BOUND_ALONE, tcp_sockets
 from vllm_proxy.errors import VllmProxyError
 
 
@@ -122,7 +123,7 @@ def use_of(port: int) -> Use:
         if not _bind(ours, port):
             return Use.TAKEN  # somebody listens, or would not share
         try:
-            bound = _bound_sockets(port)
+            bound = len(tcp_sockets(BOUND_ALONE, port))
         except (OSError, struct.error):
             bound = 0
     if bound == 0:
@@ -138,34 +139,3 @@ def _bind(probe: socket.socket, port: int) -> bool:
             return False
         raise
     return True
-
-
-# Of the kernel's sock_diag (linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h; BOUND_INACTIVE since Linux 6.8).
-_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
-_REQUEST_DUMP, _DONE, _ERROR = 0x301, 3, 2
-_BOUND_INACTIVE = 1 << 13
-_HEADER = struct.Struct("=IHHII")
-_SPORT_OFFSET = _HEADER.size + 4
-
-
-def _bound_sockets(port: int) -> int:
-    """How many TCP sockets are bound to a port and neither listen nor are connected; 0 where the kernel cannot say."""
-    return sum(_dump(family, port) for family in (socket.AF_INET, socket.AF_INET6))
-
-
-def _dump(family: socket.AddressFamily, port: int) -> int:
-    wanted = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, _BOUND_INACTIVE)
-    request = wanted + struct.pack(">HH", port, 0) + bytes(44)  # of any address and interface
-    found = 0
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as kernel:
-        kernel.settimeout(1)
-        kernel.send(_HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0) + request)
-        while True:
-            data = kernel.recv(2**16)
-            while data:
-                length, kind, *_ = _HEADER.unpack_from(data)
-                if kind in {_DONE, _ERROR}:
-                    return found
-                (bound_to,) = struct.unpack_from(">H", data, _SPORT_OFFSET)
-                found += bound_to == port
-                data = data[(length + 3) // 4 * 4 :]
