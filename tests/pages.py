@@ -213,7 +213,7 @@ def families() -> dict[str, tuple[str, Sequence[str], str]]:
     metrics = metrics_of(Fleet("chat"))
     metrics.count(call(first=0.5, sent=0.5))
     found: dict[str, tuple[str, Sequence[str], str]] = {}
-    for metric in metrics._collect(1):
+    for metric in metrics._collect(1, 0.0):
         name = f"{metric.name}_total" if metric.type == "counter" else metric.name
         found[name] = (metric.type, _labels(metric), metric.documentation)
     return found

@@ -193,13 +193,14 @@ def _path(model_id: str) -> str:
 
 
 def failed(resource: Model, action: str) -> bool:
-    """Whether the action failed; a model that was unloaded again because nobody used it has not failed."""
+    """Whether the action failed; a model has not that was unloaded again because it was idle or another one waited."""
     state, effective = resource["status"]["state"], resource["effective"]
     if state == "error" or _is_stuck(resource):
         return True
     if action == "stop":
         return bool(state != "stopped")
-    unloaded = effective["start"] == "on-demand" and effective["enabled"] and resource["status"]["reason"] is None
+    by_itself = resource["status"]["reason"] in {None, "gave_way"}
+    unloaded = effective["start"] != "always" and effective["enabled"] and by_itself
     return state == "stopped" and not unloaded
 
 
@@ -210,8 +211,8 @@ def _is_diverging(resource: Model, action: str) -> bool:
 
 
 def _is_stuck(resource: Model) -> bool:
-    """Whether it waits for an engine that could not be ended, which may take for ever."""
-    return bool(resource["status"]["reason"] == "not_ended")
+    """Whether it waits for an engine that could not be ended, or for room that nobody will make, maybe for ever."""
+    return resource["status"]["reason"] in {"not_ended", "does_not_fit"}
 
 
 def _engines(resource: Model) -> list[tuple[int | None, str | None]]:

@@ -137,7 +137,7 @@ async def serve(
         desired = Desired(store, settings.parse, reconciler, launcher.check, launcher.ports,
                           files=settings.files, key_files=key_files, keyring=keyring, offload=disk,
                           hide_secrets=launcher.variables.follow,
-                          hardware=Hardware(managed.look, shared.loop.room.place_of),
+                          hardware=_hardware(managed, shared.loop, state, launcher),
                           address_is_given=bool(held))  # fmt: skip
         _warn_of_access(keyring, config, listeners)
         certificate = _certificate(settings, reconciler, stack)
@@ -307,6 +307,10 @@ def _dependencies(
     shared = Dependencies(launcher, FleetLoop(managed), Registry(), HttpProbe(health_checks), asyncio.Event(), stopping,
                           mask=output.masking.mask)  # fmt: skip
     return shared, launcher, managed
+
+
+def _hardware(managed: Managed, loop: FleetLoop, state: StateDirectory, launcher: Launcher) -> Hardware:
+    return Hardware(managed.look, loop.room.place_of, lambda spec: state.memory(launcher.fingerprint(spec)))
 
 
 async def _follow_devices(managed: Managed, loop: FleetLoop, stack: contextlib.AsyncExitStack) -> None:

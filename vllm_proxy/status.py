@@ -72,12 +72,19 @@ def sentence(reconciler: Reconciler, desired: Desired | None = None, certificate
     text += f"; on demand: {_named(on_demand)}" if on_demand else ""
     if left := list(reconciler.not_ended()):
         text += f"; not ended: {_listed(left)}"
-    problem = ""
+    problems = _problems(reconciler, desired, certificate)
+    return _cut(text, _LONGEST - len(problems)) + problems
+
+
+def _problems(reconciler: Reconciler, desired: Desired | None, certificate: Certificate | None) -> str:
+    """What concerns no single model."""
+    text = ""
+    if devices := reconciler.room.machines.problem:
+        text += f"; devices: {_cut(devices, _LONGEST_PROBLEM)}"
     if desired is not None and desired.rejected is not None:
         first = desired.rejected.places()[0]  # not what stands there: every user of this machine may read it
-        problem = f"; configuration rejected: {_cut(first, _LONGEST_PROBLEM)}"
-    problem += "" if certificate is None else _certificate(certificate)
-    return _cut(text, _LONGEST - len(problem)) + problem
+        text += f"; configuration rejected: {_cut(first, _LONGEST_PROBLEM)}"
+    return text + ("" if certificate is None else _certificate(certificate))
 
 
 def _certificate(certificate: Certificate) -> str:
@@ -105,6 +112,8 @@ def _with_progress(model: Model) -> str:
     if model.state is not State.LOADING or loading is None or loading.phase is None:
         return model.spec.id
     facts = loading.phase.value
+    if loading.waiting_because is not None:
+        facts += f": {_cut(loading.waiting_because, _LONGEST_PROBLEM)}"
     if loading.fraction is not None:
         facts += f" {loading.fraction:.0%}"
     if left := round(loading.seconds_left() or 0):

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import Reason, State
+from vllm_proxy.fleet.managed import Unmanaged
 from vllm_proxy.fleet.reconciler import Reconciler
+from vllm_proxy.fleet.room import Room
 from vllm_proxy.runtime.logwriter import LogWriter
 from vllm_proxy.runtime.turns import LoopLag
 from vllm_proxy.traffic.call import Call
@@ -28,6 +30,7 @@ class Fleet:
 
     def __init__(self, *models: str) -> None:
         self.config = SimpleNamespace(models=dict.fromkeys(models), revision="r1")
+        self.room = Room(lambda: None, Unmanaged())
 
     def models(self) -> list[Any]:
         """One instance each, ready, with two requests."""

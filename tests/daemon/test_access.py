@@ -72,7 +72,7 @@ ROUTES = list(routes())
 NEEDS = [
     (r"GET /(|ready|health|docs|redoc|openapi\.json|docs/assets/.*)", None),
     (r"GET /metrics", Scope.METRICS),
-    (r"GET /(models(/nobody)?|events|usage)", Scope.READ),
+    (r"GET /(models(/nobody)?|devices|events|usage)", Scope.READ),
     (r"POST /config/plan", Scope.READ),
     (r"POST /models/nobody/(start|stop|restart)", Scope.OPERATE),
     (r"GET /models/nobody/logs", Scope.OPERATE),

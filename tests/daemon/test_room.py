@@ -2,12 +2,17 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import pytest
+
+from tests.api.test_openapi import fits
 from tests.fakes.ledger import GIB, Devices
-from tests.harness import Daemon, daemon, fake_engines, port_block
+from tests.harness import Daemon, daemon, fake_engines, port_block, vllm_proxy
 
 SAY = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -148,3 +153,110 @@ async def test_engines_on_two_gpus_go_where_fewest_are(tmp_path: Path) -> None:
     async with fleet(tmp_path, config, gpus=2) as (running, devices):
         await running.all_ready()
         assert sorted(devices.free().values()) == [10 * GIB - int(6.6 * GIB)] * 2
+
+
+# What is seen
+
+
+def device(found: Any) -> Any:  # noqa: ANN401 - JSON
+    """The only one of `GET /devices`."""
+    (only,) = found["devices"]
+    return only
+
+
+async def test_a_device_says_who_has_it_and_who_is_next_and_its_changes_are_events(tmp_path: Path) -> None:
+    """While one gives way, and behind that; the answer is as the API describes it."""
+    async with fleet(tmp_path, models(chat=ON_DEMAND, code=ON_DEMAND)) as (running, _):
+        await says(running, "chat")
+        need = (await running.get("/models/chat"))["status"]["instances"][0]["memory_bytes"]
+        assert need == pytest.approx(6.6 * GIB, abs=GIB / 100)
+        gate = tmp_path / "gate"
+        slow = asyncio.create_task(says(running, "chat", fake={"hold": str(gate)}))
+        await running.eventually("/models/chat", lambda found: found["status"]["in_flight"] == 1)
+        async with running.session.get("/events") as events:
+            await events.content.readline()
+            waits = asyncio.create_task(says(running, "code"))
+            status = await once(running, "code", phase="queued", room={
+                "needs": need, "waits_for": ["chat/0"], "behind": [],
+            })  # fmt: skip
+            assert status["message"].startswith("waits for 6.6 GiB on GPU 0: chat gives way")
+            assert (status["instances"][0]["devices"], status["instances"][0]["memory_bytes"]) == ([], None)
+            await running.eventually("/devices", lambda found: device(found)["promised_to"] == "code/0")
+            found = await running.get("/devices")
+            assert fits("Devices", found, closed=True) == []
+            assert (found["unmanaged"], found["problem"]) == (None, None)
+            assert [(hold["instance"], hold["standing"]) for hold in device(found)["holds"]] == [("chat/0", "yields")]
+            gate.touch()
+            await asyncio.gather(slow, waits)
+            last = await running.eventually("/devices", lambda found: device(found)["holds"][0]["standing"] == "serves")
+            assert (await running.instance("code"))["devices"] == ["0"]
+            told = [event async for event in told_of_devices(events, device(last)["holds"])]
+            assert all(fits("Device", event, closed=True) == [] for event in told)
+            assert "code/0" in {event["promised_to"] for event in told}
+        assert (await running.get("/models/code"))["status"]["room"] is None
+
+
+async def told_of_devices(events: aiohttp.ClientResponse, until: object) -> AsyncIterator[Any]:
+    """The data of the events about devices, up to the one with these holders."""
+    kind = ""
+    async for raw in events.content:
+        name, _, value = raw.decode().strip().partition(": ")
+        kind = value if name == "event" else kind
+        if name == "data" and kind == "device":
+            yield json.loads(value)
+            if json.loads(value)["holds"] == until:
+                return
+
+
+async def test_a_command_waits_for_room_says_why_and_ends_where_there_can_be_none(tmp_path: Path) -> None:
+    """A person reads it in one line, in `systemctl status` too. Who stops what is in the way makes it go on."""
+    config = models(chat="", code=ON_DEMAND, warm='start = "warm"')
+    async with fleet(tmp_path, config) as (running, _):
+        await running.once("chat", lambda one: one["state"] == "ready")
+        status, out, err = await vllm_proxy(tmp_path, "start", "code")
+        assert status == 1
+        assert "code: loading (queued): cannot serve code: it needs 6.6 GiB on a GPU and 2.9 can be had" in out
+        assert "vllm-proxy help does_not_fit" in err
+        await running.until(lambda status: "code (queued: cannot serve code: it needs 6.6 GiB" in status)
+        await running.write("PATCH", "/models/chat", {"start": "on-demand"})
+        assert (await vllm_proxy(tmp_path, "start", "code"))[0] == 0
+        assert (await vllm_proxy(tmp_path, "start", "chat"))[0] == 0
+        assert (await vllm_proxy(tmp_path, "stop", "chat"))[0] == 0
+
+
+async def test_devices_that_nobody_can_look_at_are_a_visible_failure(tmp_path: Path) -> None:
+    """In `/devices`, in `/health`, and in `systemctl status`; until they can be."""
+    file = tmp_path / "gpus.toml"
+    file.write_text('"0" = { total = 10, free =', encoding="utf-8")
+    async with daemon(f'{fake_engines(port_block())}[devices]\nsource = "gpus.toml"\n', tmp_path) as running:
+        found = await running.get("/devices")
+        assert found["devices"] == []
+        assert found["problem"] == found["unmanaged"] is not None
+        health = await running.get("/health")
+        assert (health["error"], health["devices"]) == (True, {"managed": 0, "problem": found["problem"]})
+        await running.until(lambda status: "; devices: cannot look at the devices" in status)
+        file.write_text('"0" = { total = 10, free = 10 }', encoding="utf-8")
+        health = await running.eventually("/health", lambda found: not found["error"])
+        assert health["devices"] == {"managed": 1, "problem": None}
+
+
+async def test_what_somebody_stopped_is_not_waited_for(tmp_path: Path) -> None:
+    """`/ready` is about what is to run."""
+    async with fleet(tmp_path, models(chat="")) as (running, _):
+        await running.all_ready()
+        await running.post("/models/chat/stop", {}, 202)
+        assert (await running.get("/ready"))["status"] == "ready"
+        found = await running.get("/devices")
+        assert device(found)["kind"] == "gpu"
+
+
+async def test_where_nothing_is_managed_no_device_is_shown_and_the_reason_is(tmp_path: Path) -> None:
+    """Engines run all the same; nothing of it is an error."""
+    config = '[devices]\nsource = "none"\n[models.chat]\nmodel = "x"\n'
+    async with daemon(f"{fake_engines(port_block())}{config}", tmp_path) as running:
+        await running.all_ready()
+        found = await running.get("/devices")
+        assert found == {"devices": [], "unmanaged": 'the file says so: [devices] source = "none"', "problem": None}
+        status = (await running.get("/models/chat"))["status"]
+        assert (status["room"], status["instances"][0]["memory_bytes"]) == (None, None)
+        assert (await running.get("/health"))["error"] is False

@@ -74,6 +74,7 @@ def test_what_was_learned_counts_for_the_context() -> None:
     wants = needs(demand(gib=20), devices)["0"] - CUDA_CONTEXT_BYTES
     assert needs(demand(gib=20), devices, measured=wants + 7) == {"0": wants + 7}
     assert needs(demand(gib=20), devices, measured=GIB) == {"0": wants + CUDA_CONTEXT_BYTES}
+    assert needs(demand(gib=20), devices, measured=90 * GIB) == {"0": wants + CUDA_CONTEXT_BYTES}, "another device"
 
 
 @pytest.mark.parametrize(("measured", "expected"), [

@@ -152,6 +152,19 @@ async def test_only_what_is_new_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @virtual
+async def test_what_a_look_saw_is_dated_when_it_began_and_a_failed_one_saw_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What began later than that may not be in it."""
+    stage = Stage(monkeypatch)
+    stage.threads.seconds = 2
+    await stage.inventory.look()
+    assert (now(), stage.inventory.seen_at, stage.inventory.looked_at) == (2, 0, 0)
+    await stage.fails(1)
+    assert (now(), stage.inventory.seen_at, stage.inventory.looked_at) == (4, 0, 2)
+
+
+@virtual
 async def test_a_listener_that_fails_does_not_end_the_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is logged, and the next change is told again."""
     stage = Stage(monkeypatch)

@@ -521,6 +521,48 @@ def test_starts_of_specs_that_nobody_starts_any_more_are_forgotten(tmp_path: Pat
         assert (state.starts("first"), state.starts("second"), state.starts("spec-0")) == ([1, 2], [], [1])
 
 
+def test_what_an_engine_had_of_its_devices_is_kept_over_daemons(tmp_path: Path) -> None:
+    """The last of each spec, beside the durations of starts; two hundred specs, those that were measured last."""
+    with StateDirectory(tmp_path) as state:
+        state.add_start("abc", 5)
+        for size in (2**40 + 1, 2**40 + 3):
+            state.note_memory("abc", size)
+    with StateDirectory(tmp_path) as state:
+        assert (state.memory("abc"), state.memory("def"), state.starts("abc")) == (2**40 + 3, None, [5])
+        for number in range(200):
+            state.note_memory(f"spec-{number}", 1)
+        assert (state.memory("abc"), state.memory("spec-0")) == (None, 1)
+
+
+def test_what_is_known_already_is_not_written_again(tmp_path: Path) -> None:
+    """An engine has as much at every start: the disk is left alone."""
+    with StateDirectory(tmp_path) as state:
+        state.note_memory("abc", 7)
+        (tmp_path / "memory.toml").unlink()
+        state.note_memory("abc", 7)
+        assert not (tmp_path / "memory.toml").exists()
+
+
+def test_memory_that_cannot_be_written_is_logged_and_counts_for_this_daemon(tmp_path: Path) -> None:
+    """Such as on a full disk: the engine serves all the same."""
+    with StateDirectory(tmp_path) as state, capture_logs() as logs:
+        (tmp_path / "memory.toml").mkdir()
+        (tmp_path / "memory.toml/file").touch()
+        state.note_memory("abc", 7)
+        assert state.memory("abc") == 7
+    assert [entry["log_level"] for entry in logs] == ["error"]
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\xff", b"bytes = 5", b"[bytes]\na = 'x'", b"bytes.abc = [nan, inf, -1]"])
+def test_garbage_in_the_record_of_memory_is_no_matter(tmp_path: Path, garbage: bytes) -> None:
+    """The next engine of each spec is measured anew."""
+    (tmp_path / "memory.toml").write_bytes(garbage)
+    with StateDirectory(tmp_path) as state:
+        assert state.memory("abc") is None
+        state.note_memory("abc", 3)
+        assert state.memory("abc") == 3
+
+
 @pytest.mark.parametrize(
     "garbage", [b"", b"\xff", b"seconds = 5", b"[seconds]\na = 'x'", b"seconds.abc = [nan, inf, -1]"]
 )

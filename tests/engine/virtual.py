@@ -308,11 +308,12 @@ async def at_once[**P, T](function: Callable[P, T], /, *args: P.args, **kwargs: 
     return function(*args, **kwargs)
 
 
-class KeptStarts:
-    """The durations of starts, by fingerprint."""
+class KeptNumbers:
+    """The durations of starts, and what memory engines had, by fingerprint."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
+        self.bytes: dict[str, int] = {}
 
     def starts(self, spec: str) -> Sequence[float]:
         """How many seconds the last starts of a spec took."""
@@ -321,6 +322,14 @@ class KeptStarts:
     def add_start(self, spec: str, seconds: float) -> None:
         """One more start of a spec."""
         self.seconds.setdefault(spec, []).append(seconds)
+
+    def memory(self, spec: str) -> int | None:
+        """Bytes that the last engine of a spec had of each device."""
+        return self.bytes.get(spec)
+
+    def note_memory(self, spec: str, size: int) -> None:
+        """An engine of a spec has so many bytes of each device."""
+        self.bytes[spec] = size
 
 
 type Moment = tuple[State, Phase | None, int]  # what a supervisor shows, and how many endpoints its model has then
@@ -334,6 +343,7 @@ class FakeTenant:
         self.spec = model(name.rpartition("/")[0], devices=devices)
         self.told: list[str | None] = []  # why it waits
         self.gives_way_to: str | None = None
+        self.engine: FakeEngine | None = None
 
     def wanted_since(self) -> float | None:
         """Nobody waits for it."""
@@ -388,14 +398,14 @@ class Stage:
             stopping=self.launcher.stopping,
             offload=at_once,
         )
-        self.starts = KeptStarts()
+        self.kept = KeptNumbers()
         self.woken: list[str] = []
         self.shown: list[Moment] = []
         self._moved = asyncio.Event()
 
     def history(self) -> History:
         """What became of a model's engines."""
-        return History(self.starts, lambda spec: spec.model)
+        return History(self.kept, lambda spec: spec.model)
 
     def supervisor(self, spec: ModelSpec) -> Supervisor:
         """The only instance of a model, not started yet."""

@@ -1,6 +1,7 @@
 """Models share GPUs that cannot hold them all: who comes, and how the others give way. In virtual time."""
 
 import asyncio
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,10 +22,14 @@ RULES = Devices(reserve=0, max_wait=30.0, min_residency=10.0)
 
 
 class Gpus:
-    """GPUs whose free memory nobody measures."""
+    """GPUs whose free memory nobody measures. The first look at them was at the beginning of time."""
+
+    problem = None
+    unmanaged = None
 
     def __init__(self, count: int = 1, gib: int = 10, rules: Devices = RULES) -> None:
         self.rules = rules
+        self.looked_at, self.seen_at = math.inf, -math.inf
         self.seen = {
             str(index): Seen(str(index), f"GPU-{index}", index, "GPU", Kind.GPU, unified=False, total=gib * GIB,
                              free=None, visible=str(index))
@@ -33,7 +38,7 @@ class Gpus:
 
     def machine(self) -> Machine | None:
         """All of them."""
-        return Machine(self.seen, frozenset(self.seen), self.rules) if self.seen else None
+        return Machine(self.seen, frozenset(self.seen), self.rules, self.looked_at, self.seen_at) if self.seen else None
 
     def use(self, rules: Devices) -> None:
         """The file says this."""

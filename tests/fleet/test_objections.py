@@ -134,7 +134,7 @@ async def test_what_was_learned_of_an_engine_counts() -> None:
     """Two that have no KV cache stand together, though each has to find much when it starts."""
     both = "chat 70GiB always", "embed 70GiB always"
     assert await paths(text(), text(*both)) == {"models.embed.start"}
-    learned = replace(hardware(80), measured=lambda: {"chat": GIB, "embed": GIB})
+    learned = replace(hardware(80), measured=lambda _: GIB)
     assert await paths(text(), text(*both), learned) == set()
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import aiohttp
 from aiohttp import web
 
-from vllm_proxy.api import config, docs, keys, logs, models, openai
+from vllm_proxy.api import config, devices, docs, keys, logs, models, openai
 from vllm_proxy.api.body import Bodies
 from vllm_proxy.api.events import Events
 from vllm_proxy.api.guard import Observed, Route, guarded
@@ -164,6 +164,7 @@ def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
         Route("GET", f"/models/{_MODEL_ID}", read, answered(models.get_model(reconciler, registry))),
         *config.routes(writes, _ONE_MODEL),
         *keys.routes(keys.Keys(parts.desired, bodies)),
+        Route("GET", "/devices", read, answered(devices.list_devices(reconciler.room))),
         Route("GET", "/events", read, events.stream),
         Route("GET", "/health", None, answered(models.health(reconciler, parts.desired, parts.certificate))),
         Route("GET", "/ready", None, answered(models.ready(reconciler))),

@@ -113,7 +113,7 @@ class Writes:
         self, model_id: str, outcome: Outcome, *, status: int = 200, headers: Mapping[str, str] | None = None
     ) -> Reply[resources.Model]:
         model = self._reconciler.model(model_id)
-        answer = resource(model, self._reconciler.registry)
+        answer = resource(model, self._reconciler.registry, self._reconciler.room.held())
         return Reply(answer, status, {**etag(outcome.revision), **(headers or {})})
 
     # /config

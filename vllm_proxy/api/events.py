@@ -1,4 +1,4 @@
-"""`GET /events`: changes of models and of the configuration, as server-sent events.
+"""`GET /events`: changes of models, of devices and of the configuration, as server-sent events.
 
 Publishing never waits: each reader has a bounded queue, and one that falls too far behind is disconnected.
 """
@@ -9,8 +9,9 @@ import contextlib
 import msgspec
 from aiohttp import web
 
+from vllm_proxy.api import devices
 from vllm_proxy.api.reply import ALIVE, begin_events
-from vllm_proxy.domain import resources
+from vllm_proxy.domain import device_resources, resources
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import ConfigError
 from vllm_proxy.fleet.desired import Desired, Outcome, Written
@@ -20,6 +21,7 @@ from vllm_proxy.fleet.supervisor import Supervisor
 from vllm_proxy.runtime.background import spawn
 
 _MOST_WAITING = 1000  # events that a reader may be behind
+_NOTICEABLE = 0.01  # of a device's total
 _SILENT_SECONDS = 15.0  # then a comment keeps the stream alive
 
 
@@ -30,14 +32,16 @@ class Events:
         self._reconciler = reconciler
         self._readers: set[asyncio.Queue[bytes | None]] = set()
         self._shown: dict[str, resources.ModelEvent] = {}  # the last event of each model
+        self._devices: dict[str, device_resources.Device] = {}  # as readers know each device, by id
         reconciler.listen(self._model)
         desired.listen(self._config)
+        reconciler.room.listen(self._room)
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """The handler."""
         response = await begin_events(request)
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_WAITING)
-        self._readers.add(queue)
+        self.add(queue)
         stopping = spawn(self._reconciler.stopping.wait(), "end of an event stream")
         stopping.add_done_callback(lambda _: _close(queue))
         try:
@@ -48,6 +52,12 @@ class Events:
             self._readers.discard(queue)
             stopping.cancel()
         return response
+
+    def add(self, reader: asyncio.Queue[bytes | None]) -> None:
+        """Send a reader what happens from now on. What is, it is told by `GET`."""
+        if not self._readers:
+            self._devices = {device["id"]: device for device in devices.shown(self._reconciler.room)}
+        self._readers.add(reader)
 
     def _model(self, model: Model) -> None:
         """Called when the state, the reason or the phase of one of its instances changed."""
@@ -60,12 +70,22 @@ class Events:
             "id": model_id,
             "state": model.state if self._reconciler.knows(model_id) else State.STOPPED,
             "reason": diagnosis.reason if diagnosis else None,
-            "message": diagnosis.message if diagnosis else None,
+            "message": model.message,
             "instances": [_instance(one) for one in model.instances],
         }
         if self._shown.get(model_id) != event:
             self._shown[model_id] = event
             self._publish("model", event)
+
+    def _room(self) -> None:
+        """Called after every decision about room, and after what is new of the devices."""
+        if not self._readers:
+            return
+        for device in devices.shown(self._reconciler.room):
+            known = self._devices.get(device["id"])
+            if known is None or _is_noticeable(known, device):
+                self._devices[device["id"]] = device
+                self._publish("device", device)
 
     def _config(self, outcome: Outcome | Written | ConfigError) -> None:
         if isinstance(outcome, Written):
@@ -104,6 +124,15 @@ class Events:
 def _instance(one: Supervisor) -> resources.InstanceState:
     reason = one.diagnosis.reason if one.diagnosis else None
     return {"index": one.index, "state": one.state, "phase": one.phase, "reason": reason}
+
+
+def _is_noticeable(before: device_resources.Device, after: device_resources.Device) -> bool:
+    """Whether a device changed in more than a little of what is free, which may do so at every look."""
+    if any(before[key] != after[key] for key in ("total", "reserve", "holds", "promised_to")):
+        return True
+    if before["free"] is None or after["free"] is None:
+        return before["free"] != after["free"]
+    return abs(before["free"] - after["free"]) >= after["total"] * _NOTICEABLE
 
 
 def _close(queue: asyncio.Queue[bytes | None]) -> None:

@@ -5,6 +5,7 @@ are kept, and prometheus-client makes text of them when somebody scrapes, a mode
 in between. docs/metrics.md lists the series.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from vllm_proxy.api import room_metrics
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.fleet.model import Model
@@ -83,13 +85,13 @@ class Metrics:
         for model_id in [name for name in self._models if name and name not in self._reconciler.config.models]:
             del self._models[model_id]  # the series of a removed model disappear
         families: dict[bytes, list[bytes]] = {}  # samples by head
-        async for metric in in_turns(self._collect(tasks)):
+        async for metric in in_turns(self._collect(tasks, asyncio.get_running_loop().time())):
             head, samples = _rendered(metric)
             families.setdefault(head, []).append(samples)
         return CONTENT_TYPE_LATEST, b"".join(part for head, samples in families.items() for part in (head, *samples))
 
-    def _collect(self, tasks: int) -> Iterator[Metric]:
-        """Every family, and again for each model that has something in it."""
+    def _collect(self, tasks: int, now: float) -> Iterator[Metric]:
+        """Every family, and again for each model that has something in it. `now`: of the loop's clock."""
         yield from self._of_clients()
         yield from self._of_requests({})
         for model_id, numbers in list(self._models.items()):
@@ -98,6 +100,7 @@ class Metrics:
         for model in self._reconciler.models():
             if self._reconciler.knows(model.spec.id):  # still
                 yield from (*self._of_models((model,)), *self._of_engines((model,)))
+        yield from room_metrics.families(self._reconciler.room, self._reconciler.config.models.keys(), now)
         yield from self._of_daemon(tasks)
 
     def _of_clients(self) -> Iterable[Metric]:

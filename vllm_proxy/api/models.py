@@ -5,7 +5,7 @@ Reads the state of the fleet and posts events to it; writes of the configuration
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import overload
@@ -17,9 +17,12 @@ from vllm_proxy.api.guard import author_of
 from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.api.reply import Answers, Reply, etag
 from vllm_proxy.domain import resources, secrets
+from vllm_proxy.domain.devices import ANY_DEVICE
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.domain.placement import Machine
 from vllm_proxy.errors import ConfigError, RequestError
+from vllm_proxy.fleet.claims import Waits
 from vllm_proxy.fleet.desired import Desired
 from vllm_proxy.fleet.failure import LastExit
 from vllm_proxy.fleet.model import Model
@@ -58,18 +61,19 @@ def health(reconciler: Reconciler, desired: Desired, certificate: Certificate) -
     """`GET /health`: 200 while the daemon lives; in full for who may read."""
 
     async def handle(request: web.Request) -> Reply[resources.Health]:
-        states = Counter(model.state for model in reconciler.models())
+        states, machines = Counter(model.state for model in reconciler.models()), reconciler.room.machines
         short: resources.Health = {
             "status": "ok",
             "version": __version__,
             "models": {state: states[state] for state in State},
-            "error": bool(desired.rejected or certificate.error or reconciler.not_ended()),
+            "error": bool(desired.rejected or certificate.error or reconciler.not_ended() or machines.problem),
         }
         if Scope.READ not in caller_of(request).scopes:
             return Reply(short)
         return Reply({
             **short,
             "not_ended": list(reconciler.not_ended()),
+            "devices": {"managed": _managed(machines.machine()), "problem": machines.problem},
             "config": {
                 "revision": reconciler.config.revision,
                 "error": _without_values(desired.rejected) if desired.rejected else None,
@@ -81,6 +85,10 @@ def health(reconciler: Reconciler, desired: Desired, certificate: Certificate) -
     return handle
 
 
+def _managed(machine: Machine | None) -> int:
+    return 0 if machine is None else len(machine.seen)
+
+
 def _without_values(rejected: ConfigError) -> str:
     """Everybody may read it: so it names the places of problems, and no value of the file."""
     places = [item.place(Path(rejected.file).name) for item in rejected.problems]
@@ -90,13 +98,17 @@ def _without_values(rejected: ConfigError) -> str:
 
 
 def ready(reconciler: Reconciler) -> Answers[resources.Ready]:
-    """`GET /ready`: 200 when every enabled model with `start = "always"` is ready, else 503 naming the others."""
+    """`GET /ready`: 200 when every enabled model with `start = "always"` is ready, else 503 naming the others.
+
+    One that somebody stopped by hand is not waited for.
+    """
 
     async def handle(_request: web.Request) -> Reply[resources.Ready]:
         missing: dict[str, State] = {
             model.spec.id: model.state
             for model in reconciler.models()
-            if model.spec.policy.enabled and model.spec.policy.start == "always" and model.state is not State.READY
+            if model.spec.policy.enabled and model.spec.policy.start == "always" and not model.stopped_by_hand
+            if model.state is not State.READY
         }
         answer: resources.Ready = {"status": "waiting" if missing else "ready", "not_ready": missing}
         return Reply(answer, 503 if missing else 200)
@@ -118,10 +130,10 @@ def list_models(reconciler: Reconciler, registry: Registry) -> Answers[resources
     """`GET /models`."""
 
     async def handle(request: web.Request) -> Reply[resources.Models]:
-        caller = caller_of(request)
+        caller, held = caller_of(request), reconciler.room.held()
         revision = reconciler.config.revision
         models = [
-            resource(model, registry)
+            resource(model, registry, held)
             async for model in in_turns(reconciler.models())
             if reconciler.knows(model.spec.id) and caller.may_use(model.spec.id)  # still
         ]
@@ -135,7 +147,7 @@ def get_model(reconciler: Reconciler, registry: Registry) -> Answers[resources.M
 
     async def handle(request: web.Request) -> Reply[resources.Model]:
         model = reconciler.model(request.match_info["model_id"])
-        return Reply(resource(model, registry), headers=etag(reconciler.config.revision))
+        return Reply(resource(model, registry, reconciler.room.held()), headers=etag(reconciler.config.revision))
 
     return handle
 
@@ -160,13 +172,13 @@ def act(
         await asyncio.wait({done})  # a client that leaves takes nothing back
         if not done.cancelled():  # the daemon stops
             done.result()
-        return Reply(resource(model, registry), 202)
+        return Reply(resource(model, registry, reconciler.room.held()), 202)
 
     return handle
 
 
-def resource(model: Model, registry: Registry) -> resources.Model:
-    """A model as REST shows it."""
+def resource(model: Model, registry: Registry, held: Mapping[str, Mapping[str, int]]) -> resources.Model:
+    """A model as REST shows it. `held`: what each instance has of devices."""
     in_flight, queued = registry.counts(model.spec.id)
     return {
         "id": model.spec.id,
@@ -175,19 +187,28 @@ def resource(model: Model, registry: Registry) -> resources.Model:
         "status": {
             "state": model.state,
             "reason": model.diagnosis.reason if model.diagnosis else None,
-            "message": model.diagnosis.message if model.diagnosis else None,
+            "message": model.message,
             "created_at": rfc3339(model.created_at),
             "updated_at": rfc3339(model.updated_at),
             "in_flight": in_flight,
             "queued": queued,
-            "instances": [_instance(instance) for instance in model.instances],
+            "room": _room(model.waits),
+            "instances": [_instance(instance, held.get(instance.name, {})) for instance in model.instances],
         },
     }
 
 
-def _instance(instance: Supervisor) -> resources.Instance:
+def _room(waits: Waits | None) -> resources.Room | None:
+    if waits is None:
+        return None
+    return {"needs": waits.needs, "waits_for": list(waits.waits_for), "behind": list(waits.behind)}
+
+
+def _instance(instance: Supervisor, takes: Mapping[str, int]) -> resources.Instance:
     engine, left, diagnosis = instance.engine, instance.seconds_left(), instance.diagnosis
     problem = engine.log.problem if engine else instance.waiting_because
+    if instance.gives_way_to is not None:
+        problem = f"gives way to {instance.gives_way_to}"
     return {
         "index": instance.index,
         "state": instance.state,
@@ -202,6 +223,8 @@ def _instance(instance: Supervisor) -> resources.Instance:
         "ready_at": rfc3339(instance.ready_at),
         "restarts": instance.restarts,
         "in_flight": instance.endpoint.in_flight if instance.endpoint else 0,
+        "devices": [name for name in takes if name != ANY_DEVICE],
+        "memory_bytes": max(takes.values(), default=0) or None,
         "last_exit": _last_exit(instance.last_exit),
     }
 

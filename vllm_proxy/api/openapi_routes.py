@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm_proxy.api.openapi_keys import MODEL_ID, REF, Schema
-from vllm_proxy.domain import resources
+from vllm_proxy.domain import device_resources, resources
 from vllm_proxy.traffic.routes import INFERENCE, InferenceRoute
 
 TAGS = {
@@ -106,7 +106,7 @@ _FINISH: Schema = {
 _TOML = {"text/toml": {"type": "string"}, "application/toml": {"type": "string"}}
 _INFERENCE = (
     *_BODY, "isolation_unavailable", "invalid_json", "missing_model", "model_not_found", "engine_failed", "model_error",
-    "model_disabled", "model_stopped", "queue_full", "shutting_down", "queue_timeout", "request_timeout",
+    "model_disabled", "model_stopped", "no_room", "queue_full", "shutting_down", "queue_timeout", "request_timeout",
 )  # fmt: skip
 
 
@@ -266,7 +266,8 @@ _CONFIGURATION = {
         _HERE,
         description="Server-sent events: `model` (its state changed, a `ModelEvent`), `config` (the file was accepted, "
         "a `ConfigAccepted`, or rejected with its problems, a `ConfigRejected`), `plan` (what an accepted file "
-        "changes, a `PlanEvent`).",
+        "changes, a `PlanEvent`), `device` (who has memory of it, who gets what becomes free, or noticeably how much "
+        "is free, a `Device`).",
     ),
 }
 _DAEMON = {
@@ -274,11 +275,21 @@ _DAEMON = {
         "Daemon", "Show name, version, endpoints", (Answer(200, "This daemon.", _json(resources.Root)),), _HERE
     ),
     "GET /health": Operation("Daemon", "Is it alive?", (Answer(200, "It is.", _json(resources.Health)),), _HERE),
+    "GET /devices": Operation(
+        "Daemon",
+        "Who has the memory of the GPUs?",
+        (Answer(200, "As it was last seen; an empty list where nobody manages any.", _json(device_resources.Devices)),),
+        _HERE,
+    ),
     "GET /ready": Operation(
         "Daemon",
         "Are its models ready?",
         (
-            Answer(200, 'Every enabled model with `start = "always"` is.', _json(resources.Ready)),
+            Answer(
+                200,
+                'Every enabled model with `start = "always"` is, or somebody stopped it by hand.',
+                _json(resources.Ready),
+            ),
             Answer(503, "Some are not.", _json(resources.Ready)),
         ),
         _HERE,

@@ -100,7 +100,9 @@ def needs(demand: Demand, devices: Mapping[str, Device], measured: int | None = 
             share = share_of(demand.memory, total if demand.named is None else smallest)
         wants = requested(total, share)
         context = 0 if devices[name].kind is Kind.MEMORY else CUDA_CONTEXT_BYTES
-        found[name] = measured if measured is not None and measured > wants else wants + context
+        # On a larger device it had more than this one has, so that tells nothing.
+        learned = measured if measured is not None and measured <= total else 0
+        found[name] = learned if learned > wants else wants + context
     return found
 
 

@@ -32,7 +32,8 @@ class Machine:
     seen: Mapping[str, Seen]
     usable: frozenset[str]  # those that an engine may be placed on that names none
     rules: Devices
-    looked_at: float = math.inf  # when they were seen so, on the loop's clock
+    looked_at: float = math.inf  # when the last look at them began, on the loop's clock
+    seen_at: float = -math.inf  # when the one began that saw them so: a later one may have failed
     default_share: float | None = None  # of the installed vLLM, where it is known
 
     def devices(self, held: Mapping[str, Mapping[str, int]] | None = None) -> Mapping[str, Device]:
@@ -75,6 +76,10 @@ class Machine:
         where = tuple(devices)
         needs = fit.needs(replace(self.demand(model), named=where), self.devices())
         return {name: needs.get(name, 0) for name in where}
+
+    def measured(self, instance: str, devices: Iterable[str]) -> int:
+        """Bytes that an engine has of each of its devices, the largest; 0: that cannot be measured."""
+        return max((self.seen[name].held.get(instance, 0) for name in devices if name in self.seen), default=0)
 
     def allocation(self, model: ModelSpec, where: Where, needs: Mapping[str, int]) -> Allocation:
         """What its engine is told when it starts there."""

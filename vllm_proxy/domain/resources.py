@@ -46,7 +46,35 @@ class Instance(TypedDict):
     ready_at: Time | None
     restarts: int
     in_flight: int
+    devices: Annotated[
+        list[str],
+        Field(description="Those that its engine has: the index of a GPU, else the id of a device.", examples=[["0"]]),
+    ]
+    memory_bytes: Annotated[
+        int | None,
+        Field(
+            description="Of each of its devices that it counts for, its context included; of several the most. Null "
+            "where devices are not managed, or it has none."
+        ),
+    ]
     last_exit: LastExit | None
+
+
+class Room(TypedDict):
+    """For what a model waits, of which nothing serves or loads."""
+
+    needs: Annotated[
+        int | None,
+        Field(
+            description="Bytes of each device, the context of its engine included; of several the most. Null where "
+            "devices are not managed."
+        ),
+    ]
+    waits_for: Annotated[
+        list[str],
+        Field(description="Instances in its way: they load, leave, or are to give way.", examples=[["chat/0"]]),
+    ]
+    behind: Annotated[list[str], Field(description="Instances that wait too, and whose turn is before its own.")]
 
 
 class Status(TypedDict):
@@ -59,6 +87,7 @@ class Status(TypedDict):
     updated_at: Time
     in_flight: int
     queued: int
+    room: Annotated[Room | None, Field(description="Null where it does not wait for room; `message` says why it does.")]
     instances: list[Instance]
 
 
@@ -148,6 +177,15 @@ class Applied(TypedDict):
     keys: keys.KeyChanges
 
 
+class DevicesHealth(TypedDict):
+    """The devices, as the daemon sees them."""
+
+    managed: Annotated[int, Field(description="How many engines are placed on.")]
+    problem: Annotated[
+        str | None, Field(description="What is not known of them and ought to be, with the reason; else null.")
+    ]
+
+
 class ConfigHealth(TypedDict):
     """The file, as the daemon sees it."""
 
@@ -166,18 +204,23 @@ class Health(TypedDict):
     version: str
     models: Annotated[dict[str, int], Field(description="How many models are in each state.")]
     error: Annotated[
-        bool, Field(description="Whether the file or the certificate is refused, or an engine could not be ended.")
+        bool,
+        Field(
+            description="Whether the file or the certificate is refused, an engine could not be ended, or the devices "
+            "cannot be measured."
+        ),
     ]
     not_ended: NotRequired[
         Annotated[
             list[str], Field(description="Instances whose engines live and could not be ended. For who may read.")
         ]
     ]
+    devices: NotRequired[Annotated[DevicesHealth, Field(description="For who may read.")]]
     config: NotRequired[Annotated[ConfigHealth, Field(description="The file. For who may read.")]]
 
 
 class Ready(TypedDict):
-    """Whether every enabled model with `start = "always"` is ready."""
+    """Whether every enabled model with `start = "always"` is ready that nobody stopped by hand."""
 
     status: Literal["ready", "waiting"]
     not_ready: Annotated[dict[str, State], Field(description="The models that are not, with their states.")]

@@ -76,6 +76,7 @@ class Inventory:
         self._failures = 0  # in a row
         self._hangs = False  # the last one did not answer in time
         self.looked_at = -math.inf  # when the last look began, on the loop's clock
+        self.seen_at = -math.inf  # when the one began that told of `devices`
         self._woken = asyncio.Event()
         self._name = source
         self._source = self._source_of(source)
@@ -157,6 +158,7 @@ class Inventory:
             else:
                 if source is self._source:
                     self._adopt(sight)
+                    self.seen_at = began
         self.looked_at = began
 
     async def _ask(self, source: "_Watched") -> Sight:

@@ -26,6 +26,7 @@ from vllm_proxy.domain.address import TcpAddress, parse_address
 from vllm_proxy.domain.command import Place, mark
 from vllm_proxy.domain.devices import ANY_DEVICE, Allocation
 from vllm_proxy.engine import cgroup, vitals
+from vllm_proxy.engine.learned import Learned
 from vllm_proxy.engine.ownership import Identity
 from vllm_proxy.engine.ports import HOST
 from vllm_proxy.engine.proc import PID_LIMIT, boot_id, pid_namespace
@@ -37,7 +38,6 @@ log = structlog.get_logger()
 SCRATCH = Path("/tmp")  # noqa: S108 - where there is no RUNTIME_DIRECTORY; engines' folders in it are private
 _NAME_LIMIT = 200
 _STARTS_KEPT = 5  # of one spec
-_SPECS_KEPT = 200
 _FOREIGN_KEPT = 100  # records of other pid namespaces
 _NAMESPACE = "pid_namespace"
 _PORT = "port"  # of an older daemon's records, which have no address; still written, so that one may go back to it
@@ -108,10 +108,10 @@ class StateDirectory:
         self._scratch = scratch
         self.unusable = 0  # records of an earlier daemon that `orphans` could not use
         self._file = path / "engines.toml"
-        self._starts_file = path / "starts.toml"
         self._records: dict[str, EngineRecord] = {}
         self._kept: list[object] = []  # entries that are not acted on, as they were read
-        self._starts: dict[str, list[float]] | None = None  # read when first asked for
+        self._starts = Learned(path / "starts.toml", "seconds", _STARTS_KEPT, self._replace)
+        self._memory = Learned(path / "memory.toml", "bytes", 1, self._replace)
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
@@ -130,7 +130,7 @@ class StateDirectory:
             os.close(self._lock)
             msg = f"cannot use the state directory {self.path}: another daemon does; choose another with --state-dir"
             raise StartupError(msg) from None
-        for file in (self._file, self._starts_file):
+        for file in (self._file, self._starts.file, self._memory.file):
             files.remove_temporaries(file)
         return self
 
@@ -229,24 +229,21 @@ class StateDirectory:
 
     def starts(self, spec: str) -> Sequence[float]:
         """How many seconds the last starts of a spec took, by its fingerprint."""
-        return self._all_starts().get(spec, [])
+        return self._starts.of(spec)
 
     def add_start(self, spec: str, seconds: float) -> None:
         """One more start of a spec."""
-        every = self._all_starts()
-        mine = [*every.pop(spec, []), round(seconds, 1)][-_STARTS_KEPT:]
-        self._starts = dict(list(every.items())[1 - _SPECS_KEPT :]) | {spec: mine}
-        self._replace(self._starts_file, {"seconds": self._starts})
+        self._starts.add(spec, round(seconds, 1))
 
-    def _all_starts(self) -> dict[str, list[float]]:
-        if self._starts is None:
-            try:
-                document = tomllib.loads(files.read_file(self._starts_file).decode())
-                found = msgspec.convert(document["seconds"], dict[str, list[float]])
-                self._starts = {spec: [one for one in starts if 0 <= one < math.inf] for spec, starts in found.items()}
-            except (OSError, ValueError, KeyError, RecursionError):
-                self._starts = {}  # only estimates depend on it
-        return self._starts
+    def memory(self, spec: str) -> int | None:
+        """Bytes that the last engine of a spec had of each device; None: not known."""
+        found = self._memory.of(spec)
+        return int(found[-1]) if found else None
+
+    def note_memory(self, spec: str, size: int) -> None:
+        """An engine of a spec has so many bytes of each device."""
+        if size != self.memory(spec):
+            self._memory.add(spec, size)
 
     def _write(self) -> None:
         here = pid_namespace()

@@ -14,6 +14,7 @@ from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.ledger import Short, Standing, Where
 from vllm_proxy.domain.lifecycle import Reason
+from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.runtime.background import notify
 
@@ -29,6 +30,9 @@ class Waits:
     reason: Reason | None = None
     no_room: str | None = None
     ready_in: float | None = None  # seconds; a guess
+    needs: int | None = None  # bytes of each device, the largest; None: they are not managed
+    waits_for: tuple[str, ...] = ()  # instances that are in its way
+    behind: tuple[str, ...] = ()  # instances whose turn is before its
 
     @property
     def diagnosis(self) -> Diagnosis | None:
@@ -46,6 +50,10 @@ class Tenant(Protocol):
     @property
     def spec(self) -> ModelSpec:
         """What it runs, with its policy as it is now."""
+
+    @property
+    def engine(self) -> Engine | None:
+        """What runs of it now."""
 
     def wanted_since(self) -> float | None:
         """Since when a request or a person has waited for its model, on the loop's clock; None: nobody does."""
@@ -88,7 +96,8 @@ class Claim:
         self.not_ended: str | None = None  # why its engine could not be ended
         self.start_seconds = tenant.start_seconds()
         self.measured = tenant.measured()
-        self.found: int | None = None  # bytes that its engine has of each device, as measured since it serves
+        self.awaits_look = False  # it serves, and the devices were not looked at since
+        self.found: int | None = None  # bytes that its engine has of each device, as measured then; 0: it cannot be
         self.watches_idle = False  # somebody waits for its last request
         self.is_done = False
         self._wanted_since: float | None = None
@@ -128,7 +137,7 @@ class Claim:
 
     def serves(self) -> None:
         """Its engine has allocated what it needs: others may measure the devices."""
-        self.standing, self.since = Standing.SERVES, asyncio.get_running_loop().time()
+        self.standing, self.since, self.awaits_look = Standing.SERVES, asyncio.get_running_loop().time(), True
         self.start_seconds = self.tenant.start_seconds()
         self._changed(self)
 

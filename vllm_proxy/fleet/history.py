@@ -1,6 +1,6 @@
-"""Statistics of a model's engines: how long their starts took, and why they failed.
+"""Statistics of a model's engines: how long their starts took, what memory they had, and why they failed.
 
-For the metrics and for estimates of a start. It only counts: nothing is decided by it.
+For the metrics and for estimates of a start. It only counts: nothing is decided here.
 """
 
 import statistics
@@ -16,8 +16,8 @@ _START_SECONDS = 60.0  # of a model that has never started
 _BUCKETS = (1.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)  # seconds
 
 
-class Starts(Protocol):
-    """Where the durations of starts are kept over restarts of the daemon, by fingerprint."""
+class Kept(Protocol):
+    """What is kept of engines over restarts of the daemon, by fingerprint."""
 
     def starts(self, spec: str) -> Sequence[float]:
         """How many seconds the last starts of a spec took."""
@@ -25,11 +25,17 @@ class Starts(Protocol):
     def add_start(self, spec: str, seconds: float) -> None:
         """One more start of a spec."""
 
+    def memory(self, spec: str) -> int | None:
+        """Bytes that the last engine of a spec had of each device; None: not known."""
+
+    def note_memory(self, spec: str, size: int) -> None:
+        """An engine of a spec has so many bytes of each device."""
+
 
 class History:
     """Of one model."""
 
-    def __init__(self, kept: Starts, fingerprint: Callable[[EngineSpec], str]) -> None:
+    def __init__(self, kept: Kept, fingerprint: Callable[[EngineSpec], str]) -> None:
         self.failures: Counter[tuple[str, Reason]] = Counter()  # by instance and reason
         self.startups = Histogram(_BUCKETS)
         self._kept = kept
@@ -52,3 +58,7 @@ class History:
     def past_starts(self, spec: EngineSpec) -> Sequence[float]:
         """How many seconds the last starts of this spec took, those under earlier daemons too."""
         return self._kept.starts(self._fingerprint(spec))
+
+    def memory(self, spec: EngineSpec) -> int | None:
+        """Bytes that the last engine of this spec had of each device, as measured; None: not known."""
+        return self._kept.memory(self._fingerprint(spec))

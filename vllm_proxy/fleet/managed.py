@@ -17,6 +17,14 @@ class Machines(Protocol):
     def machine(self) -> Machine | None:
         """The devices; None: nobody manages them."""
 
+    @property
+    def problem(self) -> str | None:
+        """What ought to be known of them and is not, with the reason."""
+
+    @property
+    def unmanaged(self) -> str | None:
+        """Why nobody manages them, for people; None: they are managed."""
+
     def use(self, rules: Devices) -> None:
         """The file says this of them now."""
 
@@ -30,6 +38,15 @@ class Unmanaged:
     def machine(self) -> Machine | None:
         """None."""
         return None
+
+    @property
+    def problem(self) -> None:
+        """None."""
+
+    @property
+    def unmanaged(self) -> str:
+        """Nobody looks at them."""
+        return "nobody looks at them"
 
     def use(self, rules: Devices) -> None:
         """Nothing to do."""
@@ -55,7 +72,22 @@ class Managed:
         if not inventory.managed:
             return None
         share = self._default_share()
-        return Machine(inventory.devices, inventory.usable, self.rules, inventory.looked_at, share)
+        looks = inventory.looked_at, inventory.seen_at
+        return Machine(inventory.devices, inventory.usable, self.rules, *looks, default_share=share)
+
+    @property
+    def problem(self) -> str | None:
+        """What the last looks could not tell."""
+        return self.inventory.problem
+
+    @property
+    def unmanaged(self) -> str | None:
+        """Because the file says so, they cannot be looked at, or there are none."""
+        if self.inventory.managed:
+            return None
+        if self.rules.source == "none":
+            return 'the file says so: [devices] source = "none"'
+        return self.problem or 'no GPU was found; [devices] source = "cpu" manages the memory of the processors'
 
     def look(self, rules: Devices) -> Machine | None:
         """As the file would have them that says this, without devices where nobody manages any; None: not known."""

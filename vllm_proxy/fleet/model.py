@@ -88,6 +88,8 @@ class Model:
             return not_ended
         if state is State.STOPPED:
             return _STOPPED_BY_HAND if self.stopped_by_hand else self._gave_way
+        if state is State.UNLOADING:
+            return self._gave_way
         if state is not State.ERROR and self._rollback.refusal is not None:
             return self._rollback.refusal
         if state not in {State.LOADING, State.ERROR}:
@@ -100,6 +102,12 @@ class Model:
         if any(one.state is State.READY or one.engine is not None for one in self.instances):
             return None
         return next((one.waits for one in self.instances if one.waits is not None), None)
+
+    @property
+    def message(self) -> str | None:
+        """What is said of it: why it is not what the file asks for, or for what it waits."""
+        diagnosis, waits = self.diagnosis, self.waits
+        return diagnosis.message if diagnosis is not None else waits.because if waits is not None else None
 
     @property
     def stopped_by_hand(self) -> bool:

@@ -42,13 +42,17 @@ def _not_known(_: Devices) -> Machine | None:
     return None
 
 
+def _not_measured(_: EngineSpec) -> int | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """What this machine has. `look`: as a `[devices]` table has it; None: nobody knows, and nothing is said of it."""
 
     look: Callable[[Devices], Machine | None] = _not_known
     place_of: Callable[[ModelSpec], Where | None] = _nowhere  # where one more engine would run now; None: it would wait
-    measured: Callable[[], Mapping[str, int]] = dict  # by model: bytes that its last engine had of each device
+    measured: Callable[[EngineSpec], int | None] = _not_measured  # bytes that its last engine had of each device
 
     def wants(self, config: Config) -> "Wants":
         """What the models want of it that are not off."""
@@ -58,7 +62,8 @@ class Hardware:
         demands = {model.id: machine.demand(model) for model in config.models.values() if model.policy.enabled}
         named = {name for one in demands.values() for name in one.named or ()}
         devices = {name: device for name, device in machine.devices().items() if name in machine.usable | named}
-        return Wants(demands, devices, self.measured())
+        measured = {name: size for name in demands if (size := self.measured(config.models[name].engine)) is not None}
+        return Wants(demands, devices, measured)
 
 
 @dataclass(frozen=True, slots=True)

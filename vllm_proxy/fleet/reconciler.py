@@ -59,8 +59,9 @@ class Reconciler:
         self.config = config
         self.registry = shared.registry
         self._shared = shared
-        self._room = shared.loop.room
-        self._room.unmanaged = shared.launcher.allocation
+        self.room = shared.loop.room
+        self.room.unmanaged = shared.launcher.allocation
+        self.room.learned = lambda spec, size: state.note_memory(fingerprint(spec), size)
         self._state = state
         self._fingerprint = fingerprint
         self._listeners: list[Callable[[Model], None]] = []
@@ -101,7 +102,7 @@ class Reconciler:
         self.config = config
         if self.stopping.is_set():
             return
-        self._room.machines.use(config.devices)
+        self.room.machines.use(config.devices)
         self.registry.update(config.models)
         for action in actions:
             log.info("plan", model=action.model, action=action.kind, reason=action.reason)
@@ -222,13 +223,13 @@ class Reconciler:
             if model := self._models.get(model_id) or next(iter(self._models.values()), None):
                 notify(self._listeners, model)
 
-        leftover = self._room.leave(record.instance, record.place.allocation.takes)
+        leftover = self.room.leave(record.instance, record.place.allocation.takes)
         end = partial(self._shared.launcher.end_orphan, record, Orphan(leftover, changed))
         return run_once(end, f"end of {record.instance}", lambda: leftover.failed("a fault of the daemon: see its log"))
 
     def not_ended(self) -> dict[str, str]:
         """The instances whose engines could not be ended, those of an earlier daemon included, and why."""
-        return self._room.not_ended()
+        return self.room.not_ended()
 
     def _changed(self, model: Model) -> None:
         notify([self._report, *self._listeners], model)

@@ -23,7 +23,10 @@ from vllm_proxy.domain.room import Moves, Wait
 from vllm_proxy.domain.waiting import Situation
 from vllm_proxy.fleet.claims import Claim, Leftover, Tenant, Waits
 from vllm_proxy.fleet.managed import Machines
+from vllm_proxy.fleet.room_history import RoomHistory
+from vllm_proxy.runtime.background import notify
 
+EARLIER = "an earlier "  # before the name of an instance, where one of an earlier daemon is there beside its own
 _INSTANT = 1e-6  # seconds
 _MOST_TOLD = 100  # waiting starts in one turn of the loop: each notification has listeners
 
@@ -32,18 +35,29 @@ def _none_used(_: EngineSpec) -> Allocation:
     return NO_DEVICES
 
 
+def _not_kept(_: EngineSpec, __: int) -> None:
+    """Nobody keeps it."""
+
+
 class Room:
     """The claims of one daemon. `wake` is called after each change."""
 
     def __init__(self, wake: Callable[[], None], machines: Machines) -> None:
         self.machines = machines
         self.unmanaged: Callable[[EngineSpec], Allocation] = _none_used  # what an engine uses where nobody does
+        self.learned: Callable[[EngineSpec, int], None] = _not_kept  # an engine of a spec has so much of each device
+        self.history = RoomHistory()
         self.last = RoomNow()  # what was decided about last, and what was decided
         self.moves = Moves()
         self._wake = wake
+        self._listeners: list[Callable[[], None]] = []
         self._last_came = -math.inf
         self._claims: dict[Claim, None] = {}  # in the order they came
         self._leftovers: dict[Leftover, None] = {}
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call `listener` after every decision, and after what is new of the devices."""
+        self._listeners.append(listener)
 
     # For supervisors
 
@@ -69,9 +83,25 @@ class Room:
         every: list[Claim | Leftover] = [*self._claims, *self._leftovers]
         return dict(sorted((one.name, one.not_ended) for one in every if one.not_ended is not None))
 
+    def memory(self) -> tuple[Mapping[str, Device], list[Hold]]:
+        """The devices as decisions count with them, and who has what of them; nothing where nobody manages any."""
+        machine = self.machines.machine()
+        if machine is None:
+            return {}, []
+        left = {one: machine.renamed(one.takes) for one in self._leftovers}
+        takes = {claim: self._taken(claim, machine) for claim in self._claims if claim.allocation is not None}
+        holds = [*self._leftover_holds(left), *(_hold(claim, sizes) for claim, sizes in takes.items())]
+        return machine.devices({hold.name.removeprefix(EARLIER): hold.takes for hold in holds}), holds
+
+    def held(self) -> dict[str, Mapping[str, int]]:
+        """What the engine of each instance has, bytes by device; 0: not known."""
+        machine = self.machines.machine()
+        has = [(claim, claim.allocation) for claim in self._claims if claim.allocation is not None]
+        return {one.name: own.takes if machine is None else self._taken(one, machine) for one, own in has}
+
     def is_asked(self) -> bool:
-        """Whether anybody waits."""
-        return any(claim.waits for claim in self._claims)
+        """Whether anybody waits for room, or to be measured."""
+        return any(claim.waits or claim.awaits_look for claim in self._claims)
 
     def fits_beside(self, model: ModelSpec, waiting: Claim | None) -> bool:
         """Whether one more instance of a model finds its room now, and nobody has to give way.
@@ -122,11 +152,7 @@ class Room:
         return self._taking_turns() if machine is None else self._managed(machine)
 
     def _managed(self, machine: Machine) -> RoomNow:
-        takes = {claim: self._taken(claim, machine) for claim in self._claims if claim.allocation is not None}
-        held = {claim.name: sizes for claim, sizes in takes.items()}
-        left = {one: machine.renamed(one.takes) for one in self._leftovers}
-        devices = machine.devices({one.name: dict(sizes) for one, sizes in left.items()} | held)
-        holds = [*self._leftover_holds(left), *(_hold(claim, sizes) for claim, sizes in takes.items())]
+        devices, holds = self.memory()
         return RoomNow(devices, holds, list(self._asks(machine, devices)), machine.eviction)
 
     def _asks(self, machine: Machine, devices: Mapping[str, Device]) -> Iterator[Ask]:
@@ -154,7 +180,7 @@ class Room:
         takes = machine.renamed(claim.allocation.takes)
         if takes and not all(takes.values()):  # it came while nobody managed the devices
             takes = machine.held_by(claim.tenant.spec, takes)
-        if claim.standing is not Standing.SERVES or claim.found is None:
+        if not claim.found:
             return takes
         return {name: fit.held(size, claim.found) for name, size in takes.items()}
 
@@ -190,15 +216,31 @@ class Room:
     def _leftover_holds(self, takes: Mapping[Leftover, Mapping[str, int]]) -> Iterator[Hold]:
         running = {claim.name for claim in self._claims if not claim.waits}
         for one, sizes in takes.items():
-            name = f"an earlier {one.name}" if one.name in running else one.name
+            name = f"{EARLIER}{one.name}" if one.name in running else one.name
             yield Hold(name, "", sizes, Standing.GOES, not_ended=one.not_ended, untried=one.untried)
 
     # What was decided: by the fleet loop
 
     def look(self) -> None:
         """The devices were looked at."""
+        self._learn(self.machines.machine())
         if self.is_asked():
             self._wake()
+        else:
+            notify(self._listeners)
+
+    def _learn(self, machine: Machine | None) -> None:
+        """What the engines have that serve since before the look began. One that failed has seen nothing."""
+        for claim in self._claims:
+            if claim.standing is not Standing.SERVES or claim.allocation is None or claim.found is not None:
+                continue
+            if machine is None or machine.looked_at > claim.since:
+                claim.awaits_look = False
+            if machine is not None and machine.seen_at > claim.since:
+                claim.found = machine.measured(claim.name, machine.renamed(claim.allocation.takes))
+                self._wake()
+                if claim.found:
+                    self.learned(claim.tenant.spec.engine, claim.found)
 
     def follow(self, now: RoomNow, moves: Moves, time: float) -> None:
         """Carry out what was decided about `now`, and report to those who wait why."""
@@ -220,6 +262,8 @@ class Room:
         self._watch_idle()
         if not reports.tell(claims):
             self._wake()
+        self.history.follow(now, moves, time, self._claims, lambda: self.memory()[1])
+        notify(self._listeners)
 
     def _admit(self, claim: Claim, where: Where, ask: Ask) -> None:
         machine, spec = self.machines.machine(), claim.tenant.spec
@@ -297,11 +341,14 @@ class _Reports:
         return True
 
     def _waits(self, claim: Claim, ask: Ask, wait: Wait) -> Waits:
+        sizes = [ask.needs[name] for name in wait.where if name in ask.needs] or ask.needs.values()
+        needs, waits_for, behind = max(sizes, default=0) or None, wait.waits_for, wait.behind
         if ask.name in self._moves.stuck:
             why = waiting.stuck_sentence(ask, self._what_is)
-            return Waits(why, Reason.DOES_NOT_FIT, no_room=why)
+            return Waits(why, Reason.DOES_NOT_FIT, no_room=why, needs=needs, waits_for=waits_for, behind=behind)
         why = waiting.sentence(ask, wait, self._what_is)
         if wait.not_ended is not None:
-            return Waits(why, Reason.NOT_ENDED)
+            return Waits(why, Reason.NOT_ENDED, needs=needs, waits_for=waits_for, behind=behind)
         left = wait.at - self._what_is.now
-        return Waits(why, ready_in=None if wait.at == math.inf else max(left, 0.0) + claim.start_seconds)
+        ready_in = None if wait.at == math.inf else max(left, 0.0) + claim.start_seconds
+        return Waits(why, ready_in=ready_in, needs=needs, waits_for=waits_for, behind=behind)

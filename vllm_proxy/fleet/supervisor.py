@@ -158,7 +158,7 @@ class Supervisor:
 
     def measured(self) -> int | None:
         """Bytes that the last engine of its spec had of each device; None: not known."""
-        return None
+        return self._history.memory(self.spec.engine)
 
     def on_yield(self, for_whom: str) -> None:
         """It is to give way: to stop, once the fleet loop says so."""
