@@ -1,6 +1,7 @@
 """What the pages tell somebody to type, typed at a running daemon."""
 
 import asyncio
+import json
 import os
 import re
 from collections.abc import AsyncIterator
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import pages
+from tests.fakes.ledger import GIB, Devices
 from tests.harness import Daemon, daemon, fake_engines
 from tests.test_pages import blocks
 from vllm_proxy.domain.keys import hash_of, new_key
@@ -86,3 +88,24 @@ async def test_the_page_of_metrics_is_what_a_daemon_says(running: Daemon) -> Non
     for name, labels in re.findall(r"^(\w+)\{(.*)\} ", text, re.MULTILINE):
         family = name if name in families else name.rpartition("_")[0]
         assert set(re.findall(r"(\w+)=", labels)) - {"le"} == set(families[family][1]), name
+
+
+async def test_two_models_on_one_gpu_take_turns_as_the_page_has_it(tmp_path: Path, port_start: int) -> None:
+    """The file of docs/scheduling.md as it is, on a GPU of 24 GiB, and what is typed there: what it says comes true."""
+    page = pages.DOCS / "scheduling.md"
+    (models,) = blocks(page, "toml")
+    with Devices(tmp_path / "gpus.toml", {"0": 24 * GIB}) as devices:
+        shared = f'[defaults]\nargs = {{ fake_ledger = "{devices.file}" }}\n'
+        async with daemon(f"{fake_engines(port_start)}{KEYS}{devices.config}{shared}{models}", tmp_path) as running:
+            asked, wanted = [block.splitlines() for block in blocks(page)]
+            found = [json.loads(await typed(running, line)) for line in asked]
+            assert [answer["model"] for answer in found[:2]] == ["chat", "code"]
+            status = found[2]["status"]
+            assert (status["state"], status["reason"]) == ("stopped", "gave_way")
+            assert re.fullmatch(r"gave way to code at [\d:]{8} UTC; its next request starts it", status["message"])
+            (gpu,) = found[3]["devices"]
+            assert [(hold["instance"], hold["standing"]) for hold in gpu["holds"]] == [("code/0", "serves")]
+            (line,) = wanted
+            filtered = re.search(r"grep -E '(.*)'", line)
+            assert filtered is not None
+            assert len(re.findall(filtered[1], await typed(running, line), re.MULTILINE)) >= 8
