@@ -265,7 +265,8 @@ def test_of_very_many_sizes_that_nobody_may_go_for_yet_the_first_are_planned() -
 
 def test_what_comes_back_is_promised_to_one_ask() -> None:
     """To the byte; the second one waits for something else."""
-    assert moves(gpus(80), [hold("a", 60, GOES)], ask("b", 80)).place == {"b": ("0",)}
+    for pressing in (True, False):
+        assert moves(gpus(80), [hold("a", 60, GOES)], ask("b", 80, pressing=pressing)).place == {"b": ("0",)}
     assert not moves(gpus(80), [hold("a", 60, GOES)], replace(ask("b", 0), needs={"0": 80 * GIB + 1})).place
     found = moves(gpus(80), [hold("a", 80, GOES)], ask("b", 50, 990), ask("c", 50))
     assert found.place == {"b": ("0",)}
@@ -388,6 +389,13 @@ def test_less_priority_goes_first_then_who_is_not_used_then_who_is_soon_back() -
     assert gone(moves(gpus(80), rivals, ask("d", 40))) == {"b"}
 
 
+def test_one_that_sleeps_is_not_busy() -> None:
+    """Whatever was in flight before: it goes for less than one that serves and is soon asked again."""
+    asleep = hold("a", 60, SLEEPS, on="0", idle_since=None)
+    serves = hold("b", 60, on="1", since=0.0, idle_since=NOW - 6, start_seconds=900.0)
+    assert gone(moves(gpus(80, 80), [asleep, serves], ask("d", 50))) == {"a"}
+
+
 def test_a_sleeper_that_somebody_waits_for_is_spared() -> None:
     """Its ask comes later in the line, and it goes only where nothing else would do. Else the one soonest started."""
     holds = [hold("a", 4, SLEEPS, start_seconds=50, wake_seconds=45), hold("b", 4, SLEEPS, start_seconds=20)]
@@ -474,6 +482,8 @@ def test_a_sleeper_wakes_where_it_sleeps_and_needs_what_it_has_not() -> None:
     other = hold("b", 18, always=True)
     assert admitted(moves(gpus(80, 80), [asleep, other], ask("a", 62))) == {"a": "0"}
     assert gone(moves(gpus(80, 80), [asleep, hold("b", 40)], ask("a", 60))) == {"b"}
+    lasting = replace(asleep, always=True, takes={"0": 10 * GIB})
+    assert gone(moves(gpus(80), [lasting, hold("b", 20)], ask("a", 75, always=True))) == {"b"}, "it is in nobody's way"
 
 
 def test_a_sleeper_that_can_never_wake_where_it_sleeps_gives_that_up() -> None:
@@ -482,6 +492,8 @@ def test_a_sleeper_that_can_never_wake_where_it_sleeps_gives_that_up() -> None:
     found = moves(gpus(80, 80), [asleep, resident], ask("a", 60))
     assert (found.go, found.stuck) == ({"a": Depth.STOP}, ())
     assert not moves(gpus(80, 80), [asleep, resident], ask("a", 60, pressing=False)).go
+    asleep = replace(asleep, takes={"0": 5 * GIB})
+    assert moves(gpus(80), [asleep, resident], ask("a", 12)).go == {"a": Depth.STOP}, "what it has counts once"
 
 
 def test_nobody_both_goes_and_comes() -> None:

@@ -44,17 +44,6 @@ class Kind(StrEnum):
     MIG = "mig"
     MEMORY = "memory"  # the machine's own, where engines compute on its processors
 
-    @property
-    def word(self) -> str:
-        """As messages have it."""
-        return "the machine's memory" if self is Kind.MEMORY else "a GPU"
-
-    def called(self, device: str) -> str:
-        """The name of one, as messages have it: "GPU 0"; a UUID begins with its kind."""
-        if self is Kind.MEMORY:
-            return self.word
-        return f"GPU {device}" if device.isdigit() else device
-
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -95,8 +84,8 @@ class Hold:
 
     @property
     def busy(self) -> bool:
-        """Whether requests are in flight, or wait for it to come."""
-        return self.standing is Standing.COMES or (self.standing is Standing.SERVES and self.idle_since is None)
+        """Whether requests are in flight."""
+        return self.standing is Standing.SERVES and self.idle_since is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +227,7 @@ class Ledger:
         """
         if self._fixed(ask) is not None:
             return next(self.sets(ask, allowed), None)
-        if ask.place and self._is_set(ask, ask.place, allowed):
+        if self._is_set(ask, ask.place, allowed):
             return ask.place
 
         def price(name: str) -> tuple[int, float]:
