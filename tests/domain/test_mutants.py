@@ -146,7 +146,7 @@ FAULTS = {
     "the fewest busy": (EVICTION, "return (busy, priority, seconds,", "return (0, priority, seconds,"),
     "the least priority": (EVICTION, "return (busy, priority, seconds,", "return (busy, 0, seconds,"),
     "the least time": (EVICTION, "return (busy, priority, seconds,", "return (busy, priority, 0,"),
-    "waiting is time": (EVICTION, "for hold in gone) + max(at - self._now, 0.0)", "for hold in gone)"),
+    "waiting is time": (EVICTION, "for hold in gone) + at - self._now", "for hold in gone)"),
     "kept until others may go now": (
         EVICTION,
         "return kept if kept is not None and best is not None and best.at > self._now else best",
