@@ -83,7 +83,7 @@ FAULTS = {
     "gangs are whole": (LEDGER, "[: ask.count] for group in", "[:1] for group in"),
     "fewest awake": (LEDGER, "return self._awake[name], self.left_later", "return 0, self.left_later"),
     "least left over": (LEDGER, "return self._awake[name], self.left_later(ask, name)", "return self._awake[name], 0"),
-    "places are kept": (LEDGER, "if ask.place and self._is_set(ask, ask.place, allowed):", "if False:"),
+    "places are kept": (LEDGER, "if self._is_set(ask, ask.place, allowed):", "if False:"),
     "always is what makes stuck": (LEDGER, "return hold.always and hold.standing not in _LEAVES", "return True"),
     "always never goes": (EVICTION, "in standings and not hold.always", "in standings"),
     "not the same model": (EVICTION, "[hold for hold in found if hold.model != ask.model]", "found"),
@@ -146,7 +146,7 @@ FAULTS = {
     "the fewest busy": (EVICTION, "return (busy, priority, seconds,", "return (0, priority, seconds,"),
     "the least priority": (EVICTION, "return (busy, priority, seconds,", "return (busy, 0, seconds,"),
     "the least time": (EVICTION, "return (busy, priority, seconds,", "return (busy, priority, 0,"),
-    "waiting is time": (EVICTION, "for hold in gone) + max(at - self._now, 0.0)", "for hold in gone)"),
+    "waiting is time": (EVICTION, "for hold in gone) + at - self._now", "for hold in gone)"),
     "kept until others may go now": (
         EVICTION,
         "return kept if kept is not None and best is not None and best.at > self._now else best",

@@ -124,6 +124,7 @@ def test_one_that_uses_no_device_comes_at_once() -> None:
     """There is nothing to wait for."""
     assert admitted(moves(gpus(80), [hold("a", 80, COMES)], Ask("b", "b", {}, 0))) == {"b": ""}
     assert admitted(moves({}, [], Ask("b", "b", {}, 0))) == {"b": ""}
+    assert admitted(moves(gpus(80), [], Ask("b", "b", {}, 0, place=("0",)))) == {"b": ""}, "since its keys have changed"
 
 
 def test_an_instance_waits_until_nothing_of_its_former_engine_is_left() -> None:
@@ -181,6 +182,19 @@ def test_a_gang_gets_all_of_its_devices_at_once_or_none() -> None:
     assert admitted(moves(gpus(80, 80), [], ask("g", 40, count=2))) == {"g": "01"}
 
 
+def test_devices_of_a_set_are_in_the_order_of_the_inventory() -> None:
+    """As numbers come, so that a set is recognized however it was found."""
+    devices = gpus(*[80] * 12)
+    names = [*devices]
+    assert moves(devices, [], Ask("a", "a", dict.fromkeys(names[2:4] + names[10:], GIB), 4)).admit["a"] == (
+        "2", "3", "10", "11",
+    )  # fmt: skip
+    holds = [Hold(f"h{name}", f"h{name}", {name: 70 * GIB}, SERVES, since=0.0, idle_since=0.0) for name in names]
+    gang = Ask("g", "g", dict.fromkeys(names, 60 * GIB), 6, since=NOW)
+    (where,) = moves(devices, holds, gang).place.values()
+    assert [*where] == sorted(where, key=int)
+
+
 def test_of_very_many_sets_those_with_most_room_are_looked_at() -> None:
     """A decision takes no longer for it."""
     devices = gpus(*[80] * 16)
@@ -218,6 +232,30 @@ def test_who_is_of_a_model_that_serves_is_answered_for_itself() -> None:
     served = replace(hold("a", 70), model="b")
     found = moves(gpus(80), [served], ask("b", 50, 980), ask("c", 50))
     assert (found.go, found.go_for) == ({"a": Depth.STOP}, {"a": "c"})
+
+
+def test_one_that_sleeps_is_answered_for_itself() -> None:
+    """It needs less than others that want as much."""
+    holds = [hold("a", 30, SLEEPS, keeps=30 * GIB, priority=9), hold("h", 40, since=NOW - 1, idle_since=None)]
+    asks = [replace(ask(name, 40, since), model="a") for name, since in (("a/1", 980), ("a/2", 981), ("a", 982))]
+    assert admitted(moves(gpus(80), holds, *asks)) == {"a": "0"}
+
+
+def test_who_is_behind_whom_is_said_as_it_is_in_its_turn() -> None:
+    """Though one before it waits for the same and is not."""
+    asks = ask("s1", 100, 980), ask("p", 50, 981), ask("s2", 100, 982)
+    found = moves(gpus(80), [hold("x", 60, GOES)], *(replace(one, needs={"0": one.needs["0"]}) for one in asks))
+    assert [found.wait[name].behind for name in ("s1", "p", "s2")] == [(), (), ("p",)]
+
+
+def test_when_a_place_is_free_is_told_where_it_is_known() -> None:
+    """Now, where somebody leaves; when those may go who are to go; else nobody knows."""
+    assert moves(gpus(80), [hold("a", 80, GOES)], ask("b", 50)).wait["b"].at == NOW
+    served = hold("a", 80, since=NOW - 4, idle_since=NOW - 4)
+    assert moves(gpus(80), [served], ask("b", 50)).wait["b"].at == NOW + 6
+    found = moves(gpus(80, 80), [hold("a", 80, always=True), hold("b", 80, on="1")], ask("c", 50, pressing=False))
+    assert (found.wait["c"].at, found.wait["c"].where) == (math.inf, ("0", "1", "2", "3"))
+    assert moves(gpus(80), [], ask("a", 60)).look_again == math.inf, "it waits no more"
 
 
 def test_who_wants_something_else_is_answered_for_itself() -> None:
@@ -265,7 +303,8 @@ def test_of_very_many_sizes_that_nobody_may_go_for_yet_the_first_are_planned() -
 
 def test_what_comes_back_is_promised_to_one_ask() -> None:
     """To the byte; the second one waits for something else."""
-    assert moves(gpus(80), [hold("a", 60, GOES)], ask("b", 80)).place == {"b": ("0",)}
+    for pressing in (True, False):
+        assert moves(gpus(80), [hold("a", 60, GOES)], ask("b", 80, pressing=pressing)).place == {"b": ("0",)}
     assert not moves(gpus(80), [hold("a", 60, GOES)], replace(ask("b", 0), needs={"0": 80 * GIB + 1})).place
     found = moves(gpus(80), [hold("a", 80, GOES)], ask("b", 50, 990), ask("c", 50))
     assert found.place == {"b": ("0",)}
@@ -289,6 +328,29 @@ def test_a_place_that_is_none_any_more_is_forgotten() -> None:
         assert admitted(moves(gpus(80, 80), [], ask("a", 50, on="017", place=tuple(place)))) == {"a": "0"}
     assert admitted(moves(gpus(80, 80), [], ask("a", 50, on="0", place=("1",)))) == {"a": "0"}
     assert moves(gpus(80, 80), [], ask("a", 50, on="0", only=("1",))).stuck == ("a",)
+
+
+def test_a_turn_is_promised_where_the_fewest_will_compute() -> None:
+    """Those who were let in count already, and those who leave do no more."""
+    asks = ask("a", 10, 980, only=("0",)), ask("b", 10)
+    assert moves(gpus(80, 80), [hold("z", 10, GOES, on="1")], *asks).place == {"b": ("1",)}
+    leaving = [hold(name, 30, GOES, on=on) for name, on in (("x", "0"), ("u", "1"), ("v", "1"))]
+    assert moves(gpus(80, 80), [hold("z", 5, always=True), *leaving], ask("b", 70)).place == {"b": ("1",)}
+
+
+def test_one_that_is_let_in_for_good_leaves_no_room_for_others() -> None:
+    """These are stuck from then on; and whoever is there beside it is still in the way."""
+    assert moves(gpus(80), [], ask("a", 50, 980, always=True), ask("b", 40)).stuck == ("b",)
+    found = moves(gpus(80), [hold("y", 10, YIELDS, to=Depth.STOP)], ask("a", 10, 980), ask("b", 70))
+    assert found.wait["b"].waits_for == ("a", "y")
+
+
+def test_one_that_wakes_counts_once_while_others_are_told_to_go() -> None:
+    """What it had while it slept is a part of what it has then."""
+    holds = [hold("a", 2, SLEEPS, keeps=2 * GIB), hold("h", 70, on="1")]
+    asks = ask("a", 20, 980), ask("d", 60, 981, only=("1",)), ask("c", 60, 982, only=("0",))
+    found = moves(gpus(80, 80), holds, *asks)
+    assert (admitted(found), gone(found), found.place) == ({"a": "0"}, {"h"}, {"c": ("0",), "d": ("1",)})
 
 
 def test_what_is_given_is_not_promised_to_another_one() -> None:
@@ -388,6 +450,13 @@ def test_less_priority_goes_first_then_who_is_not_used_then_who_is_soon_back() -
     assert gone(moves(gpus(80), rivals, ask("d", 40))) == {"b"}
 
 
+def test_one_that_sleeps_is_not_busy() -> None:
+    """Whatever was in flight before: it goes for less than one that serves and is soon asked again."""
+    asleep = hold("a", 60, SLEEPS, on="0", idle_since=None)
+    serves = hold("b", 60, on="1", since=0.0, idle_since=NOW - 6, start_seconds=900.0)
+    assert gone(moves(gpus(80, 80), [asleep, serves], ask("d", 50))) == {"a"}
+
+
 def test_a_sleeper_that_somebody_waits_for_is_spared() -> None:
     """Its ask comes later in the line, and it goes only where nothing else would do. Else the one soonest started."""
     holds = [hold("a", 4, SLEEPS, start_seconds=50, wake_seconds=45), hold("b", 4, SLEEPS, start_seconds=20)]
@@ -474,6 +543,8 @@ def test_a_sleeper_wakes_where_it_sleeps_and_needs_what_it_has_not() -> None:
     other = hold("b", 18, always=True)
     assert admitted(moves(gpus(80, 80), [asleep, other], ask("a", 62))) == {"a": "0"}
     assert gone(moves(gpus(80, 80), [asleep, hold("b", 40)], ask("a", 60))) == {"b"}
+    lasting = replace(asleep, always=True, takes={"0": 10 * GIB})
+    assert gone(moves(gpus(80), [lasting, hold("b", 20)], ask("a", 75, always=True))) == {"b"}, "it is in nobody's way"
 
 
 def test_a_sleeper_that_can_never_wake_where_it_sleeps_gives_that_up() -> None:
@@ -482,6 +553,8 @@ def test_a_sleeper_that_can_never_wake_where_it_sleeps_gives_that_up() -> None:
     found = moves(gpus(80, 80), [asleep, resident], ask("a", 60))
     assert (found.go, found.stuck) == ({"a": Depth.STOP}, ())
     assert not moves(gpus(80, 80), [asleep, resident], ask("a", 60, pressing=False)).go
+    asleep = replace(asleep, takes={"0": 5 * GIB})
+    assert moves(gpus(80), [asleep, resident], ask("a", 12)).go == {"a": Depth.STOP}, "what it has counts once"
 
 
 def test_nobody_both_goes_and_comes() -> None:
@@ -493,6 +566,35 @@ def test_nobody_both_goes_and_comes() -> None:
     assert (gone(let_in), admitted(let_in)) == (set(), {"a": "0"})
     promised = moves(gpus(80), [asleep, hold("x", 60, GOES)], ask("a", 20, 980), ask("d", 78))
     assert (gone(promised), promised.place) == (set(), {"a": ("0",)})
+
+
+# Which place is lost least
+
+
+def test_a_holder_of_several_devices_is_lost_once() -> None:
+    """However many of them the ask wants."""
+    wide = replace(hold("s", 70, on="01", idle_since=NOW - 9), start_seconds=300.0)
+    pair = [hold(name, 70, on=on, idle_since=NOW - 9, start_seconds=200.0) for name, on in (("x", "2"), ("y", "3"))]
+    assert gone(moves(gpus(80, 80, 80, 80), [wide, *pair], ask("g", 60, count=2))) == {"s"}
+
+
+def test_of_equal_losses_the_place_counts_where_the_fewest_compute_then() -> None:
+    """Those who go do no more; one that goes from another device as well counts where it is wanted."""
+    pair = [hold(name, 30, on="0", start_seconds=100.0) for name in "ab"]
+    single = [hold("c", 60, on="1", start_seconds=200.0), hold("z", 1, on="1", always=True)]
+    assert gone(moves(gpus(80, 80), [*pair, *single], ask("d", 70))) == {"a", "b"}
+    wide, other = hold("s", 60, on="02"), hold("v", 60, on="1")
+    rest = hold("z", 80, on="2", always=True)
+    smaller = {**gpus(80, 80, 160), "1": Device(80 * GIB, 79 * GIB)}
+    assert gone(moves(smaller, [wide, other, rest], ask("d", 50, on="01"))) == {"v"}
+
+
+def test_one_that_is_in_use_costs_all_of_its_return() -> None:
+    """Beside it an idle one costs little."""
+    busy = [hold(name, 60 - 20 * int(on), on=on, idle_since=None, start_seconds=seconds)
+            for name, on, seconds in (("a", "0", 60.0), ("b", "1", 30.0))]  # fmt: skip
+    idle = hold("c", 20, on="1", idle_since=NOW - 9, start_seconds=200.0)
+    assert gone(moves(gpus(80, 80), [*busy, idle], ask("d", 70, OVERDUE))) == {"b", "c"}
 
 
 # When
@@ -606,6 +708,8 @@ def test_where_devices_are_short_for_long_one_more_goes_and_then_it_is_refused()
     assert short(39, *rest, lacks=Short(NOW - 9)).go == {}
     found = short(39, *rest, lacks=Short(NOW - 10))
     assert (found.go, found.short, found.refuse) == ({"c": Depth.STOP}, {"b": Short(NOW, evicted=True)}, ())
+    again = short(39, *rest, place="0", lacks=Short(NOW - 10))
+    assert (again.place, again.short) == (found.place, found.short), "its place was known already"
     leaving = short(39, *rest, hold("e", 1, GOES, to=Depth.STOP), lacks=Short(NOW - 30, evicted=True))
     assert (leaving.go, leaving.refuse) == ({}, ())
     drains = short(39, *rest, hold("e", 1, YIELDS, to=Depth.STOP), lacks=Short(NOW - 30, evicted=True))
@@ -624,6 +728,8 @@ def test_what_only_other_programs_are_in_the_way_of_waits_and_is_then_refused() 
     late = moves(devices, [hold("a", 20)], ask("b", 40, short=Short(NOW - 10)))
     assert (late.go, late.refuse) == ({}, ("b",))
     assert gone(moves(devices, [hold("a", 20)], ask("b", 30))) == {"a"}
+    lasting = hold("a", 20, always=True)
+    assert moves(gpus(80, foreign=40), [lasting], ask("b", 60)).short == {"b": Short(NOW)}, "to the byte"
     behind = moves(gpus(80, foreign=10), [hold("x", 60, GOES)], ask("b", 60, 990), ask("c", 60))
     assert (behind.place, behind.short) == ({"b": ("0",)}, {}), "its turn has not come"
     own = replace(hold("b2", 70), model="b")

@@ -126,7 +126,7 @@ class Planner:
         """Busy ones, then priority, then seconds (of their returns, and until they may go), then the placement."""
         busy = sum(hold.busy for hold in gone)
         priority = max((hold.priority for hold in gone), default=-math.inf)
-        seconds = sum(self._worth(hold)[2] for hold in gone) + max(at - self._now, 0.0)
+        seconds = sum(self._worth(hold)[2] for hold in gone) + at - self._now
         awake = (len(hold.takes.keys() & {*where}) for hold in gone if hold.standing is not Standing.SLEEPS)
         return (busy, priority, seconds, self._ledger.awake(where) - sum(awake), left)
 
@@ -162,7 +162,7 @@ class Planner:
         if (known := self._worths.get(hold.name)) is not None:
             return known
         idle = 0.0 if hold.idle_since is None else max(self._now - hold.idle_since, 0.0)
-        depth = Depth.STOP if hold.keeps is None or hold.standing is Standing.SLEEPS else Depth.SLEEP
+        depth = Depth.STOP if hold.keeps is None else Depth.SLEEP
         in_use = hold.busy or hold.name in self._wanted
         worth = self._worths[hold.name] = (hold.priority, in_use, _return_seconds(hold, depth) / (1 + idle), hold.name)
         return worth

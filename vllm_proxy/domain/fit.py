@@ -20,6 +20,7 @@ _NO_KV_CACHE = 0.6  # of what it needs: an engine that has less of it has no KV 
 _MORE, _MORE_BYTES = 1.25, 512 * 2**20  # than was measured: what such an engine may come to
 _MOST_NODES = 10_000  # of the search whether models fit together
 _MOST_SHOWN = 6
+ONE = {Kind.GPU: "a GPU", Kind.MIG: "a MIG device", Kind.MEMORY: "the machine's memory"}
 TOGETHER = "start"  # the key of a misfit of all that are always to run
 
 _PARALLEL = {
@@ -187,7 +188,7 @@ def _is_elsewhere(spec: EngineSpec) -> bool:
 
 
 def _alone(one: Demand, devices: Mapping[str, Device], need: Mapping[str, int]) -> Misfit | None:
-    here = ", ".join(device.kind.called(name) for name, device in devices.items())
+    here = ", ".join(called(name, device.kind) for name, device in devices.items())
     if one.named is not None:
         if unknown := [name for name in one.named if name not in devices]:
             message = f"names {' and '.join(unknown)}, and there is {here or 'none'}"
@@ -215,9 +216,9 @@ def _too_much(one: Demand, devices: Mapping[str, Device], need: Mapping[str, int
     best = max(need, key=lambda name: devices[name].room - need[name])
     device = devices[best]
     kept = f" ({gib(device.total)} without what is kept back)" if device.room < device.total else ""
-    on = device.kind.word if one.count == 1 else f"each of {_counted(one)}"
+    on = ONE[device.kind] if one.count == 1 else f"each of {_counted(one)}"
     enough = f"; enough is on {able}" if able else ""
-    there = f"{gib(device.room)} of {device.kind.called(best)}"
+    there = f"{gib(device.room)} of {called(best, device.kind)}"
     return f"needs {gib(need[best])} GiB on {on}, and engines may have {there}{kept}{enough}"
 
 
@@ -230,6 +231,13 @@ def _counted(one: Demand) -> str:
 def _largest(one: Demand) -> str:
     name = max(one.sizes, key=lambda size: size[1])[0] if one.sizes else "tensor_parallel_size"
     return f"args.{name}" if name in _PARALLEL.values() else name
+
+
+def called(device: str, kind: Kind) -> str:
+    """The name of a device, as messages have it: "GPU 0"; a UUID begins with its kind."""
+    if kind is Kind.MEMORY:
+        return ONE[kind]
+    return f"GPU {device}" if device.isdigit() else device
 
 
 def gib(size: float) -> str:
@@ -280,7 +288,7 @@ def _sum(resident: Sequence[Demand], sizes: Sequence[Mapping[str, int]], devices
     shown = [text for _, text in rows[-_MOST_SHOWN:]]
     others = len(rows) - len(shown)
     before = [f"{others} more"] if others else []
-    rooms = [f"{gib(device.room)} ({device.kind.called(name)})" for name, device in devices.items()]
+    rooms = [f"{gib(device.room)} ({called(name, device.kind)})" for name, device in devices.items()]
     total, room = sum(bytes_ for bytes_, _ in rows), sum(device.room for device in devices.values())
     there = f"{' + '.join(rooms)} = {gib(room)}" if len(rooms) > 1 else rooms[0]
     divided = "" if total > room else ", which cannot be divided so that each has its own"

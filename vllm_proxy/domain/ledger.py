@@ -44,17 +44,6 @@ class Kind(StrEnum):
     MIG = "mig"
     MEMORY = "memory"  # the machine's own, where engines compute on its processors
 
-    @property
-    def word(self) -> str:
-        """As messages have it."""
-        return "the machine's memory" if self is Kind.MEMORY else "a GPU"
-
-    def called(self, device: str) -> str:
-        """The name of one, as messages have it: "GPU 0"; a UUID begins with its kind."""
-        if self is Kind.MEMORY:
-            return self.word
-        return f"GPU {device}" if device.isdigit() else device
-
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -95,8 +84,8 @@ class Hold:
 
     @property
     def busy(self) -> bool:
-        """Whether requests are in flight, or wait for it to come."""
-        return self.standing is Standing.COMES or (self.standing is Standing.SERVES and self.idle_since is None)
+        """Whether requests are in flight."""
+        return self.standing is Standing.SERVES and self.idle_since is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +133,7 @@ class Ledger:
         self.going: set[str] = set()  # asked to go by this decision
         self.next: dict[str, str] = {}  # by device: the ask whose turn is next there
         self.reserved: dict[str, str] = {}  # by device: the pressing ask for which others are to go, though not yet
+        self._places = {name: place for place, name in enumerate(devices)}
         self._on: dict[str, list[Hold]] = {name: [] for name in devices}
         for hold in holds:
             for name in hold.takes.keys() & devices.keys():
@@ -229,7 +219,7 @@ class Ledger:
         for group in self._groups(ask, allowed):
             if math.comb(len(group), ask.count) > _MOST_SETS:
                 group.sort(key=lambda name: -self.left_later(ask, name))
-            yield from islice(combinations(group, ask.count), _MOST_SETS)
+            yield from map(self._ordered, islice(combinations(group, ask.count), _MOST_SETS))
 
     def _best(self, ask: Ask, allowed: Allowed) -> Where | None:
         """The place it has been promised while that is possible; else where fewest compute, then least is left over.
@@ -238,7 +228,7 @@ class Ledger:
         """
         if self._fixed(ask) is not None:
             return next(self.sets(ask, allowed), None)
-        if ask.place and self._is_set(ask, ask.place, allowed):
+        if self._is_set(ask, ask.place, allowed):
             return ask.place
 
         def price(name: str) -> tuple[int, float]:
@@ -246,7 +236,7 @@ class Ledger:
 
         found = [sorted(group, key=price)[: ask.count] for group in self._groups(ask, allowed)]
         prices = [tuple(map(sum, zip(*map(price, where), strict=True))) for where in found]
-        return tuple(sorted(min(zip(prices, found, strict=True))[1])) if found else None
+        return self._ordered(min(zip(prices, found, strict=True))[1]) if found else None
 
     def _groups(self, ask: Ask, allowed: Allowed) -> list[list[str]]:
         """Devices of one total, enough of them for one set."""
@@ -257,6 +247,10 @@ class Ledger:
         if not ask.count:
             return [[]]
         return [group for group in groups.values() if len(group) >= ask.count]
+
+    def _ordered(self, where: Iterable[str]) -> Where:
+        """As the inventory has them: one set has one form, and is recognized."""
+        return tuple(sorted(where, key=self._places.__getitem__))
 
     def _is_set(self, ask: Ask, where: Where, allowed: Allowed) -> bool:
         known = all(name in self.devices and name in ask.needs for name in where)

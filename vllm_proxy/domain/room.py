@@ -170,7 +170,7 @@ class _Decision:
         return self._is_stuck if ledger.never_fits(ask) else self._answer_where_full(ask)
 
     def _answer_where_full(self, ask: Ask) -> _Answer:
-        if ask.pressing and self._in_vain == _MOST_IN_VAIN and not _is_overdue(ask, self._now, self._rules):
+        if self._in_vain == _MOST_IN_VAIN and not _is_overdue(ask, self._now, self._rules):
             return self._waits
         if ask.pressing and (plan := self._planner.plan(ask)) is not None:
             self._in_vain += plan.at > self._now + _EARLY_SECONDS
@@ -279,25 +279,20 @@ class _Decision:
 
     def _note_wait(self, ask: Ask, where: Where, plan: Plan | None = None) -> None:
         """Before its own promise is in the ledger."""
-        self._forget_what_has_changed()
-        if ask.name in self._ledger.holds:
-            self._wait[ask.name] = self._reason(where, plan, own=ask.name)
-        elif (known := self._reasons.get((where, plan))) is not None:
-            self._wait[ask.name] = known
-        else:
-            self._wait[ask.name] = self._reasons[where, plan] = self._reason(where, plan)
+        if (known := self._reasons.get((where, plan))) is None:
+            known = self._reasons[where, plan] = self._reason(where, plan)
+        self._wait[ask.name] = known
 
-    def _reason(self, where: Where, plan: Plan | None, own: str | None = None) -> Wait:
-        """Why somebody waits there. `own`: the instance that asks, which is not in its own way."""
+    def _reason(self, where: Where, plan: Plan | None) -> Wait:
         ledger = self._ledger
-        on = [hold for hold in ledger.on(name for name in where if name in ledger.devices) if hold.name != own]
-        leaving = {hold.name for hold in on if hold.standing not in _STAY or hold.name in self._go}
+        on = ledger.on(name for name in where if name in ledger.devices)
+        leaving = {hold.name for hold in on if hold.standing not in _STAY}
         turns = {turn for name in where for turn in (ledger.next.get(name), ledger.reserved.get(name)) if turn}
-        at = math.inf if plan is None and not leaving else self._now
+        at = self._now if leaving else math.inf
         return Wait(
             where,
             tuple(sorted(leaving.union(plan.go if plan else ()))),
             tuple(sorted(turns)),
-            at if plan is None else max(plan.at, at),
+            at if plan is None else plan.at,
             next((hold.not_ended for hold in on if hold.not_ended is not None), None),
         )

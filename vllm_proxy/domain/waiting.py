@@ -8,14 +8,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vllm_proxy.domain.fit import gib
+from vllm_proxy.domain.fit import ONE, called, gib
 from vllm_proxy.domain.ledger import Ask, Device, Hold, Kind, Standing
 from vllm_proxy.domain.room import Wait
 
 _MOST_NAMES = 3
 _STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600)  # seconds that are said: the next of these
 _LEAVES = frozenset({Standing.YIELDS, Standing.GOES})
-_MANY = {Kind.GPU: "GPUs", Kind.MIG: "MIG devices", Kind.MEMORY: "the machine's memory"}
+_MANY = {Kind.GPU: "GPUs", Kind.MIG: "MIG devices"}
 
 type Holds = Mapping[str, Hold]  # by instance
 
@@ -167,7 +167,7 @@ def _wanted(ask: Ask, where: Sequence[str], devices: Mapping[str, Device]) -> st
 def _on(names: Sequence[str], devices: Mapping[str, Device]) -> str:
     """As "on GPU 0", "on each of GPU 0 and GPU 1"."""
     if devices[names[0]].kind is Kind.MEMORY:
-        return f"of {Kind.MEMORY.word}"
+        return f"of {ONE[Kind.MEMORY]}"
     return f"on {'each of ' if len(names) > 1 else ''}{_listed(_name(name, devices) for name in names)}"
 
 
@@ -175,10 +175,10 @@ def _any(ask: Ask, among: Sequence[str], devices: Mapping[str, Device]) -> str:
     """As "on a GPU", "on one of 8 GPUs", "on each of 2 of 8 GPUs"."""
     kind = devices[among[0]].kind
     if kind is Kind.MEMORY:
-        return f"of {kind.word}"
+        return f"of {ONE[kind]}"
     of = f" of {len(among)}" if len(among) > ask.count else ""
     if ask.count == 1:
-        return f"on one{of} {_MANY[kind]}" if of else f"on {kind.word}"
+        return f"on one{of} {_MANY[kind]}" if of else f"on {ONE[kind]}"
     return f"on each of {ask.count}{of} {_MANY[kind]}"
 
 
@@ -229,7 +229,7 @@ def _called(instance: str) -> str:
 
 
 def _name(device: str, devices: Mapping[str, Device]) -> str:
-    return (devices[device].kind if device in devices else Kind.GPU).called(device)
+    return called(device, devices[device].kind if device in devices else Kind.GPU)
 
 
 def _listed(names: Iterable[str]) -> str:
