@@ -71,6 +71,21 @@ def engine_of(stage: Stage, name: str) -> FakeEngine:
 
 
 @virtual
+async def test_the_first_start_of_a_model_says_what_its_return_would_cost() -> None:
+    """Until then that is thought to be a minute. A quick one gives way after half of it, and not after five seconds."""
+    stage = Stage(Gpus(rules=RULES.model_copy(update={"min_residency": 0.0})))
+    begun(stage, model("chat"))
+    begun(stage, model("code"))
+    with await answered(stage, "chat"):
+        pass
+    (before,) = stage.loop.room.now().holds
+    asked = now()
+    with await answered(stage, "code"):
+        assert before.start_seconds < 2
+        assert now() - asked < 2
+
+
+@virtual
 async def test_an_idle_model_gives_way_to_one_that_a_request_waits_for() -> None:
     """It is killed, not asked: nothing is in flight. It says to whom it gave way; its next request brings it back."""
     stage = Stage(Gpus())

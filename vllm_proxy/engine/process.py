@@ -26,8 +26,9 @@ from vllm_proxy.runtime.background import spawn
 log = structlog.get_logger()
 
 _PR_SET_CHILD_SUBREAPER = 36
-_SWEEP_SECONDS = 0.005  # what SIGKILL ends is gone in milliseconds, unless it has much memory to give back
+_SWEEP_SECONDS = 0.002  # what SIGKILL ends is gone in milliseconds, unless it has much memory to give back
 _LONGEST_SWEEP_SECONDS = 0.5
+_GRACE_SECONDS = 0.02  # between two looks whether what got a SIGTERM has ended
 _KILL_SECONDS = 15.0  # a process that survives SIGKILL for this long hangs in the kernel
 _REAP_SECONDS = 2.0
 # The engine waits for one line before it becomes the engine, so that it is on record before it does anything:
@@ -78,7 +79,7 @@ async def end_processes(
             if owned.send_to_first(signal.SIGTERM):
                 began = loop.time()
                 while clock.elapsed(began) < grace_seconds and _may_live(owned):  # noqa: ASYNC110 - there is no event
-                    await asyncio.sleep(_SWEEP_SECONDS)
+                    await asyncio.sleep(_GRACE_SECONDS)
     return await until_gone(partial(_sweep, owned), patience)
 
 
