@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import structlog
+
 from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Diagnosis
@@ -17,6 +19,8 @@ from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.runtime.background import notify
+
+log = structlog.get_logger()
 
 _ASKS_AGAIN_SECONDS = 10.0  # a client that has given up
 _STAYS = frozenset({Standing.COMES, Standing.SERVES})
@@ -213,6 +217,8 @@ class Claim:
         """Report why it waits, once for each change; whether it was one."""
         if why == self._told:
             return False
+        if self._told is None and why is not None and why.needs is not None:
+            log.info("waits for room", instance=self.name, why=why.because)
         self._told = why
         notify([self.tenant.on_wait], why)
         return True
