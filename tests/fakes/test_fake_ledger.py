@@ -209,6 +209,7 @@ def test_each_worker_has_a_device(devices: Devices) -> None:
         os.kill(workers[0], signal.SIGKILL)
         comes_back(devices, device="1")  # the first of its devices
         assert free(devices, "0") == used
+    comes_back(devices)
     with devices.taken("0", TOTAL // 2), engine(*flags, env={"CUDA_VISIBLE_DEVICES": "1,0"}) as running:
         assert b"Free memory on device cuda:1 (" in running.rest()
 
