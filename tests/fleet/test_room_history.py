@@ -98,6 +98,24 @@ async def test_a_device_that_somebody_waits_for_is_counted_by_what_it_does_and_n
 
 
 @virtual
+async def test_a_device_that_waits_for_another_one_of_its_set_is_not_called_idle() -> None:
+    """Who wants both waits for the busy one."""
+    stage = Stage(Gpus(count=2))
+    chat = begun(stage, model("chat", keys={"devices": (0,)}))
+    begun(stage, model("wide", keys={"tensor_parallel_size": 2}))
+    running = await answered(stage, "chat")
+    waiting = asyncio.create_task(answered(stage, "wide"))
+    await stage.until(lambda: chat.state is State.UNLOADING)
+    await passes(20)
+    found = stage.loop.room.history.counted(now(), {"chat", "wide"}, {"0", "1"}).wanted
+    assert {device for device, _ in found} == {"0", "1"}
+    assert not any(doing is Doing.IDLE for _, doing in found)
+    running.__exit__()
+    with await waiting:
+        pass
+
+
+@virtual
 async def test_the_wait_for_room_ends_with_the_admission() -> None:
     """Of every start, one that finds its room at once too."""
     stage = Stage(Gpus())

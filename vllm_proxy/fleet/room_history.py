@@ -170,6 +170,11 @@ def _doing(now: RoomNow, moves: Moves, holds: Callable[[], Iterable[Hold]]) -> d
     for hold in holds() if doing else ():
         for name in hold.takes.keys() & doing.keys():
             doing[name] = min(doing[name], _DOES.get(hold.standing, Doing.IDLE), key=_BEST.index)
+    for ask, wait in waits:  # who wants several of them waits for the last one: the others are not idle for nothing
+        several = [name for name in wait.where if name in doing] if len(wait.where) > 1 else []
+        if several and _is_next(ask, wait, moves):
+            best = min((doing[name] for name in several), key=_BEST.index)
+            doing |= {name: best for name in several if doing[name] is Doing.IDLE}
     return doing
 
 
