@@ -116,7 +116,8 @@ async def test_a_warm_model_runs_while_nobody_waits_for_its_room_and_comes_back(
         await once(running, "chat", state="ready")
         await says(running, "code")
         status = await once(running, "chat", phase="queued")
-        assert status["instances"][0]["message"].startswith("waits for 6.6 GiB on GPU 0")
+        message = "waits for 6.6 GiB on GPU 0, until there is room that nobody waits for"
+        assert status["instances"][0]["message"] == message
         await once(running, "code", state="stopped")
         await once(running, "chat", state="ready")
 

@@ -148,6 +148,11 @@ def test_what_vllm_wrote_is_understood(name: str) -> None:
             "insufficient_memory",
             "3.10 of 79.11 GiB are free on device cuda:0, and gpu_memory_utilization 0.92 asks for 72.78 GiB",
         ),
+        (  # vllm/v1/worker/gpu_worker.py
+            "AssertionError: Error in memory profiling. Initial free memory 70.4 GiB, current free memory 78.9 GiB",
+            "crashed",
+            "another program gave memory back while this one measured its GPU (70.4 GiB were free, then 78.9)",
+        ),
         (  # vllm/v1/core/kv_cache_utils.py
             "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when",
             "insufficient_memory",

@@ -90,6 +90,13 @@ _MEMORY = (
         "lower max_model_len, or raise gpu_memory_utilization",
     ),
     _cause(
+        "Error in memory profiling. ",
+        r"Error in memory profiling\. Initial free memory (?P<before>[\d.]+) GiB, current free memory (?P<now>[\d.]+)",
+        Reason.CRASHED,
+        "another program gave memory back while this one measured its GPU ({before} GiB were free, then {now}): "
+        "it is tried again",
+    ),
+    _cause(
         "Error: No available memory for the cache blocks",
         r"Error: No available memory for the cache blocks",
         Reason.INSUFFICIENT_MEMORY,

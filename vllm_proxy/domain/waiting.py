@@ -189,7 +189,7 @@ def _sums(ask: Ask, where: Sequence[str], what_is: Situation) -> Iterator[str]:
         held, need = sum(hold.takes[name] for hold in others), ask.needs[name]
         left = device.room - held
         is_foreign = device.foreign > 0 and left - device.foreign < need and (ask.pressing or left >= need)
-        if not is_foreign and device.free >= need:
+        if not is_foreign and (device.free >= need or (left < need and not ask.pressing)):
             continue
         free = min(device.free, max(left - device.foreign, 0))
         on = f" on {_name(name, what_is.devices)}" if len(where) > 1 else ""
