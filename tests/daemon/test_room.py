@@ -261,3 +261,28 @@ async def test_where_nothing_is_managed_no_device_is_shown_and_the_reason_is(tmp
         status = (await running.get("/models/chat"))["status"]
         assert (status["room"], status["instances"][0]["memory_bytes"]) == (None, None)
         assert (await running.get("/health"))["error"] is False
+
+
+async def test_a_model_without_room_comes_by_itself_when_other_programs_have_gone(tmp_path: Path) -> None:
+    """Nobody has to start it, nor ask for it."""
+    with Devices(tmp_path / "gpus.toml", {"0": 10 * GIB}) as devices, contextlib.ExitStack() as others:
+        others.enter_context(devices.taken("0", 6 * GIB))
+        async with daemon(fleet_config(devices, models(chat='start = "always"')), tmp_path) as running:
+            status = await once(running, "chat", state="error", reason="does_not_fit")
+            assert "4.0 of 10.0 are free" in status["message"]
+            others.close()
+            await once(running, "chat", state="ready")
+
+
+async def test_devices_that_cannot_be_looked_at_yet_are_waited_for(tmp_path: Path) -> None:
+    """What `memory` says is a part of them."""
+    file = tmp_path / "later.toml"
+    text = (
+        f'{fake_engines(port_block())}[devices]\nsource = "{file}"\n[defaults]\nargs = {{ fake_ledger = "{file}" }}\n'
+    )
+    async with daemon(text + models(chat=""), tmp_path) as running:
+        status = await once(running, "chat", phase="queued")
+        assert "later.toml" in status["instances"][0]["message"]
+        with Devices(file, {"0": 10 * GIB}):
+            await once(running, "chat", state="ready")
+            assert await running.stop() == 0

@@ -20,6 +20,7 @@ LISTED = {
     ("error", "start"): "loading",
     ("error", "stop"): "unloading",
     ("unloading", "gone"): "stopped",
+    ("unloading", "resumed"): "ready",
 }
 
 
@@ -42,9 +43,9 @@ def test_every_state_leads_to_stopped(state: State) -> None:
 
 
 def test_only_a_proven_engine_is_ready() -> None:
-    """There is one way into `ready`: the engine proved that it listens."""
+    """The engine proved that it listens, or has served before."""
     ways = [pair for pair, to in TRANSITIONS.items() if to is State.READY]
-    assert ways == [(State.LOADING, Event.LISTENING)]
+    assert ways == [(State.LOADING, Event.LISTENING), (State.UNLOADING, Event.RESUMED)]
 
 
 @pytest.mark.parametrize(

@@ -373,6 +373,13 @@ class FakeTenant:
         """Note it."""
         self.told.append(why.because if why else None)
 
+    def on_resume(self) -> None:
+        """It does not give way."""
+        self.gives_way_to = None
+
+    def on_room(self) -> None:
+        """It was not refused."""
+
     def on_yield(self, for_whom: str) -> None:
         """Note it."""
         self.gives_way_to = for_whom

@@ -366,9 +366,9 @@ def reported(stage: Stage, spec: ModelSpec) -> Model:
     def changed(found: Model) -> None:
         waits = found.waits
         if waits is not None:
-            stage.registry.report_room(spec.id, waits.no_room, waits.ready_in)
+            stage.registry.report_room(spec.id, waits.because, waits.no_room, waits.ready_in)
         else:
-            stage.registry.report_room(spec.id, None, None)
+            stage.registry.report_room(spec.id, None, None, None)
         stage.registry.report(spec.id, found.state, None, stopped_by_hand=found.stopped_by_hand)
         stage.moved()
 
@@ -446,3 +446,75 @@ async def test_how_long_a_model_waited_that_nobody_asked_for_does_not_count() ->
     assert chat.state is State.UNLOADING
     running.__exit__()
     request.cancel()
+
+
+@virtual
+async def test_a_model_serves_on_when_nobody_waits_for_its_room_any_more() -> None:
+    """Its running request goes on, new ones are taken, and the other model does not load for nobody."""
+    stage = Stage(Gpus())
+    chat, code = begun(stage, model("chat")), begun(stage, model("code"))
+    running = await answered(stage, "chat")
+    waiting = asyncio.create_task(stage.registry.acquire("code"))
+    await stage.until(lambda: chat.state is State.UNLOADING)
+    waiting.cancel()
+    gave_up = now()
+    await stage.until(lambda: chat.state is State.READY)
+    assert now() - gave_up == pytest.approx(10, abs=1)
+    with await stage.registry.acquire("chat"):
+        assert (code.state, chat.diagnosis) == (State.STOPPED, None)
+    running.__exit__()
+    await passes(60)
+    assert (chat.state, len(stage.launcher.engines)) == (State.READY, 1)
+    waiting = asyncio.create_task(answered(stage, "code"))
+    await stage.until(lambda: chat.state is State.STOPPED)
+    with await waiting:
+        assert stage.launcher.stop_timeouts == [0.0]
+
+
+@virtual
+async def test_a_model_that_serves_on_is_stopped_as_any_other() -> None:
+    """What was to be given up once can be ended later, and leaves nothing."""
+    stage = Stage(Gpus())
+    chat, code = begun(stage, model("chat")), begun(stage, model("code"))
+    running = await answered(stage, "chat")
+    waiting = asyncio.create_task(stage.registry.acquire("code"))
+    await stage.until(lambda: chat.state is State.UNLOADING)
+    waiting.cancel()
+    code.stop()
+    await stage.until(lambda: chat.state is State.READY)
+    running.__exit__()
+    await chat.end(keep=False)
+    assert engine_of(stage, "chat").reaped_at is not None
+    assert stage.loop.room.now().holds == []
+
+
+@virtual
+async def test_an_on_demand_model_that_nobody_waits_for_any_more_does_not_wait_for_room() -> None:
+    """It awaits its next request, some seconds after the last one gave up."""
+    stage = Stage(Gpus())
+    begun(stage, model("chat")), (code := begun(stage, model("code")))
+    running = await answered(stage, "chat")
+    waiting = asyncio.create_task(stage.registry.acquire("code"))
+    await passes(5)
+    waiting.cancel()
+    await passes(5)
+    assert code.state is State.LOADING
+    await passes(6)
+    assert (code.state, code.awaits_request) == (State.STOPPED, True)
+    running.__exit__()
+
+
+@virtual
+async def test_what_a_person_started_waits_for_room_as_long_as_it_takes() -> None:
+    """Nobody else has to want it."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", yield_timeout=0))
+    code = begun(stage, model("code", idle_timeout=100))
+    running = await answered(stage, "chat")
+    code.start()
+    await passes(300)
+    assert (chat.state, code.state) == (State.UNLOADING, State.LOADING)
+    running.__exit__()
+    (await stage.engine(2)).listens = True
+    await stage.until(lambda: code.state is State.READY)
+    await stage.until(lambda: code.state is State.STOPPED)

@@ -24,6 +24,7 @@ from vllm_proxy.domain.room import Moves
 
 _STRATEGIES = {"auto": Strategy.ONE_BY_ONE, "surge": Strategy.SURGE, "drain": Strategy.DRAIN}
 _NEVER = math.inf
+ASKS_AGAIN_SECONDS = 10.0  # in which a client that has given up may ask again
 _NOW_SECONDS = 1e-3  # what is due so soon is due now: a timer may fire as much too early
 
 
@@ -38,7 +39,10 @@ class Wanted(Enum):
 
 @dataclass(frozen=True, slots=True)
 class InstanceNow:
-    """One instance. `renew`: it is to be started anew, though it runs what is wanted. `yields`: it gives way."""
+    """One instance. `renew`: it is to be started anew, though it runs what is wanted. `yields`: it gives way.
+
+    `awaits_room`: it would run, and nothing of it does yet. `serves_on`: it was to give way, and nobody waits any more.
+    """
 
     index: int
     state: State
@@ -46,6 +50,8 @@ class InstanceNow:
     failure: Diagnosis | None = None  # why its last engine failed
     renew: bool = False
     yields: bool = False
+    awaits_room: bool = False
+    serves_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,7 @@ class ModelNow:
     wanted: Wanted
     rollback: Rollback
     instances: tuple[InstanceNow, ...] = ()
-    requested: bool = False  # a request came, and nobody served it
+    requested: bool = False  # a request came that nobody served, or somebody has started it
     waits_since: float | None = None  # when the oldest request came that waits for it; None: nobody waits
     idle_seconds: float = 0.0  # since a request held it or waited for it
     fits_beside: bool = True  # there is room for a new instance beside the old one
@@ -147,7 +153,8 @@ def decide_model(model: ModelNow) -> ModelDecision:
     ]
     runs = wanted is Wanted.RUN and policy.enabled
     steps = rollout.steps(replicas, policy.replicas if runs else 0, _strategy(model, target))
-    recheck_in = max(0.0, _idle_seconds_left(model)) if wanted is Wanted.RUN else _NEVER
+    again = min(_idle_seconds_left(model), _seconds_until_given_up(model))
+    recheck_in = max(0.0, again) if wanted is Wanted.RUN else _NEVER
     return ModelDecision(wanted, rollback, (*steps.stop, *yielding), steps.start, rollback.needs_check, recheck_in)
 
 
@@ -158,9 +165,12 @@ def _yields(one: InstanceNow) -> bool:
 
 def _wanted(model: ModelNow) -> Wanted:
     asked = model.requested or model.waits_since is not None
-    if model.wanted is Wanted.AWAIT and asked:
+    serves_on = any(one.state is State.READY and one.serves_on for one in model.instances)
+    if model.wanted is Wanted.AWAIT and (asked or serves_on):
         return Wanted.RUN
     if model.wanted is Wanted.RUN and model.policy.start == "on-demand" and _gave_way(model.instances):
+        return Wanted.AWAIT
+    if model.wanted is Wanted.RUN and not asked and _seconds_until_given_up(model) < _NOW_SECONDS:
         return Wanted.AWAIT
     idle = not asked and model.idle_seconds > 0
     if model.wanted is Wanted.RUN and idle and _idle_seconds_left(model) < _NOW_SECONDS:
@@ -181,6 +191,14 @@ def _idle_seconds_left(model: ModelNow) -> float:
     if lifecycle.best(one.state for one in model.instances) is not State.READY:
         return _NEVER  # the time counts from when it can be used; an error stays for people to see
     return policy.idle_timeout - model.idle_seconds
+
+
+def _seconds_until_given_up(model: ModelNow) -> float:
+    """Until an on-demand model that nobody waits for any more does not wait for room either."""
+    active = [one for one in model.instances if one.state not in {State.STOPPED, State.UNLOADING}]
+    if model.policy.start != "on-demand" or model.requested or not active:
+        return _NEVER
+    return ASKS_AGAIN_SECONDS - model.idle_seconds if all(one.awaits_room for one in active) else _NEVER
 
 
 def _strategy(model: ModelNow, target: EngineSpec) -> Strategy:

@@ -28,6 +28,7 @@ class Event(StrEnum):
     STALLED = "stalled"  # it lives, but nothing moves
     GAVE_UP = "gave up"  # too many failures in a row, or one that no retry can mend
     STOP = "stop"  # somebody wants it gone
+    RESUMED = "resumed"  # it was to give way, and nobody waits for its room any more
     GONE = "gone"  # the last process of the engine was reaped
 
 
@@ -43,6 +44,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.ERROR, Event.START): State.LOADING,
     (State.ERROR, Event.STOP): State.UNLOADING,
     (State.UNLOADING, Event.GONE): State.STOPPED,
+    (State.UNLOADING, Event.RESUMED): State.READY,
 }
 
 

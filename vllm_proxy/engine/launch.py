@@ -42,10 +42,6 @@ log = structlog.get_logger()
 
 _MEMORY_SECONDS = 30.0
 _MUCH_MORE_MEMORY = 1.5  # times what it was
-_NO_TOTAL = (
-    "memory is a part of a device whose size nobody knows here: no device is managed ([devices] source); "
-    "write gpu_memory_utilization in its place"
-)
 
 
 class LaunchedEngine:
@@ -174,8 +170,6 @@ class Launcher:
         """
         start = self.programs.command(model.engine)
         _refuse(await self.check.problems(model))
-        if model.engine.memory and allocation.share is None:
-            raise LaunchError(Reason.INVALID_ARGUMENTS, _NO_TOTAL)
         variables = await self.variables.read(model.engine)
         async with contextlib.AsyncExitStack() as stack:
             taken = stack.enter_context(contextlib.ExitStack())

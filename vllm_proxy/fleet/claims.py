@@ -12,6 +12,7 @@ from typing import Protocol
 import structlog
 
 from vllm_proxy.domain.config import ModelSpec
+from vllm_proxy.domain.decide import ASKS_AGAIN_SECONDS
 from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.ledger import Short, Standing, Where
@@ -22,7 +23,6 @@ from vllm_proxy.runtime.background import notify
 
 log = structlog.get_logger()
 
-_ASKS_AGAIN_SECONDS = 10.0  # a client that has given up
 _STAYS = frozenset({Standing.COMES, Standing.SERVES})
 
 
@@ -83,6 +83,12 @@ class Tenant(Protocol):
     def on_yield(self, for_whom: str) -> None:
         """It is to give way."""
 
+    def on_resume(self) -> None:
+        """It was to give way, and nobody waits for its room any more."""
+
+    def on_room(self) -> None:
+        """It was refused, and could come by now."""
+
 
 class Claim:
     """A part of the devices. `changed` is called after each change."""
@@ -118,7 +124,7 @@ class Claim:
         """
         since, time = self.tenant.wanted_since(), asyncio.get_running_loop().time()
         if since is not None:
-            if self._wanted_since is None or since > self._wanted_until + _ASKS_AGAIN_SECONDS:
+            if self._wanted_since is None or since > self._wanted_until + ASKS_AGAIN_SECONDS:
                 self._wanted_since = since
             self._wanted_until = time
         return None if since is None else self._wanted_since
@@ -134,7 +140,7 @@ class Claim:
         """What it was admitted to, once it is.
 
         Raises:
-            LaunchError: `does_not_fit`.
+            LaunchError: it is refused.
 
         """
         return await self._admitted
@@ -182,10 +188,16 @@ class Claim:
             self._admitted.set_result(allocation)
         self.tell(None)
 
-    def refuse(self, why: str) -> None:
-        """Its engine will not start, though the ledger has room for it."""
+    def refuse(self, reason: Reason, why: str) -> None:
+        """Its engine will not start, though the ledger may have room for it."""
         if not self._admitted.done():
-            self._admitted.set_exception(LaunchError(Reason.DOES_NOT_FIT, why))
+            self._admitted.set_exception(LaunchError(reason, why))
+
+    @property
+    def is_unsized(self) -> bool:
+        """Whether what it needs can only be said of a device whose size is known."""
+        spec = self.tenant.spec.engine
+        return bool(spec.memory) and spec.devices != ()
 
     def give_way(self, for_whom: str) -> None:
         """It takes no new requests from now on."""
@@ -201,6 +213,16 @@ class Claim:
         """Whether both have something of one device."""
         mine, theirs = (one.allocation for one in (self, other))
         return mine is not None and theirs is not None and not mine.devices.isdisjoint(theirs.devices)
+
+    def resume(self) -> None:
+        """Nobody waits for its room any more."""
+        self.standing, self._may_go = Standing.SERVES, None
+        notify([self.tenant.on_resume])
+
+    def is_wanted(self, time: float) -> bool:
+        """Whether somebody waits for its model, or may ask again soon."""
+        always = self.tenant.spec.policy.start == "always"
+        return always or (self._wanted_since is not None and time <= self._wanted_until + ASKS_AGAIN_SECONDS)
 
     @property
     def is_drained(self) -> bool:

@@ -213,6 +213,8 @@ class Model:
         if self._wanted is not Wanted.END:
             self._wanted = wanted
         self._gave_way = None
+        if wanted is not Wanted.RUN:
+            self._started_by_hand = None
         if wanted in {Wanted.STOP, Wanted.END}:
             for instance in self.instances:
                 instance.stop_yielding()
@@ -226,16 +228,25 @@ class Model:
 
     def now(self) -> ModelNow:
         """As the loop decides about it."""
+        if self.state is State.READY:
+            self._started_by_hand = None
         instances = tuple(
             InstanceNow(
-                one.index, one.state, one.spec.engine, one.failure, one in self._renew, one.gives_way_to is not None
+                one.index,
+                one.state,
+                one.spec.engine,
+                one.failure,
+                one in self._renew or one.has_room,
+                one.gives_way_to is not None,
+                one.awaits_room,
+                one.serves_on,
             )
             for one in self.instances
         )
         policy, registry = self.spec.policy, self._shared.registry
         return ModelNow(
             self.name, policy, self._wanted, self._rollback, instances,
-            requested=self._requested,
+            requested=self._requested or self._started_by_hand is not None,
             waits_since=registry.waits_since(self.name),
             idle_seconds=registry.idle_seconds(self.name),
             fits_beside=policy.replace != "surge" or self._fits_beside(),
@@ -297,6 +308,9 @@ class Model:
         def left(_: asyncio.Task[None]) -> None:
             if self._leaving[instance] is leaving:
                 del self._leaving[instance]
+            if instance.state is State.READY:
+                self._gave_way = None
+                log.info("serves on: nobody waits for its room any more", model=self.name)
             self._shared.loop.changed(self)
 
         leaving.add_done_callback(left)
@@ -322,8 +336,6 @@ class Model:
 
     def _wanted_since(self) -> float | None:
         """Since when a request or a person has waited for it, on the loop's clock."""
-        if self.state is State.READY:
-            self._started_by_hand = None
         since = [self._shared.registry.waits_since(self.name), self._started_by_hand]
         return min((one for one in since if one is not None), default=None)
 

@@ -18,7 +18,6 @@ from vllm_proxy.domain.plan import Action
 from vllm_proxy.engine.ending import LAST_TRIES_SECONDS
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 from vllm_proxy.errors import RequestError
-from vllm_proxy.fleet.claims import Waits
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.model import Model
@@ -236,6 +235,9 @@ class Reconciler:
 
     def _report(self, model: Model) -> None:
         message = model.diagnosis.message if model.diagnosis else None
-        waits = model.waits or Waits("")
-        self.registry.report_room(model.spec.id, waits.no_room, waits.ready_in)
+        waits = model.waits
+        if waits is None:
+            self.registry.report_room(model.spec.id, None, None, None)
+        else:
+            self.registry.report_room(model.spec.id, waits.because, waits.no_room, waits.ready_in)
         self.registry.report(model.spec.id, model.state, message, stopped_by_hand=model.stopped_by_hand)

@@ -9,6 +9,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +28,10 @@ from vllm_proxy.fleet.room_history import RoomHistory
 from vllm_proxy.runtime.background import notify
 
 EARLIER = "an earlier "  # before the name of an instance, where one of an earlier daemon is there beside its own
+NO_TOTAL = (
+    "memory is a part of a device whose size nobody knows here: no device is managed ([devices] source); "
+    "write gpu_memory_utilization in its place"
+)
 _INSTANT = 1e-6  # seconds
 _MOST_TOLD = 100  # waiting starts in one turn of the loop: each notification has listeners
 
@@ -54,6 +59,7 @@ class Room:
         self._last_came = -math.inf
         self._claims: dict[Claim, None] = {}  # in the order they came
         self._leftovers: dict[Leftover, None] = {}
+        self._refused: dict[Tenant, None] = {}  # for want of memory that was not the daemon's to give
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Call `listener` after every decision, and after what is new of the devices."""
@@ -126,7 +132,19 @@ class Room:
         ask = Ask(f"{model.id}/+", model.id, wish.needs, wish.count, wish.only, since=math.inf, pressing=False)
         return room.decide(0.0, now.devices, now.holds, [*now.asks, ask], now.rules).admit.get(ask.name)
 
+    def _has_room_for(self, model: ModelSpec) -> bool:
+        """Whether an instance of a model could come by now, though others may have to go for it."""
+        machine = self.machines.machine()
+        if machine is None:
+            return False
+        now, time = self._managed(machine), asyncio.get_running_loop().time()
+        wish = machine.wish(model, now.devices)
+        ask = Ask(f"{model.id}/+", model.id, wish.needs, wish.count, wish.only, since=time)
+        moves = room.decide(time, now.devices, now.holds, [*now.asks, ask], now.rules)
+        return ask.name not in {*moves.short, *moves.stuck, *moves.refuse}
+
     def _add(self, tenant: Tenant) -> Claim:
+        self._refused.pop(tenant, None)
         # Nobody came at the same time as another one, so that they get their turns in that order.
         self._last_came = max(asyncio.get_running_loop().time(), self._last_came + _INSTANT)
         claim = Claim(tenant, self._last_came, self._changed)
@@ -186,7 +204,7 @@ class Room:
 
     def _taking_turns(self) -> RoomNow:
         """Nobody knows what they have of their devices, so who serves is in nobody's way."""
-        wishes = {claim: self._unmanaged(claim) for claim in self._waiting()}
+        wishes = {claim: self._unmanaged(claim) for claim in self._waiting() if not claim.is_unsized}
         moving = {
             claim: claim.allocation
             for claim in self._claims
@@ -224,6 +242,9 @@ class Room:
     def look(self) -> None:
         """The devices were looked at."""
         self._learn(self.machines.machine())
+        for tenant in [one for one in self._refused if self._has_room_for(one.spec)]:
+            del self._refused[tenant]
+            notify([tenant.on_room])
         if self.is_asked():
             self._wake()
         else:
@@ -253,12 +274,16 @@ class Room:
         for claim in [claim for claim in self._claims if claim.name in moves.go]:
             if claim.standing is Standing.SERVES:
                 claim.give_way(moves.go_for[claim.name])
+        self._resume({name for one in claims.values() if one.is_wanted(time) and one.name in moves.wait
+                      for name in moves.wait[one.name].waits_for})  # fmt: skip
         self._let_go()
         reports = _Reports(now, moves, time, self._claims, self.machines.machine())
         for name, claim in claims.items():
             claim.place, claim.short = moves.place.get(name, ()), moves.short.get(name)
             if name in moves.refuse:
-                claim.refuse(reports.refusal(name))
+                self._refuse(claim, Reason.DOES_NOT_FIT, reports.refusal(name))
+            elif claim.is_unsized and self.machines.machine() is None:
+                self._await_devices(claim)
         self._watch_idle()
         if not reports.tell(claims):
             self._wake()
@@ -271,6 +296,25 @@ class Room:
             claim.admit(self._unmanaged(claim))
         else:
             claim.admit(machine.allocation(spec, where, ask.needs))
+
+    def _refuse(self, claim: Claim, reason: Reason, why: str) -> None:
+        """It rests in `error` until there is room, or somebody starts it."""
+        self._refused[claim.tenant] = None
+        claim.refuse(reason, why)
+
+    def _await_devices(self, claim: Claim) -> None:
+        """What `memory` says is a part of a device whose size nobody knows."""
+        if (problem := self.machines.problem) is None:
+            self._refuse(claim, Reason.INVALID_ARGUMENTS, NO_TOTAL)
+        else:
+            claim.tell(Waits(f"waits: {problem}", ready_in=None))
+
+    def _resume(self, awaited: AbstractSet[str]) -> None:
+        """Who gives way, and is awaited by nobody any more, serves on."""
+        for claim in self._claims:
+            if claim.standing is Standing.YIELDS and not claim.is_drained and claim.name not in awaited:
+                claim.resume()
+                self._wake()
 
     def _let_go(self) -> None:
         """Memory is not set free beside an engine that measures it."""

@@ -27,13 +27,14 @@ from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.engine.readiness import until_ready
 from vllm_proxy.engine.state import EngineRecord
-from vllm_proxy.fleet.claims import Claim, Waits
+from vllm_proxy.fleet.claims import Claim
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.draining import cut, drain, give_way
 from vllm_proxy.fleet.failure import LastExit, inspected
 from vllm_proxy.fleet.history import History
+from vllm_proxy.fleet.tenancy import Tenancy
 from vllm_proxy.runtime import clock
-from vllm_proxy.runtime.background import keep_running, run_once
+from vllm_proxy.runtime.background import keep_running, run_once, spawn
 from vllm_proxy.traffic.ejection import watch_health
 from vllm_proxy.traffic.endpoint import Endpoint
 
@@ -42,7 +43,7 @@ log = structlog.get_logger()
 _TRANSFERS = {"kv-transfer-config"}  # args of an engine that others read from, until it has ended in peace
 
 
-class Supervisor:
+class Supervisor(Tenancy):
     """The life of instance `index` of a model. `changed` is called after every change of what it shows."""
 
     def __init__(
@@ -56,7 +57,7 @@ class Supervisor:
         wanted_since: Callable[[], float | None] = lambda: None,
     ) -> None:
         """`wanted_since`: since when a request or a person has waited for the model, on the loop's clock."""
-        self.spec = spec  # its policy may change at any time, its engine while it is stopped
+        super().__init__(spec, history, changed, wanted_since)
         self.index = index
         self.name = f"{spec.id}/{index}"
         self.phase: Phase | None = None
@@ -68,20 +69,13 @@ class Supervisor:
         self.ready_at: datetime | None = None
         self.restarts = 0
         self.engine: Engine | None = None
-        self.endpoint: Endpoint | None = None
-        self.gives_way_to: str | None = None  # the instance that waits for its room
-        self._stop_yielding = asyncio.Event()
-        self.claim: Claim | None = None
-        self.waits: Waits | None = None
-        self.wanted_since = wanted_since
         self._life = Life()
         self._shared = shared
-        self._history = history
-        self._changed = changed
         self._failures = 0
         self._engine_alive = False  # whether an engine of it, or a process of one, lives
         self._failure: Diagnosis | None = None  # of its last engine, until the next one serves
         self._task: asyncio.Task[None] | None = None
+        self._serves_on = asyncio.Event()  # it was to give way, and did not
 
     @property
     def state(self) -> State:
@@ -92,6 +86,7 @@ class Supervisor:
         """Begin to run, with an engine of an earlier daemon where there is one. Returns at once."""
         self._failures = 0
         self.diagnosis = self._failure = None
+        self.has_room = False
         if record is not None:  # it holds what it has before anybody asks
             self.claim = self._shared.loop.room.hold(self, record.place.allocation)
         self._transition(Event.START)
@@ -104,6 +99,7 @@ class Supervisor:
         """
         assert self._task is not None, "only a started one can be stopped"
         assert self._life.state not in {State.STOPPED, State.UNLOADING}, "it is stopped once"
+        self._serves_on.clear()
         if self.gives_way_to is None:
             self._leave()
         is_reported = self.diagnosis is not None and self.diagnosis.reason is Reason.NOT_ENDED and self._engine_alive
@@ -113,62 +109,18 @@ class Supervisor:
         self._task.cancel()
         return run_once(partial(self._finish_stop, self._task), f"stop of {self.name}")
 
-    def stop_yielding(self) -> None:
-        """One that gives way is stopped by hand, or for good: no longer than any other."""
-        self._stop_yielding.set()
-
     async def _finish_stop(self, running: asyncio.Task[None]) -> None:
-        """It stays `unloading` where its engine could not be ended and a stopping daemon gave up."""
-        await asyncio.wait({running})
-        if not self._engine_alive:
+        """It stays `unloading` where its engine could not be ended and a stopping daemon gave up.
+
+        One that gave way serves on where nobody waits for its room any more.
+        """
+        serves_on = spawn(self._serves_on.wait(), f"return of {self.name}")
+        await asyncio.wait({running, serves_on}, return_when=asyncio.FIRST_COMPLETED)
+        serves_on.cancel()
+        if running.done() and not self._engine_alive:
             self._release_claim()
             self.diagnosis = None
             self._transition(Event.GONE)
-
-    def _leave(self) -> None:
-        """Nobody is to come to its devices until nothing of its engine is left; one that only waited is not heeded."""
-        if self.claim is not None and self.claim.waits:
-            self._release_claim()
-        elif self.claim is not None:
-            self.claim.goes()
-
-    def _release_claim(self) -> None:
-        self.waits = self.gives_way_to = None
-        self._stop_yielding.clear()
-        if self.claim is not None:
-            self.claim.done()
-            self.claim = None
-
-    def idle_since(self) -> float | None:
-        """Since when it has had no request in flight; None: it has some, or does not serve."""
-        return self.endpoint.idle_since if self.endpoint and not self.endpoint.in_flight else None
-
-    def in_flight(self) -> int:
-        """Its requests."""
-        return self.endpoint.in_flight if self.endpoint else 0
-
-    def on_idle(self, callback: Callable[[], None]) -> None:
-        """Call it once when no request is in flight any more."""
-        if self.endpoint:
-            self.endpoint.on_idle(callback)
-
-    def start_seconds(self) -> float:
-        """What a start takes: as the last ones of its spec went."""
-        return self._history.start_seconds(self.spec.engine)
-
-    def measured(self) -> int | None:
-        """Bytes that the last engine of its spec had of each device; None: not known."""
-        return self._history.memory(self.spec.engine)
-
-    def on_yield(self, for_whom: str) -> None:
-        """It is to give way: to stop, once the fleet loop says so."""
-        self.gives_way_to = for_whom
-        self._changed()
-
-    def on_wait(self, why: Waits | None) -> None:
-        """Why its start waits for room; None: it does not any more."""
-        self.waits = why
-        self._show_wait(None if why is None else why.diagnosis)
 
     # Notifications of the launcher
 
@@ -204,9 +156,9 @@ class Supervisor:
             self._notify(Phase.QUEUED)
 
     @property
-    def waiting_because(self) -> str | None:
-        """Why its start waits for room, in a sentence; None: it does not."""
-        return self.waits.because if self.waits is not None and self.state is State.LOADING else None
+    def serves_on(self) -> bool:
+        """Whether it was to give way, and nobody waits for its room any more."""
+        return self._serves_on.is_set()
 
     @property
     def failure(self) -> Diagnosis | None:
@@ -332,12 +284,14 @@ class Supervisor:
         stalling = keep_running(stall, f"stall watch of {self.name}")
         try:
             ends: set[asyncio.Future[Any]] = {engine.exited, stalling}
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:
-            registry.withdraw_endpoint(self.spec.id, endpoint)
-            await self._drain(endpoint, engine, claim)
-            raise
-        else:
+            while not any(end.done() for end in ends):
+                try:
+                    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                except asyncio.CancelledError:
+                    registry.withdraw_endpoint(self.spec.id, endpoint)
+                    if not await self._drain(endpoint, engine, claim):
+                        raise
+                    self._resume(endpoint)
             registry.withdraw_endpoint(self.spec.id, endpoint)  # before anything else, and before any notification
             if clock.elapsed(since) > self.spec.policy.restart.max_backoff:
                 self._failures = 0  # it served for a while: earlier failures do not count
@@ -350,15 +304,31 @@ class Supervisor:
             stalling.cancel()
             self.endpoint = None
 
-    async def _drain(self, endpoint: Endpoint, engine: Engine, claim: Claim) -> None:
-        """Wait for the requests in flight; one that gives way, until it is stopped by hand, has a time of its own."""
+    def _resume(self, endpoint: Endpoint) -> None:
+        """It was to give way, and nobody waits for its room any more."""
+        assert self._task is not None, "it runs"
+        self._task.uncancel()
+        self._end_yielding()
+        self._serves_on.set()
+        self._transition(Event.RESUMED, Phase.SERVING)
+        self._shared.registry.add_endpoint(self.spec.id, endpoint)
+
+    async def _drain(self, endpoint: Endpoint, engine: Engine, claim: Claim) -> bool:
+        """Wait for the requests in flight; one that gives way, until it is stopped by hand, has a time of its own.
+
+        Whether it is to serve on.
+        """
         policy, skip = self.spec.policy, self._shared.skip_drain
         if self.gives_way_to is not None:
-            await give_way(endpoint, engine, claim, policy.yield_timeout, (skip, self._stop_yielding))
+            ends = skip, self._stop_yielding, self._resumed
+            await give_way(endpoint, engine, claim, policy.yield_timeout, ends)
+            if self._resumed.is_set():
+                return not engine.exited.done()
         if self.gives_way_to is None or self._stop_yielding.is_set():
             await drain(endpoint, engine, policy.drain_timeout, (skip,))
         cut(endpoint)
         self._notify(Phase.STOPPING)
+        return False
 
     async def _failed(
         self,

@@ -39,6 +39,7 @@ class Route:
     wake: Callable[[], None]  # a request waits for it, and nothing has started it
     state: State = State.STOPPED
     message: str | None = None  # why it is not ready
+    because: str | None = None  # why it waits for room
     no_room: str | None = None  # why it will not become ready by itself, though it waits for room
     ready_in: float | None = None  # seconds; a guess, where it waits for room
     stopped_by_hand: bool = False
@@ -161,10 +162,13 @@ class Registry:
         if stopped_by_hand or state is State.ERROR:
             self._fail_waiting(route)
 
-    def report_room(self, model_id: str, no_room: str | None, ready_in: float | None) -> None:
-        """A model that does not serve waits for room. `no_room`: none can be made; `ready_in`: seconds, a guess."""
+    def report_room(self, model_id: str, because: str | None, no_room: str | None, ready_in: float | None) -> None:
+        """Why a model that does not serve waits for room, where it does.
+
+        `no_room`: none can be made; `ready_in`: seconds, a guess.
+        """
         route = self._routes[model_id]
-        route.no_room, route.ready_in = no_room, ready_in
+        route.because, route.no_room, route.ready_in = because, no_room, ready_in
         if no_room is not None:
             self._fail_waiting(route)
 
@@ -321,6 +325,8 @@ class Registry:
                 route.waiting.remove(waiter)
             route.idle_since = loop.time()
         msg = f"cannot serve {route.spec.id}: it was not ready or free within {policy.queue_timeout:g} s"
+        if route.because is not None:
+            msg = f"{msg}; it {route.because}"
         raise RequestError("queue_timeout", msg)
 
     def _serve_waiting(self, route: Route) -> None:

@@ -1,0 +1,120 @@
+"""What the room asks of one instance, and tells it: the part of a supervisor that is a `Tenant`.
+
+Owns the claim of the instance on devices, from the wish to start until nothing of its engine is left.
+"""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from vllm_proxy.domain.config import ModelSpec
+from vllm_proxy.domain.diagnose import Diagnosis
+from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.fleet.claims import Claim, Waits
+from vllm_proxy.fleet.history import History
+from vllm_proxy.traffic.endpoint import Endpoint
+
+
+class Tenancy(ABC):
+    """Of one instance. `changed` is called after every change of what it shows."""
+
+    def __init__(
+        self, spec: ModelSpec, history: History, changed: Callable[[], None], wanted_since: Callable[[], float | None]
+    ) -> None:
+        self.spec = spec  # its policy may change at any time, its engine while it is stopped
+        self.endpoint: Endpoint | None = None
+        self.claim: Claim | None = None
+        self.waits: Waits | None = None  # for room, and why
+        self.has_room = False  # it rests in error since there was none, and there is by now
+        self.gives_way_to: str | None = None  # the instance that waits for its room
+        self.wanted_since = wanted_since
+        self._stop_yielding = asyncio.Event()
+        self._resumed = asyncio.Event()
+        self._history = history
+        self._changed = changed
+
+    @property
+    @abstractmethod
+    def state(self) -> State:
+        """What it is now."""
+
+    @abstractmethod
+    def _show_wait(self, why: Diagnosis | None) -> None:
+        """A start waits for something that may not come; None: not any more."""
+
+    @property
+    def waiting_because(self) -> str | None:
+        """Why its start waits for room, in a sentence; None: it does not."""
+        return self.waits.because if self.waits is not None and self.state is State.LOADING else None
+
+    @property
+    def awaits_room(self) -> bool:
+        """Whether it would run, and nothing of it does yet."""
+        return self.has_room or (self.state is State.LOADING and self.claim is not None and self.claim.waits)
+
+    def stop_yielding(self) -> None:
+        """One that gives way is stopped by hand, or for good: no longer than any other."""
+        self._stop_yielding.set()
+
+    # For the room
+
+    def idle_since(self) -> float | None:
+        """Since when it has had no request in flight; None: it has some, or does not serve."""
+        return self.endpoint.idle_since if self.endpoint and not self.endpoint.in_flight else None
+
+    def in_flight(self) -> int:
+        """Its requests."""
+        return self.endpoint.in_flight if self.endpoint else 0
+
+    def on_idle(self, callback: Callable[[], None]) -> None:
+        """Call it once when no request is in flight any more."""
+        if self.endpoint:
+            self.endpoint.on_idle(callback)
+
+    def start_seconds(self) -> float:
+        """What a start takes: as the last ones of its spec went."""
+        return self._history.start_seconds(self.spec.engine)
+
+    def measured(self) -> int | None:
+        """Bytes that the last engine of its spec had of each device; None: not known."""
+        return self._history.memory(self.spec.engine)
+
+    def on_room(self) -> None:
+        """It was refused, and could come by now: for the fleet loop to decide."""
+        self.has_room = self.state is State.ERROR
+        self._changed()
+
+    def on_yield(self, for_whom: str) -> None:
+        """It is to give way: to stop, once the fleet loop says so."""
+        self.gives_way_to = for_whom
+        self._changed()
+
+    def on_resume(self) -> None:
+        """Nobody waits for its room any more: it serves on."""
+        self._resumed.set()
+
+    def on_wait(self, why: Waits | None) -> None:
+        """Why its start waits for room; None: it does not any more."""
+        self.waits = why
+        self._show_wait(None if why is None else why.diagnosis)
+
+    # For its supervisor
+
+    def _leave(self) -> None:
+        """Nobody is to come to its devices until nothing of its engine is left; one that only waited is not heeded."""
+        if self.claim is not None and self.claim.waits:
+            self._release_claim()
+        elif self.claim is not None:
+            self.claim.goes()
+
+    def _release_claim(self) -> None:
+        self.waits = None
+        self._end_yielding()
+        if self.claim is not None:
+            self.claim.done()
+            self.claim = None
+
+    def _end_yielding(self) -> None:
+        self.gives_way_to = None
+        self._stop_yielding.clear()
+        self._resumed.clear()
