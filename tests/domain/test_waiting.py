@@ -139,9 +139,12 @@ def test_memory_of_other_programs_is_told_with_their_names() -> None:
 def test_a_device_that_has_less_than_the_ledger_says_is_told() -> None:
     """Nobody knows where it is."""
     found = why(gpus(80, free=5), [hold("chat", 10)], ask("code", 30, short=Short(NOW)))
-    assert found == "waits for 30.0 GiB on GPU 0: 5.0 of 80.0 are free: chat has 10.0, nobody is known to have the rest"
+    sums = "5.0 of 80.0 are free: chat has 10.0, 65.0 are not back yet, or others have them"
+    assert found == f"waits for 30.0 GiB on GPU 0: {sums}"
     found = why(gpus(80, 80, free=5), [], ask("code", 30, on="01", count=2))
-    assert found.startswith("waits for 30.0 GiB on each of GPU 0 and GPU 1: 5.0 of 80.0 are free on GPU 0: nobody")
+    assert found.startswith(
+        "waits for 30.0 GiB on each of GPU 0 and GPU 1: 5.0 of 80.0 are free on GPU 0: 75.0 are not back"
+    )
 
 
 def test_one_that_makes_nobody_go_waits_for_room_that_nobody_waits_for() -> None:
@@ -270,5 +273,5 @@ def test_a_refusal_tells_the_sum_and_the_names_of_other_programs() -> None:
         "it needs 12.0 GiB on GPU 0, and 4.5 of 24.0 are free: chat has 8.0, other programs have 11.0 (python 11.0)"
     )
     assert refusal(waits, Wait(("0",)), Situation(NOW, gpus(24, free=3), {})) == (
-        "it needs 12.0 GiB on GPU 0, and 3.0 of 24.0 are free: nobody is known to have the rest"
+        "it needs 12.0 GiB on GPU 0, and 3.0 of 24.0 are free: 21.0 are not back yet, or others have them"
     )

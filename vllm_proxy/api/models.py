@@ -204,6 +204,14 @@ def _room(waits: Waits | None) -> resources.Room | None:
     return {"needs": waits.needs, "waits_for": list(waits.waits_for), "behind": list(waits.behind)}
 
 
+def _message(instance: Supervisor, known: str | None) -> str | None:
+    """Why it waits for room comes first, then how its last engine failed."""
+    waits = instance.waiting_because
+    if waits is None or known is None or waits in known:
+        return known
+    return f"{waits}; before: {known}"
+
+
 def _instance(instance: Supervisor, takes: Mapping[str, int]) -> resources.Instance:
     engine, left, diagnosis = instance.engine, instance.seconds_left(), instance.diagnosis
     problem = engine.log.problem if engine else instance.waiting_because
@@ -213,7 +221,7 @@ def _instance(instance: Supervisor, takes: Mapping[str, int]) -> resources.Insta
         "index": instance.index,
         "state": instance.state,
         "reason": diagnosis.reason if diagnosis else None,
-        "message": diagnosis.message if diagnosis else problem,
+        "message": _message(instance, diagnosis.message if diagnosis else problem),
         "pid": engine.pid if engine else None,
         "port": engine.place.address.port if engine else None,
         "phase": instance.phase,

@@ -79,7 +79,7 @@ _MEMORY = (
         r"model length is (?P<fits>\d+)",
         Reason.INSUFFICIENT_MEMORY,
         "max_model_len {length} needs {needed} GiB of KV cache and {left} GiB are left: "
-        "set max_model_len to at most {fits}, or raise gpu_memory_utilization",
+        "set max_model_len to at most {fits}, or raise gpu_memory_utilization or memory",
     ),
     _cause(
         "max seq len (",
@@ -87,7 +87,7 @@ _MEMORY = (
         r"available KV cache memory \((?P<left>-?[\d.]+) GiB\)",
         Reason.INSUFFICIENT_MEMORY,
         "max_model_len {length} needs {needed} GiB of KV cache and {left} GiB are left: "
-        "lower max_model_len, or raise gpu_memory_utilization",
+        "lower max_model_len, or raise gpu_memory_utilization or memory",
     ),
     _cause(
         "Error in memory profiling. ",
@@ -100,8 +100,8 @@ _MEMORY = (
         "Error: No available memory for the cache blocks",
         r"Error: No available memory for the cache blocks",
         Reason.INSUFFICIENT_MEMORY,
-        "the weights leave no memory for the KV cache: raise gpu_memory_utilization, or spread the model over more "
-        "GPUs with tensor_parallel_size",
+        "the weights leave no memory for the KV cache: raise gpu_memory_utilization or memory, or spread the model "
+        "over more GPUs with tensor_parallel_size",
     ),
     _cause(
         " out of memory. Tried to allocate ",

@@ -26,6 +26,7 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # shells drop others from the
 _ID = re.compile(r"[A-Za-z0-9._:@/-]{1,200}")
 _HASH = re.compile(re.escape(HASH_PREFIX) + r"[0-9a-f]{64}")
 _USER = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#]*@", re.IGNORECASE)
+_LEAST_MEMORY = 2**20  # bytes; less is meant as another unit
 _ACTIONS = frozenset({"start", "stop", "restart", "sleep", "wake", "logs"})
 
 
@@ -113,6 +114,13 @@ def _env_value(value: object) -> object:
     raise ValueError(msg)
 
 
+def _memory(size: int) -> int:
+    if 0 < size < _LEAST_MEMORY:
+        msg = f'expected a size such as "20GiB", or 0 for none, got {show(size)} bytes'
+        raise ValueError(msg)
+    return size
+
+
 def _one_or_more(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -147,6 +155,7 @@ Listen = Annotated[
     Field(min_length=1),
     AfterValidator(listener.each_once),
 ]
+Memory = Annotated[Bytes, AfterValidator(_memory)]
 Command = Annotated[tuple[NonEmptyText, ...], Strict(strict=False), Field(min_length=1)]
 EnvValue = Annotated[str | dict[str, str], BeforeValidator(_env_value)]  # a table names where the value stands
 Environment = dict[Annotated[str, AfterValidator(_env_name)], EnvValue]
@@ -258,7 +267,7 @@ class EngineSpec(Table):
     quantization: NonEmptyText | None = None
     trust_remote_code: bool | None = None
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
-    memory: Bytes | None = None  # of each of its devices, in the place of gpu_memory_utilization; 0: it uses none
+    memory: Memory | None = None  # of each of its devices, in the place of gpu_memory_utilization; 0: it uses none
     max_num_seqs: Count | None = None
     devices: DeviceNames | None = None
     command: Command | None = None

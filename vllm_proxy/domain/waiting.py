@@ -13,6 +13,7 @@ from vllm_proxy.domain.ledger import Ask, Device, Hold, Kind, Standing
 from vllm_proxy.domain.room import Wait
 
 _MOST_NAMES = 3
+_UNEXPLAINED = 0.05  # of a device: less is the driver's own, or kept back
 _STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600)  # seconds that are said: the next of these
 _LEAVES = frozenset({Standing.YIELDS, Standing.GOES})
 _MANY = {Kind.GPU: "GPUs", Kind.MIG: "MIG devices"}
@@ -196,9 +197,9 @@ def _sums(ask: Ask, where: Sequence[str], what_is: Situation) -> Iterator[str]:
         has = [_taken(others, name)] if others else []
         if device.foreign:
             has.append(f"other programs have {gib(device.foreign)}{_programs(what_is.foreign.get(name, ()))}")
-        elif device.free < need:
-            has.append("nobody is known to have the rest")
-        yield f"{gib(free)} of {gib(device.total)} are free{on}: {', '.join(has)}"
+        elif device.free < need and (rest := device.total - device.free - held) > _UNEXPLAINED * device.total:
+            has.append(f"{gib(rest)} are not back yet, or others have them")
+        yield f"{gib(free)} of {gib(device.total)} are free{on}{': ' if has else ''}{', '.join(has)}"
 
 
 def _programs(programs: Sequence[tuple[str, int]]) -> str:

@@ -177,8 +177,12 @@ class Inventory:
             call.cancel()
 
     def _adopt(self, sight: Sight) -> None:
+        found = {one.name: one for one in sight.devices}
+        if self._seen_by is self._source and (gone := self._devices.keys() - found.keys()):
+            log.warning("devices are gone: engines on them are left alone, and nothing starts there",
+                        devices=sorted(gone))  # fmt: skip
         self._failures, self._seen_by = 0, self._source
-        self._devices = {one.name: one for one in sight.devices}
+        self._devices = found
         self._report(sight.problem)
 
     def _fail(self, error: Exception) -> None:
