@@ -18,6 +18,7 @@ from vllm_proxy.engine.machine_memory import node_memory
 
 SHARE = 0.55
 LEAST = 12 * GIB  # that must be available
+ASKED_SECONDS = 5.0  # what vLLM's own end takes at least, after a SIGTERM
 
 
 MEMORY = node_memory()
@@ -77,7 +78,7 @@ async def test_vllm_refuses_what_has_no_room_in_the_numbers_of_the_daemon(two: D
 
 
 async def test_an_idle_engine_is_gone_at_once(tmp_path: Path) -> None:
-    """With all its processes, 0.3 s after the request that needs its room at the latest.
+    """With all its processes: it is killed, which takes a tenth of a second on a quiet machine. Asked, it took five.
 
     Small ones, of which only one is allowed: what an engine has touched is taken back by the kernel at some GiB a
     second.
@@ -92,5 +93,5 @@ async def test_an_idle_engine_is_gone_at_once(tmp_path: Path) -> None:
         wanted = asyncio.create_task(running.post("/v1/chat/completions", body))
         while session_of(instance["pid"]):
             await asyncio.sleep(0.005)
-        assert time.monotonic() - began < 0.3
+        assert time.monotonic() - began < ASKED_SECONDS / 2
         wanted.cancel()
