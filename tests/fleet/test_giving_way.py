@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from tests.engine.virtual import FakeEngine, Stage, now, passes, settle, virtual
+from tests.engine.virtual import FakeEngine, FakeTenant, Stage, now, passes, settle, virtual
 from tests.fleet.test_model import begun
 from vllm_proxy.domain.config import Devices, EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.inventory import Seen
 from vllm_proxy.domain.ledger import Kind, Standing
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.domain.placement import Machine
+from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.model import Model
 from vllm_proxy.traffic.registry import Lease
@@ -334,6 +335,34 @@ async def test_what_never_fits_fails_its_requests_at_once_until_it_does() -> Non
     chat.stop()
     with await answered(stage, "code"):
         assert code.state is State.READY
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+@virtual
+async def test_who_was_refused_is_told_of_room_unless_it_does_not_want_to_start_any_more(*, forgotten: bool) -> None:
+    """Once, when the devices are known."""
+
+    class Refused(FakeTenant):
+        told_of_room = 0
+
+        def on_room(self) -> None:
+            self.told_of_room += 1
+
+    gpus = Gpus()
+    seen, gpus.seen = gpus.seen, {}
+    room = Stage(gpus).loop.room
+    tenant = Refused("chat/0")
+    tenant.spec = model("chat")
+    claim = room.ask(tenant)
+    with pytest.raises(LaunchError, match="no device is managed"):
+        await claim.admission()
+    claim.done()
+    if forgotten:
+        room.forget(tenant)
+    for known in ({}, seen, seen):
+        gpus.seen = known
+        room.look()
+    assert tenant.told_of_room == (not forgotten)
 
 
 @virtual
