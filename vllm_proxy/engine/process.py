@@ -255,8 +255,6 @@ class EngineProcess:
     async def end(self, grace_seconds: float, patience: float = _KILL_SECONDS) -> bool:
         """End it with all that it started, and reap; True when nothing is left, else it may be called again.
 
-        The first process is signalled through the descriptor that is open already: that needs no look at /proc.
-
         Raises:
             OSError: as `end_processes`.
 
@@ -264,13 +262,11 @@ class EngineProcess:
         if self._child is not None and self._child.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._child.stdin.close()
-        await _find_processes(self.owned)  # who has left the session is known by its parent while that one lives
-        for number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, 0.0)):
-            if not self.exited.done():
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self._pidfd, number)
-                await clock.wait({self.exited}, seconds)
-        emptied = await until_gone(partial(_sweep, self.owned), patience)
+        if grace_seconds > 0 and not self.exited.done():
+            await _find_processes(self.owned)  # who has left the session is known by its parent while that one lives
+            self._signal(signal.SIGTERM)
+            await clock.wait({self.exited}, grace_seconds)
+        emptied = await until_gone(self._sweep, patience)
         await asyncio.wait({self.exited}, timeout=patience)
         if not self.exited.done():
             return False
@@ -278,6 +274,18 @@ class EngineProcess:
             self._child.wait()  # at once: until here it kept its number, by which its session is known
             KERNEL.waited_for.discard(self.pid)
         return emptied
+
+    async def _sweep(self) -> tuple[bool, OSError | None]:
+        """SIGKILL to all of its processes at once: each has memory to give back."""
+        swept = await _sweep(self.owned)  # first: who has left the session is known by its parent while that one lives
+        self._signal(signal.SIGKILL)
+        return swept
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the first process, through the descriptor that is open already: that needs no look at /proc."""
+        if not self.exited.done():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def _ended(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
