@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+_PAGE = 4096  # more than such a line has
 PID_LIMIT = 2**22  # the kernel's own; 0, 1 and what is above name no engine
 
 _FIRST_PID_NAMESPACE = f"pid:[{0xEFFFFFFC}]"  # PROC_PID_INIT_INO: the same in every kernel
@@ -60,16 +61,17 @@ def look_up(pid: int) -> Process | None:
     if not 0 < pid <= PID_LIMIT:
         return None
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:  # noqa: PTH123 - hundreds at once: a third of the time
+            stat = file.read(_PAGE)
     except (FileNotFoundError, PermissionError) as error:  # hidden (`hidepid=2`, `hidepid=1`), or not there at all
         if _may_be_signalled(pid):
             raise PermissionError(errno.EACCES, "/proc hides a process of this user's own", str(pid)) from error
         return None  # a process of another user is no engine's
     except ProcessLookupError:
         return None
-    fields = stat[stat.rindex(")") + 2 :].split()  # the command in front may hold spaces and parentheses
+    fields = stat[stat.rindex(b")") + 2 :].split()  # the command in front may hold spaces and parentheses
     # A first thread that is dead while others live makes no dead process: the memory, on GPUs too, is still taken.
-    alive = fields[0] not in "ZX" or int(fields[17]) > 1
+    alive = fields[0] not in b"ZX" or int(fields[17]) > 1
     return Process(pid, alive, int(fields[1]), int(fields[3]), int(fields[19]))
 
 
@@ -100,7 +102,7 @@ class Kernel:
             OSError: when /proc cannot be read.
 
         """
-        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - as above
         return [found for pid in pids if (found := self.find(pid))]
 
     def find(self, pid: int) -> Process | None:

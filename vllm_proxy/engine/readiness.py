@@ -14,7 +14,7 @@ from vllm_proxy.engine.probe import Probe, Ready
 from vllm_proxy.runtime import clock
 
 _POLL_SECONDS = 0.05
-_FIRST_POLL_SECONDS = 0.005  # a refused connection on loopback costs little
+_FIRST_POLL_SECONDS = 0.003  # a refused connection on loopback costs little
 _OF_START = 0.03  # so much longer a start may seem, where it is short
 _BACK_SECONDS = 30.0  # for an adopted engine that has served before: it has nothing to load
 
