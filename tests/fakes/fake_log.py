@@ -128,10 +128,14 @@ class Log:
 
     def cannot_sleep(self) -> None:
         """The configuration is refused: there is nothing that sleep mode could free."""
-        cause = "1 validation error for ModelConfig\n  Value error, Sleep mode is not supported on current platform."
-        write(
-            ERR, f"Traceback (most recent call last):\npydantic_core._pydantic_core.ValidationError: {cause}\n".encode()
+        cause = "Value error, Sleep mode is not supported on current platform."
+        lines = (
+            "Traceback (most recent call last):",
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig",
+            f"  {cause} [type=value_error, input_value=ArgsKwargs(()), input_type=ArgsKwargs]",
+            "    For further information visit https://errors.pydantic.dev/2.14/v/value_error",
         )
+        write(ERR, "".join(f"{line}\n" for line in lines).encode())
 
     def core_refused(self, cause: str) -> None:
         """The core has ended itself before the engine was ready. `cause`: the last line of its traceback."""

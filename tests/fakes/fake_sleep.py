@@ -84,14 +84,15 @@ class Sleep:
             return await self._collective_rpc(body)
         except FailedError as error:
             self.log.line("EngineCore", "core.py:1750", f"Invocation of {name} method failed", "ERROR")
-            return _error(500, f"Call to {name} method failed: {error}")
+            cause = f"Worker failed with error '{error}', please check the stack trace above for the root cause"
+            return _error(500, f"Call to {name} method failed: {cause if self.engine.core.workers else error}")
 
     async def _asked_to_sleep(self, asked: dict[str, list[str]]) -> Answer:
         level, mode = asked.get("level", ["1"])[-1], asked.get("mode", ["abort"])[-1]
         if level not in {"0", "1", "2"}:
-            return _error(400, f"1 validation error:\n  {{'loc': ('query', 'level'), 'input': {level!r}}}")
+            return _bad_query("level", level)
         if mode not in {"abort", "wait", "keep"}:
-            return _error(400, f"1 validation error:\n  {{'loc': ('query', 'mode'), 'input': {mode!r}}}")
+            return _bad_query("mode", mode)
         await self.sleep(int(level), mode)
         return 200, {"status": "sleeping", "level": int(level)}
 
@@ -250,6 +251,10 @@ async def _last(seconds: float, file: str | None) -> None:
         await asyncio.sleep(0.01)
 
 
-def _error(status: int, message: str) -> Answer:
+def _bad_query(name: str, value: str) -> Answer:
+    return _error(400, f"1 validation error:\n  {{'loc': 'query.{name}', 'input': {value!r}}}", f"query.{name}")
+
+
+def _error(status: int, message: str, parameter: str | None = None) -> Answer:
     kind = "InternalServerError" if status == 500 else "Bad Request"
-    return status, {"error": {"message": message, "type": kind, "param": None, "code": status}}
+    return status, {"error": {"message": message, "type": kind, "param": parameter, "code": status}}

@@ -53,7 +53,7 @@ class Work:
         if asked.get("stream"):
             return await self.stream(writer, asked, fault)
         await self.pause(fault)
-        await self.engine.turn(generated=1)
+        await self.step()
         return await self.json(writer, fault.get("status", 200), self.told(fake_answers.completion(asked, path)))
 
     def told(self, answer: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Work:
             if piece is None:
                 await self.hold(fault)
             else:
-                await self.engine.turn(generated=1)
+                await self.step()
                 await self.write(writer, piece.encode("latin-1"))
         for start in range(0, fault.get("flood", 0), 2**16):
             size = min(2**16, fault["flood"] - start)
@@ -85,6 +85,12 @@ class Work:
             writer.transport.abort()
         elif end == "close":
             writer.close()
+
+    async def step(self) -> None:
+        """One token. Without its memory it is the end of the engine."""
+        await self.engine.turn(generated=1)
+        if not self.sleep.usable:
+            self.engine.control("die")
 
     async def write(self, writer: asyncio.StreamWriter, data: bytes) -> None:
         """Bytes of an answer, counted once the system has taken them."""
@@ -121,7 +127,7 @@ class Work:
             if fault.get("die") == number:
                 await writer.drain()
                 self.die()
-            await self.engine.turn(generated=1)
+            await self.step()
             text = fake_answers.GARBAGE if self.sleep.lost else f"t{number} "
             fake_answers.write_event(writer, asked["model"], choices=[{"index": 0, "delta": {"content": text}}])
             await writer.drain()
@@ -131,11 +137,10 @@ class Work:
         await self.end(writer)
 
     def begin(self, writer: asyncio.StreamWriter) -> None:
-        """The head of a stream, if it has not begun."""
-        if not writer.begun:  # type: ignore[attr-defined]
-            writer.begun = True  # type: ignore[attr-defined]
-            head = "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
-            writer.write(f"{head}transfer-encoding: chunked\r\n\r\n".encode())
+        """The head of a stream."""
+        writer.begun = True  # type: ignore[attr-defined]
+        head = "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+        writer.write(f"{head}transfer-encoding: chunked\r\n\r\n".encode())
 
     async def end(self, writer: asyncio.StreamWriter) -> None:
         """The end of a stream."""
@@ -153,10 +158,12 @@ class Work:
             return writer.close()
         if not asked.get("stream"):
             return await self.json(writer, 200, fake_answers.cut(fake_answers.completion(asked, path)))
-        self.begin(writer)
-        fake_answers.write_event(
-            writer, asked["model"], choices=[{"index": 0, "delta": {"content": ""}, "finish_reason": "abort"}]
-        )
+        if writer.begun:  # type: ignore[attr-defined]
+            choice = {"index": 0, "delta": {"content": ""}, "finish_reason": "abort"}
+        else:  # before its first token no end is told
+            choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            self.begin(writer)
+        fake_answers.write_event(writer, asked["model"], choices=[choice])
         return await self.end(writer)
 
     async def json(self, writer: asyncio.StreamWriter, status: int, value: object) -> None:

@@ -118,8 +118,10 @@ def test_only_the_development_mode_has_its_routes() -> None:
         assert running.ask("/v1/models")[0] == 401
         assert not is_sleeping(running)
         assert running.ask("/sleep")[0] == running.ask("/is_sleeping", {})[0] == 405
-        for path in ("/sleep?level=3", "/sleep?level=x", "/sleep?mode=later", "/collective_rpc"):
-            assert post(running, path)[0] == 400, path
+        for path, parameter in (("/sleep?level=3", "query.level"), ("/sleep?mode=later", "query.mode")):
+            assert post(running, path)[1]["error"]["param"] == parameter
+            assert post(running, path)[0] == 400
+        assert post(running, "/collective_rpc")[0] == 400
         assert post(running, "/collective_rpc", {"method": "dance"})[0] == 500
         assert not is_sleeping(running)
 
@@ -130,7 +132,7 @@ def test_sleep_mode_wants_devices(devices: Devices) -> None:
     for flags, env in (((), {}), ((ledger,), {"CUDA_VISIBLE_DEVICES": ""})):
         with engine("--enable-sleep-mode", *flags, env=env) as running:
             output = running.rest()
-            assert output.endswith(b"Value error, Sleep mode is not supported on current platform.\n")
+            assert b"  Value error, Sleep mode is not supported on current platform. [type=value_error, " in output
             assert b"EngineCore" not in output
             assert running.code() == 1
 
@@ -167,7 +169,7 @@ def test_only_the_query_counts() -> None:
 
 
 def test_abort_ends_what_runs_and_what_waits() -> None:
-    """Each answer is a whole one, with an end that says so: of a stream, of a plain request, of one that never ran."""
+    """Each answer is a whole one, with an end that says so; but for a stream that never ran, which just ends."""
     with engine(env=DEVELOPS) as running:
         with asking(running, stream=True, hang=3) as stream, asking(running, hang="before") as plain:
             while b"t2 " not in stream.recv(2**16, socket.MSG_PEEK):
@@ -179,9 +181,12 @@ def test_abort_ends_what_runs_and_what_waits() -> None:
             assert b"t3 " not in data
             assert b'"finish_reason": "abort"' in data
             assert b'"finish_reason": "abort"' in plain.recv(2**16)
-        with asking(running) as waits:
+        with asking(running) as waits, asking(running, stream=True) as stream:
             assert post(running, "/sleep?mode=abort")[0] == 200
             assert b'"finish_reason": "abort"' in waits.recv(2**16)
+            while b"[DONE]" not in (data := stream.recv(2**16, socket.MSG_PEEK)):
+                pass
+            assert data.count(b'"finish_reason": null') == data.count(b'"finish_reason"') == 1
 
 
 def test_wait_lets_what_runs_end(tmp_path: Path) -> None:
@@ -423,6 +428,18 @@ def test_a_sleep_that_fails_after_freeing(devices: Devices) -> None:
         assert running.ask(CHAT, chat())[0] == 500
         assert running.code() == 0
         until_free(devices, TOTAL)
+
+
+def test_what_was_frozen_does_not_survive_a_failed_sleep(devices: Devices) -> None:
+    """A stream that would go on finds no memory: the engine dies in the midst of it."""
+    with sleeper(devices, "--fake-sleep=fails-after-freeing") as running:
+        with asking(running, stream=True, chunks=100_000) as stream, running.connect() as wake:
+            assert stream.recv(12) == b"HTTP/1.1 200"
+            assert post(running, "/sleep?mode=keep")[0] == 500
+            wake.sendall(request("/wake_up", None, "POST"))  # its answer may not come any more
+            while stream.recv(2**20):
+                pass
+        assert running.code() == 0
 
 
 @pytest.mark.parametrize(("flag", "call"), [("--fake-sleep=dies", "/sleep"), ("--fake-wake=dies", "/wake_up")])
