@@ -118,7 +118,9 @@ def change_file(folder: Path, /, **fields: object) -> None:
         ("pid", 0), ("pid", 1), ("pid", -5), ("pid", 2**22 + 1), ("pid", 2**31), ("pid", 2**80), ("pid", None),
         ("pid", "4242"), ("pid", True), ("pid", 4242.5), ("started", 0), ("started", -1), ("started", 2**63),
         ("address", "127.0.0.1:0"), ("address", "127.0.0.1:65536"), ("address", "127.0.0.1:08001"), ("address", "8001"),
-        ("address", "unix:x.sock"), ("address", 8001), ("launched", "ray"), ("launched", ""), ("launched", 5),
+        ("address", "unix:x.sock"), ("address", "unix:/run/docker.sock"), ("address", "unix:/run/vp-2/http.sock"),
+        ("address", "unix:/run/vp-1/../docker.sock"), ("address", 8001),
+        ("launched", "ray"), ("launched", ""), ("launched", 5),
         ("log_start", -1), ("started_at", "yesterday"), ("started_at", "2026-01-01"),
         ("spec", 5), ("folder", 5),
         ("segments", ["/etc/passwd"]), ("segments", ["/dev/shm/../../etc/passwd"]), ("segments", "/dev/shm/psm_1"),
@@ -483,10 +485,11 @@ def test_an_older_daemon_finds_the_port_where_it_looks_for_it(tmp_path: Path) ->
     """Whoever goes back to one keeps the engines; one that listens at a Unix socket has none."""
     with StateDirectory(tmp_path) as state:
         state.record(CHAT)
-        state.record(replace(EMBED, address="unix:/run/x.sock"))
+        state.record(replace(EMBED, address="unix:/run/vp-2/http.sock"))
     chat, embed = tomllib.loads((tmp_path / "engines.toml").read_text())["engines"]
     assert (chat["port"], "port" in embed) == (8001, False)
-    assert next_daemon(tmp_path)[1].place.address == UnixAddress("/run/x.sock")
+    assert [record.place.may_sleep for record in next_daemon(tmp_path)] == [False, True]
+    assert next_daemon(tmp_path)[1].place.address == UnixAddress("/run/vp-2/http.sock")
 
 
 def test_left_behind_engines_stay_on_record_until_they_are_gone(tmp_path: Path) -> None:

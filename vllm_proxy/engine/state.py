@@ -22,7 +22,7 @@ import msgspec
 import structlog
 import tomli_w
 
-from vllm_proxy.domain.address import TcpAddress, parse_address
+from vllm_proxy.domain.address import TcpAddress, UnixAddress, parse_address
 from vllm_proxy.domain.command import Place, mark
 from vllm_proxy.domain.devices import ANY_DEVICE, Allocation
 from vllm_proxy.engine import cgroup, vitals
@@ -36,6 +36,7 @@ from vllm_proxy.runtime import files
 log = structlog.get_logger()
 
 SCRATCH = Path("/tmp")  # noqa: S108 - where there is no RUNTIME_DIRECTORY; engines' folders in it are private
+SOCKET = "http.sock"  # in the folder of an engine that may sleep
 _NAME_LIMIT = 200
 _STARTS_KEPT = 5  # of one spec
 _FOREIGN_KEPT = 100  # records of other pid namespaces
@@ -78,7 +79,8 @@ class EngineRecord:
         """Where it runs."""
         address, takes = parse_address(self.address), {name: self.takes.get(name, 0) for name in self.devices}
         allocation = Allocation(takes, share=self.share or None)
-        return Place(self.instance, self.own_name, address, self.credential, self.folder, allocation)
+        may_sleep = isinstance(address, UnixAddress)
+        return Place(self.instance, self.own_name, address, self.credential, self.folder, allocation, may_sleep)
 
     @property
     def identity(self) -> Identity:
@@ -270,11 +272,14 @@ def _with_address(entry: object) -> object:
     return entry
 
 
-def _is_address(text: str) -> bool:
+def _is_address_of(record: EngineRecord) -> bool:
+    """A port, or the socket in its own folder."""
     try:
-        return str(parse_address(text)) == text
+        address = parse_address(record.address)
     except ValueError:
         return False
+    is_its_own = isinstance(address, TcpAddress) or address.path == f"{record.folder}/{SOCKET}"
+    return is_its_own and str(address) == record.address
 
 
 def _text_of(entry: object, key: str) -> str:
@@ -298,7 +303,7 @@ def _invariants(record: EngineRecord) -> list[tuple[str, bool]]:
         ("credential", _WORD.fullmatch(record.credential) is not None),
         ("pid", 1 < record.pid <= PID_LIMIT),
         ("started", 0 < record.started < 2**63),
-        ("address", _is_address(record.address)),
+        ("address", _is_address_of(record)),
         ("log_start", record.log_start >= 0),
         ("started_at", _is_moment(record.started_at) or not (record.started_at or record.spec)),
         ("segments", all(_SEGMENT.fullmatch(path) and "/../" not in path for path in record.segments)),
