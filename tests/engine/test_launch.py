@@ -17,6 +17,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from vllm_proxy.domain.address import UnixAddress
+from vllm_proxy.domain.canary import COMPLETIONS, Canary
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.devices import NO_DEVICES
 from vllm_proxy.domain.diagnose import Exit
@@ -313,7 +314,7 @@ signal.pause()
 async def test_an_engine_that_may_sleep_listens_where_nobody_else_comes(
     tmp_path: Path, port_start: int, event: Event
 ) -> None:
-    """In its own folder, which is its owner's alone; no port is taken for it. It is adopted as it was."""
+    """In its own folder, which is its owner's alone; no port is taken for it. It is adopted as it was, asleep too."""
     spec = model(tmp_path, f'exec {sys.executable} -S -c "{LISTENING}" {event.path} "$@"')
     spec = replace(spec, engine=spec.engine.model_copy(update={"sleep": 1}))
     with place(tmp_path, port_start) as first:
@@ -324,12 +325,17 @@ async def test_an_engine_that_may_sleep_listens_where_nobody_else_comes(
             assert Path(where.folder).stat().st_mode & 0o777 == 0o700
             assert await engine.holds_address()
             assert first.ports.take() == port_start
+            assert (engine.asleep, engine.canary) == (0, None)
+            engine.note_sleep(1, Canary(COMPLETIONS, " G"))
             engine.keep()
     with place(tmp_path, port_start) as second:
         (found,) = second.state.orphans()
         async with second.launcher.adopted(found, spec.engine, Owner()) as engine:
             assert (engine.place, engine.place.may_sleep) == (replace(where, allocation=engine.place.allocation), True)
             assert await engine.holds_address()
+            assert (engine.asleep, engine.canary) == (1, Canary(COMPLETIONS, " G"))
+            engine.note_sleep(0, None)
+            assert (engine.asleep, engine.canary) == (0, None)
         assert not Path(where.folder).exists()
 
 

@@ -18,6 +18,7 @@ import structlog
 
 from vllm_proxy.domain import command
 from vllm_proxy.domain.address import TcpAddress, UnixAddress
+from vllm_proxy.domain.canary import Canary, parse_canary
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.devices import NO_DEVICES, Allocation, allocation_for
@@ -82,6 +83,21 @@ class LaunchedEngine:
         """It is ready: record that."""
         self.output.loading = False
         self._serving.set()
+
+    @property
+    def asleep(self) -> int:
+        """The level that it was to sleep at last, by whichever daemon; 0: it was to serve."""
+        return self.record.asleep
+
+    @property
+    def canary(self) -> Canary | None:
+        """What it answered before it slept; None: it has no route to be asked on."""
+        return parse_canary(self.record.canary) if self.record.canary else None
+
+    def note_sleep(self, level: int, canary: Canary | None) -> None:
+        """Record that it is to sleep at this level, before it does, with what it answers awake; 0: that it serves."""
+        self.record = replace(self.record, asleep=level, canary="" if canary is None else str(canary))
+        save_record(self._state, self.record)
 
     async def monitor(self) -> None:
         """Once it serves, record that, with the shared memory a kill would leak; then monitor its memory."""

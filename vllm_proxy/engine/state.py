@@ -23,6 +23,7 @@ import structlog
 import tomli_w
 
 from vllm_proxy.domain.address import TcpAddress, UnixAddress, parse_address
+from vllm_proxy.domain.canary import parse_canary
 from vllm_proxy.domain.command import Place, mark
 from vllm_proxy.domain.devices import ANY_DEVICE, Allocation
 from vllm_proxy.engine import cgroup, vitals
@@ -72,6 +73,8 @@ class EngineRecord:
     devices: tuple[str, ...] = (ANY_DEVICE,)  # the GPUs that it has
     takes: Mapping[str, int] = field(default_factory=dict)  # bytes of each of them, where devices are managed
     share: float = 0.0  # its `gpu_memory_utilization`, where the daemon chose that
+    asleep: int = 0  # the level that it was to sleep at last; 0: it was to serve
+    canary: str = ""  # what it answered before it slept, as `parse_canary` reads it; "": it has no route to be asked on
     launched: Literal["process"] = "process"  # how it was; what another daemon launched in another way is not touched
 
     @property
@@ -310,7 +313,17 @@ def _invariants(record: EngineRecord) -> list[tuple[str, bool]]:
         ("cgroup", not record.cgroup or _is_cgroup_of(record)),
         ("takes", all(0 <= size < 2**63 for size in record.takes.values())),
         ("share", 0 <= record.share <= 1),
+        ("asleep", 0 <= record.asleep <= 2),
+        ("canary", not record.canary or _is_canary(record.canary)),
     ]
+
+
+def _is_canary(text: str) -> bool:
+    try:
+        parse_canary(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_moment(text: str) -> bool:
