@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_proxy.domain.address import Address, TcpAddress
+from vllm_proxy.domain.canary import Canary
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.devices import Allocation, unmanaged
@@ -140,6 +141,8 @@ class FakeEngine:
         self.listens = False
         self.noted_ready = False
         self.kept = False
+        self.asleep = 0
+        self.canary: Canary | None = None
         self.born = now()
         self.reaped_at: float | None = None
         self.spec: EngineSpec | None = None  # what it was started for; not known of an adopted one
@@ -155,6 +158,10 @@ class FakeEngine:
     def mark_ready(self) -> None:
         """It is put on record that it is ready."""
         self.noted_ready = True
+
+    def note_sleep(self, level: int, canary: Canary | None) -> None:
+        """It is put on record that it is to sleep, or to serve."""
+        self.asleep, self.canary = level, canary
 
     def keep(self) -> None:
         """It is left to the next daemon."""

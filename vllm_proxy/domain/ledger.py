@@ -54,6 +54,7 @@ class Device:
     foreign: int = 0  # of `room`, what other programs have
     free: float = math.inf  # as measured; inf: it cannot be measured
     kind: Kind = Kind.GPU
+    unified: bool = False  # its memory is the machine's own, in which a GPU computes
 
 
 @dataclass(frozen=True, slots=True)

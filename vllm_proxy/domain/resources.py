@@ -38,7 +38,7 @@ class Instance(TypedDict):
     reason: Reason | None
     message: Annotated[str | None, Field(description="Why; of a ready one also where its output is not kept on disk.")]
     pid: int | None
-    port: int | None
+    port: Annotated[int | None, Field(description="On 127.0.0.1; null where it listens at a Unix socket.")]
     phase: Annotated[Phase | None, Field(description="How far it is within its state.")]
     progress: Annotated[float | None, Field(ge=0, le=1, description="Within the phase.")]
     ready_in_seconds: Annotated[float | None, Field(description="A guess, from earlier starts.")]
