@@ -31,6 +31,9 @@ class Owner:
         """The engine could not be ended."""
         self.heard.append(why)
 
+    def gone(self) -> None:
+        """None of its processes lives."""
+
     def ended(self) -> None:
         """Nothing is left of it."""
         self.heard.append("ended")

@@ -144,6 +144,9 @@ class Owner:
         """The engine could not be ended."""
         self._hear(why)
 
+    def gone(self) -> None:
+        """None of its processes lives."""
+
     def ended(self) -> None:
         """Nothing is left of it."""
         self._hear("ended")
@@ -633,14 +636,19 @@ async def test_a_folder_of_thousands_of_files_is_removed_beside_everything_else(
     for number in range(2000):
         (tmp_path / "folder" / f"compiled-{number}").touch()
     with place(tmp_path, port_start) as here:
-        outcome = True
-        ending = asyncio.create_task(end_engine(record, Stubborn(outcome).end, here.state, 0))
+        outcome, there = True, list[bool]()
+
+        def gone() -> None:
+            there.append(Path(record.folder).exists())
+
+        ending = asyncio.create_task(end_engine(record, Stubborn(outcome).end, here.state, 0, gone=gone))
         turns = 0
         while not ending.done():
             turns += 1
             await asyncio.sleep(0)
     assert await ending is None
     assert turns > 10
+    assert there == [True], "that no process is left is told before what they left is removed"
     assert not Path(record.folder).exists()
 
 

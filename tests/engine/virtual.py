@@ -188,6 +188,7 @@ class FakeLauncher:
         self.known_objection: Diagnosis | None = None
         self.objection_error: Exception | None = None
         self.teardown_seconds = 0.0
+        self.tidying_seconds = 0.0  # behind the end of its last process
         self.end_error: Exception | None = None
         self.teardown_error: Exception | None = None  # behind the end
         self.adopted_listen = True
@@ -275,6 +276,8 @@ class FakeLauncher:
             if self.stopping.is_set():
                 return False
             await asyncio.sleep(1)
+        owner.gone()
+        await asyncio.sleep(self.tidying_seconds)
         owner.ended()
         return True
 

@@ -103,6 +103,21 @@ async def test_an_idle_model_gives_way_to_one_that_a_request_waits_for() -> None
 
 
 @virtual
+async def test_room_is_free_when_no_process_is_left_whatever_else_is_tidied_up() -> None:
+    """The next engine starts beside that."""
+    stage = Stage(Gpus())
+    stage.launcher.tidying_seconds = 50
+    chat = begun(stage, model("chat"))
+    begun(stage, model("code"))
+    with await answered(stage, "chat"):
+        pass
+    with await answered(stage, "code"):
+        assert chat.state is State.UNLOADING
+    await passes(60)
+    assert [chat.state] == [State.STOPPED]
+
+
+@virtual
 async def test_an_engine_that_others_read_from_is_asked_to_end() -> None:
     """One with a KV connector: who reads its cache is not cut off."""
     stage = Stage(Gpus())

@@ -19,6 +19,7 @@ from vllm_proxy.engine import cgroup, vitals
 from vllm_proxy.engine.ownership import Owned
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 from vllm_proxy.runtime import descriptors, files
+from vllm_proxy.runtime.background import notify
 
 log = structlog.get_logger()
 
@@ -44,6 +45,9 @@ class Owner(Protocol):
 
     def not_ended(self, why: str) -> None:
         """The engine could not be ended, which is tried again. Called when that, or why, is new."""
+
+    def gone(self) -> None:
+        """None of its processes lives: the memory of its devices is free. What else it left is being removed."""
 
     def ended(self) -> None:
         """Nothing is left of the engine, or it was left to the next daemon."""
@@ -97,10 +101,13 @@ async def _pause(failures: int, stopping: asyncio.Event) -> None:
         return
 
 
-async def end_engine(record: EngineRecord, end: End, state: StateDirectory, grace: float) -> str | None:
+async def end_engine(
+    record: EngineRecord, end: End, state: StateDirectory, grace: float, *, gone: Callable[[], None] | None = None
+) -> str | None:
     """Try once to `end` every process of an engine, then remove what they leave behind. Returns why some are left.
 
     None when nothing is left. What could not be ended stays on record, its folder and its shared memory stay.
+    `gone`: called when no process is left.
     """
     with descriptors.spare():
         mapped = await _segments(record)  # known only while they live
@@ -111,6 +118,8 @@ async def end_engine(record: EngineRecord, end: End, state: StateDirectory, grac
             return _explanation(await _survivors(record), error)
         if not ended:
             return _explanation(await _survivors(record), None)
+        if gone is not None:
+            notify([gone])
         await _clean_up(record, mapped, state)
         return None
 
@@ -153,9 +162,8 @@ def _explanation(pids: list[int], error: Exception | None) -> str:
 async def _clean_up(record: EngineRecord, mapped: Collection[str], state: StateDirectory) -> None:
     """Remove what dead processes leaked. What cannot be removed is logged, and blocks nothing."""
     segments = {*mapped, *record.segments}
-    if removed := await _try(
-        record, "remove its shared memory", partial(vitals.remove_segments, segments, record.since)
-    ):
+    remove = partial(vitals.remove_segments, segments, record.since)
+    if segments and (removed := await _try(record, "remove its shared memory", remove)):
         log.info("shared memory of a dead engine removed", instance=record.instance, names=removed)
     if record.folder:
         await _try(record, "remove its folder", partial(files.remove_tree, Path(record.folder)))

@@ -340,7 +340,7 @@ class Launcher:
 
     async def _end(self, record: EngineRecord, end: End, owner: Owner, taken: contextlib.ExitStack) -> None:
         """End an engine; where that was given up, what was taken for it stays taken."""
-        attempt = partial(end_engine, record, end, self.state)
+        attempt = partial(end_engine, record, end, self.state, gone=owner.gone)
         if await until_ended(record, attempt, owner, self.stopping):
             log.info("engine ended", instance=record.instance, pid=record.pid)
         else:

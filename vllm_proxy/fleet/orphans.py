@@ -83,6 +83,9 @@ class Orphan:
         self._leftover.failed(why)
         self._changed()
 
+    def gone(self) -> None:
+        """Starts wait until all that it left is removed, too: it may be the same instance's."""
+
     def ended(self) -> None:
         """Its claim is withdrawn."""
         self._leftover.done()

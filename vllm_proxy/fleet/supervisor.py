@@ -145,6 +145,12 @@ class Supervisor(Tenancy):
         self.diagnosis = Diagnosis(Reason.NOT_ENDED, f"cannot end its engine: {why}")
         self._notify(Phase.STOPPING)
 
+    def gone(self) -> None:
+        """No process of its engine lives: another one may have its room."""
+        if self.claim is not None:
+            self.claim.done()
+            self.claim = None
+
     def ended(self) -> None:
         """Nothing is left of its engine, or it was left to the next daemon."""
         self._engine_alive = False
