@@ -28,6 +28,7 @@ from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.devices import Inventory
 from vllm_proxy.engine.find import find_vllm, has_gpus
 from vllm_proxy.engine.launch import Launcher
+from vllm_proxy.engine.nap import HttpNap
 from vllm_proxy.engine.options import OptionTables
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.probe import HttpProbe
@@ -304,7 +305,7 @@ def _dependencies(
     inventory = Inventory(config.devices.source, settings.config_file.parent, env, launcher.owned)
     stack.callback(inventory.close)
     managed = Managed(inventory, config.devices, check.default_share)
-    shared = Dependencies(launcher, FleetLoop(managed), Registry(), HttpProbe(health_checks), asyncio.Event(), stopping,
+    shared = Dependencies(launcher, FleetLoop(managed), Registry(), HttpProbe(health_checks), HttpNap(health_checks), asyncio.Event(), stopping,
                           mask=output.masking.mask)  # fmt: skip
     return shared, launcher, managed
 

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import selectors
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.devices import Allocation, unmanaged
 from vllm_proxy.domain.diagnose import Diagnosis, Exit
+from vllm_proxy.domain.ledger import Depth
 from vllm_proxy.domain.lifecycle import Phase, State
 from vllm_proxy.domain.progress import START, Progress
 from vllm_proxy.engine.ending import Owner
+from vllm_proxy.engine.nap import Failed, Freed, Noted, Operation, Slept, Woke
 from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.process import run_shielded
 from vllm_proxy.engine.program import LaunchError
@@ -222,7 +225,8 @@ class FakeLauncher:
             await asyncio.sleep(60)
             owner.waits_for_port(None)
         number = len(self.engines)
-        engine = FakeEngine(place_of(instance, number, allocation))
+        place = place_of(instance, number, allocation)
+        engine = FakeEngine(replace(place, may_sleep=model.engine.sleep is not None))
         engine.spec = model.engine
         async with self._living(engine, owner):
             yield engine
@@ -280,6 +284,48 @@ class FakeLauncher:
         await asyncio.sleep(self.tidying_seconds)
         owner.ended()
         return True
+
+
+class FakeNap:
+    """Puts fake engines to sleep, or does not."""
+
+    def __init__(self) -> None:
+        self.failures: list[Operation] = []  # what fails next
+        self.seconds = 1.0  # of each
+        self.done: list[str] = []
+
+    async def sleep(self, place: Place, level: int, note: Noted, freed: Freed) -> Slept | Failed:  # noqa: ARG002 - as it is
+        """It sleeps."""
+        note(None)
+        await asyncio.sleep(self.seconds)
+        if "sleep" in self.failures:
+            self.failures.remove("sleep")
+            return Failed("sleep", "as the test says")
+        self.done.append(f"{place.instance} sleeps")
+        return Slept(None, measured=False)
+
+    async def wake(
+        self,
+        place: Place,
+        level: int,  # noqa: ARG002 - as above
+        expected: Canary | None,  # noqa: ARG002 - as above
+        reload_seconds: float,  # noqa: ARG002 - as above
+    ) -> Woke | Failed:
+        """It serves again."""
+        await asyncio.sleep(self.seconds)
+        if "wake" in self.failures:
+            self.failures.remove("wake")
+            return Failed("wake", "as the test says")
+        self.done.append(f"{place.instance} wakes")
+        return Woke(verified=False)
+
+    async def is_sleeping(self, place: Place) -> bool | None:  # noqa: ARG002 - as above
+        """It says so."""
+        return True
+
+    async def verify(self, place: Place, expected: Canary | None) -> Woke | Failed:  # noqa: ARG002 - as above
+        """It answers."""
+        return Woke(verified=True)
 
 
 class FakeProbe:
@@ -390,7 +436,15 @@ class FakeTenant:
     def on_room(self) -> None:
         """It was not refused."""
 
-    def on_yield(self, for_whom: str) -> None:
+    def may_sleep(self) -> bool:
+        """It may not."""
+        return False
+
+    def keeps(self) -> int | None:
+        """Not known."""
+        return None
+
+    def on_yield(self, depth: Depth, for_whom: str) -> None:  # noqa: ARG002 - it can only stop
         """Note it."""
         self.gives_way_to = for_whom
 
@@ -402,6 +456,7 @@ class Stage:
         """`machines`: the devices, where they are managed."""
         self.launcher = FakeLauncher()
         self.probe = FakeProbe(self.launcher)
+        self.nap = FakeNap()
         self.registry = Registry()
         self.loop = FleetLoop(machines)
         self.loop.room.unmanaged = self.launcher.allocation
@@ -411,6 +466,7 @@ class Stage:
             self.loop,
             self.registry,
             self.probe,
+            self.nap,
             skip_drain=asyncio.Event(),
             stopping=self.launcher.stopping,
             offload=at_once,

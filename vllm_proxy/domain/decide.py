@@ -8,7 +8,8 @@ spec they run).
 """
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -177,7 +178,7 @@ def _yields(one: InstanceNow) -> bool:
     return one.yields is not None and one.state in {State.READY, State.SLEEPING}
 
 
-def _idle_ones(model: ModelNow, current: Set[int]) -> dict[int, InstanceNow]:
+def _idle_ones(model: ModelNow, current: AbstractSet[int]) -> dict[int, InstanceNow]:
     """Those that sleep, or are to, while the next request is awaited; as many as the file asks for."""
     able = [one for one in model.instances if one.index in current and not _yields(one)]
     asleep = [one for one in able if one.state is State.SLEEPING]
@@ -185,7 +186,7 @@ def _idle_ones(model: ModelNow, current: Set[int]) -> dict[int, InstanceNow]:
     return {one.index: one for one in (*asleep, *awake)[: model.policy.replicas]}
 
 
-def _is_to_sleep(one: InstanceNow, current: Set[int]) -> bool:
+def _is_to_sleep(one: InstanceNow, current: AbstractSet[int]) -> bool:
     fits = one.index in current and one.may_sleep and one.state is State.READY
     return fits and one.yields is not Depth.STOP
 

@@ -15,7 +15,7 @@ from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.decide import ASKS_AGAIN_SECONDS
 from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Diagnosis
-from vllm_proxy.domain.ledger import Short, Standing, Where
+from vllm_proxy.domain.ledger import Depth, Short, Standing, Where
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.program import LaunchError
@@ -80,8 +80,14 @@ class Tenant(Protocol):
     def on_wait(self, why: Waits | None) -> None:
         """Why its start waits; None: it does not any more."""
 
-    def on_yield(self, for_whom: str) -> None:
-        """It is to give way."""
+    def may_sleep(self) -> bool:
+        """Whether its engine can, and nothing speaks against it."""
+
+    def keeps(self) -> int | None:
+        """Bytes of each device that an engine of its spec had asleep; None: not known."""
+
+    def on_yield(self, depth: Depth, for_whom: str) -> None:
+        """It is to give way, so far."""
 
     def on_resume(self) -> None:
         """It was to give way, and nobody waits for its room any more."""
@@ -110,6 +116,10 @@ class Claim:
         self.found: int | None = None  # bytes that its engine has of each device, as measured then; 0: it cannot be
         self.watches_idle = False  # somebody waits for its last request
         self.is_done = False
+        self.keeps: int | None = None  # bytes of each device that it has asleep, or would have; None: it may not sleep
+        self.depth: Depth | None = None  # how far it goes, while it yields or goes
+        self._asks = True
+        self._was_asleep = False
         self._wanted_since: float | None = None
         self._wanted_until = 0.0
         self._admitted: asyncio.Future[Allocation] = asyncio.get_running_loop().create_future()
@@ -131,8 +141,8 @@ class Claim:
 
     @property
     def waits(self) -> bool:
-        """Whether it was not admitted yet, and still wants to be."""
-        return self.standing is None
+        """Whether it was not admitted yet, and still wants to be: to start, or to wake where it sleeps."""
+        return self._asks
 
     # For its supervisor
 
@@ -149,6 +159,18 @@ class Claim:
         """Its engine has allocated what it needs: others may measure the devices."""
         self.standing, self.since, self.awaits_look = Standing.SERVES, asyncio.get_running_loop().time(), True
         self.start_seconds = self.tenant.start_seconds()
+        self._changed(self)
+
+    def sleeps(self, keeps: int | None) -> None:
+        """Its engine has given its memory back, but for this much of each device, where that is known."""
+        self.standing, self.since, self.keeps = Standing.SLEEPS, asyncio.get_running_loop().time(), keeps
+        self.depth, self._may_go = None, None
+        self._changed(self)
+
+    def wakes(self) -> None:
+        """It sleeps, and wants its room again."""
+        self._asks, self.since = True, asyncio.get_running_loop().time()
+        self._admitted = asyncio.get_running_loop().create_future()
         self._changed(self)
 
     async def may_go(self) -> None:
@@ -178,7 +200,7 @@ class Claim:
 
     def hold(self, allocation: Allocation, standing: Standing) -> None:
         """It has this."""
-        self.allocation, self.standing = allocation, standing
+        self.allocation, self.standing, self._asks = allocation, standing, False
         self.place, self.short = (), None
 
     def admit(self, allocation: Allocation) -> None:
@@ -190,6 +212,7 @@ class Claim:
 
     def refuse(self, reason: Reason, why: str) -> None:
         """Its engine will not start, though the ledger may have room for it."""
+        self._asks = False
         if not self._admitted.done():
             self._admitted.set_exception(LaunchError(reason, why))
 
@@ -199,10 +222,11 @@ class Claim:
         spec = self.tenant.spec.engine
         return bool(spec.memory) and spec.devices != ()
 
-    def give_way(self, for_whom: str) -> None:
+    def give_way(self, depth: Depth, for_whom: str) -> None:
         """It takes no new requests from now on."""
-        self.standing = Standing.YIELDS
-        notify([self.tenant.on_yield], for_whom)
+        self._was_asleep = self.standing is Standing.SLEEPS
+        self.standing, self.depth = Standing.YIELDS, depth
+        notify([self.tenant.on_yield], depth, for_whom)
 
     @property
     def stays(self) -> bool:
@@ -223,6 +247,11 @@ class Claim:
         """Whether somebody waits for its model, or may ask again soon."""
         always = self.tenant.spec.policy.start == "always"
         return always or (self._wanted_since is not None and time <= self._wanted_until + ASKS_AGAIN_SECONDS)
+
+    @property
+    def may_resume(self) -> bool:
+        """Whether requests of it are in flight still."""
+        return not self.is_drained and not self._was_asleep
 
     @property
     def is_drained(self) -> bool:

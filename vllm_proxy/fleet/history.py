@@ -12,6 +12,7 @@ from vllm_proxy.domain.config import EngineSpec
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import Reason
 
+MOST_SLEEP_FAILURES = 2  # in a row
 _START_SECONDS = 60.0  # of a model that has never started
 _BUCKETS = (1.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)  # seconds
 
@@ -38,6 +39,8 @@ class History:
     def __init__(self, kept: Kept, fingerprint: Callable[[EngineSpec], str]) -> None:
         self.failures: Counter[tuple[str, Reason]] = Counter()  # by instance and reason
         self.startups = Histogram(_BUCKETS)
+        self._sleep_failures: Counter[str] = Counter()  # in a row, by fingerprint
+        self._residues: dict[str, int] = {}
         self._kept = kept
         self._fingerprint = fingerprint
 
@@ -49,6 +52,23 @@ class History:
     def failed(self, instance: str, reason: Reason) -> None:
         """An engine ended without being asked to, or could not be started."""
         self.failures[instance, reason] += 1
+
+    def slept(self, spec: EngineSpec, *, failed: bool) -> None:
+        """An engine of this spec was put to sleep or woken."""
+        mark = self._fingerprint(spec)
+        self._sleep_failures[mark] = self._sleep_failures[mark] + 1 if failed else 0
+
+    def may_sleep(self, spec: EngineSpec) -> bool:
+        """Whether that has not failed twice in a row."""
+        return self._sleep_failures[self._fingerprint(spec)] < MOST_SLEEP_FAILURES
+
+    def keep_residue(self, spec: EngineSpec, size: int) -> None:
+        """An engine of this spec has so many bytes of each device while it sleeps."""
+        self._residues[self._fingerprint(spec)] = size
+
+    def residue(self, spec: EngineSpec) -> int | None:
+        """Bytes that the last engine of this spec had of each device while it slept; None: not known."""
+        return self._residues.get(self._fingerprint(spec))
 
     def start_seconds(self, spec: EngineSpec) -> float:
         """What a start of this spec takes; a guess."""

@@ -139,6 +139,10 @@ class Model:
         """Stop until somebody starts or changes it. Done when that has begun."""
         return self._post("stop", partial(self._want, Wanted.STOP))
 
+    def sleep(self) -> asyncio.Future[None]:
+        """Sleep until a request comes, or somebody starts it. Done when that has begun."""
+        return self._post("sleep", partial(self._want, Wanted.AWAIT))
+
     def restart(self) -> asyncio.Future[None]:
         """Start every engine anew, one after another where there are several; a change that failed is tried again."""
         return self._post("restart", self._restart)
@@ -237,9 +241,10 @@ class Model:
                 one.spec.engine,
                 one.failure,
                 one in self._renew or one.has_room,
-                one.gives_way_to is not None,
+                one.yields,
                 one.awaits_room,
                 one.serves_on,
+                one.may_sleep(),
             )
             for one in self.instances
         )
@@ -259,6 +264,10 @@ class Model:
         by_index = {one.index: one for one in self.instances}
         for index in decided.stop:
             self._stop_instance(by_index[index])
+        for index in decided.sleep:
+            self._lay_to_sleep(by_index[index])
+        for index in decided.wake:
+            self._wake_instance(by_index[index])
         for index in decided.start:
             self._start_instance(by_index.get(index) or self._supervisor(index))
         self._adjust_instances()
@@ -303,7 +312,20 @@ class Model:
         self._renew.discard(instance)
         if instance.gives_way_to is not None:
             self._note_gave_way(instance.gives_way_to)
-        leaving = self._leaving[instance] = instance.stop(keep=self._keep)
+        self._follow_end(instance, instance.stop(keep=self._keep))
+
+    def _lay_to_sleep(self, instance: Supervisor) -> None:
+        if instance.gives_way_to is not None:
+            self._note_gave_way(instance.gives_way_to)
+        self._follow_end(instance, instance.sleep())
+
+    def _wake_instance(self, instance: Supervisor) -> None:
+        if instance.claim is not None and not instance.claim.waits:
+            self._gave_way = None
+            instance.wake()
+
+    def _follow_end(self, instance: Supervisor, leaving: asyncio.Task[None]) -> None:
+        self._leaving[instance] = leaving
 
         def left(_: asyncio.Task[None]) -> None:
             if self._leaving[instance] is leaving:

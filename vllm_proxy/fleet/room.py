@@ -32,6 +32,7 @@ NO_TOTAL = (
     "memory is a part of a device whose size nobody knows here: no device is managed ([devices] source); "
     "write gpu_memory_utilization in its place"
 )
+RESIDUE_BYTES = 2 * 2**30  # of each GPU: what an engine may keep that has never slept
 _INSTANT = 1e-6  # seconds
 _MOST_TOLD = 100  # waiting starts in one turn of the loop: each notification has listeners
 
@@ -198,6 +199,9 @@ class Room:
         takes = machine.renamed(claim.allocation.takes)
         if takes and not all(takes.values()):  # it came while nobody managed the devices
             takes = machine.held_by(claim.tenant.spec, takes)
+        if claim.standing is Standing.SLEEPS and claim.allocation.gpus:
+            keeps = claim.keeps if claim.keeps is not None else claim.tenant.keeps() or RESIDUE_BYTES
+            return {name: min(size, keeps) for name, size in takes.items()}
         if not claim.found:
             return takes
         return {name: fit.held(size, claim.found) for name, size in takes.items()}
@@ -272,8 +276,8 @@ class Room:
             if name in claims:
                 self._admit(claims.pop(name), where, asks[name])
         for claim in [claim for claim in self._claims if claim.name in moves.go]:
-            if claim.standing is Standing.SERVES:
-                claim.give_way(moves.go_for[claim.name])
+            if claim.standing in {Standing.SERVES, Standing.SLEEPS}:
+                claim.give_way(moves.go[claim.name], moves.go_for[claim.name])
         self._resume({name for one in claims.values() if one.is_wanted(time) and one.name in moves.wait
                       for name in moves.wait[one.name].waits_for})  # fmt: skip
         self._let_go()
@@ -292,7 +296,9 @@ class Room:
 
     def _admit(self, claim: Claim, where: Where, ask: Ask) -> None:
         machine, spec = self.machines.machine(), claim.tenant.spec
-        if machine is None:
+        if claim.allocation is not None:  # it wakes where it sleeps
+            claim.admit(claim.allocation)
+        elif machine is None:
             claim.admit(self._unmanaged(claim))
         else:
             claim.admit(machine.allocation(spec, where, ask.needs))
@@ -312,7 +318,7 @@ class Room:
     def _resume(self, awaited: AbstractSet[str]) -> None:
         """Who gives way, and is awaited by nobody any more, serves on."""
         for claim in self._claims:
-            if claim.standing is Standing.YIELDS and not claim.is_drained and claim.name not in awaited:
+            if claim.standing is Standing.YIELDS and claim.may_resume and claim.name not in awaited:
                 claim.resume()
                 self._wake()
 
@@ -337,15 +343,29 @@ class Room:
         self._wake()
 
 
+def _keeps(claim: Claim, takes: Mapping[str, int]) -> int | None:
+    """What it has of each device while it sleeps, or would; None: it may not."""
+    if claim.standing is Standing.SLEEPS:
+        return max(takes.values(), default=0)
+    if not claim.tenant.may_sleep():
+        return None
+    assert claim.allocation is not None, "it was admitted"
+    if not claim.allocation.gpus:  # on a processor nothing comes back
+        return max(takes.values(), default=0)
+    known = claim.tenant.keeps()
+    return RESIDUE_BYTES if known is None else known
+
+
 def _hold(claim: Claim, takes: Mapping[str, int]) -> Hold:
     policy, standing = claim.tenant.spec.policy, claim.standing
     assert standing is not None, "it was admitted"
     return Hold(
-        claim.name, claim.model, takes, standing,
+        claim.name, claim.model, takes, standing, _keeps(claim, takes),
         always=policy.start == "always" and policy.enabled,
         priority=policy.priority,
         since=claim.since,
         idle_since=claim.tenant.idle_since() if standing is Standing.SERVES else None,
+        to=claim.depth if standing in {Standing.YIELDS, Standing.GOES} else None,
         start_seconds=claim.start_seconds,
         not_ended=claim.not_ended,
     )  # fmt: skip

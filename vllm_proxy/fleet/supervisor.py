@@ -18,11 +18,12 @@ import structlog
 from vllm_proxy.domain import progress
 from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.devices import Allocation
-from vllm_proxy.domain.diagnose import Diagnosis
+from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Event, Life, Phase, Reason, State
 from vllm_proxy.domain.progress import Progress
 from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.liveness import until_stalled
+from vllm_proxy.engine.nap import Failed
 from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.engine.readiness import until_ready
@@ -32,6 +33,7 @@ from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.draining import cut, drain, give_way
 from vllm_proxy.fleet.failure import LastExit, inspected
 from vllm_proxy.fleet.history import History
+from vllm_proxy.fleet.rest import Rest
 from vllm_proxy.fleet.tenancy import Tenancy
 from vllm_proxy.runtime import clock
 from vllm_proxy.runtime.background import keep_running, run_once, spawn
@@ -41,6 +43,18 @@ from vllm_proxy.traffic.endpoint import Endpoint
 log = structlog.get_logger()
 
 _TRANSFERS = {"kv-transfer-config"}  # args of an engine that others read from, until it has ended in peace
+
+
+class _ColdStartError(Exception):
+    """An engine that was to wake has to be started anew."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.message)
+        self.failed = failed
+
+
+class _EndedAsleepError(Exception):
+    """An engine has ended by itself while it slept."""
 
 
 class Supervisor(Tenancy):
@@ -75,7 +89,10 @@ class Supervisor(Tenancy):
         self._engine_alive = False  # whether an engine of it, or a process of one, lives
         self._failure: Diagnosis | None = None  # of its last engine, until the next one serves
         self._task: asyncio.Task[None] | None = None
-        self._serves_on = asyncio.Event()  # it was to give way, and did not
+        self._serves_on = asyncio.Event()  # it was to give way, and did not; or sleeps
+        self._to_sleep = False
+        self._woken = asyncio.Event()
+        self._starts_cold = False  # its engine is ended, and it keeps its claim
 
     @property
     def state(self) -> State:
@@ -91,6 +108,30 @@ class Supervisor(Tenancy):
             self.claim = self._shared.loop.room.hold(self, record.place.allocation)
         self._transition(Event.START)
         self._task = run_once(partial(self._run, record), f"supervisor of {self.name}")
+
+    def sleep(self) -> asyncio.Task[None]:
+        """Stop routing, wait for the requests in flight, put the engine to sleep; or end it, where that fails.
+
+        The task is done when that is so.
+        """
+        self._to_sleep = True
+        return self.stop()
+
+    def wake(self) -> None:
+        """Begin to wake: it sleeps. Returns at once."""
+        assert self.claim is not None, "it sleeps"
+        self._transition(Event.START, Phase.QUEUED)
+        self.claim.wakes()
+        self._woken.set()
+
+    def stop_yielding(self) -> None:
+        """One that gives way, or is to sleep, is stopped by hand, or for good: as any other."""
+        super().stop_yielding()
+        if self._to_sleep and self.state is State.UNLOADING and self._task is not None:
+            self._to_sleep = False
+            self._transition(Event.STOP, Phase.STOPPING)
+            if self.phase is Phase.FALLING_ASLEEP:
+                self._task.cancel()
 
     def stop(self, *, keep: bool = False) -> asyncio.Task[None]:
         """Stop routing, wait for the requests in flight, end the engine; the task is done when nothing of it is left.
@@ -147,13 +188,16 @@ class Supervisor(Tenancy):
 
     def gone(self) -> None:
         """No process of its engine lives: another one may have its room."""
-        if self.claim is not None:
+        if self.claim is not None and not self._starts_cold:
             self.claim.done()
             self.claim = None
 
     def ended(self) -> None:
         """Nothing is left of its engine, or it was left to the next daemon."""
         self._engine_alive = False
+
+    def _can_sleep(self) -> bool:
+        return self.engine is not None and self.engine.place.may_sleep
 
     def _show_wait(self, why: Diagnosis | None) -> None:
         """A start waits for something; None: for nothing that may not come, and the last failure is shown again."""
@@ -193,7 +237,12 @@ class Supervisor(Tenancy):
     async def _run(self, record: EngineRecord | None) -> None:
         try:
             while True:
-                failure = await self._run_engine(record)
+                try:
+                    failure = await self._run_engine(record)
+                except _ColdStartError as error:
+                    self._note_cold_start(error.failed)
+                    record = None
+                    continue
                 if self._engine_alive:  # a stopping daemon could not end it
                     return
                 self._release_claim()
@@ -202,9 +251,21 @@ class Supervisor(Tenancy):
                 self._history.failed(self.name, failure.reason)
                 if not await self._await_retry(failure):
                     return
+        except _EndedAsleepError:
+            if not self._engine_alive:
+                self._release_claim()
+                self._transition(Event.DIED)
         except Exception:  # a bug in here must not reach other models
             log.exception("the supervisor failed", instance=self.name)
             self._fail_by_bug()
+
+    def _note_cold_start(self, failed: Failed) -> None:
+        """It could not be woken, and is started anew where it was admitted to."""
+        self._starts_cold = False
+        why = Diagnosis(Reason.WAKE_FAILED, failed.message)
+        self.last_exit = LastExit(why, Exit(None, None), datetime.now(UTC), ())
+        self._history.failed(self.name, why.reason)
+        log.warning("an engine could not be woken and is started anew", instance=self.name, why=failed.message)
 
     def _fail_by_bug(self) -> None:
         """It ends in `error`; where its engine may live, it is reported as not ended, and nothing starts beside it."""
@@ -258,7 +319,7 @@ class Supervisor(Tenancy):
                     known = await shared.launcher.option_names(self.spec.engine) if refused else frozenset()
                     return await self._failed(engine, ready, known_options=known)
                 engine.mark_ready()
-                return await self._serve(engine, ready, claim)
+                return await self._live(engine, ready, claim)
         except LaunchError as error:
             return error.diagnosis.masked(shared.mask)
         finally:
@@ -271,8 +332,37 @@ class Supervisor(Tenancy):
             return self._shared.launcher.adopted(record, self.spec.engine, self)
         return self._shared.launcher.running(self.spec, self.name, allocation, self)
 
-    async def _serve(self, engine: Engine, ready: Ready, claim: Claim) -> Diagnosis:
-        """Route requests to it until the engine ends or stalls; when stopped, drain those in flight."""
+    async def _live(self, engine: Engine, ready: Ready, claim: Claim) -> Diagnosis:
+        """Have it serve and sleep until it ends by itself; returns why it did."""
+        rest = Rest(self._shared.nap, self._shared.loop.room, engine, claim, self._history)
+        if engine.asleep and (sleeps := await rest.adopted()) is not False:
+            if sleeps is None:
+                self._starts_cold = True
+                raise _ColdStartError(Failed("wake", "an earlier daemon put it to sleep, and it gives no clean answer"))
+            self._transition(Event.STOP)
+            claim.sleeps(None)
+            await self._sleep(rest, claim)
+        while (failure := await self._serve(engine, ready, claim)) is None:
+            self._notify(Phase.FALLING_ASLEEP)
+            if (failed := await rest.begin(self.spec.engine.sleep or 1)) is not None:
+                log.error("an engine was ended that was to sleep", instance=self.name, why=failed.message)
+                raise asyncio.CancelledError
+            await self._sleep(rest, claim)
+        return failure
+
+    async def _sleep(self, rest: Rest, claim: Claim) -> None:
+        """It sleeps, until somebody wants it and it has woken."""
+        self._settle(Event.SLEPT, Phase.SLEEPING)
+        if not await rest.until_woken(self._woken):
+            raise _EndedAsleepError
+        await claim.admission()
+        self._notify(Phase.WAKING)
+        if (failed := await rest.end(self.spec)) is not None:
+            self._starts_cold = True
+            raise _ColdStartError(failed)
+
+    async def _serve(self, engine: Engine, ready: Ready, claim: Claim) -> Diagnosis | None:
+        """Route requests to it until the engine ends or stalls; when stopped, drain. None: it is to sleep."""
         loop, place, registry = asyncio.get_running_loop(), engine.place, self._shared.registry
         endpoint = Endpoint(self.name, place.address, place.credential, ready.max_model_len)
         generation = self._life.generation
@@ -295,9 +385,13 @@ class Supervisor(Tenancy):
                     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 except asyncio.CancelledError:
                     registry.withdraw_endpoint(self.spec.id, endpoint)
-                    if not await self._drain(endpoint, engine, claim):
+                    if await self._drain(endpoint, engine, claim):
+                        self._settle(Event.RESUMED, Phase.SERVING)
+                        registry.add_endpoint(self.spec.id, endpoint)
+                    elif self._to_sleep:
+                        return None
+                    else:
                         raise
-                    self._resume(endpoint)
             registry.withdraw_endpoint(self.spec.id, endpoint)  # before anything else, and before any notification
             if clock.elapsed(since) > self.spec.policy.restart.max_backoff:
                 self._failures = 0  # it served for a while: earlier failures do not count
@@ -310,14 +404,16 @@ class Supervisor(Tenancy):
             stalling.cancel()
             self.endpoint = None
 
-    def _resume(self, endpoint: Endpoint) -> None:
-        """It was to give way, and nobody waits for its room any more."""
+    def _settle(self, event: Event, phase: Phase) -> None:
+        """What was to end goes on: it serves, or sleeps."""
         assert self._task is not None, "it runs"
-        self._task.uncancel()
+        while self._task.uncancel():
+            pass
+        self._to_sleep = False
+        self._woken.clear()
         self._end_yielding()
+        self._transition(event, phase)
         self._serves_on.set()
-        self._transition(Event.RESUMED, Phase.SERVING)
-        self._shared.registry.add_endpoint(self.spec.id, endpoint)
 
     async def _drain(self, endpoint: Endpoint, engine: Engine, claim: Claim) -> bool:
         """Wait for the requests in flight; one that gives way, until it is stopped by hand, has a time of its own.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.diagnose import Diagnosis
+from vllm_proxy.domain.ledger import Depth
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.fleet.claims import Claim, Waits
 from vllm_proxy.fleet.history import History
@@ -27,6 +28,7 @@ class Tenancy(ABC):
         self.waits: Waits | None = None  # for room, and why
         self.has_room = False  # it rests in error since there was none, and there is by now
         self.gives_way_to: str | None = None  # the instance that waits for its room
+        self.yields: Depth | None = None  # how far
         self.wanted_since = wanted_since
         self._stop_yielding = asyncio.Event()
         self._resumed = asyncio.Event()
@@ -37,6 +39,10 @@ class Tenancy(ABC):
     @abstractmethod
     def state(self) -> State:
         """What it is now."""
+
+    @abstractmethod
+    def _can_sleep(self) -> bool:
+        """Whether an engine of it runs that was started so that it may sleep."""
 
     @abstractmethod
     def _show_wait(self, why: Diagnosis | None) -> None:
@@ -79,14 +85,22 @@ class Tenancy(ABC):
         """Bytes that the last engine of its spec had of each device; None: not known."""
         return self._history.memory(self.spec.engine)
 
+    def may_sleep(self) -> bool:
+        """Whether its engine can, and nothing speaks against it."""
+        return self._can_sleep() and self._history.may_sleep(self.spec.engine)
+
+    def keeps(self) -> int | None:
+        """Bytes of each device that an engine of its spec had asleep; None: not known."""
+        return self._history.residue(self.spec.engine)
+
     def on_room(self) -> None:
         """It was refused, and could come by now: for the fleet loop to decide."""
         self.has_room = self.state is State.ERROR
         self._changed()
 
-    def on_yield(self, for_whom: str) -> None:
-        """It is to give way: to stop, once the fleet loop says so."""
-        self.gives_way_to = for_whom
+    def on_yield(self, depth: Depth, for_whom: str) -> None:
+        """It is to give way: to sleep or to stop, once the fleet loop says so."""
+        self.gives_way_to, self.yields = for_whom, depth
         self._changed()
 
     def on_resume(self) -> None:
@@ -102,7 +116,7 @@ class Tenancy(ABC):
 
     def _leave(self) -> None:
         """Nobody is to come to its devices until nothing of its engine is left; one that only waited is not heeded."""
-        if self.claim is not None and self.claim.waits:
+        if self.claim is not None and self.claim.allocation is None:
             self._release_claim()
         elif self.claim is not None:
             self.claim.goes()
@@ -115,6 +129,6 @@ class Tenancy(ABC):
             self.claim = None
 
     def _end_yielding(self) -> None:
-        self.gives_way_to = None
+        self.gives_way_to = self.yields = None
         self._stop_yielding.clear()
         self._resumed.clear()

@@ -1,0 +1,124 @@
+"""Models that sleep: the tier between ready and stopped. In virtual time."""
+
+import asyncio
+
+import pytest
+
+from tests.engine.virtual import Stage, passes, virtual
+from tests.fleet.test_giving_way import Gpus, answered, engine_of, model
+from tests.fleet.test_model import begun
+from vllm_proxy.domain.lifecycle import Phase, Reason, State
+
+
+@virtual
+async def test_an_idle_model_that_may_sleep_sleeps_and_its_next_request_wakes_it() -> None:
+    """The same engine serves again: no weights are loaded."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    with await answered(stage, "chat"):
+        pass
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    assert chat.instances[0].phase is Phase.SLEEPING
+    await passes(10_000)
+    with await answered(stage, "chat"):
+        assert (chat.state, len(stage.launcher.engines)) == (State.READY, 1)
+    assert stage.nap.done == ["chat/0 sleeps", "chat/0 wakes"]
+
+
+@virtual
+async def test_who_gives_way_sleeps_where_that_makes_room_enough() -> None:
+    """Two models take turns on one GPU without a start."""
+    stage = Stage(Gpus(gib=12))
+    chat, code = (begun(stage, model(name, 8, {"sleep": 1})) for name in ("chat", "code"))
+    for name in ("chat", "code", "chat", "code"):
+        with await answered(stage, name):
+            pass
+    assert (chat.state, code.state, len(stage.launcher.engines)) == (State.SLEEPING, State.READY, 2)
+
+
+@virtual
+async def test_a_sleeper_ends_where_what_it_keeps_is_wanted() -> None:
+    """It gives way once more, to the end."""
+    stage = Stage(Gpus(gib=12))
+    chat = begun(stage, model("chat", 8, {"sleep": 1}, idle_timeout=20))
+    begun(stage, model("code", 11))
+    with await answered(stage, "chat"):
+        pass
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    with await answered(stage, "code"):
+        assert chat.state is State.STOPPED
+
+
+@pytest.mark.parametrize("operation", ["sleep", "wake"])
+@virtual
+async def test_a_failure_costs_one_cold_start_and_no_request(operation: str) -> None:
+    """The engine that nobody can trust is ended; one that was to wake is started anew where it was admitted to."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    stage.nap.failures = [operation]  # type: ignore[list-item]
+    with await answered(stage, "chat"):
+        pass
+    await stage.until(lambda: chat.state in {State.SLEEPING, State.STOPPED})
+    assert chat.state is (State.STOPPED if operation == "sleep" else State.SLEEPING)
+    with await answered(stage, "chat"):
+        assert (chat.state, len(stage.launcher.engines)) == (State.READY, 2)
+    assert engine_of(stage, "chat").reaped_at is None
+    assert stage.launcher.engines[0].reaped_at is not None
+    last = chat.instances[0].last_exit
+    if operation == "wake":
+        assert last is not None
+        assert last.diagnosis.reason is Reason.WAKE_FAILED
+    await stage.until(lambda: chat.state is State.SLEEPING)
+
+
+@virtual
+async def test_a_hand_stops_a_sleeper_and_one_that_falls_asleep() -> None:
+    """Both end."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    with await answered(stage, "chat"):
+        pass
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    chat.stop()
+    await stage.until(lambda: chat.state is State.STOPPED)
+    assert stage.loop.room.now().holds == []
+    chat.start()
+    with await answered(stage, "chat"):
+        pass
+    stage.nap.seconds = 50
+    await stage.until(lambda: chat.instances[0].phase is Phase.FALLING_ASLEEP)
+    chat.stop()
+    await stage.until(lambda: chat.state is State.STOPPED)
+    assert stage.loop.room.now().holds == []
+
+
+@virtual
+async def test_a_hand_puts_a_model_to_sleep_and_a_request_wakes_it() -> None:
+    """Unlike one that was stopped."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}, start="always"))
+    (await stage.engine()).listens = True
+    await stage.until(lambda: chat.state is State.READY)
+    chat.sleep()
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    await passes(1000)
+    assert chat.state is State.SLEEPING
+    with await answered(stage, "chat"):
+        assert len(stage.launcher.engines) == 1
+
+
+@virtual
+async def test_an_engine_that_dies_asleep_is_gone_and_nobody_is_started_for_it() -> None:
+    """Its next request starts another one."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    with await answered(stage, "chat"):
+        pass
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    engine_of(stage, "chat").die()
+    await stage.until(lambda: chat.state is State.STOPPED)
+    await passes(1000)
+    assert len(stage.launcher.engines) == 1
+    waiting = asyncio.create_task(answered(stage, "chat"))
+    with await waiting:
+        assert len(stage.launcher.engines) == 2

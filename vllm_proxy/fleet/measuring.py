@@ -1,0 +1,68 @@
+"""How much memory of its devices an engine gives back when it falls asleep, as the devices themselves show it."""
+
+import asyncio
+
+from vllm_proxy.domain.placement import Machine
+from vllm_proxy.fleet.claims import Claim
+from vllm_proxy.fleet.managed import Machines
+from vllm_proxy.runtime import clock
+
+_SECONDS = 5.0  # until memory is back that a driver gives back late
+_LOOK_SECONDS = 0.05
+_AT_LEAST = 0.5  # of what it had
+
+
+class Measuring:
+    """Of one engine, from now on."""
+
+    def __init__(self, machines: Machines, claim: Claim) -> None:
+        self._machines = machines
+        self._claim = claim
+        machine = machines.machine()
+        self._before = None if machine is None else self._had(machine)
+        self._keeps: dict[str, int] = {}
+
+    async def freed(self) -> bool | None:
+        """Whether at least half of what it had is back within some seconds; None: it cannot be measured."""
+        if not self._before:
+            return None
+        began = asyncio.get_running_loop().time()
+        asked = began
+        while clock.elapsed(began) < _SECONDS:
+            self._claim.awaits_look = True
+            self._machines.wake()
+            await clock.sleep(_LOOK_SECONDS)
+            machine = self._machines.machine()
+            if machine is None:
+                return None
+            if machine.seen_at > asked and self._is_back(machine):
+                return True
+        return False
+
+    def keeps(self) -> int | None:
+        """Bytes of each device that it still has; None: not known."""
+        return max(self._keeps.values(), default=None)
+
+    def _had(self, machine: Machine) -> dict[str, tuple[int, int | None]]:
+        """What it has of each device, and what is free there; nothing where that is not measured."""
+        allocation = self._claim.allocation
+        if allocation is None or not allocation.gpus:
+            return {}
+        found: dict[str, tuple[int, int | None]] = {}
+        for name, size in machine.renamed(allocation.takes).items():
+            seen = machine.seen.get(name)
+            if seen is None or seen.free is None:
+                return {}
+            found[name] = seen.held.get(self._claim.name, size), seen.free
+        return found
+
+    def _is_back(self, machine: Machine) -> bool:
+        now = self._had(machine)
+        if not now or self._before is None or now.keys() != self._before.keys():
+            return False
+        for name, (had, free) in self._before.items():
+            held, left = now[name]
+            seen = machine.seen[name]
+            measured = held if self._claim.name in seen.held else had - max((left or 0) - (free or 0), 0)
+            self._keeps[name] = max(measured, 0)
+        return all(self._keeps[name] <= (1 - _AT_LEAST) * had for name, (had, _) in self._before.items())

@@ -1,0 +1,71 @@
+"""The sleep of one engine, from its last request until it serves again: each step verified, each failure its end.
+
+For supervisors. What vLLM says is not believed: memory has to come back, and a canary to answer as before
+(`engine/nap.py`). Two failures in a row of one spec, and its engines are ended in place of put to sleep.
+"""
+
+import asyncio
+from typing import Any
+
+from vllm_proxy.domain.canary import Canary
+from vllm_proxy.domain.config import ModelSpec
+from vllm_proxy.engine.interface import Engine
+from vllm_proxy.engine.nap import Failed, Nap
+from vllm_proxy.fleet.claims import Claim
+from vllm_proxy.fleet.history import History
+from vllm_proxy.fleet.measuring import Measuring
+from vllm_proxy.fleet.room import Room
+from vllm_proxy.runtime.background import spawn
+
+
+class Rest:
+    """Of one engine that may sleep."""
+
+    def __init__(self, nap: Nap, room: Room, engine: Engine, claim: Claim, history: History) -> None:
+        self._nap, self._room, self._engine, self._claim, self._history = nap, room, engine, claim, history
+
+    async def begin(self, level: int) -> Failed | None:
+        """Put it to sleep; why that failed, where it did."""
+
+        def note(canary: Canary | None) -> None:
+            self._engine.note_sleep(level, canary)
+
+        spec = self._claim.tenant.spec.engine
+        memory = Measuring(self._room.machines, self._claim)
+        done = await self._nap.sleep(self._engine.place, level, note, memory.freed)
+        self._history.slept(spec, failed=isinstance(done, Failed))
+        if isinstance(done, Failed):
+            return done
+        keeps = memory.keeps()
+        if keeps is not None:
+            self._history.keep_residue(spec, keeps)
+        self._claim.sleeps(keeps)
+        return None
+
+    async def adopted(self) -> bool | None:
+        """Whether one of an earlier daemon sleeps that was to; None: it does not, and what it has is not known."""
+        sleeps = await self._nap.is_sleeping(self._engine.place)
+        if sleeps is False:
+            checked = await self._nap.verify(self._engine.place, self._engine.canary)
+            return None if isinstance(checked, Failed) else False
+        return sleeps
+
+    async def until_woken(self, woken: asyncio.Event) -> bool:
+        """Wait until somebody wants it; whether it lives then."""
+        waking = spawn(woken.wait(), f"wake of {self._claim.name}")
+        waits: set[asyncio.Future[Any]] = {waking, self._engine.exited}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waking.cancel()
+        return not self._engine.exited.done()
+
+    async def end(self, spec: ModelSpec) -> Failed | None:
+        """Wake it, on the devices that it was admitted to; why that failed, where it did."""
+        engine = self._engine
+        done = await self._nap.wake(engine.place, engine.asleep, engine.canary, spec.policy.startup_timeout)
+        self._history.slept(spec.engine, failed=isinstance(done, Failed))
+        if isinstance(done, Failed):
+            return done
+        engine.note_sleep(0, engine.canary)
+        return None
