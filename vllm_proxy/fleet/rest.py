@@ -33,9 +33,9 @@ class Rest:
         spec = self._claim.tenant.spec.engine
         memory = Measuring(self._room.machines, self._claim)
         done = await self._nap.sleep(self._engine.place, level, note, memory.freed)
-        self._history.slept(spec, failed=isinstance(done, Failed))
         if isinstance(done, Failed):
-            return done
+            self._history.slept(spec, failed=True)
+            return done  # what slept well has not yet woken well: that alone ends a row of failures
         keeps = memory.keeps()
         if keeps is not None:
             self._history.keep_residue(spec, keeps)
