@@ -305,7 +305,8 @@ def _dependencies(
     inventory = Inventory(config.devices.source, settings.config_file.parent, env, launcher.owned)
     stack.callback(inventory.close)
     managed = Managed(inventory, config.devices, check.default_share)
-    shared = Dependencies(launcher, FleetLoop(managed), Registry(), HttpProbe(health_checks), HttpNap(health_checks), asyncio.Event(), stopping,
+    shared = Dependencies(launcher, FleetLoop(managed), Registry(), HttpProbe(health_checks),
+                          HttpNap(health_checks), asyncio.Event(), stopping,
                           mask=output.masking.mask)  # fmt: skip
     return shared, launcher, managed
 

@@ -18,6 +18,18 @@ from vllm_proxy.fleet.room import Room
 from vllm_proxy.runtime.background import spawn
 
 
+class ColdStartError(Exception):
+    """An engine that was to wake has to be started anew."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.message)
+        self.failed = failed
+
+
+class EndedAsleepError(Exception):
+    """An engine has ended by itself while it slept."""
+
+
 class Rest:
     """Of one engine that may sleep."""
 
