@@ -82,9 +82,6 @@ class Instance(Tenancy):
             self.diagnosis = why or self._failure
             self._notify(Phase.QUEUED)
 
-    def _can_sleep(self) -> bool:
-        return self.engine is not None and self.engine.place.may_sleep
-
     def _note_ready(self, engine: Engine) -> None:
         self.ready_at = datetime.now(UTC)
         self.diagnosis = self._failure = None

@@ -44,6 +44,9 @@ class Rest:
 
         spec = self._claim.tenant.spec.engine
         memory = Measuring(self._room.machines, self._claim)
+        allocation = self._claim.allocation
+        if level == 1 and allocation is not None and allocation.gpus:
+            self._claim.takes_host(allocation.takes)
         done = await self._nap.sleep(self._engine.place, level, note, memory.freed)
         self._history.slept(spec, failed=isinstance(done, Failed))
         if isinstance(done, Failed):

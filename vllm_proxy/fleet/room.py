@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from functools import partial
 
-from vllm_proxy.domain import fit, room
+from vllm_proxy.domain import fit, host_memory, room
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.decide import RoomNow
 from vllm_proxy.domain.devices import NO_DEVICES, Allocation, Names
-from vllm_proxy.domain.ledger import Ask, Device, Hold, Standing, Where
+from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Standing, Where
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.placement import Machine
 from vllm_proxy.domain.room import Moves
@@ -103,6 +103,13 @@ class Room:
         machine = self.machines.machine()
         has = [(claim, claim.allocation) for claim in self._claims if claim.allocation is not None]
         return {one.name: own.takes if machine is None else self._taken(one, machine) for one, own in has}
+
+    def has_host_memory_for(self, claim: Claim) -> bool:
+        """Whether what its engine has of its devices may go to the machine's memory."""
+        budget, allocation = self.machines.host_budget(), claim.allocation
+        if budget is None or allocation is None or not allocation.gpus or claim.tenant.spec.engine.sleep != 1:
+            return True
+        return host_memory.fits(claim.host_bytes() or host_memory.estimate(allocation.takes), budget)
 
     def is_asked(self) -> bool:
         """Whether anybody waits for room, or to be measured."""
@@ -278,6 +285,7 @@ class Room:
                 claim.give_way(moves.go[claim.name], moves.go_for[claim.name])
         self._resume({name for one in claims.values() if one.is_wanted(time) and one.name in moves.wait
                       for name in moves.wait[one.name].waits_for})  # fmt: skip
+        self._keep_host_memory()
         self._let_go()
         reports = Reports(now, moves, time, self._claims, self.machines.machine())
         for name, claim in claims.items():
@@ -319,6 +327,20 @@ class Room:
             if claim.standing is Standing.YIELDS and claim.may_resume and claim.name not in awaited:
                 claim.resume()
                 self._wake()
+
+    def _keep_host_memory(self) -> None:
+        """Sleepers end that have more of the machine's memory than they may."""
+        budget = self.machines.host_budget()
+        if budget is None:
+            return
+        slept = {one.name: one for one in self._claims if one.host_bytes() and not one.ends}
+        sleepers = {
+            name: host_memory.Sleeper(one.host_bytes(), one.since if one.is_at_rest else None)
+            for name, one in slept.items()
+        }
+        for name in host_memory.to_end(sleepers, budget):
+            slept[name].give_way(Depth.STOP, "engines that slept later: host_memory is full")
+            self._wake()
 
     def _let_go(self) -> None:
         """Memory is not set free beside an engine that measures it."""

@@ -164,6 +164,10 @@ class Supervisor(Instance):
         """Nothing is left of its engine, or it was left to the next daemon."""
         self._engine_alive = False
 
+    def _can_sleep(self) -> bool:
+        able = self.engine is not None and self.engine.place.may_sleep and self.claim is not None
+        return able and self.claim is not None and self._shared.loop.room.has_host_memory_for(self.claim)
+
     @property
     def serves_on(self) -> bool:
         """Whether it was to give way, and nobody waits for its room any more."""
