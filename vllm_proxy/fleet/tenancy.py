@@ -6,14 +6,22 @@ Owns the claim of the instance on devices, from the wish to start until nothing 
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from datetime import UTC, datetime
 
-from vllm_proxy.domain.config import ModelSpec
+from vllm_proxy.domain.config import ModelSpec, Policy
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.ledger import Depth
-from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.fleet.claims import Claim, Waits
 from vllm_proxy.fleet.history import History
 from vllm_proxy.traffic.endpoint import Endpoint
+
+
+def gave_way(policy: Policy, for_whom: str) -> Diagnosis:
+    """Why a model does not run that made room for an instance."""
+    whom, when = for_whom.removesuffix("/0"), datetime.now(UTC).strftime("%H:%M:%S")
+    again = "its next request starts it" if policy.start == "on-demand" else "it waits for room"
+    return Diagnosis(Reason.GAVE_WAY, f"gave way to {whom} at {when} UTC; {again}")
 
 
 class Tenancy(ABC):
