@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import aiohttp
 import pytest
 
 from tests import mixed_load
-from tests.daemon.test_room import fleet, fleet_config, once, says
+from tests.daemon.test_room import RULES, fleet_config, once, says
+from tests.daemon.test_room import fleet as fleet_of
 from tests.fakes.ledger import GIB, Devices
 from tests.harness import Daemon, daemon, session_of
 
 CONTEXT = int(0.6 * GIB)
 RESIDUE = CONTEXT + int(0.67 * GIB)
 NEAR = 64 * 2**20
+RULES_OF_SLEEP = RULES + 'host_memory = "1TiB"\n'  # what the fakes say of weights on the host is not there
+fleet = partial(fleet_of, rules=RULES_OF_SLEEP)
 ENDED = "an engine was ended that was to sleep"
 COLD = "an engine could not be woken and is started anew"
 
@@ -81,8 +85,8 @@ async def test_models_take_turns_asleep_and_no_engine_is_started_again(tmp_path:
         assert devices.most()["0"] <= 10 * GIB
         for name in ("chat", "code"):
             sleeps, wakes, reloads = await moved(running, name)
-            assert sleeps - wakes == (await once(running, name))["state"].startswith("sleeping")
-            assert wakes >= 3
+            assert wakes >= 3 * level  # level 2 is woken in two calls
+            assert sleeps - wakes // level == ((await once(running, name))["state"] == "sleeping")
             assert reloads == (0 if level == 1 else wakes // 2)
 
 
@@ -119,7 +123,7 @@ async def test_a_request_in_flight_ends_before_its_engine_sleeps(tmp_path: Path)
         await once(running, "chat", state="unloading", phase="draining")
         again = asyncio.create_task(says(running, "chat"))
         gate.touch()
-        assert all((await one)["choices"] for one in (slow, waits, again))
+        assert all(answer["choices"] for answer in await asyncio.gather(slow, waits, again))
         assert devices.starts() == {"chat": 1, "code": 1}
 
 

@@ -161,7 +161,8 @@ class Claim:
 
     def serves(self) -> None:
         """Its engine has allocated what it needs: others may measure the devices."""
-        self.standing, self.since, self.awaits_look = Standing.SERVES, asyncio.get_running_loop().time(), True
+        self.standing, self.since = Standing.SERVES, asyncio.get_running_loop().time()
+        self.awaits_look = self.found is None
         self.start_seconds = self.tenant.start_seconds()
         self._changed(self)
 

@@ -8,36 +8,50 @@ from vllm_proxy.fleet.managed import Machines
 from vllm_proxy.runtime import clock
 
 _SECONDS = 5.0  # until memory is back that a driver gives back late
-_LOOK_SECONDS = 0.05
+_LOOK_SECONDS = 0.01
 _AT_LEAST = 0.5  # of what it had
 
 
 class Measuring:
-    """Of one engine, from now on."""
+    """Of one engine."""
 
     def __init__(self, machines: Machines, claim: Claim) -> None:
         self._machines = machines
         self._claim = claim
-        machine = machines.machine()
-        self._before = None if machine is None else self._had(machine)
+        self._before: dict[str, tuple[int, int | None]] = {}
         self._keeps: dict[str, int] = {}
+
+    async def begin(self) -> None:
+        """Note what it has now: what was seen last may be older than the engine."""
+        machine = await self._look()
+        self._before = {} if machine is None else self._had(machine)
 
     async def freed(self) -> bool | None:
         """Whether at least half of what it had is back within some seconds; None: it cannot be measured."""
         if not self._before:
             return None
         began = asyncio.get_running_loop().time()
-        asked = began
         while clock.elapsed(began) < _SECONDS:
-            self._claim.awaits_look = True
-            self._machines.wake()
-            await clock.sleep(_LOOK_SECONDS)
-            machine = self._machines.machine()
-            if machine is None:
+            machine = await self._look()
+            if self._machines.machine() is None:
                 return None
-            if machine.seen_at > asked and self._is_back(machine):
+            if machine is not None and self._is_back(machine):
                 return True
         return False
+
+    async def _look(self) -> Machine | None:
+        """The devices, as a look has them that began after this; None: nobody manages them, or none has succeeded."""
+        asked = asyncio.get_running_loop().time()
+        self._claim.awaits_look = True
+        try:
+            while (machine := self._machines.machine()) is not None and machine.seen_at <= asked:
+                if clock.elapsed(asked) >= _SECONDS:
+                    return None
+                self._machines.wake()
+                await clock.sleep(_LOOK_SECONDS)
+            return machine
+        finally:
+            self._claim.awaits_look = False
 
     def keeps(self) -> int | None:
         """Bytes of each device that it still has; None: not known."""
@@ -58,7 +72,7 @@ class Measuring:
 
     def _is_back(self, machine: Machine) -> bool:
         now = self._had(machine)
-        if not now or self._before is None or now.keys() != self._before.keys():
+        if not now or now.keys() != self._before.keys():
             return False
         for name, (had, free) in self._before.items():
             held, left = now[name]

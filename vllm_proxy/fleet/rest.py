@@ -47,6 +47,7 @@ class Rest:
         allocation = self._claim.allocation
         if level == 1 and allocation is not None and allocation.gpus:
             self._claim.takes_host(allocation.takes)
+        await memory.begin()
         done = await self._nap.sleep(self._engine.place, level, note, memory.freed)
         if isinstance(done, Failed):
             self._history.slept(spec, failed=True)

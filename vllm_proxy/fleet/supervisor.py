@@ -82,8 +82,9 @@ class Supervisor(Instance):
 
         The task is done when that is so.
         """
+        leaving = self.stop()
         self._to_sleep = True
-        return self.stop()
+        return leaving
 
     def wake(self) -> None:
         """Begin to wake: it sleeps. Returns at once."""
@@ -108,6 +109,7 @@ class Supervisor(Instance):
         """
         assert self._task is not None, "only a started one can be stopped"
         assert self._life.state not in {State.STOPPED, State.UNLOADING}, "it is stopped once"
+        self._to_sleep = False
         self._serves_on.clear()
         if self.gives_way_to is None:
             self._leave()
