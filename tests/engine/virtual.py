@@ -370,6 +370,7 @@ class KeptNumbers:
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
         self.bytes: dict[str, int] = {}
+        self.residues: dict[str, int] = {}
 
     def starts(self, spec: str) -> Sequence[float]:
         """How many seconds the last starts of a spec took."""
@@ -386,6 +387,14 @@ class KeptNumbers:
     def note_memory(self, spec: str, size: int) -> None:
         """An engine of a spec has so many bytes of each device."""
         self.bytes[spec] = size
+
+    def residue(self, spec: str) -> int | None:
+        """Bytes that the last engine of a spec had of each device while it slept."""
+        return self.residues.get(spec)
+
+    def note_residue(self, spec: str, size: int) -> None:
+        """An engine of a spec has so many bytes of each device while it sleeps."""
+        self.residues[spec] = size
 
 
 type Moment = tuple[State, Phase | None, int]  # what a supervisor shows, and how many endpoints its model has then

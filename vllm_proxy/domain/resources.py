@@ -57,6 +57,14 @@ class Instance(TypedDict):
             "where devices are not managed, or it has none."
         ),
     ]
+    sleep: Annotated[
+        str | None,
+        Field(
+            description="How its engine sleeps in the place of being stopped: `level 1`, `level 2`; `off: ` and why, "
+            "where it cannot or has failed to twice in a row. Null where it may not.",
+            examples=["level 1"],
+        ),
+    ]
     last_exit: LastExit | None
 
 
@@ -220,7 +228,7 @@ class Health(TypedDict):
 
 
 class Ready(TypedDict):
-    """Whether every enabled model with `start = "always"` is ready that nobody stopped by hand."""
+    """Whether every enabled model with `start = "always"` is ready that nobody stopped or put to sleep by hand."""
 
     status: Literal["ready", "waiting"]
     not_ready: Annotated[dict[str, State], Field(description="The models that are not, with their states.")]

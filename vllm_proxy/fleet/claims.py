@@ -117,6 +117,10 @@ class Claim:
         self.watches_idle = False  # somebody waits for its last request
         self.is_done = False
         self.keeps: int | None = None  # bytes of each device that it has asleep, or would have; None: it may not sleep
+        self.has_slept = False  # its engine, which keeps memory of the machine since
+        self.woke_seconds: float | None = (
+            None  # of its last wake, where that did not fail; None: its engine was started
+        )
         self.depth: Depth | None = None  # how far it goes, while it yields or goes
         self._asks = True
         self._was_asleep = False
@@ -164,14 +168,18 @@ class Claim:
     def sleeps(self, keeps: int | None) -> None:
         """Its engine has given its memory back, but for this much of each device, where that is known."""
         self.standing, self.since, self.keeps = Standing.SLEEPS, asyncio.get_running_loop().time(), keeps
-        self.depth, self._may_go = None, None
+        self.depth, self._may_go, self.has_slept = None, None, True
         self._changed(self)
 
     def wakes(self) -> None:
         """It sleeps, and wants its room again."""
-        self._asks, self.since = True, asyncio.get_running_loop().time()
+        self._asks, self.since, self.woke_seconds = True, asyncio.get_running_loop().time(), None
         self._admitted = asyncio.get_running_loop().create_future()
         self._changed(self)
+
+    def woke(self, seconds: float) -> None:
+        """Its engine has woken, which took so long."""
+        self.woke_seconds = seconds
 
     async def may_go(self) -> None:
         """One that gives way has no request in flight any more. Returns when nobody measures its devices."""
