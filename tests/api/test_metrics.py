@@ -40,7 +40,6 @@ class Fleet:
     def __init__(self, *models: str) -> None:
         self.config = SimpleNamespace(models=dict.fromkeys(models), revision="r1")
         self.room = Room(lambda: None, Unmanaged())
-        self.slept: set[str] = set()  # models whose engines have
 
     def models(self) -> list[Any]:
         """One instance each, ready, with two requests."""
@@ -55,7 +54,7 @@ class Fleet:
                         endpoint=endpoint,
                         state=State.READY,
                         engine=engine,
-                        claim=SimpleNamespace(has_slept=name in self.slept),
+                        claim=None,
                     )
                 ],
             )

@@ -29,12 +29,17 @@ class Gpus:
 
     def __init__(self, count: int = 1, gib: int = 10, rules: Devices = RULES) -> None:
         self.rules = rules
+        self.host_bytes: int | None = None
         self.looked_at, self.seen_at = math.inf, -math.inf
         self.seen = {
             str(index): Seen(str(index), f"GPU-{index}", index, "GPU", Kind.GPU, unified=False, total=gib * GIB,
                              free=None, visible=str(index))
             for index in range(count)
         }  # fmt: skip
+
+    def host_budget(self) -> int | None:
+        """Bytes of the machine's memory that sleepers may have."""
+        return self.host_bytes
 
     def machine(self) -> Machine | None:
         """All of them."""

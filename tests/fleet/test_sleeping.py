@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from tests.engine.virtual import Stage, passes, virtual
-from tests.fleet.test_giving_way import Gpus, answered, engine_of, model
+from tests.fleet.test_giving_way import GIB, Gpus, answered, engine_of, model
 from tests.fleet.test_model import begun
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 
@@ -122,3 +122,23 @@ async def test_an_engine_that_dies_asleep_is_gone_and_nobody_is_started_for_it()
     waiting = asyncio.create_task(answered(stage, "chat"))
     with await waiting:
         assert len(stage.launcher.engines) == 2
+
+
+@virtual
+async def test_sleepers_have_no_more_of_the_machines_memory_than_they_may() -> None:
+    """The one that has slept longest ends; an engine that would take all of it by itself never sleeps."""
+    gpus = Gpus(count=3)
+    gpus.host_bytes = int(2.5 * 6 * 1.3 * GIB)
+    stage = Stage(gpus)
+    three = [begun(stage, model(name, keys={"sleep": 1}, idle_timeout=100)) for name in ("a", "b", "c")]
+    for one in three:
+        with await answered(stage, one.name):
+            await passes(10)
+    await passes(200)
+    assert [one.state for one in three] == [State.STOPPED, State.SLEEPING, State.SLEEPING]
+    big = begun(stage, model("big", 9, {"sleep": 1, "tensor_parallel_size": 2}, idle_timeout=100))
+    gpus.host_bytes = 2 * 9 * GIB
+    with await answered(stage, "big"):
+        pass
+    await passes(200)
+    assert big.state is State.STOPPED

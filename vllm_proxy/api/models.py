@@ -185,7 +185,8 @@ def sleep(model: Model) -> asyncio.Future[None]:
     """
     why: str | None = "its keys have no `sleep`"
     if model.spec.engine.sleep is not None:
-        why = next((one.why_awake for one in sorted(model.instances, key=lambda one: one.why_awake is not None)), None)
+        reasons = [one.why_awake for one in model.instances]
+        why = None if None in reasons else next(iter(reasons), None)
     if why is not None:
         raise RequestError("sleep_not_enabled", f"cannot put {model.spec.id} to sleep: {why}")
     return model.sleep()

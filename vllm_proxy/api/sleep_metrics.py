@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from vllm_proxy.fleet.model import Model
-from vllm_proxy.fleet.supervisor import Supervisor
 
 
 def families(models: Sequence[Model]) -> Iterable[Metric]:
@@ -31,7 +30,7 @@ def families(models: Sequence[Model]) -> Iterable[Metric]:
     )
     held = GaugeMetricFamily(
         "vllm_proxy_host_memory_bytes",
-        "Memory of the machine that engines have which sleep or have slept.",
+        "Memory of the machine that engines have by sleeping, then or now; a guess until it was measured.",
         labels=["model"],
     )
     for model in models:
@@ -42,11 +41,6 @@ def families(models: Sequence[Model]) -> Iterable[Metric]:
             wakes.add_metric([name, str(level)], times.buckets(), times.total)
         for operation, count in history.sleep_failures.items():
             failures.add_metric([name, operation], count)
-        if sleepers := [one.engine.memory_bytes for one in model.instances if one.engine is not None and _slept(one)]:
-            held.add_metric([name], sum(sleepers))
+        if size := sum(one.claim.host_bytes() for one in model.instances if one.claim is not None):
+            held.add_metric([name], size)
     return sleeps, wakes, failures, held
-
-
-def _slept(one: Supervisor) -> bool:
-    """Whether its engine sleeps, or has: it keeps what it copied to the machine's memory."""
-    return one.claim is not None and one.claim.has_slept

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import structlog
 
+from vllm_proxy.domain import host_memory
 from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.decide import ASKS_AGAIN_SECONDS
 from vllm_proxy.domain.devices import Allocation
@@ -20,6 +21,8 @@ from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.runtime.background import notify
+
+_SEEN = 0.5  # of a guess: less was measured before it slept
 
 log = structlog.get_logger()
 
@@ -116,8 +119,8 @@ class Claim:
         self.found: int | None = None  # bytes that its engine has of each device, as measured then; 0: it cannot be
         self.watches_idle = False  # somebody waits for its last request
         self.is_done = False
+        self._host: tuple[int, int] | None = None  # a guess, and what its processes had before; None: it never slept
         self.keeps: int | None = None  # bytes of each device that it has asleep, or would have; None: it may not sleep
-        self.has_slept = False  # its engine, which keeps memory of the machine since
         self.woke_seconds: float | None = (
             None  # of its last wake, where that did not fail; None: its engine was started
         )
@@ -168,8 +171,22 @@ class Claim:
     def sleeps(self, keeps: int | None) -> None:
         """Its engine has given its memory back, but for this much of each device, where that is known."""
         self.standing, self.since, self.keeps = Standing.SLEEPS, asyncio.get_running_loop().time(), keeps
-        self.depth, self._may_go, self.has_slept = None, None, True
+        self.depth, self._may_go = None, None
         self._changed(self)
+
+    def takes_host(self, takes: Mapping[str, int]) -> None:
+        """Its engine is put to sleep at level 1: what it had of its devices goes to the machine's memory."""
+        if self._host is None:
+            engine = self.tenant.engine
+            self._host = host_memory.estimate(takes), 0 if engine is None else engine.memory_bytes
+
+    def host_bytes(self) -> int:
+        """What it has of the machine's memory by sleeping, then or now: as measured, once it was."""
+        if self._host is None:
+            return 0
+        engine, (guess, before) = self.tenant.engine, self._host
+        grown = 0 if engine is None or not before else engine.memory_bytes - before
+        return grown if grown > guess * _SEEN else guess
 
     def wakes(self) -> None:
         """It sleeps, and wants its room again."""
@@ -255,6 +272,16 @@ class Claim:
         """Whether somebody waits for its model, or may ask again soon."""
         always = self.tenant.spec.policy.start == "always"
         return always or (self._wanted_since is not None and time <= self._wanted_until + ASKS_AGAIN_SECONDS)
+
+    @property
+    def ends(self) -> bool:
+        """Whether its engine is being ended, or is about to be."""
+        return self.standing in {Standing.YIELDS, Standing.GOES} and self.depth is not Depth.SLEEP
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether it sleeps, and nobody wants it."""
+        return self.standing is Standing.SLEEPS and not self._asks
 
     @property
     def may_resume(self) -> bool:

@@ -24,6 +24,7 @@ from vllm_proxy.fleet.claims import Waits
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.supervisor import Supervisor
+from vllm_proxy.fleet.tenancy import gave_way
 from vllm_proxy.runtime.background import run_once
 
 log = structlog.get_logger()
@@ -338,10 +339,8 @@ class Model:
         leaving.add_done_callback(left)
 
     def _note_gave_way(self, for_whom: str) -> None:
-        whom, when = for_whom.removesuffix("/0"), datetime.now(UTC).strftime("%H:%M:%S")
-        again = "its next request starts it" if self.spec.policy.start == "on-demand" else "it waits for room"
-        self._gave_way = Diagnosis(Reason.GAVE_WAY, f"gave way to {whom} at {when} UTC; {again}")
-        log.info("gives way", model=self.name, to=whom)
+        self._gave_way = gave_way(self.spec.policy, for_whom)
+        log.info("gives way", model=self.name, to=for_whom)
 
     def _fits_beside(self) -> bool:
         """Whether a new instance has, or would have, its room beside an old one that serves."""

@@ -18,6 +18,18 @@ from vllm_proxy.fleet.room import Room
 from vllm_proxy.runtime.background import spawn
 
 
+class ColdStartError(Exception):
+    """An engine that was to wake has to be started anew."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.message)
+        self.failed = failed
+
+
+class EndedAsleepError(Exception):
+    """An engine has ended by itself while it slept."""
+
+
 class Rest:
     """Of one engine that may sleep."""
 
@@ -32,6 +44,9 @@ class Rest:
 
         spec = self._claim.tenant.spec.engine
         memory, began = Measuring(self._room.machines, self._claim), asyncio.get_running_loop().time()
+        allocation = self._claim.allocation
+        if level == 1 and allocation is not None and allocation.gpus:
+            self._claim.takes_host(allocation.takes)
         done = await self._nap.sleep(self._engine.place, level, note, memory.freed)
         if isinstance(done, Failed):
             self._history.nap_failed(spec, done)

@@ -8,22 +8,21 @@ that out. Where devices are not managed, engines take turns on those that they u
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
 from functools import partial
 
-from vllm_proxy.domain import fit, room, waiting
+from vllm_proxy.domain import fit, host_memory, room
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.decide import RoomNow
 from vllm_proxy.domain.devices import NO_DEVICES, Allocation, Names
-from vllm_proxy.domain.ledger import Ask, Device, Hold, Standing, Where, admitted
+from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Standing, Where
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.placement import Machine
-from vllm_proxy.domain.room import Moves, Wait
-from vllm_proxy.domain.waiting import Situation
+from vllm_proxy.domain.room import Moves
 from vllm_proxy.fleet.claims import Claim, Leftover, Tenant, Waits
 from vllm_proxy.fleet.managed import Machines
+from vllm_proxy.fleet.reports import Reports
 from vllm_proxy.fleet.room_history import RoomHistory
 from vllm_proxy.runtime.background import notify
 
@@ -34,7 +33,6 @@ NO_TOTAL = (
 )
 RESIDUE_BYTES = 2 * 2**30  # of each GPU: what an engine may keep that has never slept
 _INSTANT = 1e-6  # seconds
-_MOST_TOLD = 100  # waiting starts in one turn of the loop: each notification has listeners
 
 
 def _none_used(_: EngineSpec) -> Allocation:
@@ -105,6 +103,13 @@ class Room:
         machine = self.machines.machine()
         has = [(claim, claim.allocation) for claim in self._claims if claim.allocation is not None]
         return {one.name: own.takes if machine is None else self._taken(one, machine) for one, own in has}
+
+    def has_host_memory_for(self, claim: Claim) -> bool:
+        """Whether what its engine has of its devices may go to the machine's memory."""
+        budget, allocation = self.machines.host_budget(), claim.allocation
+        if budget is None or allocation is None or not allocation.gpus or claim.tenant.spec.engine.sleep != 1:
+            return True
+        return host_memory.fits(claim.host_bytes() or host_memory.estimate(allocation.takes), budget)
 
     def is_asked(self) -> bool:
         """Whether anybody waits for room, or to be measured."""
@@ -280,8 +285,9 @@ class Room:
                 claim.give_way(moves.go[claim.name], moves.go_for[claim.name])
         self._resume({name for one in claims.values() if one.is_wanted(time) and one.name in moves.wait
                       for name in moves.wait[one.name].waits_for})  # fmt: skip
+        self._keep_host_memory()
         self._let_go()
-        reports = _Reports(now, moves, time, self._claims, self.machines.machine())
+        reports = Reports(now, moves, time, self._claims, self.machines.machine())
         for name, claim in claims.items():
             claim.place, claim.short = moves.place.get(name, ()), moves.short.get(name)
             if name in moves.refuse:
@@ -321,6 +327,20 @@ class Room:
             if claim.standing is Standing.YIELDS and claim.may_resume and claim.name not in awaited:
                 claim.resume()
                 self._wake()
+
+    def _keep_host_memory(self) -> None:
+        """Sleepers end that have more of the machine's memory than they may."""
+        budget = self.machines.host_budget()
+        if budget is None:
+            return
+        slept = {one.name: one for one in self._claims if one.host_bytes() and not one.ends}
+        sleepers = {
+            name: host_memory.Sleeper(one.host_bytes(), one.since if one.is_at_rest else None)
+            for name, one in slept.items()
+        }
+        for name in host_memory.to_end(sleepers, budget):
+            slept[name].give_way(Depth.STOP, "engines that slept later: host_memory is full")
+            self._wake()
 
     def _let_go(self) -> None:
         """Memory is not set free beside an engine that measures it."""
@@ -369,50 +389,3 @@ def _hold(claim: Claim, takes: Mapping[str, int]) -> Hold:
         start_seconds=claim.start_seconds,
         not_ended=claim.not_ended,
     )  # fmt: skip
-
-
-class _Reports:
-    """Says why they wait to those who wait, after one decision."""
-
-    def __init__(
-        self, now: RoomNow, moves: Moves, time: float, claims: Iterable[Claim], machine: Machine | None
-    ) -> None:
-        self._moves = moves
-        self._asks = {ask.name: ask for ask in now.asks}
-        holds = {hold.name: hold for hold in now.holds}
-        for name in moves.go:
-            holds[name] = replace(holds[name], standing=Standing.YIELDS)
-        for name, where in moves.admit.items():
-            holds[name] = admitted(self._asks[name], where)
-        awaited = {name for wait in moves.wait.values() for name in wait.waits_for}
-        in_flight = {claim.name: claim.tenant.in_flight() for claim in claims if claim.name in awaited}
-        seen = {} if machine is None else machine.seen
-        foreign = {name: [(other.name, other.bytes) for other in one.foreign] for name, one in seen.items()}
-        self._what_is = Situation(time, now.devices, holds, in_flight, foreign)
-
-    def refusal(self, name: str) -> str:
-        """Why one is refused."""
-        return waiting.refusal(self._asks[name], self._moves.wait[name], self._what_is)
-
-    def tell(self, claims: Mapping[str, Claim]) -> bool:
-        """Tell each, once for each change; whether that was all of them."""
-        told = 0
-        for name, claim in claims.items():
-            if told == _MOST_TOLD:
-                return False
-            if (wait := self._moves.wait.get(name)) is not None:
-                told += claim.tell(self._waits(claim, self._asks[name], wait))
-        return True
-
-    def _waits(self, claim: Claim, ask: Ask, wait: Wait) -> Waits:
-        sizes = [ask.needs[name] for name in wait.where if name in ask.needs] or ask.needs.values()
-        needs, waits_for, behind = max(sizes, default=0) or None, wait.waits_for, wait.behind
-        if ask.name in self._moves.stuck:
-            why = waiting.stuck_sentence(ask, self._what_is)
-            return Waits(why, Reason.DOES_NOT_FIT, no_room=why, needs=needs, waits_for=waits_for, behind=behind)
-        why = waiting.sentence(ask, wait, self._what_is)
-        if wait.not_ended is not None:
-            return Waits(why, Reason.NOT_ENDED, needs=needs, waits_for=waits_for, behind=behind)
-        left = wait.at - self._what_is.now
-        ready_in = None if wait.at == math.inf else max(left, 0.0) + claim.start_seconds
-        return Waits(why, ready_in=ready_in, needs=needs, waits_for=waits_for, behind=behind)

@@ -15,12 +15,10 @@ from typing import Any
 
 import structlog
 
-from vllm_proxy.domain import progress
 from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Diagnosis, Exit
-from vllm_proxy.domain.lifecycle import Event, Life, Phase, Reason, State
-from vllm_proxy.domain.progress import Progress
+from vllm_proxy.domain.lifecycle import Event, Phase, Reason, State
 from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.liveness import until_stalled
 from vllm_proxy.engine.nap import Failed
@@ -33,8 +31,8 @@ from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.draining import cut, drain, give_way
 from vllm_proxy.fleet.failure import LastExit, inspected
 from vllm_proxy.fleet.history import History
-from vllm_proxy.fleet.rest import Rest
-from vllm_proxy.fleet.tenancy import Tenancy
+from vllm_proxy.fleet.instance import Instance
+from vllm_proxy.fleet.rest import ColdStartError, EndedAsleepError, Rest
 from vllm_proxy.runtime import clock
 from vllm_proxy.runtime.background import keep_running, run_once, spawn
 from vllm_proxy.traffic.ejection import watch_health
@@ -45,19 +43,7 @@ log = structlog.get_logger()
 _TRANSFERS = {"kv-transfer-config"}  # args of an engine that others read from, until it has ended in peace
 
 
-class _ColdStartError(Exception):
-    """An engine that was to wake has to be started anew."""
-
-    def __init__(self, failed: Failed) -> None:
-        super().__init__(failed.message)
-        self.failed = failed
-
-
-class _EndedAsleepError(Exception):
-    """An engine has ended by itself while it slept."""
-
-
-class Supervisor(Tenancy):
+class Supervisor(Instance):
     """The life of instance `index` of a model. `changed` is called after every change of what it shows."""
 
     def __init__(
@@ -71,33 +57,15 @@ class Supervisor(Tenancy):
         wanted_since: Callable[[], float | None] = lambda: None,
     ) -> None:
         """`wanted_since`: since when a request or a person has waited for the model, on the loop's clock."""
-        super().__init__(spec, history, changed, wanted_since)
-        self.index = index
-        self.name = f"{spec.id}/{index}"
-        self.phase: Phase | None = None
-        self.fraction: float | None = None
-        self.diagnosis: Diagnosis | None = None
-        self.last_exit: LastExit | None = None
-        self.updated_at = datetime.now(UTC)
-        self.started_at: datetime | None = None
-        self.ready_at: datetime | None = None
-        self.restarts = 0
-        self.engine: Engine | None = None
-        self._life = Life()
+        super().__init__(spec, index, history, changed, wanted_since)
         self._shared = shared
         self._failures = 0
         self._engine_alive = False  # whether an engine of it, or a process of one, lives
-        self._failure: Diagnosis | None = None  # of its last engine, until the next one serves
         self._task: asyncio.Task[None] | None = None
         self._serves_on = asyncio.Event()  # it was to give way, and did not; or sleeps
         self._to_sleep = False
         self._woken = asyncio.Event()
         self._starts_cold = False  # its engine is ended, and it keeps its claim
-
-    @property
-    def state(self) -> State:
-        """What it is now."""
-        return self._life.state
 
     def start(self, record: EngineRecord | None = None) -> None:
         """Begin to run, with an engine of an earlier daemon where there is one. Returns at once."""
@@ -197,49 +165,20 @@ class Supervisor(Tenancy):
         self._engine_alive = False
 
     def _can_sleep(self) -> bool:
-        return self.engine is not None and self.engine.place.may_sleep
-
-    def _show_wait(self, why: Diagnosis | None) -> None:
-        """A start waits for something; None: for nothing that may not come, and the last failure is shown again."""
-        if self.state is State.LOADING:
-            self.diagnosis = why or self._failure
-            self._notify(Phase.QUEUED)
+        able = self.engine is not None and self.engine.place.may_sleep and self.claim is not None
+        return able and self.claim is not None and self._shared.loop.room.has_host_memory_for(self.claim)
 
     @property
     def serves_on(self) -> bool:
         """Whether it was to give way, and nobody waits for its room any more."""
         return self._serves_on.is_set()
 
-    @property
-    def failure(self) -> Diagnosis | None:
-        """Why its last engine failed; None where one serves, or the first one is on its way."""
-        return self._failure if self.state in {State.LOADING, State.ERROR} else None
-
-    def seconds_left(self) -> float | None:
-        """How long this start may still take, as the last ones of the same spec went; None where nothing is known."""
-        if self.state is not State.LOADING or self.engine is None:
-            return None
-        return progress.estimate(self._history.past_starts(self.spec.engine), self.engine.age_seconds())
-
-    def _transition(self, event: Event, phase: Phase | None = None, *, generation: int | None = None) -> None:
-        before = self._life
-        self._life = before.after(event, before.generation if generation is None else generation)
-        if self._life is before:  # a late event
-            return
-        if self._life.state is not before.state:
-            self.updated_at = datetime.now(UTC)
-        self._notify(phase)
-
-    def _notify(self, phase: Phase | None, fraction: float | None = None) -> None:
-        self.phase, self.fraction = phase, fraction
-        self._changed()
-
     async def _run(self, record: EngineRecord | None) -> None:
         try:
             while True:
                 try:
                     failure = await self._run_engine(record)
-                except _ColdStartError as error:
+                except ColdStartError as error:
                     self._note_cold_start(error.failed)
                     record = None
                     continue
@@ -251,7 +190,7 @@ class Supervisor(Tenancy):
                 self._history.failed(self.name, failure.reason)
                 if not await self._await_retry(failure):
                     return
-        except _EndedAsleepError:
+        except EndedAsleepError:
             if not self._engine_alive:
                 self._release_claim()
                 self._transition(Event.DIED)
@@ -338,7 +277,7 @@ class Supervisor(Tenancy):
         if engine.asleep and (sleeps := await rest.adopted()) is not False:
             if sleeps is None:
                 self._starts_cold = True
-                raise _ColdStartError(Failed("wake", "an earlier daemon put it to sleep, and it gives no clean answer"))
+                raise ColdStartError(Failed("wake", "an earlier daemon put it to sleep, and it gives no clean answer"))
             self._transition(Event.STOP)
             claim.sleeps(None)
             await self._sleep(rest, claim)
@@ -354,12 +293,12 @@ class Supervisor(Tenancy):
         """It sleeps, until somebody wants it and it has woken."""
         self._settle(Event.SLEPT, Phase.SLEEPING)
         if not await rest.until_woken(self._woken):
-            raise _EndedAsleepError
+            raise EndedAsleepError
         await claim.admission()
         self._notify(Phase.WAKING)
         if (failed := await rest.end(self.spec)) is not None:
             self._starts_cold = True
-            raise _ColdStartError(failed)
+            raise ColdStartError(failed)
 
     async def _serve(self, engine: Engine, ready: Ready, claim: Claim) -> Diagnosis | None:
         """Route requests to it until the engine ends or stalls; when stopped, drain. None: it is to sleep."""
@@ -452,14 +391,3 @@ class Supervisor(Tenancy):
         self.diagnosis = self.last_exit.diagnosis
         self._notify(Phase.STOPPING)
         return self.diagnosis
-
-    def _note_ready(self, engine: Engine) -> None:
-        self.ready_at = datetime.now(UTC)
-        self.diagnosis = self._failure = None
-        seconds = round(engine.age_seconds(), 1)
-        if not engine.was_ready:
-            self._history.started(self.spec.engine, seconds)
-        log.info("engine ready", instance=self.name, seconds=seconds)
-
-    def _progress(self, now: Progress) -> None:
-        self._notify(now.phase, now.fraction)

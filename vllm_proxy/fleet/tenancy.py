@@ -6,15 +6,23 @@ Owns the claim of the instance on devices, from the wish to start until nothing 
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from datetime import UTC, datetime
 
-from vllm_proxy.domain.config import ModelSpec
+from vllm_proxy.domain.config import ModelSpec, Policy
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.ledger import Depth
-from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.engine.interface import Engine
 from vllm_proxy.fleet.claims import Claim, Waits
 from vllm_proxy.fleet.history import History
 from vllm_proxy.traffic.endpoint import Endpoint
+
+
+def gave_way(policy: Policy, for_whom: str) -> Diagnosis:
+    """Why a model does not run that made room for an instance."""
+    whom, when = for_whom.removesuffix("/0"), datetime.now(UTC).strftime("%H:%M:%S")
+    again = "its next request starts it" if policy.start == "on-demand" else "it waits for room"
+    return Diagnosis(Reason.GAVE_WAY, f"gave way to {whom} at {when} UTC; {again}")
 
 
 class Tenancy(ABC):
@@ -97,8 +105,10 @@ class Tenancy(ABC):
         """Why its engine is not put to sleep, where that is known; None: it is."""
         if self.spec.engine.sleep is None:
             return "what runs of it was started without `sleep`"
-        if self.engine is not None and not self._can_sleep():
+        if self.engine is not None and not self.engine.place.may_sleep:
             return "its GPU has the machine's own memory, where level 1 would give nothing back"
+        if self.engine is not None and not self._can_sleep():
+            return "`devices.host_memory` is less than what level 1 would move there"
         return self._history.why_awake(self.spec.engine)
 
     def keeps(self) -> int | None:
