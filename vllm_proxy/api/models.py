@@ -155,7 +155,7 @@ def get_model(reconciler: Reconciler, registry: Registry) -> Answers[resources.M
 def act(
     reconciler: Reconciler, registry: Registry, desired: Desired, do: Callable[[Model], asyncio.Future[None]]
 ) -> Answers[resources.Model]:
-    """`POST /models/{model_id}/start`, `/stop`, `/restart`, `/sleep`, `/wake`: a manual override, until the model is changed."""
+    """`POST /models/{model_id}/start`, `/stop` and others: a manual override, until the model is changed."""
 
     async def handle(request: web.Request) -> Reply[resources.Model]:
         model = reconciler.model(request.match_info["model_id"])

@@ -58,12 +58,7 @@ class Instance(TypedDict):
         ),
     ]
     sleep: Annotated[
-        str | None,
-        Field(
-            description="How its engine sleeps in the place of being stopped: `level 1`, `level 2`; `off: ` and why, "
-            "where it cannot or has failed to twice in a row. Null where it may not.",
-            examples=["level 1"],
-        ),
+        str | None, Field(description="`level 1`, `level 2`; `off: ` and why it does not. Null where it may not.")
     ]
     last_exit: LastExit | None
 
