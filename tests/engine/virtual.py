@@ -242,6 +242,7 @@ class FakeLauncher:
         if self.refusal:
             raise self.refusal
         engine = FakeEngine(record.place, was_ready=record.ready)
+        engine.asleep = record.asleep
         engine.listens = self.adopted_listen
         async with self._living(engine, owner):
             yield engine
@@ -293,6 +294,7 @@ class FakeNap:
         self.failures: list[Operation] = []  # what fails next
         self.seconds = 1.0  # of each
         self.done: list[str] = []
+        self.sleeping: bool | None = True
 
     async def sleep(self, place: Place, level: int, note: Noted, freed: Freed) -> Slept | Failed:  # noqa: ARG002 - as it is
         """It sleeps."""
@@ -321,7 +323,7 @@ class FakeNap:
 
     async def is_sleeping(self, place: Place) -> bool | None:  # noqa: ARG002 - as above
         """It says so."""
-        return True
+        return self.sleeping
 
     async def verify(self, place: Place, expected: Canary | None) -> Woke | Failed:  # noqa: ARG002 - as above
         """It answers."""
