@@ -1,9 +1,12 @@
 """Models that take turns asleep: whole daemons, and engines whose memory is accounted for."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import tomllib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,9 @@ def sleepers(level: int = 1, **tables: str) -> str:
     found = []
     for name, text in tables.items():
         args, _, keys = text.partition(";")
-        found.append(f'[models.{name}]\nmodel = "{name}"\nmemory = "6GiB"\nstart = "on-demand"\nsleep = {level}\n{keys}')
+        found.append(
+            f'[models.{name}]\nmodel = "{name}"\nmemory = "6GiB"\nstart = "on-demand"\nsleep = {level}\n{keys}'
+        )
         found.append(f"[models.{name}.args]\n{args}")
     return "\n".join(found) + "\n"
 
@@ -41,9 +46,11 @@ async def state_of(running: Daemon, model: str) -> Any:  # noqa: ANN401 - JSON
     records = tomllib.loads((running.state_dir / "engines.toml").read_text(encoding="utf-8"))["engines"]
     (address,) = (one["address"] for one in records if one["instance"] == f"{model}/0")
     connector = aiohttp.UnixConnector(address.removeprefix("unix:"))
-    async with aiohttp.ClientSession("http://localhost", connector=connector) as session:
-        async with session.get("/fake/state") as answer:
-            return await answer.json()
+    async with (
+        aiohttp.ClientSession("http://localhost", connector=connector) as session,
+        session.get("/fake/state") as answer,
+    ):
+        return await answer.json()
 
 
 async def moved(running: Daemon, model: str) -> tuple[int, int, int]:
@@ -216,3 +223,190 @@ async def test_a_sleeper_that_dies_is_gone_and_its_next_request_starts_another(t
         await says(running, "chat")
         assert devices.starts() == {"chat": 2, "code": 1}
 
+
+# Another daemon
+
+
+KEEP = '[server]\non_exit = "keep"\n'
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+async def test_sleepers_sleep_on_under_the_next_daemon(tmp_path: Path, end: signal.Signals) -> None:
+    """However the first one ended: nobody is woken or started, what they count for is what they have."""
+    with Devices(tmp_path / "gpus.toml", {"0": 14 * GIB}) as devices:
+        config = KEEP + fleet_config(devices, sleepers(chat="", code="", third="", last=""), RULES_OF_SLEEP)
+        names = ("chat", "code", "third", "last")
+        async with daemon(config, tmp_path) as running:
+            for name in names:
+                await says(running, name)
+            await asleep(running, *names[:3])
+            pids = {name: await running.pids(name) for name in names}
+            await running.stop(end)
+        async with daemon(config, tmp_path) as running:
+            await asleep(running, *names[:3])
+            await once(running, "last", state="ready")
+            assert {name: await running.pids(name) for name in names} == pids
+            assert [await moved(running, name) for name in names] == [(1, 0, 0)] * 3 + [(0, 0, 0)]
+            counted, has = await booked(running), measured(devices)
+            assert all(abs(counted[name] - has[name]) <= NEAR for name in names[:3]), (counted, has)
+            for name in names:
+                await says(running, name)
+            assert devices.starts() == dict.fromkeys(names, 1)
+            running.save(config.removeprefix(KEEP))
+            await running.adopts()
+            assert await running.stop() == 0
+        assert devices.free() == {"0": 14 * GIB}
+        assert not devices.events()
+
+
+async def test_a_daemon_that_was_killed_amid_a_nap_or_a_wake_leaves_nothing_half_done(tmp_path: Path) -> None:
+    """The next one has the engine answer, or ends it; whatever it was, the next request is served."""
+    with Devices(tmp_path / "gpus.toml", {"0": 10 * GIB}) as devices:
+        gates = tmp_path / "sleep", tmp_path / "wake"
+        options = f'fake_sleep_until = "{gates[0]}"\nfake_wake_until = "{gates[1]}"\n'
+        config = fleet_config(devices, sleepers(chat=options, code=""), RULES_OF_SLEEP)
+        async with daemon(config, tmp_path) as running:
+            await says(running, "chat")
+            waits = asyncio.create_task(says(running, "code"))
+            await once(running, "chat", state="unloading", phase="falling_asleep")
+            await running.stop(signal.SIGKILL)
+            await asyncio.gather(waits, return_exceptions=True)
+        gates[0].touch()
+        async with daemon(config, tmp_path) as running:
+            await says(running, "code")
+            await asleep(running, "chat")
+            waits = asyncio.create_task(says(running, "chat"))
+            await once(running, "chat", state="loading", phase="waking")
+            await running.stop(signal.SIGKILL)
+            await asyncio.gather(waits, return_exceptions=True)
+        gates[1].touch()
+        async with daemon(config, tmp_path) as running:
+            for name in ("chat", "code", "chat"):
+                await says(running, name)
+        assert not devices.events()
+
+
+# By hand
+
+
+PHASES = pytest.mark.parametrize("phase", ["falling_asleep", "sleeping", "waking"])
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A model `chat` that is just there. `waits`: requests that are not answered yet, one for `code` at most."""
+
+    running: Daemon
+    devices: Devices
+    pid: int
+    gates: list[Path]
+    waits: list[asyncio.Task[int]]
+
+    async def gone(self) -> None:
+        """Wait until nothing is left of its engine."""
+        async with asyncio.timeout(30):
+            while session_of(self.pid):
+                await asyncio.sleep(0.01)
+
+    async def statuses(self) -> list[int]:
+        """What those got who waited."""
+        return await asyncio.gather(*self.waits)
+
+    def go_on(self) -> None:
+        """Nothing is held up any more."""
+        for gate in self.gates:
+            gate.touch()
+
+
+@contextlib.asynccontextmanager
+async def just(phase: str, folder: Path) -> AsyncIterator[Moment]:
+    """A model that falls asleep, sleeps or wakes, for which it takes until it is to `go_on`."""
+    gates = {"falling_asleep": folder / "sleep", "waking": folder / "wake"}
+    for name, gate in gates.items():
+        if name != phase:
+            gate.touch()
+    options = f'fake_sleep_until = "{gates["falling_asleep"]}"\nfake_wake_until = "{gates["waking"]}"\n'
+    async with fleet(folder, sleepers(chat=options, code="")) as (running, devices):
+        await says(running, "chat")
+        (pid,) = await running.pids("chat")
+        waits = [asyncio.create_task(status_of(running, "code"))]
+        if phase != "falling_asleep":
+            await waits[0]
+            await asleep(running, "chat")
+        if phase == "waking":
+            waits.append(asyncio.create_task(status_of(running, "chat")))
+        await once(running, "chat", phase=phase)
+        yield Moment(running, devices, pid, list(gates.values()), waits)
+
+
+async def status_of(running: Daemon, model: str) -> int:
+    """The status of the answer to one more request; 0: there was none."""
+    body = {"model": model, "messages": []}
+    try:
+        async with running.session.post("/v1/chat/completions", json=body) as answer:
+            return answer.status
+    except aiohttp.ClientConnectionError:
+        return 0
+
+
+@PHASES
+async def test_whoever_stops_a_model_ends_its_engine_whether_it_sleeps_or_not(tmp_path: Path, phase: str) -> None:
+    """At once, also amid a call that does not end; until somebody starts it."""
+    async with just(phase, tmp_path) as now:
+        await now.running.post("/models/chat/stop", {}, 202)
+        await now.gone()
+        assert (await once(now.running, "chat", state="stopped"))["reason"] == "stopped_by_hand"
+        assert (await now.statuses())[0] == 200
+        now.go_on()
+        await now.running.post("/models/chat/start", {}, 202)
+        await once(now.running, "chat", state="ready")
+        for name in ("chat", "code", "chat"):
+            await says(now.running, name)
+
+
+@PHASES
+async def test_a_model_that_is_deleted_leaves_nothing_that_sleeps(tmp_path: Path, phase: str) -> None:
+    """Nor does anything of its memory stay taken."""
+    async with just(phase, tmp_path) as now:
+        await now.running.write("DELETE", "/models/chat", status=204)
+        await now.gone()
+        await now.running.get("/models/chat", 404)
+        assert (await now.statuses())[0] == 200
+        await says(now.running, "code")
+        assert "chat" not in await booked(now.running)
+
+
+@PHASES
+async def test_a_sleeper_that_is_changed_comes_back_as_it_was_asked_for(tmp_path: Path, phase: str) -> None:
+    """What was put to sleep is of the old file: it ends, and the next request starts a new one; none fails."""
+    async with just(phase, tmp_path) as now:
+        await now.running.write("PATCH", "/models/chat", {"max_model_len": 512})
+        now.go_on()
+        assert set(await now.statuses()) == {200}
+        await says(now.running, "chat")
+        assert await now.running.pids("chat") != [now.pid]
+        await now.gone()
+        for name in ("code", "chat"):
+            await says(now.running, name)
+        assert now.devices.starts()["chat"] == 2
+
+
+@PHASES
+async def test_a_daemon_that_is_told_to_end_ends_who_sleeps(tmp_path: Path, phase: str) -> None:
+    """And who is about to, or wakes: at once."""
+    async with just(phase, tmp_path) as now:
+        assert await now.running.stop() == 0
+        assert session_of(now.pid) == set()
+        assert now.devices.free() == {"0": 10 * GIB}
+        await now.statuses()
+
+
+async def test_what_no_engine_notices_leaves_a_sleeper_alone(tmp_path: Path) -> None:
+    """As a change of its policy."""
+    async with fleet(tmp_path, sleepers(chat="", code="")) as (running, devices):
+        for name in ("chat", "code"):
+            await says(running, name)
+        await asleep(running, "chat")
+        await running.write("PATCH", "/models/chat", {"idle_timeout": "1h"})
+        await says(running, "chat")
+        assert devices.starts() == {"chat": 1, "code": 1}

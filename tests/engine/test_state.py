@@ -547,6 +547,19 @@ def test_what_an_engine_had_of_its_devices_is_kept_over_daemons(tmp_path: Path) 
         assert (state.memory("abc"), state.memory("spec-0")) == (None, 1)
 
 
+def test_what_an_engine_keeps_asleep_is_known_to_the_next_daemon(tmp_path: Path) -> None:
+    """Beside what it has awake, in a file of its own; garbage there counts as nothing."""
+    with StateDirectory(tmp_path) as state:
+        state.note_memory("abc", 70)
+        for size in (5, 7):
+            state.note_residue("abc", size)
+    with StateDirectory(tmp_path) as state:
+        assert (state.memory("abc"), state.residue("abc"), state.residue("def")) == (70, 7, None)
+    (tmp_path / "residues.toml").write_bytes(b"bytes.abc = [nan]")
+    with StateDirectory(tmp_path) as state:
+        assert (state.memory("abc"), state.residue("abc")) == (70, None)
+
+
 def test_what_is_known_already_is_not_written_again(tmp_path: Path) -> None:
     """An engine has as much at every start: the disk is left alone."""
     with StateDirectory(tmp_path) as state:

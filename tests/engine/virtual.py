@@ -242,6 +242,7 @@ class FakeLauncher:
         if self.refusal:
             raise self.refusal
         engine = FakeEngine(record.place, was_ready=record.ready)
+        engine.asleep = record.asleep
         engine.listens = self.adopted_listen
         async with self._living(engine, owner):
             yield engine
@@ -293,6 +294,7 @@ class FakeNap:
         self.failures: list[Operation] = []  # what fails next
         self.seconds = 1.0  # of each
         self.done: list[str] = []
+        self.sleeping: bool | None = True
 
     async def sleep(self, place: Place, level: int, note: Noted, freed: Freed) -> Slept | Failed:  # noqa: ARG002 - as it is
         """It sleeps."""
@@ -321,7 +323,7 @@ class FakeNap:
 
     async def is_sleeping(self, place: Place) -> bool | None:  # noqa: ARG002 - as above
         """It says so."""
-        return True
+        return self.sleeping
 
     async def verify(self, place: Place, expected: Canary | None) -> Woke | Failed:  # noqa: ARG002 - as above
         """It answers."""
@@ -370,6 +372,7 @@ class KeptNumbers:
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
         self.bytes: dict[str, int] = {}
+        self.residues: dict[str, int] = {}
 
     def starts(self, spec: str) -> Sequence[float]:
         """How many seconds the last starts of a spec took."""
@@ -386,6 +389,14 @@ class KeptNumbers:
     def note_memory(self, spec: str, size: int) -> None:
         """An engine of a spec has so many bytes of each device."""
         self.bytes[spec] = size
+
+    def residue(self, spec: str) -> int | None:
+        """Bytes that the last engine of a spec had of each device while it slept."""
+        return self.residues.get(spec)
+
+    def note_residue(self, spec: str, size: int) -> None:
+        """An engine of a spec has so many bytes of each device while it sleeps."""
+        self.residues[spec] = size
 
 
 type Moment = tuple[State, Phase | None, int]  # what a supervisor shows, and how many endpoints its model has then

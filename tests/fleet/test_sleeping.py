@@ -8,6 +8,8 @@ from tests.engine.virtual import Stage, passes, virtual
 from tests.fleet.test_giving_way import GIB, Gpus, answered, engine_of, model
 from tests.fleet.test_model import begun
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
+from vllm_proxy.engine.state import EngineRecord
+from vllm_proxy.fleet.model import Model
 
 
 @virtual
@@ -142,3 +144,49 @@ async def test_sleepers_have_no_more_of_the_machines_memory_than_they_may() -> N
         pass
     await passes(200)
     assert big.state is State.STOPPED
+
+
+def record(asleep: int) -> EngineRecord:
+    """An engine of an earlier daemon that was to sleep."""
+    return EngineRecord(
+        "chat/0", "engine-0", 4242, 1, "unix:/tmp/vp-x/http.sock", "secret", "/tmp/vp-x", "", ready=True,
+        devices=("0",), takes={"0": 6 * GIB}, asleep=asleep,
+    )  # fmt: skip
+
+
+def adopted(stage: Stage, asleep: int, **policy: object) -> Model:
+    """A model whose engine an earlier daemon has started."""
+    spec = model("chat", keys={"sleep": 1}, **policy)  # type: ignore[arg-type]
+    made = Model(spec, stage.shared, stage.history(), lambda _: stage.moved())
+    stage.registry.declare(spec, made.request)
+    made.begin({0: record(asleep)})
+    return made
+
+
+@virtual
+async def test_a_sleeper_of_an_earlier_daemon_sleeps_on_until_a_request_comes() -> None:
+    """No weights are moved for that."""
+    stage = Stage(Gpus())
+    chat = adopted(stage, 1)
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    await passes(1000)
+    assert (chat.state, stage.nap.done) == (State.SLEEPING, [])
+    with await stage.registry.acquire("chat"):
+        assert (chat.state, stage.nap.done) == (State.READY, ["chat/0 wakes"])
+
+
+@pytest.mark.parametrize(("says", "engines"), [(False, 1), (None, 2)])
+@virtual
+async def test_an_engine_that_was_to_sleep_serves_where_it_is_awake_and_ends_where_it_gives_no_clean_answer(
+    *, says: bool | None, engines: int
+) -> None:
+    """Its canary decides."""
+    stage = Stage(Gpus())
+    stage.nap.sleeping = says
+    chat = adopted(stage, 1, start="always")
+    await stage.engine()
+    while chat.state is not State.READY:
+        stage.launcher.engines[-1].listens = True
+        await passes(1)
+    assert len(stage.launcher.engines) == engines
+    assert stage.nap.done == []

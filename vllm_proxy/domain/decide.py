@@ -200,6 +200,8 @@ def _wanted(model: ModelNow) -> Wanted:
         return Wanted.AWAIT
     if model.wanted is Wanted.RUN and not asked and _seconds_until_given_up(model) < _NOW_SECONDS:
         return Wanted.AWAIT
+    if model.wanted is Wanted.RUN and not asked and model.policy.start == "on-demand" and _all_sleep(model.instances):
+        return Wanted.AWAIT
     idle = not asked and model.idle_seconds > 0
     if model.wanted is Wanted.RUN and idle and _idle_seconds_left(model) < _NOW_SECONDS:
         return Wanted.AWAIT
@@ -210,6 +212,12 @@ def _gave_way(instances: Sequence[InstanceNow]) -> bool:
     """Whether what served is told to give way, all of it."""
     served = [one for one in instances if one.state is State.READY]
     return bool(served) and all(map(_yields, served)) and not any(one.state is State.LOADING for one in instances)
+
+
+def _all_sleep(instances: Sequence[InstanceNow]) -> bool:
+    """Whether all there are sleep, as those of an earlier daemon do that were not wanted."""
+    there = [one.state for one in instances if one.state is not State.STOPPED]
+    return bool(there) and all(state is State.SLEEPING for state in there)
 
 
 def _idle_seconds_left(model: ModelNow) -> float:

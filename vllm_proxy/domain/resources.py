@@ -57,6 +57,9 @@ class Instance(TypedDict):
             "where devices are not managed, or it has none."
         ),
     ]
+    sleep: Annotated[
+        str | None, Field(description="`level 1`, `level 2`; `off: ` and why it does not. Null where it may not.")
+    ]
     last_exit: LastExit | None
 
 
@@ -220,7 +223,7 @@ class Health(TypedDict):
 
 
 class Ready(TypedDict):
-    """Whether every enabled model with `start = "always"` is ready that nobody stopped by hand."""
+    """Whether every enabled model with `start = "always"` is ready that nobody stopped or put to sleep by hand."""
 
     status: Literal["ready", "waiting"]
     not_ready: Annotated[dict[str, State], Field(description="The models that are not, with their states.")]

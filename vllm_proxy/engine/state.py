@@ -117,6 +117,7 @@ class StateDirectory:
         self._kept: list[object] = []  # entries that are not acted on, as they were read
         self._starts = Learned(path / "starts.toml", "seconds", _STARTS_KEPT, self._replace)
         self._memory = Learned(path / "memory.toml", "bytes", 1, self._replace)
+        self._residues = Learned(path / "residues.toml", "bytes", 1, self._replace)
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
@@ -135,7 +136,7 @@ class StateDirectory:
             os.close(self._lock)
             msg = f"cannot use the state directory {self.path}: another daemon does; choose another with --state-dir"
             raise StartupError(msg) from None
-        for file in (self._file, self._starts.file, self._memory.file):
+        for file in (self._file, self._starts.file, self._memory.file, self._residues.file):
             files.remove_temporaries(file)
         return self
 
@@ -242,13 +243,21 @@ class StateDirectory:
 
     def memory(self, spec: str) -> int | None:
         """Bytes that the last engine of a spec had of each device; None: not known."""
-        found = self._memory.of(spec)
-        return int(found[-1]) if found else None
+        return _newest(self._memory, spec)
 
     def note_memory(self, spec: str, size: int) -> None:
         """An engine of a spec has so many bytes of each device."""
         if size != self.memory(spec):
             self._memory.add(spec, size)
+
+    def residue(self, spec: str) -> int | None:
+        """Bytes that the last engine of a spec had of each device while it slept; None: not known."""
+        return _newest(self._residues, spec)
+
+    def note_residue(self, spec: str, size: int) -> None:
+        """An engine of a spec has so many bytes of each device while it sleeps."""
+        if size != self.residue(spec):
+            self._residues.add(spec, size)
 
     def _write(self) -> None:
         here = pid_namespace()
@@ -261,6 +270,12 @@ class StateDirectory:
             files.replace_file(file, tomli_w.dumps(document).encode(), durable=False)
         except OSError as error:
             log.error("the state cannot be written", file=str(file), error=str(error))
+
+
+def _newest(learned: Learned, spec: str) -> int | None:
+    """In bytes."""
+    found = learned.of(spec)
+    return int(found[-1]) if found else None
 
 
 def _written(record: EngineRecord) -> dict[str, object]:

@@ -121,6 +121,9 @@ class Claim:
         self.is_done = False
         self._host: tuple[int, int] | None = None  # a guess, and what its processes had before; None: it never slept
         self.keeps: int | None = None  # bytes of each device that it has asleep, or would have; None: it may not sleep
+        self.woke_seconds: float | None = (
+            None  # of its last wake, where that did not fail; None: its engine was started
+        )
         self.depth: Depth | None = None  # how far it goes, while it yields or goes
         self._asks = True
         self._was_asleep = False
@@ -188,9 +191,13 @@ class Claim:
 
     def wakes(self) -> None:
         """It sleeps, and wants its room again."""
-        self._asks, self.since = True, asyncio.get_running_loop().time()
+        self._asks, self.since, self.woke_seconds = True, asyncio.get_running_loop().time(), None
         self._admitted = asyncio.get_running_loop().create_future()
         self._changed(self)
+
+    def woke(self, seconds: float) -> None:
+        """Its engine has woken, which took so long."""
+        self.woke_seconds = seconds
 
     async def may_go(self) -> None:
         """One that gives way has no request in flight any more. Returns when nobody measures its devices."""

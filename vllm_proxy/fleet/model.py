@@ -89,7 +89,7 @@ class Model:
             return not_ended
         if state is State.STOPPED:
             return _STOPPED_BY_HAND if self.stopped_by_hand else self._gave_way
-        if state is State.UNLOADING:
+        if state in {State.UNLOADING, State.SLEEPING}:
             return self._gave_way
         if state is not State.ERROR and self._rollback.refusal is not None:
             return self._rollback.refusal

@@ -43,15 +43,16 @@ class Rest:
             self._engine.note_sleep(level, canary)
 
         spec = self._claim.tenant.spec.engine
-        memory = Measuring(self._room.machines, self._claim)
+        memory, began = Measuring(self._room.machines, self._claim), asyncio.get_running_loop().time()
         allocation = self._claim.allocation
         if level == 1 and allocation is not None and allocation.gpus:
             self._claim.takes_host(allocation.takes)
         await memory.begin()
         done = await self._nap.sleep(self._engine.place, level, note, memory.freed)
         if isinstance(done, Failed):
-            self._history.slept(spec, failed=True)
-            return done  # what slept well has not yet woken well: that alone ends a row of failures
+            self._history.nap_failed(spec, done)
+            return done
+        self._history.slept(asyncio.get_running_loop().time() - began)
         keeps = memory.keeps()
         if keeps is not None:
             self._history.keep_residue(spec, keeps)
@@ -78,10 +79,13 @@ class Rest:
 
     async def end(self, spec: ModelSpec) -> Failed | None:
         """Wake it, on the devices that it was admitted to; why that failed, where it did."""
-        engine = self._engine
+        engine, began = self._engine, asyncio.get_running_loop().time()
         done = await self._nap.wake(engine.place, engine.asleep, engine.canary, spec.policy.startup_timeout)
-        self._history.slept(spec.engine, failed=isinstance(done, Failed))
         if isinstance(done, Failed):
+            self._history.nap_failed(spec.engine, done)
             return done
+        took = asyncio.get_running_loop().time() - began
+        self._claim.woke(took)
+        self._history.woke(spec.engine, engine.asleep, took)
         engine.note_sleep(0, engine.canary)
         return None

@@ -26,6 +26,7 @@ class How(StrEnum):
     """How a model came for which others had to give way. The values are those of the metrics."""
 
     COLD = "cold"  # its engine was started
+    WAKE = "wake"  # its engine slept, and was woken
 
 
 class Doing(StrEnum):
@@ -140,11 +141,14 @@ class RoomHistory:
             wanted[device, doing] = wanted.get((device, doing), 0.0) + seconds
 
     def _served(self, claim: Claim, start: _Start, now: float) -> None:
-        engine, took = claim.tenant.engine, now - start.since
-        own = engine.age_seconds() if engine is not None else 0.0
-        self._counted.swaps[claim.model, How.COLD] += 1
-        self._counted.swap_seconds[How.COLD].add(took)
-        self._counted.overhead_seconds[How.COLD].add(max(took - start.others - own, 0.0))
+        engine, took, how, own = claim.tenant.engine, now - start.since, How.COLD, 0.0
+        if claim.woke_seconds is not None:
+            how, own = How.WAKE, claim.woke_seconds
+        elif engine is not None:
+            own = engine.age_seconds()
+        self._counted.swaps[claim.model, how] += 1
+        self._counted.swap_seconds[how].add(took)
+        self._counted.overhead_seconds[how].add(max(took - start.others - own, 0.0))
 
 
 def _takes_time(wait: Wait, claims: Mapping[str, Claim]) -> bool:

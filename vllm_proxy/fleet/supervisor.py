@@ -98,9 +98,9 @@ class Supervisor(Instance):
         super().stop_yielding()
         if self._to_sleep and self.state is State.UNLOADING and self._task is not None:
             self._to_sleep = False
-            self._transition(Event.STOP, Phase.STOPPING)
             if self.phase is Phase.FALLING_ASLEEP:
                 self._task.cancel()
+            self._transition(Event.STOP, Phase.STOPPING)
 
     def stop(self, *, keep: bool = False) -> asyncio.Task[None]:
         """Stop routing, wait for the requests in flight, end the engine; the task is done when nothing of it is left.

@@ -12,6 +12,7 @@ from vllm_proxy.domain.config import ModelSpec, Policy
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.ledger import Depth
 from vllm_proxy.domain.lifecycle import Reason, State
+from vllm_proxy.engine.interface import Engine
 from vllm_proxy.fleet.claims import Claim, Waits
 from vllm_proxy.fleet.history import History
 from vllm_proxy.traffic.endpoint import Endpoint
@@ -26,6 +27,8 @@ def gave_way(policy: Policy, for_whom: str) -> Diagnosis:
 
 class Tenancy(ABC):
     """Of one instance. `changed` is called after every change of what it shows."""
+
+    engine: Engine | None  # what runs of it now
 
     def __init__(
         self, spec: ModelSpec, history: History, changed: Callable[[], None], wanted_since: Callable[[], float | None]
@@ -95,7 +98,18 @@ class Tenancy(ABC):
 
     def may_sleep(self) -> bool:
         """Whether its engine can, and nothing speaks against it."""
-        return self._can_sleep() and self._history.may_sleep(self.spec.engine)
+        return self._can_sleep() and self._history.why_awake(self.spec.engine) is None
+
+    @property
+    def why_awake(self) -> str | None:
+        """Why its engine is not put to sleep, where that is known; None: it is."""
+        if self.spec.engine.sleep is None:
+            return "what runs of it was started without `sleep`"
+        if self.engine is not None and not self.engine.place.may_sleep:
+            return "its GPU has the machine's own memory, where level 1 would give nothing back"
+        if self.engine is not None and not self._can_sleep():
+            return "`devices.host_memory` is less than what level 1 would move there"
+        return self._history.why_awake(self.spec.engine)
 
     def keeps(self) -> int | None:
         """Bytes of each device that an engine of its spec had asleep; None: not known."""
