@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from tests import mixed_load
-from tests.daemon.test_room import RULES, fleet_config, once, says
+from tests.daemon.test_room import RULES, SAY, fleet_config, once, says
 from tests.daemon.test_room import fleet as fleet_of
 from tests.fakes.ledger import GIB, Devices
 from tests.harness import Daemon, daemon, session_of
@@ -233,7 +233,7 @@ KEEP = '[server]\non_exit = "keep"\n'
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 async def test_sleepers_sleep_on_under_the_next_daemon(tmp_path: Path, end: signal.Signals) -> None:
     """However the first one ended: nobody is woken or started, what they count for is what they have."""
-    with Devices(tmp_path / "gpus.toml", {"0": 14 * GIB}) as devices:
+    with Devices(tmp_path / "gpus.toml", {"0": 12 * GIB}) as devices:
         config = KEEP + fleet_config(devices, sleepers(chat="", code="", third="", last=""), RULES_OF_SLEEP)
         names = ("chat", "code", "third", "last")
         async with daemon(config, tmp_path) as running:
@@ -255,7 +255,7 @@ async def test_sleepers_sleep_on_under_the_next_daemon(tmp_path: Path, end: sign
             running.save(config.removeprefix(KEEP))
             await running.adopts()
             assert await running.stop() == 0
-        assert devices.free() == {"0": 14 * GIB}
+        assert devices.free() == {"0": 12 * GIB}
         assert not devices.events()
 
 
@@ -341,7 +341,7 @@ async def just(phase: str, folder: Path) -> AsyncIterator[Moment]:
 
 async def status_of(running: Daemon, model: str) -> int:
     """The status of the answer to one more request; 0: there was none."""
-    body = {"model": model, "messages": []}
+    body = {"model": model, **SAY}
     try:
         async with running.session.post("/v1/chat/completions", json=body) as answer:
             return answer.status
@@ -368,7 +368,7 @@ async def test_whoever_stops_a_model_ends_its_engine_whether_it_sleeps_or_not(tm
 async def test_a_model_that_is_deleted_leaves_nothing_that_sleeps(tmp_path: Path, phase: str) -> None:
     """Nor does anything of its memory stay taken."""
     async with just(phase, tmp_path) as now:
-        await now.running.write("DELETE", "/models/chat", status=204)
+        await now.running.write("DELETE", "/models/chat", status=202)
         await now.gone()
         await now.running.get("/models/chat", 404)
         assert (await now.statuses())[0] == 200

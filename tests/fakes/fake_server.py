@@ -117,7 +117,7 @@ class Fake:
         seen: dict[str, Any] = {
             "method": method, "path": path, "headers": headers, "size": len(body), "state": "open", "written": 0,
             "body": body.decode("latin-1") if len(body) < 2**18 else None, "sha256": hashlib.sha256(body).hexdigest(),
-            "pid": os.getpid(), "messages": [],
+            "pid": os.getpid(), "messages": [], "began": time.time(), "ended": None,
         }  # fmt: skip
         if not path.startswith("/fake/"):
             self.seen.append(seen)
@@ -129,6 +129,7 @@ class Fake:
         await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
         if answering.done():
+            seen["ended"] = time.time()
             seen["state"] = "gone" if isinstance(answering.exception(), ConnectionError) else "answered"
             answering.result()
             return

@@ -89,6 +89,7 @@ class Supervisor(Instance):
     def wake(self) -> None:
         """Begin to wake: it sleeps. Returns at once."""
         assert self.claim is not None, "it sleeps"
+        self.forget_return()
         self._transition(Event.START, Phase.QUEUED)
         self.claim.wakes()
         self._woken.set()
@@ -169,6 +170,10 @@ class Supervisor(Instance):
     def _can_sleep(self) -> bool:
         able = self.engine is not None and self.engine.place.may_sleep and self.claim is not None
         return able and self.claim is not None and self._shared.loop.room.has_host_memory_for(self.claim)
+
+    def forget_return(self) -> None:
+        """That it was to give way and did not, or slept, is over: it wakes, or somebody wants something else of it."""
+        self._serves_on.clear()
 
     @property
     def serves_on(self) -> bool:
