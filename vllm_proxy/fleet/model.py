@@ -131,7 +131,7 @@ class Model:
 
     def sleep(self) -> asyncio.Future[None]:
         """Sleep until a request comes, or somebody starts it. Done when that has begun."""
-        return self._post("sleep", partial(self._want, Wanted.AWAIT))
+        return self._post("sleep", self._sleep)
 
     def restart(self) -> asyncio.Future[None]:
         """Start every engine anew, one after another where there are several; a change that failed is tried again."""
@@ -187,6 +187,11 @@ class Model:
         self._renew |= {one for one in self.instances if one.state is State.ERROR}
         self._started_by_hand = asyncio.get_running_loop().time()
         self._want(Wanted.RUN)
+
+    def _sleep(self) -> None:
+        for instance in self.instances:
+            instance.forget_return()
+        self._want(Wanted.AWAIT)
 
     def _restart(self) -> None:
         self._reset_rollback(self.spec)
