@@ -90,8 +90,8 @@ async def test_a_hand_stops_a_sleeper_and_one_that_falls_asleep() -> None:
     stage.nap.seconds = 50
     await stage.until(lambda: chat.instances[0].phase is Phase.FALLING_ASLEEP)
     chat.stop()
-    await stage.until(lambda: chat.state is State.STOPPED)
-    assert stage.loop.room.now().holds == []
+    await passes(1)
+    assert (chat.state, stage.loop.room.now().holds) == (State.STOPPED, [])
 
 
 @virtual
@@ -107,6 +107,32 @@ async def test_a_hand_puts_a_model_to_sleep_and_a_request_wakes_it() -> None:
     assert chat.state is State.SLEEPING
     with await answered(stage, "chat"):
         assert len(stage.launcher.engines) == 1
+
+
+@virtual
+async def test_a_hand_puts_to_sleep_what_has_slept_before() -> None:
+    """A nap that is over says nothing of the next one."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}))
+    for _ in range(3):
+        with await answered(stage, "chat"):
+            pass
+        chat.sleep()
+        await stage.until(lambda: chat.state is State.SLEEPING)
+    assert len(stage.launcher.engines) == 1
+
+
+@virtual
+async def test_who_twice_did_not_fall_asleep_is_stopped_from_then_on() -> None:
+    """Its third engine is not asked to."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    stage.nap.failures = ["sleep"] * 3
+    for _ in range(3):
+        with await answered(stage, "chat"):
+            pass
+        await stage.until(lambda: chat.state is State.STOPPED)
+    assert stage.nap.failures == ["sleep"]
 
 
 @virtual

@@ -23,7 +23,9 @@ class Measuring:
 
     async def begin(self) -> None:
         """Note what it has now: what was seen last may be older than the engine."""
-        machine = await self._look()
+        machine = self._machines.machine()
+        if machine is not None and self._had(machine):  # it can be measured
+            machine = await self._look()
         self._before = {} if machine is None else self._had(machine)
 
     async def freed(self) -> bool | None:
