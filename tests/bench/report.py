@@ -201,9 +201,9 @@ def _hazard_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
     for name, found in findings.memory.items():
         text = f"{found.kib_per_stream:.1f} KiB at {found.streams:,} (base {found.base_kib / 1024:.0f} MiB,"
         yield "memory of an idle stream", name, f"{text} open files limit {found.files_limit:,})"
-    for what, found in (("swaps", findings.swaps), ("wakes", findings.wakes)):
-        if found:
-            whole, engine = ([getattr(one, name) for one in found] for name in ("all_ms", "engine_ms"))
+    for what, swaps in (("swaps", findings.swaps), ("wakes", findings.wakes)):
+        if swaps:
+            whole, engine = ([getattr(one, name) for one in swaps] for name in ("all_ms", "engine_ms"))
             text = f"{spread(whole)}, of it the engine {spread(engine)}"
             yield f"{len(whole)} {what}: ms to the first byte", OURS, text
     for kind, one in findings.idle.items():
