@@ -191,10 +191,13 @@ def adopted(stage: Stage, asleep: int, **policy: object) -> Model:
 
 @virtual
 async def test_a_sleeper_of_an_earlier_daemon_sleeps_on_until_a_request_comes() -> None:
-    """No weights are moved for that."""
+    """No weights are moved for that; what it has of the machine's memory counts as before."""
     stage = Stage(Gpus())
     chat = adopted(stage, 1)
     await stage.until(lambda: chat.state is State.SLEEPING)
+    claim = chat.instances[0].claim
+    assert claim is not None
+    assert claim.host_bytes() > 6 * GIB
     await passes(1000)
     assert (chat.state, stage.nap.done) == (State.SLEEPING, [])
     with await stage.registry.acquire("chat"):

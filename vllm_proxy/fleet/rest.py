@@ -44,9 +44,7 @@ class Rest:
 
         spec = self._claim.tenant.spec.engine
         memory, began = Measuring(self._room.machines, self._claim), asyncio.get_running_loop().time()
-        allocation = self._claim.allocation
-        if level == 1 and allocation is not None and allocation.gpus:
-            self._claim.takes_host(allocation.takes)
+        self._take_host(level)
         await memory.begin()
         done = await self._nap.sleep(self._engine.place, level, note, memory.freed)
         if isinstance(done, Failed):
@@ -65,7 +63,15 @@ class Rest:
         if sleeps is False:
             checked = await self._nap.verify(self._engine.place, self._engine.canary)
             return None if isinstance(checked, Failed) else False
+        if sleeps:
+            self._take_host(self._engine.asleep)
         return sleeps
+
+    def _take_host(self, level: int) -> None:
+        """What it had of its devices goes to the machine's memory, or is there."""
+        allocation = self._claim.allocation
+        if level == 1 and allocation is not None and allocation.gpus:
+            self._claim.takes_host(allocation.takes)
 
     async def until_woken(self, woken: asyncio.Event) -> bool:
         """Wait until somebody wants it; whether it lives then."""
