@@ -55,6 +55,7 @@ async def folder(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path
         pids = await all_pids(running)
     yield place
     async with daemon(configuration(chat_model(os.environ)), place) as running:
+        await in_state(running, "ready", *LEVELS)
         assert await all_pids(running) == pids  # one start of each has done for all
         assert await running.stop() == 0
     assert not any(session_of(pid) for pid in pids.values())
