@@ -21,7 +21,7 @@ from vllm_proxy.fleet.model import Model
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.status import sentence
 
-LEVEL_1 = {"sleep": 1}
+LEVEL_1: dict[str, object] = {"sleep": 1}
 
 
 def instance(stage: Stage, one: Model) -> Any:  # noqa: ANN401 - JSON
