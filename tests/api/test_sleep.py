@@ -61,6 +61,7 @@ async def test_a_sleeper_is_shown_with_its_level_what_it_keeps_and_why_it_gave_w
     assert (shown["state"], shown["phase"], shown["memory_bytes"]) == ("sleeping", "sleeping", GIB)
     status = models.resource(chat, stage.registry, {})["status"]
     assert (status["state"], status["reason"]) == ("sleeping", "gave_way")
+    assert status["message"] is not None
     assert status["message"].startswith("gave way to code at ")
     with await answered(stage, "chat"):
         assert models.resource(chat, stage.registry, {})["status"]["reason"] is None

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -53,7 +54,7 @@ class Gpus:
         """Nobody looks."""
 
 
-def model(model_id: str, gib: int = 6, keys: dict[str, object] | None = None, **policy: object) -> ModelSpec:
+def model(model_id: str, gib: int = 6, keys: Mapping[str, object] | None = None, **policy: object) -> ModelSpec:
     """A model that needs so much of a GPU, its context included."""
     engine = EngineSpec.model_validate({"model": model_id, "memory": f"{gib - 0.6}GiB", **(keys or {})})
     return ModelSpec(model_id, engine, Policy.model_validate({"start": "on-demand", **policy}), {})

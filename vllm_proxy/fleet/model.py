@@ -7,7 +7,7 @@ carried out (`carry_out`). Nothing may be started or stopped outside of that, ad
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -23,6 +23,7 @@ from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.fleet.claims import Waits
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
+from vllm_proxy.fleet.loop import Command
 from vllm_proxy.fleet.supervisor import Supervisor
 from vllm_proxy.fleet.tenancy import gave_way
 from vllm_proxy.runtime.background import run_once
@@ -31,18 +32,6 @@ log = structlog.get_logger()
 
 _RUNS = frozenset({"always", "warm"})  # without a request
 _STOPPED_BY_HAND = Diagnosis(Reason.STOPPED_BY_HAND, "stopped by hand; start it by hand, or change it")
-
-
-@dataclass(frozen=True, slots=True)
-class _Command:
-    """A command by hand: an event for the loop's mailbox."""
-
-    name: str
-    what: Callable[[], None]
-
-    def apply(self) -> None:
-        """Change what is wanted."""
-        self.what()
 
 
 class Model:
@@ -192,7 +181,7 @@ class Model:
         return self._ended
 
     def _post(self, word: str, what: Callable[[], None]) -> asyncio.Future[None]:
-        return self._shared.loop.post(_Command(f"{word} of {self.name}", what))
+        return self._shared.loop.post(Command(f"{word} of {self.name}", what))
 
     def _start(self) -> None:
         self._renew |= {one for one in self.instances if one.state is State.ERROR}
