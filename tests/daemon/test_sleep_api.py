@@ -9,10 +9,11 @@ from typing import Any
 import aiohttp
 
 from tests.api.test_openapi import fits
-from tests.daemon.test_room import ON_DEMAND, fleet, models, once, says
+from tests.daemon.test_room import ON_DEMAND, RULES, fleet, models, once, says
 from tests.harness import vllm_proxy
 
 SLEEPS = f"{ON_DEMAND}\nsleep = 1"
+AMPLE = f'{RULES}host_memory = "1000GiB"\n'
 
 
 async def told(events: aiohttp.ClientResponse, last: str) -> AsyncIterator[tuple[str, str | None]]:
@@ -30,7 +31,7 @@ async def told(events: aiohttp.ClientResponse, last: str) -> AsyncIterator[tuple
 
 async def test_a_hand_puts_a_model_to_sleep_and_its_next_request_wakes_it(tmp_path: Path) -> None:
     """Over REST: each step is an event, `/models` and `/devices` show it, metrics count it; the same engine answers."""
-    async with fleet(tmp_path, models(chat='start = "always"\nsleep = 1')) as (running, _):
+    async with fleet(tmp_path, models(chat='start = "always"\nsleep = 1'), AMPLE) as (running, _):
         await once(running, "chat", state="ready")
         before = await running.instance("chat")
         assert (before["sleep"], before["port"]) == ("level 1", None)
@@ -64,7 +65,7 @@ async def test_a_hand_puts_a_model_to_sleep_and_its_next_request_wakes_it(tmp_pa
 
 async def test_the_commands_sleep_and_wake_wait_and_tell_what_became_of_it(tmp_path: Path) -> None:
     """0 when it sleeps, and when it is ready again; 1, with the reason, for one that may not sleep."""
-    async with fleet(tmp_path, models(chat=SLEEPS, code=ON_DEMAND)) as (running, _):
+    async with fleet(tmp_path, models(chat=SLEEPS, code=ON_DEMAND), AMPLE) as (running, _):
         status, out, _ = await vllm_proxy(tmp_path, "wake", "chat")
         assert (status, out.splitlines()[-1]) == (0, "chat: ready")
         (pid,) = await running.pids("chat")
@@ -88,7 +89,7 @@ async def test_a_sleep_that_fails_is_told_and_counted_and_the_next_request_is_an
     args = SLEEPS + '\nargs = {{ fake_sleep = "fails-after-freeing", fake_ledger = "{}" }}'.format(
         tmp_path / "gpus.toml"
     )
-    async with fleet(tmp_path, models(chat=args)) as (running, _):
+    async with fleet(tmp_path, models(chat=args), AMPLE) as (running, _):
         for _ in range(2):
             await says(running, "chat")
             status, out, err = await vllm_proxy(tmp_path, "sleep", "chat")
@@ -108,7 +109,7 @@ async def test_a_sleep_that_fails_is_told_and_counted_and_the_next_request_is_an
 
 async def test_two_models_that_sleep_take_turns_without_a_start_and_swaps_are_wakes(tmp_path: Path) -> None:
     """And those who give way say so while they sleep."""
-    async with fleet(tmp_path, models(chat=SLEEPS, code=SLEEPS)) as (running, devices):
+    async with fleet(tmp_path, models(chat=SLEEPS, code=SLEEPS), AMPLE) as (running, devices):
         for name in ("chat", "code", "chat", "code"):
             await says(running, name)
         status = await once(running, "chat", state="sleeping")
