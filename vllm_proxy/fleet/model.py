@@ -50,7 +50,6 @@ class Model:
         self._begun = False
         self._keep = False  # engines live on where the model ends
         self._requested = False  # a request came, and nobody served it
-        self._lies_down = False  # put to sleep by hand, just now: what served on for somebody does not any more
         self._started_by_hand: float | None = None  # since then somebody waits for it, on the loop's clock
         self._gave_way: Diagnosis | None = None
         self._rollback = Rollback(spec.engine)
@@ -132,7 +131,7 @@ class Model:
 
     def sleep(self) -> asyncio.Future[None]:
         """Sleep until a request comes, or somebody starts it. Done when that has begun."""
-        return self._post("sleep", self._sleep)
+        return self._post("sleep", partial(self._want, Wanted.AWAIT))
 
     def restart(self) -> asyncio.Future[None]:
         """Start every engine anew, one after another where there are several; a change that failed is tried again."""
@@ -189,10 +188,6 @@ class Model:
         self._started_by_hand = asyncio.get_running_loop().time()
         self._want(Wanted.RUN)
 
-    def _sleep(self) -> None:
-        self._lies_down = True
-        self._want(Wanted.AWAIT)
-
     def _restart(self) -> None:
         self._reset_rollback(self.spec)
         self._renew |= set(self.instances)
@@ -238,7 +233,7 @@ class Model:
                 one in self._renew or one.has_room,
                 one.yields,
                 one.awaits_room,
-                one.serves_on and not self._lies_down,
+                one.serves_on,
                 one.may_sleep(),
             )
             for one in self.instances
@@ -255,7 +250,7 @@ class Model:
     def carry_out(self, decided: ModelDecision) -> None:
         """Begin what was decided."""
         self._follow(decided)
-        self._requested = self._lies_down = False
+        self._requested = False
         by_index = {one.index: one for one in self.instances}
         for index in decided.stop:
             self._stop_instance(by_index[index])

@@ -164,7 +164,7 @@ class Room:
             self._claims.pop(one, None)
         elif one.is_done and isinstance(one, Leftover):
             self._leftovers.pop(one, None)
-        if one.is_done or (isinstance(one, Claim) and one.waits):  # one that sleeps wants its room again
+        if one.is_done:
             self.machines.wake()
         self._wake()
 
