@@ -67,9 +67,8 @@ async def test_a_failure_costs_one_cold_start_and_no_request(operation: str) -> 
     assert engine_of(stage, "chat").reaped_at is None
     assert stage.launcher.engines[0].reaped_at is not None
     last = chat.instances[0].last_exit
-    if operation == "wake":
-        assert last is not None
-        assert last.diagnosis.reason is Reason.WAKE_FAILED
+    assert last is not None
+    assert last.diagnosis.reason is (Reason.WAKE_FAILED if operation == "wake" else Reason.SLEEP_FAILED)
     await stage.until(lambda: chat.state is State.SLEEPING)
 
 
