@@ -21,7 +21,7 @@ from vllm_proxy.fleet.model import Model
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.status import sentence
 
-LEVEL_1 = {"sleep": 1}
+LEVEL_1: dict[str, object] = {"sleep": 1}
 
 
 def instance(stage: Stage, one: Model) -> Any:  # noqa: ANN401 - JSON
@@ -199,3 +199,16 @@ async def test_the_sleepers_of_each_device_are_counted() -> None:
     assert sleepers() == [1, 0]
     with await answered(stage, "chat"):
         assert sleepers() == [0, 0]
+
+
+@virtual
+async def test_what_loads_is_ended_by_a_hand_that_wants_it_asleep_and_its_next_request_starts_it() -> None:
+    """It has nothing yet that could sleep."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys=LEVEL_1, start="warm"))
+    await stage.engine()
+    models.sleep(chat)
+    await stage.until(lambda: chat.state is State.STOPPED)
+    assert not chat.stopped_by_hand
+    with await answered(stage, "chat"):
+        assert len(stage.launcher.engines) == 2

@@ -32,6 +32,7 @@ class Gpus:
         self.rules = rules
         self.host_bytes: int | None = None
         self.looked_at, self.seen_at = math.inf, -math.inf
+        self.asked = 0  # times that somebody wanted a look
         self.seen = {
             str(index): Seen(str(index), f"GPU-{index}", index, "GPU", Kind.GPU, unified=False, total=gib * GIB,
                              free=None, visible=str(index))
@@ -52,6 +53,7 @@ class Gpus:
 
     def wake(self) -> None:
         """Nobody looks."""
+        self.asked += 1
 
 
 def model(model_id: str, gib: int = 6, keys: Mapping[str, object] | None = None, **policy: object) -> ModelSpec:

@@ -67,9 +67,8 @@ async def test_a_failure_costs_one_cold_start_and_no_request(operation: str) -> 
     assert engine_of(stage, "chat").reaped_at is None
     assert stage.launcher.engines[0].reaped_at is not None
     last = chat.instances[0].last_exit
-    if operation == "wake":
-        assert last is not None
-        assert last.diagnosis.reason is Reason.WAKE_FAILED
+    assert last is not None
+    assert last.diagnosis.reason is (Reason.WAKE_FAILED if operation == "wake" else Reason.SLEEP_FAILED)
     await stage.until(lambda: chat.state is State.SLEEPING)
 
 
@@ -219,3 +218,31 @@ async def test_an_engine_that_was_to_sleep_serves_where_it_is_awake_and_ends_whe
         await passes(1)
     assert len(stage.launcher.engines) == engines
     assert stage.nap.done == []
+
+
+@virtual
+async def test_a_hand_puts_to_sleep_what_woke_before() -> None:
+    """Again and again; that it was to stay awake for somebody is over."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}))
+    for times in (1, 2, 3):
+        with await answered(stage, "chat"):
+            pass
+        await chat.sleep()
+        await stage.until(lambda: chat.state is not State.UNLOADING)
+        assert (chat.state, len(stage.nap.done)) == (State.SLEEPING, 2 * times - 1)
+
+
+@virtual
+async def test_a_sleeper_that_wants_its_room_has_the_devices_looked_at() -> None:
+    """As a start has: nobody waits for the next look."""
+    gpus = Gpus()
+    stage = Stage(gpus)
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    with await answered(stage, "chat"):
+        pass
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    looks = gpus.asked
+    chat.request()
+    await stage.until(lambda: chat.state is State.LOADING)
+    assert gpus.asked > looks

@@ -10,10 +10,11 @@ import structlog
 
 from vllm_proxy.domain import progress
 from vllm_proxy.domain.config import ModelSpec
-from vllm_proxy.domain.diagnose import Diagnosis
-from vllm_proxy.domain.lifecycle import Event, Life, Phase, State
+from vllm_proxy.domain.diagnose import Diagnosis, Exit
+from vllm_proxy.domain.lifecycle import Event, Life, Phase, Reason, State
 from vllm_proxy.domain.progress import Progress
 from vllm_proxy.engine.interface import Engine
+from vllm_proxy.engine.nap import Failed
 from vllm_proxy.fleet.failure import LastExit
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.tenancy import Tenancy
@@ -81,6 +82,13 @@ class Instance(Tenancy):
         if self.state is State.LOADING:
             self.diagnosis = why or self._failure
             self._notify(Phase.QUEUED)
+
+    def _note_nap_failed(self, reason: Reason, failed: Failed) -> None:
+        """Its engine is ended: started anew where it was to wake, and only then."""
+        self.last_exit = LastExit(Diagnosis(reason, failed.message), Exit(None, None), datetime.now(UTC), ())
+        self._history.failed(self.name, reason)
+        log.warning("an engine is ended that cannot be trusted any more", instance=self.name, reason=reason,
+                    why=failed.message)  # fmt: skip
 
     def _note_ready(self, engine: Engine) -> None:
         self.ready_at = datetime.now(UTC)

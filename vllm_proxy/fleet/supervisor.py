@@ -9,7 +9,6 @@ alone.
 import asyncio
 import contextlib
 from collections.abc import Callable, Collection
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ import structlog
 
 from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.devices import Allocation
-from vllm_proxy.domain.diagnose import Diagnosis, Exit
+from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Event, Phase, Reason, State
 from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.liveness import until_stalled
@@ -29,7 +28,7 @@ from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.fleet.claims import Claim
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.draining import cut, drain, give_way
-from vllm_proxy.fleet.failure import LastExit, inspected
+from vllm_proxy.fleet.failure import inspected
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.instance import Instance
 from vllm_proxy.fleet.rest import ColdStartError, EndedAsleepError, Rest
@@ -186,7 +185,8 @@ class Supervisor(Instance):
                 try:
                     failure = await self._run_engine(record)
                 except ColdStartError as error:
-                    self._note_cold_start(error.failed)
+                    self._starts_cold = False
+                    self._note_nap_failed(Reason.WAKE_FAILED, error.failed)
                     record = None
                     continue
                 if self._engine_alive:  # a stopping daemon could not end it
@@ -204,14 +204,6 @@ class Supervisor(Instance):
         except Exception:  # a bug in here must not reach other models
             log.exception("the supervisor failed", instance=self.name)
             self._fail_by_bug()
-
-    def _note_cold_start(self, failed: Failed) -> None:
-        """It could not be woken, and is started anew where it was admitted to."""
-        self._starts_cold = False
-        why = Diagnosis(Reason.WAKE_FAILED, failed.message)
-        self.last_exit = LastExit(why, Exit(None, None), datetime.now(UTC), ())
-        self._history.failed(self.name, why.reason)
-        log.warning("an engine could not be woken and is started anew", instance=self.name, why=failed.message)
 
     def _fail_by_bug(self) -> None:
         """It ends in `error`; where its engine may live, it is reported as not ended, and nothing starts beside it."""
@@ -291,7 +283,7 @@ class Supervisor(Instance):
         while (failure := await self._serve(engine, ready, claim)) is None:
             self._notify(Phase.FALLING_ASLEEP)
             if (failed := await rest.begin(self.spec.engine.sleep or 1)) is not None:
-                log.error("an engine was ended that was to sleep", instance=self.name, why=failed.message)
+                self._note_nap_failed(Reason.SLEEP_FAILED, failed)
                 raise asyncio.CancelledError
             await self._sleep(rest, claim)
         return failure
