@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pkgutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tests import forks
-from tests.harness import port_block
+# Helpers, too, say what they saw where they assert; before any of them is imported.
+pytest.register_assert_rewrite(
+    *(f"tests.{found.name}" for found in pkgutil.iter_modules([str(Path(__file__).parent)]) if found.name != "conftest")
+)
+
+from tests import forks  # noqa: E402
+from tests.harness import port_block  # noqa: E402
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; commands would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)

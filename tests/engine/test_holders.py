@@ -1,5 +1,6 @@
 """Whose the processes on a device are, with real processes: the engine's of ours, or another program's."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,10 +19,17 @@ SLEEP = "import sys; sys.stdin.read()"
 NOBODY = PID_LIMIT + 1  # no process has this number
 
 
-def start() -> subprocess.Popen[bytes]:
-    """A program that waits, in a session of its own. Its arguments hold a secret."""
-    command = [sys.executable, "-c", SLEEP, "--api-key", "sk-verysecret"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+@contextlib.contextmanager
+def start() -> Iterator[subprocess.Popen[bytes]]:
+    """A program that waits, in a session of its own, once it runs: until then it is called as who started it.
+
+    Its arguments hold a secret.
+    """
+    command = [sys.executable, "-c", f"print(flush=True); {SLEEP}", "--api-key", "sk-verysecret"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
 
 
 @pytest.fixture

@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from tests.engine.virtual import FakeEngine, Stage, now, passes, settle, virtual
+from tests.engine.virtual import FakeEngine, FakeTenant, Stage, now, passes, settle, virtual
 from tests.fleet.test_model import begun
 from vllm_proxy.domain.config import Devices, EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.inventory import Seen
 from vllm_proxy.domain.ledger import Kind, Standing
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.domain.placement import Machine
+from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.errors import RequestError
-from vllm_proxy.fleet.model import Model
 from vllm_proxy.traffic.registry import Lease
 
 GIB = 2**30
@@ -329,10 +329,10 @@ async def test_memory_is_not_set_free_beside_an_engine_that_measures_it() -> Non
 async def test_what_never_fits_fails_its_requests_at_once_until_it_does() -> None:
     """An `always` model has its room for good; when it goes, the other one comes by itself."""
     stage = Stage(Gpus())
-    chat = reported(stage, model("chat", start="always"))
+    chat = begun(stage, model("chat", start="always"))
     (await stage.engine()).listens = True
     await stage.until(lambda: chat.state is State.READY)
-    code = reported(stage, model("code"))
+    code = begun(stage, model("code"))
     for _ in range(2):
         with pytest.raises(RequestError) as refused:
             await stage.registry.acquire("code")
@@ -344,11 +344,39 @@ async def test_what_never_fits_fails_its_requests_at_once_until_it_does() -> Non
         assert code.state is State.READY
 
 
+@pytest.mark.parametrize("forgotten", [False, True])
+@virtual
+async def test_who_was_refused_is_told_of_room_unless_it_does_not_want_to_start_any_more(*, forgotten: bool) -> None:
+    """Once, when the devices are known."""
+
+    class Refused(FakeTenant):
+        told_of_room = 0
+
+        def on_room(self) -> None:
+            self.told_of_room += 1
+
+    gpus = Gpus()
+    seen, gpus.seen = gpus.seen, {}
+    room = Stage(gpus).loop.room
+    tenant = Refused("chat/0")
+    tenant.spec = model("chat")
+    claim = room.ask(tenant)
+    with pytest.raises(LaunchError, match="no device is managed"):
+        await claim.admission()
+    claim.done()
+    if forgotten:
+        room.forget(tenant)
+    for known in ({}, seen, seen):
+        gpus.seen = known
+        room.look()
+    assert tenant.told_of_room == (not forgotten)
+
+
 @virtual
 async def test_a_full_queue_says_when_there_may_be_room() -> None:
     """As far as can be guessed, two minutes at most."""
     stage = Stage(Gpus())
-    reported(stage, model("chat")), reported(stage, model("code", queue_size=1))
+    begun(stage, model("chat")), begun(stage, model("code", queue_size=1))
     running = await answered(stage, "chat")
     waiting = asyncio.create_task(stage.registry.acquire("code"))
     await passes(1)
@@ -381,24 +409,6 @@ async def test_an_engine_is_told_its_gpu_and_its_share_of_it() -> None:
     assert {hold.name: hold.standing for hold in stage.loop.room.now().holds} == {
         "chat/0": Standing.SERVES, "none/0": Standing.SERVES, "wide/0": Standing.SERVES,
     }  # fmt: skip
-
-
-def reported(stage: Stage, spec: ModelSpec) -> Model:
-    """A begun model whose route is told of the room, as the reconciler does it."""
-
-    def changed(found: Model) -> None:
-        waits = found.waits
-        if waits is not None:
-            stage.registry.report_room(spec.id, waits.because, waits.no_room, waits.ready_in)
-        else:
-            stage.registry.report_room(spec.id, None, None, None)
-        stage.registry.report(spec.id, found.state, None, stopped_by_hand=found.stopped_by_hand)
-        stage.moved()
-
-    made = Model(spec, stage.shared, stage.history(), changed)
-    stage.registry.declare(spec, made.request)
-    made.begin({})
-    return made
 
 
 @virtual

@@ -20,7 +20,9 @@ def begun(stage: Stage, spec: ModelSpec) -> Model:
     """A model that follows what is wanted, its route told of each change, as the reconciler does it."""
 
     def changed(found: Model) -> None:
-        message = found.diagnosis.message if found.diagnosis else None
+        message, waits = found.diagnosis.message if found.diagnosis else None, found.waits
+        room = (None, None, None) if waits is None else (waits.because, waits.no_room, waits.ready_in)
+        stage.registry.report_room(spec.id, *room)
         stage.registry.report(spec.id, found.state, message, stopped_by_hand=found.stopped_by_hand)
         stage.moved()
 

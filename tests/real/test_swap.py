@@ -17,7 +17,9 @@ from vllm_proxy.domain.ledger import Device, Kind
 from vllm_proxy.engine.machine_memory import node_memory
 
 SHARE = 0.55
+SMALL = 2.5 * GIB  # vLLM takes 1.5 of it before there is a KV cache
 LEAST = 12 * GIB  # that must be available
+ASKED_SECONDS = 5.0  # what vLLM's own end takes at least, after a SIGTERM
 
 
 MEMORY = node_memory()
@@ -77,12 +79,12 @@ async def test_vllm_refuses_what_has_no_room_in_the_numbers_of_the_daemon(two: D
 
 
 async def test_an_idle_engine_is_gone_at_once(tmp_path: Path) -> None:
-    """With all its processes, 0.3 s after the request that needs its room at the latest.
+    """With all its processes: it is killed, which takes a tenth of a second on a quiet machine. Asked, it took five.
 
     Small ones, of which only one is allowed: what an engine has touched is taken back by the kernel at some GiB a
     second.
     """
-    config = configuration(chat_model(os.environ), 0.1, f'limit = {{ cpu = "{int(0.15 * MEMORY.total)}B" }}')
+    config = configuration(chat_model(os.environ), SMALL / MEMORY.total, f'limit = {{ cpu = "{int(1.5 * SMALL)}B" }}')
     async with daemon(config, tmp_path) as running:
         instance, other = await one_serves(running)
         assert len(session_of(instance["pid"])) >= 3  # server, engine core, worker
@@ -92,5 +94,5 @@ async def test_an_idle_engine_is_gone_at_once(tmp_path: Path) -> None:
         wanted = asyncio.create_task(running.post("/v1/chat/completions", body))
         while session_of(instance["pid"]):
             await asyncio.sleep(0.005)
-        assert time.monotonic() - began < 0.3
+        assert time.monotonic() - began < ASKED_SECONDS / 2
         wanted.cancel()

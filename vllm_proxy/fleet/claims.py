@@ -224,14 +224,10 @@ class Claim:
 
     # For the room
 
-    def hold(self, allocation: Allocation, standing: Standing) -> None:
-        """It has this."""
-        self.allocation, self.standing, self._asks = allocation, standing, False
-        self.place, self.short = (), None
-
     def admit(self, allocation: Allocation) -> None:
         """Its engine may start."""
-        self.hold(allocation, Standing.COMES)
+        self.allocation, self.standing, self._asks = allocation, Standing.COMES, False
+        self.place, self.short = (), None
         if not self._admitted.done():
             self._admitted.set_result(allocation)
         self.tell(None)

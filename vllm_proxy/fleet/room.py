@@ -133,24 +133,33 @@ class Room:
         machine = self.machines.machine()
         if machine is None:
             return ()
-        now = self._managed(machine)
-        wish = machine.wish(model, now.devices)
-        ask = Ask(f"{model.id}/+", model.id, wish.needs, wish.count, wish.only, since=math.inf, pressing=False)
-        return room.decide(0.0, now.devices, now.holds, [*now.asks, ask], now.rules).admit.get(ask.name)
+        name, moves = self._tried(machine, model, 0.0, since=math.inf, pressing=False)
+        return moves.admit.get(name)
 
     def _has_room_for(self, model: ModelSpec) -> bool:
         """Whether an instance of a model could come by now, though others may have to go for it."""
         machine = self.machines.machine()
         if machine is None:
             return False
-        now, time = self._managed(machine), asyncio.get_running_loop().time()
+        time = asyncio.get_running_loop().time()
+        name, moves = self._tried(machine, model, time, since=time, pressing=True)
+        return name not in {*moves.short, *moves.stuck, *moves.refuse}
+
+    def _tried(
+        self, machine: Machine, model: ModelSpec, time: float, *, since: float, pressing: bool
+    ) -> tuple[str, Moves]:
+        """What would be decided if one more instance of a model asked; and its name."""
+        now = self._managed(machine)
         wish = machine.wish(model, now.devices)
-        ask = Ask(f"{model.id}/+", model.id, wish.needs, wish.count, wish.only, since=time)
-        moves = room.decide(time, now.devices, now.holds, [*now.asks, ask], now.rules)
-        return ask.name not in {*moves.short, *moves.stuck, *moves.refuse}
+        ask = Ask(f"{model.id}/+", model.id, wish.needs, wish.count, wish.only, since=since, pressing=pressing)
+        return ask.name, room.decide(time, now.devices, now.holds, [*now.asks, ask], now.rules)
+
+    def forget(self, tenant: Tenant) -> None:
+        """It does not want to start any more, though it was refused."""
+        self._refused.pop(tenant, None)
 
     def _add(self, tenant: Tenant) -> Claim:
-        self._refused.pop(tenant, None)
+        self.forget(tenant)
         # Nobody came at the same time as another one, so that they get their turns in that order.
         self._last_came = max(asyncio.get_running_loop().time(), self._last_came + _INSTANT)
         claim = Claim(tenant, self._last_came, self._changed)
@@ -274,7 +283,7 @@ class Room:
 
     def follow(self, now: RoomNow, moves: Moves, time: float) -> None:
         """Carry out what was decided about `now`, and report to those who wait why."""
-        self.last, self.moves = now, moves
+        self.last, self.moves, machine = now, moves, self.machines.machine()
         claims = {claim.name: claim for claim in self._waiting()}
         asks = {ask.name: ask for ask in now.asks}
         for name, where in moves.admit.items():  # in the order of their turns
@@ -287,12 +296,12 @@ class Room:
                       for name in moves.wait[one.name].waits_for})  # fmt: skip
         self._keep_host_memory()
         self._let_go()
-        reports = Reports(now, moves, time, self._claims, self.machines.machine())
+        reports = Reports(now, moves, time, self._claims, machine)
         for name, claim in claims.items():
             claim.place, claim.short = moves.place.get(name, ()), moves.short.get(name)
             if name in moves.refuse:
                 self._refuse(claim, Reason.DOES_NOT_FIT, reports.refusal(name))
-            elif claim.is_unsized and self.machines.machine() is None:
+            elif machine is None and claim.is_unsized:
                 self._await_devices(claim)
         self._watch_idle()
         if not reports.tell(claims):

@@ -130,6 +130,7 @@ class Supervisor(Instance):
         serves_on.cancel()
         if running.done() and not self._engine_alive:
             self._release_claim()
+            self._shared.loop.room.forget(self)
             self.diagnosis = None
             self._transition(Event.GONE)
 

@@ -60,5 +60,4 @@ class Endpoint:
             self._idle.set_result(None)
             self._idle = None
             told, self._when_idle = self._when_idle, []
-            for callback in told:
-                notify([callback])
+            notify(told)
