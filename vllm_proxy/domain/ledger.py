@@ -84,6 +84,11 @@ class Hold:
         return min(takes, self.keeps) if depth is Depth.SLEEP and self.keeps is not None else 0
 
     @property
+    def may_sleep(self) -> bool:
+        """Whether it is awake, and may go no further than to sleep."""
+        return self.keeps is not None and self.standing is not Standing.SLEEPS
+
+    @property
     def busy(self) -> bool:
         """Whether requests are in flight."""
         return self.standing is Standing.SERVES and self.idle_since is None
