@@ -432,6 +432,10 @@ class FakeTenant:
         """A guess."""
         return 60.0
 
+    def wake_seconds(self) -> float:
+        """A guess."""
+        return 2.0
+
     def measured(self) -> int | None:
         """Not known."""
         return None

@@ -1,12 +1,15 @@
 """Models that sleep: the tier between ready and stopped. In virtual time."""
 
 import asyncio
+import re
 
 import pytest
+import structlog
 
-from tests.engine.virtual import Stage, passes, virtual
+from tests.engine.virtual import Stage, now, passes, virtual
 from tests.fleet.test_giving_way import GIB, Gpus, answered, engine_of, model
 from tests.fleet.test_model import begun
+from vllm_proxy.domain.ledger import Depth
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.fleet.model import Model
@@ -36,6 +39,57 @@ async def test_who_gives_way_sleeps_where_that_makes_room_enough() -> None:
         with await answered(stage, name):
             pass
     assert (chat.state, code.state, len(stage.launcher.engines)) == (State.SLEEPING, State.READY, 2)
+
+
+@virtual
+async def test_eight_models_take_turns_on_a_gpu_that_holds_three_and_none_is_started_twice() -> None:
+    """Who is idle sleeps, and what the others keep is left to them."""
+    stage = Stage(Gpus(gib=20))
+    names = [f"m{number}" for number in range(8)]
+    for name in names:
+        stage.kept.residues[name] = GIB
+        stage.kept.seconds[name] = [20.0] * 9
+        begun(stage, model(name, keys={"sleep": 1}))
+    for name in (*names, *names, *reversed(names)):
+        with await answered(stage, name):
+            pass
+    assert len(stage.launcher.engines) == 8
+    assert all(engine.reaped_at is None for engine in stage.launcher.engines)
+
+
+@virtual
+async def test_a_wake_is_no_start() -> None:
+    """Neither the log nor what is known of starts takes the age of an engine for the time that it took."""
+    stage = Stage(Gpus())
+    stage.nap.seconds = 3
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    with await answered(stage, "chat"):
+        pass
+    starts = list(stage.kept.starts("chat"))
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    with structlog.testing.capture_logs() as logs, await answered(stage, "chat"):
+        pass
+    assert [one for one in logs if one["event"] in {"engine ready", "engine awake"}] == [
+        {"event": "engine awake", "log_level": "info", "instance": "chat/0", "seconds": 3.0}
+    ]
+    assert (stage.kept.starts("chat"), sum(chat.history.startups.counts)) == (starts, 1)
+    assert chat.instances[0].wake_seconds() == 3
+
+
+@virtual
+async def test_nobody_looks_at_the_devices_for_one_that_sleeps() -> None:
+    """Though it fell asleep before anybody had: what it had awake is not there any more."""
+    gpus = Gpus()
+    stage = Stage(gpus)
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    with await answered(stage, "chat"):
+        pass
+    assert stage.loop.room.is_asked(), "it serves, and nobody has looked yet"
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    assert not stage.loop.room.is_asked()
+    with await answered(stage, "chat"):
+        pass
+    assert stage.loop.room.is_asked(), "as behind a start"
 
 
 @virtual
@@ -163,6 +217,13 @@ async def test_sleepers_have_no_more_of_the_machines_memory_than_they_may() -> N
             await passes(10)
     await passes(200)
     assert [one.state for one in three] == [State.STOPPED, State.SLEEPING, State.SLEEPING]
+    assert three[0].message is not None
+    assert re.fullmatch(
+        r"ended while asleep at [0-9:]{8} UTC: \[devices\] host_memory is full, and it slept longest; "
+        "its next request starts it", three[0].message
+    )  # fmt: skip
+    counted = stage.loop.room.history.counted(now(), {"a", "b", "c"}, set())
+    assert counted.evictions == {("a", Depth.STOP, "[devices] host_memory"): 1}
     big = begun(stage, model("big", 9, {"sleep": 1, "tensor_parallel_size": 2}, idle_timeout=100))
     gpus.host_bytes = 2 * 9 * GIB
     with await answered(stage, "big"):

@@ -229,9 +229,7 @@ def _message(instance: Supervisor, known: str | None) -> str | None:
 
 def _instance(instance: Supervisor, takes: Mapping[str, int]) -> resources.Instance:
     engine, left, diagnosis = instance.engine, instance.seconds_left(), instance.diagnosis
-    problem = engine.log.problem if engine else instance.waiting_because
-    if instance.gives_way_to is not None:
-        problem = f"gives way to {instance.gives_way_to}"
+    problem = instance.gives_way_because or (engine.log.problem if engine else instance.waiting_because)
     return {
         "index": instance.index,
         "state": instance.state,

@@ -16,12 +16,14 @@ from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.decide import ASKS_AGAIN_SECONDS
 from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Diagnosis
-from vllm_proxy.domain.ledger import Depth, Short, Standing, Where
+from vllm_proxy.domain.ledger import Depth, Hold, Short, Standing, Where
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.runtime.background import notify
 
+RESIDUE_BYTES = 2 * 2**30  # of each GPU: what an engine may keep that has never slept
+HOST_MEMORY = "[devices] host_memory"  # whom a sleeper gives way to, where that is no instance: it is full
 _SEEN = 0.5  # of a guess: less was measured before it slept
 
 log = structlog.get_logger()
@@ -74,6 +76,9 @@ class Tenant(Protocol):
     def start_seconds(self) -> float:
         """What a start takes; a guess."""
 
+    def wake_seconds(self) -> float:
+        """What a wake takes; a guess."""
+
     def in_flight(self) -> int:
         """Its requests."""
 
@@ -90,7 +95,7 @@ class Tenant(Protocol):
         """Bytes of each device that an engine of its spec had asleep; None: not known."""
 
     def on_yield(self, depth: Depth, for_whom: str) -> None:
-        """It is to give way, so far."""
+        """It is to give way, so far, to an instance or for HOST_MEMORY."""
 
     def on_resume(self) -> None:
         """It was to give way, and nobody waits for its room any more."""
@@ -113,7 +118,7 @@ class Claim:
         self.place: Where = ()  # as `room.decide` hands it back
         self.short: Short | None = None
         self.not_ended: str | None = None  # why its engine could not be ended
-        self.start_seconds = tenant.start_seconds()
+        self.start_seconds, self.wake_seconds = tenant.start_seconds(), tenant.wake_seconds()
         self.measured = tenant.measured()
         self.awaits_look = False  # it serves, and the devices were not looked at since
         self.found: int | None = None  # bytes that its engine has of each device, as measured then; 0: it cannot be
@@ -121,9 +126,7 @@ class Claim:
         self.is_done = False
         self._host: tuple[int, int] | None = None  # a guess, and what its processes had before; None: it never slept
         self.keeps: int | None = None  # bytes of each device that it has asleep, or would have; None: it may not sleep
-        self.woke_seconds: float | None = (
-            None  # of its last wake, where that did not fail; None: its engine was started
-        )
+        self.woke_seconds: float | None = None  # of its last wake; None: its engine was started, or it failed
         self.depth: Depth | None = None  # how far it goes, while it yields or goes
         self._asks = True
         self._was_asleep = False
@@ -166,13 +169,13 @@ class Claim:
         """Its engine has allocated what it needs: others may measure the devices."""
         self.standing, self.since = Standing.SERVES, asyncio.get_running_loop().time()
         self.awaits_look = self.found is None
-        self.start_seconds = self.tenant.start_seconds()
+        self.start_seconds, self.wake_seconds = self.tenant.start_seconds(), self.tenant.wake_seconds()
         self._changed(self)
 
     def sleeps(self, keeps: int | None) -> None:
         """Its engine has given its memory back, but for this much of each device, where that is known."""
         self.standing, self.since, self.keeps = Standing.SLEEPS, asyncio.get_running_loop().time(), keeps
-        self.depth, self._may_go = None, None
+        self.depth, self._may_go, self.awaits_look = None, None, False  # nobody looks for what it had awake
         self._changed(self)
 
     def takes_host(self, takes: Mapping[str, int]) -> None:
@@ -223,6 +226,45 @@ class Claim:
         self._changed(self)
 
     # For the room
+
+    def held(self, takes: Mapping[str, int]) -> Hold:
+        """As the room decides about it. `takes`: what it has of each device."""
+        policy, standing = self.tenant.spec.policy, self.standing
+        assert standing is not None, "it was admitted"
+        return Hold(
+            self.name, self.model, takes, standing, self._keeps_of(takes),
+            always=policy.start == "always" and policy.enabled,
+            priority=policy.priority,
+            since=self.since,
+            idle_since=self._idle_since(),
+            to=self.depth if standing in {Standing.YIELDS, Standing.GOES} else None,
+            start_seconds=self.start_seconds,
+            wake_seconds=self.wake_seconds,
+            not_ended=self.not_ended,
+        )  # fmt: skip
+
+    def _idle_since(self) -> float | None:
+        """Since when it has had no request in flight, or has slept; None: it has some, or moves."""
+        if self.standing is Standing.SLEEPS:
+            return self.since
+        return self.tenant.idle_since() if self.standing is Standing.SERVES else None
+
+    def _keeps_of(self, takes: Mapping[str, int]) -> int | None:
+        """What it has of each device while it sleeps, or would; None: it may not."""
+        if self.standing is Standing.SLEEPS:
+            return max(takes.values(), default=0)
+        if not self.tenant.may_sleep():
+            return None
+        assert self.allocation is not None, "it was admitted"
+        if not self.allocation.gpus:  # on a processor nothing comes back
+            return max(takes.values(), default=0)
+        known = self.tenant.keeps()
+        return RESIDUE_BYTES if known is None else known
+
+    @property
+    def return_seconds(self) -> float:
+        """What it takes until it serves, once it is admitted; a guess."""
+        return self.start_seconds if self.allocation is None else self.wake_seconds
 
     def admit(self, allocation: Allocation) -> None:
         """Its engine may start."""

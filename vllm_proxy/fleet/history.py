@@ -15,6 +15,8 @@ from vllm_proxy.engine.nap import Failed, Operation
 
 MOST_SLEEP_FAILURES = 2  # naps in a row, each from falling asleep until it serves again
 _START_SECONDS = 60.0  # of a model that has never started
+_WAKE_SECONDS = 2.0  # of an engine that has never woken, at most:
+_WAKE_PART = 0.1  # of its start
 _BUCKETS = (1.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)  # seconds
 _NAPS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -51,6 +53,7 @@ class History:
         self.wakes: dict[int, Histogram] = {}  # by level
         self.sleep_failures: Counter[Operation] = Counter()
         self._failed_naps: dict[str, list[str]] = {}  # by fingerprint: why those in a row have failed
+        self._last_wakes: dict[str, float] = {}  # seconds, by fingerprint
         self._kept = kept
         self._fingerprint = fingerprint
 
@@ -70,6 +73,7 @@ class History:
     def woke(self, spec: EngineSpec, level: int, seconds: float) -> None:
         """An engine of this spec, which slept at this level, serves again; its wake took so long."""
         self.wakes.setdefault(level, Histogram(_NAPS)).add(seconds)
+        self._last_wakes[self._fingerprint(spec)] = seconds
         self._failed_naps.pop(self._fingerprint(spec), None)
 
     def nap_failed(self, spec: EngineSpec, failed: Failed) -> None:
@@ -98,6 +102,11 @@ class History:
         """What a start of this spec takes; a guess."""
         past = self.past_starts(spec)
         return statistics.median(past) if past else _START_SECONDS
+
+    def wake_seconds(self, spec: EngineSpec) -> float:
+        """What a wake of an engine of this spec takes; a guess."""
+        guess = min(_WAKE_SECONDS, self.start_seconds(spec) * _WAKE_PART)
+        return self._last_wakes.get(self._fingerprint(spec), guess)
 
     def past_starts(self, spec: EngineSpec) -> Sequence[float]:
         """How many seconds the last starts of this spec took, those under earlier daemons too."""

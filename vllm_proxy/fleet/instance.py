@@ -90,9 +90,13 @@ class Instance(Tenancy):
         log.warning("an engine is ended that cannot be trusted any more", instance=self.name, reason=reason,
                     why=failed.message)  # fmt: skip
 
-    def _note_ready(self, engine: Engine) -> None:
+    def _note_ready(self, engine: Engine, woke_seconds: float | None) -> None:
+        """It serves. `woke_seconds`: since it has woken, which took so long; None: since its engine was started."""
         self.ready_at = datetime.now(UTC)
         self.diagnosis = self._failure = None
+        if woke_seconds is not None:
+            log.info("engine awake", instance=self.name, seconds=round(woke_seconds, 2))
+            return
         seconds = round(engine.age_seconds(), 1)
         if not engine.was_ready:
             self._history.started(self.spec.engine, seconds)

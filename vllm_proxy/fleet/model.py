@@ -287,7 +287,7 @@ class Model:
         is_visible = (refused, wanted) != (self._rollback.failed, self._wanted)
         if (self._wanted, wanted) == (Wanted.AWAIT, Wanted.RUN):
             log.info("started by a request", model=self.name)
-        if (self._wanted, wanted) == (Wanted.RUN, Wanted.AWAIT) and not any(one.gives_way_to for one in self.instances):
+        if (self._wanted, wanted) == (Wanted.RUN, Wanted.AWAIT) and not any(one.yields for one in self.instances):
             log.info("unloaded: no request for a while", model=self.name)
         self._rollback, self._wanted = decided.rollback, wanted
         if decided.check and self._checking is None and not self.ends:
@@ -333,7 +333,8 @@ class Model:
         leaving.add_done_callback(left)
 
     def _note_gave_way(self, for_whom: str) -> None:
-        self._gave_way = gave_way(self.spec.policy, for_whom)
+        on_demand = self.spec.policy.start == "on-demand"  # else a hand may have put it to sleep
+        self._gave_way = gave_way(for_whom, awaits_request=on_demand or self._wanted is Wanted.AWAIT)
         log.info("gives way", model=self.name, to=for_whom)
 
     def _fits_beside(self) -> bool:

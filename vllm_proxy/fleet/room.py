@@ -20,7 +20,7 @@ from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Standing, Where
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.placement import Machine
 from vllm_proxy.domain.room import Moves
-from vllm_proxy.fleet.claims import Claim, Leftover, Tenant, Waits
+from vllm_proxy.fleet.claims import HOST_MEMORY, RESIDUE_BYTES, Claim, Leftover, Tenant, Waits
 from vllm_proxy.fleet.managed import Machines
 from vllm_proxy.fleet.reports import Reports
 from vllm_proxy.fleet.room_history import RoomHistory
@@ -31,7 +31,6 @@ NO_TOTAL = (
     "memory is a part of a device whose size nobody knows here: no device is managed ([devices] source); "
     "write gpu_memory_utilization in its place"
 )
-RESIDUE_BYTES = 2 * 2**30  # of each GPU: what an engine may keep that has never slept
 _INSTANT = 1e-6  # seconds
 
 
@@ -95,7 +94,7 @@ class Room:
             return {}, []
         left = {one: machine.renamed(one.takes) for one in self._leftovers}
         takes = {claim: self._taken(claim, machine) for claim in self._claims if claim.allocation is not None}
-        holds = [*self._leftover_holds(left), *(_hold(claim, sizes) for claim, sizes in takes.items())]
+        holds = [*self._leftover_holds(left), *(claim.held(sizes) for claim, sizes in takes.items())]
         return machine.devices({hold.name.removeprefix(EARLIER): hold.takes for hold in holds}), holds
 
     def held(self) -> dict[str, Mapping[str, int]]:
@@ -232,7 +231,7 @@ class Room:
         names = Names(name for one in used for name in one.takes)
         holds = [
             *self._leftover_holds({one: dict.fromkeys(names.of(one.takes), 0) for one in self._leftovers}),
-            *(_hold(claim, dict.fromkeys(names.of(allocation.takes), 0)) for claim, allocation in moving.items()),
+            *(claim.held(dict.fromkeys(names.of(allocation.takes), 0)) for claim, allocation in moving.items()),
         ]
         asks = []
         for claim, allocation in wishes.items():
@@ -348,7 +347,8 @@ class Room:
             for name, one in slept.items()
         }
         for name in host_memory.to_end(sleepers, budget):
-            slept[name].give_way(Depth.STOP, "engines that slept later: host_memory is full")
+            slept[name].give_way(Depth.STOP, HOST_MEMORY)
+            self.history.note_host_memory_full(slept[name].model)
             self._wake()
 
     def _let_go(self) -> None:
@@ -370,31 +370,3 @@ class Room:
     def _is_idle(self, claim: Claim) -> None:
         claim.watches_idle = False
         self._wake()
-
-
-def _keeps(claim: Claim, takes: Mapping[str, int]) -> int | None:
-    """What it has of each device while it sleeps, or would; None: it may not."""
-    if claim.standing is Standing.SLEEPS:
-        return max(takes.values(), default=0)
-    if not claim.tenant.may_sleep():
-        return None
-    assert claim.allocation is not None, "it was admitted"
-    if not claim.allocation.gpus:  # on a processor nothing comes back
-        return max(takes.values(), default=0)
-    known = claim.tenant.keeps()
-    return RESIDUE_BYTES if known is None else known
-
-
-def _hold(claim: Claim, takes: Mapping[str, int]) -> Hold:
-    policy, standing = claim.tenant.spec.policy, claim.standing
-    assert standing is not None, "it was admitted"
-    return Hold(
-        claim.name, claim.model, takes, standing, _keeps(claim, takes),
-        always=policy.start == "always" and policy.enabled,
-        priority=policy.priority,
-        since=claim.since,
-        idle_since=claim.tenant.idle_since() if standing is Standing.SERVES else None,
-        to=claim.depth if standing in {Standing.YIELDS, Standing.GOES} else None,
-        start_seconds=claim.start_seconds,
-        not_ended=claim.not_ended,
-    )  # fmt: skip

@@ -15,7 +15,7 @@ from vllm_proxy.domain.decide import RoomNow
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.ledger import Ask, Depth, Hold, Standing
 from vllm_proxy.domain.room import Moves, Wait
-from vllm_proxy.fleet.claims import Claim
+from vllm_proxy.fleet.claims import HOST_MEMORY, Claim
 
 _WAITS = (0.05, 0.25, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
 _SWAPS = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -62,7 +62,9 @@ class _Start:
 class Counted:
     """What was counted since the daemon began. Seconds, but for what says otherwise."""
 
-    evictions: Counter[tuple[str, Depth, str]] = field(default_factory=Counter)  # by model, and for which
+    evictions: Counter[tuple[str, Depth, str]] = field(
+        default_factory=Counter
+    )  # by model, and for which, or HOST_MEMORY
     swaps: Counter[tuple[str, How]] = field(default_factory=Counter)  # by model
     swap_seconds: dict[How, Histogram] = field(default_factory=lambda: {how: Histogram(_SWAPS) for how in How})
     overhead_seconds: dict[How, Histogram] = field(default_factory=lambda: {how: Histogram(_OVERHEAD) for how in How})
@@ -71,7 +73,8 @@ class Counted:
 
     def keep(self, models: AbstractSet[str], devices: AbstractSet[str]) -> None:
         """Forget the models and the devices that are no more."""
-        self.evictions = Counter({key: count for key, count in self.evictions.items() if {key[0], key[2]} <= models})
+        known = {*models, HOST_MEMORY}
+        self.evictions = Counter({key: count for key, count in self.evictions.items() if {key[0], key[2]} <= known})
         self.swaps = Counter({key: count for key, count in self.swaps.items() if key[0] in models})
         self.waits = {model: times for model, times in self.waits.items() if model in models}
         self.wanted = {key: seconds for key, seconds in self.wanted.items() if key[0] in devices}
@@ -91,6 +94,10 @@ class RoomHistory:
         self._pass(now)
         self._counted.keep(models, devices)
         return self._counted
+
+    def note_host_memory_full(self, model: str) -> None:
+        """An engine of a model that sleeps ends for that."""
+        self._counted.evictions[model, Depth.STOP, HOST_MEMORY] += 1
 
     def follow(
         self, now: RoomNow, moves: Moves, time: float, claims: Iterable[Claim], holds: Callable[[], Iterable[Hold]]

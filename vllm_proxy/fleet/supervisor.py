@@ -305,7 +305,7 @@ class Supervisor(Instance):
         loop, place, registry = asyncio.get_running_loop(), engine.place, self._shared.registry
         endpoint = Endpoint(self.name, place.address, place.credential, ready.max_model_len)
         generation = self._life.generation
-        self._note_ready(engine)
+        self._note_ready(engine, claim.woke_seconds)
         since = loop.time()
         self._transition(Event.LISTENING, Phase.SERVING, generation=generation)
         registry.add_endpoint(self.spec.id, endpoint)

@@ -8,21 +8,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from vllm_proxy.domain.config import ModelSpec, Policy
+from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.ledger import Depth
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.engine.interface import Engine
-from vllm_proxy.fleet.claims import Claim, Waits
+from vllm_proxy.fleet.claims import HOST_MEMORY, Claim, Waits
 from vllm_proxy.fleet.history import History
 from vllm_proxy.traffic.endpoint import Endpoint
 
 
-def gave_way(policy: Policy, for_whom: str) -> Diagnosis:
-    """Why a model does not run that made room for an instance."""
+def gave_way(for_whom: str, *, awaits_request: bool) -> Diagnosis:
+    """Why a model does not run that made room for an instance, or of the machine's memory."""
     whom, when = for_whom.removesuffix("/0"), datetime.now(UTC).strftime("%H:%M:%S")
-    again = "its next request starts it" if policy.start == "on-demand" else "it waits for room"
-    return Diagnosis(Reason.GAVE_WAY, f"gave way to {whom} at {when} UTC; {again}")
+    again = "its next request starts it" if awaits_request else "it waits for room"
+    if for_whom == HOST_MEMORY:
+        why = f"ended while asleep at {when} UTC: {HOST_MEMORY} is full, and it slept longest"
+    else:
+        why = f"gave way to {whom} at {when} UTC"
+    return Diagnosis(Reason.GAVE_WAY, f"{why}; {again}")
 
 
 class Tenancy(ABC):
@@ -38,7 +42,7 @@ class Tenancy(ABC):
         self.claim: Claim | None = None
         self.waits: Waits | None = None  # for room, and why
         self.has_room = False  # it rests in error since there was none, and there is by now
-        self.gives_way_to: str | None = None  # the instance that waits for its room
+        self.gives_way_to: str | None = None  # the instance that waits for its room, or HOST_MEMORY
         self.yields: Depth | None = None  # how far
         self.wanted_since = wanted_since
         self._stop_yielding = asyncio.Event()
@@ -63,6 +67,13 @@ class Tenancy(ABC):
     def waiting_because(self) -> str | None:
         """Why its start waits for room, in a sentence; None: it does not."""
         return self.waits.because if self.waits is not None and self.state is State.LOADING else None
+
+    @property
+    def gives_way_because(self) -> str | None:
+        """Why it is to sleep or to end for others, in a sentence; None: it is not."""
+        if self.gives_way_to == HOST_MEMORY:
+            return f"ends while it sleeps: {HOST_MEMORY} is full"
+        return None if self.gives_way_to is None else f"gives way to {self.gives_way_to}"
 
     @property
     def awaits_room(self) -> bool:
@@ -91,6 +102,10 @@ class Tenancy(ABC):
     def start_seconds(self) -> float:
         """What a start takes: as the last ones of its spec went."""
         return self._history.start_seconds(self.spec.engine)
+
+    def wake_seconds(self) -> float:
+        """What a wake takes: as the last one of its spec went."""
+        return self._history.wake_seconds(self.spec.engine)
 
     def measured(self) -> int | None:
         """Bytes that the last engine of its spec had of each device; None: not known."""
