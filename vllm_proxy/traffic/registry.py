@@ -1,14 +1,13 @@
 """Routing: which endpoints serve a model now, the leases on them, and the queue of requests that wait for one.
 
 A lease is counted in the step that grants it and released exactly once, whatever ends its request. Each model has a
-queue of its own: no head-of-line blocking between models. Everything runs on the event loop, and no method but
-`acquire`, `wait` and `wait_idle` waits.
+queue of its own: no head-of-line blocking between models, nor behind who has as much in flight as its key allows.
+Everything runs on the event loop, and no method but `acquire`, `wait` and `wait_idle` waits.
 """
 
 import asyncio
 import math
 import random
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -18,17 +17,9 @@ from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import RequestError, model_not_found
 from vllm_proxy.runtime import clock
 from vllm_proxy.traffic.endpoint import Endpoint
+from vllm_proxy.traffic.queue import Queue, Turn, Waiter
 
 _MOST_RETRY_AFTER = 120  # seconds: the OpenAI client gives up where it is asked to wait for longer
-
-
-@dataclass(slots=True, eq=False)
-class Waiter:
-    """A request that waits for an endpoint."""
-
-    caller: str  # for whom: the client's address; "" where it is not known
-    since: float  # of the loop's clock
-    endpoint: asyncio.Future[Endpoint]
 
 
 @dataclass(slots=True)
@@ -47,18 +38,18 @@ class Route:
     accepts: bool = False  # takes requests: ready, and not about to be stopped by hand
     idle_since: float = 0.0  # of the loop's clock; since when nothing holds it
     endpoints: list[Endpoint] = field(default_factory=list)
-    waiting: deque["Waiter"] = field(default_factory=deque)
+    waiting: Queue = field(default_factory=Queue)
     in_flight: int = 0  # requests that hold an endpoint of this model, a withdrawn one included
 
     @property
     def queued(self) -> int:
-        """Requests that wait; those that were just served or refused and have not left yet do not count."""
-        return sum(not waiter.endpoint.done() for waiter in self.waiting)
+        """Requests that wait."""
+        return len(self.waiting)
 
     @property
     def waits_since(self) -> float | None:
         """Since when the oldest request has waited, on the loop's clock; None: nobody waits."""
-        return next((waiter.since for waiter in self.waiting if not waiter.endpoint.done()), None)
+        return self.waiting.since
 
     def _add(self, endpoint: Endpoint, count: int) -> None:
         endpoint.add(count)
@@ -248,7 +239,7 @@ class Registry:
         route = self.find(name)
         return self.lease(route) or await self.wait(route)
 
-    def lease(self, route: Route) -> Lease | None:
+    def lease(self, route: Route, turn: Turn | None = None) -> Lease | None:
         """Hold an instance now; None where the request must wait for one.
 
         Raises:
@@ -259,19 +250,28 @@ class Registry:
             self._raise_if_unavailable(route)
             route.wake()
         endpoint = _least_loaded(route)
-        if endpoint is None or (route.waiting and route.waits_since is not None):
+        if endpoint is None or route.waiting:
             return None
+        if turn is not None:
+            if not turn.may_go():
+                return None
+            turn.go()
         route._add(endpoint, 1)  # noqa: SLF001 - as above
         return Lease(self, route, endpoint)
 
-    async def wait(self, route: Route, caller: str = "") -> Lease:
+    async def wait(self, route: Route, caller: str = "", turn: Turn | None = None) -> Lease:
         """Hold an instance when one becomes ready or free. `caller`: for whom it waits.
 
         Raises:
             RequestError: when none will, the queue is full or the wait too long.
 
         """
-        return Lease(self, route, await self._queue(route, caller))
+        return Lease(self, route, await self._queue(route, caller, turn))
+
+    def next_turn(self, model_id: str) -> None:
+        """Somebody who waits for this model may go now."""
+        if (route := self._routes.get(model_id)) is not None:
+            self._serve_waiting(route)
 
     def every_instance(self, wanted: Callable[[ModelSpec], bool]) -> Iterator[Lease]:
         """A lease on each ready instance of the `wanted` models in turn, for what only one of them knows."""
@@ -302,8 +302,10 @@ class Registry:
         if route.no_room is not None:
             raise RequestError("no_room", route.no_room)
 
-    async def _queue(self, route: Route, caller: str) -> Endpoint:
+    async def _queue(self, route: Route, caller: str, turn: Turn | None) -> Endpoint:
         policy = route.spec.policy
+        if turn is not None:
+            turn.wait(policy.queue_size)
         if route.queued >= policy.queue_size:
             msg = f"cannot serve {route.spec.id}: {policy.queue_size} requests wait already"
             raise RequestError("queue_full", msg, retry_after=_retry_after(route.ready_in))
@@ -311,8 +313,9 @@ class Registry:
             route.wake()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Endpoint] = loop.create_future()
-        waiter = Waiter(caller, loop.time(), future)
-        route.waiting.append(waiter)
+        waiter = Waiter(caller, loop.time(), future, turn)
+        route.waiting.add(waiter)
+        self._serve_waiting(route)  # those in front may be none that may go
         try:
             if await clock.wait({future}, policy.queue_timeout):
                 return future.result()
@@ -321,8 +324,7 @@ class Registry:
                 self.release(route, future.result())  # a race: it was granted in the moment of the cancellation
             raise
         finally:
-            if waiter in route.waiting:
-                route.waiting.remove(waiter)
+            route.waiting.discard(waiter)
             route.idle_since = loop.time()
         msg = f"cannot serve {route.spec.id}: it was not ready or free within {policy.queue_timeout:g} s"
         if route.because is not None:
@@ -330,22 +332,18 @@ class Registry:
         raise RequestError("queue_timeout", msg)
 
     def _serve_waiting(self, route: Route) -> None:
-        while route.waiting and (endpoint := _least_loaded(route)):
-            future = route.waiting.popleft().endpoint
-            if not future.done():
-                route._add(endpoint, 1)  # noqa: SLF001 - as above
-                future.set_result(endpoint)
+        while route.waiting and (endpoint := _least_loaded(route)) and (waiter := route.waiting.take()):
+            route._add(endpoint, 1)  # noqa: SLF001 - as above
+            waiter.endpoint.set_result(endpoint)
 
     def _fail_waiting(self, route: Route) -> None:
-        while route.waiting:
-            future = route.waiting.popleft().endpoint
-            if not future.done():
-                try:
-                    self._raise_if_unavailable(route)
-                except RequestError as error:
-                    future.set_exception(error)
-                else:
-                    raise AssertionError("whoever waits is failed for a reason")
+        for waiter in route.waiting.clear():
+            try:
+                self._raise_if_unavailable(route)
+            except RequestError as error:
+                waiter.endpoint.set_exception(error)
+            else:
+                raise AssertionError("whoever waits is failed for a reason")
 
 
 def _retry_after(ready_in: float | None) -> int:

@@ -1,0 +1,91 @@
+"""Requests that wait for an endpoint of one model: the order in which they get one.
+
+Who has the smallest number is next, and of one number who came first. Who has as much in flight as its key allows is
+passed over, and holds up nobody. Everything runs on the event loop; who is served or failed is no longer in the queue.
+"""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+from vllm_proxy.traffic.endpoint import Endpoint
+
+
+class Turn(Protocol):
+    """When a request of a caller with limits may have an endpoint."""
+
+    number: int  # who has the smallest one is next
+
+    def may_go(self) -> bool:
+        """Whether its caller has fewer requests in flight than it may."""
+
+    def go(self) -> None:
+        """It has an endpoint now."""
+
+    def wait(self, queue_size: int) -> None:
+        """It waits from now on.
+
+        Raises:
+            RequestError: so many of its caller's wait already, for one of them to end.
+
+        """
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A request that waits for an endpoint."""
+
+    caller: str  # for whom: the client's address; "" where it is not known
+    since: float  # of the loop's clock
+    endpoint: asyncio.Future[Endpoint]
+    turn: Turn | None = None  # None: it is served as one with number 0
+
+    @property
+    def number(self) -> int:
+        """Who has the smallest one is next."""
+        return 0 if self.turn is None else self.turn.number
+
+
+class Queue:
+    """Of one model."""
+
+    def __init__(self) -> None:
+        self._waiters: deque[Waiter] = deque()  # in the order of their numbers
+
+    def __len__(self) -> int:
+        return len(self._waiters)
+
+    @property
+    def since(self) -> float | None:
+        """Since when the oldest one waits, on the loop's clock; None: nobody does."""
+        return min((waiter.since for waiter in self._waiters), default=None)
+
+    def add(self, waiter: Waiter) -> None:
+        """One more waits."""
+        behind, number = len(self._waiters), waiter.number
+        while behind and self._waiters[behind - 1].number > number:
+            behind -= 1
+        self._waiters.insert(behind, waiter)
+
+    def discard(self, waiter: Waiter) -> None:
+        """It waits no more, whether or not it was served."""
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
+
+    def take(self) -> Waiter | None:
+        """Who gets an endpoint now; None: nobody who may go waits."""
+        for waiter in self._waiters:
+            if waiter.endpoint.done():  # cancelled, and its task has not run yet
+                continue
+            if waiter.turn is None or waiter.turn.may_go():
+                self._waiters.remove(waiter)
+                if waiter.turn is not None:
+                    waiter.turn.go()
+                return waiter
+        return None
+
+    def clear(self) -> list[Waiter]:
+        """All that wait, who then wait no more."""
+        found, self._waiters = [waiter for waiter in self._waiters if not waiter.endpoint.done()], deque()
+        return found
