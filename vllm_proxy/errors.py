@@ -5,6 +5,7 @@ For all rings, so nothing is imported from them here. A message has the form "ca
 tests/test_house.py checks that every code that is raised has a status.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -110,6 +111,22 @@ class AccessError(RequestError):
         self.challenge = challenge
 
 
+class LimitError(RequestError):
+    """A limit of the caller's key is reached."""
+
+    def __init__(
+        self,
+        code: Literal["rate_limit_exceeded", "insufficient_quota"],
+        message: str,
+        of: Literal["requests", "tokens"],
+        wait: float | None,
+    ) -> None:
+        """`of`: what is limited, which is the error's type. `wait`: seconds until it may be sent again; None: never."""
+        super().__init__(code, message, retry_after=None if wait is None else math.ceil(wait))
+        self.of = of
+        self.wait = wait
+
+
 class InvalidError(RequestError):
     """A configuration that a request asked for and that cannot be used, with every problem in it."""
 
@@ -147,6 +164,7 @@ class LateRequestError(RequestError):
 STATUS = {
     "invalid_json": 400,
     "missing_model": 400,
+    "invalid_max_tokens": 400,
     "bad_request": 400,
     "missing_api_key": 401,
     "invalid_api_key": 401,
@@ -171,6 +189,8 @@ STATUS = {
     "invalid_model": 422,
     "invalid_key": 422,
     "invalid_config": 422,
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
     "headers_too_large": 431,
     "internal_error": 500,
     "unsupported_endpoint": 501,

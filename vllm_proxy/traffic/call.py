@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
+from typing import Protocol
 
 import structlog
 from aiohttp import web
@@ -18,14 +19,33 @@ from vllm_proxy.traffic.access import Head
 from vllm_proxy.traffic.client import ClientConnection
 from vllm_proxy.traffic.cors import Cors
 from vllm_proxy.traffic.envelope import as_request_error, error_response
+from vllm_proxy.traffic.exchange import Client, Exchange
 from vllm_proxy.traffic.front import client_of, withdraw_cancellation
 from vllm_proxy.traffic.head import engine_id, read_head, request_id
 from vllm_proxy.traffic.keyring import NOBODY, Caller
+from vllm_proxy.traffic.queue import Turn
 from vllm_proxy.traffic.routes import InferenceRoute, is_anthropic
 
 log = structlog.get_logger()
 
 CLIENT_GONE = 499  # nginx's status for a client that left before an answer began; logged and counted, never sent
+
+
+class Metered(Turn, Protocol):
+    """A request that is metered, as `metering` has it."""
+
+    def exchange(
+        self,
+        client: Client,
+        extra_headers: bytes,
+        event_error: bytes,
+        *,
+        http10: bool,
+        no_body: bool,
+        close: bool,
+        on_head: Callable[[int], bool] | None = None,
+    ) -> Exchange:
+        """One that counts; the last one that was made is what the client gets."""
 
 
 class Call:
@@ -47,6 +67,8 @@ class Call:
     committed = False
     salt = b""  # the `cache_salt` that its prompt gets
     revoked: RequestError | None = None  # why it ends before its time
+    metered: Metered | None = None  # what it holds of its key's limits, where requests are metered
+    limit_lines = b""  # header lines of the answer: what its key's limits leave
 
     def __init__(self, request: web.BaseRequest, route: str, start_line: bytes) -> None:
         self.request = request
@@ -136,6 +158,9 @@ def _refuse(call: Call, error: RequestError) -> web.StreamResponse:
     response = error_response(error, anthropic=call.is_anthropic)
     response.headers["X-Request-Id"] = call.request_id.decode()
     response.headers.update(call.cors)
+    for line in call.limit_lines.decode().splitlines():
+        name, _, value = line.partition(": ")
+        response.headers[name] = value
     if call.model:
         response.headers["X-Vllm-Proxy-Model"] = call.model
     if (

@@ -14,7 +14,15 @@ from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.envelope import Handler
 from vllm_proxy.traffic.routes import is_inference
 
-_EXPOSED = "X-Request-Id, X-Vllm-Proxy-Model, X-Vllm-Proxy-Instance, ETag, Location, Retry-After"
+_LIMITED = ("limit", "remaining", "reset")
+_EXPOSED = ", ".join(
+    [
+        *("X-Request-Id", "X-Vllm-Proxy-Model", "X-Vllm-Proxy-Instance", "ETag", "Location"),
+        *("Retry-After", "retry-after-ms", "x-should-retry"),
+        *(f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in _LIMITED),
+        *(f"anthropic-ratelimit-{of}-{what}" for of in ("requests", "tokens") for what in _LIMITED),
+    ]
+)
 _REMEMBERED_SECONDS = 600  # for how long a browser may cache a preflight
 
 

@@ -5,6 +5,7 @@
 it is logged, and answered as `internal_error` without its text.
 """
 
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 
@@ -13,7 +14,7 @@ import structlog
 from aiohttp import web
 
 from vllm_proxy.domain import resources
-from vllm_proxy.errors import AccessError, InvalidError, RequestError
+from vllm_proxy.errors import AccessError, InvalidError, LimitError, RequestError
 from vllm_proxy.traffic.head import request_id
 from vllm_proxy.traffic.routes import is_anthropic
 
@@ -21,6 +22,7 @@ log = structlog.get_logger()
 
 type Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+_WORTH_WAITING_SECONDS = 60  # for longer a client should tell its user
 # Source: Anthropic's API reference, "Errors". Other statuses: by their first digit.
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -39,8 +41,18 @@ def error_response(error: RequestError, *, anthropic: bool = False) -> web.Respo
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     if isinstance(error, AccessError):
         headers["WWW-Authenticate"] = error.challenge
+    if isinstance(error, LimitError):
+        headers |= _when_to_retry(error)
     body = _anthropic_body(error) if anthropic else _openai_body(error)
     return json_response(body, status=error.status, headers=headers)
+
+
+def _when_to_retry(error: LimitError) -> dict[str, str]:
+    """What clients read before Retry-After. The one of OpenAI gives up where it shall wait long, Anthropic's waits."""
+    headers = {} if error.wait is None else {"retry-after-ms": str(math.ceil(error.wait * 1000))}
+    if error.wait is None or error.wait > _WORTH_WAITING_SECONDS:
+        headers["x-should-retry"] = "false"
+    return headers
 
 
 def error_event(error: RequestError, *, anthropic: bool = False) -> bytes:
@@ -68,13 +80,19 @@ def anthropic_type(status: int) -> str:
 def _openai_body(error: RequestError) -> resources.Error:
     details: resources.ErrorBody = {
         "message": _text(error),
-        "type": "server_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error",
+        "type": _openai_type(error),
         "param": error.param,
         "code": error.code,
     }
     if isinstance(error, InvalidError):
         details["problems"] = resources.problems_of(error.problems)
     return {"error": details}
+
+
+def _openai_type(error: RequestError) -> str:
+    if isinstance(error, LimitError):
+        return error.of if error.code == "rate_limit_exceeded" else error.code
+    return "server_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
 
 
 def _text(error: RequestError) -> str:

@@ -86,7 +86,7 @@ def forward(
 async def _forward(call: Call, registry: Registry, route: Route, body: bytes | Body) -> web.StreamResponse:
     tries: _Retries | None = None  # made where one failed
     call.model = route.spec.id
-    with registry.lease(route) or await _wait(call, registry, route) as lease:
+    with registry.lease(route, call.metered) or await _wait(call, registry, route) as lease:
         if client_is_slow(call.request):
             await call.request.writer.drain()
         while True:
@@ -106,7 +106,7 @@ async def _forward(call: Call, registry: Registry, route: Route, body: bytes | B
 async def _wait(call: Call, registry: Registry, route: Route) -> Lease:
     began = time.monotonic()
     try:
-        return await registry.wait(route, call.request.remote or "")
+        return await registry.wait(route, call.request.remote or "", call.metered)
     finally:
         call.queue_seconds = time.monotonic() - began
 
@@ -260,10 +260,11 @@ def _request_head(call: Call, lease: Lease, length: int) -> bytes:
 def _exchange(call: Call, lease: Lease, on_head: Callable[[int], bool] | None = None) -> Exchange:
     request = call.request
     assert request.transport is not None
-    return Exchange(
+    make = Exchange if call.metered is None else call.metered.exchange
+    return make(
         request.transport,
-        b"X-Request-Id: %s\r\n%s%s"
-        % (call.request_id, lease.endpoint.answer_headers, call.cors_lines() if call.cors else b""),
+        b"X-Request-Id: %s\r\n%s%s%s"
+        % (call.request_id, lease.endpoint.answer_headers, call.cors_lines() if call.cors else b"", call.limit_lines),
         _ANTHROPIC_EVENT if call.is_anthropic else _OPENAI_EVENT,
         http10=request.version < _HTTP_11,
         no_body=request.method == "HEAD",

@@ -1,0 +1,281 @@
+"""Metered requests: held against the limits of their key, counted, and settled once, whatever ends them.
+
+There is metering where there are keys, or `server.usage` is set; else nothing of this is reached. What a request holds
+is decided in one step of the event loop, so no concurrency gets past a limit; it is given back when the request has
+ended, and what the engine reported is charged in its place. The arithmetic is in `domain/window.py` and
+`domain/fair.py`, what a key has used in `account`, what an engine reported in `sieve`, who waits in `queue`.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from vllm_proxy.domain.config import Config, ModelSpec
+from vllm_proxy.domain.fair import FairShare
+from vllm_proxy.domain.tokens import Estimates, Tokens
+from vllm_proxy.domain.window import Granted, Refused, admit, anthropic_lines, openai_lines, settle
+from vllm_proxy.errors import LimitError, RequestError
+from vllm_proxy.traffic.account import Account
+from vllm_proxy.traffic.asked import Asked, with_most, with_usage
+from vllm_proxy.traffic.call import CLIENT_GONE, Call
+from vllm_proxy.traffic.exchange import Ending
+from vllm_proxy.traffic.keyring import Caller
+from vllm_proxy.traffic.registry import Registry
+from vllm_proxy.traffic.sieve import MeteredExchange
+from vllm_proxy.traffic.usage import Outcome, Usage
+
+type Clock = Callable[[], float]
+type Spent = Callable[[str], tuple[int, int]]  # tokens that a key has used on this day and in this month, UTC
+
+_BASE64 = b";base64,"
+_NO_TOKENS = Tokens(0, 0, 0)
+_FULL_WAIT_SECONDS = 1.0  # who has too many requests that wait: nobody knows when one of them ends
+
+
+class Metering:
+    """Of one daemon."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        usage: Usage,
+        spent: Spent = lambda _: (0, 0),
+        now: Clock = time.monotonic,
+        epoch: Clock = time.time,
+    ) -> None:
+        self.is_on = False  # whether requests are counted
+        self.is_fair = False  # whether they are numbered
+        self.usage = usage
+        self.estimates = Estimates()
+        self.accounts: dict[str, Account] = {}  # by the name of the key
+        self.now, self.epoch = now, epoch
+        self._registry = registry
+        self._spent = spent
+        self._shares: dict[str, FairShare] = {}  # by model
+
+    def adopt(self, config: Config) -> None:
+        """Follow a configuration."""
+        self.is_on = bool(config.keys) or config.server.usage
+        self.is_fair = config.is_fair
+        for name, key in config.keys.items():
+            if (account := self.accounts.get(name)) is not None:
+                account.adopt(key, self.now())
+        for name in [name for name in self._shares if name not in config.models]:
+            del self._shares[name]
+
+    def account(self, caller: Caller) -> Account:
+        """Of the key that a caller has."""
+        found = self.accounts.get(caller.name)
+        if found is None:
+            found = Account(caller.key, self._spent(caller.name), self.now(), self.epoch())
+            self.accounts[caller.name] = found
+        return found
+
+    def share(self, model: str) -> FairShare:
+        """Who is next for a model."""
+        found = self._shares.get(model)
+        if found is None:
+            found = self._shares[model] = FairShare()
+        return found
+
+    def admit(self, call: Call, spec: ModelSpec, asked: Asked | None, body: bytes) -> bytes:
+        """Let a request in, which is settled when `call.metered.end` is called; returns its body for the engine.
+
+        `asked`: what its body wants; None: no tokens are counted.
+
+        Raises:
+            RequestError: `rate_limit_exceeded` or `insufficient_quota`; `invalid_max_tokens`.
+
+        """
+        request = _Request(self, self.account(call.caller), call, spec.id)
+        if asked is not None:
+            body = request.ask(asked, body, spec)
+        request.admit()
+        call.metered = request
+        return body
+
+    def serve(self, models: Iterable[str]) -> None:
+        """Requests that waited for one of their key to end may go on."""
+        for model in models:
+            self._registry.next_turn(model)
+
+
+class _Request:
+    """One that is metered; it is its own turn in the queue."""
+
+    number = 0
+    prompt = output = 0  # tokens, as estimated, or at most
+    bounded = True  # the answer has no more than `output`
+    size = 0  # bytes of the body
+    strip = False  # the client did not ask for what it used
+    encoded = False  # the body holds a file
+    granted: Granted | None = None
+    went = waits = False
+    made: MeteredExchange | None = None
+
+    def __init__(self, metering: Metering, account: Account, call: Call, model: str) -> None:
+        self._metering = metering
+        self.account = account
+        self.call = call
+        self.model = model
+
+    def ask(self, asked: Asked, body: bytes, spec: ModelSpec) -> bytes:
+        """Take in what the body wants; returns it as the engine gets it.
+
+        Raises:
+            RequestError: `invalid_max_tokens`.
+
+        """
+        limits, estimates, path = self.account.limits, self._metering.estimates, self.call.route
+        self.size = len(body)
+        output, most = asked.output, limits.max_output_tokens
+        if most and asked.generates:
+            if output is None:
+                output = most
+                body = with_most(body, path, most)
+            elif output > most:
+                msg = f"cannot answer with {output} tokens: this key may have {most} at most (max_output_tokens)"
+                raise RequestError("invalid_max_tokens", msg, param=asked.output_field)
+        if limits.is_limited or self._metering.is_fair:
+            self.encoded = body.find(_BASE64) >= 0
+            self.prompt = estimates.prompt(self.model, self.size, self.encoded, spec.engine.max_model_len)
+            if asked.generates:
+                self.bounded = output is not None
+                self.output = asked.n * (estimates.output(self.account.key.name, self.model) if output is None else output)
+        if asked.stream and not asked.wants_usage and asked.strips:
+            self.strip = True
+            body = with_usage(body, asked)
+        return body
+
+    def admit(self) -> None:
+        """Hold what it may use.
+
+        Raises:
+            LimitError: a limit of its key is reached.
+
+        """
+        metering, account, call = self._metering, self.account, self.call
+        now = metering.now()
+        budgets = account.budgets(self.model, now)
+        if budgets:
+            epoch = metering.epoch()
+            found = admit(budgets, self.prompt, self.output, self.bounded, now, epoch)
+            call.limit_lines = (anthropic_lines if call.is_anthropic else openai_lines)(budgets, now, epoch)
+            if type(found) is Refused:
+                raise self._refused(found)
+            self.granted = found
+        if metering.is_fair:
+            limits = account.limits
+            self.number = metering.share(self.model).number(account.key.name, *self._claim())
+            call.forwarded += b"X-Vllm-Priority: %d\r\n" % self.number
+
+    def _claim(self) -> tuple[int, float, int]:
+        return self.account.limits.priority, self.account.limits.weight, self.prompt + self.output
+
+    def _refused(self, found: Refused) -> LimitError:
+        usage, name = self._metering.usage, self.account.key.name
+        usage.refused(name, found.limit)
+        usage.add(name, self.model, limited=1)
+        usage.ended(name, self.model, "limited")
+        return LimitError(found.code, found.message, found.type, found.wait)
+
+    # Its turn in the queue
+
+    def may_go(self) -> bool:
+        """Whether its key has fewer requests in flight than it may."""
+        return not self.account.is_full
+
+    def go(self) -> None:
+        """It has an endpoint now."""
+        self.went = True
+        self.account.in_flight += 1
+        self._wait_no_more()
+
+    def wait(self, queue_size: int) -> None:
+        """It waits from now on.
+
+        Raises:
+            LimitError: so many of its key's wait already, for one of them to end.
+
+        """
+        account = self.account
+        if account.is_full and account.waiting.total() >= queue_size:
+            self._metering.usage.refused(account.key.name, "max_in_flight")
+            msg = f"cannot take this: {account.in_flight} requests of this key are in flight, and {queue_size} wait"
+            raise LimitError("rate_limit_exceeded", msg, "requests", _FULL_WAIT_SECONDS)
+        account.waiting[self.model] += 1
+        self.waits = True
+
+    def _wait_no_more(self) -> None:
+        if self.waits:
+            self.waits = False
+            self.account.waiting[self.model] -= 1
+            if not self.account.waiting[self.model]:
+                del self.account.waiting[self.model]
+
+    # Its answer
+
+    def exchange(self, *args: Any, **kwargs: Any) -> MeteredExchange:  # noqa: ANN401 - those of `Exchange`
+        """One that counts; the last one that was made is what the client gets."""
+        if self._metering.is_fair and kwargs.get("on_head") is None:
+            kwargs["on_head"] = self._began
+        self.made = MeteredExchange(*args, strip=self.strip, path=self.call.route, **kwargs)
+        return self.made
+
+    def _began(self, _: int) -> bool:
+        self._metering.share(self.model).began(self.number)
+        return True
+
+    def end(self) -> None:
+        """It is over: settle it. To be called once, when the status of its call is known."""
+        metering, account, name = self._metering, self.account, self.account.key.name
+        outcome = self._outcome()
+        tokens, estimated = self._used(outcome)
+        charged = tokens.prompt + tokens.completion + estimated
+        if charged or self.granted is not None:
+            epoch = metering.epoch()
+            if self.granted is not None:
+                settle(self.granted, charged, metering.now(), epoch)
+            account.charge_unlimited(charged, epoch)
+        metering.usage.add(name, self.model, requests=1, prompt=tokens.prompt, completion=tokens.completion,
+                           cached=tokens.cached, estimated=estimated, failed=outcome == "engine_error")  # fmt: skip
+        metering.usage.ended(name, self.model, outcome)
+        if self.size and tokens is not _NO_TOKENS:
+            metering.estimates.learn(name, self.model, self.size, self.encoded, tokens)
+        self._leave(served=self.made is not None and self.made.first_byte_at > 0)
+
+    def _leave(self, *, served: bool) -> None:
+        if self._metering.is_fair:
+            share = self._metering.share(self.model)
+            share.ended() if served else share.unserved(self.account.key.name, *self._claim())
+        self._wait_no_more()
+        if self.went:
+            self.account.in_flight -= 1
+            if self.account.waiting:
+                self._metering.serve(list(self.account.waiting))
+
+    def _outcome(self) -> Outcome:
+        status, made = self.call.status, self.made
+        if status == CLIENT_GONE:
+            return "aborted"
+        if status >= 400:
+            return "engine_error" if status >= 500 else "client_error"
+        if made is None:
+            return "ok"
+        if not made.ended.done() or made.ended.cancelled() or made.ended_early:
+            return "aborted"
+        return "engine_error" if made.ended.result() is Ending.BROKEN else "ok"
+
+    def _used(self, outcome: Outcome) -> tuple[Tokens, int]:
+        """What the engine reported, and what is estimated where it reported nothing of what it did."""
+        made = self.made
+        if made is None:
+            return _NO_TOKENS, 0
+        if made.tokens is not None:
+            return made.tokens, 0
+        if made.events or (outcome == "aborted" and self.size):
+            return _NO_TOKENS, made.events + (self.prompt or self._estimate())
+        return _NO_TOKENS, 0
+
+    def _estimate(self) -> int:
+        return self._metering.estimates.prompt(self.model, self.size, self.encoded, None)
