@@ -32,6 +32,7 @@ from vllm_proxy.traffic.call import Call, Work, observed
 from vllm_proxy.traffic.cors import Cors
 from vllm_proxy.traffic.envelope import envelope, identify
 from vllm_proxy.traffic.front import Direct, FrontRunner
+from vllm_proxy.traffic.metering import Metering
 from vllm_proxy.traffic.realtime import Sessions, realtime
 from vllm_proxy.traffic.registry import Registry
 from vllm_proxy.traffic.routes import INFERENCE, UNSUPPORTED, NamesModel
@@ -56,6 +57,7 @@ class Parts:
     log: LogWriter
     mask: Callable[[str], str]  # hides the secrets in what engines write
     certificate: Certificate
+    metering: Metering
     budget: Budget = field(default_factory=Budget)
 
     def server(self) -> Server:
@@ -76,6 +78,8 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
 
     def observe(call: Call) -> None:
         parts.budget.release(call)
+        if call.metered is not None:
+            call.metered.end()
         metrics.count(call)
         if parts.access_log is not None:
             parts.access_log.write(call)
@@ -117,10 +121,10 @@ def _inference(
     """The inference routes: those with a fixed path, past the router; and all of them, for the router."""
     registry, server, budget, access = parts.registry, parts.server, parts.budget, parts.access
     work: dict[NamesModel, Work] = {
-        "json": openai.by_json_model(registry, server, budget),
-        "form": openai.by_form_model(registry, server, budget),
-        "nowhere": openai.by_asking(registry, server, budget),
-        "session": realtime(Sessions(registry, parts.engines, server, budget)),
+        "json": openai.by_json_model(registry, server, budget, parts.metering),
+        "form": openai.by_form_model(registry, server, budget, parts.metering),
+        "nowhere": openai.by_asking(registry, server, budget, parts.metering),
+        "session": realtime(Sessions(registry, parts.engines, server, budget, parts.metering)),
     }
     direct: dict[tuple[str, str], Direct] = {}
     table: list[Route] = []

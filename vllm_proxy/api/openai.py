@@ -14,6 +14,7 @@ from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError, model_not_found
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.runtime.turns import in_turns
+from vllm_proxy.traffic.asked import read_asked
 from vllm_proxy.traffic.body import (
     LARGE,
     body_at_hand,
@@ -27,6 +28,7 @@ from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call, Work
 from vllm_proxy.traffic.fan_out import fan_out
 from vllm_proxy.traffic.front import caller_of
+from vllm_proxy.traffic.metering import Metering
 from vllm_proxy.traffic.multipart import Upload
 from vllm_proxy.traffic.registry import Registry, Route
 from vllm_proxy.traffic.relay import forward
@@ -34,12 +36,14 @@ from vllm_proxy.traffic.relay import forward
 type Settings = Callable[[], Server]  # the `[server]` table now
 
 
-def by_json_model(registry: Registry, settings: Settings, budget: Budget) -> Work:
+def by_json_model(registry: Registry, settings: Settings, budget: Budget, metering: Metering) -> Work:
     """The routes whose JSON body names the model."""
 
     async def work(call: Call) -> web.StreamResponse:
         server = settings()
         body = body_at_hand(call, server, budget) or await read_body(call, server, budget)
+        if metering.is_on:
+            return await metered(call, body)
         if len(body) < LARGE:
             name, place = model_name(body), None
         else:
@@ -51,26 +55,41 @@ def by_json_model(registry: Registry, settings: Settings, budget: Budget) -> Wor
             body = with_salt(body, call.salt)
         return await forward(call, registry, route, body)
 
+    async def metered(call: Call, body: bytes) -> web.StreamResponse:
+        asked = await read_asked(body, call.route)
+        route = _found(call, asked.model, registry)
+        if asked.model != route.spec.id:
+            body = await with_model(body, route.spec.id, asked.place)
+        body = metering.admit(call, route.spec, asked, body)
+        if call.salt:
+            body = with_salt(body, call.salt)
+        return await forward(call, registry, route, body)
+
     return work
 
 
-def by_form_model(registry: Registry, settings: Settings, budget: Budget) -> Work:
+def by_form_model(registry: Registry, settings: Settings, budget: Budget, metering: Metering) -> Work:
     """The routes whose multipart form names the model."""
 
     async def work(call: Call) -> web.StreamResponse:
         with await Upload.receive(call, settings(), budget) as upload:
             route = _found(call, upload.model, registry)
             form = upload if upload.model == route.spec.id else upload.renamed(route.spec.id)
+            if metering.is_on:
+                metering.admit(call, route.spec)
             return await forward(call, registry, route, form)
 
     return work
 
 
-def by_asking(registry: Registry, settings: Settings, budget: Budget) -> Work:
+def by_asking(registry: Registry, settings: Settings, budget: Budget, metering: Metering) -> Work:
     """The routes of a stored response, which lives in the memory of one instance."""
 
     async def work(call: Call) -> web.StreamResponse:
-        return await fan_out(call, registry, await read_body(call, settings(), budget))
+        body = await read_body(call, settings(), budget)
+        if metering.is_on:
+            metering.admit(call)
+        return await fan_out(call, registry, body)
 
     return work
 

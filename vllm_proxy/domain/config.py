@@ -359,6 +359,11 @@ class Config:
         """Of everything that was read: the file, and the files that it names."""
         return fingerprint([self.revision, *self.attached.values()])
 
+    @property
+    def is_fair(self) -> bool:
+        """Whether engines take requests in the order of `domain/fair.py`, and not as they come."""
+        return self.server.fair or any(key.limits.wants_fairness for key in self.keys.values())
+
     def warnings(self, since: "Config | None" = None) -> list[str]:
         """What is valid, and dangerous or useless. `since`: but for what was so in this one already."""
         models = {name: spec.policy.aliases for name, spec in self.models.items()}

@@ -47,6 +47,9 @@ class Metered(Turn, Protocol):
     ) -> Exchange:
         """One that counts; the last one that was made is what the client gets."""
 
+    def end(self) -> None:
+        """It is over, and the status of its call is known."""
+
 
 class Call:
     """A request for inference. `route` is the path of the route table, never what the client sent."""

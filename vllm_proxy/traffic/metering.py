@@ -78,17 +78,19 @@ class Metering:
             found = self._shares[model] = FairShare()
         return found
 
-    def admit(self, call: Call, spec: ModelSpec, asked: Asked | None, body: bytes) -> bytes:
+    def admit(
+        self, call: Call, spec: ModelSpec | None = None, asked: Asked | None = None, body: bytes = b""
+    ) -> bytes:
         """Let a request in, which is settled when `call.metered.end` is called; returns its body for the engine.
 
-        `asked`: what its body wants; None: no tokens are counted.
+        `spec`: of its model; None: it names none. `asked`: what its body wants; None: no tokens are counted.
 
         Raises:
             RequestError: `rate_limit_exceeded` or `insufficient_quota`; `invalid_max_tokens`.
 
         """
-        request = _Request(self, self.account(call.caller), call, spec.id)
-        if asked is not None:
+        request = _Request(self, self.account(call.caller), call, "" if spec is None else spec.id)
+        if asked is not None and spec is not None:
             body = request.ask(asked, body, spec)
         request.admit()
         call.metered = request
@@ -165,7 +167,6 @@ class _Request:
                 raise self._refused(found)
             self.granted = found
         if metering.is_fair:
-            limits = account.limits
             self.number = metering.share(self.model).number(account.key.name, *self._claim())
             call.forwarded += b"X-Vllm-Priority: %d\r\n" % self.number
 

@@ -25,6 +25,7 @@ from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call, Work
 from vllm_proxy.traffic.dial import session_to
 from vllm_proxy.traffic.front import client_of, withdraw_cancellation
+from vllm_proxy.traffic.metering import Metering
 from vllm_proxy.traffic.registry import Lease, Registry
 
 log = structlog.get_logger()
@@ -44,6 +45,7 @@ class Sessions:
     engines: aiohttp.ClientSession
     settings: Callable[[], Server]
     budget: Budget
+    metering: Metering
     heartbeat: float = _HEARTBEAT_SECONDS
 
 
@@ -120,7 +122,9 @@ async def _run_session(call: Call, sessions: Sessions, client: web.WebSocketResp
             msg = "cannot route this session: name the model as ?model= or in a first session.update"
             raise RequestError("missing_model", msg, param="model")
     _find(call, sessions, name)
-    with await sessions.registry.acquire(name) as lease:
+    if sessions.metering.is_on:
+        sessions.metering.admit(call, sessions.registry.find(name).spec)
+    with await sessions.registry.acquire(name, call.metered) as lease:
         call.instance = lease.endpoint.instance
         headers = {"Authorization": f"Bearer {lease.endpoint.credential}", "X-Request-Id": call.engine_id.decode()}
         address = lease.endpoint.address

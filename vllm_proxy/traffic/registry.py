@@ -229,7 +229,7 @@ class Registry:
         route = self._routes[model_id]
         return route.in_flight, route.queued
 
-    async def acquire(self, name: str) -> Lease:
+    async def acquire(self, name: str, turn: Turn | None = None) -> Lease:
         """Hold an instance that serves `name`: at once, or when one becomes ready or free.
 
         Raises:
@@ -237,7 +237,7 @@ class Registry:
 
         """
         route = self.find(name)
-        return self.lease(route) or await self.wait(route)
+        return self.lease(route, turn) or await self.wait(route, turn=turn)
 
     def lease(self, route: Route, turn: Turn | None = None) -> Lease | None:
         """Hold an instance now; None where the request must wait for one.

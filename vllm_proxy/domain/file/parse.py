@@ -87,8 +87,15 @@ def parse_config(
     if found or elsewhere or server is None or engine is None or devices is None:
         problems = [*problems_at(found, text, overrides), *elsewhere]
         raise ConfigError(file, problems, attached=keys.attached)
-    by_id = {model.id: model for model in models}
-    return Config(revision_of(data), server, engine, by_id, keys.found, keys.attached, devices)
+    config = Config(revision_of(data), server, engine, {}, keys.found, keys.attached, devices)
+    by_id = {model.id: _in_order(model) if config.is_fair else model for model in models}
+    return replace(config, models=by_id)
+
+
+def _in_order(model: ModelSpec) -> ModelSpec:
+    """A model whose engine takes requests by their numbers, unless its own `args` say otherwise."""
+    options = {"scheduling-policy": "priority", **model.engine.args}
+    return replace(model, engine=model.engine.model_copy(update={"args": options}))
 
 
 def _half_a_pair(server: TomlTable) -> Iterator[Found]:
