@@ -14,7 +14,7 @@ from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError, model_not_found
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.runtime.turns import in_turns
-from vllm_proxy.traffic.asked import read_asked
+from vllm_proxy.traffic import asked as asks
 from vllm_proxy.traffic.body import (
     LARGE,
     body_at_hand,
@@ -56,7 +56,7 @@ def by_json_model(registry: Registry, settings: Settings, budget: Budget, meteri
         return await forward(call, registry, route, body)
 
     async def metered(call: Call, body: bytes) -> web.StreamResponse:
-        asked = await read_asked(body, call.route)
+        asked = asks.read(body, call.route) if len(body) < LARGE else await asks.read_large(body, call.route)
         route = _found(call, asked.model, registry)
         if asked.model != route.spec.id:
             body = await with_model(body, route.spec.id, asked.place)

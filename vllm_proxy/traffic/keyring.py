@@ -61,6 +61,7 @@ class Keyring:
     find: Callable[[bytes], Caller | None]  # who has the key of a digest, be it disabled or expired
 
     def __init__(self, config: Config) -> None:
+        self.config = config  # whose keys these are
         self._by_digest: dict[bytes, Caller] = {}
         self._anonymous: dict[bool, Caller] = {}  # by whether the listener is on loopback
         self._models: Mapping[str, tuple[str, ...]] = {}  # aliases by id
@@ -69,6 +70,7 @@ class Keyring:
 
     def adopt(self, config: Config) -> None:
         """Follow a configuration; whose key is gone or narrowed is to be refused from here on."""
+        self.config = config
         models = self._models = {name: spec.policy.aliases for name, spec in config.models.items()}
         self._by_digest = {
             digest: Caller(key, digest, key.allowed(models)) for key in config.keys.values() for digest in key.digests

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_proxy.domain.config import Config, ModelSpec
 from vllm_proxy.domain.fair import FairShare
-from vllm_proxy.domain.tokens import Estimates, Tokens
+from vllm_proxy.domain.tokens import NO_TOKENS, Estimates, Tokens
 from vllm_proxy.domain.window import Granted, Refused, admit, anthropic_lines, openai_lines, settle
 from vllm_proxy.errors import LimitError, RequestError
 from vllm_proxy.traffic.account import Account
@@ -27,8 +27,6 @@ from vllm_proxy.traffic.usage import Outcome, Usage
 type Clock = Callable[[], float]
 type Spent = Callable[[str], tuple[int, int]]  # tokens that a key has used on this day and in this month, UTC
 
-_BASE64 = b";base64,"
-_NO_TOKENS = Tokens(0, 0, 0)
 _FULL_WAIT_SECONDS = 1.0  # who has too many requests that wait: nobody knows when one of them ends
 
 
@@ -110,7 +108,7 @@ class _Request:
     bounded = True  # the answer has no more than `output`
     size = 0  # bytes of the body
     strip = False  # the client did not ask for what it used
-    encoded = False  # the body holds a file
+    binary = False  # the body holds a file
     granted: Granted | None = None
     went = waits = False
     made: MeteredExchange | None = None
@@ -128,25 +126,26 @@ class _Request:
             RequestError: `invalid_max_tokens`.
 
         """
-        limits, estimates, path = self.account.limits, self._metering.estimates, self.call.route
-        self.size = len(body)
-        output, most = asked.output, limits.max_output_tokens
-        if most and asked.generates:
-            if output is None:
-                output = most
-                body = with_most(body, path, most)
-            elif output > most:
+        limits, estimates = self.account.limits, self._metering.estimates
+        self.size, self.binary = len(body), asked.binary
+        output, most = asked.most, limits.max_output_tokens
+        if most and output != 0 and (output is None or output > most):
+            if asked.is_given:
                 msg = f"cannot answer with {output} tokens: this key may have {most} at most (max_output_tokens)"
-                raise RequestError("invalid_max_tokens", msg, param=asked.output_field)
+                raise RequestError("invalid_max_tokens", msg, param="max_tokens")
+            body, output = with_most(body, self.call.route, most), most
         if limits.is_limited or self._metering.is_fair:
-            self.encoded = body.find(_BASE64) >= 0
-            self.prompt = estimates.prompt(self.model, self.size, self.encoded, spec.engine.max_model_len)
-            if asked.generates:
-                self.bounded = output is not None
-                self.output = asked.n * (estimates.output(self.account.key.name, self.model) if output is None else output)
-        if asked.stream and not asked.wants_usage and asked.strips:
+            longest = spec.engine.max_model_len
+            self.prompt = estimates.prompt(
+                self.model, self.size, binary=self.binary, most=longest if isinstance(longest, int) else None
+            )
+            self.bounded = output is not None
+            self.output = asked.samples * (
+                estimates.output(self.account.key.name, self.model) if output is None else output
+            )
+        if asked.options is not None:
             self.strip = True
-            body = with_usage(body, asked)
+            body = with_usage(body, asked.options)
         return body
 
     def admit(self) -> None:
@@ -241,8 +240,8 @@ class _Request:
         metering.usage.add(name, self.model, requests=1, prompt=tokens.prompt, completion=tokens.completion,
                            cached=tokens.cached, estimated=estimated, failed=outcome == "engine_error")  # fmt: skip
         metering.usage.ended(name, self.model, outcome)
-        if self.size and tokens is not _NO_TOKENS:
-            metering.estimates.learn(name, self.model, self.size, self.encoded, tokens)
+        if self.size and tokens is not NO_TOKENS:
+            metering.estimates.learn(name, self.model, tokens, self.size, binary=self.binary)
         self._leave(served=self.made is not None and self.made.first_byte_at > 0)
 
     def _leave(self, *, served: bool) -> None:
@@ -271,12 +270,12 @@ class _Request:
         """What the engine reported, and what is estimated where it reported nothing of what it did."""
         made = self.made
         if made is None:
-            return _NO_TOKENS, 0
+            return NO_TOKENS, 0
         if made.tokens is not None:
             return made.tokens, 0
         if made.events or (outcome == "aborted" and self.size):
-            return _NO_TOKENS, made.events + (self.prompt or self._estimate())
-        return _NO_TOKENS, 0
+            return NO_TOKENS, made.events + (self.prompt or self._estimate())
+        return NO_TOKENS, 0
 
     def _estimate(self) -> int:
-        return self._metering.estimates.prompt(self.model, self.size, self.encoded, None)
+        return self._metering.estimates.prompt(self.model, self.size, binary=self.binary)
