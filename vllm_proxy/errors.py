@@ -118,12 +118,12 @@ class LimitError(RequestError):
         self,
         code: Literal["rate_limit_exceeded", "insufficient_quota"],
         message: str,
-        of: Literal["requests", "tokens"],
-        wait: float | None,
+        kind: Literal["requests", "tokens", "insufficient_quota"],
+        wait: float,
     ) -> None:
-        """`of`: what is limited, which is the error's type. `wait`: seconds until it may be sent again; None: never."""
-        super().__init__(code, message, retry_after=None if wait is None else math.ceil(wait))
-        self.of = of
+        """`kind`: the error's type, as OpenAI has it. `wait`: seconds until it may be sent again; inf: never."""
+        super().__init__(code, message, retry_after=None if wait == math.inf else math.ceil(wait))
+        self.kind = kind
         self.wait = wait
 
 

@@ -309,11 +309,14 @@ class Problem(TypedDict):
     file: NotRequired[Annotated[str, Field(description="Where it is in another file: the one of server.keys_file.")]]
 
 
+type ErrorType = Literal["invalid_request_error", "server_error", "requests", "tokens", "insufficient_quota"]
+
+
 class ErrorBody(TypedDict):
     """What went wrong."""
 
     message: Annotated[str, Field(description="For people: cannot X: why.")]
-    type: Literal["invalid_request_error", "server_error"]
+    type: ErrorType
     param: str | None
     code: Annotated[str, Field(description="Stable; the answers of each route list theirs.")]
     problems: NotRequired[

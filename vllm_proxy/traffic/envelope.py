@@ -49,8 +49,8 @@ def error_response(error: RequestError, *, anthropic: bool = False) -> web.Respo
 
 def _when_to_retry(error: LimitError) -> dict[str, str]:
     """What clients read before Retry-After. The one of OpenAI gives up where it shall wait long, Anthropic's waits."""
-    headers = {} if error.wait is None else {"retry-after-ms": str(math.ceil(error.wait * 1000))}
-    if error.wait is None or error.wait > _WORTH_WAITING_SECONDS:
+    headers = {} if error.wait == math.inf else {"retry-after-ms": str(math.ceil(error.wait * 1000))}
+    if error.wait > _WORTH_WAITING_SECONDS:
         headers["x-should-retry"] = "false"
     return headers
 
@@ -89,9 +89,9 @@ def _openai_body(error: RequestError) -> resources.Error:
     return {"error": details}
 
 
-def _openai_type(error: RequestError) -> str:
+def _openai_type(error: RequestError) -> resources.ErrorType:
     if isinstance(error, LimitError):
-        return error.of if error.code == "rate_limit_exceeded" else error.code
+        return error.kind
     return "server_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
 
 

@@ -160,9 +160,9 @@ class _Request:
         budgets = account.budgets(self.model, now)
         if budgets:
             epoch = metering.epoch()
-            found = admit(budgets, self.prompt, self.output, self.bounded, now, epoch)
+            found = admit(budgets, self.prompt, self.output, now, epoch, bounded=self.bounded)
             call.limit_lines = (anthropic_lines if call.is_anthropic else openai_lines)(budgets, now, epoch)
-            if type(found) is Refused:
+            if isinstance(found, Refused):
                 raise self._refused(found)
             self.granted = found
         if metering.is_fair:

@@ -5,7 +5,7 @@ The caller reads the file.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_proxy.domain import args, secrets
