@@ -7,15 +7,18 @@ ended, and what the engine reported is charged in its place. The arithmetic is i
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from vllm_proxy.domain.account import Account
 from vllm_proxy.domain.config import Config, ModelSpec
 from vllm_proxy.domain.fair import FairShare
+from vllm_proxy.domain.keys import Key
 from vllm_proxy.domain.tokens import NO_TOKENS, Estimates, Tokens
+from vllm_proxy.domain.usage import Spent
 from vllm_proxy.domain.window import Granted, Refused, admit, anthropic_lines, openai_lines, settle
 from vllm_proxy.errors import LimitError, RequestError
-from vllm_proxy.traffic.account import Account
 from vllm_proxy.traffic.asked import Asked, with_most, with_usage
 from vllm_proxy.traffic.call import CLIENT_GONE, Call
 from vllm_proxy.traffic.exchange import Ending
@@ -25,9 +28,25 @@ from vllm_proxy.traffic.sieve import MeteredExchange
 from vllm_proxy.traffic.usage import Outcome, Usage
 
 type Clock = Callable[[], float]
-type Spent = Callable[[str], tuple[int, int]]  # tokens that a key has used on this day and in this month, UTC
 
 _FULL_WAIT_SECONDS = 1.0  # who has too many requests that wait: nobody knows when one of them ends
+
+
+class User:
+    """A key and what it uses, by its name: configurations come and go, what was used counts on."""
+
+    def __init__(self, key: Key, account: Account) -> None:
+        self.name = key.name
+        self.limits = key.limits
+        self.account = account
+        self.in_flight = 0  # requests that hold an endpoint
+        self.waiting: Counter[str] = Counter()  # requests that wait for one, by model
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has as much in flight as it may."""
+        most = self.limits.max_in_flight
+        return most > 0 and self.in_flight >= most
 
 
 class Metering:
@@ -37,7 +56,7 @@ class Metering:
         self,
         registry: Registry,
         usage: Usage,
-        spent: Spent = lambda _: (0, 0),
+        spent: Callable[[str], Spent] = lambda _: Spent(0, 0),
         now: Clock = time.monotonic,
         epoch: Clock = time.time,
     ) -> None:
@@ -45,7 +64,7 @@ class Metering:
         self.is_fair = False  # whether they are numbered
         self.usage = usage
         self.estimates = Estimates()
-        self.accounts: dict[str, Account] = {}  # by the name of the key
+        self.users: dict[str, User] = {}  # by the name of the key
         self.now, self.epoch = now, epoch
         self._registry = registry
         self._spent = spent
@@ -56,17 +75,18 @@ class Metering:
         self.is_on = bool(config.keys) or config.server.usage
         self.is_fair = config.is_fair
         for name, key in config.keys.items():
-            if (account := self.accounts.get(name)) is not None:
-                account.adopt(key, self.now())
+            if (user := self.users.get(name)) is not None:
+                user.limits = key.limits
+                user.account.change(key.limits, self._spent(name), self.epoch())
         for name in [name for name in self._shares if name not in config.models]:
             del self._shares[name]
 
-    def account(self, caller: Caller) -> Account:
+    def user(self, caller: Caller) -> User:
         """Of the key that a caller has."""
-        found = self.accounts.get(caller.name)
+        found = self.users.get(caller.name)
         if found is None:
-            found = Account(caller.key, self._spent(caller.name), self.now(), self.epoch())
-            self.accounts[caller.name] = found
+            account = Account(caller.key.limits, self._spent(caller.name), self.epoch())
+            found = self.users[caller.name] = User(caller.key, account)
         return found
 
     def share(self, model: str) -> FairShare:
@@ -76,9 +96,7 @@ class Metering:
             found = self._shares[model] = FairShare()
         return found
 
-    def admit(
-        self, call: Call, spec: ModelSpec | None = None, asked: Asked | None = None, body: bytes = b""
-    ) -> bytes:
+    def admit(self, call: Call, spec: ModelSpec | None = None, asked: Asked | None = None, body: bytes = b"") -> bytes:
         """Let a request in, which is settled when `call.metered.end` is called; returns its body for the engine.
 
         `spec`: of its model; None: it names none. `asked`: what its body wants; None: no tokens are counted.
@@ -87,7 +105,7 @@ class Metering:
             RequestError: `rate_limit_exceeded` or `insufficient_quota`; `invalid_max_tokens`.
 
         """
-        request = _Request(self, self.account(call.caller), call, "" if spec is None else spec.id)
+        request = _Request(self, self.user(call.caller), call, "" if spec is None else spec.id)
         if asked is not None and spec is not None:
             body = request.ask(asked, body, spec)
         request.admit()
@@ -113,9 +131,9 @@ class _Request:
     went = waits = False
     made: MeteredExchange | None = None
 
-    def __init__(self, metering: Metering, account: Account, call: Call, model: str) -> None:
+    def __init__(self, metering: Metering, user: User, call: Call, model: str) -> None:
         self._metering = metering
-        self.account = account
+        self.user = user
         self.call = call
         self.model = model
 
@@ -126,7 +144,7 @@ class _Request:
             RequestError: `invalid_max_tokens`.
 
         """
-        limits, estimates = self.account.limits, self._metering.estimates
+        limits, estimates = self.user.limits, self._metering.estimates
         self.size, self.binary = len(body), asked.binary
         output, most = asked.most, limits.max_output_tokens
         if most and output != 0 and (output is None or output > most):
@@ -140,9 +158,7 @@ class _Request:
                 self.model, self.size, binary=self.binary, most=longest if isinstance(longest, int) else None
             )
             self.bounded = output is not None
-            self.output = asked.samples * (
-                estimates.output(self.account.key.name, self.model) if output is None else output
-            )
+            self.output = asked.samples * (estimates.output(self.user.name, self.model) if output is None else output)
         if asked.options is not None:
             self.strip = True
             body = with_usage(body, asked.options)
@@ -155,9 +171,9 @@ class _Request:
             LimitError: a limit of its key is reached.
 
         """
-        metering, account, call = self._metering, self.account, self.call
+        metering, call = self._metering, self.call
         now = metering.now()
-        budgets = account.budgets(self.model, now)
+        budgets = self.user.account.of(self.model, now)
         if budgets:
             epoch = metering.epoch()
             found = admit(budgets, self.prompt, self.output, now, epoch, bounded=self.bounded)
@@ -166,14 +182,14 @@ class _Request:
                 raise self._refused(found)
             self.granted = found
         if metering.is_fair:
-            self.number = metering.share(self.model).number(account.key.name, *self._claim())
+            self.number = metering.share(self.model).number(self.user.name, *self._claim())
             call.forwarded += b"X-Vllm-Priority: %d\r\n" % self.number
 
     def _claim(self) -> tuple[int, float, int]:
-        return self.account.limits.priority, self.account.limits.weight, self.prompt + self.output
+        return self.user.limits.priority, self.user.limits.weight, self.prompt + self.output
 
     def _refused(self, found: Refused) -> LimitError:
-        usage, name = self._metering.usage, self.account.key.name
+        usage, name = self._metering.usage, self.user.name
         usage.refused(name, found.limit)
         usage.add(name, self.model, limited=1)
         usage.ended(name, self.model, "limited")
@@ -183,12 +199,12 @@ class _Request:
 
     def may_go(self) -> bool:
         """Whether its key has fewer requests in flight than it may."""
-        return not self.account.is_full
+        return not self.user.is_full
 
     def go(self) -> None:
         """It has an endpoint now."""
         self.went = True
-        self.account.in_flight += 1
+        self.user.in_flight += 1
         self._wait_no_more()
 
     def wait(self, queue_size: int) -> None:
@@ -198,20 +214,20 @@ class _Request:
             LimitError: so many of its key's wait already, for one of them to end.
 
         """
-        account = self.account
-        if account.is_full and account.waiting.total() >= queue_size:
-            self._metering.usage.refused(account.key.name, "max_in_flight")
-            msg = f"cannot take this: {account.in_flight} requests of this key are in flight, and {queue_size} wait"
+        user = self.user
+        if user.is_full and user.waiting.total() >= queue_size:
+            self._metering.usage.refused(user.name, "max_in_flight")
+            msg = f"cannot take this: {user.in_flight} requests of this key are in flight, and {queue_size} wait"
             raise LimitError("rate_limit_exceeded", msg, "requests", _FULL_WAIT_SECONDS)
-        account.waiting[self.model] += 1
+        user.waiting[self.model] += 1
         self.waits = True
 
     def _wait_no_more(self) -> None:
         if self.waits:
             self.waits = False
-            self.account.waiting[self.model] -= 1
-            if not self.account.waiting[self.model]:
-                del self.account.waiting[self.model]
+            self.user.waiting[self.model] -= 1
+            if not self.user.waiting[self.model]:
+                del self.user.waiting[self.model]
 
     # Its answer
 
@@ -228,15 +244,11 @@ class _Request:
 
     def end(self) -> None:
         """It is over: settle it. To be called once, when the status of its call is known."""
-        metering, account, name = self._metering, self.account, self.account.key.name
+        metering, name = self._metering, self.user.name
         outcome = self._outcome()
         tokens, estimated = self._used(outcome)
-        charged = tokens.prompt + tokens.completion + estimated
-        if charged or self.granted is not None:
-            epoch = metering.epoch()
-            if self.granted is not None:
-                settle(self.granted, charged, metering.now(), epoch)
-            account.charge_unlimited(charged, epoch)
+        if self.granted is not None:
+            settle(self.granted, tokens.prompt + tokens.completion + estimated, metering.now(), metering.epoch())
         metering.usage.add(name, self.model, requests=1, prompt=tokens.prompt, completion=tokens.completion,
                            cached=tokens.cached, estimated=estimated, failed=outcome == "engine_error")  # fmt: skip
         metering.usage.ended(name, self.model, outcome)
@@ -247,12 +259,12 @@ class _Request:
     def _leave(self, *, served: bool) -> None:
         if self._metering.is_fair:
             share = self._metering.share(self.model)
-            share.ended() if served else share.unserved(self.account.key.name, *self._claim())
+            share.ended() if served else share.unserved(self.user.name, *self._claim())
         self._wait_no_more()
         if self.went:
-            self.account.in_flight -= 1
-            if self.account.waiting:
-                self._metering.serve(list(self.account.waiting))
+            self.user.in_flight -= 1
+            if self.user.waiting:
+                self._metering.serve(list(self.user.waiting))
 
     def _outcome(self) -> Outcome:
         status, made = self.call.status, self.made
