@@ -29,7 +29,8 @@ Errors are `{"error": {"message", "type", "param", "code"}}`; `Retry-After` come
 
 _ANSWERS: tuple[Any, ...] = (
     resources.Models, resources.Keys, resources.NewKey,
-    resources.Plan, resources.Applied, device_resources.Devices, usage_resources.Usage, resources.Health, resources.Ready, resources.Root,
+    resources.Plan, resources.Applied, device_resources.Devices, usage_resources.Usage, resources.Health,
+    resources.Ready, resources.Root,
     resources.Cards, resources.Error, resources.AnthropicError, resources.ModelEvent, resources.ConfigAccepted,
     resources.ConfigRejected, resources.PlanEvent, resources.WriteEvent,
 )  # fmt: skip

@@ -209,6 +209,8 @@ class Server(Table):
     head_timeout: Seconds = 30.0
     body_timeout: Seconds = 60.0
     shutdown_timeout: Seconds = 30.0
+    usage: bool = False
+    fair: bool = False
     on_exit: Literal["stop", "keep"] = "stop"
 
     @property

@@ -27,7 +27,7 @@ class _Named(msgspec.Struct):
 
 
 _named = msgspec.json.Decoder(_Named)
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # not JSON's, but engines take it
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # not JSON's, but engines take it
 # Engines would take these too, as UTF-16 or UTF-32: a text may then mean one thing to them and another one here.
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _UTF_8 = "expected UTF-8, got another encoding"
@@ -106,38 +106,55 @@ def model_name(body: bytes) -> str:
 
     """
     try:
-        name = _named.decode(body[3:] if body.startswith(_BYTE_ORDER_MARK) else body).model
+        name = _named.decode(body[3:] if body.startswith(BYTE_ORDER_MARK) else body).model
     except msgspec.ValidationError:
         name = None  # JSON, but no object
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _no_json(error) from None
+        raise no_json(error) from None
     except RecursionError:
-        raise _no_json("its values are nested too deeply") from None
-    return _usable(name)
+        raise no_json("its values are nested too deeply") from None
+    return usable(name)
 
 
 async def model_name_of_large(body: bytes) -> tuple[str, slice]:
     """As `model_name`, a slice at a time with the event loop in between; and where the name stands."""
-    if body.startswith(_UTF_16_MARKS) or b"\0" in body[:2]:
-        raise _no_json(_UTF_8)
+    check_encoding(body)
     span: tuple[int, int] | None = None
     for span in find_member(body, b"model"):  # noqa: B007 - the last one counts
         await asyncio.sleep(0)
     if span is None:
-        return _usable(None), slice(0)
+        return usable(None), slice(0)
     try:
-        return _usable(msgspec.json.decode(body[span[0] : span[1]])), slice(*span)
+        return usable(msgspec.json.decode(body[span[0] : span[1]])), slice(*span)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _no_json(error) from None
+        raise no_json(error) from None
     except RecursionError:
-        raise _no_json("its model is nested too deeply") from None
+        raise no_json("its model is nested too deeply") from None
 
 
-def _no_json(why: Exception | str) -> RequestError:
+def check_encoding(body: bytes) -> None:
+    """Refuse a large body that is not UTF-8, of which no decoder would tell.
+
+    Raises:
+        RequestError: `invalid_json`.
+
+    """
+    if body.startswith(_UTF_16_MARKS) or b"\0" in body[:2]:
+        raise no_json(_UTF_8)
+
+
+def no_json(why: Exception | str) -> RequestError:
+    """The error of a body that cannot be read."""
     return RequestError("invalid_json", f"cannot read the body: it is no JSON: {why}")
 
 
-def _usable(name: object) -> str:
+def usable(name: object) -> str:
+    """A `model` as a body gives it.
+
+    Raises:
+        RequestError: `missing_model`.
+
+    """
     if isinstance(name, str) and name:
         return name
     msg = "cannot route this request: its body names no model; GET /v1/models lists them"
@@ -152,7 +169,17 @@ async def with_model(body: bytes, model_id: str, place: slice | None) -> bytes:
 
 
 def with_salt(body: bytes, salt: bytes) -> bytes:
-    """The body of a request with a `cache_salt` as its last member: of members of one name, the last one counts.
+    """The body of a request with a `cache_salt`.
+
+    Raises:
+        RequestError: as `with_member`.
+
+    """
+    return with_member(body, "cache_salt", b'"%s"' % salt)
+
+
+def with_member(body: bytes, name: str, value: bytes) -> bytes:
+    """The body with one more member, its last: of members of one name, the last one counts.
 
     Raises:
         RequestError: `invalid_json`, where it does not end as an object; a large body is not read as a whole.
@@ -160,5 +187,5 @@ def with_salt(body: bytes, salt: bytes) -> bytes:
     """
     end = body.rstrip()
     if not end.endswith(b"}"):
-        raise _no_json("expected an object, which ends in }")
-    return b'%s,"cache_salt":"%s"}' % (end[:-1], salt)
+        raise no_json("expected an object, which ends in }")
+    return b'%s,"%s":%s}' % (end[:-1], name.encode(), value)

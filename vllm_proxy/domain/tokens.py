@@ -1,0 +1,236 @@
+"""How many tokens a request took, as its answer says; and how many it will take, as earlier answers let one guess.
+
+Counting never decodes an answer: where the usage stands in it is known for each route, and only that object is read.
+`traffic/sieve.py` keeps the bytes that are needed for that. Pure: nothing here waits or looks at a clock.
+"""
+
+import re
+from bisect import bisect_left, insort
+from collections import deque
+from dataclasses import dataclass
+
+import msgspec
+
+KEPT = 1024  # bytes of an answer's beginning, of its end and from a mark on: more than any usage takes
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What an answer took. Prompt tokens include cached ones."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+
+NO_TOKENS = Tokens()
+
+_USAGE = b'"usage":'
+_BILLED = b'"billed_units":'
+# Of streams; not in a text, whose quotes are escaped.
+_LAST_CHUNK = b'"choices":[],"usage":'  # chat's and completions': the event behind all choices
+_MESSAGE_DELTA = b'},"usage":'  # Anthropic's: in the last but one event; not in the first, which has usage too
+
+_CHUNK_STREAMS = frozenset({"/v1/chat/completions", "/v1/completions"})
+_RERANK = frozenset({"/rerank", "/v1/rerank", "/v2/rerank"})  # whose usage comes before the results
+# What runs no prompt, what audio takes (seconds), and stored responses, which were counted when they were made.
+_WITHOUT_TOKENS = frozenset(
+    {
+        "/tokenize",
+        "/detokenize",
+        "/v1/messages/count_tokens",
+        "/v1/audio/transcriptions",
+        "/v1/audio/translations",
+        "/v1/responses/{id}",
+        "/v1/responses/{id}/cancel",
+    }
+)
+# An object with two levels of others in it; usage holds no braces in strings. Possessive: no backtracking.
+_OBJECT = re.compile(rb"\s*+(\{[^{}]*+(?:\{[^{}]*+(?:\{[^{}]*+\}[^{}]*+)*+\}[^{}]*+)*+\})")
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    """All names that vLLM's APIs have for tokens."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    input_tokens_details: _Details | None = None
+    cache_read_input_tokens: int | None = None  # Anthropic's: beside the input, and not in it
+    cache_creation_input_tokens: int | None = None
+    image_tokens: int | None = None  # Cohere's
+
+
+_usage = msgspec.json.Decoder(_Usage)
+
+
+def asks_for_usage(path: str) -> bool:
+    """Whether a stream of this route tells its usage only to who asks for it (`stream_options.include_usage`)."""
+    return path in _CHUNK_STREAMS
+
+
+def mark(path: str, *, stream: bool) -> bytes:
+    """What stands in front of the usage in an answer of this route; of several places, the last one counts."""
+    if path == "/v2/embed":
+        return _BILLED
+    if not stream or path == "/v1/responses":
+        return _USAGE
+    return _MESSAGE_DELTA if path == "/v1/messages" else _LAST_CHUNK
+
+
+def of_json(path: str, first: bytes, last: bytes) -> Tokens | None:
+    """What an answer that is no stream took; None where it does not tell, as an error does not.
+
+    `first`: its first KiB. `last`: its last one, or a KiB from the last `mark` on, where more follows that.
+    """
+    if path in _WITHOUT_TOKENS:
+        return NO_TOKENS
+    name = mark(path, stream=False)
+    return _behind(first, first.find(name), name) if path in _RERANK else _behind(last, last.rfind(name), name)
+
+
+def of_stream(path: str, last: bytes) -> Tokens | None:
+    """What an event stream took; None while it has not come to tell. `last` as in `of_json`, without chunk framing."""
+    if path in _WITHOUT_TOKENS:
+        return NO_TOKENS
+    name = mark(path, stream=True)
+    return _behind(last, last.rfind(name), name)
+
+
+def of_event(data: bytes) -> Tokens | None:
+    """What the data of one event tells, of a realtime session's messages too."""
+    return _behind(data, data.rfind(_USAGE), _USAGE)
+
+
+def of_head(head: bytes) -> Tokens | None:
+    """What the head of an answer tells: of embeddings as bytes, it has the usage in `metadata`."""
+    return _behind(head, head.find(_USAGE), _USAGE)
+
+
+def _behind(text: bytes, at: int, name: bytes) -> Tokens | None:
+    """The tokens of the object behind the mark `name` at `at`."""
+    if at < 0:
+        return None
+    found = _OBJECT.match(text, at + len(name))
+    if found is None:
+        return None
+    try:
+        usage = _usage.decode(found[1])
+    except msgspec.DecodeError:
+        return None
+    return _of_usage(usage)
+
+
+def _of_usage(usage: _Usage) -> Tokens | None:
+    if usage.prompt_tokens is not None:
+        details = usage.prompt_tokens_details
+        cached = details.cached_tokens if details is not None else None
+        return Tokens(usage.prompt_tokens, usage.completion_tokens or 0, cached or 0)
+    if usage.input_tokens is None:
+        return None
+    prompt = usage.input_tokens + (usage.image_tokens or 0)
+    details = usage.input_tokens_details
+    if details is not None:
+        return Tokens(prompt, usage.output_tokens or 0, details.cached_tokens or 0)
+    cached = usage.cache_read_input_tokens or 0
+    prompt += cached + (usage.cache_creation_input_tokens or 0)
+    return Tokens(prompt, usage.output_tokens or 0, cached)
+
+
+_BYTES_PER_TOKEN = 4  # before a model's first answer
+_FORGETS = 1_000_000  # tokens: what was learned before so many counts half
+_FIRST_BINARY = 4096  # tokens at most of a body with images or audio, before the first one was answered
+_FIRST_OUTPUT = 256  # tokens of an answer, before the first one
+_REMEMBERED = 64  # outputs
+
+
+class Estimates:
+    """What requests will take, learned from answers: by model for prompts, by key and model for outputs.
+
+    It holds an entry for each model and for each pair of key and model that was used; both are configured names.
+    """
+
+    def __init__(self) -> None:
+        self._models: dict[str, _Prompts] = {}
+        self._outputs: dict[tuple[str, str], _Outputs] = {}
+
+    def prompt(self, model: str, length: int, *, binary: bool, most: int | None = None) -> int:
+        """Tokens of the prompt in a body of `length` bytes. `binary`: it has files in it. `most`: `max_model_len`."""
+        prompts = self._models.get(model) or _UNSEEN
+        found = prompts.of_binary(length) if binary else int(length / prompts.bytes_per_token) + 1
+        return found if most is None or found < most else most
+
+    def output(self, key: str, model: str) -> int:
+        """Tokens that nine of ten answers to this key do not exceed."""
+        outputs = self._outputs.get((key, model))
+        return _FIRST_OUTPUT if outputs is None else outputs.ninth
+
+    def learn(self, key: str, model: str, tokens: Tokens, length: int, *, binary: bool) -> None:
+        """From an answer's own usage; `length` and `binary` of its request's body as in `prompt`."""
+        if not tokens.prompt:  # nothing was run
+            return
+        prompts = self._models.get(model)
+        if prompts is None:
+            prompts = self._models[model] = _Prompts()
+        prompts.learn(tokens.prompt, length, binary=binary)
+        outputs = self._outputs.get((key, model))
+        if outputs is None:
+            outputs = self._outputs[key, model] = _Outputs()
+        outputs.learn(tokens.completion)
+
+
+class _Prompts:
+    """How long the prompts of one model are."""
+
+    __slots__ = ("_binary", "_bytes", "_files", "_tokens", "bytes_per_token")
+
+    def __init__(self) -> None:
+        self.bytes_per_token: float = _BYTES_PER_TOKEN
+        self._bytes = self._tokens = 0.0
+        self._binary = self._files = 0.0  # tokens and number of bodies with files
+
+    def of_binary(self, length: int) -> int:
+        if not self._files:
+            return min(length // _BYTES_PER_TOKEN + 1, _FIRST_BINARY)
+        return int(self._binary / self._files) + 1
+
+    def learn(self, tokens: int, length: int, *, binary: bool) -> None:
+        if binary:
+            if self._binary > _FORGETS:
+                self._binary, self._files = self._binary / 2, self._files / 2
+            self._binary += tokens
+            self._files += 1
+            return
+        if self._tokens > _FORGETS:
+            self._bytes, self._tokens = self._bytes / 2, self._tokens / 2
+        self._bytes += length
+        self._tokens += tokens
+        self.bytes_per_token = max(self._bytes / self._tokens, 0.1)
+
+
+class _Outputs:
+    """The last outputs for one key, and the value that nine of ten of them do not exceed."""
+
+    __slots__ = ("_recent", "_sorted", "ninth")
+
+    def __init__(self) -> None:
+        self._recent: deque[int] = deque()
+        self._sorted: list[int] = []
+        self.ninth = _FIRST_OUTPUT
+
+    def learn(self, tokens: int) -> None:
+        recent, ordered = self._recent, self._sorted
+        if len(recent) == _REMEMBERED:
+            del ordered[bisect_left(ordered, recent.popleft())]
+        recent.append(tokens)
+        insort(ordered, tokens)
+        self.ninth = ordered[(len(ordered) * 9 + 9) // 10 - 1]
+
+
+_UNSEEN = _Prompts()

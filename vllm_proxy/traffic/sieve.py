@@ -1,0 +1,262 @@
+"""Answers to metered callers: passed on as by `exchange`, and read for the tokens that they took.
+
+A stream of chat or completions tells its usage only to who asks. Where the daemon asked, and not the client, that event
+is taken out again: the client gets byte for byte what it would have got, chunk framing included. Most reads end with an
+event and a chunk and have no usage in them, which shows without a look inside; they pass as they are. Only others are
+taken apart: whole events without usage go on, a part of one waits for the rest. (tests/traffic/test_sieve.py)
+"""
+
+import re
+from collections.abc import Callable
+
+import httptools
+
+from vllm_proxy.domain.tokens import KEPT, Tokens, asks_for_usage, mark, of_head, of_json, of_stream
+from vllm_proxy.traffic.exchange import Client, Exchange
+from vllm_proxy.traffic.sse import USUAL_END
+
+_CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+_LAST_CHUNK = b"0\r\n\r\n"
+_BOUNDARIES = (b"\n\n", b"\r\n\r\n", b"\r\r")
+_BOUNDARY = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_LONGEST_END = 3  # bytes of a boundary that has not come whole
+_MOST_HELD = 16 * 1024  # bytes of an event that has not shown usage: so far from its beginning it has none
+
+
+class MeteredExchange(Exchange):
+    """An exchange whose tokens are known when it has ended."""
+
+    _chunks = _chunks_seen = 0
+    _mark = b""
+    _is_stream = _follows = _is_open = False
+    _tail: "_Tail"
+    _decoder: "_Decoder | None" = None
+    _sieve: "_ChunkSieve | _TextSieve | None" = None
+
+    def __init__(
+        self,
+        client: Client,
+        extra_headers: bytes,
+        event_error: bytes,
+        *,
+        http10: bool,
+        no_body: bool,
+        close: bool,
+        on_head: Callable[[int], bool] | None = None,
+        strip: bool,
+        path: str,
+    ) -> None:
+        """As an `Exchange`. `path`: of the route. `strip`: whether the event with the usage is not for the client."""
+        super().__init__(
+            client, extra_headers, event_error, http10=http10, no_body=no_body, close=close, on_head=on_head
+        )
+        self._strip = strip and asks_for_usage(path)
+        self._path = path
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """What the answer took, once `ended` is known; None where it did not tell."""
+        if not self._started:
+            return None
+        last = self._tail.found or self._tail.last
+        if self._is_stream:
+            return of_stream(self._path, last)
+        return of_json(self._path, self._tail.first, last) or of_head(self._raw_head)
+
+    @property
+    def events(self) -> int:
+        """How many events of a stream came, about one for each token; 0 where the answer is no stream."""
+        return self._chunks - self._complete if self._is_stream else 0  # the last chunk is none
+
+    def on_chunk_complete(self) -> None:
+        """As of an exchange; and an engine sends each event as a chunk."""
+        self._in_chunk = False
+        self._chunks += 1
+
+    def _pass_on(self, data: bytes, body: bytes | None = None) -> None:
+        if body is not None:
+            self._begin()
+            super()._pass_on(data, self._looked_at(body) if body else body)
+            return
+        if self._follows:
+            chunks, self._chunks_seen = self._chunks - self._chunks_seen, self._chunks
+            if (
+                not data.endswith(USUAL_END)
+                or data.rfind(self._mark) >= 0
+                or self._is_open
+                or self._in_chunk
+                or (chunks != 1 and data.count(USUAL_END) != chunks)
+            ):
+                data = self._looked_at(data)
+        else:
+            data = self._looked_at(data)
+        super()._pass_on(data)
+
+    def _begin(self) -> None:
+        """The head is there: what the body is, and how it is read."""
+        head = self._raw_head.lower()
+        self._is_stream = head.find(b"text/event-stream") >= 0
+        is_chunked = head.find(b"\ntransfer-encoding:") >= 0
+        self._mark = mark(self._path, stream=self._is_stream)
+        self._tail = _Tail(self._mark)
+        self._follows = self._is_stream and is_chunked
+        if is_chunked and not self._dechunk:
+            self._decoder = _Decoder()
+        if self._follows and self._strip:
+            self._sieve = _TextSieve(self._tail) if self._dechunk else _ChunkSieve(self._tail)
+
+    def _looked_at(self, payload: bytes) -> bytes:
+        """A piece of the body as the client gets it, having been read."""
+        self._chunks_seen = self._chunks
+        if isinstance(self._sieve, _ChunkSieve):
+            passed = self._sieve.feed(payload, is_last=self._complete)
+            self._is_open = bool(self._sieve.held)
+            return passed
+        self._is_open = self._in_chunk or not payload.endswith(b"\r\n")
+        text = self.decoded if self._dechunk else payload if self._decoder is None else self._decoder.text_of(payload)
+        if self._sieve is None:
+            self._tail.feed(text)
+            self._is_open = self._is_open or not self._tail.last.endswith(_BOUNDARIES)
+        else:
+            self.decoded = self._sieve.feed(text, is_last=self._complete)
+            self._is_open = self._is_open or bool(self._sieve.held)
+        return payload
+
+    def _truncate(self) -> None:
+        if self._sieve is not None and self._sieve.held and self._started and not self._client.is_closing():
+            self._client.write(self._sieve.held)  # as it would have come: it cannot look whole
+            self._inside = True
+        super()._truncate()
+
+
+class _Tail:
+    """What is kept of an answer's text: its beginning, its end, and what stands behind the last mark of the usage."""
+
+    __slots__ = ("first", "found", "last", "mark")
+
+    def __init__(self, mark: bytes) -> None:
+        self.mark = mark
+        self.first = self.last = self.found = b""
+
+    def feed(self, text: bytes) -> None:
+        """The next piece."""
+        if len(self.first) < KEPT:
+            self.first = (self.first + text)[:KEPT]
+        text = self.last + text
+        at = text.rfind(self.mark)
+        if at >= 0:
+            self.found = text[at : at + KEPT]
+        self.last = text[-KEPT:]
+
+
+class _Decoder:
+    """A chunked body without its chunks. It is fed from the end of a chunk on; whole chunks may be left out."""
+
+    __slots__ = ("_parser", "_pieces")
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._parser = httptools.HttpResponseParser(self)
+        self._parser.feed_data(_CHUNKED_HEAD)
+
+    def text_of(self, raw: bytes) -> bytes:
+        """The next bytes, chunk framing taken off."""
+        self._pieces.clear()
+        self._parser.feed_data(raw)
+        return b"".join(self._pieces)
+
+    def on_body(self, data: bytes) -> None:
+        """A piece of a chunk: httptools calls this."""
+        self._pieces.append(data)
+
+
+class _TextSieve:
+    """Takes events with usage out of a stream without framing. It is fed from an end of an event on."""
+
+    __slots__ = ("_tail", "held")
+
+    def __init__(self, tail: _Tail) -> None:
+        self._tail = tail
+        self.held = b""  # the beginning of an event
+
+    def feed(self, text: bytes, *, is_last: bool) -> bytes:
+        """What of the stream may go on."""
+        text = self.held + text
+        end = max((at + len(end) for end in _BOUNDARIES if (at := text.rfind(end)) >= 0), default=0)
+        passed = text[:end] if text.rfind(self._tail.mark, 0, end) < 0 else _without_usage(text[:end], self._tail)
+        rest = text[end:]
+        if is_last:
+            self._tail.feed(rest)
+            passed, rest = passed + rest, b""
+        elif len(rest) > _MOST_HELD and rest.rfind(self._tail.mark) < 0:  # but for what may begin its end
+            passed, rest = passed + rest[:-_LONGEST_END], rest[-_LONGEST_END:]
+        self.held = rest
+        return passed
+
+
+class _ChunkSieve:
+    """Takes events with usage out of a chunked stream. It is fed from an end of a chunk and an event on."""
+
+    __slots__ = ("_at", "_decoder", "_tail", "_text", "_texts", "held")
+
+    def __init__(self, tail: _Tail) -> None:
+        self._tail = tail
+        self.held = b""  # the beginning of an event, with its chunks
+        self._at = 0  # where in it the chunk begins that is not whole
+        self._text = b""  # of its whole chunks
+        self._decoder: _Decoder | None = None  # made where an event is too long to be held
+        self._texts = _TextSieve(tail)
+
+    def feed(self, raw: bytes, *, is_last: bool) -> bytes:
+        """What of the stream may go on."""
+        if self._decoder is not None:
+            return self._in_chunks_anew(self._decoder, raw, is_last=is_last)
+        raw = self.held + raw
+        out = []
+        begin, at, text = 0, self._at, self._text
+        while (line_end := raw.find(b"\r\n", at)) >= 0:
+            size = int(raw[at:line_end].partition(b";")[0], 16)
+            end = line_end + size + 4
+            if not size or end > len(raw):
+                break
+            text += raw[line_end + 2 : end - 2]
+            at = end
+            if text.endswith(_BOUNDARIES):
+                has_usage = text.rfind(self._tail.mark) >= 0
+                out.append(_chunk(_without_usage(text, self._tail)) if has_usage else raw[begin:at])
+                begin, text = at, b""
+        if is_last:
+            self._tail.feed(text)
+            out.append(raw[begin:])
+            begin = at = len(raw)
+        self.held, self._at, self._text = raw[begin:], at - begin, text
+        if len(self.held) > _MOST_HELD and self.held.rfind(self._tail.mark) < 0:
+            self._decoder = _Decoder()
+            out.append(self._in_chunks_anew(self._decoder, self.held, is_last=False))
+        return b"".join(out)
+
+    def _in_chunks_anew(self, decoder: _Decoder, raw: bytes, *, is_last: bool) -> bytes:
+        passed = _chunk(self._texts.feed(decoder.text_of(raw), is_last=is_last))
+        self.held = _chunk(self._texts.held)
+        return passed + _LAST_CHUNK if is_last else passed
+
+
+def _chunk(text: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(text), text) if text else b""
+
+
+def _without_usage(text: bytes, tail: _Tail) -> bytes:
+    """Whole events but for those with usage, which `tail` gets."""
+    if text.find(b"\n\n") == len(text) - 2 and text.find(b"\r") < 0:  # one event, as usual
+        tail.feed(text)
+        return b""
+    kept = []
+    begin = 0
+    for boundary in _BOUNDARY.finditer(text):
+        event = text[begin : boundary.end()]
+        begin = boundary.end()
+        if event.rfind(tail.mark) < 0:
+            kept.append(event)
+        else:
+            tail.feed(event)
+    return b"".join(kept)
