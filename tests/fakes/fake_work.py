@@ -132,8 +132,9 @@ class Work:
             fake_answers.write_event(writer, asked["model"], choices=[{"index": 0, "delta": {"content": text}}])
             await writer.drain()
             await asyncio.sleep(fault.get("interval", 0))
-        usage = {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
-        fake_answers.write_event(writer, asked["model"], choices=[], usage=usage)
+        if (asked.get("stream_options") or {}).get("include_usage"):
+            usage = {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
+            fake_answers.write_event(writer, asked["model"], choices=[], usage=usage)
         await self.end(writer)
 
     def begin(self, writer: asyncio.StreamWriter) -> None:

@@ -128,6 +128,8 @@ class _Request:
     strip = False  # the client did not ask for what it used
     binary = False  # the body holds a file
     granted: Granted | None = None
+    share: FairShare | None = None  # where its number is from
+    claim = (0, 1.0, 0)  # what it was made of: priority, weight, tokens
     went = waits = False
     made: MeteredExchange | None = None
 
@@ -182,11 +184,13 @@ class _Request:
                 raise self._refused(found)
             self.granted = found
         if metering.is_fair:
-            self.number = metering.share(self.model).number(self.user.name, *self._claim())
+            limits = self.user.limits
+            self.share, self.claim = (
+                metering.share(self.model),
+                (limits.priority, limits.weight, self.prompt + self.output),
+            )
+            self.number = self.share.number(self.user.name, *self.claim)
             call.forwarded += b"X-Vllm-Priority: %d\r\n" % self.number
-
-    def _claim(self) -> tuple[int, float, int]:
-        return self.user.limits.priority, self.user.limits.weight, self.prompt + self.output
 
     def _refused(self, found: Refused) -> LimitError:
         usage, name = self._metering.usage, self.user.name
@@ -233,13 +237,14 @@ class _Request:
 
     def exchange(self, *args: Any, **kwargs: Any) -> MeteredExchange:  # noqa: ANN401 - those of `Exchange`
         """One that counts; the last one that was made is what the client gets."""
-        if self._metering.is_fair and kwargs.get("on_head") is None:
+        if self.share is not None and kwargs.get("on_head") is None:
             kwargs["on_head"] = self._began
         self.made = MeteredExchange(*args, strip=self.strip, path=self.call.route, **kwargs)
         return self.made
 
     def _began(self, _: int) -> bool:
-        self._metering.share(self.model).began(self.number)
+        assert self.share is not None
+        self.share.began(self.number)
         return True
 
     def end(self) -> None:
@@ -257,9 +262,11 @@ class _Request:
         self._leave(served=self.made is not None and self.made.first_byte_at > 0)
 
     def _leave(self, *, served: bool) -> None:
-        if self._metering.is_fair:
-            share = self._metering.share(self.model)
-            share.ended() if served else share.unserved(self.user.name, *self._claim())
+        if self.share is not None:
+            if served:
+                self.share.ended()
+            else:
+                self.share.unserved(self.user.name, *self.claim)
         self._wait_no_more()
         if self.went:
             self.user.in_flight -= 1
