@@ -1,16 +1,22 @@
-"""One answer on its way from an engine to a client, fed by hand: whatever the pieces, what comes out is the same."""
+"""One answer on its way from an engine to a client, fed by hand: whatever the pieces, what comes out is the same.
+
+All of it holds of an exchange whose tokens are counted, too, whether or not its usage is taken out.
+"""
 
 import asyncio
 import itertools
 import re
 import socket
-from typing import cast
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import ClassVar, cast
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vllm_proxy.traffic.exchange import Ending, Exchange
+from vllm_proxy.traffic.sieve import MeteredExchange
 from vllm_proxy.traffic.wire import EngineConnection
 
 EVENT_ERROR = b"data: broke\n\n"
@@ -67,12 +73,14 @@ class Engine:
 class Run:
     """An exchange with both ends."""
 
+    kind: ClassVar[Callable[..., Exchange]] = Exchange  # what it is of
+
     def __init__(self, *, http10: bool = False, no_body: bool = False, close: bool = False, declined: int = 0) -> None:
         self.loop = asyncio.new_event_loop()
         self.client, self.engine = Client(), Engine()
 
         async def make() -> Exchange:
-            return Exchange(
+            return type(self).kind(
                 self.client,
                 b"X-Extra: 1\r\n",
                 EVENT_ERROR,
@@ -112,6 +120,16 @@ class Run:
     def body(self) -> bytes:
         """What the client got behind the head."""
         return self.client.got.partition(b"\r\n\r\n")[2]
+
+
+@pytest.fixture(params=["exchange", "metered", "usage taken out"], autouse=True, scope="module")
+def kind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each fact holds of all three."""
+    if request.param != "exchange":
+        strip = request.param == "usage taken out"
+        Run.kind = partial(MeteredExchange, strip=strip, path="/v1/chat/completions")
+    yield
+    Run.kind = Exchange
 
 
 def cut_at(data: bytes, places: list[int]) -> list[bytes]:

@@ -98,7 +98,7 @@ def read(body: bytes, path: str) -> Asked:
         raise no_json(error) from None
     except RecursionError:
         raise no_json("its values are nested too deeply") from None
-    return _asked(found, path, prompts, binary=body.find(_BINARY) >= 0, place=None)
+    return _asked(found, path, prompts, binary=body.rfind(_BINARY) >= 0, place=None)
 
 
 async def read_large(body: bytes, path: str) -> Asked:

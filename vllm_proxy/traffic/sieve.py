@@ -19,6 +19,7 @@ _CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 _LAST_CHUNK = b"0\r\n\r\n"
 _BOUNDARIES = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _BOUNDARY = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_LINE_ENDS = b"\r\n"
 _LONGEST_END = 3  # bytes of a boundary that has not come whole
 _MOST_HELD = 16 * 1024  # bytes of an event that has not shown usage: so far from its beginning it has none
 
@@ -27,11 +28,7 @@ class MeteredExchange(Exchange):
     """An exchange whose tokens are known when it has ended."""
 
     _chunks = _chunks_seen = 0
-    _mark = b""
-    _is_stream = _follows = _is_open = False
-    _tail: "_Tail"
-    _decoder: "_Decoder | None" = None
-    _sieve: "_ChunkSieve | _TextSieve | None" = None
+    _is_clear = False  # in a stream of chunks: whether the next read begins with a chunk and with an event
 
     def __init__(
         self,
@@ -50,23 +47,18 @@ class MeteredExchange(Exchange):
         super().__init__(
             client, extra_headers, event_error, http10=http10, no_body=no_body, close=close, on_head=on_head
         )
-        self._strip = strip and asks_for_usage(path)
-        self._path = path
+        # In an object of its own: Python is slower with the attributes of one that has thirty.
+        self._reading = _Reading(path, strip=strip and asks_for_usage(path))
 
     @property
     def tokens(self) -> Tokens | None:
-        """What the answer took, once `ended` is known; None where it did not tell."""
-        if not self._started:
-            return None
-        last = self._tail.found or self._tail.last
-        if self._is_stream:
-            return of_stream(self._path, last)
-        return of_json(self._path, self._tail.first, last) or of_head(self._raw_head)
+        """What the answer took, once it has ended; None where it did not tell."""
+        return (self._reading.tokens or of_head(self._raw_head)) if self._started else None
 
     @property
     def events(self) -> int:
         """How many events of a stream came, about one for each token; 0 where the answer is no stream."""
-        return self._chunks - self._complete if self._is_stream else 0  # the last chunk is none
+        return self._chunks - self._complete if self._reading.is_stream else 0  # the last chunk is none
 
     def on_chunk_complete(self) -> None:
         """As of an exchange; and an engine sends each event as a chunk."""
@@ -74,59 +66,88 @@ class MeteredExchange(Exchange):
         self._chunks += 1
 
     def _pass_on(self, data: bytes, body: bytes | None = None) -> None:
-        if body is not None:
-            self._begin()
-            super()._pass_on(data, self._looked_at(body) if body else body)
-            return
-        if self._follows:
+        reading = self._reading
+        if (
+            self._is_clear
+            and data.endswith(USUAL_END)
+            and data.rfind(reading.mark) < 0
+            and data.rfind(b"[DONE]") < 0
+            and not self._in_chunk
+            and not self._client.is_closing()
+        ):
             chunks, self._chunks_seen = self._chunks - self._chunks_seen, self._chunks
-            if (
-                not data.endswith(USUAL_END)
-                or data.rfind(self._mark) >= 0
-                or self._is_open
-                or self._in_chunk
-                or (chunks != 1 and data.count(USUAL_END) != chunks)
-            ):
-                data = self._looked_at(data)
-        else:
-            data = self._looked_at(data)
-        super()._pass_on(data)
-
-    def _begin(self) -> None:
-        """The head is there: what the body is, and how it is read."""
-        head = self._raw_head.lower()
-        self._is_stream = head.find(b"text/event-stream") >= 0
-        is_chunked = head.find(b"\ntransfer-encoding:") >= 0
-        self._mark = mark(self._path, stream=self._is_stream)
-        self._tail = _Tail(self._mark)
-        self._follows = self._is_stream and is_chunked
-        if is_chunked and not self._dechunk:
-            self._decoder = _Decoder()
-        if self._follows and self._strip:
-            self._sieve = _TextSieve(self._tail) if self._dechunk else _ChunkSieve(self._tail)
-
-    def _looked_at(self, payload: bytes) -> bytes:
-        """A piece of the body as the client gets it, having been read."""
-        self._chunks_seen = self._chunks
-        if isinstance(self._sieve, _ChunkSieve):
-            passed = self._sieve.feed(payload, is_last=self._complete)
-            self._is_open = bool(self._sieve.held)
-            return passed
-        self._is_open = self._in_chunk or not payload.endswith(b"\r\n")
-        text = self.decoded if self._dechunk else payload if self._decoder is None else self._decoder.text_of(payload)
-        if self._sieve is None:
-            self._tail.feed(text)
-            self._is_open = self._is_open or not self._tail.last.endswith(_BOUNDARIES)
-        else:
-            self.decoded = self._sieve.feed(text, is_last=self._complete)
-            self._is_open = self._is_open or bool(self._sieve.held)
-        return payload
+            if chunks == 1 or data.count(USUAL_END) == chunks:  # else an event may go over several chunks
+                self.body_bytes += len(data)
+                self._client.write(data)
+                return
+        payload = data if body is None else body
+        if self._complete and not reading.has_begun and payload.endswith(b"}"):  # JSON, at once and without chunks
+            reading.whole = payload
+        elif payload:
+            if not reading.has_begun:
+                reading.begin(self._raw_head, dechunk=self._dechunk)
+            if self._dechunk:
+                self.decoded = reading.feed(self.decoded, is_last=self._complete)
+            else:
+                payload = reading.feed(payload, is_last=self._complete)
+        super()._pass_on(payload if body is None else data, None if body is None else payload)
+        if reading.is_stream:
+            self._chunks_seen = self._chunks
+            self._is_clear = reading.may_skip and self._is_events and not self._inside
 
     def _truncate(self) -> None:
-        if self._sieve is not None and self._sieve.held and self._started and not self._client.is_closing():
-            self._client.write(self._sieve.held)  # as it would have come: it cannot look whole
+        sieve = self._reading.sieve
+        if sieve is not None and sieve.held and not self._client.is_closing():
+            self._client.write(sieve.held)  # as it would have come: the stream cannot look whole
             self._inside = True
         super()._truncate()
+
+
+class _Reading:
+    """What is read of the body of one answer."""
+
+    __slots__ = ("_decoder", "_path", "_strip", "_tail", "has_begun", "is_stream", "mark", "sieve", "whole")
+
+    def __init__(self, path: str, *, strip: bool) -> None:
+        self._path = path
+        self._strip = strip
+        self.has_begun = self.is_stream = False
+        self.whole = b""  # what came in one read
+        self.sieve: _ChunkSieve | _TextSieve | None = None
+
+    def begin(self, head: bytes, *, dechunk: bool) -> None:
+        """The body begins. `dechunk`: whether it comes without its chunks, where there are any."""
+        self.has_begun = True
+        head = head.lower()
+        self.is_stream = head.rfind(b"text/event-stream") >= 0
+        self.mark = mark(self._path, stream=self.is_stream)
+        self._tail = _Tail(self.mark)
+        is_chunked = head.rfind(b"\ntransfer-encoding:") >= 0
+        self._decoder = None
+        if self.is_stream and self._strip and is_chunked:
+            self.sieve = _TextSieve(self._tail) if dechunk else _ChunkSieve(self._tail)
+        elif is_chunked and not dechunk:
+            self._decoder = _Decoder()
+
+    def feed(self, payload: bytes, *, is_last: bool) -> bytes:
+        """The next piece; what of it the client gets."""
+        if self.sieve is not None:
+            return self.sieve.feed(payload, is_last=is_last)
+        self._tail.feed(payload if self._decoder is None else self._decoder.text_of(payload))
+        return payload
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether it needs not be fed what begins and ends with a chunk and with an event, and has no usage."""
+        return self._decoder is not None if self.sieve is None else self.sieve.is_between_events
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """What the answer took, as far as it was fed."""
+        if not self.has_begun:
+            return of_json(self._path, self.whole, self.whole)
+        last = self._tail.found or self._tail.last
+        return of_stream(self._path, last) if self.is_stream else of_json(self._path, self._tail.first, last)
 
 
 class _Tail:
@@ -173,11 +194,12 @@ class _Decoder:
 class _TextSieve:
     """Takes events with usage out of a stream without framing. It is fed from an end of an event on."""
 
-    __slots__ = ("_tail", "held")
+    __slots__ = ("_tail", "held", "is_between_events")
 
     def __init__(self, tail: _Tail) -> None:
         self._tail = tail
         self.held = b""  # the beginning of an event
+        self.is_between_events = False  # as far as anybody needs to know
 
     def feed(self, text: bytes, *, is_last: bool) -> bytes:
         """What of the stream may go on."""
@@ -185,7 +207,7 @@ class _TextSieve:
         end = max((at + len(end) for end in _BOUNDARIES if (at := text.rfind(end)) >= 0), default=0)
         passed = text[:end] if text.rfind(self._tail.mark, 0, end) < 0 else _without_usage(text[:end], self._tail)
         rest = text[end:]
-        if is_last:
+        if is_last or not rest.strip(_LINE_ENDS):
             self._tail.feed(rest)
             passed, rest = passed + rest, b""
         elif len(rest) > _MOST_HELD and rest.rfind(self._tail.mark) < 0:  # but for what may begin its end
@@ -197,22 +219,26 @@ class _TextSieve:
 class _ChunkSieve:
     """Takes events with usage out of a chunked stream. It is fed from an end of a chunk and an event on."""
 
-    __slots__ = ("_at", "_decoder", "_tail", "_text", "_texts", "held")
+    __slots__ = ("_at", "_long", "_tail", "_text", "held")
 
     def __init__(self, tail: _Tail) -> None:
         self._tail = tail
         self.held = b""  # the beginning of an event, with its chunks
         self._at = 0  # where in it the chunk begins that is not whole
         self._text = b""  # of its whole chunks
-        self._decoder: _Decoder | None = None  # made where an event is too long to be held
-        self._texts = _TextSieve(tail)
+        self._long: tuple[_Decoder, _TextSieve] | None = None  # from an event on that is too long to be held
+
+    @property
+    def is_between_events(self) -> bool:
+        """Whether it needs not be fed what begins and ends with a chunk and with an event."""
+        return not self.held and self._long is None
 
     def feed(self, raw: bytes, *, is_last: bool) -> bytes:
         """What of the stream may go on."""
-        if self._decoder is not None:
-            return self._in_chunks_anew(self._decoder, raw, is_last=is_last)
+        if self._long is not None:
+            return self._feed_long(*self._long, raw, is_last=is_last)
         raw = self.held + raw
-        out = []
+        passed = []
         begin, at, text = 0, self._at, self._text
         while (line_end := raw.find(b"\r\n", at)) >= 0:
             size = int(raw[at:line_end].partition(b";")[0], 16)
@@ -221,23 +247,24 @@ class _ChunkSieve:
                 break
             text += raw[line_end + 2 : end - 2]
             at = end
-            if text.endswith(_BOUNDARIES):
+            if text.endswith(_BOUNDARIES) or not text.strip(_LINE_ENDS):
                 has_usage = text.rfind(self._tail.mark) >= 0
-                out.append(_chunk(_without_usage(text, self._tail)) if has_usage else raw[begin:at])
+                passed.append(_chunk(_without_usage(text, self._tail)) if has_usage else raw[begin:at])
                 begin, text = at, b""
         if is_last:
             self._tail.feed(text)
-            out.append(raw[begin:])
+            passed.append(raw[begin:])
             begin = at = len(raw)
         self.held, self._at, self._text = raw[begin:], at - begin, text
         if len(self.held) > _MOST_HELD and self.held.rfind(self._tail.mark) < 0:
-            self._decoder = _Decoder()
-            out.append(self._in_chunks_anew(self._decoder, self.held, is_last=False))
-        return b"".join(out)
+            self._long = _Decoder(), _TextSieve(self._tail)
+            passed.append(self._feed_long(*self._long, self.held, is_last=False))
+        return b"".join(passed)
 
-    def _in_chunks_anew(self, decoder: _Decoder, raw: bytes, *, is_last: bool) -> bytes:
-        passed = _chunk(self._texts.feed(decoder.text_of(raw), is_last=is_last))
-        self.held = _chunk(self._texts.held)
+    def _feed_long(self, decoder: "_Decoder", texts: "_TextSieve", raw: bytes, *, is_last: bool) -> bytes:
+        """In chunks of its own, since a part of one is passed on. A stream with such an event stays so to its end."""
+        passed = _chunk(texts.feed(decoder.text_of(raw), is_last=is_last))
+        self.held = _chunk(texts.held)
         return passed + _LAST_CHUNK if is_last else passed
 
 
