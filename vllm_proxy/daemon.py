@@ -44,6 +44,7 @@ from vllm_proxy.fleet.managed import Managed
 from vllm_proxy.fleet.objections import Hardware
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
+from vllm_proxy.fleet.usage_ledger import UsageLedger
 from vllm_proxy.fleet.watch import watch
 from vllm_proxy.listen import Listeners, inherited, listen, listen_for_commands, notice_departed_clients
 from vllm_proxy.logsetup import Output
@@ -60,6 +61,7 @@ from vllm_proxy.traffic.access_log import AccessLog
 from vllm_proxy.traffic.front import FrontRunner
 from vllm_proxy.traffic.keyring import Keyring
 from vllm_proxy.traffic.registry import Registry
+from vllm_proxy.traffic.usage import Usage
 
 log = structlog.get_logger()
 
@@ -141,7 +143,8 @@ async def serve(
                           address_is_given=bool(held))  # fmt: skip
         _warn_of_access(keyring, config, listeners)
         certificate = _certificate(settings, reconciler, stack)
-        await _run(desired, listeners, certificate, stack, output=output, on_listening=on_listening)
+        ledger = await _ledger(settings, stack)
+        await _run(desired, listeners, certificate, ledger, stack, output=output, on_listening=on_listening)
     if hanging := threads.running():
         log.warning("calls that have not come back are left behind; a disk does not answer", calls=hanging)
     if left := reconciler.not_ended():
@@ -164,6 +167,7 @@ async def _run(
     desired: Desired,
     listeners: Listeners,
     certificate: tls.Certificate,
+    ledger: UsageLedger,
     stack: contextlib.AsyncExitStack,
     *,
     output: Output,
@@ -188,7 +192,7 @@ async def _run(
     stack.callback(watching.cancel)
     lines = AccessLog(output.writer, output.form) if output.requests else None
     parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines, lag, output.writer,
-                      output.masking.mask, certificate)  # fmt: skip
+                      output.masking.mask, certificate, ledger)  # fmt: skip
     runner = app.build(parts, _HANDLER_SECONDS)
     following: asyncio.Task[None] | None = None
     for misfit in await desired.objections.standing():
@@ -332,6 +336,18 @@ def _certificate(settings: Settings, reconciler: Reconciler, stack: contextlib.A
     following = keep_running(certificate.follow, "watch of the certificate")
     stack.callback(following.cancel)
     return certificate
+
+
+async def _ledger(settings: Settings, stack: contextlib.AsyncExitStack) -> UsageLedger:
+    """What keys use, kept on disk until the last request has ended."""
+    disk = Disk("the ledger", 1)
+    stack.callback(disk.close)
+    ledger = UsageLedger(settings.state_dir, Usage(), disk)
+    await ledger.load()
+    stack.push_async_callback(ledger.close, _WRITE_SECONDS)
+    writing = keep_running(ledger.run, "the ledger")
+    stack.callback(writing.cancel)
+    return ledger
 
 
 def _handle_stop_signals(reconciler: Reconciler) -> asyncio.Event:
