@@ -224,3 +224,28 @@ async def test_the_loop_and_the_log_are_watched_too() -> None:
     assert found['vllm_proxy_loop_lag_seconds_bucket{le="0.5"}'] == 1
     assert found["vllm_proxy_loop_lag_max_seconds"] == 0.3
     assert found["vllm_proxy_log_lines_dropped_total"] == 5
+
+
+async def test_what_keys_use_is_shown_by_key_and_model() -> None:
+    """Tokens by kind, outcomes, refusals, what limits and engines tell; of names of the file alone."""
+    counted = Usage()
+    counted.add("ci", "chat", requests=2, prompt=30, completion=20, cached=10, estimated=5)
+    counted.add("gone", "chat", prompt=1)
+    counted.ended("ci", "chat", "aborted")
+    counted.refused("ci", "tokens_per_day")
+    usage = UsageMetrics(
+        counted, {"missing_scope": 3}, lambda: {"ci": 4, "gone": 1}, lambda: {("ci", "tokens_per_day"): 0.5},
+        lambda: {"chat": 7},
+    )  # fmt: skip
+    found = await series(metrics_of(Fleet("chat"), usage))
+    labels = 'key="ci",model="chat"'
+    assert [found[f'vllm_proxy_tokens_total{{key="ci",kind="{kind}",model="chat"}}'] for kind in
+            ("prompt", "completion", "cached")] == [30, 20, 10]  # fmt: skip
+    assert found[f"vllm_proxy_tokens_estimated_total{{{labels}}}"] == 5
+    assert found['vllm_proxy_key_requests_total{key="ci",model="chat",outcome="aborted"}'] == 1
+    assert found['vllm_proxy_rate_limited_total{key="ci",limit="tokens_per_day"}'] == 1
+    assert found['vllm_proxy_auth_failures_total{reason="missing_scope"}'] == 3
+    assert found['vllm_proxy_key_in_flight{key="ci"}'] == 4
+    assert found['vllm_proxy_limit_used_ratio{key="ci",limit="tokens_per_day"}'] == 0.5
+    assert found['vllm_proxy_tokens_unattributed{model="chat"}'] == 7
+    assert not any("gone" in name for name in found)

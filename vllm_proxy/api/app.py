@@ -176,7 +176,7 @@ def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
         *keys.routes(keys.Keys(parts.desired, bodies)),
         Route("GET", "/devices", read, answered(devices.list_devices(reconciler.room))),
         Route("GET", "/events", read, events.stream),
-        Route("GET", "/usage", read, usage.report(parts.ledger), of_itself=True),
+        Route("GET", "/usage", read, answered(usage.report(parts.ledger)), of_itself=True),
         Route(
             "GET", "/health", None, answered(models.health(reconciler, parts.desired, parts.certificate, parts.ledger))
         ),

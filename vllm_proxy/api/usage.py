@@ -6,33 +6,37 @@ thread.
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
+from typing import cast
 
 import msgspec
 from aiohttp import web
 
+from vllm_proxy.api.reply import Reply
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.domain.units import parse_time, show_time
 from vllm_proxy.domain.usage import Groups, Query, as_csv, query, rows
 from vllm_proxy.domain.usage_resources import Usage
 from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.usage_ledger import UsageLedger
-from vllm_proxy.traffic.envelope import Handler
 from vllm_proxy.traffic.front import caller_of
 
 _CSV = "text/csv"
 _DATE = len("2027-01-01")
 
 
-def report(ledger: UsageLedger) -> Handler:
+def report(ledger: UsageLedger) -> Callable[[web.Request], Awaitable[Reply[Usage] | web.StreamResponse]]:
     """`from`, `to`: whole hours, by default the last 24. `by`: some of key, model, and day or hour."""
 
-    async def handle(request: web.Request) -> web.Response:
+    async def handle(request: web.Request) -> Reply[Usage] | web.StreamResponse:
         asked = _asked(request)
         groups = await ledger.report(asked)
-        as_table = _prefers_csv(request.headers.get("Accept", ""))
-        body = await asyncio.to_thread(_csv if as_table else _json, asked, groups)
-        kind = f"{_CSV}; charset=utf-8; header=present" if as_table else "application/json"
-        return web.Response(body=body, headers={"Content-Type": kind, "Cache-Control": "no-store", "Vary": "Accept"})
+        headers = {"Cache-Control": "no-store", "Vary": "Accept"}
+        if _prefers_csv(request.headers.get("Accept", "")):
+            body = await asyncio.to_thread(_csv, asked, groups)
+            return web.Response(body=body, headers={**headers, "Content-Type": f"{_CSV}; charset=utf-8"})
+        encoded = msgspec.Raw(await asyncio.to_thread(_json, asked, groups))
+        return Reply(cast("Usage", encoded), headers=headers)
 
     return handle
 

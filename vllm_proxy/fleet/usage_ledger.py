@@ -58,6 +58,7 @@ class UsageLedger:
         try:
             await self._turn.run(self._load)
         except (UsageFileError, NoAnswerError) as error:
+            self._counted.set()
             self._set_problem(str(error) or _NO_ANSWER)
 
     def spent(self, key: str) -> Spent:
@@ -133,18 +134,17 @@ class UsageLedger:
             self._waiting.setdefault(bucket, Counts()).add(counts)
             self._charge(bucket.key, bucket.hour // DAY * DAY, counts.tokens)
         self._forget_earlier_months()
-        if not self._waiting:
-            return
         try:
-            await self._offload(self._file.add, self._waiting, self._now())
+            if self._waiting:
+                await self._offload(self._file.add, self._waiting, self._now())
+                self._waiting = {}
+            if not self._loaded:
+                await self._load()
         except UsageFileError as error:
             self._counted.set()  # again
             self._bound()
             self._set_problem(str(error))
         else:
-            self._waiting = {}
-            if not self._loaded:
-                await self._load()
             self._set_problem(None)
 
     def _charge(self, key: str, day: int, tokens: int) -> None:
