@@ -53,7 +53,8 @@ async def until_stalled(
 async def _mark(endpoint: Endpoint, meter: Meter, seconds: float) -> object:
     """What changes whenever the engine gets on with its requests; None where no request waits for it.
 
-    `seconds`: how old its counters may be. An engine that keeps no counters (`disable_log_stats`) may be busy with a long answer: it is never judged.
+    `seconds`: how old its counters may be. An engine that keeps none (`disable_log_stats`) may be busy with a long
+    answer: it is never judged.
     """
     if not endpoint.pool.waiting():
         return None

@@ -10,8 +10,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Self
 
 from vllm_proxy.domain.address import Address
+from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.probe import Probe
 from vllm_proxy.traffic.endpoint import Endpoint
 
@@ -58,10 +60,14 @@ class Meter:
         self._text: str | None = None
         self._looking = asyncio.Lock()
 
-    async def skip(self) -> None:
-        """What the engine has counted until now is not ours: an earlier daemon asked for it."""
-        self._known = None
-        await self.counters(0.0)
+    @classmethod
+    async def of(cls, engine: Engine, probe: Probe, add: Callable[[Mapping[str, int]], None]) -> Self:
+        """Of an engine that is ready now. What it has counted until then is not ours: an earlier daemon asked for it."""
+        meter = cls(engine.place.address, probe, add)
+        if engine.was_ready:
+            meter._known = None
+            await meter.counters(0.0)
+        return meter
 
     async def follow(self, endpoint: Endpoint, watchers: Watchers) -> None:
         """Look again and again, until cancelled."""
