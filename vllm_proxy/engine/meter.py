@@ -62,7 +62,7 @@ class Meter:
 
     @classmethod
     async def of(cls, engine: Engine, probe: Probe, add: Callable[[Mapping[str, int]], None]) -> Self:
-        """Of an engine that is ready now. What it has counted until then is not ours: an earlier daemon asked for it."""
+        """Of an engine that is ready. What one of an earlier daemon has counted until now is not ours."""
         meter = cls(engine.place.address, probe, add)
         if engine.was_ready:
             meter._known = None
