@@ -310,7 +310,7 @@ async def test_two_who_ask_at_once_get_one_answer() -> None:
     stage = Stage()
     stage.probe.work = counters(5.0, 2.0)
     meter = Meter(place_of("chat/0", 0, NO_DEVICES).address, stage.probe, lambda _: None)
-    assert await asyncio.gather(meter.counters(1.0), meter.counters(1.0)) == [stage.probe.work] * 2
+    assert set(await asyncio.gather(meter.counters(1.0), meter.counters(1.0))) == {stage.probe.work}
     assert len(stage.probe.looks) == 1
     await passes(0.5)
     await meter.counters(0.6)
