@@ -68,6 +68,29 @@ async def test_a_sleeper_is_shown_with_its_level_what_it_keeps_and_why_it_gave_w
 
 
 @virtual
+async def test_a_sleeper_that_waits_for_its_room_says_for_whom_and_for_how_long() -> None:
+    """As a start does; what it takes then is a wake, and not a start."""
+    stage = Stage(Gpus(gib=12))
+    stage.kept.seconds = {"chat": [100.0] * 9, "code": [100.0] * 9}
+    chat, _ = begun(stage, model("chat", 8, LEVEL_1, queue_size=1)), begun(stage, model("code", 8, LEVEL_1))
+    for name in ("chat", "code"):
+        with await answered(stage, name):
+            pass
+    waiting = asyncio.create_task(stage.registry.acquire("chat"))
+    await passes(1)
+    shown, status = instance(stage, chat), models.resource(chat, stage.registry, {})["status"]
+    assert (shown["state"], shown["phase"]) == ("loading", "queued")
+    assert shown["message"] == "waits for 8.0 GiB on GPU 0: code gives way within 10 s"
+    assert (status["message"], shown["ready_in_seconds"]) == (shown["message"], None)
+    assert status["room"] == {"needs": pytest.approx(8 * GIB, rel=1e-5), "waits_for": ["code/0"], "behind": []}
+    with pytest.raises(RequestError) as refused:
+        await stage.registry.acquire("chat")
+    assert (refused.value.code, refused.value.retry_after) == ("queue_full", 12)
+    with await waiting:
+        assert models.resource(chat, stage.registry, {})["status"]["room"] is None
+
+
+@virtual
 async def test_two_naps_that_fail_in_a_row_turn_sleep_off_and_say_why() -> None:
     """A sleep that is followed by no good wake is none; once off, an idle model stops, and a hand is told why."""
     stage = Stage(Gpus())

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from tests import mixed_load
-from tests.daemon.test_room import RULES, SAY, fleet_config, once, says
+from tests.daemon.test_room import SAY, fleet_config, once, says
 from tests.daemon.test_room import fleet as fleet_of
 from tests.fakes.ledger import GIB, Devices
 from tests.harness import Daemon, daemon, session_of
@@ -23,7 +23,8 @@ from tests.harness import Daemon, daemon, session_of
 CONTEXT = int(0.6 * GIB)
 RESIDUE = CONTEXT + int(0.67 * GIB)
 NEAR = 64 * 2**20
-RULES_OF_SLEEP = RULES + 'host_memory = "1TiB"\n'  # what the fakes say of weights on the host is not there
+# Nobody waits for long; and what the fakes say of weights on the host is not there.
+RULES_OF_SLEEP = 'min_residency = 0\nmax_wait = "200ms"\nhost_memory = "1TiB"\n'
 fleet = partial(fleet_of, rules=RULES_OF_SLEEP)
 ENDED = "an engine is ended that cannot be trusted any more"
 
@@ -137,7 +138,7 @@ async def test_hundreds_of_requests_for_three_models_that_sleep(tmp_path: Path) 
     """None fails, streams and whole answers, and never is more taken than there is."""
     config = sleepers(chat="", code="", third="")
     async with fleet(tmp_path, config, size=12 * GIB) as (running, devices):
-        plans = mixed_load.wandering(["chat", "code", "third"], clients=8, requests=400, seed=3, stays=0.9)
+        plans = mixed_load.wandering(["chat", "code", "third"], clients=8, requests=200, seed=3, stays=0.9)
         assert await mixed_load.run(running.url, plans) == []
         assert devices.most()["0"] <= 12 * GIB
         assert all(count <= 2 for count in devices.starts().values()), devices.starts()
@@ -146,54 +147,66 @@ async def test_hundreds_of_requests_for_three_models_that_sleep(tmp_path: Path) 
 # Faults
 
 
-@pytest.mark.parametrize("fault", ["lies", "fails-after-freeing", "dies"])
-async def test_a_sleep_that_fails_costs_one_cold_start(tmp_path: Path, fault: str) -> None:
+def pairs(folder: Path, level: int, options: dict[str, str]) -> str:
+    """On a GPU each: a model whose engine has a fault, once, and one for which it gives way. `options`: by model."""
+    return "".join(
+        sleepers(
+            level,
+            **{
+                name: f'{option}\nfake_once = "{folder}/once-{name}"\n;devices = [{gpu}]\n',
+                f"beside_{name}": f";devices = [{gpu}]\n",
+            },
+        )
+        for gpu, (name, option) in enumerate(options.items())
+    )
+
+
+async def in_turns(running: Daemon, name: str, *, times: int) -> None:
+    """Ask for one of such a pair, for the other one, and so on, until it has answered so often."""
+    for number in range(times):
+        if number:
+            await says(running, f"beside_{name}")
+        await says(running, name)
+
+
+async def test_a_sleep_that_fails_costs_one_cold_start(tmp_path: Path) -> None:
     """And no request: the engine that nobody can trust is ended, and its room is that of who waits."""
-    config = sleepers(chat=f'fake_sleep = "{fault}"\nfake_once = "{tmp_path}/once"', code="")
-    async with fleet(tmp_path, config) as (running, devices):
-        for name in ("chat", "code", "chat", "code", "chat"):
-            await says(running, name)
-        assert devices.starts() == {"chat": 2, "code": 1}
-        await running.logged(ENDED, 1)
-        assert (await moved(running, "chat"))[1] == 1
+    faults = {"lies": "lies", "fails": "fails-after-freeing", "dies": "dies"}
+    config = pairs(tmp_path, 1, {name: f'fake_sleep = "{fault}"' for name, fault in faults.items()})
+    async with fleet(tmp_path, config, gpus=len(faults)) as (running, devices):
+        await asyncio.gather(*(in_turns(running, name, times=3) for name in faults))
+        assert devices.starts() == dict.fromkeys(faults, 2) | {f"beside_{name}": 1 for name in faults}
+        await running.logged(ENDED, len(faults))
+        assert [(await moved(running, name))[1] for name in faults] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("level", [1, 2])
-@pytest.mark.parametrize("fault", ["oom", "dies", "garbage"])
-async def test_a_wake_that_fails_costs_one_cold_start(tmp_path: Path, fault: str, level: int) -> None:
+async def test_a_wake_that_fails_costs_one_cold_start(tmp_path: Path, level: int) -> None:
     """Under the same admission, without a pause; the request that woke it is served by the next engine."""
-    config = sleepers(level, chat=f'fake_wake = "{fault}"\nfake_once = "{tmp_path}/once"', code="")
-    async with fleet(tmp_path, config) as (running, devices):
-        for name in ("chat", "code", "chat"):
-            await says(running, name)
-        instance = await running.instance("chat")
-        assert (instance["state"], instance["last_exit"]["reason"]) == ("ready", "wake_failed")
-        for name in ("code", "chat"):
-            await says(running, name)
-        assert devices.starts() == {"chat": 2, "code": 1}
-        await running.logged(ENDED, 1)
+    faults = ("oom", "dies", "garbage")
+    config = pairs(tmp_path, level, {name: f'fake_wake = "{name}"' for name in faults})
+    async with fleet(tmp_path, config, gpus=len(faults)) as (running, devices):
+        await asyncio.gather(*(in_turns(running, name, times=2) for name in faults))
+        for name in faults:
+            instance = await running.instance(name)
+            assert (instance["state"], instance["last_exit"]["reason"]) == ("ready", "wake_failed")
+        await asyncio.gather(*(says(running, f"beside_{name}") for name in faults))
+        await asyncio.gather(*(says(running, name) for name in faults))
+        assert devices.starts() == dict.fromkeys(faults, 2) | {f"beside_{name}": 1 for name in faults}
+        await running.logged(ENDED, len(faults))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 async def test_a_call_that_hangs_costs_one_cold_start(tmp_path: Path) -> None:
     """Of both kinds, at once, on a GPU each: after the time that vLLM is given for it."""
-    once_ = f'fake_once = "{tmp_path}/once-'
-    config = sleepers(
-        lull=f'fake_sleep = "slow"\n{once_}lull"\n;devices = [0]\n', night=";devices = [0]\n",
-        dawn=f'fake_wake = "hangs"\n{once_}dawn"\n;devices = [1]\n', day=";devices = [1]\n",
-    )  # fmt: skip
+    config = pairs(tmp_path, 1, {"lull": 'fake_sleep = "slow"', "dawn": 'fake_wake = "hangs"'})
     async with fleet(tmp_path, config, gpus=2) as (running, devices):
-
-        async def ask(*names: str) -> None:
-            for name in names:
-                await says(running, name)
-
-        await asyncio.gather(ask("lull", "night", "lull", "night", "lull"), ask("dawn", "day", "dawn", "day", "dawn"))
-        assert devices.starts() == {"lull": 2, "night": 1, "dawn": 2, "day": 1}
+        await asyncio.gather(*(in_turns(running, name, times=3) for name in ("lull", "dawn")))
+        assert devices.starts() == {"lull": 2, "beside_lull": 1, "dawn": 2, "beside_dawn": 1}
 
 
-@pytest.mark.parametrize("option", ['fake_sleep = "lies"', 'fake_wake = "garbage"'])
+@pytest.mark.parametrize("option", ['fake_sleep = "fails-after-freeing"', 'fake_wake = "garbage"'])
 async def test_after_two_failures_in_a_row_a_model_is_stopped_in_place_of_put_to_sleep(
     tmp_path: Path, option: str
 ) -> None:

@@ -229,7 +229,7 @@ def _message(instance: Supervisor, known: str | None) -> str | None:
 
 def _instance(instance: Supervisor, takes: Mapping[str, int]) -> resources.Instance:
     engine, left, diagnosis = instance.engine, instance.seconds_left(), instance.diagnosis
-    problem = instance.gives_way_because or (engine.log.problem if engine else instance.waiting_because)
+    problem = instance.gives_way_because or instance.waiting_because or (engine.log.problem if engine else None)
     return {
         "index": instance.index,
         "state": instance.state,

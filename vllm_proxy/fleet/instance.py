@@ -54,13 +54,19 @@ class Instance(Tenancy):
         return self._life.state
 
     @property
+    def serves_or_comes(self) -> bool:
+        """Whether an engine of it serves, or will without waiting for room."""
+        sleeps = self.state is State.SLEEPING or self.waits is not None
+        return self.state is State.READY or (self.engine is not None and not sleeps)
+
+    @property
     def failure(self) -> Diagnosis | None:
         """Why its last engine failed; None where one serves, or the first one is on its way."""
         return self._failure if self.state in {State.LOADING, State.ERROR} else None
 
     def seconds_left(self) -> float | None:
         """How long this start may still take, as the last ones of the same spec went; None where nothing is known."""
-        if self.state is not State.LOADING or self.engine is None:
+        if self.state is not State.LOADING or self.engine is None or self.engine.asleep:
             return None
         return progress.estimate(self._history.past_starts(self.spec.engine), self.engine.age_seconds())
 

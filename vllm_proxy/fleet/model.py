@@ -89,7 +89,7 @@ class Model:
     @property
     def waits(self) -> Waits | None:
         """Why it waits for room, where nothing of it serves or comes."""
-        if any(one.state is State.READY or one.engine is not None for one in self.instances):
+        if any(one.serves_or_comes for one in self.instances):
             return None
         return next((one.waits for one in self.instances if one.waits is not None), None)
 
