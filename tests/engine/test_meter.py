@@ -6,6 +6,9 @@ import itertools
 import pytest
 
 from tests.engine.virtual import FakeEngine, Stage, model, now, passes, place_of, settle, virtual
+from tests.fleet import test_giving_way as giving_way
+from tests.fleet.test_giving_way import Gpus
+from tests.fleet.test_model import begun
 from vllm_proxy.domain.devices import NO_DEVICES
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.engine.meter import Meter
@@ -317,3 +320,29 @@ async def test_two_who_ask_at_once_get_one_answer() -> None:
     assert len(stage.probe.looks) == 1
     await meter.counters(0.4)
     assert len(stage.probe.looks) == 2
+
+
+@virtual
+async def test_an_engine_that_slept_and_woke_goes_on_counting() -> None:
+    """It is the same one: nothing is counted twice, and what it did before it slept is known."""
+    stage = Stage(Gpus())
+    chat = begun(stage, giving_way.model("chat", keys={"sleep": 1}, idle_timeout=100))
+    with await giving_way.answered(stage, "chat"):
+        stage.probe.work = counters(30.0, 3.0)
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    assert dict(chat.history.tokens) == {"prompt": 30, "generation": 3}
+    with await giving_way.answered(stage, "chat"):
+        stage.probe.work = counters(31.0, 4.0)
+    await passes(20)
+    assert (dict(chat.history.tokens), len(stage.launcher.engines)) == ({"prompt": 31, "generation": 4}, 1)
+
+
+@virtual
+async def test_one_that_falls_asleep_at_once_has_been_looked_at() -> None:
+    """Its last request ended just now."""
+    stage = Stage()
+    chat, _ = await ready(stage)
+    await request(stage)
+    stage.probe.work = counters(9.0, 9.0)
+    await chat.sleep()
+    assert tokens(chat) == {"prompt": 9, "generation": 9}
