@@ -217,7 +217,8 @@ def families() -> dict[str, tuple[str, Sequence[str], str]]:
     found: dict[str, tuple[str, Sequence[str], str]] = {}
     for metric in metrics._collect(1, 0.0):
         name = f"{metric.name}_total" if metric.type == "counter" else metric.name
-        found[name] = (metric.type, _labels(metric), metric.documentation)
+        labels = dict.fromkeys([*(found[name][1] if name in found else ()), *_labels(metric)])
+        found[name] = (metric.type, list(labels), metric.documentation)
     return found
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import time
+from collections.abc import Callable
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from tests.engine.virtual import KeptNumbers
 from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.api.usage_metrics import UsageMetrics
+from vllm_proxy.api.token_metrics import families as token_families
+from vllm_proxy.api.token_metrics import tokens_family
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.fleet.history import History
@@ -33,6 +36,7 @@ def history_of(name: str) -> History:
     """An engine was killed four times."""
     history = History(KeptNumbers(), lambda spec: spec.model)
     history.failures[f"{name}/0", Reason.KILLED] = 4
+    history.tokens.update({"prompt": 100, "cached": 60, "generation": 20})
     return history
 
 
@@ -173,6 +177,48 @@ async def test_what_became_of_engines_is_counted() -> None:
     assert found['vllm_proxy_instance_restarts_total{instance="chat/0",model="chat",reason="killed"}'] == 4
     assert found['vllm_proxy_instance_startup_seconds_count{model="chat"}'] == 0
     assert found['vllm_proxy_instance_memory_bytes{instance="chat/0",model="chat"}'] == 1000
+
+
+def metered(fleet: Fleet, attributed: Callable[[str], int | None]) -> Metrics:
+    """With a ledger, which has these tokens of a model."""
+    parts = cast("Reconciler", fleet), cast("Registry", fleet)
+    return Metrics(*parts, {}, LoopLag(), LogWriter(2), attributed=attributed)
+
+
+async def test_tokens_are_those_that_the_engines_count() -> None:
+    """By kind, without a key; what no caller is charged for is known only where there is a ledger."""
+    found = {name: value for name, value in (await series(metrics_of(Fleet("chat")))).items() if "_tokens" in name}
+    assert found == {
+        'vllm_proxy_tokens_total{kind="prompt",model="chat"}': 100,
+        'vllm_proxy_tokens_total{kind="cached",model="chat"}': 60,
+        'vllm_proxy_tokens_total{kind="generation",model="chat"}': 20,
+    }
+
+
+async def test_tokens_that_no_caller_is_charged_for_are_what_the_ledger_lacks() -> None:
+    """Of the prompt, cached or not, and of what was generated; estimates that are too high make it negative."""
+    ledger = {"chat": 110, "embed": 125, "other": None}
+    found = await series(metered(Fleet(*ledger), ledger.get))
+    assert {name: value for name, value in found.items() if "unattributed" in name} == {
+        'vllm_proxy_tokens_unattributed{model="chat"}': 10,
+        'vllm_proxy_tokens_unattributed{model="embed"}': -5,
+    }
+
+
+async def test_a_model_whose_engines_count_nothing_has_no_tokens() -> None:
+    """With `disable_log_stats`, or before its first engine: a zero would be a claim."""
+    fleet = Fleet("chat")
+    (model,) = fleet.models()
+    model.history.tokens.clear()
+    fleet.models = lambda: [model]  # type: ignore[method-assign]
+    assert not any("_tokens" in name for name in await series(metered(fleet, lambda _: 0)))
+
+
+async def test_both_kinds_of_tokens_are_one_family() -> None:
+    """What callers had and what engines count is told apart by the label `key`, under one explanation."""
+    families = [tokens_family("model", "key", "kind"), *token_families((), lambda _: None)]
+    explained = {(one.name, one.documentation, one.type) for one in families if one.name == "vllm_proxy_tokens"}
+    assert len(explained) == 1
 
 
 async def test_every_series_is_the_daemons_own_and_explained() -> None:

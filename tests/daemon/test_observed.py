@@ -23,6 +23,7 @@ aliases = ["an-alias"]
 model = "org/other"
 """
 ECHO = b'{"model": "chat", "fake": {"echo": true}}'
+COUNTED = "prompt", "generation"
 FIELDS = "id engine_id key model instance status bytes seconds first_byte".split()
 
 
@@ -259,6 +260,29 @@ async def in_flight(running: Daemon) -> list[float]:
     """Of each instance of chat."""
     metrics = await running.metrics()
     return [metrics[f'vllm_proxy_in_flight{{instance="chat/{index}",model="chat"}}'] for index in (0, 1)]
+
+
+async def test_tokens_are_those_that_the_engines_themselves_have_counted(shared: Daemon) -> None:
+    """Whoever asked for them, one who left early too, and with no key anywhere."""
+    engines = [one["port"] for one in (await shared.get("/models/chat"))["status"]["instances"]]
+
+    async def difference() -> float:
+        metrics, theirs = await shared.metrics(), 0.0
+        for port in engines:
+            async with shared.session.get(f"http://127.0.0.1:{port}/metrics") as answer:
+                theirs += sum(map(float, re.findall(r"(?m)^vllm:(?:prompt|generation)_tokens_total\S+ (.+)$",
+                                                    await answer.text())))  # fmt: skip
+        assert theirs >= 2 + 7 + 1
+        ours = (metrics.get(f'vllm_proxy_tokens_total{{kind="{kind}",model="chat"}}') for kind in COUNTED)
+        return theirs - sum(one or 0 for one in ours)
+
+    async with shared.admin.get("/events") as watched:  # which makes figures fresher
+        await watched.content.readline()
+        await ask(shared, b'{"model": "chat", "stream": true, "fake": {"chunks": 7}}')
+        async with connected(shared.port) as client:
+            await client.send(request(PATH, b'{"model": "chat", "stream": true, "fake": {"hang": 3}}'))
+            await client.reader.readuntil(b"\n\n")
+        await until(difference, lambda found: found == 0)
 
 
 async def test_the_state_of_each_instance_and_the_revision_are_shown(shared: Daemon) -> None:

@@ -338,6 +338,8 @@ class FakeProbe:
         self.error: Exception | None = None
         self.health = True
         self.work: str | None = "0"
+        self.looks: list[float] = []  # when somebody asked for it
+        self.hangs = False  # and gives no answer to that for long
         self.bugs: list[Exception] = []  # raised by what is asked next
 
     async def healthy(self, address: Address) -> bool:  # noqa: ARG002 - one answer for all
@@ -348,6 +350,10 @@ class FakeProbe:
 
     async def counters(self, address: Address) -> str | None:  # noqa: ARG002 - as above
         """What changes while the engine works."""
+        self.looks.append(now())
+        if self.hangs:
+            await asyncio.sleep(5)
+            return None
         return self.work
 
     async def ready(self, place: Place, is_engines: Callable[[], Awaitable[bool]]) -> Ready | None:

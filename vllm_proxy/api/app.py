@@ -76,7 +76,10 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
         parts.desired.reloads,
         parts.lag,
         parts.log,
-        usage=UsageMetrics(parts.ledger.usage, parts.access.refused),
+        usage=UsageMetrics(
+            parts.ledger.usage, parts.access.refused, parts.metering.in_flight, parts.metering.used_ratio
+        ),
+        attributed=parts.metering.charged,
         front=lambda: (runner.connections, parts.budget.held),
     )
 

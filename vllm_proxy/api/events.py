@@ -46,8 +46,9 @@ class Events:
         stopping.add_done_callback(lambda _: _close(queue))
         try:
             await response.write(ALIVE)  # from here on no event is missed
-            while (event := await _next(queue)) is not None:
-                await response.write(event)
+            with self._reconciler.watchers:
+                while (event := await _next(queue)) is not None:
+                    await response.write(event)
         finally:
             self._readers.discard(queue)
             stopping.cancel()

@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vllm_proxy.api import room_metrics, sleep_metrics
+from vllm_proxy.api import room_metrics, sleep_metrics, token_metrics
 from vllm_proxy.api.usage_metrics import UsageMetrics
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import State
@@ -52,8 +52,13 @@ class Metrics:
         *,
         usage: UsageMetrics,
         front: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        attributed: token_metrics.Attributed = lambda _: None,
     ) -> None:
-        """`reloads`: looks at the configuration file, by result. `front`: clients, and bytes of bodies, now."""
+        """`reloads`: looks at the configuration file, by result. `front`: clients, and bytes of bodies, now.
+
+        `attributed`: the tokens that the ledger has of a model, since the daemon started.
+        """
+        self._attributed = attributed
         self._front = front
         self._reconciler = reconciler
         self._registry = registry
@@ -99,13 +104,17 @@ class Metrics:
         yield from self._of_requests({})
         for model_id, numbers in list(self._models.items()):
             yield from self._of_requests({model_id: numbers})
-        yield from (*self._of_models(()), *self._of_engines(()), *sleep_metrics.families(()))
+        yield from self._of_some(())
         for model in self._reconciler.models():
             if self._reconciler.knows(model.spec.id):  # still
-                yield from (*self._of_models((model,)), *self._of_engines((model,)), *sleep_metrics.families((model,)))
+                yield from self._of_some((model,))
         yield from room_metrics.families(self._reconciler.room, self._reconciler.config.models.keys(), now)
         yield from self._usage.families(self._reconciler.config)
         yield from self._of_daemon(tasks)
+
+    def _of_some(self, models: Sequence[Model]) -> Iterator[Metric]:
+        yield from (*self._of_models(models), *self._of_engines(models), *sleep_metrics.families(models))
+        yield from token_metrics.families(models, self._attributed)
 
     def _of_clients(self) -> Iterable[Metric]:
         connections, buffered = self._front()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from vllm_proxy.api.token_metrics import tokens_family
 from vllm_proxy.domain.config import Config
 from vllm_proxy.domain.keys import ANONYMOUS
 from vllm_proxy.traffic.usage import Usage
@@ -26,15 +27,13 @@ def _no_limits() -> Mapping[tuple[str, str], float]:
 class UsageMetrics:
     """Where the numbers are. `auth_failures`: by the code of the error.
 
-    Asked for each time: `in_flight` requests by key, `used_ratio` from 0 to 1 by key and limit, and `unattributed`
-    tokens by model, which engines counted and no key did.
+    Asked for each time: `in_flight` requests by key, and `used_ratio` from 0 to 1 by key and limit.
     """
 
     usage: Usage
     auth_failures: Mapping[str, int]
     in_flight: Callable[[], Mapping[str, float]] = _none
     used_ratio: Callable[[], Mapping[tuple[str, str], float]] = _no_limits
-    unattributed: Callable[[], Mapping[str, float]] = _none
 
     def families(self, config: Config) -> Iterator[Metric]:
         """All of them."""
@@ -50,11 +49,7 @@ class UsageMetrics:
         yield failures
 
     def _tokens(self, keys: set[str], models: set[str]) -> Iterator[Metric]:
-        tokens = CounterMetricFamily(
-            "vllm_proxy_tokens",
-            "Tokens that engines reported for a key; those of the prompt with those that were cached.",
-            labels=["model", "key", "kind"],
-        )
+        tokens = tokens_family("model", "key", "kind")
         estimated = CounterMetricFamily(
             "vllm_proxy_tokens_estimated",
             "Tokens that were charged to a key and that no engine reported, as of streams that ended early.",
@@ -69,12 +64,6 @@ class UsageMetrics:
                 tokens.add_metric([model, key, kind], count)
             estimated.add_metric([model, key], counts.estimated)
         yield from (tokens, estimated)
-        unattributed = GaugeMetricFamily(
-            "vllm_proxy_tokens_unattributed", "Tokens that engines counted and no key was charged.", labels=["model"]
-        )
-        for model, missing in self.unattributed().items():
-            unattributed.add_metric([model], missing)
-        yield unattributed
 
     def _requests(self) -> Metric:
         requests = CounterMetricFamily(

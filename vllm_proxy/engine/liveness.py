@@ -12,6 +12,7 @@ import structlog
 
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason
+from vllm_proxy.engine.meter import Meter
 from vllm_proxy.engine.probe import Probe
 from vllm_proxy.runtime import clock
 from vllm_proxy.traffic.endpoint import Endpoint
@@ -22,19 +23,22 @@ _BEAT_SECONDS = 10.0
 _BEATS_IN_TIMEOUT = 5  # a short stall_timeout makes for a quicker beat
 
 
-async def until_stalled(endpoint: Endpoint, probe: Probe, stall_timeout: Callable[[], float]) -> Diagnosis:
+async def until_stalled(
+    endpoint: Endpoint, probe: Probe, meter: Meter, stall_timeout: Callable[[], float]
+) -> Diagnosis:
     """Watch a ready engine; returns once it has stalled. `stall_timeout` in seconds, 0: never; it may change."""
     loop = asyncio.get_running_loop()
     healthy_at = moved_at = loop.time()
     seen: object = None
     while True:
         limit = stall_timeout()
-        await asyncio.sleep(min(_BEAT_SECONDS, limit / _BEATS_IN_TIMEOUT) if limit else _BEAT_SECONDS)
+        beat = min(_BEAT_SECONDS, limit / _BEATS_IN_TIMEOUT) if limit else _BEAT_SECONDS
+        await asyncio.sleep(beat)
         if await probe.healthy(endpoint.address):
             healthy_at = loop.time()
         else:
             endpoint.suspect.set()
-        mark = await _mark(endpoint, probe)
+        mark = await _mark(endpoint, meter, beat / 2)
         if mark is None or mark != seen:
             seen, moved_at = mark, loop.time()
         if not limit:
@@ -46,13 +50,14 @@ async def until_stalled(endpoint: Endpoint, probe: Probe, stall_timeout: Callabl
             return Diagnosis(Reason.STALLED, f"/health gave no good answer for {limit:g} s; see its log")
 
 
-async def _mark(endpoint: Endpoint, probe: Probe) -> object:
+async def _mark(endpoint: Endpoint, meter: Meter, seconds: float) -> object:
     """What changes whenever the engine gets on with its requests; None where no request waits for it.
 
-    An engine that keeps no counters (`disable_log_stats`) may be busy with a long answer: it is never judged.
+    `seconds`: how old its counters may be. An engine that keeps none (`disable_log_stats`) may be busy with a long
+    answer: it is never judged.
     """
     if not endpoint.pool.waiting():
         return None
     reads = endpoint.pool.reads
-    counters = await probe.counters(endpoint.address)
+    counters = await meter.counters(seconds)
     return None if counters == "" else (reads, counters)

@@ -23,7 +23,8 @@ _COUNTERS_BYTES = 2**20  # of the lines that are kept
 
 # Moved by vLLM's engine core alone, never by its server: what stands still in a hung engine that takes new requests.
 _COUNTERS = re.compile(
-    rb"vllm:(?:prompt_tokens_total|generation_tokens_total|iteration_tokens_total_count|kv_cache_usage_perc)\{.*"
+    rb"vllm:(?:(?:prompt_tokens|prompt_tokens_cached|generation_tokens)_total|iteration_tokens_total_count|"
+    rb"kv_cache_usage_perc)\{.*"
 )
 
 

@@ -6,7 +6,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
@@ -14,6 +14,7 @@ from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.engine.ending import Owner
 from vllm_proxy.engine.interface import Engine
+from vllm_proxy.engine.meter import Watchers
 from vllm_proxy.engine.nap import Nap
 from vllm_proxy.engine.probe import Probe
 from vllm_proxy.engine.state import EngineRecord
@@ -61,3 +62,4 @@ class Dependencies:
     stopping: asyncio.Event  # set: the daemon stops, nothing that has no end goes on
     offload: Offload = asyncio.to_thread
     mask: Callable[[str], str] = str  # hides the secrets in a text
+    watchers: Watchers = field(default_factory=Watchers)

@@ -1,4 +1,4 @@
-"""Statistics of a model's engines: how long starts and wakes took, what memory they had, and why they failed.
+"""Statistics of a model's engines: how long starts and wakes took, their memory, their tokens, and why they failed.
 
 For the metrics and for estimates of a start. It only counts: nothing is decided here.
 """
@@ -49,6 +49,7 @@ class History:
     def __init__(self, kept: Kept, fingerprint: Callable[[EngineSpec], str]) -> None:
         self.failures: Counter[tuple[str, Reason]] = Counter()  # by instance and reason
         self.startups = Histogram(_BUCKETS)
+        self.tokens: Counter[str] = Counter()  # by kind, as the engines themselves count; none: they do not
         self.sleeps = Histogram(_NAPS)
         self.wakes: dict[int, Histogram] = {}  # by level
         self.sleep_failures: Counter[Operation] = Counter()

@@ -68,6 +68,7 @@ class Reconciler:
         self._orphans: list[asyncio.Task[None]] = []  # their ends
         self._ends: dict[asyncio.Task[None], bool] = {}  # of models gone from the file; whether that takes no time
         self.stopping = shared.stopping
+        self.watchers = shared.watchers
 
     def listen(self, listener: Callable[[Model], None]) -> None:
         """Call `listener` with a model after every change of what it shows."""

@@ -20,6 +20,7 @@ from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Event, Phase, Reason, State
 from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.liveness import until_stalled
+from vllm_proxy.engine.meter import Meter
 from vllm_proxy.engine.nap import Failed
 from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.program import LaunchError
@@ -274,6 +275,7 @@ class Supervisor(Instance):
     async def _live(self, engine: Engine, ready: Ready, claim: Claim) -> Diagnosis:
         """Have it serve and sleep until it ends by itself; returns why it did."""
         rest = Rest(self._shared.nap, self._shared.loop.room, engine, claim, self._history)
+        meter = await Meter.of(engine, self._shared.probe, self._history.tokens.update)
         if engine.asleep and (sleeps := await rest.adopted()) is not False:
             if sleeps is None:
                 self._starts_cold = True
@@ -281,7 +283,7 @@ class Supervisor(Instance):
             self._transition(Event.STOP)
             claim.sleeps(None)
             await self._sleep(rest, claim)
-        while (failure := await self._serve(engine, ready, claim)) is None:
+        while (failure := await self._serve(engine, ready, claim, meter)) is None:
             self._notify(Phase.FALLING_ASLEEP)
             if (failed := await rest.begin(self.spec.engine.sleep or 1)) is not None:
                 self._note_nap_failed(Reason.SLEEP_FAILED, failed)
@@ -300,7 +302,7 @@ class Supervisor(Instance):
             self._starts_cold = True
             raise ColdStartError(failed)
 
-    async def _serve(self, engine: Engine, ready: Ready, claim: Claim) -> Diagnosis | None:
+    async def _serve(self, engine: Engine, ready: Ready, claim: Claim, meter: Meter) -> Diagnosis | None:
         """Route requests to it until the engine ends or stalls; when stopped, drain. None: it is to sleep."""
         loop, place, registry = asyncio.get_running_loop(), engine.place, self._shared.registry
         endpoint = Endpoint(self.name, place.address, place.credential, ready.max_model_len)
@@ -315,7 +317,8 @@ class Supervisor(Instance):
         watching_health = keep_running(
             partial(watch_health, endpoint, self._shared.probe, readmit), f"ejection of {self.name}"
         )
-        stall = partial(until_stalled, endpoint, self._shared.probe, lambda: self.spec.policy.stall_timeout)
+        metering = keep_running(partial(meter.follow, endpoint, self._shared.watchers), f"meter of {self.name}")
+        stall = partial(until_stalled, endpoint, self._shared.probe, meter, lambda: self.spec.policy.stall_timeout)
         stalling = keep_running(stall, f"stall watch of {self.name}")
         try:
             ends: set[asyncio.Future[Any]] = {engine.exited, stalling}
@@ -324,7 +327,7 @@ class Supervisor(Instance):
                     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 except asyncio.CancelledError:
                     registry.withdraw_endpoint(self.spec.id, endpoint)
-                    if await self._drain(endpoint, engine, claim):
+                    if await self._drain(endpoint, engine, claim, meter):
                         self._settle(Event.RESUMED, Phase.SERVING)
                         registry.add_endpoint(self.spec.id, endpoint)
                     elif self._to_sleep:
@@ -340,6 +343,7 @@ class Supervisor(Instance):
             return await self._failed(engine, stalled, was_ready=True, generation=generation)
         finally:
             watching_health.cancel()
+            metering.cancel()
             stalling.cancel()
             self.endpoint = None
 
@@ -354,7 +358,7 @@ class Supervisor(Instance):
         self._transition(event, phase)
         self._serves_on.set()
 
-    async def _drain(self, endpoint: Endpoint, engine: Engine, claim: Claim) -> bool:
+    async def _drain(self, endpoint: Endpoint, engine: Engine, claim: Claim, meter: Meter) -> bool:
         """Wait for the requests in flight; one that gives way, until it is stopped by hand, has a time of its own.
 
         Whether it is to serve on.
@@ -367,6 +371,8 @@ class Supervisor(Instance):
                 return not engine.exited.done()
         if self.gives_way_to is None or self._stop_yielding.is_set():
             await drain(endpoint, engine, policy.drain_timeout, (skip,))
+        if not self._shared.stopping.is_set():  # nobody can ask the daemon for its figures any more
+            await meter.finish(endpoint)
         cut(endpoint)
         self._notify(Phase.STOPPING)
         return False

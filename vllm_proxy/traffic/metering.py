@@ -112,6 +112,23 @@ class Metering:
         call.metered = request
         return body
 
+    def in_flight(self) -> dict[str, float]:
+        """Requests that hold an endpoint, by key."""
+        return {name: float(user.in_flight) for name, user in self.users.items()}
+
+    def used_ratio(self) -> dict[tuple[str, str], float]:
+        """How much of each limit is used or held, by key and limit: where a key has several of one name, the most."""
+        found: dict[tuple[str, str], float] = {}
+        for name, user in self.users.items():
+            for use in user.account.all().uses(self.now(), self.epoch()):
+                each = name, use.name
+                found[each] = max(found.get(each, 0.0), (use.used + use.held) / use.limit)
+        return found
+
+    def charged(self, model: str) -> int | None:
+        """Tokens of a model that engines reported to callers, since the daemon started; None: not all are counted."""
+        return self.usage.reported(model) if self.is_on else None
+
     def serve(self, models: Iterable[str]) -> None:
         """Requests that waited for one of their key to end may go on."""
         for model in models:

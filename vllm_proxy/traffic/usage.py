@@ -100,6 +100,11 @@ class Usage:
                 totals.setdefault((bucket.key, bucket.model), Counts()).add(counts)
         return totals
 
+    def reported(self, model: str) -> int:
+        """Tokens of a model that engines reported, for all keys, since the daemon began."""
+        both = [*self._taken.items(), *(((each.key, each.model), counts) for each, counts in self.since().items())]
+        return sum(counts.prompt + counts.completion for name, counts in both if name[1] == model)
+
     def _begin_hour(self) -> None:
         hour = int(self._now()) // HOUR * HOUR
         self._end = float(hour + HOUR)
