@@ -143,18 +143,22 @@ def _are_several(begin: bytes) -> bool:
 
 def _asked(found: _Body, path: str, prompts: int, *, binary: bool, place: slice | None) -> Asked:
     streams = found.stream is True or (found.stream is not None and _is_true(found.stream))
-    most, is_given = None if path == _OPEN else 0, False
-    if path in _MOST:
-        most = next((most for name in _MOST[path] if (most := _number(getattr(found, name))) is not None), None)
+    names = _MOST.get(path)
+    if names is None:
+        most, is_given = None if path == _OPEN else 0, False
+    else:
+        most = _number(getattr(found, names[0]))
+        if most is None and names[-1] is not names[0]:
+            most = _number(getattr(found, names[-1]))
         is_given = most is not None
-        if most is None and path == _COMPLETIONS:
+        if not is_given and path == _COMPLETIONS:
             most = _COMPLETIONS_DEFAULT
     return Asked(
         usable(found.model),
         streams,
         most,
         is_given,
-        prompts * (1 if found.n is None else max(_number(found.n) or 1, 1)),
+        prompts if found.n is None else prompts * max(_number(found.n) or 1, 1),
         binary,
         _options(found.stream_options) if streams and asks_for_usage(path) else None,
         place,
@@ -181,6 +185,8 @@ def _is_false(value: object) -> bool:
 
 def _number(value: object) -> int | None:
     """A whole number, also as a text; None for anything else, which vLLM refuses."""
+    if value is None:
+        return None
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
