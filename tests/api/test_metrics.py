@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from tests.engine.virtual import KeptNumbers
 from vllm_proxy.api.metrics import Metrics
-from vllm_proxy.api.usage_metrics import UsageMetrics
 from vllm_proxy.api.token_metrics import families as token_families
 from vllm_proxy.api.token_metrics import tokens_family
+from vllm_proxy.api.usage_metrics import UsageMetrics
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.fleet.history import History
@@ -182,7 +182,8 @@ async def test_what_became_of_engines_is_counted() -> None:
 def metered(fleet: Fleet, attributed: Callable[[str], int | None]) -> Metrics:
     """With a ledger, which has these tokens of a model."""
     parts = cast("Reconciler", fleet), cast("Registry", fleet)
-    return Metrics(*parts, {}, LoopLag(), LogWriter(2), attributed=attributed)
+    nothing = UsageMetrics(Usage(), {})
+    return Metrics(*parts, {}, LoopLag(), LogWriter(2), usage=nothing, attributed=attributed)
 
 
 async def test_tokens_are_those_that_the_engines_count() -> None:
@@ -280,9 +281,8 @@ async def test_what_keys_use_is_shown_by_key_and_model() -> None:
     counted.ended("ci", "chat", "aborted")
     counted.refused("ci", "tokens_per_day")
     usage = UsageMetrics(
-        counted, {"missing_scope": 3}, lambda: {"ci": 4, "gone": 1}, lambda: {("ci", "tokens_per_day"): 0.5},
-        lambda: {"chat": 7},
-    )  # fmt: skip
+        counted, {"missing_scope": 3}, lambda: {"ci": 4, "gone": 1}, lambda: {("ci", "tokens_per_day"): 0.5}
+    )
     found = await series(metrics_of(Fleet("chat"), usage))
     labels = 'key="ci",model="chat"'
     assert [found[f'vllm_proxy_tokens_total{{key="ci",kind="{kind}",model="chat"}}'] for kind in

@@ -31,10 +31,18 @@ from vllm_proxy.traffic.envelope import envelope
 def application() -> web.Application:
     """The daemon's own, without a daemon."""
     fake: Any = SimpleNamespace(
-        listen=lambda _: None, reloads={}, caller=None, of_session=None, refusal_of=None, refused={}
+        listen=lambda _: None,
+        reloads={},
+        caller=None,
+        of_session=None,
+        refusal_of=None,
+        refused={},
+        in_flight=None,
+        used_ratio=None,
+        charged=None,
     )
     fake.room = fake.usage = fake
-    parts = app.Parts(fake, fake, fake, fake, fake, None, fake, fake, str, fake, fake)
+    parts = app.Parts(fake, fake, fake, fake, fake, None, fake, fake, str, fake, fake, fake)
     return app.build(parts, 1.0).app
 
 

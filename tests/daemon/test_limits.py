@@ -42,7 +42,7 @@ async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Dae
         yield found
 
 
-def ask(running: Daemon, key: str, path: str = CHAT, **body: object) -> Any:  # noqa: ANN401 - aiohttp's context manager
+def ask(running: Daemon, key: str, path: str = CHAT, **body: Any) -> Any:  # noqa: ANN401 - aiohttp's context manager
     """A request with a key; as a context manager, its answer."""
     whole = {"model": "chat", "messages": HI, **body}
     return running.session.post(path, json=whole, headers={"Authorization": f"Bearer {KEYS[key]}"})

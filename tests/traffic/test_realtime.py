@@ -19,6 +19,7 @@ from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call, observed
 from vllm_proxy.traffic.endpoint import Endpoint
 from vllm_proxy.traffic.front import FrontRunner
+from vllm_proxy.traffic.metering import Metering
 from vllm_proxy.traffic.realtime import Sessions, realtime
 from vllm_proxy.traffic.registry import Registry
 
@@ -75,7 +76,7 @@ async def running(*, engine_answers: bool = True, at: Path | None = None) -> Asy
     registry.add_endpoint("chat", Endpoint("chat/0", listens, "key", None))
     registry._routes["chat"].accepts = True
     async with aiohttp.ClientSession() as engines:
-        sessions = Sessions(registry, engines, Server, Budget(), HEARTBEAT)
+        sessions = Sessions(registry, engines, Server, Budget(), Metering(registry, Usage()), HEARTBEAT)
         cors: Any = SimpleNamespace()
         app = web.Application()
         app.router.add_get(PATH, observed(get(PATH), realtime(sessions), admit, observe, cors))
