@@ -123,7 +123,7 @@ async def test_the_official_clients_wait_as_told_and_succeed(running: Daemon, ki
     """Their second request is the last one: what was held is free by then."""
     hold = tmp_path / "go"
     before = await used(running, "patient") or {"limited": 0, "requests": 0}
-    fault = {"fake": {"hold": str(hold)}}
+    fault: dict[str, Any] = {"fake": {"hold": str(hold)}}
     first = asyncio.create_task(_whole(running, "patient", max_tokens=1900, **fault))
     await until(lambda: metric(running, 'vllm_proxy_key_in_flight{key="patient"}'), lambda count: count == 1)
 
@@ -204,7 +204,8 @@ async def test_a_key_without_limits_has_no_headers_of_limits(running: Daemon) ->
 async def test_a_stream_is_what_the_client_asked_for_and_counted_all_the_same(running: Daemon) -> None:
     """The event with the usage is for the daemon alone, unless the client asked for it."""
     before = await used(running, "free") or {"completion_tokens": 0}
-    for options in ({}, {"stream_options": {"include_usage": True}}):
+    asked: list[dict[str, Any]] = [{}, {"stream_options": {"include_usage": True}}]
+    for options in asked:
         async with ask(running, "free", stream=True, fake={"chunks": 6}, **options) as answer:
             text = await answer.text()
         assert ('"usage":{' in text.replace(" ", "")) is bool(options)

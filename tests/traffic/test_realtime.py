@@ -22,6 +22,7 @@ from vllm_proxy.traffic.front import FrontRunner
 from vllm_proxy.traffic.metering import Metering
 from vllm_proxy.traffic.realtime import Sessions, realtime
 from vllm_proxy.traffic.registry import Registry
+from vllm_proxy.traffic.usage import Usage
 
 PATH = "/v1/realtime"
 HEARTBEAT = 0.2
