@@ -15,6 +15,8 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Literal, TypedDict
 
+from vllm_proxy.domain.limits import Limits
+
 ANONYMOUS = "anonymous"  # who sends no key
 HASH_PREFIX = "sha256:"
 LEAST_CHARACTERS = 32  # of a key that somebody brings along
@@ -132,6 +134,7 @@ class Key:
     description: str = field(default="", compare=False)
     source: Source = field(default="file", compare=False)  # where it can be changed
     file: str | None = field(default=None, compare=False)  # the reference that names the file which holds it
+    limits: Limits = field(default_factory=Limits)
 
     def allows_all(self) -> bool:
         """Whether it may use every model."""
