@@ -10,8 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
+import msgspec
+
+from vllm_proxy.domain.limits import Rate
 from vllm_proxy.domain.units import show_time
 
 type LimitName = Literal["requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month"]
@@ -19,133 +23,152 @@ type Period = Literal["day", "month"]
 
 SLOTS = 61  # 60 whole seconds and the one that has begun
 NOT_AGAIN_SECONDS = 60.0  # clients are told not to wait longer than that
+_NO_LIMIT = 10**12  # in its place; more than a minute can use
 _DAY_SECONDS = 86_400
 _STEP_SECONDS = 3600  # so far back the clock may be set without a new period
-_NO_LIMIT = 2**62  # tokens
 _LEARNED = 0.125  # what the duration of one more request counts for the mean
 _SHORTEST_SECONDS, _LONGEST_SECONDS = 1.0, 60.0  # waits for requests in flight, whose ends nobody knows
 
 
+class Use(NamedTuple):
+    """What is used of one limit."""
+
+    name: LimitName
+    scope: str  # the glob; "": over all models
+    limit: int
+    used: int
+    held: int  # by requests in flight
+
+
 class Window:
-    """What was used in the last 60 seconds, by the second, and what is held by requests in flight."""
+    """Requests and tokens of one scope in the last 60 seconds, by the second, and tokens that are held."""
 
-    __slots__ = ("held", "last", "limit", "ring", "slot", "used")
+    __slots__ = (
+        *("last_request", "last_token", "left_requests", "left_tokens", "limit_requests", "limit_tokens"),
+        *("requests", "scope", "slot", "tokens", "used_tokens"),
+    )
 
-    def __init__(self, limit: int, now: float) -> None:
-        """`limit`: of 60 seconds; it may be changed at any time."""
-        self.limit = limit
-        self.used = 0
-        self.held = 0
-        self.ring = [0] * SLOTS
+    def __init__(self, rate: Rate, now: float, scope: str = "") -> None:
+        """`scope`: the glob, "" over all models."""
+        self.scope = scope
         self.slot = int(now)
-        self.last = self.slot  # when something was used
+        self.requests = [0] * SLOTS
+        self.tokens = [0] * SLOTS
+        self.limit_requests = self.left_requests = rate.requests_per_minute or _NO_LIMIT
+        self.limit_tokens = self.left_tokens = rate.tokens_per_minute or _NO_LIMIT  # left: neither used nor held
+        self.used_tokens = 0
+        self.last_request = self.last_token = self.slot  # when something was charged
+
+    def change(self, rate: Rate) -> None:
+        """Other limits: what is used and held stays so."""
+        requests, tokens = rate.requests_per_minute or _NO_LIMIT, rate.tokens_per_minute or _NO_LIMIT
+        self.left_requests += requests - self.limit_requests
+        self.left_tokens += tokens - self.limit_tokens
+        self.limit_requests, self.limit_tokens = requests, tokens
 
     def advance(self, slot: int) -> None:
         """Forget what is older than 60 seconds. `slot`: the second that it is, later than `self.slot`."""
-        ring = self.ring
-        if self.used:
-            for second in range(self.slot + 1, min(slot, self.slot + SLOTS) + 1):
-                at = second % SLOTS
-                self.used -= ring[at]
-                ring[at] = 0
+        requests, tokens = self.requests, self.tokens
+        for second in range(self.slot + 1, min(slot, self.slot + SLOTS) + 1):
+            at = second % SLOTS
+            if requests[at]:
+                self.left_requests += requests[at]
+                requests[at] = 0
+            if tokens[at]:
+                self.left_tokens += tokens[at]
+                self.used_tokens -= tokens[at]
+                tokens[at] = 0
         self.slot = slot
 
-    def charge(self, amount: int) -> None:
-        """Used now, in the second that `advance` was told last."""
-        self.used += amount
-        self.ring[self.slot % SLOTS] += amount
-        self.last = self.slot
+    def uses(self) -> list[Use]:
+        """Of each of its limits. `advance` first."""
+        found = []
+        if (limit := self.limit_requests) < _NO_LIMIT:
+            found.append(Use("requests_per_minute", self.scope, limit, limit - self.left_requests, 0))
+        if (limit := self.limit_tokens) < _NO_LIMIT:
+            held = limit - self.used_tokens - self.left_tokens
+            found.append(Use("tokens_per_minute", self.scope, limit, self.used_tokens, held))
+        return found
 
-    def wait(self, amount: int, now: float) -> float:
+    def wait(self, use: Use, wanted: int, now: float) -> float:
         """Seconds until so much more fits, if nothing else happens; inf: not before requests in flight have ended."""
-        excess = self.used + self.held + amount - self.limit
+        excess = use.used + use.held + wanted - use.limit
+        ring = self.requests if use.name == "requests_per_minute" else self.tokens
         if excess <= 0:
             return 0.0
         for second in range(self.slot - SLOTS + 1, self.slot + 1):
-            excess -= self.ring[second % SLOTS]
+            excess -= ring[second % SLOTS]
             if excess <= 0:
                 return second + SLOTS - now
         return math.inf
 
-    @property
-    def left(self) -> int:
-        """What is neither used nor held."""
-        return self.limit - self.used - self.held
-
-    def reset(self, _epoch: float) -> int:
-        """Whole seconds until nothing is used, if nothing else happens and what is in flight ends now."""
-        return SLOTS if self.held else self.last + SLOTS - self.slot if self.used else 0
-
 
 class Quota:
-    """What was used on this day or in this month of UTC, and what is held by requests in flight."""
+    """Tokens of a key on this day or in this month of UTC, and those that are held."""
 
-    __slots__ = ("begins", "ends", "held", "limit", "period", "used")
+    __slots__ = ("begins", "ends", "left", "limit", "period", "used")
 
     def __init__(self, period: Period, limit: int, used: int, epoch: float) -> None:
         """`used`: of the period so far, from the ledger."""
         self.period = period
         self.limit = limit
         self.used = used
-        self.held = 0
+        self.left = limit - used  # neither used nor held
         self.begins, self.ends = _period(period, epoch)
+
+    def change(self, limit: int) -> None:
+        """Another limit: what is used and held stays so."""
+        self.left += limit - self.limit
+        self.limit = limit
 
     def roll(self, epoch: float) -> None:
         """Another period has begun."""
+        self.left += self.used
         self.used = 0
         self.begins, self.ends = _period(self.period, epoch)
 
-    def wait(self, amount: int, epoch: float) -> float:
+    def use(self) -> Use:
+        """Of its limit. `roll` first, where that is due."""
+        name: LimitName = "tokens_per_day" if self.period == "day" else "tokens_per_month"
+        return Use(name, "", self.limit, self.used, self.limit - self.used - self.left)
+
+    def wait(self, wanted: int, epoch: float) -> float:
         """Seconds until so much more fits, if nothing else happens; inf: not before requests in flight have ended."""
-        if self.used + self.held + amount <= self.limit:
+        if wanted <= self.left:
             return 0.0
-        return self.ends - epoch if self.held + amount <= self.limit < self.used + amount else math.inf
-
-    @property
-    def left(self) -> int:
-        """What is neither used nor held."""
-        return self.limit - self.used - self.held
-
-    def reset(self, epoch: float) -> int:
-        """Whole seconds until the next period."""
-        return math.ceil(self.ends - epoch)
+        return self.ends - epoch if self.limit - self.used < wanted <= self.left + self.used else math.inf
 
 
-class Budget:
-    """The limits of one scope: of a key over all models, or over those of one glob. None: no such limit.
+class Budgets:
+    """The limits that one request has to meet: made once for each key and model.
 
-    Other limits are another Budget, with the same windows where they go on: a request in flight gives back where it
-    held.
+    Where limits come or go others are made, of the same windows and quotas where those go on: a request in flight gives
+    back where it held.
     """
 
-    __slots__ = ("quotas", "requests", "scope", "seconds", "tokens")
+    __slots__ = ("quotas", "seconds", "windows")
 
-    def __init__(
-        self, requests: Window | None, tokens: Window | None, quotas: Sequence[Quota] = (), scope: str = ""
-    ) -> None:
-        """`scope`: the glob, "" over all models."""
-        self.requests = requests
-        self.tokens = tokens
+    def __init__(self, windows: Sequence[Window] = (), quotas: Sequence[Quota] = ()) -> None:
+        self.windows = tuple(windows)
         self.quotas = tuple(quotas)
-        self.scope = scope
-        self.seconds = _SHORTEST_SECONDS  # mean duration of its requests
+        self.seconds = _SHORTEST_SECONDS  # mean duration of the requests
 
-    def ratios(self, now: float, epoch: float) -> list[tuple[LimitName, float]]:
-        """How much of each limit is used and held: 1 is all, more where an output was longer than guessed."""
-        _advance((self,), now, epoch)
-        return [(name, (one.used + one.held) / one.limit) for name, one in _meters(self)]
+    def __bool__(self) -> bool:
+        """Whether there are any: else nothing is refused, and no header says what is left."""
+        return bool(self.windows or self.quotas)
+
+    def uses(self, now: float, epoch: float) -> list[Use]:
+        """Of all the limits."""
+        _advance(self, int(now), epoch)
+        return [use for window in self.windows for use in window.uses()] + [quota.use() for quota in self.quotas]
 
 
-class Granted:
+class Granted(msgspec.Struct, gc=False):  # made in half of the time that a class of Python takes
     """A request that was let in, until it is settled."""
 
-    __slots__ = ("at", "budgets", "tokens")
-
-    def __init__(self, budgets: Sequence[Budget], tokens: int, at: float) -> None:
-        """`tokens`: what it holds in each of the budgets; `at`: monotonic seconds."""
-        self.budgets = budgets
-        self.tokens = tokens
-        self.at = at
+    budgets: Budgets | None  # None: it is settled
+    tokens: int  # what it holds of each limit
+    at: float  # monotonic seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,88 +201,87 @@ class Refused:
         return b"Retry-After: %d\r\nretry-after-ms: %d\r\n" % (math.ceil(self.wait), round(self.wait * 1000)) + again
 
 
-def admit(
-    budgets: Sequence[Budget], prompt: int, output: int, now: float, epoch: float, *, bounded: bool
-) -> Granted | Refused:
-    """Let a request in, by all budgets or by none, in one step.
+def admit(budgets: Budgets, prompt: int, output: int, now: float, epoch: float, *, bounded: bool) -> Granted | Refused:
+    """Let a request in, by all limits or by none, in one step.
 
     `prompt`: its tokens, as estimated; `output`: the most that it may be answered (`bounded`), else a guess, of which
     no more is held than is left. Both 0: a request without tokens.
     """
-    tokens = prompt + output
-    left = _left(budgets, int(now), epoch)
+    tokens = left = prompt + output
+    slot, at = int(now), int(now) % SLOTS
+    for window in budgets.windows:
+        if window.slot < slot:
+            window.advance(slot)
+        if window.left_tokens < left or window.left_requests <= 0:
+            left = min(window.left_tokens, left) if window.left_requests > 0 else _NONE
+    if budgets.quotas:
+        left = _left_of_quotas(budgets, left, epoch)
     if left < tokens:
         least = tokens if bounded else prompt + min(output, 1)
         if left < least:
             return _refused(budgets, least, now, epoch)
         tokens = left
-    for budget in budgets:
-        if (window := budget.requests) is not None:
-            window.charge(1)
-        if (window := budget.tokens) is not None:
-            window.held += tokens
-        for quota in budget.quotas:
-            quota.held += tokens
+    for window in budgets.windows:
+        window.left_requests -= 1
+        window.requests[at] += 1
+        window.last_request = slot
+        window.left_tokens -= tokens
+    for quota in budgets.quotas:
+        quota.left -= tokens
     return Granted(budgets, tokens, now)
 
 
-def _left(budgets: Sequence[Budget], slot: int, epoch: float) -> int:
-    """Tokens that one more request may hold; below 0: there may be none."""
-    least = _NO_LIMIT
-    for budget in budgets:
-        if (window := budget.requests) is not None:
-            if window.slot < slot:
-                window.advance(slot)
-            if window.used >= window.limit:
-                least = -1
-        if (window := budget.tokens) is not None:
-            if window.slot < slot:
-                window.advance(slot)
-            least = min(least, window.limit - window.used - window.held)
-        for quota in budget.quotas:
-            if not quota.begins <= epoch < quota.ends:
-                quota.roll(epoch)
-            least = min(least, quota.limit - quota.used - quota.held)
-    return least
+_NONE = -_NO_LIMIT
+
+
+def _left_of_quotas(budgets: Budgets, tokens: int, epoch: float) -> int:
+    for quota in budgets.quotas:
+        if not quota.begins <= epoch < quota.ends:
+            quota.roll(epoch)
+        tokens = min(tokens, quota.left)
+    return tokens
 
 
 def settle(granted: Granted, used: int, now: float, epoch: float) -> None:
     """Give back what a request held, and charge the tokens that it used. Once more: nothing."""
-    budgets, granted.budgets = granted.budgets, ()
-    held, slot, seconds = granted.tokens, int(now), now - granted.at
-    for budget in budgets:
-        budget.seconds += _LEARNED * (seconds - budget.seconds)
-        if (window := budget.tokens) is not None:
-            if window.slot < slot:
-                window.advance(slot)
-            window.held -= held
-            if used:
-                window.charge(used)
-        for quota in budget.quotas:
-            if not quota.begins <= epoch < quota.ends:
-                quota.roll(epoch)
-            quota.held -= held
-            quota.used += used
+    budgets = granted.budgets
+    if budgets is None:
+        return
+    granted.budgets = None
+    slot, at, freed = int(now), int(now) % SLOTS, granted.tokens - used
+    budgets.seconds += _LEARNED * (now - granted.at - budgets.seconds)
+    for window in budgets.windows:
+        if window.slot < slot:
+            window.advance(slot)
+        window.left_tokens += freed
+        window.used_tokens += used
+        window.tokens[at] += used
+        window.last_token = slot
+    for quota in budgets.quotas:
+        if not quota.begins <= epoch < quota.ends:
+            quota.roll(epoch)
+        quota.left += freed
+        quota.used += used
 
 
-def openai_lines(budgets: Sequence[Budget], now: float, epoch: float) -> bytes:
+def openai_lines(budgets: Budgets, now: float, epoch: float) -> bytes:
     """Header lines `x-ratelimit-*`: of requests and of tokens, where those are limited, what is tightest."""
-    requests, tokens = _tightest(budgets, now, epoch)
+    requests, tokens = _tightest(budgets, int(now), epoch)
     if requests is None:
-        return b"" if tokens is None else _OPENAI_TOKENS % _shown(tokens, epoch)
-    if tokens is None:
-        return _OPENAI_REQUESTS % _shown(requests, epoch)
-    return _OPENAI % (*_shown(requests, epoch), *_shown(tokens, epoch))
+        return b"" if tokens is None else _OPENAI_TOKENS % tokens
+    return _OPENAI_REQUESTS % requests if tokens is None else _OPENAI % (*requests, *tokens)
 
 
-def anthropic_lines(budgets: Sequence[Budget], now: float, epoch: float) -> bytes:
+def anthropic_lines(budgets: Budgets, now: float, epoch: float) -> bytes:
     """Header lines `anthropic-ratelimit-*`: as `openai_lines`."""
+    requests, tokens = _tightest(budgets, int(now), epoch)
     lines = b""
-    for kind, meter in zip((b"requests", b"tokens"), _tightest(budgets, now, epoch), strict=True):
-        if meter is not None:
-            limit, left, seconds = _shown(meter, epoch)
-            at = show_time(int(epoch) + seconds).encode()
-            lines += _ANTHROPIC % (kind, limit, kind, left, kind, at)
+    if requests is not None:
+        limit, left, seconds = requests
+        lines = _ANTHROPIC_REQUESTS % (limit, left, _time(int(epoch) + seconds))
+    if tokens is not None:
+        limit, left, seconds = tokens
+        lines += _ANTHROPIC_TOKENS % (limit, left, _time(int(epoch) + seconds))
     return lines
 
 
@@ -268,82 +290,86 @@ _OPENAI_REQUESTS = (
 )
 _OPENAI_TOKENS = _OPENAI_REQUESTS.replace(b"-requests", b"-tokens")
 _OPENAI = _OPENAI_REQUESTS + _OPENAI_TOKENS
-_ANTHROPIC = (
-    b"anthropic-ratelimit-%s-limit: %d\r\nanthropic-ratelimit-%s-remaining: %d\r\nanthropic-ratelimit-%s-reset: %s\r\n"
+_ANTHROPIC_REQUESTS = (
+    b"anthropic-ratelimit-requests-limit: %d\r\nanthropic-ratelimit-requests-remaining: %d\r\n"
+    b"anthropic-ratelimit-requests-reset: %s\r\n"
 )
+_ANTHROPIC_TOKENS = _ANTHROPIC_REQUESTS.replace(b"-requests", b"-tokens")
 
-type _Meter = Window | Quota
+
+@lru_cache(maxsize=256)
+def _time(second: int) -> bytes:
+    return show_time(second).encode()
 
 
-def _tightest(budgets: Sequence[Budget], now: float, epoch: float) -> tuple[Window | None, _Meter | None]:
+type _Shown = tuple[int, int, int]  # a limit, what is left of it, whole seconds until all of it is
+
+
+def _tightest(budgets: Budgets, slot: int, epoch: float) -> tuple[_Shown | None, _Shown | None]:
     """Of requests, and of tokens: where the least is left."""
-    _advance(budgets, now, epoch)
-    requests: Window | None = None
-    tokens: _Meter | None = None
-    for budget in budgets:
-        if (window := budget.requests) is not None and (requests is None or window.left < requests.left):
-            requests = window
-        if (window := budget.tokens) is not None and (tokens is None or window.left < tokens.left):
-            tokens = window
-        for quota in budget.quotas:
-            if tokens is None or quota.left < tokens.left:
-                tokens = quota
-    return requests, tokens
+    requests = tokens = None
+    fewest = least = _HARDLY
+    for window in budgets.windows:
+        if window.slot < slot:
+            window.advance(slot)
+        if window.left_requests < fewest:
+            requests, fewest = window, window.left_requests
+        if window.left_tokens < least:
+            tokens, least = window, window.left_tokens
+    shown: _Shown | None = None
+    if tokens is not None:
+        limit = tokens.limit_tokens
+        if least == limit:
+            seconds = 0
+        else:  # what is held counts as if it were used now
+            seconds = SLOTS if tokens.used_tokens + least < limit else tokens.last_token + SLOTS - slot
+        shown = limit, least if least > 0 else 0, seconds  # noqa: FURB136 - max() takes 0.1 us
+    if budgets.quotas:
+        _advance(budgets, slot, epoch)
+        quota = min(budgets.quotas, key=lambda one: one.left)
+        if shown is None or quota.left < least:
+            shown = quota.limit, max(quota.left, 0), math.ceil(quota.ends - epoch)
+    if requests is None:
+        return None, shown
+    limit = requests.limit_requests
+    return (limit, fewest, 0 if fewest == limit else requests.last_request + SLOTS - slot), shown
 
 
-def _shown(meter: _Meter, epoch: float) -> tuple[int, int, int]:
-    """The limit, what is left of it, and seconds until all of it is."""
-    return meter.limit, max(meter.left, 0), meter.reset(epoch)
+_HARDLY = _NO_LIMIT // 2  # less is left only where there is a limit
 
 
-def _advance(budgets: Sequence[Budget], now: float, epoch: float) -> None:
-    slot = int(now)
-    for budget in budgets:
-        for window in (budget.requests, budget.tokens):
-            if window is not None and window.slot < slot:
-                window.advance(slot)
-        for quota in budget.quotas:
-            if not quota.begins <= epoch < quota.ends:
-                quota.roll(epoch)
+def _advance(budgets: Budgets, slot: int, epoch: float) -> None:
+    for window in budgets.windows:
+        if window.slot < slot:
+            window.advance(slot)
+    _left_of_quotas(budgets, 0, epoch)
 
 
-def _meters(budget: Budget) -> list[tuple[LimitName, _Meter]]:
-    """All limits of a scope, by their names."""
-    found: list[tuple[LimitName, _Meter]] = []
-    if budget.requests is not None:
-        found.append(("requests_per_minute", budget.requests))
-    if budget.tokens is not None:
-        found.append(("tokens_per_minute", budget.tokens))
-    return found + [("tokens_per_day" if one.period == "day" else "tokens_per_month", one) for one in budget.quotas]
-
-
-def _refused(budgets: Sequence[Budget], tokens: int, now: float, epoch: float) -> Refused:
+def _refused(budgets: Budgets, tokens: int, now: float, epoch: float) -> Refused:
     """By the limit for which it would wait longest. `tokens`: what has to fit."""
     found = []
-    for budget in budgets:
-        for name, meter in _meters(budget):
-            wanted = 1 if name == "requests_per_minute" else tokens
-            wait = meter.wait(wanted, now if isinstance(meter, Window) else epoch)
-            found.append(_of_limit(budget, name, meter, wanted, wait))
+    for window in budgets.windows:
+        for use in window.uses():
+            wanted = 1 if use.name == "requests_per_minute" else tokens
+            wait = window.wait(use, wanted, now)
+            found.append(_of_limit(use, wanted, wait, f"in {wait:.1f} s", budgets.seconds))
+    for quota in budgets.quotas:
+        at = f"at {show_time(quota.ends)}"
+        found.append(_of_limit(quota.use(), tokens, quota.wait(tokens, epoch), at, budgets.seconds))
     return max(found, key=lambda refused: refused.wait)
 
 
-def _of_limit(budget: Budget, name: LimitName, meter: _Meter, wanted: int, wait: float) -> Refused:
-    """What one limit says: how long it would wait for that one, and why."""
-    what, _, period = name.partition("_per_")
-    words = f"{meter.used + meter.held} {what} a {period} are used, {wanted} wanted"
-    if wanted > meter.limit:
-        wait, words = math.inf, f"{wanted} {what} wanted, and {meter.limit} a {period} are all there may be"
-    elif wait == math.inf:
-        wait = min(max(budget.seconds, _SHORTEST_SECONDS), _LONGEST_SECONDS)
-        words += ", free when requests in flight have ended"
-    elif isinstance(meter, Window):
-        words += f", free in {wait:.1f} s"
-    else:
-        words += f", free at {show_time(meter.ends)}"
-    of = f" of {budget.scope}" if budget.scope else ""
-    in_millis = wait if wait == math.inf else math.ceil(wait * 1000) / 1000
-    return Refused(name, budget.scope, in_millis, f"cannot take this{of}: {words}")
+def _of_limit(use: Use, wanted: int, wait: float, when: str, seconds: float) -> Refused:
+    """What one limit says. `wait`: inf where requests in flight have to end first; `seconds`: what those take."""
+    what, _, period = use.name.partition("_per_")
+    of = f" of {use.scope}" if use.scope else ""
+    if wanted > use.limit:
+        why = f"{wanted} {what} wanted, and {use.limit} a {period} are all there may be"
+        return Refused(use.name, use.scope, math.inf, f"cannot take this{of}: {why}")
+    if wait == math.inf:
+        wait, when = min(max(seconds, _SHORTEST_SECONDS), _LONGEST_SECONDS), "when requests in flight have ended"
+    why = f"{use.used + use.held} {what} a {period} are used, {wanted} wanted, free {when}"
+    return Refused(use.name, use.scope, math.ceil(wait * 1000) / 1000, f"cannot take this{of}: {why}")
 
 
 def _period(period: Period, epoch: float) -> tuple[float, float]:
