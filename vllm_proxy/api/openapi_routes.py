@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm_proxy.api.openapi_keys import MODEL_ID, REF, Schema
-from vllm_proxy.domain import device_resources, resources
+from vllm_proxy.domain import device_resources, key_resources, resources
 from vllm_proxy.traffic.routes import INFERENCE, InferenceRoute
 
 TAGS = {
@@ -187,12 +187,12 @@ _WRITE_KEY = (*_HERE, *_BODY, "invalid_json", "invalid_key", "invalid_config", *
 _ONE_KEY = ("key_not_found", "key_conflict")
 _KEYS = {
     "GET /keys": Operation(
-        "Keys", "List all keys", (Answer(200, "Without their hashes.", _json(resources.Keys), _ETAG),), _HERE
+        "Keys", "List all keys", (Answer(200, "Without their hashes.", _json(key_resources.Keys), _ETAG),), _HERE
     ),
     "POST /keys": Operation(
         "Keys",
         "Make a key",
-        (Answer(201, "In force. `key` is told this once.", _json(resources.NewKey), (*_ETAG, "Location")),),
+        (Answer(201, "In force. `key` is told this once.", _json(key_resources.NewKey), (*_ETAG, "Location")),),
         (*_WRITE_KEY, "key_exists"),
         _keys("NewKeyTable"),
         ("if_match",),
@@ -201,13 +201,13 @@ _KEYS = {
     "GET /keys/{name}": Operation(
         "Keys",
         "Show a key",
-        (Answer(200, "Without its hashes.", _json(resources.Key), _ETAG),),
+        (Answer(200, "Without its hashes.", _json(key_resources.Key), _ETAG),),
         (*_HERE, "key_not_found"),
     ),
     "PATCH /keys/{name}": Operation(
         "Keys",
         "Change a key",
-        (Answer(200, "In force.", _json(resources.Key), _ETAG),),
+        (Answer(200, "In force.", _json(key_resources.Key), _ETAG),),
         (*_WRITE_KEY, *_ONE_KEY),
         {"application/merge-patch+json": {"$ref": REF + "KeyTable"}, **_keys("KeyTable")},
         ("if_match",),
@@ -224,7 +224,7 @@ _KEYS = {
     "POST /keys/{name}/rotate": Operation(
         "Keys",
         "Rotate a key",
-        (Answer(200, "In force. `key` is told this once.", _json(resources.NewKey), _ETAG),),
+        (Answer(200, "In force. `key` is told this once.", _json(key_resources.NewKey), _ETAG),),
         (*_WRITE_KEY, *_ONE_KEY),
         {"application/json": _FINISH},
         ("if_match",),

@@ -23,7 +23,7 @@ type Period = Literal["day", "month"]
 
 SLOTS = 61  # 60 whole seconds and the one that has begun
 NOT_AGAIN_SECONDS = 60.0  # clients are told not to wait longer than that
-_NO_LIMIT = 10**12  # in its place; more than a minute can use
+_NO_LIMIT = 2**60  # in its place; more than any limit of a file
 _DAY_SECONDS = 86_400
 _STEP_SECONDS = 3600  # so far back the clock may be set without a new period
 _LEARNED = 0.125  # what the duration of one more request counts for the mean
