@@ -49,7 +49,7 @@ def refused(found: Granted | Refused) -> Refused:
 def state(of: Budgets) -> list[Any]:
     """Everything that is counted."""
     windows = [(one.left_requests, one.left_tokens, one.used_tokens, list(one.tokens)) for one in of.windows]
-    return [*windows, *((one.left, one.used) for one in of.quotas)]
+    return [*windows, *((one.left_tokens, one.used_tokens) for one in of.quotas)]
 
 
 # Exactness
