@@ -25,8 +25,9 @@ from tests.simulation import loads
 from vllm_proxy import cli
 from vllm_proxy.api.openapi_keys import KEYS, OF_A_KEY
 from vllm_proxy.api.openapi_routes import OPERATIONS, Operation
-from vllm_proxy.domain import config, plan
-from vllm_proxy.domain.config import Devices, EngineDefaults, EngineSpec, KeyTable, Policy, Restart, Server
+from vllm_proxy.domain import key_table, plan
+from vllm_proxy.domain.config import Devices, EngineDefaults, EngineSpec, Policy, Restart, Server
+from vllm_proxy.domain.key_table import KeyTable
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.units import parse_duration, parse_size, parse_size_or_percent, show, show_duration, show_size
 from vllm_proxy.errors import STATUS
@@ -99,7 +100,7 @@ def _kind(annotation: Any, marks: Sequence[Any]) -> str:  # noqa: ANN401 - a typ
         return ", ".join(f"`{show(value)}`" for value in inner)
     if origin is tuple:
         one = _kind(inner[0], ())
-        return f"{f'{one} or ' if config._one_or_more in readers else ''}list of {one}{_length(marks)}"
+        return f"{f'{one} or ' if key_table._one_or_more in readers else ''}list of {one}{_length(marks)}"
     if origin is dict or annotation is dict:
         return "table"
     names = {

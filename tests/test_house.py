@@ -10,8 +10,9 @@ import pytest
 
 from vllm_proxy import errors
 from vllm_proxy.domain import lifecycle
-from vllm_proxy.domain.config import Devices, EngineDefaults, KeyTable, ModelTable, Restart, Server
+from vllm_proxy.domain.config import Devices, EngineDefaults, ModelTable, Restart, Server
 from vllm_proxy.domain.file.parse import parse_config
+from vllm_proxy.domain.key_table import KeyTable, RateTable
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vllm_proxy"
@@ -150,12 +151,12 @@ def test_the_example_shows_every_key_with_its_default() -> None:
     data = (ROOT / "models.toml.example").read_bytes()
     config = parse_config(data, "models.toml.example")
     text = data.decode()
-    for table in (Server, EngineDefaults, Devices, ModelTable, Restart, KeyTable):
+    for table in (Server, EngineDefaults, Devices, ModelTable, Restart, KeyTable, RateTable):
         for key, field in table.model_fields.items():
             mark = (
                 "#? ?" if field.default in (None, ()) else ""
             )  # what has no default stands in a comment, or has a value
-            assert re.search(rf"^({mark}{key} = |\[.*\b{key}\])", text, re.MULTILINE), key
+            assert re.search(rf"^({mark}{key} = |\[.*\b{key}[\].])", text, re.MULTILINE), key
     assert config.server == Server()
     for name, default in Restart().model_dump().items():
         assert getattr(config.models["chat"].policy.restart, name) == default

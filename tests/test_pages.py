@@ -9,7 +9,8 @@ import pytest
 from tests import pages
 from vllm_proxy import cli
 from vllm_proxy.api.openapi_routes import OPERATIONS
-from vllm_proxy.domain.config import Devices, EngineDefaults, KeyTable, ModelTable, Restart, Server
+from vllm_proxy.domain.config import Devices, EngineDefaults, ModelTable, Restart, Server
+from vllm_proxy.domain.key_table import KeyTable
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.errors import STATUS
 from vllm_proxy.help import TOPICS, anchor, sections

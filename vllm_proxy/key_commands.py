@@ -14,10 +14,10 @@ from typing import Any, TextIO
 from urllib.parse import quote
 
 from vllm_proxy.connection import CommandError, NoDaemonError, connected
-from vllm_proxy.domain import resources
+from vllm_proxy.domain import key_resources
 from vllm_proxy.domain.file import edit_keys
+from vllm_proxy.domain.key_resources import key_of
 from vllm_proxy.domain.keys import RANDOM_BYTES, Scope, hash_of, name_problem, new_key, own_key_problem
-from vllm_proxy.domain.resources import key_of
 from vllm_proxy.domain.units import parse_duration, parse_time, show, show_time
 from vllm_proxy.errors import VllmProxyError
 from vllm_proxy.fleet.changes import KeyEdit, KeyFiles
@@ -32,7 +32,7 @@ _LONGEST_KEY = 4096  # characters
 class Done:
     """What a command has done. `told`: for stdout; `words`: about it, for stderr; `resource`: all of it, as JSON."""
 
-    resource: resources.NewKey | resources.Key | resources.Keys
+    resource: key_resources.NewKey | key_resources.Key | key_resources.Keys
     told: str
     words: str = ""
 
@@ -60,6 +60,8 @@ def add_parsers(keys: argparse.ArgumentParser, parents: Sequence[argparse.Argume
                              help="what it may do, repeatable (default: inference)")  # fmt: skip
         command.add_argument("--models", action="append", metavar="GLOB",
                              help="ids and aliases that it may use, repeatable (default: all)")  # fmt: skip
+        command.add_argument("--rpm", type=_amount, metavar="N", help="requests in any minute (default: no limit)")
+        command.add_argument("--tpm", type=_amount, metavar="N", help="tokens in any minute (default: no limit)")
         command.add_argument("--expires", type=_expiry, metavar="WHEN",
                              help="after 90d, 12h, …, or at 2027-01-01T00:00:00Z (default: never)")  # fmt: skip
     rotate.add_argument("--finish", action="store_true", help="keep only the newest key")
@@ -114,13 +116,17 @@ async def _of_the_first(settings: Settings) -> str:
 
 async def _create(
     settings: Settings, options: argparse.Namespace, table: dict[str, Any]
-) -> tuple[resources.NewKey, str]:
+) -> tuple[key_resources.NewKey, str]:
     if problem := name_problem(options.name):
         msg = f"cannot make key {show(options.name)}: {problem}"
         raise CommandError(msg)
     table["scopes"] = options.scopes or [str(Scope.INFERENCE)]
     if options.models:
         table["models"] = options.models
+    if options.rpm:
+        table["requests_per_minute"] = options.rpm
+    if options.tpm:
+        table["tokens_per_minute"] = options.tpm
     if options.expires:
         table["expires_at"] = options.expires
     try:
@@ -132,8 +138,8 @@ async def _create(
         return {**found, "key": key}, where
 
 
-async def _all(settings: Settings) -> resources.Keys:
-    found: resources.Keys
+async def _all(settings: Settings) -> key_resources.Keys:
+    found: key_resources.Keys
     try:
         async with connected(settings) as daemon:
             found = await daemon.request("GET", "/keys")
@@ -145,14 +151,14 @@ async def _all(settings: Settings) -> resources.Keys:
 
 async def _list(settings: Settings, _options: argparse.Namespace) -> Done:
     found = await _all(settings)
-    rows = [("name", "id", "scopes", "models", "state"), *map(_row, found["keys"])]
+    rows = [("name", "id", "scopes", "models", "limits", "state"), *map(_row, found["keys"])]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)).rstrip() for row in rows)
     return Done(found, "\n".join(lines) if found["keys"] else "no keys; `vllm-proxy keys new` makes one")
 
 
 async def _rotate(settings: Settings, options: argparse.Namespace) -> Done:
-    found: resources.NewKey
+    found: key_resources.NewKey
     try:
         async with connected(settings) as daemon:
             path = f"{_path(options.name)}/rotate"
@@ -170,7 +176,7 @@ async def _rotate(settings: Settings, options: argparse.Namespace) -> Done:
 
 async def _revoke(settings: Settings, options: argparse.Namespace) -> Done:
     change = {"enabled": False}
-    found: resources.Key
+    found: key_resources.Key
     try:
         async with connected(settings) as daemon:
             found, where = await daemon.request("PATCH", _path(options.name), json=change), _IN_FORCE
@@ -187,7 +193,7 @@ def _files(settings: Settings) -> KeyFiles:
     return KeyFiles(Store(settings.config_file), settings.parse, settings.files, settings.keys_file)
 
 
-def _on_files(settings: Settings, name: str, edit: KeyEdit) -> tuple[resources.Key, str]:
+def _on_files(settings: Settings, name: str, edit: KeyEdit) -> tuple[key_resources.Key, str]:
     """Where no daemon runs; the resource, and where that is written."""
     change = _files(settings).change(edit)
     change.write()
@@ -200,25 +206,46 @@ def _path(name: str) -> str:
     return f"/keys/{quote(name, safe='', errors='surrogateescape')}"
 
 
-def _described(key: resources.Key) -> str:
+def _described(key: key_resources.Key) -> str:
     """`key "ci", id 1f2e3d4c, inference`."""
     state = _state(key)
     about = [f"key {show(key['name'])}", f"id {key['id']}" if key["id"] else "", ", ".join(key["scopes"]) or "no scope",
-             f"until {key['expires_at']}" if key["expires_at"] else "", "" if state == "good" else state]  # fmt: skip
+             *_limits(key), f"until {key['expires_at']}" if key["expires_at"] else "",
+             "" if state == "good" else state]  # fmt: skip
     return ", ".join(part for part in about if part)
 
 
-def _row(key: resources.Key) -> tuple[str, ...]:
+def _row(key: key_resources.Key) -> tuple[str, ...]:
     until = f" until {key['expires_at']}" if key["expires_at"] else ""
     more = f", {key['hashes']} keys: being rotated" if key["hashes"] > 1 else ""
-    return key["name"], key["id"] or "-", ",".join(key["scopes"]), ",".join(key["models"]), _state(key) + until + more
+    state = _state(key) + until + more
+    models = ",".join(key["models"])
+    return key["name"], key["id"] or "-", ",".join(key["scopes"]), models, ", ".join(_limits(key)) or "-", state
 
 
-def _state(key: resources.Key) -> str:
+def _limits(key: key_resources.Key) -> list[str]:
+    """`20000 tokens/min`, `4 at once`, …: what it may use, and how it shares."""
+    amounts = [(key["requests_per_minute"], "requests/min"), (key["tokens_per_minute"], "tokens/min"),
+               (key["tokens_per_day"], "tokens/day"), (key["tokens_per_month"], "tokens/month"),
+               (key["max_in_flight"], "at once"), (key["max_output_tokens"], "an answer")]  # fmt: skip
+    found = [f"{amount} {of}" for amount, of in amounts if amount]
+    found += [f"priority {key['priority']}"] if key["priority"] else []
+    found += [f"weight {key['weight']:g}"] if key["weight"] != 1 else []
+    return found + [f"more of {glob}" for glob in key["limits"]]
+
+
+def _state(key: key_resources.Key) -> str:
     if not key["enabled"]:
         return "revoked"
     expires_at = key["expires_at"]
     return "expired" if expires_at and parse_time(expires_at) <= datetime.now(UTC) else "good"
+
+
+def _amount(text: str) -> int:
+    if text.isascii() and text.isdigit() and (amount := int(text)):
+        return amount
+    msg = f"expected a whole number above 0, got {show(text)}"
+    raise argparse.ArgumentTypeError(msg)
 
 
 def _expiry(text: str) -> str:

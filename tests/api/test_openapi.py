@@ -21,7 +21,8 @@ from vllm_proxy.api.openapi import NOT_LET_IN, document
 from vllm_proxy.api.openapi_keys import DURATION, KEYS, MODEL_ID, OF_A_KEY
 from vllm_proxy.api.openapi_routes import OPERATIONS
 from vllm_proxy.api.reply import Reply
-from vllm_proxy.domain.config import KeyTable, ModelTable, Restart, id_problem
+from vllm_proxy.domain.config import ModelTable, Restart, id_problem
+from vllm_proxy.domain.key_table import KeyTable
 from vllm_proxy.domain.keys import name_problem
 from vllm_proxy.domain.units import parse_duration
 from vllm_proxy.errors import STATUS
@@ -275,6 +276,18 @@ def test_names_of_keys_are_described_as_they_are_read(text: str) -> None:
         ({"expires_at": 5}, False),
         ({"isolate_cache": True}, True),
         ({"scope": ["read"]}, False),
+        ({"tokens_per_minute": 5, "requests_per_minute": 0}, True),
+        ({"tokens_per_day": -1}, False),
+        ({"tokens_per_month": 10**15 + 1}, False),
+        ({"max_in_flight": 2.5}, False),
+        ({"priority": -5, "weight": 2}, True),
+        ({"priority": 1001}, False),
+        ({"weight": 0}, False),
+        ({"limits": {"a*": {"tokens_per_minute": 5}}}, True),
+        ({"limits": {"a*": {}}}, True),
+        ({"limits": {"": {}}}, False),
+        ({"limits": {"a*": {"tokens_per_minute": -5}}}, False),
+        ({"limits": {"a*": 5}}, False),
     ],
 )
 def test_the_keys_of_a_key_are_described_as_they_are_read(keys: dict[str, Any], good: bool) -> None:  # noqa: FBT001 - a table of cases

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import __main__ as bench
-from tests.bench import build, cases, client, peers
+from tests.bench import build, cases, client, limits, peers
 
 PROXY = (peers.OURS, peers.DIRECT)
 
@@ -53,3 +53,9 @@ def test_a_request_says_how_long_it_is() -> None:
     head, body = client.request(1, "é").split(b"\r\n\r\n")
     assert b"Content-Length: 2" in head
     assert body == "é".encode()
+
+
+def test_limits_are_measured() -> None:
+    """Each way to meet them has its figure; nothing is held or used up by what was measured before."""
+    found = limits.cost(calls=3, rounds=2)
+    assert {"one scope", "two scopes", "a refusal", "a fair number"} <= set(found)

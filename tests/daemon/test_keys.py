@@ -59,7 +59,8 @@ async def test_a_key_that_is_made_is_told_once_and_kept_as_a_hash(shared: Daemon
     assert made == {
         "name": "ci", "id": digest[:8], "hashes": 1, "source": "keys_file", "file": None, "description": "builds",
         "scopes": ["inference"], "models": ["chat"], "enabled": True, "expires_at": "2098-12-31T22:00:00Z",
-        "isolate_cache": False,
+        "isolate_cache": False, "requests_per_minute": 0, "tokens_per_minute": 0, "tokens_per_day": 0,
+        "tokens_per_month": 0, "max_in_flight": 0, "max_output_tokens": 0, "priority": 0, "weight": 1.0, "limits": {},
     }  # fmt: skip
     assert f'[keys.ci]\nhash = "{hash_of(key)}"\nmodels = ["chat"]\nexpires_at = 2099-01-01T00:00:00+02:00\n' in there(
         shared
@@ -83,6 +84,39 @@ async def test_a_key_is_changed_where_it_stands(shared: Daemon) -> None:
     assert HERE.replace('["read", "metrics"]\n', '["admin", "read"]\nenabled = false\n') in shared.file.read_text()
     await shared.write("PATCH", "/keys/old", {"enabled": None, "scopes": ["read", "metrics"]})
     assert HERE in shared.file.read_text()
+
+
+async def test_limits_are_changed_alone_and_taken_away(shared: Daemon) -> None:
+    """Those of some models are tables of their own in the file; a patch leaves the others as they are."""
+    made = await shared.write("POST", "/keys", {"name": "much", "tokens_per_minute": 20000, "weight": 2}, 201)
+    assert (made["tokens_per_minute"], made["weight"], made["limits"]) == (20000, 2.0, {})
+    await shared.write("PATCH", "/keys/much", {"limits": {"chat": {"requests_per_minute": 5}, "c*": {}}})
+    shown = await shared.write("PATCH", "/keys/much", {"limits": {"chat": {"tokens_per_minute": 7}, "c*": None}})
+    assert shown["limits"] == {"chat": {"requests_per_minute": 5, "tokens_per_minute": 7}}
+    assert shown["tokens_per_minute"] == 20000
+    assert table(shared, "much")["limits"] == {"chat": {"requests_per_minute": 5, "tokens_per_minute": 7}}
+    shown = await shared.write("PATCH", "/keys/much", {"limits": None, "weight": None})
+    assert (shown["limits"], shown["weight"]) == ({}, 1.0)
+    assert "limits" not in table(shared, "much")
+    await shared.write("DELETE", "/keys/much", status=204)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tokens_per_minute": -1},
+        {"weight": 0},
+        {"priority": 1.5},
+        {"limits": {"chat": 5}},
+        {"limits": {"chat": {"tokens_per_day": 5}}},
+        {"requests_per_minute": 10**15 + 1},
+    ],
+)
+async def test_limits_that_mean_nothing_are_refused(shared: Daemon, wrong: dict[str, Any]) -> None:
+    """422, and nothing is written."""
+    before = there(shared)
+    assert (await shared.write("POST", "/keys", {"name": "no", **wrong}, 422))["error"]["code"] == "invalid_key"
+    assert there(shared) == before
 
 
 async def test_a_rotation_makes_a_second_key_and_its_end_leaves_that_alone(shared: Daemon) -> None:
@@ -355,7 +389,8 @@ async def life(folder: Path, *, where: str) -> list[str]:
     """A key's life by command; returns what the file for keys says after each step."""
     file, found = "keys.toml", list[str]()
     options = ("--scope", "read", "--scope", "inference", "--models", "chat", "--models", "org/*", "--expires", "90d")
-    status, out, err = await vllm_proxy(folder, "keys", "new", "ci", *options)
+    limits = ("--rpm", "60", "--tpm", "20000")
+    status, out, err = await vllm_proxy(folder, "keys", "new", "ci", *options, *limits)
     key = out.removesuffix("\n")
     assert (status, is_mistyped(key), key.startswith("vp-")) == (0, False, True)
     assert (key in err, where in err, hash_of(key)[7:15] in err) == (False, True, True)
@@ -375,12 +410,13 @@ async def life(folder: Path, *, where: str) -> list[str]:
     assert tomllib.loads((folder / file).read_text())["keys"]["own"]["hash"] == [hash_of(OWN), hash_of(newest)]
     status, out, _ = await vllm_proxy(folder, "keys", "list")
     rows = [re.split(r"\s{2,}", line) for line in out.splitlines()]
-    assert (status, rows[0]) == (0, ["name", "id", "scopes", "models", "state"])
-    assert rows[1][:4] == ["ci", hash_of(key)[7:15], "inference,read", "chat,org/*"]
-    assert rows[2] == ["own", hash_of(newest)[7:15], "inference", "*", "good, 2 keys: being rotated"]
+    assert (status, rows[0]) == (0, ["name", "id", "scopes", "models", "limits", "state"])
+    shown = ["ci", hash_of(key)[7:15], "inference,read", "chat,org/*", "60 requests/min, 20000 tokens/min"]
+    assert rows[1][:5] == shown
+    assert rows[2] == ["own", hash_of(newest)[7:15], "inference", "*", "-", "good, 2 keys: being rotated"]
     status, out, _ = await vllm_proxy(folder, "keys", "rotate", "own", "--finish", "--json")
-    shown = json.loads(out)
-    assert (status, shown["hashes"], shown["id"], shown["key"]) == (0, 1, hash_of(newest)[7:15], None)
+    own = json.loads(out)
+    assert (status, own["hashes"], own["id"], own["key"]) == (0, 1, hash_of(newest)[7:15], None)
     assert tomllib.loads((folder / file).read_text())["keys"]["own"]["hash"] == hash_of(newest)
     status, out, _ = await vllm_proxy(folder, "keys", "revoke", "ci")
     assert (status, "revoked" in out, where in out) == (0, True, True)

@@ -147,7 +147,7 @@ async def test_the_official_clients_wait_as_told_and_succeed(running: Daemon, ki
     assert (row["requests"] - before["requests"], row["limited"] - before["limited"]) == (2, 1)
 
 
-async def _whole(running: Daemon, key: str, **body: object) -> int:
+async def _whole(running: Daemon, key: str, **body: Any) -> int:
     async with ask(running, key, **body) as answer:
         await answer.read()
         return int(answer.status)

@@ -12,10 +12,10 @@ import tomli_w
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllm_proxy.domain.config import KeyTable
 from vllm_proxy.domain.file import edit_keys
 from vllm_proxy.domain.file.edit_keys import KeyTexts
 from vllm_proxy.domain.file.parse import parse_config
+from vllm_proxy.domain.key_table import KeyTable
 from vllm_proxy.domain.keys import (
     ALL,
     RANDOM_BYTES,
@@ -30,6 +30,7 @@ from vllm_proxy.domain.keys import (
     own_key_problem,
     without_included,
 )
+from vllm_proxy.domain.limits import Rate
 from vllm_proxy.domain.references import NoFiles
 from vllm_proxy.errors import ConfigError, VllmProxyError
 
@@ -250,7 +251,13 @@ def test_a_key_that_was_pasted_is_not_shown(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ['[keys."{}"]\nscopes = []', '[keys]\n"{}" = "inference"', '[keys.ci]\n"{}" = true', '[keys.ci."{}"]\na = 1'],
+    [
+        '[keys.ci.limits."{}"]\nx = 1',
+        '[keys."{}"]\nscopes = []',
+        '[keys]\n"{}" = "inference"',
+        '[keys.ci]\n"{}" = true',
+        '[keys.ci."{}"]\na = 1',
+    ],
 )
 def test_a_key_that_was_pasted_as_a_name_is_not_shown(text: str) -> None:
     """A name is no longer than 64 lower-case letters: what is none, and as long as a key, may be one."""
@@ -284,6 +291,22 @@ def test_the_key_is_the_first_line_of_its_file() -> None:
     for data in (key, f"{key}\n", f"{key}\r\n", f"  {key}  \n\n# für das Tor\n"):
         config = parse_config(b'[keys.ci]\nfile = "k"\n', "models.toml", files=Given(k=data.encode()))
         assert hash_of(key).endswith(config.keys["ci"].digests[0].hex())
+
+
+def test_a_glob_of_limits_that_matches_no_model_is_told() -> None:
+    """It is no error, since the model may come later; one that is as long as a key is not repeated."""
+    text = '[models.chat]\nmodel = "m"\n[keys.ci]\nfile = "k"\n[keys.ci.limits]\n"c*" = {}\nchta = {}\n'
+    config = parse_config(f'{text}"{"x" * 32}" = {{}}\n'.encode(), "models.toml", files=Given(k=b"k" * 40))
+    assert config.warnings() == [
+        "[keys.ci.limits] has a glob 'chta', which matches no model",
+        "[keys.ci.limits] has a glob '***', which matches no model",
+    ]
+
+
+def test_an_unknown_key_of_limits_is_told_with_those_that_there_are() -> None:
+    """They are not those of the key's own table."""
+    (_, found) = problems('[keys.ci]\nfile = "k"\n[keys.ci.limits.chat]\nmodels = 1\n', k=b"k" * 40)
+    assert found.endswith("unknown key; expected one of requests_per_minute, tokens_per_minute")
 
 
 # What a change does
@@ -338,6 +361,15 @@ _SENT = st.fixed_dictionaries(
         "models": st.lists(_WORDS.filter(bool), max_size=2),
         "enabled": st.booleans(),
         "isolate_cache": st.booleans(),
+        "requests_per_minute": st.integers(0, 10**15),
+        "tokens_per_month": st.integers(0, 10**15),
+        "priority": st.integers(-1000, 1000),
+        "weight": st.floats(0.001, 1000),
+        "limits": st.dictionaries(
+            _WORDS.filter(bool),
+            st.fixed_dictionaries({}, optional={"tokens_per_minute": st.integers(0, 10**15)}),
+            max_size=3,
+        ),
         "expires_at": st.datetimes(
             min_value=datetime(1970, 1, 2),  # noqa: DTZ001 - the strategy adds the offset
             timezones=st.sampled_from([UTC, timezone(timedelta(hours=2)), timezone(-timedelta(hours=9, minutes=30))]),
@@ -358,6 +390,15 @@ def test_what_is_sent_for_a_new_key_is_what_the_file_means(name: str, sent: dict
     assert found.scopes == closure(sent.get("scopes", ["inference"]))
     assert found.models == tuple(sent.get("models", ["*"]))
     assert (found.enabled, found.isolate_cache) == (sent.get("enabled", True), sent.get("isolate_cache", False))
+    limits = found.limits
+    assert (limits.rate, limits.tokens_per_month) == (
+        Rate(sent.get("requests_per_minute", 0)),
+        sent.get("tokens_per_month", 0),
+    )
+    assert (limits.priority, limits.weight) == (sent.get("priority", 0), sent.get("weight", 1.0))
+    assert dict(limits.models) == {
+        glob: Rate(0, rate.get("tokens_per_minute", 0)) for glob, rate in sent.get("limits", {}).items()
+    }
     assert found.description == sent.get("description", "")
     when = sent.get("expires_at")
     assert found.expires_at == (None if when is None else datetime.fromisoformat(when).timestamp())

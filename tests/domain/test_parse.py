@@ -61,6 +61,8 @@ def test_an_empty_file_is_valid() -> None:
         "head_timeout": 30.0,
         "body_timeout": 60.0,
         "shutdown_timeout": 30.0,
+        "usage": False,
+        "fair": False,
         "on_exit": "stop",
     }
     assert config.engine.model_dump() == {"command": None, "port_start": 8001, "port_end": 8899, "env": {}}

@@ -13,11 +13,11 @@ from aiohttp import web
 from vllm_proxy.api.body import Bodies, if_match
 from vllm_proxy.api.guard import Route, author_of
 from vllm_proxy.api.reply import Reply, answered, etag
-from vllm_proxy.domain import resources
+from vllm_proxy.domain import key_resources
 from vllm_proxy.domain.config import Config
 from vllm_proxy.domain.file import edit_keys
+from vllm_proxy.domain.key_resources import key_of
 from vllm_proxy.domain.keys import RANDOM_BYTES, Scope, hash_of, name_problem, new_key
-from vllm_proxy.domain.resources import key_of
 from vllm_proxy.domain.units import show
 from vllm_proxy.errors import ConfigError, InvalidError, Problem, RequestError
 from vllm_proxy.fleet.changes import KeyEdit
@@ -33,20 +33,20 @@ class Keys:
         self._desired = desired
         self._bodies = bodies
 
-    async def list(self, _request: web.Request) -> Reply[resources.Keys]:
+    async def list(self, _request: web.Request) -> Reply[key_resources.Keys]:
         """`GET /keys`."""
         config = self._desired.reconciler.config
         shown = [key_of(key) for key in config.keys.values()]
         return Reply({"revision": config.keys_revision, "keys": shown}, headers=etag(config.keys_revision))
 
-    async def show(self, request: web.Request) -> Reply[resources.Key]:
+    async def show(self, request: web.Request) -> Reply[key_resources.Key]:
         """`GET /keys/{name}`."""
         name, config = request.match_info["name"], self._desired.reconciler.config
         if name not in config.keys:
             raise RequestError("key_not_found", f"cannot find key {show(name)}: GET /keys lists them")
         return Reply(key_of(config.keys[name]), headers=etag(config.keys_revision))
 
-    async def create(self, request: web.Request) -> Reply[resources.NewKey]:
+    async def create(self, request: web.Request) -> Reply[key_resources.NewKey]:
         """`POST /keys`: with a hash or a file in the body nothing is made, and nothing told."""
         keys = await self._bodies.json_object(request, "a key's keys")
         name = keys.pop("name", None)
@@ -58,7 +58,7 @@ class Keys:
         config = await self._write(request, partial(edit_keys.create, name=name, keys=table))
         return _told(config, name, key, status=201, headers={"Location": f"/keys/{name}"})
 
-    async def patch(self, request: web.Request) -> Reply[resources.Key]:
+    async def patch(self, request: web.Request) -> Reply[key_resources.Key]:
         """`PATCH /keys/{name}`."""
         name, change = request.match_info["name"], await self._bodies.json_object(request, "a key's keys")
         if change.pop("name", name) != name:
@@ -71,7 +71,7 @@ class Keys:
         config = await self._write(request, partial(edit_keys.delete, name=request.match_info["name"]))
         return web.Response(status=204, headers=etag(config.keys_revision))
 
-    async def rotate(self, request: web.Request) -> Reply[resources.NewKey]:
+    async def rotate(self, request: web.Request) -> Reply[key_resources.NewKey]:
         """`POST /keys/{name}/rotate`: one more hash, and with `{"finish": true}` the newest alone."""
         name = request.match_info["name"]
         options = await self._bodies.json_object(request, "options") if request.body_exists else {}
@@ -109,8 +109,8 @@ def routes(keys: Keys) -> list[Route]:
 
 def _told(
     config: Config, name: str, key: str | None, *, status: int = 200, headers: dict[str, str] | None = None
-) -> Reply[resources.NewKey]:
-    answer: resources.NewKey = {**key_of(config.keys[name]), "key": key}
+) -> Reply[key_resources.NewKey]:
+    answer: key_resources.NewKey = {**key_of(config.keys[name]), "key": key}
     return Reply(answer, status, {**etag(config.keys_revision), "Cache-Control": "no-store", **(headers or {})})
 
 

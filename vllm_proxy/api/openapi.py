@@ -15,7 +15,7 @@ from vllm_proxy import __version__
 from vllm_proxy.api.openapi_keys import REF, Generate, Schema, key_schemas
 from vllm_proxy.api.openapi_parameters import HEADERS, PARAMETERS
 from vllm_proxy.api.openapi_routes import OPERATIONS, TAGS, Answer, Operation
-from vllm_proxy.domain import device_resources, resources, usage_resources
+from vllm_proxy.domain import device_resources, key_resources, resources, usage_resources
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.errors import STATUS
 from vllm_proxy.traffic.envelope import anthropic_type
@@ -28,7 +28,7 @@ Errors are `{"error": {"message", "type", "param", "code"}}`; `Retry-After` come
 """
 
 _ANSWERS: tuple[Any, ...] = (
-    resources.Models, resources.Keys, resources.NewKey,
+    resources.Models, key_resources.Keys, key_resources.NewKey,
     resources.Plan, resources.Applied, device_resources.Devices, usage_resources.Usage, resources.Health,
     resources.Ready, resources.Root,
     resources.Cards, resources.Error, resources.AnthropicError, resources.ModelEvent, resources.ConfigAccepted,

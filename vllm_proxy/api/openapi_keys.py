@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
 from pydantic_core import core_schema
 
-from vllm_proxy.domain.config import KeyTable, ModelTable, Policy, Restart
+from vllm_proxy.domain.config import ModelTable, Policy, Restart
+from vllm_proxy.domain.key_table import KeyTable, RateTable
 from vllm_proxy.domain.keys import MOST_HASHES, RESERVED
 from vllm_proxy.domain.units import parse_duration
 
@@ -120,6 +121,16 @@ KEYS = {
 }
 
 
+def nullable(schema: Schema) -> Schema:
+    """The same, or null."""
+    if isinstance(kind := schema.get("type"), str):
+        found = {**schema, "type": [kind, "null"]}
+        return {**found, "enum": [*schema["enum"], None]} if "enum" in schema else found
+    if "anyOf" in schema:
+        return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}]}
+    return schema if isinstance(kind, list) else {"anyOf": [schema, {"type": "null"}]}
+
+
 KEY_NAME: Schema = {
     "type": "string",
     "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$",
@@ -132,6 +143,16 @@ _TAKEN_OF_A_KEY: dict[str, Schema] = {
     "file": {"type": "string", "minLength": 1, "examples": ["credential:ci-key"]},
     "models": {"type": "array", "items": {"type": "string", "minLength": 1}, "examples": [["chat", "org/*"]]},
     "expires_at": {"type": "string", "format": "date-time"},
+    "limits": {
+        "type": "object",
+        "propertyNames": {"minLength": 1},
+        "additionalProperties": nullable({"$ref": REF + "RateKeys"}),
+        "examples": [{"qwen-*": {"tokens_per_minute": 20000}}],
+    },
+}
+OF_A_RATE = {
+    "requests_per_minute": "Requests in any 60 seconds; 0 no limit.",
+    "tokens_per_minute": "Tokens of prompts and answers in any 60 seconds; 0 no limit.",
 }
 OF_A_KEY = {
     "hash": "`sha256:` and 64 hex digits, or up to 4 of them, the newest last: all of them are good.",
@@ -142,6 +163,16 @@ OF_A_KEY = {
     "enabled": "`false` revokes it: its next request is refused, its running streams end.",
     "expires_at": "From then on it is refused, and its running streams end; with an offset.",
     "isolate_cache": "Its prompts share no prefix cache with those of others.",
+    "requests_per_minute": "Requests in any 60 s, over all models; more: 429 `rate_limit_exceeded`; 0 none.",
+    "tokens_per_minute": "Tokens of prompts and answers in any 60 s, over all models; 0 none.",
+    "tokens_per_day": "Tokens of a day in UTC; more: 429 `insufficient_quota`; 0 none.",
+    "tokens_per_month": "Tokens of a month in UTC; as above.",
+    "max_in_flight": "Requests at once, over all models; more wait in the model's queue; 0 none.",
+    "max_output_tokens": "Tokens of one answer; a request for more gets 400 `invalid_max_tokens`; 0 none.",
+    "priority": "Whose requests come first: the higher one's.",
+    "weight": "Its share among keys of its priority: one of 2 gets twice what one of 1 does.",
+    "limits": 'Tables `[keys.NAME.limits."GLOB"]` with `requests_per_minute` and `tokens_per_minute`, which count '
+    "beside the key's own: for a model its id, else the longest glob that matches it.",
 }
 
 
@@ -163,16 +194,6 @@ class Generate(GenerateJsonSchema):
         return super().function_before_schema(schema)
 
 
-def nullable(schema: Schema) -> Schema:
-    """The same, or null."""
-    if isinstance(kind := schema.get("type"), str):
-        found = {**schema, "type": [kind, "null"]}
-        return {**found, "enum": [*schema["enum"], None]} if "enum" in schema else found
-    if "anyOf" in schema:
-        return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}]}
-    return schema if isinstance(kind, list) else {"anyOf": [schema, {"type": "null"}]}
-
-
 def key_schemas() -> dict[str, Schema]:
     """The keys as they are taken in, and as they are in force."""
     taken, effective = _table(ModelTable, "validation"), _table(ModelTable, "serialization")
@@ -189,6 +210,7 @@ def key_schemas() -> dict[str, Schema]:
         "EffectiveModel": effective,
         "EffectiveRestart": _table(Restart, "serialization"),
         "KeyTable": key | {"examples": [{"scopes": ["inference"], "models": ["chat"]}]},
+        "RateKeys": _taken_in(RateTable, {}, OF_A_RATE) | {"description": "Left out or null: the default."},
         "NewKeyTable": key | {"required": ["name"], "examples": [{"name": "ci", "scopes": ["inference"]}]},
     }
 

@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm_proxy.api.openapi_keys import REF, Schema
-from vllm_proxy.domain import device_resources, resources, usage_resources
+from vllm_proxy.domain import device_resources, key_resources, resources, usage_resources
 from vllm_proxy.traffic.routes import INFERENCE, InferenceRoute
 
 TAGS = {
@@ -76,8 +76,8 @@ _FINISH: Schema = {
 }
 _TOML = {"text/toml": {"type": "string"}, "application/toml": {"type": "string"}}
 _INFERENCE = (
-    *_BODY, "isolation_unavailable", "invalid_json", "missing_model", "model_not_found", "engine_failed", "model_error",
-    "model_disabled", "model_stopped", "no_room", "queue_full", "shutting_down", "queue_timeout", "request_timeout",
+    *_BODY, "isolation_unavailable", "invalid_json", "missing_model", "invalid_max_tokens", "model_not_found",
+    "rate_limit_exceeded", "insufficient_quota", "engine_failed", "model_error", "model_disabled", "model_stopped", "no_room", "queue_full", "shutting_down", "queue_timeout", "request_timeout",
 )  # fmt: skip
 
 
@@ -158,12 +158,12 @@ _WRITE_KEY = (*_HERE, *_BODY, "invalid_json", "invalid_key", "invalid_config", *
 _ONE_KEY = ("key_not_found", "key_conflict")
 _KEYS = {
     "GET /keys": Operation(
-        "Keys", "List all keys", (Answer(200, "Without their hashes.", _json(resources.Keys), _ETAG),), _HERE
+        "Keys", "List all keys", (Answer(200, "Without their hashes.", _json(key_resources.Keys), _ETAG),), _HERE
     ),
     "POST /keys": Operation(
         "Keys",
         "Make a key",
-        (Answer(201, "In force. `key` is told this once.", _json(resources.NewKey), (*_ETAG, "Location")),),
+        (Answer(201, "In force. `key` is told this once.", _json(key_resources.NewKey), (*_ETAG, "Location")),),
         (*_WRITE_KEY, "key_exists"),
         _keys("NewKeyTable"),
         ("if_match",),
@@ -172,13 +172,13 @@ _KEYS = {
     "GET /keys/{name}": Operation(
         "Keys",
         "Show a key",
-        (Answer(200, "Without its hashes.", _json(resources.Key), _ETAG),),
+        (Answer(200, "Without its hashes.", _json(key_resources.Key), _ETAG),),
         (*_HERE, "key_not_found"),
     ),
     "PATCH /keys/{name}": Operation(
         "Keys",
         "Change a key",
-        (Answer(200, "In force.", _json(resources.Key), _ETAG),),
+        (Answer(200, "In force.", _json(key_resources.Key), _ETAG),),
         (*_WRITE_KEY, *_ONE_KEY),
         {"application/merge-patch+json": {"$ref": REF + "KeyTable"}, **_keys("KeyTable")},
         ("if_match",),
@@ -195,7 +195,7 @@ _KEYS = {
     "POST /keys/{name}/rotate": Operation(
         "Keys",
         "Rotate a key",
-        (Answer(200, "In force. `key` is told this once.", _json(resources.NewKey), _ETAG),),
+        (Answer(200, "In force. `key` is told this once.", _json(key_resources.NewKey), _ETAG),),
         (*_WRITE_KEY, *_ONE_KEY),
         {"application/json": _FINISH},
         ("if_match",),

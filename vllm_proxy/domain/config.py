@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from vllm_proxy.domain import hosts, listener, references, secrets
 from vllm_proxy.domain.address import Address, TcpAddress
-from vllm_proxy.domain.keys import HASH_PREFIX, MOST_HASHES, Key, warnings
+from vllm_proxy.domain.keys import Key, warnings
 from vllm_proxy.domain.secrets import show
 from vllm_proxy.domain.toml import same
 from vllm_proxy.domain.units import Bytes, BytesOrPercent, Seconds, bytes_of
@@ -24,7 +24,6 @@ type TomlTable = Mapping[str, Any]  # a table as tomllib reads it: str, int, flo
 _MAX_MODEL_LEN = re.compile(r"auto|\d+(\.\d+)?[kKmMgG]?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # shells drop others from the environment
 _ID = re.compile(r"[A-Za-z0-9._:@/-]{1,200}")
-_HASH = re.compile(re.escape(HASH_PREFIX) + r"[0-9a-f]{64}")
 _USER = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#]*@", re.IGNORECASE)
 _LEAST_MEMORY = 2**20  # bytes; less is meant as another unit
 _ACTIONS = frozenset({"start", "stop", "restart", "sleep", "wake", "logs"})
@@ -129,20 +128,6 @@ def _memory(size: int) -> int:
     return size
 
 
-def _one_or_more(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-def _hash(text: str) -> str:
-    if text.startswith("vp-"):
-        msg = "this is the key itself, and it stands in a file now: make another, and write the hash that comes with it"
-        raise ValueError(msg)
-    if not _HASH.fullmatch(text):
-        msg = "expected sha256: and 64 hex digits in lower case; `vllm-proxy keys new` makes a key and its hash"
-        raise ValueError(msg)
-    return text
-
-
 Text = Annotated[str, AfterValidator(_no_nul)]
 NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -168,14 +153,6 @@ Memory = Annotated[Bytes, AfterValidator(_memory)]
 Command = Annotated[tuple[NonEmptyText, ...], Strict(strict=False), Field(min_length=1)]
 EnvValue = Annotated[str | dict[str, str], BeforeValidator(_env_value)]  # a table names where the value stands
 Environment = dict[Annotated[str, AfterValidator(_env_name)], EnvValue]
-Hashes = Annotated[
-    tuple[Annotated[str, AfterValidator(_hash)], ...],
-    Strict(strict=False),
-    BeforeValidator(_one_or_more),
-    Field(min_length=1, max_length=MOST_HASHES),
-]
-Scopes = Annotated[tuple[Literal["inference", "metrics", "read", "operate", "admin"], ...], Strict(strict=False)]
-Globs = Annotated[tuple[NonEmptyText, ...], Strict(strict=False)]
 Dtype = Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
 
 
@@ -254,19 +231,6 @@ class Restart(Table):
     max_failures: Count = 5
     backoff: Seconds = 1.0
     max_backoff: Seconds = 60.0
-
-
-class KeyTable(Table):
-    """`[keys.NAME]`: who may do what. All of it live. Either `hash` or `file`; `[keys.anonymous]` has neither."""
-
-    hash: Hashes | None = None
-    file: Reference | None = None
-    description: Text = ""
-    scopes: Scopes = ("inference",)
-    models: Globs = ("*",)
-    enabled: bool = True
-    expires_at: AwareDatetime | None = None
-    isolate_cache: bool = False
 
 
 class EngineSpec(Table):

@@ -193,6 +193,10 @@ def warnings(keys: Mapping[str, Key], models: Mapping[str, Iterable[str]], *, al
             found.append(f"[keys.{name}] may do nothing: its scopes are empty")
         elif Scope.INFERENCE in key.scopes and key.allowed(models) == frozenset():
             found.append(f"[keys.{name}] may use no model: its globs match none")
+        for glob, _ in key.limits.models:
+            if not any(fnmatchcase(model_id, glob) for model_id in models):
+                shown = glob if len(glob) < LEAST_CHARACTERS else "***"  # somebody may have pasted a key there
+                found.append(f"[keys.{name}.limits] has a glob {shown!r}, which matches no model")
     return found
 
 

@@ -15,7 +15,6 @@ from vllm_proxy.domain import keys
 from vllm_proxy.domain.device_resources import DevicesHealth
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.domain.plan import Action, Kind, Prospect
-from vllm_proxy.domain.units import show_time
 from vllm_proxy.domain.usage_resources import UsageHealth
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
@@ -113,38 +112,6 @@ class Models(TypedDict):
 
     revision: Annotated[str, Field(description="Of the file; `ETag` quotes it.")]
     models: list[Model]
-
-
-class Key(TypedDict):
-    """Who may do what: a key of the file, or one that the environment gives. Neither the key nor its hashes."""
-
-    name: Annotated[str, Field(examples=["ci"])]
-    id: Annotated[
-        str | None,
-        Field(description="The first 8 hex digits of its newest hash; null of `anonymous`.", examples=["1f2e3d4c"]),
-    ]
-    hashes: Annotated[int, Field(description="How many keys are good for it: 2 while it is rotated.")]
-    source: Annotated[keys.Source, Field(description="Where it is written, and can be changed.")]
-    file: Annotated[str | None, Field(description="The file whose first line is the key, where its table names one.")]
-    description: str
-    scopes: Annotated[list[keys.Scope], Field(description="But for those that others of them include.")]
-    models: Annotated[list[str], Field(description="Globs over ids and aliases.", examples=[["*"]])]
-    enabled: bool
-    expires_at: Time | None
-    isolate_cache: bool
-
-
-class NewKey(Key):
-    """A key with the key itself, which is told this once."""
-
-    key: Annotated[str | None, Field(description="Null where none was made, as a hash or a file was given.")]
-
-
-class Keys(TypedDict):
-    """All keys: those of the environment, then those of the file, then those of `server.keys_file`."""
-
-    revision: Annotated[str, Field(description="Of both files together; `ETag` quotes it.")]
-    keys: list[Key]
 
 
 class Change(TypedDict):
@@ -343,23 +310,6 @@ class AnthropicError(TypedDict):
 
     type: Literal["error"]
     error: AnthropicErrorBody
-
-
-def key_of(key: keys.Key) -> Key:
-    """A key, as it may be shown."""
-    return {
-        "name": key.name,
-        "id": key.digests[-1].hex()[:8] if key.digests else None,
-        "hashes": len(key.digests),
-        "source": key.source,
-        "file": key.file,
-        "description": key.description,
-        "scopes": keys.without_included(key.scopes),
-        "models": list(key.models),
-        "enabled": key.enabled,
-        "expires_at": None if key.expires_at is None else show_time(key.expires_at),
-        "isolate_cache": key.isolate_cache,
-    }
 
 
 def changes_of(actions: Iterable[Action], misfits: Mapping[str, str] = MappingProxyType({})) -> list[Change]:

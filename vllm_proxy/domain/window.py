@@ -22,7 +22,11 @@ type LimitName = Literal["requests_per_minute", "tokens_per_minute", "tokens_per
 type Period = Literal["day", "month"]
 
 SLOTS = 61  # 60 whole seconds and the one that has begun
-_NO_LIMIT = 10**12  # in its place; more than a minute can use
+_NO_LIMIT = 2**60  # in its place; more than any limit of a file
+_OF_REQUESTS = (
+    b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %%d\r\nx-ratelimit-reset-requests: %%ds\r\n"
+)
+_OF_TOKENS = _OF_REQUESTS.replace(b"-requests", b"-tokens")
 _DAY_SECONDS = 86_400
 _STEP_SECONDS = 3600  # so far back the clock may be set without a new period
 _LEARNED = 0.125  # what the duration of one more request counts for the mean
@@ -33,7 +37,7 @@ class Use(NamedTuple):
     """What is used of one limit."""
 
     name: LimitName
-    scope: str  # the model; "": over all models
+    scope: str  # the model; "": over all of them
     limit: int
     used: int
     held: int  # by requests in flight
@@ -44,7 +48,7 @@ class Window:
 
     __slots__ = (
         *("last_request", "last_token", "left_requests", "left_tokens", "limit_requests", "limit_tokens"),
-        *("requests", "scope", "slot", "tokens", "used_tokens"),
+        *("request_lines", "requests", "scope", "slot", "token_lines", "tokens", "used_tokens"),
     )
 
     def __init__(self, rate: Rate, now: float, scope: str = "") -> None:
@@ -55,6 +59,7 @@ class Window:
         self.tokens = [0] * SLOTS
         self.limit_requests = self.left_requests = rate.requests_per_minute or _NO_LIMIT
         self.limit_tokens = self.left_tokens = rate.tokens_per_minute or _NO_LIMIT  # left: neither used nor held
+        self.request_lines, self.token_lines = _OF_REQUESTS % self.limit_requests, _OF_TOKENS % self.limit_tokens
         self.used_tokens = 0
         self.last_request = self.last_token = self.slot  # when something was charged
 
@@ -64,6 +69,7 @@ class Window:
         self.left_requests += requests - self.limit_requests
         self.left_tokens += tokens - self.limit_tokens
         self.limit_requests, self.limit_tokens = requests, tokens
+        self.request_lines, self.token_lines = _OF_REQUESTS % requests, _OF_TOKENS % tokens
 
     def advance(self, slot: int) -> None:
         """Forget what is older than 60 seconds. `slot`: the second that it is, later than `self.slot`."""
@@ -105,37 +111,45 @@ class Window:
 class Quota:
     """Tokens of a key on this day or in this month of UTC, and those that are held."""
 
-    __slots__ = ("begins", "ends", "left", "limit", "period", "used")
+    __slots__ = ("begins", "ends", "left_tokens", "limit_tokens", "period", "token_lines", "used_tokens")
 
     def __init__(self, period: Period, limit: int, used: int, epoch: float) -> None:
         """`used`: of the period so far, from the ledger."""
         self.period = period
-        self.limit = limit
-        self.used = used
-        self.left = limit - used  # neither used nor held
+        self.limit_tokens = limit
+        self.token_lines = _OF_TOKENS % limit
+        self.used_tokens = used
+        self.left_tokens = limit - used  # neither used nor held
         self.begins, self.ends = _period(period, epoch)
 
     def change(self, limit: int) -> None:
         """Another limit: what is used and held stays so."""
-        self.left += limit - self.limit
-        self.limit = limit
+        self.left_tokens += limit - self.limit_tokens
+        self.limit_tokens = limit
+        self.token_lines = _OF_TOKENS % limit
 
     def roll(self, epoch: float) -> None:
         """Another period has begun."""
-        self.left += self.used
-        self.used = 0
+        self.left_tokens += self.used_tokens
+        self.used_tokens = 0
         self.begins, self.ends = _period(self.period, epoch)
 
     def use(self) -> Use:
         """Of its limit. `roll` first, where that is due."""
         name: LimitName = "tokens_per_day" if self.period == "day" else "tokens_per_month"
-        return Use(name, "", self.limit, self.used, self.limit - self.used - self.left)
+        return Use(
+            name, "", self.limit_tokens, self.used_tokens, self.limit_tokens - self.used_tokens - self.left_tokens
+        )
 
     def wait(self, wanted: int, epoch: float) -> float:
         """Seconds until so much more fits, if nothing else happens; inf: not before requests in flight have ended."""
-        if wanted <= self.left:
+        if wanted <= self.left_tokens:
             return 0.0
-        return self.ends - epoch if self.limit - self.used < wanted <= self.left + self.used else math.inf
+        return (
+            self.ends - epoch
+            if self.limit_tokens - self.used_tokens < wanted <= self.left_tokens + self.used_tokens
+            else math.inf
+        )
 
 
 class Budgets:
@@ -218,7 +232,7 @@ def admit(budgets: Budgets, prompt: int, output: int, now: float, epoch: float, 
         window.last_request = slot
         window.left_tokens -= tokens
     for quota in budgets.quotas:
-        quota.left -= tokens
+        quota.left_tokens -= tokens
     return Granted(budgets, tokens, now)
 
 
@@ -229,7 +243,7 @@ def _left_of_quotas(budgets: Budgets, tokens: int, epoch: float) -> int:
     for quota in budgets.quotas:
         if not quota.begins <= epoch < quota.ends:
             quota.roll(epoch)
-        tokens = min(tokens, quota.left)
+        tokens = min(tokens, quota.left_tokens)
     return tokens
 
 
@@ -251,16 +265,15 @@ def settle(granted: Granted, used: int, now: float, epoch: float) -> None:
     for quota in budgets.quotas:
         if not quota.begins <= epoch < quota.ends:
             quota.roll(epoch)
-        quota.left += freed
-        quota.used += used
+        quota.left_tokens += freed
+        quota.used_tokens += used
 
 
 def openai_lines(budgets: Budgets, now: float, epoch: float) -> bytes:
     """Header lines `x-ratelimit-*`: of requests and of tokens, where those are limited, what is tightest."""
     requests, tokens = _tightest(budgets, int(now), epoch)
-    if requests is None:
-        return b"" if tokens is None else _OPENAI_TOKENS % tokens
-    return _OPENAI_REQUESTS % requests if tokens is None else _OPENAI % (*requests, *tokens)
+    lines = b"" if requests is None else requests.request_lines % _of_requests(requests)
+    return lines if tokens is None else lines + tokens.token_lines % _of_tokens(tokens, epoch)
 
 
 def anthropic_lines(budgets: Budgets, now: float, epoch: float) -> bytes:
@@ -268,19 +281,14 @@ def anthropic_lines(budgets: Budgets, now: float, epoch: float) -> bytes:
     requests, tokens = _tightest(budgets, int(now), epoch)
     lines = b""
     if requests is not None:
-        limit, left, seconds = requests
-        lines = _ANTHROPIC_REQUESTS % (limit, left, _time(int(epoch) + seconds))
+        left, seconds = _of_requests(requests)
+        lines = _ANTHROPIC_REQUESTS % (requests.limit_requests, left, _time(int(epoch) + seconds))
     if tokens is not None:
-        limit, left, seconds = tokens
-        lines += _ANTHROPIC_TOKENS % (limit, left, _time(int(epoch) + seconds))
+        left, seconds = _of_tokens(tokens, epoch)
+        lines += _ANTHROPIC_TOKENS % (tokens.limit_tokens, left, _time(int(epoch) + seconds))
     return lines
 
 
-_OPENAI_REQUESTS = (
-    b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %d\r\nx-ratelimit-reset-requests: %ds\r\n"
-)
-_OPENAI_TOKENS = _OPENAI_REQUESTS.replace(b"-requests", b"-tokens")
-_OPENAI = _OPENAI_REQUESTS + _OPENAI_TOKENS
 _ANTHROPIC_REQUESTS = (
     b"anthropic-ratelimit-requests-limit: %d\r\nanthropic-ratelimit-requests-remaining: %d\r\n"
     b"anthropic-ratelimit-requests-reset: %s\r\n"
@@ -293,12 +301,10 @@ def _time(second: int) -> bytes:
     return show_time(second).encode()
 
 
-type _Shown = tuple[int, int, int]  # a limit, what is left of it, whole seconds until all of it is
-
-
-def _tightest(budgets: Budgets, slot: int, epoch: float) -> tuple[_Shown | None, _Shown | None]:
+def _tightest(budgets: Budgets, slot: int, epoch: float) -> tuple[Window | None, Window | Quota | None]:
     """Of requests, and of tokens: where the least is left."""
-    requests = tokens = None
+    requests: Window | None = None
+    tokens: Window | Quota | None = None
     fewest = least = _HARDLY
     for window in budgets.windows:
         if window.slot < slot:
@@ -307,23 +313,30 @@ def _tightest(budgets: Budgets, slot: int, epoch: float) -> tuple[_Shown | None,
             requests, fewest = window, window.left_requests
         if window.left_tokens < least:
             tokens, least = window, window.left_tokens
-    shown: _Shown | None = None
-    if tokens is not None:
-        limit = tokens.limit_tokens
-        if least == limit:
-            seconds = 0
-        else:  # what is held counts as if it were used now
-            seconds = SLOTS if tokens.used_tokens + least < limit else tokens.last_token + SLOTS - slot
-        shown = limit, least if least > 0 else 0, seconds  # noqa: FURB136 - max() takes 0.1 us
     if budgets.quotas:
         _advance(budgets, slot, epoch)
-        quota = min(budgets.quotas, key=lambda one: one.left)
-        if shown is None or quota.left < least:
-            shown = quota.limit, max(quota.left, 0), math.ceil(quota.ends - epoch)
-    if requests is None:
-        return None, shown
-    limit = requests.limit_requests
-    return (limit, fewest, 0 if fewest == limit else requests.last_request + SLOTS - slot), shown
+        quota = min(budgets.quotas, key=lambda one: one.left_tokens)
+        if quota.left_tokens < least:
+            tokens = quota
+    return requests, tokens
+
+
+def _of_requests(window: Window) -> tuple[int, int]:
+    """What is left, and whole seconds until all of it is."""
+    left = window.left_requests
+    return left, 0 if left == window.limit_requests else window.last_request + SLOTS - window.slot
+
+
+def _of_tokens(meter: Window | Quota, epoch: float) -> tuple[int, int]:
+    """As above; what is held counts as if it were used now."""
+    left = meter.left_tokens
+    shown = left if left > 0 else 0  # noqa: FURB136 - max() takes 0.1 us
+    if type(meter) is Quota:
+        return shown, math.ceil(meter.ends - epoch)
+    assert type(meter) is Window
+    if left + meter.used_tokens < meter.limit_tokens:
+        return shown, SLOTS
+    return shown, 0 if left == meter.limit_tokens else meter.last_token + SLOTS - meter.slot
 
 
 _HARDLY = _NO_LIMIT // 2  # less is left only where there is a limit
@@ -338,28 +351,30 @@ def _advance(budgets: Budgets, slot: int, epoch: float) -> None:
 
 def _refused(budgets: Budgets, tokens: int, now: float, epoch: float) -> Refused:
     """By the limit for which it would wait longest. `tokens`: what has to fit."""
-    found = []
+    waits: list[tuple[float, Use, int, str]] = []
     for window in budgets.windows:
         for use in window.uses():
             wanted = 1 if use.name == "requests_per_minute" else tokens
-            wait = window.wait(use, wanted, now)
-            found.append(_of_limit(use, wanted, wait, f"in {wait:.1f} s", budgets.seconds))
-    for quota in budgets.quotas:
-        at = f"at {show_time(quota.ends)}"
-        found.append(_of_limit(quota.use(), tokens, quota.wait(tokens, epoch), at, budgets.seconds))
-    return max(found, key=lambda refused: refused.wait)
+            waits.append((window.wait(use, wanted, now), use, wanted, ""))
+    waits += [(one.wait(tokens, epoch), one.use(), tokens, show_time(one.ends)) for one in budgets.quotas]
+    in_flight = min(max(budgets.seconds, _SHORTEST_SECONDS), _LONGEST_SECONDS)
+    return _of_limit(
+        *max(waits, key=lambda one: one[0] if one[0] < math.inf or one[2] > one[1].limit else in_flight), in_flight
+    )
 
 
-def _of_limit(use: Use, wanted: int, wait: float, when: str, seconds: float) -> Refused:
-    """What one limit says. `wait`: inf where requests in flight have to end first; `seconds`: what those take."""
+def _of_limit(wait: float, use: Use, wanted: int, ends: str, in_flight: float) -> Refused:
+    """What a limit says. `ends`: when its period does; `in_flight`: seconds that requests in flight may take."""
     what, _, period = use.name.partition("_per_")
     of = f" of {use.scope}" if use.scope else ""
     if wanted > use.limit:
         why = f"{wanted} {what} wanted, and {use.limit} a {period} are all there may be"
         return Refused(use.name, use.scope, math.inf, f"cannot take this{of}: {why}")
     if wait == math.inf:
-        wait, when = min(max(seconds, _SHORTEST_SECONDS), _LONGEST_SECONDS), "when requests in flight have ended"
-    why = f"{use.used + use.held} {what} a {period} are used, {wanted} wanted, free {when}"
+        wait, free = in_flight, "when requests in flight have ended"
+    else:
+        free = f"at {ends}" if ends else f"in {wait:.1f} s"
+    why = f"{use.used + use.held} {what} a {period} are used, {wanted} wanted, free {free}"
     return Refused(use.name, use.scope, math.ceil(wait * 1000) / 1000, f"cannot take this{of}: {why}")
 
 

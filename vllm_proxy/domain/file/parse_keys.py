@@ -6,10 +6,11 @@ No message repeats what stands in a key's table: somebody may have pasted the ke
 from collections.abc import Iterable, Mapping
 
 from vllm_proxy.domain import secrets
-from vllm_proxy.domain.config import KeyTable, TomlTable, revision_of
+from vllm_proxy.domain.config import TomlTable, revision_of
 from vllm_proxy.domain.file.locate import key_lines, line_of
 from vllm_proxy.domain.file.read import read_toml, unusable
 from vllm_proxy.domain.file.validate import Found, validate
+from vllm_proxy.domain.key_table import KeyTable, RateTable
 from vllm_proxy.domain.keys import (
     ANONYMOUS,
     HASH_PREFIX,
@@ -21,6 +22,7 @@ from vllm_proxy.domain.keys import (
     name_problem,
     own_key_problem,
 )
+from vllm_proxy.domain.limits import Limits, Rate
 from vllm_proxy.domain.references import Files
 from vllm_proxy.domain.secrets import kind_of
 from vllm_proxy.domain.toml import dotted
@@ -134,6 +136,7 @@ class KeyTables:
             table.description,
             source,
             table.file,
+            _limits(table),
         )
 
     def _of_file(self, name: str, reference: str, found: list[Found]) -> tuple[bytes, ...]:
@@ -163,3 +166,20 @@ class KeyTables:
             return error
         self.attached[reference] = revision_of(data)
         return data
+
+
+def _limits(table: KeyTable) -> Limits:
+    return Limits(
+        _rate(table),
+        table.tokens_per_day,
+        table.tokens_per_month,
+        table.max_in_flight,
+        table.max_output_tokens,
+        table.priority,
+        table.weight,
+        tuple((glob, _rate(rate)) for glob, rate in table.limits.items()),
+    )
+
+
+def _rate(table: KeyTable | RateTable) -> Rate:
+    return Rate(table.requests_per_minute, table.tokens_per_minute)

@@ -5,6 +5,7 @@ A message shows what stands there, unless it may be a secret (`domain/secrets.py
 
 import difflib
 from collections.abc import Iterable
+from typing import get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -67,11 +68,16 @@ def _message(table: type[BaseModel], path: KeyPath, detail: ErrorDetails) -> str
 
 
 def _known_keys(table: type[BaseModel], location: tuple[int | str, ...]) -> Iterable[str]:
-    for part in location[:-1]:
+    parts = iter(location[:-1])
+    for part in parts:
         field = table.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        inner = None if field is None else field.annotation
+        if get_origin(inner) is dict:  # of tables, by names
+            inner = get_args(inner)[1]
+            next(parts, None)
+        if not isinstance(inner, type) or not issubclass(inner, BaseModel):
             break
-        table = field.annotation
+        table = inner
     return table.model_fields
 
 

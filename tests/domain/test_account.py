@@ -1,0 +1,73 @@
+"""What a key uses goes on under its name while its limits change, and requests in flight give back what they held."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_proxy.domain.account import Account
+from vllm_proxy.domain.limits import Limits, Rate
+from vllm_proxy.domain.usage import Spent
+from vllm_proxy.domain.window import Granted, Refused, admit, settle
+
+EPOCH = 1_790_000_000.0
+MODELS = ("chat", "org/a", "other")
+
+
+def account(limits: Limits, spent: Spent | None = None) -> Account:
+    """Of a key that begins now."""
+    return Account(limits, spent or Spent(0, 0), EPOCH)
+
+
+def test_a_request_meets_the_limits_of_its_key_and_of_its_model() -> None:
+    """An entry counts for each model that its glob matches, on its own; models without one have the key's alone."""
+    one = account(Limits(Rate(0, 100), models=(("org/*", Rate(0, 50)), ("chat", Rate(0, 10)))))
+    assert isinstance(admit(one.of("org/a", 1.0), 40, 0, 1.0, EPOCH, bounded=True), Granted)
+    assert isinstance(found := admit(one.of("org/a", 1.0), 20, 0, 1.0, EPOCH, bounded=True), Refused)
+    assert found.scope == "org/a"
+    assert isinstance(admit(one.of("org/b", 1.0), 20, 0, 1.0, EPOCH, bounded=True), Granted)
+    assert isinstance(admit(one.of("chat", 1.0), 10, 0, 1.0, EPOCH, bounded=True), Granted)
+    assert isinstance(found := admit(one.of("other", 1.0), 31, 0, 1.0, EPOCH, bounded=True), Refused)
+    assert found.scope == ""
+    assert one.of("other", 1.0) is one.of("other", 1.0)
+    assert [(use.scope, use.used + use.held) for use in one.all().uses(1.0, EPOCH)] == [
+        ("", 70), ("org/a", 40), ("org/b", 20), ("chat", 10),
+    ]  # fmt: skip
+
+
+def test_a_quota_begins_with_what_the_ledger_says() -> None:
+    """Also one that is new; one that is there goes on with what it has."""
+    one = account(Limits(tokens_per_day=100), Spent(day=90, month=500))
+    assert isinstance(admit(one.of("chat", 1.0), 11, 0, 1.0, EPOCH, bounded=True), Refused)
+    one.change(Limits(tokens_per_day=200, tokens_per_month=505), Spent(day=0, month=500), EPOCH)
+    assert isinstance(found := admit(one.of("chat", 1.0), 6, 0, 1.0, EPOCH, bounded=True), Refused)
+    assert found.limit == "tokens_per_month"
+    assert [use.used for use in one.all().uses(1.0, EPOCH)] == [90, 500]
+
+
+RATES = st.builds(Rate, st.sampled_from([0, 5]), st.sampled_from([0, 50, 100]))
+LIMITS = st.builds(
+    Limits,
+    RATES,
+    tokens_per_day=st.sampled_from([0, 500]),
+    models=st.lists(st.tuples(st.sampled_from(["chat", "org/*", "*"]), RATES), max_size=2).map(
+        lambda models: tuple(dict(models).items())
+    ),
+)
+
+
+@given(st.lists(LIMITS | st.tuples(st.sampled_from(MODELS), st.integers(0, 60)) | st.integers(0, 5), max_size=25))
+def test_nothing_is_held_when_nothing_is_in_flight(steps: list[Limits | tuple[str, int] | int]) -> None:
+    """Whatever limits came and went meanwhile; and nothing is held twice, or given back that was not held."""
+    one, flying = account(Limits(Rate(0, 100))), list[Granted]()
+    for step in steps:
+        if isinstance(step, Limits):
+            one.change(step, Spent(0, 0), EPOCH)
+        elif isinstance(step, tuple):
+            found = admit(one.of(step[0], 1.0), step[1], 0, 1.0, EPOCH, bounded=True)
+            if isinstance(found, Granted):
+                flying.append(found)
+        elif flying:
+            settle(flying.pop(step % len(flying)), 0, 1.0, EPOCH)
+        assert all(use.held >= 0 for use in one.all().uses(1.0, EPOCH))
+    for grant in flying:
+        settle(grant, 1, 1.0, EPOCH)
+    assert all(use.held == 0 for use in one.all().uses(1.0, EPOCH))
