@@ -5,6 +5,7 @@ Each is a function of bytes alone, for `python -m tests.fuzz atheris`; tests/fuz
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from vllm_proxy.domain.keys import Scope, hash_of, new_key
 from vllm_proxy.domain.listener import Listener
 from vllm_proxy.domain.references import NoFiles
 from vllm_proxy.errors import ConfigError, RequestError, VllmProxyError
+from vllm_proxy.traffic import asked
 from vllm_proxy.traffic.access import Access, Head
 from vllm_proxy.traffic.body import model_name, model_name_of_large, with_model, with_salt
 from vllm_proxy.traffic.envelope import error_response
@@ -99,6 +101,26 @@ def body(data: bytes) -> None:
             assert salted is None or salted["cache_salt"] == SALT.decode()
 
 
+def metered(data: bytes) -> None:
+    """What is read of a metered request is what its engine reads, a bound and the wish for usage included."""
+    for path, large in itertools.product(("/v1/chat/completions", "/v1/completions"), (False, True)):
+        try:
+            found = asyncio.run(asked.read_large(data, path)) if large else asked.read(data, path)
+        except RequestError:
+            continue
+        before = _read_by_an_engine(data)
+        assert before is None or before["model"] == found.model
+        with contextlib.suppress(RequestError):
+            bounded = asked.with_most(data, path, 50)
+            if found.options is not None:
+                bounded = asked.with_usage(bounded, found.options)
+            after = _read_by_an_engine(bounded)
+            assert before is None or after is not None
+            if after is not None:
+                assert after["max_tokens" if path == "/v1/completions" else "max_completion_tokens"] == 50
+                assert found.options is None or after["stream_options"]["include_usage"] is True
+
+
 def _read_by_an_engine(data: bytes) -> dict[str, Any] | None:
     """As vLLM does (Starlette: `json.loads` of the bytes); None where it answers 400."""
     try:
@@ -151,6 +173,13 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
             b'{"model": "chat", "messages": [{"role": "user", "content": "\\u00e9"}], "n": 1.5e3, "cache_salt": "x"}',
             b'\xef\xbb\xbf{"mod\\u0065l":"a","model":"b","x":{"model":[null,true,"}"]}} \r\n',
             '{"model": "chat"}'.encode("utf-16-le"),
+        ],
+    ),
+    "metered": (
+        metered,
+        [
+            b'{"model":"a","stream":"yes","stream_options":{"include_usage":0,"x":[1e400]},"n":"2","prompt":["a",[1]]}',
+            b'{"model":"a","max_tokens":1.0,"max_completion_tokens":"9","prompt":[1,2],"m\\u006fdel":"b"} ',
         ],
     ),
     "edit": (

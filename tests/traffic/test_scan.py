@@ -1,4 +1,4 @@
-"""Finding one member of a large JSON object without decoding it."""
+"""Finding members of a large JSON object without decoding it."""
 
 import json
 import random
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_proxy.traffic.scan import find_member
+from vllm_proxy.traffic.scan import find_member, find_members
 
 MODEL = b"model"
 NOTHING = object()
@@ -62,6 +62,16 @@ def test_it_finds_what_json_finds(document: dict[str, object], seed: int) -> Non
     text = spelt(document, random.Random(seed))
     assert json.loads(text) == document
     assert found(text.encode()) == document.get("model", NOTHING)
+
+
+@given(document=st.dictionaries(KEYS, VALUES, max_size=8), seed=st.integers(0, 2**32))
+def test_several_members_are_found_in_one_pass(document: dict[str, object], seed: int) -> None:
+    """Each as it is found alone."""
+    names = frozenset({b"model", b"models", b"mode", b"m\\odel"})
+    text = spelt(document, random.Random(seed)).encode("utf-8", "surrogatepass")
+    *_, spans = find_members(text, names)
+    alone = {name: span for name in names if (span := list(find_member(text, name))[-1]) is not None}
+    assert spans == alone
 
 
 @given(value=VALUES.filter(lambda value: not isinstance(value, dict)), seed=st.integers(0, 2**32))

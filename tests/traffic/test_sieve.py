@@ -298,6 +298,19 @@ def test_a_long_answer_is_read_where_its_usage_stands() -> None:
             assert (run.exchange.tokens, run.body) == (Tokens(5, 7), framed)
 
 
+@pytest.mark.parametrize("strip", [False, True])
+@pytest.mark.parametrize("http10", [False, True])
+def test_reads_that_end_with_an_event_pass_as_any_other(*, strip: bool, http10: bool) -> None:
+    """Those that are not looked into: one event, several, and a usage that goes over the chunks of one read."""
+    for at in range(1, len(USAGE)):
+        halves = chunk(CONTENT) + chunk(USAGE[:at]) + chunk(USAGE[at:])
+        run = Run(strip=strip, http10=http10)
+        run.feed(CHUNKED, chunk(CONTENT), chunk(CONTENT) * 2, chunk(CONTENT), halves, chunk(DONE) + LAST)
+        assert (run.ending, run.exchange.tokens) == (Ending.WHOLE, Tokens(5, 7))
+        text = CONTENT * 5 + (b"" if strip else USAGE) + DONE
+        assert (run.body if http10 else decoded(run.body)) == text
+
+
 def test_an_answer_that_has_not_begun_tells_nothing() -> None:
     """Neither one that was lost before its head nor one that was declined."""
     run = Run()

@@ -6,13 +6,14 @@ becomes its last member: of members of one name vLLM takes the last one, so what
 """
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from vllm_proxy.domain.tokens import asks_for_usage
-from vllm_proxy.traffic.body import BYTE_ORDER_MARK, check_encoding, no_json, usable, with_member
+from vllm_proxy.traffic.body import BYTE_ORDER_MARK, check_encoding, model_name, no_json, usable, with_member
 from vllm_proxy.traffic.scan import count_elements, find_members
 
 _BINARY = b";base64,"  # of a data URL
@@ -93,7 +94,7 @@ def read(body: bytes, path: str) -> Asked:
         found = (_many if several else _body).decode(body[3:] if body.startswith(BYTE_ORDER_MARK) else body)
         prompts = _prompts(found.prompt if several == b"prompt" else found.messages) if isinstance(found, _Many) else 1
     except msgspec.ValidationError:
-        found, prompts = _Body(), 1  # JSON, but no object
+        found, prompts = _Body(model_name(body)), 1  # no object, or a number that only the engine may refuse
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise no_json(error) from None
     except RecursionError:
@@ -111,7 +112,8 @@ async def read_large(body: bytes, path: str) -> Asked:
     found = _Body()
     try:
         for name in spans.keys() & _FIELDS:
-            setattr(found, name.decode(), msgspec.json.decode(body[slice(*spans[name])]))
+            with contextlib.suppress(msgspec.ValidationError):  # a number that only the engine may refuse
+                setattr(found, name.decode(), msgspec.json.decode(body[slice(*spans[name])]))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise no_json(error) from None
     except RecursionError:
