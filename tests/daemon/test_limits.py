@@ -147,7 +147,7 @@ async def test_the_official_clients_wait_as_told_and_succeed(running: Daemon, ki
     assert (row["requests"] - before["requests"], row["limited"] - before["limited"]) == (2, 1)
 
 
-async def _whole(running: Daemon, key: str, **body: Any) -> int:
+async def _whole(running: Daemon, key: str, **body: Any) -> int:  # noqa: ANN401 - JSON
     async with ask(running, key, **body) as answer:
         await answer.read()
         return int(answer.status)
@@ -159,7 +159,7 @@ async def test_more_in_flight_than_a_key_may_have_waits_and_holds_up_nobody(runn
     first = asyncio.create_task(_whole(running, "one", fake={"hold": str(hold)}))
     await until(lambda: metric(running, 'vllm_proxy_key_in_flight{key="one"}'), lambda count: count == 1)
     second = asyncio.create_task(_whole(running, "one", model="other"))
-    await until(lambda: running.get("/models/other"), lambda model: model["queued"] == 1)
+    await until(lambda: running.get("/models/other"), lambda model: model["status"]["queued"] == 1)
     assert await _whole(running, "free", model="other") == 200
     assert not second.done()
     hold.touch()
@@ -208,7 +208,7 @@ async def test_a_stream_is_what_the_client_asked_for_and_counted_all_the_same(ru
     for options in asked:
         async with ask(running, "free", stream=True, fake={"chunks": 6}, **options) as answer:
             text = await answer.text()
-        assert ('"usage":{' in text.replace(" ", "")) is bool(options)
+        assert ('"usage":{' in text) is bool(options)
         assert text.endswith("data: [DONE]\n\n")
     assert (await used(running, "free"))["completion_tokens"] - before["completion_tokens"] == 12
 
@@ -237,7 +237,6 @@ async def test_nothing_is_held_once_clients_have_left_and_engines_have_broken_of
 
 async def test_engines_take_requests_in_the_order_of_their_numbers(running: Daemon) -> None:
     """A key with a priority is first; what a client says of it is not passed on."""
-    assert "--scheduling-policy=priority" in (await running.instance("chat"))["command"] if False else True
     numbers = []
     for key in ("free", "first"):
         async with ask(running, key, fake={"echo": True}) as answer:

@@ -7,6 +7,8 @@ from typing import Any
 
 GARBAGE = "!!!!"  # of weights that hold nothing: always the first token
 
+_COMPACT = (",", ":")  # as vLLM writes JSON
+
 
 def form(body: bytes, headers: dict[str, str]) -> dict[str, Any]:
     """The fields of a multipart form, the last of a name, as Starlette reads them; `fake` holds JSON."""
@@ -22,13 +24,13 @@ def form(body: bytes, headers: dict[str, str]) -> dict[str, Any]:
 def write_event(writer: asyncio.StreamWriter, model: str, **fields: object) -> None:
     """One event in one chunk."""
     value = {"id": "chatcmpl-fake", "object": "chat.completion.chunk", "created": 1, "model": model, **fields}
-    data = f"data: {json.dumps(value)}\n\n".encode()
+    data = f"data: {json.dumps(value, separators=_COMPACT)}\n\n".encode()
     writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
 
 
 async def send_json(writer: asyncio.StreamWriter, status: int, value: object) -> None:
     """A JSON answer."""
-    await send(writer, status, json.dumps(value).encode(), "application/json")
+    await send(writer, status, json.dumps(value, separators=_COMPACT).encode(), "application/json")
 
 
 async def send(writer: asyncio.StreamWriter, status: int, body: bytes, kind: str) -> None:

@@ -52,6 +52,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{size}", type=int, default=1)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
     parser.add_argument("--max-num-seqs", type=int)
+    parser.add_argument("--scheduling-policy", choices=["fcfs", "priority"], default="fcfs")
     parser.add_argument("--dtype")
     parser.add_argument("--trust-remote-code", action=argparse.BooleanOptionalAction)
     parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)

@@ -77,7 +77,8 @@ _FINISH: Schema = {
 _TOML = {"text/toml": {"type": "string"}, "application/toml": {"type": "string"}}
 _INFERENCE = (
     *_BODY, "isolation_unavailable", "invalid_json", "missing_model", "invalid_max_tokens", "model_not_found",
-    "rate_limit_exceeded", "insufficient_quota", "engine_failed", "model_error", "model_disabled", "model_stopped", "no_room", "queue_full", "shutting_down", "queue_timeout", "request_timeout",
+    "rate_limit_exceeded", "insufficient_quota", "engine_failed", "model_error", "model_disabled", "model_stopped",
+    "no_room", "queue_full", "shutting_down", "queue_timeout", "request_timeout",
 )  # fmt: skip
 
 
