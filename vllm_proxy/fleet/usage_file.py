@@ -68,7 +68,9 @@ class UsageFile:
         self._pruned = int(now // DAY)
 
     def sums(self, asked: Query) -> dict[tuple[str | int, ...], Counts]:
-        """The sums of a report: by the values of `asked.by`. One more than the most that a report may have shows that.
+        """The sums of a report: by the values of `asked.by`, in the order of a report.
+
+        One more than the most that a report may have shows that.
 
         Raises:
             UsageFileError: it cannot be read.
@@ -76,8 +78,10 @@ class UsageFile:
         """
         by = ", ".join(_OF[name] for name in asked.by)
         of_key = "" if asked.key is None else " AND key = :key"
-        groups = f" GROUP BY {by} LIMIT {MOST_ROWS + 1}" if by else ""
-        text = f"SELECT {by + ', ' if by else ''}{_SUMS} FROM usage WHERE hour >= :first AND hour < :last"  # noqa: S608 - names of ours
+        order = ", ".join(name for name in ("hour", "day", "key", "model") if name in asked.by)
+        groups = f" GROUP BY {by} ORDER BY {order} LIMIT {MOST_ROWS + 1}" if by else ""
+        names = "".join(f"{_OF[name]} AS {name}, " for name in asked.by)
+        text = f"SELECT {names}{_SUMS} FROM usage WHERE hour >= :first AND hour < :last"  # noqa: S608 - names of ours
         values = {"first": asked.first, "last": asked.last, "key": asked.key}
         count = len(asked.by)
         try:
