@@ -1,0 +1,111 @@
+"""What keys use, counted in memory: by hour, key and model for the ledger, and in all for the metrics.
+
+Requests count here as they end, without an await and without a lock. What was counted since is taken away by
+`fleet/usage_ledger.py`, which keeps it on disk. Nothing here grows but by keys and models of the file.
+"""
+
+import time
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from typing import Literal
+
+from vllm_proxy.domain.usage import HOUR, Bucket, Counts
+
+type Name = tuple[str, str]  # a key's, and a model's or an adapter's
+type Outcome = Literal["ok", "client_error", "limited", "engine_error", "aborted"]
+"""What became of a metered request: answered below 400 · 4xx · refused by a limit of its key · 5xx, or the answer broke
+off · the client left."""
+
+
+def _nobody() -> None: ...
+
+
+class Usage:
+    """Of all keys of one daemon."""
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        """`now`: seconds since the epoch."""
+        self.counted = _nobody  # called when something is counted of an hour, a key and a model anew
+        self.outcomes: dict[tuple[str, str, Outcome], int] = {}  # by key and model
+        self.refusals: dict[tuple[str, str], int] = {}  # by key, and the limit as the file calls it
+        self._now = now
+        self._end = 0.0  # of the hour in which it is counted
+        self._in_hour: dict[Name, Counts] = {}
+        self._hours: dict[int, dict[Name, Counts]] = {}  # by when they began; the present one too
+        self._taken: dict[Name, Counts] = {}  # sums of what was taken
+
+    def add(
+        self,
+        key: str,
+        model: str,
+        *,
+        requests: int = 0,
+        prompt: int = 0,
+        completion: int = 0,
+        cached: int = 0,
+        estimated: int = 0,
+        failed: int = 0,
+        limited: int = 0,
+    ) -> None:
+        """Count for a key and a model, in this hour. `domain/usage.py` says what counts as what."""
+        if self._now() >= self._end:
+            self._begin_hour()
+        counts = self._in_hour.get((key, model)) or self._new(key, model)
+        counts.requests += requests
+        counts.prompt += prompt
+        counts.completion += completion
+        if cached:
+            counts.cached += cached
+        if estimated:
+            counts.estimated += estimated
+        if failed:
+            counts.failed += failed
+        if limited:
+            counts.limited += limited
+
+    def ended(self, key: str, model: str, outcome: Outcome) -> None:
+        """One metered request has ended so; for the metrics alone."""
+        self.outcomes[key, model, outcome] = self.outcomes.get((key, model, outcome), 0) + 1
+
+    def refused(self, key: str, limit: str) -> None:
+        """A limit refused a request, such as `tokens_per_day`; for the metrics alone."""
+        self.refusals[key, limit] = self.refusals.get((key, limit), 0) + 1
+
+    def take(self) -> dict[Bucket, Counts]:
+        """What was counted since the last time; the caller has it from now on."""
+        taken = self.since()
+        self._in_hour, self._hours, self._end = {}, {}, 0.0
+        for bucket, counts in taken.items():
+            self._taken.setdefault((bucket.key, bucket.model), Counts()).add(counts)
+        return taken
+
+    def since(self) -> dict[Bucket, Counts]:
+        """What was counted since it was taken. The counts go on."""
+        return {
+            Bucket(hour, *name): counts for hour, counted in self._hours.items() for name, counts in counted.items()
+        }
+
+    def totals(self, keys: AbstractSet[str], models: AbstractSet[str]) -> dict[Name, Counts]:
+        """All since the daemon began, of the keys and the models that there are; the others are forgotten."""
+        for forgotten in (self._taken, self.outcomes):
+            for each in [each for each in forgotten if each[0] not in keys or each[1] not in models]:
+                del forgotten[each]  # type: ignore[arg-type]
+        for refusal in [refusal for refusal in self.refusals if refusal[0] not in keys]:
+            del self.refusals[refusal]
+        totals: dict[Name, Counts] = {}
+        for name, counts in self._taken.items():
+            totals.setdefault(name, Counts()).add(counts)
+        for bucket, counts in self.since().items():
+            if bucket.key in keys and bucket.model in models:
+                totals.setdefault((bucket.key, bucket.model), Counts()).add(counts)
+        return totals
+
+    def _begin_hour(self) -> None:
+        hour = int(self._now()) // HOUR * HOUR
+        self._end = float(hour + HOUR)
+        self._in_hour = self._hours.setdefault(hour, {})
+
+    def _new(self, key: str, model: str) -> Counts:
+        counts = self._in_hour[key, model] = Counts()
+        self.counted()
+        return counts
