@@ -19,7 +19,7 @@ import aiohttp
 import structlog
 import uvloop
 
-from vllm_proxy import __version__, control, daemon, demo, key_commands, logsetup, settings, terminal
+from vllm_proxy import __version__, control, daemon, demo, key_commands, logsetup, settings, terminal, usage_command
 from vllm_proxy import help as pages
 from vllm_proxy.connection import LostError, NoDaemonError, RefusedError
 from vllm_proxy.domain.keys import KeyChanges, told
@@ -37,9 +37,7 @@ log = structlog.get_logger()
 _STDERR = 2
 OK, FAILED, CHANGES, NO_DAEMON, CONFIG_INVALID = 0, 1, 2, 3, os.EX_CONFIG
 WRONG_USAGE = 2  # argparse's own
-_ABOUT_A_FILE = frozenset(
-    {"serve", "check", "plan", "keys", "demo"}
-)  # for others a file that cannot be used is a failure
+_ABOUT_A_FILE = {"serve", "check", "plan", "keys", "demo"}  # for others a file that cannot be used is a failure
 
 
 class OutputError(VllmProxyError):
@@ -139,9 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     wake = add("wake", _act, [place, as_json], "wake a model that sleeps, or start it, and wait until it is ready")
     for command in (start, restart, sleep, wake):
         command.add_argument("model", metavar="ID")
-    stop.usage = (
-        "%(prog)s [-h] [--state-dir DIR] [--json] (ID | --all)"  # Python 3.13 writes it as if both were optional
-    )
+    # Python 3.13 writes it as if both were optional.
+    stop.usage = "%(prog)s [-h] [--state-dir DIR] [--json] (ID | --all)"
     which = stop.add_mutually_exclusive_group(required=True)
     which.add_argument("model", metavar="ID", nargs="?")
     which.add_argument("--all", action="store_true", help="all of them, and what a daemon that runs no more has left")
@@ -151,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="how many lines back (default: 100)")
     keys = add("keys", _keys, [], "make, list, rotate and revoke API keys, with or without a running daemon")
     key_commands.add_parsers(keys, [config, place, as_json])
+    usage_command.add_arguments(add("usage", _usage, [place, as_json], "print what keys have used"))
     topic = add("help", _help, [as_json], "print a page of the manual, a section of one, or what an error code means")
     topic.add_argument("topic", nargs="*", metavar="TOPIC", help="a page, a heading, a code; default: lists the pages")
     add("demo", _demo, [place, running], "run the daemon with two small real models on this machine's CPU")
@@ -328,6 +326,12 @@ def _keys(options: argparse.Namespace) -> int:
     _print(json.dumps(done.resource) if options.json else done.told)
     if done.words and not options.json:
         _print_error_lines([done.words])
+    return OK
+
+
+def _usage(options: argparse.Namespace) -> int:
+    found = uvloop.run(usage_command.run(_load(options), options))
+    _print(json.dumps(found) if options.json else usage_command.shown(found, as_table=not options.csv))
     return OK
 
 

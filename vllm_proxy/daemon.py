@@ -47,6 +47,7 @@ from vllm_proxy.fleet.managed import Managed
 from vllm_proxy.fleet.objections import Hardware
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
+from vllm_proxy.fleet.usage_ledger import UsageLedger, keeping_usage
 from vllm_proxy.fleet.watch import watch
 from vllm_proxy.listen import Listeners, inherited, listen, listen_for_commands, notice_departed_clients
 from vllm_proxy.logsetup import Output
@@ -144,7 +145,8 @@ async def serve(
                           address_is_given=bool(held))  # fmt: skip
         _warn_of_access(keyring, config, listeners)
         certificate = _certificate(settings, reconciler, stack)
-        await _run(desired, listeners, certificate, stack, output=output, on_listening=on_listening)
+        ledger = await stack.enter_async_context(keeping_usage(settings.state_dir, _WRITE_SECONDS))
+        await _run(desired, listeners, certificate, ledger, stack, output=output, on_listening=on_listening)
     if hanging := threads.running():
         log.warning("calls that have not come back are left behind; a disk does not answer", calls=hanging)
     if left := reconciler.not_ended():
@@ -167,6 +169,7 @@ async def _run(
     desired: Desired,
     listeners: Listeners,
     certificate: tls.Certificate,
+    ledger: UsageLedger,
     stack: contextlib.AsyncExitStack,
     *,
     output: Output,
@@ -191,7 +194,7 @@ async def _run(
     stack.callback(watching.cancel)
     lines = AccessLog(output.writer, output.form) if output.requests else None
     parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines, lag, output.writer,
-                      output.masking.mask, certificate)  # fmt: skip
+                      output.masking.mask, certificate, ledger)  # fmt: skip
     runner = app.build(parts, _HANDLER_SECONDS)
     following: asyncio.Task[None] | None = None
     for misfit in await desired.objections.standing():

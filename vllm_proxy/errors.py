@@ -181,6 +181,7 @@ STATUS = {
     "no_room": 503,
     "queue_full": 503,
     "overloaded": 503,
+    "usage_unavailable": 503,
     "shutting_down": 503,
     "queue_timeout": 504,
     "request_timeout": 504,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.engine.virtual import KeptNumbers
 from vllm_proxy.api.metrics import Metrics
+from vllm_proxy.api.usage_metrics import UsageMetrics
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.fleet.history import History
@@ -23,6 +24,7 @@ from vllm_proxy.runtime.logwriter import LogWriter
 from vllm_proxy.runtime.turns import LoopLag
 from vllm_proxy.traffic.call import Call
 from vllm_proxy.traffic.registry import Registry
+from vllm_proxy.traffic.usage import Usage
 
 ROUTE = "/v1/completions"
 
@@ -38,7 +40,7 @@ class Fleet:
     """What the metrics ask the reconciler and the registry."""
 
     def __init__(self, *models: str) -> None:
-        self.config = SimpleNamespace(models=dict.fromkeys(models), revision="r1")
+        self.config = SimpleNamespace(models=dict.fromkeys(models), revision="r1", keys={"ci": None})
         self.room = Room(lambda: None, Unmanaged())
 
     def models(self) -> list[Any]:
@@ -74,9 +76,10 @@ class Fleet:
         return 2, 3
 
 
-def metrics_of(fleet: Fleet) -> Metrics:
+def metrics_of(fleet: Fleet, usage: UsageMetrics | None = None) -> Metrics:
     """The metrics of a fleet."""
-    return Metrics(cast("Reconciler", fleet), cast("Registry", fleet), {"accepted": 2}, LoopLag(), LogWriter(2))
+    return Metrics(cast("Reconciler", fleet), cast("Registry", fleet), {"accepted": 2}, LoopLag(), LogWriter(2),
+                   usage=usage or UsageMetrics(Usage(), {}))  # fmt: skip
 
 
 def call(model: str = "chat", status: int = 200, **times: float) -> Call:
@@ -214,8 +217,35 @@ async def test_the_loop_and_the_log_are_watched_too() -> None:
     fleet = Fleet("chat")
     lag.note(0.3, time.monotonic())
     log.dropped = 5
-    found = await series(Metrics(cast("Reconciler", fleet), cast("Registry", fleet), {}, lag, log))
+    found = await series(
+        Metrics(cast("Reconciler", fleet), cast("Registry", fleet), {}, lag, log, usage=UsageMetrics(Usage(), {}))
+    )
     assert found['vllm_proxy_loop_lag_seconds_bucket{le="0.25"}'] == 0
     assert found['vllm_proxy_loop_lag_seconds_bucket{le="0.5"}'] == 1
     assert found["vllm_proxy_loop_lag_max_seconds"] == 0.3
     assert found["vllm_proxy_log_lines_dropped_total"] == 5
+
+
+async def test_what_keys_use_is_shown_by_key_and_model() -> None:
+    """Tokens by kind, outcomes, refusals, what limits and engines tell; of names of the file alone."""
+    counted = Usage()
+    counted.add("ci", "chat", requests=2, prompt=30, completion=20, cached=10, estimated=5)
+    counted.add("gone", "chat", prompt=1)
+    counted.ended("ci", "chat", "aborted")
+    counted.refused("ci", "tokens_per_day")
+    usage = UsageMetrics(
+        counted, {"missing_scope": 3}, lambda: {"ci": 4, "gone": 1}, lambda: {("ci", "tokens_per_day"): 0.5},
+        lambda: {"chat": 7},
+    )  # fmt: skip
+    found = await series(metrics_of(Fleet("chat"), usage))
+    labels = 'key="ci",model="chat"'
+    assert [found[f'vllm_proxy_tokens_total{{key="ci",kind="{kind}",model="chat"}}'] for kind in
+            ("prompt", "completion", "cached")] == [30, 20, 10]  # fmt: skip
+    assert found[f"vllm_proxy_tokens_estimated_total{{{labels}}}"] == 5
+    assert found['vllm_proxy_key_requests_total{key="ci",model="chat",outcome="aborted"}'] == 1
+    assert found['vllm_proxy_rate_limited_total{key="ci",limit="tokens_per_day"}'] == 1
+    assert found['vllm_proxy_auth_failures_total{reason="missing_scope"}'] == 3
+    assert found['vllm_proxy_key_in_flight{key="ci"}'] == 4
+    assert found['vllm_proxy_limit_used_ratio{key="ci",limit="tokens_per_day"}'] == 0.5
+    assert found['vllm_proxy_tokens_unattributed{model="chat"}'] == 7
+    assert not any("gone" in name for name in found)

@@ -30,9 +30,11 @@ from vllm_proxy.traffic.envelope import envelope
 
 def application() -> web.Application:
     """The daemon's own, without a daemon."""
-    fake: Any = SimpleNamespace(listen=lambda _: None, reloads={}, caller=None, of_session=None, refusal_of=None)
-    fake.room = fake
-    parts = app.Parts(fake, fake, fake, fake, fake, None, fake, fake, str, fake)
+    fake: Any = SimpleNamespace(
+        listen=lambda _: None, reloads={}, caller=None, of_session=None, refusal_of=None, refused={}
+    )
+    fake.room = fake.usage = fake
+    parts = app.Parts(fake, fake, fake, fake, fake, None, fake, fake, str, fake, fake)
     return app.build(parts, 1.0).app
 
 

@@ -11,17 +11,19 @@ from dataclasses import dataclass, field
 import aiohttp
 from aiohttp import web
 
-from vllm_proxy.api import config, devices, docs, keys, logs, models, openai
+from vllm_proxy.api import config, devices, docs, keys, logs, models, openai, usage
 from vllm_proxy.api.body import Bodies
 from vllm_proxy.api.events import Events
 from vllm_proxy.api.guard import Observed, Route, guarded
 from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.api.reply import answered
+from vllm_proxy.api.usage_metrics import UsageMetrics
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.fleet.desired import Desired
 from vllm_proxy.fleet.model import Model
 from vllm_proxy.fleet.reconciler import Reconciler
+from vllm_proxy.fleet.usage_ledger import UsageLedger
 from vllm_proxy.runtime.logwriter import LogWriter
 from vllm_proxy.runtime.turns import LoopLag
 from vllm_proxy.tls import Certificate
@@ -56,6 +58,7 @@ class Parts:
     log: LogWriter
     mask: Callable[[str], str]  # hides the secrets in what engines write
     certificate: Certificate
+    ledger: UsageLedger
     budget: Budget = field(default_factory=Budget)
 
     def server(self) -> Server:
@@ -71,6 +74,7 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
         parts.desired.reloads,
         parts.lag,
         parts.log,
+        usage=UsageMetrics(parts.ledger.usage, parts.access.refused),
         front=lambda: (runner.connections, parts.budget.held),
     )
 
@@ -168,7 +172,10 @@ def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
         *keys.routes(keys.Keys(parts.desired, bodies)),
         Route("GET", "/devices", read, answered(devices.list_devices(reconciler.room))),
         Route("GET", "/events", read, events.stream),
-        Route("GET", "/health", None, answered(models.health(reconciler, parts.desired, parts.certificate))),
+        Route("GET", "/usage", read, answered(usage.report(parts.ledger)), of_itself=True),
+        Route(
+            "GET", "/health", None, answered(models.health(reconciler, parts.desired, parts.certificate, parts.ledger))
+        ),
         Route("GET", "/ready", None, answered(models.ready(reconciler))),
         Route("GET", "/metrics", Scope.METRICS, models.exposition(metrics)),
     ]

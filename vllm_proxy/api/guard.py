@@ -24,12 +24,16 @@ from vllm_proxy.traffic.head import read_head
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A route of our own. `scope`: what its callers need; None: everybody may use it."""
+    """A route of our own. `scope`: what its callers need; None: everybody may use it.
+
+    `of_itself`: without that scope a key is let in all the same, and may see what is about itself.
+    """
 
     method: str
     path: str  # as the router takes it
     scope: Scope | None
     handler: Handler
+    of_itself: bool = False
 
 
 class Observed(Route):
@@ -58,13 +62,16 @@ def guarded(route: Route, access: Access, budget: Budget) -> Handler:
 def _let_in(request: web.Request, route: Route, access: Access) -> Admission:
     client = client_of(request)
     head, _ = read_head(request.raw_headers)
-    caller = access.caller(head, client, route.scope) if route.scope else access.whoever(head, client)
+    if route.scope is None:
+        caller = access.whoever(head, client)
+    else:
+        caller = (access.of_itself if route.of_itself else access.caller)(head, client, route.scope)
     if caller is not CONTROL:
         check_body_type(request)
     model = request.match_info.get("model_id", "")
     if model and route.scope in {Scope.READ, Scope.OPERATE} and not caller.may_use(model):
         raise model_not_found(model)
-    return Admission(caller, route.scope, model)
+    return Admission(caller, None if route.of_itself else route.scope, model)
 
 
 def author_of(request: web.Request) -> Author:

@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from vllm_proxy.api import room_metrics, sleep_metrics
+from vllm_proxy.api.usage_metrics import UsageMetrics
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.fleet.model import Model
@@ -49,6 +50,7 @@ class Metrics:
         lag: LoopLag,
         log: LogWriter,
         *,
+        usage: UsageMetrics,
         front: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
         """`reloads`: looks at the configuration file, by result. `front`: clients, and bytes of bodies, now."""
@@ -60,6 +62,7 @@ class Metrics:
         self._overhead = Histogram(_SMALL_SECONDS)
         self._lag = lag
         self._log = log
+        self._usage = usage
 
     def count(self, call: Call) -> None:
         """One request has ended."""
@@ -101,6 +104,7 @@ class Metrics:
             if self._reconciler.knows(model.spec.id):  # still
                 yield from (*self._of_models((model,)), *self._of_engines((model,)), *sleep_metrics.families((model,)))
         yield from room_metrics.families(self._reconciler.room, self._reconciler.config.models.keys(), now)
+        yield from self._usage.families(self._reconciler.config)
         yield from self._of_daemon(tasks)
 
     def _of_clients(self) -> Iterable[Metric]:

@@ -28,6 +28,7 @@ from vllm_proxy.fleet.failure import LastExit
 from vllm_proxy.fleet.model import Model
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.supervisor import Supervisor
+from vllm_proxy.fleet.usage_ledger import UsageLedger
 from vllm_proxy.runtime.turns import in_turns
 from vllm_proxy.tls import Certificate
 from vllm_proxy.traffic.envelope import Handler
@@ -57,7 +58,9 @@ def root(endpoints: list[str]) -> Answers[resources.Root]:
     return handle
 
 
-def health(reconciler: Reconciler, desired: Desired, certificate: Certificate) -> Answers[resources.Health]:
+def health(
+    reconciler: Reconciler, desired: Desired, certificate: Certificate, ledger: UsageLedger
+) -> Answers[resources.Health]:
     """`GET /health`: 200 while the daemon lives; in full for who may read."""
 
     async def handle(request: web.Request) -> Reply[resources.Health]:
@@ -66,7 +69,9 @@ def health(reconciler: Reconciler, desired: Desired, certificate: Certificate) -
             "status": "ok",
             "version": __version__,
             "models": {state: states[state] for state in State},
-            "error": bool(desired.rejected or certificate.error or reconciler.not_ended() or machines.problem),
+            "error": bool(
+                desired.rejected or certificate.error or reconciler.not_ended() or machines.problem or ledger.problem
+            ),
         }
         if Scope.READ not in caller_of(request).scopes:
             return Reply(short)
@@ -74,6 +79,7 @@ def health(reconciler: Reconciler, desired: Desired, certificate: Certificate) -
             **short,
             "not_ended": list(reconciler.not_ended()),
             "devices": {"managed": _managed(machines.machine()), "problem": machines.problem},
+            "usage": {"error": ledger.problem},
             "config": {
                 "revision": reconciler.config.revision,
                 "error": _without_values(desired.rejected) if desired.rejected else None,

@@ -13,8 +13,9 @@ from pydantic import TypeAdapter
 
 from vllm_proxy import __version__
 from vllm_proxy.api.openapi_keys import REF, Generate, Schema, key_schemas
-from vllm_proxy.api.openapi_routes import HEADERS, OPERATIONS, PARAMETERS, TAGS, Answer, Operation
-from vllm_proxy.domain import device_resources, resources
+from vllm_proxy.api.openapi_parameters import HEADERS, PARAMETERS
+from vllm_proxy.api.openapi_routes import OPERATIONS, TAGS, Answer, Operation
+from vllm_proxy.domain import device_resources, resources, usage_resources
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.errors import STATUS
 from vllm_proxy.traffic.envelope import anthropic_type
@@ -28,7 +29,8 @@ Errors are `{"error": {"message", "type", "param", "code"}}`; `Retry-After` come
 
 _ANSWERS: tuple[Any, ...] = (
     resources.Models, resources.Keys, resources.NewKey,
-    resources.Plan, resources.Applied, device_resources.Devices, resources.Health, resources.Ready, resources.Root,
+    resources.Plan, resources.Applied, device_resources.Devices, usage_resources.Usage,
+    resources.Health, resources.Ready, resources.Root,
     resources.Cards, resources.Error, resources.AnthropicError, resources.ModelEvent, resources.ConfigAccepted,
     resources.ConfigRejected, resources.PlanEvent, resources.WriteEvent,
 )  # fmt: skip

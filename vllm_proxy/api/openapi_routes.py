@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from vllm_proxy.api.openapi_keys import MODEL_ID, REF, Schema
-from vllm_proxy.domain import device_resources, resources
+from vllm_proxy.api.openapi_keys import REF, Schema
+from vllm_proxy.domain import device_resources, resources, usage_resources
 from vllm_proxy.traffic.routes import INFERENCE, InferenceRoute
 
 TAGS = {
@@ -22,35 +22,6 @@ TAGS = {
     "Inference": "As vLLM documents it: the body is passed on byte for byte, but for an alias, and the answer "
     "is streamed as it comes. An engine's own errors pass unchanged.",
     "Documentation": "This API, in its own words.",
-}
-PARAMETERS: dict[str, Schema] = {
-    "model_id": {
-        "name": "model_id", "in": "path", "required": True, "schema": MODEL_ID | {"examples": ["chat"]},
-        "description": "A model's id. It may hold slashes, percent-encoded or not.",
-    },
-    "id": {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}},
-    "name": {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "examples": ["ci"]}},
-    "file": {"name": "file", "in": "path", "required": True, "schema": {"type": "string"}},
-    "if_match": {
-        "name": "If-Match", "in": "header", "schema": {"type": "string"},
-        "description": "Write only if the file still has this revision: an `ETag` of an earlier answer, or `*`.",
-    },
-    "lines": {
-        "name": "lines", "in": "query", "schema": {"type": "integer", "minimum": 0, "default": 100},
-        "description": "How many of the last lines; 10000 at most.",
-    },
-    "follow": {
-        "name": "follow", "in": "query", "schema": {"type": "string", "examples": ["1"]},
-        "description": "`1`: server-sent events, one a line, until one side leaves.",
-    },
-    "model": {
-        "name": "model", "in": "query", "schema": {"type": "string"},
-        "description": "The model; without it the first `session.update` names it.",
-    },
-}  # fmt: skip
-HEADERS: dict[str, Schema] = {
-    "ETag": {"schema": {"type": "string"}, "description": "The quoted revision of the file."},
-    "Location": {"schema": {"type": "string"}, "description": "Where it is that is new."},
 }
 
 
@@ -284,6 +255,16 @@ _DAEMON = {
         "Who has the memory of the GPUs?",
         (Answer(200, "As it was last seen; an empty list where nobody manages any.", _json(device_resources.Devices)),),
         _HERE,
+    ),
+    "GET /usage": Operation(
+        "Daemon",
+        "What have keys used?",
+        (Answer(200, "In whole hours.", {**_json(usage_resources.Usage), **_text("text/csv")}),),
+        (*_HERE, "bad_request", "usage_unavailable"),
+        None,
+        ("from", "to", "by"),
+        "A key without the scope `read` sees itself alone. `Accept: text/csv` gives the rows as CSV. Only callers that "
+        "are metered are counted: where there are keys, or with `server.usage = true`.",
     ),
     "GET /ready": Operation(
         "Daemon",

@@ -10,6 +10,15 @@ from pydantic import Field
 from vllm_proxy.domain.ledger import Kind, Standing
 
 
+class DevicesHealth(TypedDict):
+    """The devices, as the daemon sees them."""
+
+    managed: Annotated[int, Field(description="How many engines are placed on.")]
+    problem: Annotated[
+        str | None, Field(description="What is not known of them and ought to be, with the reason; else null.")
+    ]
+
+
 class Foreign(TypedDict):
     """Another program that has memory of a device."""
 

@@ -12,9 +12,11 @@ from pydantic import Field
 
 from vllm_proxy import errors
 from vllm_proxy.domain import keys
+from vllm_proxy.domain.device_resources import DevicesHealth
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.domain.plan import Action, Kind, Prospect
 from vllm_proxy.domain.units import show_time
+from vllm_proxy.domain.usage_resources import UsageHealth
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
@@ -180,15 +182,6 @@ class Applied(TypedDict):
     keys: keys.KeyChanges
 
 
-class DevicesHealth(TypedDict):
-    """The devices, as the daemon sees them."""
-
-    managed: Annotated[int, Field(description="How many engines are placed on.")]
-    problem: Annotated[
-        str | None, Field(description="What is not known of them and ought to be, with the reason; else null.")
-    ]
-
-
 class ConfigHealth(TypedDict):
     """The file, as the daemon sees it."""
 
@@ -209,8 +202,8 @@ class Health(TypedDict):
     error: Annotated[
         bool,
         Field(
-            description="Whether the file or the certificate is refused, an engine could not be ended, or the devices "
-            "cannot be measured."
+            description="Whether the file or the certificate is refused, an engine could not be ended, the devices "
+            "cannot be measured, or what keys use cannot be written to disk."
         ),
     ]
     not_ended: NotRequired[
@@ -219,6 +212,7 @@ class Health(TypedDict):
         ]
     ]
     devices: NotRequired[Annotated[DevicesHealth, Field(description="For who may read.")]]
+    usage: NotRequired[Annotated[UsageHealth, Field(description="For who may read.")]]
     config: NotRequired[Annotated[ConfigHealth, Field(description="The file. For who may read.")]]
 
 

@@ -69,6 +69,7 @@ class Access:
         self._keyring = keyring
         self._addresses = {host.lower() for host in (*server().hosts, *addresses)}
         self._hosts: set[bytes] = set()  # Host headers that were found good
+        self.refused: dict[str, int] = {}  # how often somebody was not let in, by the code of the error
         self.listen(self._hosts.clear)
 
     def listen(self, listener: Callable[[], None]) -> None:
@@ -83,23 +84,39 @@ class Access:
                 `host_not_allowed` or `origin_not_allowed`.
 
         """
-        if client.listener.kind is _CONTROL_KIND:
-            return self._at_control_socket(head, client, scope)
-        given, tried = head.get(b"authorization"), b""  # first as nearly all clients send it
-        if given is None:
-            tried = head.get(b"x-api-key", b"")
-        elif given[:7] == b"Bearer ":
-            tried = given[7:]
-        found = self._keyring.find(sha256(tried).digest()) if tried else None
-        if found is None:
-            if given is not None or tried:
-                found = self._by_any_header(head, tried)
+        try:
+            if client.listener.kind is _CONTROL_KIND:
+                return self._at_control_socket(head, client, scope)
+            given, tried = head.get(b"authorization"), b""  # first as nearly all clients send it
+            if given is None:
+                tried = head.get(b"x-api-key", b"")
+            elif given[:7] == b"Bearer ":
+                tried = given[7:]
+            found = self._keyring.find(sha256(tried).digest()) if tried else None
             if found is None:
-                return self._anonymous(head, client, scope)
-        if found.is_bounded and time.time() >= found.expires_at:
-            _check_time(found)
-        if scope not in found.scopes:
-            raise _too_narrow(found, scope)
+                if given is not None or tried:
+                    found = self._by_any_header(head, tried)
+                if found is None:
+                    return self._anonymous(head, client, scope)
+            if found.is_bounded and time.time() >= found.expires_at:
+                _check_time(found)
+            if scope not in found.scopes:
+                raise _too_narrow(found, scope)
+        except RequestError as error:
+            self._count(error)
+            raise
+        return found
+
+    def of_itself(self, head: Head, client: ClientConnection, scope: Scope) -> Caller:
+        """As `caller`; but whoever sends a good key is let in, whatever its scopes: to what is about that key.
+
+        Raises:
+            RequestError: as `caller`.
+
+        """
+        found = None if client.listener.kind is Kind.CONTROL else self._by_any_header(head)
+        if found is None or time.time() >= found.expires_at:
+            return self.caller(head, client, scope)
         return found
 
     def of_session(self, head: Head, client: ClientConnection, scope: Scope) -> Caller:
@@ -120,12 +137,16 @@ class Access:
             RequestError: `host_not_allowed` or `origin_not_allowed`.
 
         """
-        if client.listener.kind is Kind.CONTROL:
-            return self._at_control_socket(head, client, None)
-        found = self._by_any_header(head)
-        if found is not None and time.time() < found.expires_at:
-            return found
-        self._check_page(head, client, None)
+        try:
+            if client.listener.kind is Kind.CONTROL:
+                return self._at_control_socket(head, client, None)
+            found = self._by_any_header(head)
+            if found is not None and time.time() < found.expires_at:
+                return found
+            self._check_page(head, client, None)
+        except RequestError as error:
+            self._count(error)
+            raise
         return self._keyring.anonymous(local=client.listener.kind is Kind.LOOPBACK)
 
     def refusal_of(self, admission: Admitted, client: ClientConnection) -> RequestError | None:
@@ -148,6 +169,9 @@ class Access:
         if narrowed and admission.model and not self._keyring.may_go_on(now, admission.model):
             return model_not_found(admission.model)
         return None
+
+    def _count(self, error: RequestError) -> None:
+        self.refused[error.code] = self.refused.get(error.code, 0) + 1
 
     def _by_any_header(self, head: Head, tried: bytes = b"") -> Caller | None:
         """`tried`: what is no key."""

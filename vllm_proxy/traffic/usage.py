@@ -29,7 +29,7 @@ class Usage:
         self.outcomes: dict[tuple[str, str, Outcome], int] = {}  # by key and model
         self.refusals: dict[tuple[str, str], int] = {}  # by key, and the limit as the file calls it
         self._now = now
-        self._end = 0.0  # of the hour in which it is counted
+        self._end = 0.0  # of the hour in which it is counted; a clock that is set back is followed once that is taken
         self._in_hour: dict[Name, Counts] = {}
         self._hours: dict[int, dict[Name, Counts]] = {}  # by when they began; the present one too
         self._taken: dict[Name, Counts] = {}  # sums of what was taken

@@ -1,0 +1,49 @@
+"""Parameters and headers of the routes, for `openapi`: each is described once, and named where it is taken or answered.
+
+Which route takes which is in `openapi_routes`.
+"""
+
+from vllm_proxy.api.openapi_keys import MODEL_ID, Schema
+
+PARAMETERS: dict[str, Schema] = {
+    "model_id": {
+        "name": "model_id", "in": "path", "required": True, "schema": MODEL_ID | {"examples": ["chat"]},
+        "description": "A model's id. It may hold slashes, percent-encoded or not.",
+    },
+    "id": {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}},
+    "name": {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "examples": ["ci"]}},
+    "file": {"name": "file", "in": "path", "required": True, "schema": {"type": "string"}},
+    "if_match": {
+        "name": "If-Match", "in": "header", "schema": {"type": "string"},
+        "description": "Write only if the file still has this revision: an `ETag` of an earlier answer, or `*`.",
+    },
+    "lines": {
+        "name": "lines", "in": "query", "schema": {"type": "integer", "minimum": 0, "default": 100},
+        "description": "How many of the last lines; 10000 at most.",
+    },
+    "follow": {
+        "name": "follow", "in": "query", "schema": {"type": "string", "examples": ["1"]},
+        "description": "`1`: server-sent events, one a line, until one side leaves.",
+    },
+    "from": {
+        "name": "from", "in": "query", "schema": {"type": "string", "examples": ["2026-11-01T00:00:00Z", "2026-11-01"]},
+        "description": "Since when: a time with its offset, or a day in UTC; the hour that it is in counts whole. "
+        "Default: 24 hours ago.",
+    },
+    "to": {
+        "name": "to", "in": "query", "schema": {"type": "string", "examples": ["2026-12-01T00:00:00Z", "2026-12-01"]},
+        "description": "Until when, as `from`; what has begun of an hour counts whole. Default: now.",
+    },
+    "by": {
+        "name": "by", "in": "query", "schema": {"type": "string", "default": "key,model", "examples": ["key,day"]},
+        "description": "What a row is of: some of `key`, `model`, and `day` or `hour`, with commas between them.",
+    },
+    "model": {
+        "name": "model", "in": "query", "schema": {"type": "string"},
+        "description": "The model; without it the first `session.update` names it.",
+    },
+}  # fmt: skip
+HEADERS: dict[str, Schema] = {
+    "ETag": {"schema": {"type": "string"}, "description": "The quoted revision of the file."},
+    "Location": {"schema": {"type": "string"}, "description": "Where it is that is new."},
+}

@@ -1,0 +1,188 @@
+"""The ledger: what keys have used is kept on disk, five seconds after it was counted at the latest, and reported.
+
+Nothing waits for the disk but who asks for a report. What cannot be written stays in memory and is tried again, which
+`problem` says; so a full or a locked disk loses nothing while the daemon lives, and never fails a request. The file is
+`fleet/usage_file.py`'s, what is counted comes from `traffic/usage.py`.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import structlog
+
+from vllm_proxy.domain.usage import DAY, MOST_ROWS, Bucket, Counts, Query, Spent, added, month_start
+from vllm_proxy.errors import RequestError
+from vllm_proxy.fleet.usage_file import UsageFile, UsageFileError
+from vllm_proxy.runtime import clock
+from vllm_proxy.runtime.background import keep_running, notify
+from vllm_proxy.runtime.exclusive import Exclusive, NoAnswerError
+from vllm_proxy.runtime.threads import Disk, Offload
+from vllm_proxy.traffic.usage import Usage
+
+log = structlog.get_logger()
+
+FILE = "usage.sqlite"
+FLUSH_SECONDS = 5.0
+_ANSWER_SECONDS = 10.0  # for a disk
+_NO_ANSWER = "its disk does not answer"
+_LONGEST_MONTH = 31 * DAY
+_MOST_WAITING = 200_000  # buckets in memory that cannot be written: the oldest go
+
+
+@contextlib.asynccontextmanager
+async def keeping_usage(folder: Path, seconds: float) -> AsyncIterator["UsageLedger"]:
+    """What keys use is kept in a folder inside the block; what is left at its end is written, for so long at most."""
+    disk = Disk("the ledger", 1)
+    ledger = UsageLedger(folder, Usage(), disk)
+    await ledger.load()
+    writing = keep_running(ledger.run, "the ledger")
+    try:
+        yield ledger
+    finally:
+        writing.cancel()
+        await ledger.close(seconds)
+        disk.close()
+
+
+class UsageLedger:
+    """Of one daemon, and of one state directory."""
+
+    def __init__(self, folder: Path, usage: Usage, offload: Offload, now: Callable[[], float] = time.time) -> None:
+        """`offload`: for the file alone. `now`: seconds since the epoch."""
+        self.usage = usage
+        self.problem: str | None = None  # why it cannot be kept on disk
+        self._file = UsageFile(folder / FILE)
+        self._offload = offload
+        self._now = now
+        self._turn = Exclusive("the ledger", _ANSWER_SECONDS)
+        self._waiting: dict[Bucket, Counts] = {}  # taken, and not on disk yet
+        self._charged: dict[tuple[str, int], int] = {}  # tokens by key and day of this month, those that wait too
+        self._loaded = False  # what is charged from the file
+        self._counted = asyncio.Event()
+        self._listeners: list[Callable[[], None]] = []
+        usage.counted = self._counted.set
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call `listener` when `problem` changes."""
+        self._listeners.append(listener)
+
+    async def load(self) -> None:
+        """Read what the quotas of this month begin with; what cannot be read is reported, and tried again later."""
+        try:
+            await self._turn.run(self._load)
+        except (UsageFileError, NoAnswerError) as error:
+            self._counted.set()
+            self._set_problem(str(error) or _NO_ANSWER)
+
+    def spent(self, key: str) -> Spent:
+        """What was charged to a key until now, as far as it is known."""
+        now = self._now()
+        today, month = int(now) // DAY * DAY, month_start(now)
+        here = [(bucket.hour, counts.tokens) for bucket, counts in self.usage.since().items() if bucket.key == key]
+        here += [(day, tokens) for (name, day), tokens in self._charged.items() if name == key]
+        return Spent(
+            sum(tokens for at, tokens in here if at >= today), sum(tokens for at, tokens in here if at >= month)
+        )
+
+    async def run(self) -> None:
+        """Write what is counted, until cancelled. Nothing is done while nothing is counted."""
+        while True:
+            await self._counted.wait()
+            await clock.sleep(FLUSH_SECONDS)
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Write what was counted; what cannot be written stays."""
+        try:
+            await self._turn.run(self._write)
+        except NoAnswerError:
+            self._set_problem(_NO_ANSWER)
+
+    async def report(self, asked: Query) -> dict[tuple[str | int, ...], Counts]:
+        """What was used until now, on disk or not yet: by the values of `asked.by`.
+
+        Raises:
+            RequestError: `usage_unavailable`; or `bad_request` where it would be too long.
+
+        """
+        try:
+            return await self._turn.run(lambda: self._sums(asked))
+        except (UsageFileError, NoAnswerError) as error:
+            msg = f"cannot read what was used: {str(error) or _NO_ANSWER}; try again"
+            raise RequestError("usage_unavailable", msg) from None
+
+    async def close(self, seconds: float) -> None:
+        """Write what is left, for so long at most."""
+        try:
+            await asyncio.wait_for(self.flush(), seconds)
+        except TimeoutError:
+            self._set_problem(_NO_ANSWER)
+        if self._waiting:
+            log.error("what keys have used in the last seconds is lost", file=str(self._file.path), why=self.problem,
+                      requests=sum(counts.requests for counts in self._waiting.values()))  # fmt: skip
+        else:
+            await self._offload(self._file.close)
+
+    async def _load(self) -> None:
+        first = month_start(self._now())
+        found = await self._offload(self._file.sums, Query(first, first + _LONGEST_MONTH, ("key", "day")))
+        self._loaded, self._charged = True, {}
+        for (key, day), counts in found.items():
+            self._charge(str(key), int(day), counts.tokens)
+        for bucket, counts in self._waiting.items():
+            self._charge(bucket.key, bucket.hour // DAY * DAY, counts.tokens)
+
+    async def _sums(self, asked: Query) -> dict[tuple[str | int, ...], Counts]:
+        groups = await self._offload(self._file.sums, asked)
+        added(groups, self._waiting.items(), asked)
+        added(groups, self.usage.since().items(), asked)
+        if len(groups) > MOST_ROWS:
+            msg = f"cannot report more than {MOST_ROWS} rows: ask for a shorter time, or by less"
+            raise RequestError("bad_request", msg)
+        return groups
+
+    async def _write(self) -> None:
+        self._counted.clear()
+        for bucket, counts in self.usage.take().items():
+            self._waiting.setdefault(bucket, Counts()).add(counts)
+            self._charge(bucket.key, bucket.hour // DAY * DAY, counts.tokens)
+        self._forget_earlier_months()
+        try:
+            if self._waiting:
+                await self._offload(self._file.add, self._waiting, self._now())
+                self._waiting = {}
+            if not self._loaded:
+                await self._load()
+        except UsageFileError as error:
+            self._counted.set()  # again
+            self._bound()
+            self._set_problem(str(error))
+        else:
+            self._set_problem(None)
+
+    def _charge(self, key: str, day: int, tokens: int) -> None:
+        self._charged[key, day] = self._charged.get((key, day), 0) + tokens
+
+    def _forget_earlier_months(self) -> None:
+        month = month_start(self._now())
+        for one in [one for one in self._charged if one[1] < month]:
+            del self._charged[one]
+
+    def _bound(self) -> None:
+        excess = len(self._waiting) - _MOST_WAITING
+        for bucket in sorted(self._waiting)[:excess] if excess > 0 else ():
+            del self._waiting[bucket]
+
+    def _set_problem(self, problem: str | None) -> None:
+        if problem == self.problem:
+            return
+        self.problem = problem
+        if problem is None:
+            log.info("what keys have used is written again", file=str(self._file.path))
+        else:
+            log.error("what keys have used cannot be written, and is held in memory meanwhile",
+                      file=str(self._file.path), error=problem)  # fmt: skip
+        notify(self._listeners)
