@@ -74,7 +74,7 @@ class Meter:
         while True:
             await _pause(watchers)
             if self._has_worked(endpoint):
-                await self.counters(_WATCHED_PAUSE_SECONDS / 2)
+                await self.counters((_WATCHED_PAUSE_SECONDS if watchers.present.is_set() else _PAUSE_SECONDS) / 2)
 
     async def finish(self, endpoint: Endpoint) -> None:
         """Look once more: the engine is about to be ended. It does not have to answer."""
