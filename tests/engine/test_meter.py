@@ -295,7 +295,7 @@ async def test_the_watch_for_stalls_and_the_meter_ask_once() -> None:
     stage = Stage()
     chat, _ = await ready(stage, stall_timeout=0)
 
-    async def slowly(_: Address) -> bool:
+    async def slowly(address: Address) -> bool:  # noqa: ARG001 - as the protocol has it
         await asyncio.sleep(0.7)  # the watch asks for that first
         return True
 
