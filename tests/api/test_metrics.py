@@ -3,7 +3,6 @@
 import asyncio
 import re
 import time
-from collections.abc import Callable
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any, cast
@@ -179,13 +178,6 @@ async def test_what_became_of_engines_is_counted() -> None:
     assert found['vllm_proxy_instance_memory_bytes{instance="chat/0",model="chat"}'] == 1000
 
 
-def metered(fleet: Fleet, attributed: Callable[[str], int | None]) -> Metrics:
-    """With a ledger, which has these tokens of a model."""
-    parts = cast("Reconciler", fleet), cast("Registry", fleet)
-    nothing = UsageMetrics(Usage(), {})
-    return Metrics(*parts, {}, LoopLag(), LogWriter(2), usage=nothing, attributed=attributed)
-
-
 async def test_tokens_are_those_that_the_engines_count() -> None:
     """By kind, without a key; what no caller is charged for is known only where there is a ledger."""
     found = {name: value for name, value in (await series(metrics_of(Fleet("chat")))).items() if "_tokens" in name}
@@ -198,8 +190,11 @@ async def test_tokens_are_those_that_the_engines_count() -> None:
 
 async def test_tokens_that_no_caller_is_charged_for_are_what_the_ledger_lacks() -> None:
     """Of the prompt, cached or not, and of what was generated; estimates that are too high make it negative."""
-    ledger = {"chat": 110, "embed": 125, "other": None}
-    found = await series(metered(Fleet(*ledger), ledger.get))
+    usage = Usage()
+    usage.add("ci", "chat", prompt=90, cached=60, completion=15)
+    usage.add("me", "chat", prompt=5)
+    usage.add("ci", "embed", prompt=100, estimated=25)
+    found = await series(metrics_of(Fleet("chat", "embed", "other"), UsageMetrics(usage, {})))
     assert {name: value for name, value in found.items() if "unattributed" in name} == {
         'vllm_proxy_tokens_unattributed{model="chat"}': 10,
         'vllm_proxy_tokens_unattributed{model="embed"}': -5,
@@ -212,12 +207,12 @@ async def test_a_model_whose_engines_count_nothing_has_no_tokens() -> None:
     (model,) = fleet.models()
     model.history.tokens.clear()
     fleet.models = lambda: [model]  # type: ignore[method-assign]
-    assert not any("_tokens" in name for name in await series(metered(fleet, lambda _: 0)))
+    assert not any("_tokens" in name for name in await series(metrics_of(fleet)))
 
 
 async def test_both_kinds_of_tokens_are_one_family() -> None:
     """What callers had and what engines count is told apart by the label `key`, under one explanation."""
-    families = [tokens_family("model", "key", "kind"), *token_families((), lambda _: None)]
+    families = [tokens_family("model", "key", "kind"), *token_families((), {})]
     explained = {(one.name, one.documentation, one.type) for one in families if one.name == "vllm_proxy_tokens"}
     assert len(explained) == 1
 
@@ -293,5 +288,4 @@ async def test_what_keys_use_is_shown_by_key_and_model() -> None:
     assert found['vllm_proxy_auth_failures_total{reason="missing_scope"}'] == 3
     assert found['vllm_proxy_key_in_flight{key="ci"}'] == 4
     assert found['vllm_proxy_limit_used_ratio{key="ci",limit="tokens_per_day"}'] == 0.5
-    assert found['vllm_proxy_tokens_unattributed{model="chat"}'] == 7
     assert not any("gone" in name for name in found)

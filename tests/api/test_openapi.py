@@ -40,7 +40,6 @@ def application() -> web.Application:
         refused={},
         in_flight=None,
         used_ratio=None,
-        charged=None,
     )
     fake.room = fake.usage = fake
     parts = app.Parts(fake, fake, fake, fake, fake, None, fake, fake, str, fake, fake, fake)

@@ -90,9 +90,11 @@ def found_in(value: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - JSON
             yield from found_in(inner)
 
 
-async def said(demo: Daemon, model: str, path: str, body: dict[str, Any]) -> Counter[str]:
+async def said(
+    demo: Daemon, model: str, path: str, body: dict[str, Any], headers: dict[str, str] | None = None
+) -> Counter[str]:
     """The tokens of one request, as its answer says: the last usage that is there."""
-    async with demo.session.post(path, json={"model": model, **body}) as answer:
+    async with demo.session.post(path, json={"model": model, **body}, headers=headers) as answer:
         text = await answer.text()
         assert answer.status == 200, (path, text)
     *_, last = (Counter[str](), *usages(text))
@@ -133,6 +135,44 @@ async def test_a_mixed_load_is_counted_to_the_last_token(demo: Daemon, engines: 
                 return await read(demo, model) == await counted(demo, engine)
 
             await until(same, bool)
+
+
+async def test_the_ledger_is_what_vllm_counts(demo: Daemon, engines: dict[str, str]) -> None:
+    """Over the same load, of streams too whose clients did not ask for what they used: the difference is 0."""
+    await demo.write("POST", "/keys", {"name": "anonymous", "scopes": ["inference", "read"]}, 201)
+    made = await demo.write("POST", "/keys", {"name": "ledger"}, 201)
+    key = {"Authorization": f"Bearer {made['key']}"}
+    silent = [(model, path, {**body, "stream_options": None}) for model, path, body in REQUESTS if body.get("stream")]
+    load = [*REQUESTS * 2, *silent * 3]
+    try:
+        await asyncio.gather(*(said(demo, model, "/tokenize", {"prompt": WORDS}, key) for model in engines))
+        before = {model: await counted(demo, engine) for model, engine in engines.items()}
+        attributed = {model: await unattributed(demo, model, engine) for model, engine in engines.items()}
+        await asyncio.gather(*(said(demo, *case, key) for case in load))
+        rows = {row["model"]: row for row in (await demo.get("/usage?by=key,model"))["rows"] if row["key"] == "ledger"}
+        for model, engine in engines.items():
+            after, row = await counted(demo, engine), rows[model]
+            has = {"prompt": row["prompt_tokens"], "generation": row["completion_tokens"]}
+            assert has == {kind: after[kind] - before[model][kind] for kind in has}, model
+            assert (row["requests"], row["estimated_tokens"], row["failed"]) == (
+                1 + sum(case[0] == model for case in load), 0, 0,
+            )  # fmt: skip
+            assert await unattributed(demo, model, engine) == attributed[model]
+    finally:
+        await demo.write("DELETE", "/keys/ledger", status=204)
+        await demo.write("DELETE", "/keys/anonymous", status=204)
+
+
+async def unattributed(demo: Daemon, model: str, engine: str) -> float:
+    """What the daemon says of it, once it knows all that the engine has counted."""
+
+    async def same() -> bool:
+        return await read(demo, model) == await counted(demo, engine)
+
+    async with demo.admin.get("/events") as watched:
+        await watched.content.readline()
+        await until(same, bool)
+    return (await demo.metrics())[f'vllm_proxy_tokens_unattributed{{model="{model}"}}']
 
 
 async def leave(demo: Daemon) -> None:

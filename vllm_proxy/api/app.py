@@ -79,7 +79,6 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
         usage=UsageMetrics(
             parts.ledger.usage, parts.access.refused, parts.metering.in_flight, parts.metering.used_ratio
         ),
-        attributed=parts.metering.charged,
         front=lambda: (runner.connections, parts.budget.held),
     )
 

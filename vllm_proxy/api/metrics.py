@@ -52,13 +52,8 @@ class Metrics:
         *,
         usage: UsageMetrics,
         front: Callable[[], tuple[int, int]] = lambda: (0, 0),
-        attributed: token_metrics.Attributed = lambda _: None,
     ) -> None:
-        """`reloads`: looks at the configuration file, by result. `front`: clients, and bytes of bodies, now.
-
-        `attributed`: the tokens that the ledger has of a model, since the daemon started.
-        """
-        self._attributed = attributed
+        """`reloads`: looks at the configuration file, by result. `front`: clients, and bytes of bodies, now."""
         self._front = front
         self._reconciler = reconciler
         self._registry = registry
@@ -104,17 +99,18 @@ class Metrics:
         yield from self._of_requests({})
         for model_id, numbers in list(self._models.items()):
             yield from self._of_requests({model_id: numbers})
-        yield from self._of_some(())
+        charged = self._usage.usage.charged()
+        yield from self._of_some((), charged)
         for model in self._reconciler.models():
             if self._reconciler.knows(model.spec.id):  # still
-                yield from self._of_some((model,))
+                yield from self._of_some((model,), charged)
         yield from room_metrics.families(self._reconciler.room, self._reconciler.config.models.keys(), now)
         yield from self._usage.families(self._reconciler.config)
         yield from self._of_daemon(tasks)
 
-    def _of_some(self, models: Sequence[Model]) -> Iterator[Metric]:
+    def _of_some(self, models: Sequence[Model], charged: Mapping[str, int]) -> Iterator[Metric]:
         yield from (*self._of_models(models), *self._of_engines(models), *sleep_metrics.families(models))
-        yield from token_metrics.families(models, self._attributed)
+        yield from token_metrics.families(models, charged)
 
     def _of_clients(self) -> Iterable[Metric]:
         connections, buffered = self._front()

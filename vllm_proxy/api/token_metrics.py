@@ -4,13 +4,11 @@ They have no label `key`: with one, `vllm_proxy_tokens_total` is what the answer
 family takes one of both kinds.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from vllm_proxy.fleet.model import Model
-
-type Attributed = Callable[[str], int | None]  # prompt and completion tokens of a model that callers had; None: unknown
 
 
 def tokens_family(*labels: str) -> CounterMetricFamily:
@@ -22,8 +20,11 @@ def tokens_family(*labels: str) -> CounterMetricFamily:
     )
 
 
-def families(models: Sequence[Model], attributed: Attributed) -> Iterable[Metric]:
-    """All of them; a model whose engines keep no counters, or were not asked yet, has no series."""
+def families(models: Sequence[Model], charged: Mapping[str, int]) -> Iterable[Metric]:
+    """All of them; a model whose engines keep no counters, or were not asked yet, has no series.
+
+    `charged`: tokens that callers are charged for, by model, where any are metered.
+    """
     tokens = tokens_family("model", "kind")
     rest = GaugeMetricFamily(
         "vllm_proxy_tokens_unattributed",
@@ -34,7 +35,6 @@ def families(models: Sequence[Model], attributed: Attributed) -> Iterable[Metric
         name, counted = model.spec.id, model.history.tokens
         for kind, count in counted.items():
             tokens.add_metric([name, kind], count)
-        charged = attributed(name)
-        if counted and charged is not None:
-            rest.add_metric([name], counted["prompt"] + counted["generation"] - charged)
+        if counted and name in charged:
+            rest.add_metric([name], counted["prompt"] + counted["generation"] - charged[name])
     return tokens, rest

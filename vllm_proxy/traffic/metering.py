@@ -125,10 +125,6 @@ class Metering:
                 found[each] = max(found.get(each, 0.0), (use.used + use.held) / use.limit)
         return found
 
-    def charged(self, model: str) -> int | None:
-        """Tokens of a model that engines reported to callers, since the daemon started; None: not all are counted."""
-        return self.usage.reported(model) if self.is_on else None
-
     def serve(self, models: Iterable[str]) -> None:
         """Requests that waited for one of their key to end may go on."""
         for model in models:

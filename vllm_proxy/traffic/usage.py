@@ -5,6 +5,7 @@ Requests count here as they end, without an await and without a lock. What was c
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from typing import Literal
@@ -33,6 +34,7 @@ class Usage:
         self._in_hour: dict[Name, Counts] = {}
         self._hours: dict[int, dict[Name, Counts]] = {}  # by when they began; the present one too
         self._taken: dict[Name, Counts] = {}  # sums of what was taken
+        self._gone: Counter[str] = Counter()  # tokens of keys that are gone, by model
 
     def add(
         self,
@@ -87,6 +89,11 @@ class Usage:
 
     def totals(self, keys: AbstractSet[str], models: AbstractSet[str]) -> dict[Name, Counts]:
         """All since the daemon began, of the keys and the models that there are; the others are forgotten."""
+        for key, model in self._taken:
+            if key not in keys and model in models:
+                self._gone[model] += self._taken[key, model].tokens
+        for model in [model for model in self._gone if model not in models]:
+            del self._gone[model]
         for forgotten in (self._taken, self.outcomes):
             for each in [each for each in forgotten if each[0] not in keys or each[1] not in models]:
                 del forgotten[each]  # type: ignore[arg-type]
@@ -100,10 +107,13 @@ class Usage:
                 totals.setdefault((bucket.key, bucket.model), Counts()).add(counts)
         return totals
 
-    def reported(self, model: str) -> int:
-        """Tokens of a model that engines reported, for all keys, since the daemon began."""
-        both = [*self._taken.items(), *(((each.key, each.model), counts) for each, counts in self.since().items())]
-        return sum(counts.prompt + counts.completion for name, counts in both if name[1] == model)
+    def charged(self) -> dict[str, int]:
+        """All tokens since the daemon began, estimated ones too, by model: of keys that are gone as well."""
+        charged = self._gone.copy()
+        for counted in (self._taken, *self._hours.values()):
+            for (_, model), counts in counted.items():
+                charged[model] += counts.tokens
+        return charged
 
     def _begin_hour(self) -> None:
         hour = int(self._now()) // HOUR * HOUR
