@@ -137,9 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     wake = add("wake", _act, [place, as_json], "wake a model that sleeps, or start it, and wait until it is ready")
     for command in (start, restart, sleep, wake):
         command.add_argument("model", metavar="ID")
-    stop.usage = (
-        "%(prog)s [-h] [--state-dir DIR] [--json] (ID | --all)"  # Python 3.13 writes it as if both were optional
-    )
+    # Python 3.13 writes it as if both were optional.
+    stop.usage = "%(prog)s [-h] [--state-dir DIR] [--json] (ID | --all)"
     which = stop.add_mutually_exclusive_group(required=True)
     which.add_argument("model", metavar="ID", nargs="?")
     which.add_argument("--all", action="store_true", help="all of them, and what a daemon that runs no more has left")

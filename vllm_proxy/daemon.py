@@ -47,7 +47,7 @@ from vllm_proxy.fleet.managed import Managed
 from vllm_proxy.fleet.objections import Hardware
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
-from vllm_proxy.fleet.usage_ledger import UsageLedger
+from vllm_proxy.fleet.usage_ledger import UsageLedger, keeping_usage
 from vllm_proxy.fleet.watch import watch
 from vllm_proxy.listen import Listeners, inherited, listen, listen_for_commands, notice_departed_clients
 from vllm_proxy.logsetup import Output
@@ -65,7 +65,6 @@ from vllm_proxy.traffic.front import FrontRunner
 from vllm_proxy.traffic.keyring import Keyring
 from vllm_proxy.traffic.metering import Metering
 from vllm_proxy.traffic.registry import Registry
-from vllm_proxy.traffic.usage import Usage
 
 log = structlog.get_logger()
 
@@ -147,7 +146,7 @@ async def serve(
                           address_is_given=bool(held))  # fmt: skip
         _warn_of_access(keyring, config, listeners)
         certificate = _certificate(settings, reconciler, stack)
-        ledger = await _ledger(settings, stack)
+        ledger = await stack.enter_async_context(keeping_usage(settings.state_dir, _WRITE_SECONDS))
         await _run(desired, listeners, certificate, ledger, stack, output=output, on_listening=on_listening)
     if hanging := threads.running():
         log.warning("calls that have not come back are left behind; a disk does not answer", calls=hanging)
@@ -352,18 +351,6 @@ def _certificate(settings: Settings, reconciler: Reconciler, stack: contextlib.A
     following = keep_running(certificate.follow, "watch of the certificate")
     stack.callback(following.cancel)
     return certificate
-
-
-async def _ledger(settings: Settings, stack: contextlib.AsyncExitStack) -> UsageLedger:
-    """What keys use, kept on disk until the last request has ended."""
-    disk = Disk("the ledger", 1)
-    stack.callback(disk.close)
-    ledger = UsageLedger(settings.state_dir, Usage(), disk)
-    await ledger.load()
-    stack.push_async_callback(ledger.close, _WRITE_SECONDS)
-    writing = keep_running(ledger.run, "the ledger")
-    stack.callback(writing.cancel)
-    return ledger
 
 
 def _handle_stop_signals(reconciler: Reconciler) -> asyncio.Event:

@@ -6,8 +6,9 @@ Nothing waits for the disk but who asks for a report. What cannot be written sta
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import structlog
@@ -16,9 +17,9 @@ from vllm_proxy.domain.usage import DAY, MOST_ROWS, Bucket, Counts, Query, Spent
 from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.usage_file import UsageFile, UsageFileError
 from vllm_proxy.runtime import clock
-from vllm_proxy.runtime.background import notify
+from vllm_proxy.runtime.background import keep_running, notify
 from vllm_proxy.runtime.exclusive import Exclusive, NoAnswerError
-from vllm_proxy.runtime.threads import Offload
+from vllm_proxy.runtime.threads import Disk, Offload
 from vllm_proxy.traffic.usage import Usage
 
 log = structlog.get_logger()
@@ -29,6 +30,21 @@ _ANSWER_SECONDS = 10.0  # for a disk
 _NO_ANSWER = "its disk does not answer"
 _LONGEST_MONTH = 31 * DAY
 _MOST_WAITING = 200_000  # buckets in memory that cannot be written: the oldest go
+
+
+@contextlib.asynccontextmanager
+async def keeping_usage(folder: Path, seconds: float) -> AsyncIterator["UsageLedger"]:
+    """What keys use is kept in a folder inside the block; what is left at its end is written, for so long at most."""
+    disk = Disk("the ledger", 1)
+    ledger = UsageLedger(folder, Usage(), disk)
+    await ledger.load()
+    writing = keep_running(ledger.run, "the ledger")
+    try:
+        yield ledger
+    finally:
+        writing.cancel()
+        await ledger.close(seconds)
+        disk.close()
 
 
 class UsageLedger:
