@@ -172,7 +172,7 @@ OF_A_KEY = {
     "priority": "Whose requests come first: the higher one's.",
     "weight": "Its share among keys of its priority: one of 2 gets twice what one of 1 does.",
     "limits": 'Tables `[keys.NAME.limits."GLOB"]` with `requests_per_minute` and `tokens_per_minute`, which count '
-    "beside the key's own: for a model its id, else the longest glob that matches it.",
+    "beside the key's own, for each model apart: for a model its id, else the longest glob that matches it.",
 }
 
 
