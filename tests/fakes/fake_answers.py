@@ -17,10 +17,15 @@ def form(body: bytes, headers: dict[str, str]) -> dict[str, Any]:
     return fields | {"fake": json.loads(fields.get("fake", "{}"))}
 
 
+def as_json(value: object) -> bytes:
+    """As vLLM writes it, without spaces."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
 def write_event(writer: asyncio.StreamWriter, model: str, **fields: object) -> None:
     """One event in one chunk."""
     value = {"id": "chatcmpl-fake", "object": "chat.completion.chunk", "created": 1, "model": model, **fields}
-    data = f"data: {json.dumps(value)}\n\n".encode()
+    data = b"data: " + as_json(value) + b"\n\n"
     writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
 
 

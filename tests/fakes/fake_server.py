@@ -349,8 +349,9 @@ class Fake:
             )
             await writer.drain()
             await asyncio.sleep(fault.get("interval", 0))
-        usage = {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
-        fake_answers.write_event(writer, asked["model"], choices=[], usage=usage)
+        if (asked.get("stream_options") or {}).get("include_usage"):
+            usage = {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
+            fake_answers.write_event(writer, asked["model"], choices=[], usage=usage)
         writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
         await writer.drain()
 
@@ -361,7 +362,7 @@ class Fake:
 
     async def json(self, writer: asyncio.StreamWriter, status: int, value: object) -> None:
         """A JSON answer."""
-        await self.send(writer, status, json.dumps(value).encode(), "application/json")
+        await self.send(writer, status, fake_answers.as_json(value), "application/json")
 
     async def send(self, writer: asyncio.StreamWriter, status: int, body: bytes, kind: str) -> None:
         """A whole answer."""
