@@ -40,7 +40,10 @@ async def test_both_models_become_ready_and_answer_an_openai_client(tmp_path: Pa
             vector = await client.embeddings.create(model="org/embed", input="hi", encoding_format="float")
             assert vector.data[0].embedding == [0.25, 0.5]
             stream = await client.chat.completions.create(
-                model="gpt-4o-mini", messages=[{"role": "user", "content": "hi"}], stream=True
+                model="gpt-4o-mini",
+                messages=[{"role": "user", "content": "hi"}],
+                stream=True,
+                stream_options={"include_usage": True},
             )
             chunks = [chunk async for chunk in stream]
             assert (

@@ -197,7 +197,7 @@ def test_sigterm_waits_for_streams(tmp_path: Path) -> None:
     go = tmp_path / "go"
     with engine("--shutdown-timeout=15") as running, running.connect() as stream:
         stream.sendall(request(CHAT, chat(stream=True, chunks=3, hold=str(go))))
-        while '"state": "open"' not in running.ask("/fake/seen")[1]:
+        while '"state":"open"' not in running.ask("/fake/seen")[1]:
             pass
         os.kill(running.pid, signal.SIGTERM)
         running.until(b"Waiting for connections to close.")
@@ -215,7 +215,7 @@ def test_sigterm_without_a_time_to_drain_freezes_streams(tmp_path: Path) -> None
     with engine() as running, running.connect() as stream:
         core = running.state()["core"]
         stream.sendall(request(CHAT, chat(stream=True, chunks=3, hold=str(go))))
-        while '"state": "open"' not in running.ask("/fake/seen")[1]:
+        while '"state":"open"' not in running.ask("/fake/seen")[1]:
             pass
         os.kill(running.pid, signal.SIGTERM)
         running.until(b"Waiting for connections to close.")
