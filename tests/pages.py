@@ -28,7 +28,7 @@ from vllm_proxy.api.openapi_routes import OPERATIONS, Operation
 from vllm_proxy.domain import config, plan
 from vllm_proxy.domain.config import Devices, EngineDefaults, EngineSpec, KeyTable, Policy, Restart, Server
 from vllm_proxy.domain.lifecycle import Reason
-from vllm_proxy.domain.units import parse_duration, parse_size, show, show_duration, show_size
+from vllm_proxy.domain.units import parse_duration, parse_size, parse_size_or_percent, show, show_duration, show_size
 from vllm_proxy.errors import STATUS
 
 ROOT = Path(__file__).parent.parent
@@ -90,11 +90,13 @@ def _kind(annotation: Any, marks: Sequence[Any]) -> str:  # noqa: ANN401 - a typ
         return "duration"
     if parse_size in readers:
         return "size" + _bounds(marks)
+    if parse_size_or_percent in readers:
+        return "size or percentage"
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in {typing.Union, types.UnionType}:
         return " or ".join(_kind(each, marks) for each in inner if each is not type(None))
     if origin is Literal:
-        return ", ".join(f'`"{value}"`' for value in inner)
+        return ", ".join(f"`{show(value)}`" for value in inner)
     if origin is tuple:
         one = _kind(inner[0], ())
         return f"{f'{one} or ' if config._one_or_more in readers else ''}list of {one}{_length(marks)}"

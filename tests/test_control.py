@@ -10,7 +10,8 @@ from vllm_proxy.domain.resources import Model
 
 def resource(state: str, reason: str | None, start: str = "on-demand") -> Model:
     """A model as the API shows it."""
-    shown: Any = {"effective": {"start": start, "enabled": True}, "status": {"state": state, "reason": reason}}
+    status = {"state": state, "reason": reason, "instances": [{"state": state}]}
+    shown: Any = {"effective": {"start": start, "enabled": True}, "status": status}
     return cast("Model", shown)
 
 
@@ -33,3 +34,30 @@ def test_a_model_that_gave_way_has_not_failed_and_one_that_never_fits_has(
 ) -> None:
     """After `start`: it served, or was to; nobody has to look at why another one has its room now."""
     assert control.failed(resource(state, reason, start), "start") is failed
+
+
+@pytest.mark.parametrize(
+    ("action", "state", "start", "failed"),
+    [
+        ("sleep", "sleeping", "always", False),
+        ("sleep", "stopped", "on-demand", True),
+        ("sleep", "ready", "on-demand", True),
+        ("stop", "sleeping", "on-demand", True),
+        ("wake", "ready", "always", False),
+        ("wake", "sleeping", "on-demand", False),
+        ("wake", "sleeping", "always", True),
+    ],
+)
+def test_a_model_is_put_to_sleep_when_it_sleeps_and_no_better_where_it_was_stopped(
+    action: str, state: str, start: str, *, failed: bool
+) -> None:
+    """One that was woken and sleeps again by itself has not failed; a model that is always to run does not do that."""
+    assert control.failed(resource(state, None, start), action) is failed
+
+
+def test_who_puts_a_model_to_sleep_in_vain_is_told_where_to_look() -> None:
+    """Though the model has no reason: it is just stopped."""
+    assert "vllm-proxy help sleep_failed" in (control.advice(resource("stopped", None), "sleep") or "")
+    assert control.advice(resource("error", "crashed"), "start") == (
+        "`vllm-proxy help crashed` says what to look at, and what to do"
+    )

@@ -135,7 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     start = add("start", _act, [place, as_json], "start a model of the running daemon, and wait until it is ready")
     stop = add("stop", _act, [place, as_json], "stop a model of the running daemon, and wait until it has stopped")
     restart = add("restart", _act, [place, as_json], "restart a model, one engine after another")
-    for command in (start, restart):
+    sleep = add("sleep", _act, [place, as_json], "put a model to sleep until a request comes, and wait until it sleeps")
+    wake = add("wake", _act, [place, as_json], "wake a model that sleeps, or start it, and wait until it is ready")
+    for command in (start, restart, sleep, wake):
         command.add_argument("model", metavar="ID")
     stop.usage = (
         "%(prog)s [-h] [--state-dir DIR] [--json] (ID | --all)"  # Python 3.13 writes it as if both were optional
@@ -248,8 +250,8 @@ def _act(options: argparse.Namespace) -> int:
         _print(json.dumps(resource))
     if not control.failed(resource, options.action):
         return OK
-    if not options.json and (reason := resource["status"]["reason"]):
-        _print_error(f"`vllm-proxy help {reason}` says what to look at, and what to do")
+    if not options.json and (advice := control.advice(resource, options.action)):
+        _print_error(advice)
     return FAILED
 
 

@@ -1,4 +1,4 @@
-"""Commands that act on a running daemon through its control socket: start, stop, restart, plan, reload, logs.
+"""Commands that act on a running daemon through its control socket: start, stop, sleep, plan, reload, logs and others.
 
 Each returns when its outcome is known, not when it was requested: the model is ready, stopped, failed, or cannot be
 ended. Without a daemon, `stop --all` ends the orphans that one left. Arguments and exit statuses are in `cli`.
@@ -24,6 +24,8 @@ from vllm_proxy.settings import Settings
 
 _POLL_SECONDS = 0.2
 _OFTEN = 5  # polls in a row
+# States in which one is done; an engine that cannot be put to sleep is ended.
+_ENDS = {"stop": frozenset({"stopped"}), "sleep": frozenset({"stopped", "sleeping"})}
 
 type Report = Callable[[str], None]
 
@@ -44,7 +46,7 @@ class Stopped(TypedDict):
 
 
 async def act(settings: Settings, action: str, model_id: str, report: Report) -> Model:
-    """`start`, `stop` or `restart` a model and wait until it has come to rest; returns its resource.
+    """`start`, `stop`, `restart`, `sleep` or `wake` a model and wait until it has come to rest; returns its resource.
 
     Raises:
         NoDaemonError: when none listens.
@@ -193,21 +195,36 @@ def _path(model_id: str) -> str:
 
 
 def failed(resource: Model, action: str) -> bool:
-    """Whether the action failed; a model has not that was unloaded again because it was idle or another one waited."""
+    """Whether the action failed; a model has not that was unloaded, or slept, again because it was idle or gave way."""
     state, effective = resource["status"]["state"], resource["effective"]
     if state == "error" or _is_stuck(resource):
         return True
     if action == "stop":
         return bool(state != "stopped")
+    if action == "sleep":
+        return _states(resource) != {"sleeping"}
     by_itself = resource["status"]["reason"] in {None, "gave_way"}
     unloaded = effective["start"] != "always" and effective["enabled"] and by_itself
-    return state == "stopped" and not unloaded
+    return state in {"stopped", "sleeping"} and not unloaded
+
+
+def advice(resource: Model, action: str) -> str | None:
+    """Where one that failed is explained."""
+    if reason := resource["status"]["reason"]:
+        return f"`vllm-proxy help {reason}` says what to look at, and what to do"
+    if action == "sleep":
+        return "nothing of it ran, or it had to be ended: `vllm-proxy help sleep_failed` says what to look at"
+    return None
 
 
 def _is_diverging(resource: Model, action: str) -> bool:
     """Whether somebody else may have changed it; a model that is restarted is stopped for a moment."""
-    states = {one["state"] for one in resource["status"]["instances"]}
-    return bool(states & {"loading", "ready"}) if action == "stop" else states == {"stopped"}
+    states = _states(resource)
+    return bool(states & {"loading", "ready"}) if action in _ENDS else states <= {"stopped", "sleeping"}
+
+
+def _states(resource: Model) -> set[str]:
+    return {one["state"] for one in resource["status"]["instances"]}
 
 
 def _is_stuck(resource: Model) -> bool:
@@ -221,12 +238,12 @@ def _engines(resource: Model) -> list[tuple[int | None, str | None]]:
 
 
 def _at_rest(resource: Model, action: str, before: Sequence[tuple[int | None, str | None]]) -> bool:
-    states = {one["state"] for one in resource["status"]["instances"]}
-    if action == "stop":
-        return states <= {"stopped"}
+    states = _states(resource)
+    if action in _ENDS:
+        return states <= _ENDS[action]
     if not states <= {"ready", "error"}:
         return False
-    return action == "start" or "error" in states or not set(before) & set(_engines(resource))
+    return action != "restart" or "error" in states or not set(before) & set(_engines(resource))
 
 
 def _summary(resource: Model) -> str:

@@ -25,9 +25,12 @@ from vllm_proxy.domain.file.parse import problems_at
 from vllm_proxy.domain.listener import Kind
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
+from vllm_proxy.engine.device_source import SourceError
 from vllm_proxy.engine.devices import Inventory
 from vllm_proxy.engine.find import find_vllm, has_gpus
 from vllm_proxy.engine.launch import Launcher
+from vllm_proxy.engine.machine_memory import machine_memory
+from vllm_proxy.engine.nap import HttpNap
 from vllm_proxy.engine.options import OptionTables
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.probe import HttpProbe
@@ -303,10 +306,19 @@ def _dependencies(
     )
     inventory = Inventory(config.devices.source, settings.config_file.parent, env, launcher.owned)
     stack.callback(inventory.close)
-    managed = Managed(inventory, config.devices, check.default_share)
-    shared = Dependencies(launcher, FleetLoop(managed), Registry(), HttpProbe(health_checks), asyncio.Event(), stopping,
+    managed = Managed(inventory, config.devices, check.default_share, _host_total())
+    shared = Dependencies(launcher, FleetLoop(managed), Registry(), HttpProbe(health_checks),
+                          HttpNap(health_checks), asyncio.Event(), stopping,
                           mask=output.masking.mask)  # fmt: skip
     return shared, launcher, managed
+
+
+def _host_total() -> int:
+    try:
+        return machine_memory().total
+    except (OSError, SourceError) as error:
+        log.warning("it is not known how much memory the machine has: no engine may sleep there", why=str(error))
+        return 0
 
 
 def _hardware(managed: Managed, loop: FleetLoop, state: StateDirectory, launcher: Launcher) -> Hardware:

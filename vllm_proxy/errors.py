@@ -163,6 +163,7 @@ STATUS = {
     "key_exists": 409,
     "key_conflict": 409,
     "config_read_only": 409,
+    "sleep_not_enabled": 409,
     "revision_mismatch": 412,
     "request_too_large": 413,
     "unsupported_media_type": 415,

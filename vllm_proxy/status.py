@@ -51,7 +51,7 @@ class StatusLine:
 
 def sentence(reconciler: Reconciler, desired: Desired | None = None, certificate: Certificate | None = None) -> str:
     """The fleet in one sentence: "2 of 3 models ready; loading: chat; error: old"."""
-    ready, on_demand = 0, list[Model]()
+    ready, on_demand, sleeping = 0, list[Model](), list[Model]()
     by_state = defaultdict[State, list[Model]](list)
     for model in reconciler.models():
         if not model.spec.policy.enabled:
@@ -59,6 +59,8 @@ def sentence(reconciler: Reconciler, desired: Desired | None = None, certificate
         state = model.state
         if state is State.READY:
             ready += 1
+        elif state is State.SLEEPING:
+            sleeping.append(model)
         elif state is not State.STOPPED or model.stopped_by_hand:
             by_state[state].append(model)
         elif model.awaits_request:
@@ -69,6 +71,7 @@ def sentence(reconciler: Reconciler, desired: Desired | None = None, certificate
     for state in _ORDER:
         if state in by_state:
             text += f"; {state}: {_named(by_state[state])}"
+    text += f"; sleeping: {_named(sleeping)}" if sleeping else ""
     text += f"; on demand: {_named(on_demand)}" if on_demand else ""
     if left := list(reconciler.not_ended()):
         text += f"; not ended: {_listed(left)}"

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.engine.virtual import KeptNumbers
 from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import Reason, State
+from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.managed import Unmanaged
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.room import Room
@@ -23,6 +25,13 @@ from vllm_proxy.traffic.call import Call
 from vllm_proxy.traffic.registry import Registry
 
 ROUTE = "/v1/completions"
+
+
+def history_of(name: str) -> History:
+    """An engine was killed four times."""
+    history = History(KeptNumbers(), lambda spec: spec.model)
+    history.failures[f"{name}/0", Reason.KILLED] = 4
+    return history
 
 
 class Fleet:
@@ -38,8 +47,16 @@ class Fleet:
         return [
             SimpleNamespace(
                 spec=SimpleNamespace(id=name),
-                history=SimpleNamespace(failures={(f"{name}/0", Reason.KILLED): 4}, startups=Histogram((1.0, 10.0))),
-                instances=[SimpleNamespace(name=f"{name}/0", endpoint=endpoint, state=State.READY, engine=engine)],
+                history=history_of(name),
+                instances=[
+                    SimpleNamespace(
+                        name=f"{name}/0",
+                        endpoint=endpoint,
+                        state=State.READY,
+                        engine=engine,
+                        claim=None,
+                    )
+                ],
             )
             for name in self.config.models
         ]

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench import access, build, cases, hazards, idle, peers, proc, report, swap
+from tests.bench import access, build, cases, hazards, idle, peers, proc, report, swap, wake
 
-SINGLE = ("memory", "idle", "departed", "slow", "bigbody", "keys", "models", "swap")
+SINGLE = ("memory", "idle", "departed", "slow", "bigbody", "keys", "models", "swap", "wake")
 NAMES = (*cases.CASES, *SINGLE)
 _OUTPUT = Path(".bench") / "result.json"
 
@@ -151,6 +151,8 @@ def run(options: Options, available: Sequence[str], folder: Path) -> report.Find
         findings.models = hazards.many_models(programs, folder, options.models, options.rounds, options.seconds, _say)
     if "swap" in options.names:
         findings.swaps = swap.measure(folder / "swap", options.swaps, _say)
+    if "wake" in options.names:
+        findings.wakes = wake.measure(folder / "wake", options.swaps, _say)
     findings.conditions = {
         "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -24,6 +24,7 @@ class Findings:
     models: cases.Results = field(default_factory=cases.Results)
     keys: access.Access = field(default_factory=access.Access)
     swaps: list[swap.Swap] = field(default_factory=list)
+    wakes: list[swap.Swap] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,7 @@ def targets(findings: Findings) -> list[Target]:
     big = findings.big_body.get(OURS)
     compared = findings.keys.compared
     half, tail_of_swaps = swap.overheads(findings.swaps) if findings.swaps else (None, None)
+    tail_of_wakes = swap.overheads(findings.wakes)[1] if findings.wakes else None
     with_key = _median(_ratios(compared, "json32", access.WITH, access.WITHOUT, _cpu))
     return [
         Target("CPU per JSON request, 32 connections, vs vllm-router", 1.0, 0.6, "x", cpu("json32", "vllm-router")),
@@ -174,6 +176,7 @@ def targets(findings: Findings) -> list[Target]:
         Target("CPU per event with 1,000 models, more by", 5, None, "%", more("sse256")),
         Target("a swap beside the engine's own start and stop, p50", 40, None, "ms", half, holds=True),
         Target("a swap beside the engine's own start and stop, p95", 100, None, "ms", tail_of_swaps, holds=True),
+        Target("a wake beside the engine's own and the canary, p95", 30, None, "ms", tail_of_wakes, holds=True),
     ]
 
 
@@ -198,9 +201,11 @@ def _hazard_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
     for name, found in findings.memory.items():
         text = f"{found.kib_per_stream:.1f} KiB at {found.streams:,} (base {found.base_kib / 1024:.0f} MiB,"
         yield "memory of an idle stream", name, f"{text} open files limit {found.files_limit:,})"
-    if findings.swaps:
-        whole, engine = ([getattr(one, name) for one in findings.swaps] for name in ("all_ms", "engine_ms"))
-        yield f"{len(whole)} swaps: ms to the first byte", OURS, f"{spread(whole)}, of it the engine {spread(engine)}"
+    for what, swaps in (("swaps", findings.swaps), ("wakes", findings.wakes)):
+        if swaps:
+            whole, engine = ([getattr(one, name) for one in swaps] for name in ("all_ms", "engine_ms"))
+            text = f"{spread(whole)}, of it the engine {spread(engine)}"
+            yield f"{len(whole)} {what}: ms to the first byte", OURS, text
     for kind, one in findings.idle.items():
         text = f"{one.kib_per_connection:.1f} KiB at {one.connections:,}; a request beside them: p50 {one.p50_ms:.2f},"
         yield f"memory of an idle connection, {kind}", OURS, f"{text} p95 {one.p95_ms:.2f}, most {one.most_ms:.2f} ms"

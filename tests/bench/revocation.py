@@ -58,7 +58,12 @@ async def ended(answer: aiohttp.ClientResponse) -> float:
 
 async def measure(running: Daemon, revoke: Revoke) -> tuple[float, float]:
     """Seconds to the first refusal, and to the end of the stream."""
-    body = {"model": "chat", "messages": [], "stream": True, "fake": {"hold": "/nowhere", "hold_at": 1}}
+    body = {
+        "model": "chat",
+        "messages": [{"role": "user", "content": "hi"}],
+        "stream": True,
+        "fake": {"hold": "/nowhere", "hold_at": 1},
+    }
     async with running.session.post("/v1/chat/completions", json=body, headers=HEADERS) as answer:
         await answer.content.readuntil(b"\n\n")
         begun = time.perf_counter()

@@ -94,7 +94,7 @@ def _dying() -> float:
 
 async def _swap(running: Daemon, model: str, dying: float) -> Swap:
     """Ask for the model that does not run, once the other one has been idle for long enough to give way at once."""
-    body = {"model": model, "messages": [], "stream": True, "fake": {"chunks": 1}}
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": True, "fake": {"chunks": 1}}
     began = time.time()
     async with running.session.post("/v1/chat/completions", json=body) as answer:
         ended = time.time()  # its first bytes are there

@@ -36,13 +36,13 @@ def test_a_short_run_gives_figures(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.slow
 @pytest.mark.skipif(not build.compiler(), reason="no C compiler")
-def test_swaps_are_measured_and_judged(tmp_path: Path) -> None:
-    """Each is one start; the exit status says whether the bounds were met."""
+def test_swaps_and_wakes_are_measured_and_judged(tmp_path: Path) -> None:
+    """Each swap is one start, no wake is; the exit status says whether the bounds were met."""
     file = tmp_path / "result.json"
-    status = bench.main(["--quick", "--only", "swap", "--peers", "none", "--json", str(file)])
+    status = bench.main(["--quick", "--only", "swap,wake", "--peers", "none", "--json", str(file)])
     found = json.loads(file.read_text())
-    assert len(found["swaps"]) == 20
-    assert all(0 < one["engine_ms"] < one["all_ms"] for one in found["swaps"])
+    assert len(found["swaps"]) == len(found["wakes"]) == 20
+    assert all(0 < one["engine_ms"] < one["all_ms"] for one in (*found["swaps"], *found["wakes"]))
     verdicts = {target["verdict"] for target in found["targets"] if target["holds"]}
     assert status == ("missed" in verdicts)
     assert "not measured" not in verdicts

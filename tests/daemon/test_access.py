@@ -74,7 +74,7 @@ NEEDS = [
     (r"GET /metrics", Scope.METRICS),
     (r"GET /(models(/nobody)?|devices|events|usage)", Scope.READ),
     (r"POST /config/plan", Scope.READ),
-    (r"POST /models/nobody/(start|stop|restart)", Scope.OPERATE),
+    (r"POST /models/nobody/(start|stop|restart|sleep|wake)", Scope.OPERATE),
     (r"GET /models/nobody/logs", Scope.OPERATE),
     (r"POST /config/reload", Scope.OPERATE),
     (r"(POST|PUT|PATCH|DELETE) /models(/nobody)?", Scope.ADMIN),

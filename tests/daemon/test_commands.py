@@ -87,7 +87,10 @@ async def test_what_the_daemon_does_not_know_or_allow_is_1(tmp_path: Path, port_
         assert "disabled" in err
 
 
-@pytest.mark.parametrize("command", [("start", "chat"), ("stop", "chat"), ("restart", "chat"), ("logs", "chat")])
+@pytest.mark.parametrize(
+    "command",
+    [("start", "chat"), ("stop", "chat"), ("restart", "chat"), ("sleep", "chat"), ("wake", "chat"), ("logs", "chat")],
+)
 async def test_without_a_daemon_it_is_3(tmp_path: Path, command: tuple[str, ...]) -> None:
     """The message says where none was found."""
     status, _, err = await vllm_proxy(tmp_path, *command)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.harness import Daemon, connected, daemon, fake_engines, port_block, request, until
+from vllm_proxy.domain.lifecycle import State
 
 PATH = "/v1/chat/completions"
 MODELS = """
@@ -268,7 +269,7 @@ async def test_the_state_of_each_instance_and_the_revision_are_shown(shared: Dae
         f'vllm_proxy_instance_state{{instance="{instance}",model="{instance[:-2]}",state="ready"}}'
         for instance in ("chat/0", "chat/1", "org/other:1/0")
     }
-    assert len(states) == 3 * 5
+    assert len(states) == 3 * len(State)
     assert metrics['vllm_proxy_queued{model="chat"}'] == 0
     revision = (await shared.get("/health"))["config"]["revision"]
     assert metrics[f'vllm_proxy_config_info{{revision="{revision}"}}'] == 1

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from vllm_proxy.domain.address import TcpAddress, UnixAddress
-from vllm_proxy.domain.command import ENGINE_SHUTDOWN_SECONDS, Place, argv, environment
+from vllm_proxy.domain.command import ENGINE_SHUTDOWN_SECONDS, Place, argv, environment, may_sleep
 from vllm_proxy.domain.config import EngineSpec
-from vllm_proxy.domain.devices import allocation_for
+from vllm_proxy.domain.devices import NO_DEVICES, Allocation, allocation_for, unmanaged
 
 PLACE = Place("chat/1", "chat/1-own", TcpAddress("127.0.0.1", 8005), "secret", "/tmp/vp/1")
 
@@ -186,3 +186,51 @@ def test_an_engine_uses_the_first_visible_gpus(
 ) -> None:
     """As many as its parallel sizes ask for, from what it is shown."""
     assert allocation_for(spec(**keys), inherited).devices == expected
+
+
+SLEEPER = replace(PLACE, address=UnixAddress("/tmp/vp/1/http.sock"), may_sleep=True)
+
+
+@pytest.mark.parametrize(
+    ("level", "unified", "expected"), [(None, False, False), (1, False, True), (1, True, False), (2, True, True)]
+)
+def test_nobody_keeps_weights_in_the_memory_that_they_are_in(
+    level: int | None, *, unified: bool, expected: bool
+) -> None:
+    """Level 1 on unified memory frees nothing, and waking takes the machine down; level 2 keeps nothing."""
+    assert may_sleep(spec(sleep=level), Allocation({"0": 5}, unified=unified)) is expected
+
+
+@pytest.mark.parametrize(
+    ("allocation", "flag"),
+    [
+        (Allocation({"0": 5}), ["--enable-sleep-mode"]),
+        (unmanaged(["0"]), ["--enable-sleep-mode"]),
+        (Allocation({"cpu": 5}, gpus=False), []),
+        (NO_DEVICES, []),
+        (Allocation(visible=()), []),
+    ],
+)
+def test_an_engine_that_may_sleep_is_told_so_on_gpus(allocation: Allocation, flag: list[str]) -> None:
+    """Without one vLLM refuses to start with that option; the routes alone pause it."""
+    line = argv("chat", spec(sleep=1), ["vllm", "serve"], replace(SLEEPER, allocation=allocation))
+    assert [token for token in line if "sleep" in token] == flag
+    assert [token for token in line if token.startswith(("--uds", "--host", "--port"))] == ["--uds=/tmp/vp/1/http.sock"]
+    other = argv("chat", spec(), ["vllm", "serve"], replace(PLACE, allocation=allocation))
+    assert [token for token in other if "sleep" in token] == []
+
+
+def test_an_engine_that_may_sleep_has_the_routes_for_it() -> None:
+    """Whatever `env` says; no other engine has them from the daemon."""
+    assert environment({}, {"VLLM_SERVER_DEV_MODE": "0"}, SLEEPER)["VLLM_SERVER_DEV_MODE"] == "1"
+    assert "VLLM_SERVER_DEV_MODE" not in environment({}, {}, PLACE)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_pinned_memory_is_not_rounded_up_unless_the_user_has_settings_of_his_own(name: str) -> None:
+    """One of PyTorch's names for them would make it ignore the other ones."""
+    ours = {"PYTORCH_ALLOC_CONF": "pinned_max_round_threshold_mb:64"}
+    assert environment({}, {}, SLEEPER).items() >= ours.items()
+    for env in (environment({name: "x"}, {}, SLEEPER), environment({}, {name: "x"}, SLEEPER)):
+        assert {key: value for key, value in env.items() if key.endswith("ALLOC_CONF")} == {name: "x"}
+    assert "PYTORCH_ALLOC_CONF" not in environment({}, {}, PLACE)

@@ -23,13 +23,13 @@ from vllm_proxy.domain.decide import (
     decide_model,
 )
 from vllm_proxy.domain.diagnose import Diagnosis
-from vllm_proxy.domain.ledger import Ask, Device, Hold, Standing
+from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Standing
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.domain.rollback import Rollback
 from vllm_proxy.domain.room import Moves
 
-READY, LOADING, ERROR, STOPPED, UNLOADING = (
-    State.READY, State.LOADING, State.ERROR, State.STOPPED, State.UNLOADING,
+READY, LOADING, ERROR, STOPPED, UNLOADING, SLEEPING = (
+    State.READY, State.LOADING, State.ERROR, State.STOPPED, State.UNLOADING, State.SLEEPING,
 )  # fmt: skip
 OLD, NEW = EngineSpec(model="old"), EngineSpec(model="new")
 CRASHED = Diagnosis(Reason.CRASHED, "it crashed")
@@ -208,7 +208,7 @@ def test_where_nobody_asks_there_is_nothing_to_decide() -> None:
 
 def test_who_gives_way_is_stopped_and_an_on_demand_model_awaits_its_next_request() -> None:
     """One that is to run whatever happens asks again once it has gone."""
-    yields = InstanceNow(0, READY, OLD, yields=True)
+    yields = InstanceNow(0, READY, OLD, yields=Depth.STOP)
     decided = decide_model(replace(on_demand(), instances=(yields,)))
     assert (decided.wanted, decided.stop, decided.start) == (Wanted.AWAIT, (0,), ())
     warm = replace(chat(start="warm"), instances=(yields,))
@@ -217,9 +217,46 @@ def test_who_gives_way_is_stopped_and_an_on_demand_model_awaits_its_next_request
     assert decide_model(gone).start == (0,)
 
 
+def test_an_on_demand_model_that_may_sleep_sleeps_in_place_of_ending() -> None:
+    """Where nobody asked for it for a while, or others want its room; its next request wakes it."""
+    may = InstanceNow(0, READY, OLD, may_sleep=True)
+    idle = replace(on_demand(idle=100, timeout=100), instances=(may,))
+    assert moves(idle) == (Wanted.AWAIT, (), (0,), ())
+    gives_way = replace(on_demand(), instances=(replace(may, yields=Depth.SLEEP),))
+    assert moves(gives_way) == (Wanted.AWAIT, (), (0,), ())
+    assert moves(replace(gives_way, instances=(replace(may, yields=Depth.STOP),))) == (Wanted.AWAIT, (0,), (), ())
+    asleep = replace(may, state=SLEEPING)
+    waits = replace(on_demand(wanted=Wanted.AWAIT), instances=(asleep,))
+    assert moves(waits) == (Wanted.AWAIT, (), (), ())
+    assert moves(replace(waits, waits_since=0.0)) == (Wanted.RUN, (), (), (0,))
+
+
+def test_a_sleeper_that_is_not_what_is_wanted_ends() -> None:
+    """Of another spec, told to make room, more than asked for, or stopped by hand."""
+    asleep = InstanceNow(0, SLEEPING, OLD, may_sleep=True)
+    waits = replace(on_demand(wanted=Wanted.AWAIT), instances=(asleep,))
+    others = [
+        replace(waits, instances=(replace(asleep, engine=NEW),), rollback=Rollback(OLD, good=OLD)),
+        replace(waits, instances=(replace(asleep, yields=Depth.STOP),)),
+        replace(waits, instances=(replace(asleep, renew=True),)),
+        replace(waits, wanted=Wanted.STOP),
+        replace(waits, wanted=Wanted.END),
+    ]
+    assert [moves(other)[1] for other in others] == [(0,)] * 5
+    two = replace(waits, instances=(asleep, replace(asleep, index=1)))
+    assert moves(two)[1] == (1,)
+
+
+def moves(model: ModelNow) -> tuple[Wanted, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """What is wanted then; the instances to stop, to put to sleep and to wake."""
+    decided = decide_model(model)
+    assert decided.start == ()
+    return decided.wanted, decided.stop, decided.sleep, decided.wake
+
+
 def test_a_model_whose_other_instance_serves_on_does_not_await_a_request() -> None:
     """The one that gave way comes back when there is room."""
-    instances = (InstanceNow(0, READY, OLD, yields=True), InstanceNow(1, READY, OLD))
+    instances = (InstanceNow(0, READY, OLD, yields=Depth.STOP), InstanceNow(1, READY, OLD))
     decided = decide_model(replace(on_demand(), policy=Policy(start="on-demand", replicas=2), instances=instances))
     assert (decided.wanted, decided.stop, decided.start) == (Wanted.RUN, (0,), ())
 

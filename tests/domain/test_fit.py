@@ -1,5 +1,7 @@
 """What an engine needs of each device, and which models of a file can never have it, with the sums in the message."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -230,3 +232,25 @@ def test_the_search_finds_what_trying_everything_finds(sizes: list[int], rooms: 
     assert (not misfits(demands, devices)) == (
         alone and fits([float(room) for room in rooms], [float(size) for size in sizes])
     )
+
+
+# Sleep
+
+
+def test_weights_are_not_kept_in_the_memory_that_they_are_in() -> None:
+    """Level 1 where GPUs have the machine's memory can never be had; level 2 can, and so can level 1 elsewhere."""
+    spark = {"0": replace(Device(119 * GIB, 100 * GIB), unified=True)}
+    assert messages(spark, demand("a", 20), demand("b", 20, sleep=2)) == {}
+    found = messages(spark, demand("a", 20, sleep=1))
+    assert [*found] == ["a.sleep"]
+    assert found["a.sleep"].startswith("keeps weights in the machine's memory, and the memory of GPU 0 is just that")
+    assert messages(gpus(80), demand("a", 20, sleep=1)) == {}
+    assert messages({"cpu": Device(16 * GIB, 16 * GIB, kind=Kind.MEMORY)}, demand("a", 8, sleep=1)) == {}
+
+
+def test_one_gpu_with_its_own_memory_is_enough_to_keep_weights_elsewhere() -> None:
+    """Where any may be had; one that is named has to be such a one."""
+    devices = {**gpus(80), "1": replace(Device(80 * GIB, 79 * GIB), unified=True)}
+    assert messages(devices, demand("a", 20, sleep=1), demand("b", 20, sleep=1, devices=[0])) == {}
+    assert [*messages(devices, demand("a", 20, sleep=1, devices=[1]))] == ["a.sleep"]
+    assert [*messages(devices, demand("a", 20, sleep=1, tensor_parallel_size=2))] == ["a.sleep"]

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from vllm_proxy.domain.config import Devices, EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.inventory import Foreign, Seen, ledger_devices, resolve, usable
 from vllm_proxy.domain.ledger import Device, Kind
+from vllm_proxy.domain.placement import Machine
 
 GIB = 2**30
 
@@ -114,6 +116,19 @@ def test_where_nothing_is_measured_the_ledger_alone_counts() -> None:
     """As much is free as it says. The machine's memory is measured, without knowing whose it is."""
     assert devices(replace(gpu(0), free=None))["0"].free == math.inf
     assert devices(CPU)["cpu"] == Device(16 * GIB, 16 * GIB, 0, 8 * GIB, Kind.MEMORY)
+
+
+def test_what_an_engine_is_told_says_of_which_kind_its_devices_are() -> None:
+    """GPUs of their own, GPUs that have the machine's memory, or that memory alone."""
+    model = ModelSpec("m", EngineSpec(model="m", sleep=1), Policy(), {})
+    seen = named(gpu(0), replace(gpu(1), unified=True), CPU)
+    machine = Machine(seen, frozenset(seen), Devices())
+    told = {name: machine.allocation(model, (name,), {name: 5}) for name in machine.seen}
+    assert {name: (one.gpus, one.unified) for name, one in told.items()} == {
+        "0": (True, False), "1": (True, True), "cpu": (False, False),
+    }  # fmt: skip
+    assert [name for name, one in told.items() if one.visible is None] == ["cpu"]
+    assert machine.devices()["1"].unified
 
 
 OTHERS = (Foreign(7, "python3", 10 * GIB), Foreign(8, "Xorg", GIB))

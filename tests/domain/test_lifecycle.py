@@ -20,6 +20,11 @@ LISTED = {
     ("error", "start"): "loading",
     ("error", "stop"): "unloading",
     ("unloading", "gone"): "stopped",
+    ("unloading", "slept"): "sleeping",
+    ("unloading", "stop"): "unloading",
+    ("sleeping", "start"): "loading",
+    ("sleeping", "stop"): "unloading",
+    ("sleeping", "died"): "stopped",
     ("unloading", "resumed"): "ready",
 }
 
@@ -54,12 +59,13 @@ def test_only_a_proven_engine_is_ready() -> None:
         ([], "stopped"),
         (["stopped", "error"], "error"),
         (["error", "unloading"], "unloading"),
-        (["unloading", "loading", "error"], "loading"),
+        (["error", "unloading", "sleeping"], "sleeping"),
+        (["unloading", "loading", "error", "sleeping"], "loading"),
         (["stopped", "error", "unloading", "loading", "ready"], "ready"),
     ],
 )
 def test_a_model_is_as_good_as_its_best_instance(states: list[str], expected: str) -> None:
-    """Ready, else loading, unloading, error, stopped; without instances it is stopped."""
+    """Ready, else loading, sleeping, unloading, error, stopped; without instances it is stopped."""
     assert best(State(state) for state in states).value == expected
     assert best(State(state) for state in reversed(states)).value == expected
 

@@ -81,6 +81,7 @@ def test_a_model_needs_no_more_than_its_model() -> None:
         "gpu_memory_utilization": None,
         "memory": None,
         "max_num_seqs": None,
+        "sleep": None,
         "devices": None,
         "command": None,
         "env": {},
@@ -687,6 +688,7 @@ def test_what_is_said_of_devices_counts() -> None:
     """With the defaults of the contract for what is not said."""
     assert parse("").devices.model_dump() == {
         "source": "auto", "reserve": 512 * 2**20, "max_wait": 30.0, "min_residency": 10.0, "limit": {},
+        "host_memory": "50%",
     }  # fmt: skip
     config = parse('[devices]\nsource = "cpu"\nmax_wait = "1m"\n[devices.limit]\n"0" = "40GiB"\n')
     assert (config.devices.source, config.devices.max_wait, config.devices.limit) == ("cpu", 60.0, {"0": 40 * 2**30})
@@ -712,3 +714,47 @@ def test_memory_and_a_share_are_two_ways_to_say_one_thing() -> None:
     assert (share.memory, share.gpu_memory_utilization) == (20 * 2**30, None)
     size = parse('[defaults]\nmemory = "1GiB"\n' + CHAT + "gpu_memory_utilization = 0.5\n").models["chat"].engine
     assert (size.memory, size.gpu_memory_utilization) == (None, 0.5)
+
+
+@pytest.mark.parametrize(("written", "total", "found"), [
+    ('"50%"', 1001, 500), ('"12.5 %"', 1000, 125), ('"0%"', 1000, 0), ('"100%"', 1000, 1000), ('"4GiB"', 1, 4 * 2**30),
+    ("5", 1000, 5),
+])  # fmt: skip
+def test_host_memory_is_a_part_of_the_machines_or_a_size(written: str, total: int, found: int) -> None:
+    """A percentage is of what the machine has; a size stays what it is."""
+    assert parse(f"[devices]\nhost_memory = {written}\n").devices.host_bytes(total) == found
+
+
+@pytest.mark.parametrize("written", ['"101%"', '"-1%"', '"%"', "0.5", "true", '"half"'])
+def test_host_memory_is_nothing_else(written: str) -> None:
+    """More than all of it is none, and a share without its sign would be read as bytes."""
+    (told,) = problems(f"[devices]\nhost_memory = {written}\n")
+    assert told.startswith('2: devices.host_memory: expected a size such as "64GiB", or a percentage such as "50%"')
+
+
+@pytest.mark.parametrize("written", ["0", "3", "true", "false", "1.0", '"1"', "[1]"])
+def test_a_depth_of_sleep_is_one_of_two_numbers(written: str) -> None:
+    """`true` says not which, and 1.0 is no level."""
+    (told,) = problems(f"{CHAT}sleep = {written}\n")
+    assert told.startswith("3: models.chat.sleep: expected one of 1, 2, got ")
+
+
+@pytest.mark.parametrize("option", [
+    'kv_transfer_config = { kv_role = "kv_both" }', '"kv-transfer-config.kv_role" = "kv_both"',
+    "kv_offloading_size = 4", 'kv-offloading-backend = "native"',
+])  # fmt: skip
+def test_who_shares_its_kv_cache_does_not_sleep(option: str) -> None:
+    """Each of the two alone is fine. It is said of the option, where that stands."""
+    args = f"[models.chat.args]\n{option}\n"
+    assert parse(CHAT + args).models["chat"].engine.sleep is None
+    (told,) = problems(f"{CHAT}sleep = 1\n{args}")
+    assert told.startswith("5: models.chat.args.")
+    assert "cannot be given together with sleep" in told
+    (told,) = problems(f"[defaults]\nsleep = 2\n[defaults.args]\n{option}\n")
+    assert told.startswith("4: defaults.args.")
+
+
+def test_who_may_sleep_needs_no_port() -> None:
+    """Its engines listen at sockets of their own, so there may be more of them than ports."""
+    assert parse(f"[engine]\nport_start = 9000\nport_end = 9000\n{CHAT}replicas = 2\nsleep = 1\n")
+    assert problems(f"[engine]\nport_start = 9000\nport_end = 9000\n{CHAT}replicas = 2\n")

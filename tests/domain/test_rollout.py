@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.domain.rollout import Replica, Steps, Strategy, steps
 
-READY, LOADING, ERROR, STOPPED, UNLOADING = (
-    State.READY, State.LOADING, State.ERROR, State.STOPPED, State.UNLOADING,
+READY, LOADING, ERROR, STOPPED, UNLOADING, SLEEPING = (
+    State.READY, State.LOADING, State.ERROR, State.STOPPED, State.UNLOADING, State.SLEEPING,
 )  # fmt: skip
 STRATEGIES = st.sampled_from(Strategy)
 
@@ -124,5 +124,6 @@ def test_whatever_is_found_no_step_is_absurd(rows: list[tuple[State, bool]], rep
     found = present(*rows)
     now = steps(found, replicas, strategy)
     fitting = [one for one in found if one.active and one.up_to_date and one.index not in now.stop]
-    assert not set(now.stop) & set(now.start)
+    assert not set(now.stop) & {*now.start, *now.wake}
+    assert {*now.wake} == {one.index for one in fitting if one.state is SLEEPING}
     assert len(fitting) + len(now.start) <= max(replicas, len(fitting))

@@ -493,6 +493,13 @@ def test_the_time_until_somebody_may_go_is_lost_like_that_of_its_return() -> Non
     assert moves(gpus(80, 80), [cheaper, long_idle], ask("d", 50)).look_again == NOW + 2
 
 
+def test_a_return_costs_what_it_does_from_as_far_as_one_goes() -> None:
+    """A wake is soon done; one that has to end has to be started, though it may sleep."""
+    holds = [hold("a", 80, on="0", keeps=2 * GIB, start_seconds=60), hold("b", 80, on="1", start_seconds=20)]
+    assert moves(gpus(80, 80), holds, ask("d", 78)).go == {"a": Depth.SLEEP}
+    assert moves(gpus(80, 80), holds, ask("d", 79)).go == {"b": Depth.STOP}
+
+
 def test_who_goes_from_several_devices_makes_room_on_all_of_them() -> None:
     """Others there wait for it as well: it is not asked twice, and nobody else goes in vain."""
     gang = hold("g", 50, on="01", keeps=GIB)
@@ -519,6 +526,28 @@ def test_one_goes_no_further_than_it_has_to() -> None:
     stops = moves(gpus(80), [sleeper], ask("b", 79))
     assert (stops.go, stops.place) == ({"a": Depth.STOP}, {"b": ("0",)})
     assert moves(gpus(80), [hold("a", 60)], ask("b", 30)).go == {"a": Depth.STOP}
+
+
+def test_nobody_ends_where_it_does_that_others_sleep() -> None:
+    """Neither one that sleeps already nor one that serves, unless others are used or count for more."""
+    asleep = [hold(name, 1, SLEEPS, keeps=GIB) for name in "bcdefg"]
+    idle = hold("a", 6, keeps=GIB, idle_since=NOW - 10)
+    assert moves(gpus(20), [idle, *asleep], ask("h", 10)).go == {"a": Depth.SLEEP}
+    two = [idle, hold("b", 6, keeps=GIB, idle_since=NOW - 20)]
+    assert moves(gpus(13), two, ask("h", 6)).go == {"b": Depth.SLEEP}
+    assert moves(gpus(13), two, ask("h", 7)).go == {"a": Depth.SLEEP, "b": Depth.SLEEP}
+    for worthy in (replace(idle, idle_since=None), replace(idle, priority=1)):
+        assert moves(gpus(20), [worthy, *asleep], ask("h", 9)).go == {"b": Depth.STOP}
+
+
+def test_of_those_who_may_end_the_one_goes_that_was_not_used_for_longest() -> None:
+    """Whether it sleeps or serves: both would have to be started again."""
+    asleep = [hold(name, 1, SLEEPS, keeps=GIB, idle_since=NOW - 100) for name in "bcdefg"]
+    asleep[3] = replace(asleep[3], idle_since=NOW - 500)
+    idle = hold("a", 6, keeps=GIB, idle_since=NOW - 10)
+    assert moves(gpus(20), [idle, *asleep], ask("h", 14)).go == {"a": Depth.SLEEP, "e": Depth.STOP}
+    idle = replace(idle, idle_since=NOW - 900)
+    assert moves(gpus(20), [idle, *asleep], ask("h", 14)).go == {"a": Depth.STOP}
 
 
 def test_what_a_sleeper_keeps_is_held() -> None:

@@ -1,5 +1,6 @@
 """Why an ask of the room waits, can never come, or is refused: the sentences that people read."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -23,8 +24,8 @@ def gpus(*sizes: float, foreign: int = 0, free: float | None = None, kind: Kind 
     made = {}
     for index, size in enumerate(sizes):
         total = round(size * GIB)
-        measured = {} if free is None else {"free": free * GIB}
-        made[str(index)] = Device(total, total - GIB // 2, foreign * GIB, kind=kind, **measured)
+        measured = math.inf if free is None else free * GIB
+        made[str(index)] = Device(total, total - GIB // 2, foreign * GIB, measured, kind)
     return made
 
 

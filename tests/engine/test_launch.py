@@ -6,7 +6,9 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,8 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from vllm_proxy.domain.address import UnixAddress
+from vllm_proxy.domain.canary import COMPLETIONS, Canary
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.devices import NO_DEVICES
 from vllm_proxy.domain.diagnose import Exit
@@ -295,6 +299,62 @@ async def test_what_is_left_of_an_engine_that_died_unwatched_is_ended_before_its
             assert found is None or not found.alive
             assert second.state.orphans() == []
             assert second.ports.take() == record.place.address.port
+
+
+# Listens at the socket that it is told, as vLLM does, and says so.
+LISTENING = """
+import os, socket, sys, signal
+path = next(word.partition('=')[2] for word in sys.argv if word.startswith('--uds='))
+assert not [word for word in sys.argv if word.startswith(('--host', '--port'))]
+at = socket.socket(socket.AF_UNIX)
+at.bind(path)
+at.listen()
+open(sys.argv[1], 'w').write(os.environ['VLLM_SERVER_DEV_MODE'])
+signal.pause()
+"""
+
+
+async def test_an_engine_that_may_sleep_listens_where_nobody_else_comes(
+    tmp_path: Path, port_start: int, event: Event
+) -> None:
+    """In its own folder, which is its owner's alone; no port is taken for it. It is adopted as it was, asleep too."""
+    spec = model(tmp_path, f'exec {sys.executable} -S -c "{LISTENING}" {event.path} "$@"')
+    spec = replace(spec, engine=spec.engine.model_copy(update={"sleep": 1}))
+    with place(tmp_path, port_start) as first:
+        async with first.launcher.running(spec, "chat/0", NO_DEVICES, Owner()) as engine:
+            assert await event.happened() == "1"
+            where = engine.place
+            assert (where.may_sleep, where.address) == (True, UnixAddress(f"{where.folder}/http.sock"))
+            assert Path(where.folder).stat().st_mode & 0o777 == 0o700
+            assert await engine.holds_address()
+            assert first.ports.take() == port_start
+            assert (engine.asleep, engine.canary) == (0, None)
+            engine.note_sleep(1, Canary(COMPLETIONS, " G"))
+            engine.keep()
+    with place(tmp_path, port_start) as second:
+        (found,) = second.state.orphans()
+        async with second.launcher.adopted(found, spec.engine, Owner()) as engine:
+            assert (engine.place, engine.place.may_sleep) == (replace(where, allocation=engine.place.allocation), True)
+            assert await engine.holds_address()
+            assert (engine.asleep, engine.canary) == (1, Canary(COMPLETIONS, " G"))
+            engine.note_sleep(0, None)
+            assert (engine.asleep, engine.canary) == (0, None)
+        assert not Path(where.folder).exists()
+
+
+async def test_who_takes_an_engines_socket_is_not_the_engine(tmp_path: Path, port_start: int, event: Event) -> None:
+    """A program of the same user, which alone may come there: it gets neither the credential nor a request."""
+    spec = model(tmp_path, f"echo up > {event.path}; exec sleep 1000")
+    spec = replace(spec, engine=spec.engine.model_copy(update={"sleep": 2}))
+    with place(tmp_path, port_start) as here:
+        async with here.launcher.running(spec, "chat/0", NO_DEVICES, Owner()) as engine:
+            await event.happened()
+            assert not await engine.holds_address()
+            assert isinstance(engine.place.address, UnixAddress)
+            with socket.socket(socket.AF_UNIX) as other:
+                other.bind(engine.place.address.path)
+                other.listen()
+                assert not await engine.holds_address()
 
 
 # Opens or makes the files that it is told, maps them, says so, and waits.

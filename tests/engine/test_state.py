@@ -15,6 +15,7 @@ import tomli_w
 from structlog.testing import capture_logs
 
 from vllm_proxy.domain.address import UnixAddress
+from vllm_proxy.domain.canary import COMPLETIONS, Canary
 from vllm_proxy.engine.proc import boot_id
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 from vllm_proxy.errors import StartupError
@@ -118,12 +119,15 @@ def change_file(folder: Path, /, **fields: object) -> None:
         ("pid", 0), ("pid", 1), ("pid", -5), ("pid", 2**22 + 1), ("pid", 2**31), ("pid", 2**80), ("pid", None),
         ("pid", "4242"), ("pid", True), ("pid", 4242.5), ("started", 0), ("started", -1), ("started", 2**63),
         ("address", "127.0.0.1:0"), ("address", "127.0.0.1:65536"), ("address", "127.0.0.1:08001"), ("address", "8001"),
-        ("address", "unix:x.sock"), ("address", 8001), ("launched", "ray"), ("launched", ""), ("launched", 5),
+        ("address", "unix:x.sock"), ("address", "unix:/run/docker.sock"), ("address", "unix:/run/vp-2/http.sock"),
+        ("address", "unix:/run/vp-1/../docker.sock"), ("address", 8001),
+        ("launched", "ray"), ("launched", ""), ("launched", 5),
         ("log_start", -1), ("started_at", "yesterday"), ("started_at", "2026-01-01"),
         ("spec", 5), ("folder", 5),
         ("segments", ["/etc/passwd"]), ("segments", ["/dev/shm/../../etc/passwd"]), ("segments", "/dev/shm/psm_1"),
         ("cgroup", "/sys/fs/cgroup/system.slice/ssh.service"), ("cgroup", "chat%2F0.engine-1"),
         ("cgroup", "/sys/fs/cgroup/x/embed%2F0.01234567"),
+        ("asleep", -1), ("asleep", 3), ("asleep", True), ("canary", "{}"), ("canary", "["), ("canary", 5),
     ],
 )  # fmt: skip
 def test_a_record_that_no_daemon_writes_is_reported_and_left_alone(tmp_path: Path, field: str, value: object) -> None:
@@ -483,10 +487,19 @@ def test_an_older_daemon_finds_the_port_where_it_looks_for_it(tmp_path: Path) ->
     """Whoever goes back to one keeps the engines; one that listens at a Unix socket has none."""
     with StateDirectory(tmp_path) as state:
         state.record(CHAT)
-        state.record(replace(EMBED, address="unix:/run/x.sock"))
+        state.record(replace(EMBED, address="unix:/run/vp-2/http.sock"))
     chat, embed = tomllib.loads((tmp_path / "engines.toml").read_text())["engines"]
     assert (chat["port"], "port" in embed) == (8001, False)
-    assert next_daemon(tmp_path)[1].place.address == UnixAddress("/run/x.sock")
+    assert [record.place.may_sleep for record in next_daemon(tmp_path)] == [False, True]
+    assert next_daemon(tmp_path)[1].place.address == UnixAddress("/run/vp-2/http.sock")
+
+
+def test_who_was_to_sleep_is_on_record_with_what_it_answered_awake(tmp_path: Path) -> None:
+    """The next daemon wakes it, and knows then whether its weights are right."""
+    asleep = replace(CHAT, asleep=2, canary=str(Canary(COMPLETIONS, " G")))
+    with StateDirectory(tmp_path) as state:
+        state.record(asleep)
+    assert next_daemon(tmp_path) == [asleep]
 
 
 def test_left_behind_engines_stay_on_record_until_they_are_gone(tmp_path: Path) -> None:
@@ -532,6 +545,19 @@ def test_what_an_engine_had_of_its_devices_is_kept_over_daemons(tmp_path: Path) 
         for number in range(200):
             state.note_memory(f"spec-{number}", 1)
         assert (state.memory("abc"), state.memory("spec-0")) == (None, 1)
+
+
+def test_what_an_engine_keeps_asleep_is_known_to_the_next_daemon(tmp_path: Path) -> None:
+    """Beside what it has awake, in a file of its own; garbage there counts as nothing."""
+    with StateDirectory(tmp_path) as state:
+        state.note_memory("abc", 70)
+        for size in (5, 7):
+            state.note_residue("abc", size)
+    with StateDirectory(tmp_path) as state:
+        assert (state.memory("abc"), state.residue("abc"), state.residue("def")) == (70, 7, None)
+    (tmp_path / "residues.toml").write_bytes(b"bytes.abc = [nan]")
+    with StateDirectory(tmp_path) as state:
+        assert (state.memory("abc"), state.residue("abc")) == (70, None)
 
 
 def test_what_is_known_already_is_not_written_again(tmp_path: Path) -> None:

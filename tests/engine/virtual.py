@@ -8,18 +8,22 @@ import contextlib
 import functools
 import selectors
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from vllm_proxy.domain.address import Address, TcpAddress
+from vllm_proxy.domain.canary import Canary
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.devices import Allocation, unmanaged
 from vllm_proxy.domain.diagnose import Diagnosis, Exit
+from vllm_proxy.domain.ledger import Depth
 from vllm_proxy.domain.lifecycle import Phase, State
 from vllm_proxy.domain.progress import START, Progress
 from vllm_proxy.engine.ending import Owner
+from vllm_proxy.engine.nap import Failed, Freed, Noted, Operation, Slept, Woke
 from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.process import run_shielded
 from vllm_proxy.engine.program import LaunchError
@@ -140,6 +144,8 @@ class FakeEngine:
         self.listens = False
         self.noted_ready = False
         self.kept = False
+        self.asleep = 0
+        self.canary: Canary | None = None
         self.born = now()
         self.reaped_at: float | None = None
         self.spec: EngineSpec | None = None  # what it was started for; not known of an adopted one
@@ -155,6 +161,10 @@ class FakeEngine:
     def mark_ready(self) -> None:
         """It is put on record that it is ready."""
         self.noted_ready = True
+
+    def note_sleep(self, level: int, canary: Canary | None) -> None:
+        """It is put on record that it is to sleep, or to serve."""
+        self.asleep, self.canary = level, canary
 
     def keep(self) -> None:
         """It is left to the next daemon."""
@@ -215,7 +225,8 @@ class FakeLauncher:
             await asyncio.sleep(60)
             owner.waits_for_port(None)
         number = len(self.engines)
-        engine = FakeEngine(place_of(instance, number, allocation))
+        place = place_of(instance, number, allocation)
+        engine = FakeEngine(replace(place, may_sleep=model.engine.sleep is not None))
         engine.spec = model.engine
         async with self._living(engine, owner):
             yield engine
@@ -231,6 +242,7 @@ class FakeLauncher:
         if self.refusal:
             raise self.refusal
         engine = FakeEngine(record.place, was_ready=record.ready)
+        engine.asleep = record.asleep
         engine.listens = self.adopted_listen
         async with self._living(engine, owner):
             yield engine
@@ -275,6 +287,49 @@ class FakeLauncher:
         return True
 
 
+class FakeNap:
+    """Puts fake engines to sleep, or does not."""
+
+    def __init__(self) -> None:
+        self.failures: list[Operation] = []  # what fails next
+        self.seconds = 1.0  # of each
+        self.done: list[str] = []
+        self.sleeping: bool | None = True
+
+    async def sleep(self, place: Place, level: int, note: Noted, freed: Freed) -> Slept | Failed:  # noqa: ARG002 - as it is
+        """It sleeps."""
+        note(None)
+        await asyncio.sleep(self.seconds)
+        if "sleep" in self.failures:
+            self.failures.remove("sleep")
+            return Failed("sleep", "as the test says")
+        self.done.append(f"{place.instance} sleeps")
+        return Slept(None, measured=False)
+
+    async def wake(
+        self,
+        place: Place,
+        level: int,  # noqa: ARG002 - as above
+        expected: Canary | None,  # noqa: ARG002 - as above
+        reload_seconds: float,  # noqa: ARG002 - as above
+    ) -> Woke | Failed:
+        """It serves again."""
+        await asyncio.sleep(self.seconds)
+        if "wake" in self.failures:
+            self.failures.remove("wake")
+            return Failed("wake", "as the test says")
+        self.done.append(f"{place.instance} wakes")
+        return Woke(verified=False)
+
+    async def is_sleeping(self, place: Place) -> bool | None:  # noqa: ARG002 - as above
+        """It says so."""
+        return self.sleeping
+
+    async def verify(self, place: Place, expected: Canary | None) -> Woke | Failed:  # noqa: ARG002 - as above
+        """It answers."""
+        return Woke(verified=True)
+
+
 class FakeProbe:
     """Answers for the fake engines."""
 
@@ -317,6 +372,7 @@ class KeptNumbers:
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
         self.bytes: dict[str, int] = {}
+        self.residues: dict[str, int] = {}
 
     def starts(self, spec: str) -> Sequence[float]:
         """How many seconds the last starts of a spec took."""
@@ -333,6 +389,14 @@ class KeptNumbers:
     def note_memory(self, spec: str, size: int) -> None:
         """An engine of a spec has so many bytes of each device."""
         self.bytes[spec] = size
+
+    def residue(self, spec: str) -> int | None:
+        """Bytes that the last engine of a spec had of each device while it slept."""
+        return self.residues.get(spec)
+
+    def note_residue(self, spec: str, size: int) -> None:
+        """An engine of a spec has so many bytes of each device while it sleeps."""
+        self.residues[spec] = size
 
 
 type Moment = tuple[State, Phase | None, int]  # what a supervisor shows, and how many endpoints its model has then
@@ -368,6 +432,10 @@ class FakeTenant:
         """A guess."""
         return 60.0
 
+    def wake_seconds(self) -> float:
+        """A guess."""
+        return 2.0
+
     def measured(self) -> int | None:
         """Not known."""
         return None
@@ -383,7 +451,15 @@ class FakeTenant:
     def on_room(self) -> None:
         """It was not refused."""
 
-    def on_yield(self, for_whom: str) -> None:
+    def may_sleep(self) -> bool:
+        """It may not."""
+        return False
+
+    def keeps(self) -> int | None:
+        """Not known."""
+        return None
+
+    def on_yield(self, depth: Depth, for_whom: str) -> None:  # noqa: ARG002 - it can only stop
         """Note it."""
         self.gives_way_to = for_whom
 
@@ -395,6 +471,7 @@ class Stage:
         """`machines`: the devices, where they are managed."""
         self.launcher = FakeLauncher()
         self.probe = FakeProbe(self.launcher)
+        self.nap = FakeNap()
         self.registry = Registry()
         self.loop = FleetLoop(machines)
         self.loop.room.unmanaged = self.launcher.allocation
@@ -404,6 +481,7 @@ class Stage:
             self.loop,
             self.registry,
             self.probe,
+            self.nap,
             skip_drain=asyncio.Event(),
             stopping=self.launcher.stopping,
             offload=at_once,

@@ -5,6 +5,8 @@ import json
 import re
 from typing import Any
 
+GARBAGE = "!!!!"  # of weights that hold nothing: always the first token
+
 
 def form(body: bytes, headers: dict[str, str]) -> dict[str, Any]:
     """The fields of a multipart form, the last of a name, as Starlette reads them; `fake` holds JSON."""
@@ -29,15 +31,29 @@ def write_event(writer: asyncio.StreamWriter, model: str, **fields: object) -> N
     writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
 
 
-def completion(asked: dict[str, Any]) -> dict[str, Any]:
-    """A chat or text completion that says how many messages there were."""
+async def send_json(writer: asyncio.StreamWriter, status: int, value: object) -> None:
+    """A JSON answer."""
+    await send(writer, status, as_json(value), "application/json")
+
+
+async def send(writer: asyncio.StreamWriter, status: int, body: bytes, kind: str) -> None:
+    """A whole answer."""
+    head = f"HTTP/1.1 {status} X\r\nserver: uvicorn\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    await writer.drain()
+
+
+def completion(asked: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """A completion that repeats the last message or the prompt: a text of `/v1/completions`, else one of a chat."""
     text = "echo: " + str(asked.get("messages", [{}])[-1].get("content", asked.get("prompt")))
+    is_text = path.partition("?")[0] == "/v1/completions"
+    said = {"text": text} if is_text else {"message": {"role": "assistant", "content": text}}
     return {
-        "id": "chatcmpl-fake",
-        "object": "chat.completion",
+        "id": "cmpl-fake" if is_text else "chatcmpl-fake",
+        "object": "text_completion" if is_text else "chat.completion",
         "created": 1,
         "model": asked["model"],
-        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+        "choices": [{"index": 0, "finish_reason": "stop", **said}],
         "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
     }
 
@@ -47,6 +63,31 @@ def batch(asked: dict[str, Any]) -> dict[str, Any]:
     found = [completion({"model": asked["model"], "messages": chat})["choices"][0] for chat in asked["messages"]]
     choices = [choice | {"index": index} for index, choice in enumerate(found)]
     return completion({"model": asked["model"], "messages": [{}]}) | {"choices": choices}
+
+
+def garbled(answer: dict[str, Any]) -> dict[str, Any]:
+    """The same answer from weights that hold nothing."""
+    for choice in answer.get("choices", ()):
+        _say(choice, GARBAGE)
+    for item in answer.get("data", ()):
+        item.update({"embedding": [0.0, 0.0]} if "embedding" in item else {"score": 0.0})
+    return answer
+
+
+def cut(answer: dict[str, Any]) -> dict[str, Any]:
+    """The same completion, ended before its first token."""
+    for choice in answer["choices"]:
+        _say(choice, "")
+        choice["finish_reason"] = "abort"
+    return answer
+
+
+def _say(choice: dict[str, Any], text: str) -> None:
+    """Another text of a choice."""
+    if "message" in choice:
+        choice["message"]["content"] = text
+    else:
+        choice["text"] = text
 
 
 def scores(asked: dict[str, Any]) -> dict[str, Any]:

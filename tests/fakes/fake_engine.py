@@ -30,6 +30,15 @@ _PROCESS_METRICS = (
 )
 
 
+class Request:
+    """One request that is in the engine."""
+
+    def __init__(self) -> None:
+        self.task = asyncio.current_task()
+        self.runs = False  # the scheduler has taken it; else it waits there
+        self.ended = False  # by the engine, before its answer was whole
+
+
 class Engine:
     """The engine."""
 
@@ -39,12 +48,15 @@ class Engine:
         self.log = log
         self.running = asyncio.Event()  # not: it is frozen
         self.answering = asyncio.Event()  # not: it is busy
-        self.running.set()
-        self.answering.set()
+        self.admitting = asyncio.Event()  # not: the scheduler is paused, and new requests wait there
+        self.stepping = asyncio.Event()  # not: those that ran are frozen as well
+        self.drained = asyncio.Event()  # none runs
+        for event in (self.running, self.answering, self.admitting, self.stepping, self.drained):
+            event.set()
         self.sick = options.fake_unhealthy
         self.over = False
         self.listens_at = 0.0
-        self.requests = 0
+        self.requests: set[Request] = set()
         self.shown_requests = 0  # as of the last step
         self.prompt_tokens = self.generated_tokens = self.steps = 0
 
@@ -73,29 +85,70 @@ class Engine:
         self.core.end()
 
     @contextmanager
-    def request(self) -> Iterator[None]:
+    def request(self) -> Iterator[Request]:
         """One request, while it is in the engine."""
-        self.requests += 1
+        request = Request()
+        self.requests.add(request)
         try:
-            yield
+            yield request
         finally:
-            self.requests -= 1
+            self.requests.discard(request)
+            self._look_who_runs()
             if self.running.is_set():
-                self.shown_requests = self.requests
+                self.shown_requests = len(self.requests)
 
-    async def turn(self, prompt: int = 0, generated: int = 0) -> None:
-        """One step of a request, once the engine works; tokens are counted."""
-        while not (self.running.is_set() and self.answering.is_set()):
-            await self.running.wait()
-            await self.answering.wait()
+    async def turn(self, prompt: int = 0, generated: int = 0, *, first: bool = False) -> None:
+        """One step of a request, once the engine works; tokens are counted. `first`: it is new to the scheduler."""
+        gates = (self.running, self.answering, self.admitting if first else self.stepping)
+        while not all(gate.is_set() for gate in gates):
+            for gate in gates:
+                await gate.wait()
         self.count(prompt, generated)
+
+    async def admit(self, request: Request) -> None:
+        """The first step of a request."""
+        await self.turn(prompt=1, first=True)
+        request.runs = True
+        self._look_who_runs()
+
+    @property
+    def paused(self) -> bool:
+        """Whether the scheduler is."""
+        return not self.admitting.is_set()
+
+    def pause(self, *, everybody: bool) -> None:
+        """Pause the scheduler for new requests, or for `everybody`."""
+        self.admitting.clear()
+        if everybody:
+            self.stepping.clear()
+        else:
+            self.stepping.set()
+
+    def resume(self) -> None:
+        """Schedule everybody again."""
+        self.admitting.set()
+        self.stepping.set()
+
+    def abort(self) -> None:
+        """End all requests, those that wait included: each answer ends there, for the reason "abort"."""
+        for request in self.requests:
+            request.runs, request.ended = False, True
+            if request.task is not None:
+                request.task.cancel()
+        self._look_who_runs()
+
+    def _look_who_runs(self) -> None:
+        if any(request.runs for request in self.requests):
+            self.drained.clear()
+        else:
+            self.drained.set()
 
     def count(self, prompt: int, generated: int) -> None:
         """The tokens of one step."""
         self.prompt_tokens += prompt
         self.generated_tokens += generated
         self.steps += 1
-        self.shown_requests = self.requests
+        self.shown_requests = len(self.requests)
 
     def control(self, command: str) -> None:
         """Do one of COMMANDS."""

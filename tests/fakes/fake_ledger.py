@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+_PINNED = 1.8  # bytes of the host for one of weights
+_PIECES = 8  # in which memory is mapped
 _ADVICE = "Decrease GPU memory utilization or reduce GPU memory used by other processes."
 
 
@@ -38,7 +40,9 @@ class State:
 
     def hold(self, key: str, model: str, delay: float = 0.0) -> None:
         """A holder, which has nothing yet if it is new. `delay`: seconds from its death until its memory is back."""
-        self.holders.setdefault(key, {"model": model, "delay": delay, "died": None, "has": {}, "profiles": {}})
+        self.holders.setdefault(
+            key, {"model": model, "delay": delay, "died": None, "has": {}, "profiles": {}, "host": 0}
+        )
 
     def take(self, key: str, device: str, part: str, size: int) -> None:
         """Give so much to a holder. Whoever profiles that device meanwhile takes it for its own consumption."""
@@ -58,6 +62,12 @@ class State:
         """All that a holder has is free again."""
         for device, parts in self.holders.pop(key)["has"].items():
             self._disturb(key, device, "released", sum(parts.values()))
+
+    def give_back(self, key: str, device: str, part: str) -> int:
+        """A part of what a holder has is free again; returns how much."""
+        size: int = self.holders[key]["has"][device].pop(part, 0)
+        self._disturb(key, device, "released", size)
+        return size
 
     def _disturb(self, key: str, device: str, how: str, size: int) -> None:
         for other, holder in self.holders.items():
@@ -153,13 +163,26 @@ class Memory:
 
     Each of `pids` computes on one device: the workers, or the engine core where there are none. As vLLM it counts for
     its own what anybody allocates while it profiles, which lasts from its first look at what is free to its last.
+    What a sleeper keeps is a part of its own, taken out of the share; None: it never sleeps.
     """
 
     def __init__(
-        self, file: str, model: str, pids: Sequence[int], world: int, *, share: float, context: int, delay: float
+        self,
+        file: str,
+        model: str,
+        pids: Sequence[int],
+        world: int,
+        *,
+        share: float,
+        context: int,
+        residue: int | None,
+        delay: float,
     ) -> None:
         self.ledger = Ledger(file)
         self.model, self.share, self.context = model, share, context
+        self.rest = 0 if residue is None else residue - context  # of a sleeper, beside its context
+        self.profiles = True
+        self.away: dict[tuple[str, str], int] = {}  # device, part -> bytes that a sleeper has given back
         self.wanted: dict[str, int] = {}
         self.kv = 0  # bytes of the KV cache, on each device
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -180,6 +203,7 @@ class Memory:
                     *self.missing
                 )
             )
+        self.profiles = profiles
         with self.ledger.changed() as state:
             for index, (name, key) in enumerate(self.keys.items()):
                 state.take(key, name, "context", self.context)
@@ -197,10 +221,13 @@ class Memory:
             state.starts[self.model] = state.starts.get(self.model, 0) + 1
 
     def load(self, size: int | None) -> None:
-        """Take the weights; None: a quarter of what it wants."""
+        """Take the weights; None: a quarter of what it wants. Where nothing else follows, `size` is all that it has."""
         with self.ledger.changed() as state:
             for name, key in self.keys.items():
-                state.take(key, name, "weights", self.wanted[name] // 4 if size is None else size)
+                weights = self.wanted[name] // 4 if size is None else size
+                if self.rest:
+                    state.take(key, name, "rest", self.rest)
+                state.take(key, name, "weights", weights if self.profiles else max(0, weights - self.rest))
 
     def allocate(self) -> None:
         """End profiling, and take the rest as KV cache, less what others took; what others released ends the start."""
@@ -219,10 +246,47 @@ class Memory:
                     )
                 if profile["taken"]:
                     state.tell("shrunk", key, name, profile["taken"])
-                self.kv = self.wanted[name] - state.holders[key]["has"][name]["weights"] - profile["taken"]
+                had = state.holders[key]["has"][name]["weights"] + self.rest
+                self.kv = self.wanted[name] - had - profile["taken"]
                 if self.kv <= 0:
                     raise RefusedError("ValueError: No available memory for the cache blocks.")
                 state.take(key, name, "kv", self.kv)
+
+    def free(self) -> dict[str, int]:
+        """What is free of each of its devices, whoever has the rest."""
+        with self.ledger.changed(wakes=False) as state:
+            return {name: state.free(name) for name in self.keys}
+
+    def unmap(self, *, offloads: bool) -> int:
+        """Give back weights and KV cache; returns how much. `offloads`: the host has the weights from then on."""
+        freed = 0
+        with self.ledger.changed() as state:
+            for name, key in self.keys.items():
+                for part in ("weights", "kv"):
+                    size = state.give_back(key, name, part)
+                    self.away[name, part] = self.away.get((name, part), 0) + size
+                    freed += size
+                if offloads:  # pinned, rounded up block by block, and kept when it wakes
+                    on_host = int(self.away[name, "weights"] * _PINNED)
+                    state.holders[key]["host"] = max(state.holders[key]["host"], on_host)
+        return freed
+
+    def map(self, part: str, *, stops_half_way: bool) -> bool:
+        """Take "weights" or "kv" back, one piece after another; False: not all. What it took stays its own."""
+        with self.ledger.changed() as state:
+            for name, key in self.keys.items():
+                size = self.away.get((name, part), 0)
+                for number in range(_PIECES):
+                    piece = size * (number + 1) // _PIECES - size * number // _PIECES
+                    if stops_half_way and number == _PIECES // 2:
+                        return False
+                    if piece:
+                        try:
+                            state.take(key, name, part, piece)
+                        except RefusedError:
+                            return False
+                        self.away[name, part] -= piece
+        return True
 
 
 def gib(size: int) -> str:

@@ -38,7 +38,7 @@ _OPENING: dict[str, Lines] = {
     "capture": (("", "", _GRAPHS.format(0, 0, _TIMES[0], "")), ("", "", _GRAPHS.format(50, 1, _TIMES[1], "█" * 5))),
     "listen": (
         ("APIServer", "entry.py:136", "Supported tasks: ['generate']"),
-        ("APIServer", "entry.py:140", "Starting vLLM server on http://{address}:{port}"),
+        ("APIServer", "entry.py:140", "Starting vLLM server on {address}"),
         ("APIServer", "launcher.py:186", "Available routes are:"),
         ("APIServer", "launcher.py:195", "Route: /health, Methods: GET"),
         ("APIServer", "launcher.py:195", "Route: /v1/chat/completions, Methods: POST"),
@@ -75,7 +75,7 @@ _ENDED: Lines = (
     ("", "", "INFO:     Application shutdown complete.\n"),
     ("", "", "INFO:     Finished server process [{pid}]\n"),
 )
-_DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 
 
 def write(descriptor: int, data: bytes) -> None:
@@ -94,7 +94,8 @@ class Log:
     def __init__(self, options: object) -> None:
         """`options`: what the lines tell of the command line."""
         known = vars(options)
-        self.values = {**known, "address": known["host"] or "0.0.0.0", "pid": os.getpid(), "kv": "8.21"}
+        address = f"unix:{known['uds']}" if known["uds"] else f"http://{known['host'] or '0.0.0.0'}:{known['port']}"
+        self.values = {**known, "address": address, "pid": os.getpid(), "kv": "8.21"}
         self.core = 0  # the pid of the engine core, once there is one
 
     def line(self, process: str, place: str, text: str, level: str = "INFO") -> None:
@@ -125,6 +126,17 @@ class Log:
         cause = "Engine core initialization failed. See root cause above. Failed core proc(s): "
         write(ERR, f"Traceback (most recent call last):\nRuntimeError: {cause}{{'EngineCore': {code}}}\n".encode())
 
+    def cannot_sleep(self) -> None:
+        """The configuration is refused: there is nothing that sleep mode could free."""
+        cause = "Value error, Sleep mode is not supported on current platform."
+        lines = (
+            "Traceback (most recent call last):",
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig",
+            f"  {cause} [type=value_error, input_value=ArgsKwargs(()), input_type=ArgsKwargs]",
+            "    For further information visit https://errors.pydantic.dev/2.14/v/value_error",
+        )
+        write(ERR, "".join(f"{line}\n" for line in lines).encode())
+
     def core_refused(self, cause: str) -> None:
         """The core has ended itself before the engine was ready. `cause`: the last line of its traceback."""
         for text in ("EngineCore failed to start.", "Traceback (most recent call last):", cause):
@@ -142,7 +154,7 @@ class Log:
             "WARNING",
         )
         self.line("APIServer", "async_llm.py:709", "AsyncLLM output_handler failed.", "ERROR")
-        error = f"vllm.v1.engine.exceptions.EngineDeadError: {_DEAD}"
+        error = f"vllm.v1.engine.exceptions.EngineDeadError: {DEAD}"
         self.line("APIServer", "async_llm.py:709", f"Traceback (most recent call last):\n{error}", "ERROR")
         self.lines(_ENDED)
 

@@ -21,7 +21,7 @@ PHASES = (
 )
 # Whose product is how many devices an engine has.
 WORLD = ("tensor-parallel-size", "pipeline-parallel-size", "prefill-context-parallel-size", "data-parallel-size")
-# What `--fake-once` takes back: whatever keeps a start from its end.
+# What `--fake-once` takes back: whatever keeps a start from its end, and the faults of a sleep that follows.
 _ONCE = (
     "fake_exit_at",
     "fake_hang_at",
@@ -31,6 +31,8 @@ _ONCE = (
     "fake_steal_port",
     "fake_unhealthy",
     "fake_foreign",
+    "fake_sleep",
+    "fake_wake",
 )
 
 
@@ -40,7 +42,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="vllm serve", formatter_class=width)
     parser.add_argument("model")
     parser.add_argument("--host")
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--uds", metavar="PATH", help="listen there and nowhere else")
     parser.add_argument("--served-model-name", nargs="+", required=True)
     parser.add_argument("--shutdown-timeout", type=int, default=0)
     parser.add_argument("--disable-access-log-for-endpoints")
@@ -52,12 +55,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype")
     parser.add_argument("--trust-remote-code", action=argparse.BooleanOptionalAction)
     parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--enable-sleep-mode", action=argparse.BooleanOptionalAction)
     parser.add_argument("--hf-overrides", type=json.loads)
     _memory(parser)
     _faults_of_the_start(parser)
     _faults_of_the_core(parser)
     _faults_while_it_runs(parser)
+    _faults_of_sleep(parser)
     options = parser.parse_args(sys.argv[2:] if sys.argv[1:2] == ["serve"] else sys.argv[1:])
+    if options.fake_residue is None:
+        options.fake_residue = options.fake_context + int(0.67 * 2**30)
+    if options.fake_residue < options.fake_context:
+        parser.error("--fake-residue: a sleeper keeps at least its context")
     if options.fake_ledger and not fake_ledger.Ledger(options.fake_ledger).wake():
         parser.error(f"nobody keeps {options.fake_ledger} true: see tests.fakes.ledger")
     if options.fake_once and not first(options.fake_once):
@@ -70,6 +79,7 @@ def _memory(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--fake-ledger", metavar="FILE", help="the memory of the devices, shared with all that name the same file")
     add("--fake-context", type=int, default=int(0.6 * 2**30), metavar="BYTES", help="of each device, before all else")
+    add("--fake-residue", type=int, metavar="BYTES", help="of each device, asleep; default: its context and 0.67 GiB")
     add("--fake-weights", type=int, metavar="BYTES", help="of each device; default: a quarter of what it wants")
     add("--fake-hold", type=int, metavar="BYTES", help="it has no KV cache, and keeps so much of each device")
     add(
@@ -109,6 +119,24 @@ def _faults_while_it_runs(parser: argparse.ArgumentParser) -> None:
     add("--fake-no-metrics", action="store_true", help="/metrics holds nothing of vLLM's")
     add("--fake-flood", type=int, default=0, metavar="BYTES", help="log so much as soon as it listens")
     add("--fake-garbage-log", action="store_true", help="log what is no text, in the phase load")
+
+
+def _faults_of_sleep(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--fake-sleep",
+        choices=["lies", "fails-after-freeing", "dies", "slow"],
+        help="200, and nothing is freed; 500, and all is freed; the core dies of it; it lasts an hour",
+    )
+    add(
+        "--fake-wake",
+        choices=["oom", "dies", "hangs", "garbage"],
+        help="half is mapped, for good; the core dies of it; no answer, of anything that asks the core; '!!!!'",
+    )
+    add("--fake-sleep-seconds", type=float, default=0.0, help="until memory is freed")
+    add("--fake-sleep-until", metavar="FILE", help="memory is not freed before this file exists")
+    add("--fake-wake-seconds", type=float, default=0.0, help="until weights are back: from the host, or read again")
+    add("--fake-wake-until", metavar="FILE", help="they are not back before this file exists")
 
 
 def phase_and_file(text: str) -> tuple[str, str]:

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import socket
-import struct
 import threading
 import time
 from typing import Any, NoReturn
@@ -17,15 +16,11 @@ from typing import Any, NoReturn
 import fake_answers  # type: ignore[import-not-found] # beside this script
 import fake_engine  # type: ignore[import-not-found] # as above
 import fake_log  # type: ignore[import-not-found] # as above
-import fake_options  # type: ignore[import-not-found] # as above
 import fake_realtime  # type: ignore[import-not-found] # as above
+import fake_sleep  # type: ignore[import-not-found] # as above
 import fake_start  # type: ignore[import-not-found] # as above
+import fake_work  # type: ignore[import-not-found] # as above
 
-_ANSWERS = {
-    "/v1/embeddings": fake_answers.embeddings,
-    "/v1/chat/completions/batch": fake_answers.batch,
-    "/generative_scoring": fake_answers.scores,
-}
 KEEPALIVE = float(os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "5"))
 
 
@@ -55,11 +50,13 @@ class Fake:
         self.log: fake_log.Log = start.log
         self.options: argparse.Namespace = start.options
         self.engine = fake_engine.Engine(start.options, start.core, start.log)
+        self.sleep = fake_sleep.Sleep(start.options, self.engine, start.memory, start.log)
+        self.work = fake_work.Work(self.engine, self.sleep, start.log)
+        self.develops = bool(int(os.environ.get("VLLM_SERVER_DEV_MODE", "0")))
         self.stopping = asyncio.Event()
         self.connections: set[asyncio.StreamWriter] = set()
         self.key = os.environ.get("VLLM_API_KEY")
         self.seen: collections.deque[dict[str, Any]] = collections.deque(maxlen=1000)
-        self.responses: list[str] = []
         self.server: asyncio.Server | None = None
 
     async def serve(self, listener: socket.socket) -> None:
@@ -98,7 +95,7 @@ class Fake:
             while not self.stopping.is_set() and not writer.is_closing():
                 writer.idle = True  # type: ignore[attr-defined]
                 head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), KEEPALIVE)
-                writer.idle = False  # type: ignore[attr-defined]
+                writer.idle = writer.begun = False  # type: ignore[attr-defined]
                 lines = head.decode("latin-1").split("\r\n")
                 method, path, _ = lines[0].split(" ")
                 headers = [tuple(line.split(": ", 1)) for line in lines[1:] if line]
@@ -120,7 +117,7 @@ class Fake:
         seen: dict[str, Any] = {
             "method": method, "path": path, "headers": headers, "size": len(body), "state": "open", "written": 0,
             "body": body.decode("latin-1") if len(body) < 2**18 else None, "sha256": hashlib.sha256(body).hexdigest(),
-            "pid": os.getpid(), "messages": [],
+            "pid": os.getpid(), "messages": [], "began": time.time(), "ended": None,
         }  # fmt: skip
         if not path.startswith("/fake/"):
             self.seen.append(seen)
@@ -132,6 +129,7 @@ class Fake:
         await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
         if answering.done():
+            seen["ended"] = time.time()
             seen["state"] = "gone" if isinstance(answering.exception(), ConnectionError) else "answered"
             answering.result()
             return
@@ -143,8 +141,12 @@ class Fake:
         self, reader: Reader, writer: asyncio.StreamWriter, found: dict[str, str], seen: dict[str, Any]
     ) -> None:
         """A WebSocket session."""
-        await fake_realtime.serve(reader, writer, found, self.names, seen["messages"], self.engine.turn)
+        await fake_realtime.serve(reader, writer, found, self.names, seen["messages"], self.turn)
         seen["state"] = "gone"
+
+    async def turn(self) -> None:
+        """One step of a session, which is new to the scheduler each time."""
+        await self.engine.turn(first=True)
 
     def allowed(self, path: str, found: dict[str, str]) -> bool:
         """Whether the request carries the key that `/v1` wants."""
@@ -177,6 +179,8 @@ class Fake:
             return await self.control(writer, path)
         if path == "/metrics":
             return await self.send(writer, 200, self.engine.metrics().encode(), "text/plain; version=1.0.0")
+        if path.partition("?")[0] in fake_sleep.ROUTES:
+            return await self.develop(writer, method, path, body)
         if not self.allowed(path, found):
             return await self.json(writer, 401, {"error": "Unauthorized"})
         if path == "/v1/models":
@@ -189,7 +193,7 @@ class Fake:
             writer.write(b"HTTP/1.1 405 X\r\nserver: uvicorn\r\nallow: GET\r\ncontent-length: 31\r\n\r\n")
             return await writer.drain()
         if stored := re.fullmatch(r"/v1/responses/([^/]+)(/cancel)?", path):
-            known = stored[1] in self.responses
+            known = stored[1] in self.work.responses
             answer = {"id": stored[1], "status": "cancelled" if stored[2] else "completed", "pid": os.getpid()}
             return await self.json(writer, 200 if known else 404, answer if known else {"error": {"message": "?"}})
         return await self.infer(writer, method, path, headers, found, body)
@@ -219,42 +223,36 @@ class Fake:
             message = f"The model `{asked.get('model')}` does not exist."
             error = {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
             return await self.json(writer, 404, {"error": error})
-        with self.engine.request():
-            await self.engine.turn(prompt=1)
+        with self.engine.request() as request:
             try:
-                return await self.work(writer, method, path, headers, body, asked)
+                await self.engine.admit(request)
+                if not self.sleep.usable:
+                    return await self.lose(writer)
+                await self.work.answer(writer, method, path, headers, body, asked)
             except (AttributeError, IndexError, KeyError, TypeError) as error:  # what vLLM validates
                 return await self.json(writer, 400, {"error": {"message": repr(error), "code": 400}})
+            except asyncio.CancelledError:
+                if not request.ended or request.task is None:
+                    raise
+                request.task.uncancel()
+                await self.work.abort(writer, asked, path)
+        return None
 
-    async def work(
-        self,
-        writer: asyncio.StreamWriter,
-        method: str,
-        path: str,
-        headers: list[Any],
-        body: bytes,
-        asked: dict[str, Any],
-    ) -> None:
-        """A request that is in the engine."""
-        fault = asked.get("fake") or {}
-        if "once" in fault and not fake_options.first(fault["once"]):
-            fault = {}
-        if fault.get("echo"):
-            text = body.decode(errors="replace")
-            seen = {"method": method, "path": path, "headers": headers, "body": text, "pid": os.getpid()}
-            return await self.json(writer, 200, seen)
-        if "raw" in fault:
-            return await self.raw(writer, fault)
-        if path == "/v1/responses":
-            self.responses.append(f"resp_{os.getpid()}_{len(self.responses)}")
-            return await self.json(writer, 200, {"id": self.responses[-1], "object": "response"})
-        if answer := _ANSWERS.get(path):
-            return await self.json(writer, 200, answer(asked))
-        if asked.get("stream"):
-            return await self.stream(writer, asked, fault)
-        await self.pause(fault)
-        await self.engine.turn(generated=1)
-        return await self.json(writer, fault.get("status", 200), fake_answers.completion(asked))
+    async def lose(self, writer: asyncio.StreamWriter) -> None:
+        """A step finds memory that is not mapped: the core dies of it, and the server ends."""
+        error = {"message": fake_log.DEAD, "type": "InternalServerError", "param": None, "code": 500}
+        await self.json(writer, 500, {"error": error})
+        self.engine.control("die")
+
+    async def develop(self, writer: asyncio.StreamWriter, method: str, path: str, body: bytes) -> None:
+        """A route of the development mode. What fails there closes the connection, as uvicorn does."""
+        if not self.develops:
+            return await self.json(writer, 404, {"detail": "Not Found"})
+        status, value = await self.sleep.answer(method, path, body)
+        await self.json(writer, status, value)
+        if status == 500:
+            writer.close()
+        return None
 
     async def control(self, writer: asyncio.StreamWriter, path: str) -> None:
         """What only tests ask for, on the engine's own port: fake_engine's `control`, and what follows.
@@ -271,7 +269,7 @@ class Fake:
             await self.json(writer, 200, {})
             return writer.close()
         if command == "state":
-            return await self.json(writer, 200, self.engine.state())
+            return await self.json(writer, 200, self.engine.state() | self.sleep.state())
         if command in fake_engine.COMMANDS:
             if command not in fake_engine.FATAL:
                 self.engine.control(command)
@@ -281,94 +279,13 @@ class Fake:
             return None
         return await self.json(writer, 200, list(self.seen))
 
-    async def raw(self, writer: asyncio.StreamWriter, fault: dict[str, Any]) -> None:
-        """The very bytes in `raw`, null standing for a wait until the file `hold` exists; `flood` bytes in chunks.
-
-        Then `end`: "keep" the connection, "close" it, "reset" it or "hang".
-        """
-        for piece in fault["raw"]:
-            if piece is None:
-                await self.hold(fault)
-            else:
-                await self.engine.turn(generated=1)
-                await self.write(writer, piece.encode("latin-1"))
-        for start in range(0, fault.get("flood", 0), 2**16):
-            size = min(2**16, fault["flood"] - start)
-            await self.write(writer, b"%x\r\n" % size + bytes([65 + start // 2**16 % 26]) * size + b"\r\n")
-        if fault.get("flood"):
-            await self.write(writer, b"0\r\n\r\n")
-        end = fault.get("end", "close")
-        if end == "hang":
-            await asyncio.Event().wait()
-        elif end == "reset":
-            connection = writer.get_extra_info("socket")
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            writer.transport.abort()
-        elif end == "close":
-            writer.close()
-
-    async def write(self, writer: asyncio.StreamWriter, data: bytes) -> None:
-        """Bytes of an answer, counted once the system has taken them."""
-        writer.write(data)
-        await writer.drain()
-        writer.seen["written"] += len(data)  # type: ignore[attr-defined]
-
-    async def hold(self, fault: dict[str, Any]) -> None:
-        """Wait until the test says so by a file."""
-        while not os.path.exists(fault["hold"]):  # noqa: PTH110 - imports nothing
-            await asyncio.sleep(0.01)
-
-    async def pause(self, fault: dict[str, Any]) -> None:
-        """Before the first byte: `die` or `hang` there ("before"), or wait until the file `hold` exists."""
-        if "hold" in fault and "hold_at" not in fault:
-            await self.hold(fault)
-        if fault.get("die") == "before":
-            self.die()
-        if fault.get("hang") == "before":
-            await asyncio.Event().wait()
-
-    async def stream(self, writer: asyncio.StreamWriter, asked: dict[str, Any], fault: dict[str, Any]) -> None:
-        """Server-sent events: `chunks` of them, `interval` seconds apart; `die`, `hang` or `hold` after that many."""
-        await self.pause(fault)
-        head = "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
-        writer.write(f"{head}transfer-encoding: chunked\r\n\r\n".encode())
-        count = fault.get("chunks", 5)
-        for number in range(count):
-            if fault.get("hang") == number:
-                await writer.drain()
-                await asyncio.Event().wait()
-            if fault.get("hold_at") == number:
-                await writer.drain()
-                await self.hold(fault)
-            if fault.get("die") == number:
-                await writer.drain()
-                self.die()
-            await self.engine.turn(generated=1)
-            fake_answers.write_event(
-                writer, asked["model"], choices=[{"index": 0, "delta": {"content": f"t{number} "}}]
-            )
-            await writer.drain()
-            await asyncio.sleep(fault.get("interval", 0))
-        if (asked.get("stream_options") or {}).get("include_usage"):
-            usage = {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
-            fake_answers.write_event(writer, asked["model"], choices=[], usage=usage)
-        writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
-        await writer.drain()
-
-    def die(self) -> NoReturn:
-        """The engine says that it is dead, though its process is still there: exit code 0."""
-        self.log.core_died()
-        os._exit(0)
-
     async def json(self, writer: asyncio.StreamWriter, status: int, value: object) -> None:
         """A JSON answer."""
-        await self.send(writer, status, fake_answers.as_json(value), "application/json")
+        await fake_answers.send_json(writer, status, value)
 
     async def send(self, writer: asyncio.StreamWriter, status: int, body: bytes, kind: str) -> None:
         """A whole answer."""
-        head = f"HTTP/1.1 {status} X\r\nserver: uvicorn\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
-        writer.write(head.encode() + body)
-        await writer.drain()
+        await fake_answers.send(writer, status, body, kind)
 
 
 def run(start: fake_start.Start, listener: socket.socket) -> NoReturn:

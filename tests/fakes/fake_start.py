@@ -125,28 +125,36 @@ def die_by(number: int) -> NoReturn:
 
 
 def bind(options: argparse.Namespace) -> socket.socket:
-    """Take the port. A taken one is an OSError that nobody catches: a traceback and exit code 1, as in vLLM."""
-    address = (options.host or "0.0.0.0", options.port)
-    thief = socket.socket()
+    """Take the port, or the file. A taken one is an OSError that nobody catches: a traceback and exit code 1."""
+    family = socket.AF_UNIX if options.uds else socket.AF_INET
+    address = options.uds or (options.host or "0.0.0.0", options.port)
+    thief = socket.socket(family)
     if options.fake_steal_port:
         thief.bind(address)
         thief.listen()
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as uvloop, under the real one
+    listener = socket.socket(family)
+    if family == socket.AF_INET:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as uvloop, under the real one
     listener.bind(address)
     thief.close()
     return listener
 
 
+def has_devices(options: argparse.Namespace) -> bool:
+    """Whether it computes on devices; else it does on the CPU."""
+    return options.fake_ledger is not None and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+
+
 def memory_of(options: argparse.Namespace, core: fake_core.Core) -> fake_ledger.Memory | None:
     """The memory of the devices that it may use."""
-    if options.fake_ledger is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    if not has_devices(options):
         return None
     world = math.prod(getattr(options, name.replace("-", "_")) for name in fake_options.WORLD)
     return fake_ledger.Memory(
         options.fake_ledger, options.served_model_name[0], core.workers or [core.pid], world,
         share=options.gpu_memory_utilization, context=options.fake_context, delay=options.fake_release_delay,
+        residue=options.fake_residue if options.enable_sleep_mode else None,
     )  # fmt: skip
 
 
@@ -159,6 +167,9 @@ def main() -> None:
     start.reach("import")
     listener = bind(options)
     start.reach("bind")
+    if options.enable_sleep_mode and not has_devices(options):
+        start.log.cannot_sleep()
+        os._exit(1)
     start.core = fake_core.Core(options, listener)
     start.log.core = start.core.pid
     start.memory = memory_of(options, start.core)

@@ -81,9 +81,20 @@ class Devices:
             return {name: state.free(name) for name in state.totals}
 
     def holders(self) -> list[tuple[str, dict[str, dict[str, int]]]]:
-        """Who has something: its model, and what it has of each device, by part: "context", "weights", "kv"."""
+        """Who has something: its model, and what it has of each device, by part: "context", "weights", "kv".
+
+        Who may sleep has a "rest" as well: what it keeps beside its context while it does.
+        """
         with self._ledger.changed(wakes=False) as state:
             return [(holder["model"], holder["has"]) for holder in state.holders.values() if holder["has"]]
+
+    def host(self) -> dict[str, int]:
+        """What engines of each model have of the host's memory, for weights that they have put there once."""
+        found: dict[str, int] = {}
+        with self._ledger.changed(wakes=False) as state:
+            for holder in state.holders.values():
+                found[holder["model"]] = found.get(holder["model"], 0) + holder["host"]
+        return {model: size for model, size in found.items() if size}
 
     def most(self) -> dict[str, int]:
         """What was ever held of each at once."""

@@ -24,11 +24,12 @@ GONE = "ZX"  # states of a process that is none any more
 class Engine:
     """A fake that runs."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", port: int) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", port: int, uds: Path | None) -> None:
         assert process.stdout is not None
         self.process = process
         self.pid = process.pid
         self.port = port
+        self.uds = uds  # it listens there, and not on its port
         self.out = process.stdout.fileno()
         self.output = b""
 
@@ -66,13 +67,18 @@ class Engine:
         self.until(LISTENS)
         while True:  # the line comes first, as in vLLM
             assert os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
-            with contextlib.suppress(ConnectionRefusedError):
-                return socket.create_connection(("127.0.0.1", self.port))
+            connection = socket.socket(socket.AF_INET if self.uds is None else socket.AF_UNIX)
+            try:
+                connection.connect(("127.0.0.1", self.port) if self.uds is None else str(self.uds))
+            except ConnectionRefusedError:
+                connection.close()
+            else:
+                return connection
 
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
+    def ask(self, path: str, body: dict[str, Any] | None = None, method: str | None = None) -> tuple[int, str]:
         """Status and body of one answer."""
         with self.connect() as connection:
-            connection.sendall(request(path, body))
+            connection.sendall(request(path, body, method))
             answer = http.client.HTTPResponse(connection)
             answer.begin()
             return answer.status, answer.read().decode()
@@ -89,18 +95,21 @@ class Engine:
 
 
 @contextlib.contextmanager
-def engine(*flags: str, port: int | None = None, env: dict[str, str] | None = None) -> Iterator[Engine]:
+def engine(
+    *flags: str, port: int | None = None, env: dict[str, str] | None = None, uds: Path | None = None
+) -> Iterator[Engine]:
     """A fake with these options, as the daemon would start it; nothing of it is left behind the block."""
     if port is None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
     names = ["--served-model-name", "chat", "own"]
-    command = [sys.executable, "-S", str(FAKE), "serve", "org/chat", f"--port={port}", "--host=127.0.0.1", *names]
+    place = [f"--port={port}", "--host=127.0.0.1", *([] if uds is None else [f"--uds={uds}"])]
+    command = [sys.executable, "-S", str(FAKE), "serve", "org/chat", *place, *names]
     process = subprocess.Popen(
         [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env or {}, start_new_session=True
     )
-    running = Engine(process, port)
+    running = Engine(process, port, uds)
     try:
         yield running
     finally:
@@ -116,10 +125,11 @@ def meanwhile() -> None:
         assert other.ask("/health")[0] == 200
 
 
-def request(path: str, body: dict[str, Any] | None = None) -> bytes:
-    """One request in bytes."""
+def request(path: str, body: dict[str, Any] | None = None, method: str | None = None) -> bytes:
+    """One request in bytes. `method`: POST where there is a body, else GET."""
     data = b"" if body is None else json.dumps(body).encode()
-    head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    method = method or ("GET" if body is None else "POST")
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
     return head.encode() + data
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -29,12 +30,18 @@ class Gpus:
 
     def __init__(self, count: int = 1, gib: int = 10, rules: Devices = RULES) -> None:
         self.rules = rules
+        self.host_bytes: int | None = None
         self.looked_at, self.seen_at = math.inf, -math.inf
+        self.asked = 0  # times that somebody wanted a look
         self.seen = {
             str(index): Seen(str(index), f"GPU-{index}", index, "GPU", Kind.GPU, unified=False, total=gib * GIB,
                              free=None, visible=str(index))
             for index in range(count)
         }  # fmt: skip
+
+    def host_budget(self) -> int | None:
+        """Bytes of the machine's memory that sleepers may have."""
+        return self.host_bytes
 
     def machine(self) -> Machine | None:
         """All of them."""
@@ -46,9 +53,10 @@ class Gpus:
 
     def wake(self) -> None:
         """Nobody looks."""
+        self.asked += 1
 
 
-def model(model_id: str, gib: int = 6, keys: dict[str, object] | None = None, **policy: object) -> ModelSpec:
+def model(model_id: str, gib: int = 6, keys: Mapping[str, object] | None = None, **policy: object) -> ModelSpec:
     """A model that needs so much of a GPU, its context included."""
     engine = EngineSpec.model_validate({"model": model_id, "memory": f"{gib - 0.6}GiB", **(keys or {})})
     return ModelSpec(model_id, engine, Policy.model_validate({"start": "on-demand", **policy}), {})

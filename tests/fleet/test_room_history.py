@@ -165,3 +165,32 @@ async def test_a_start_that_fails_is_no_swap() -> None:
     with await task:
         found = counted(stage)
     assert (sum(found.evictions.values()), found.swaps) == (1, {})
+
+
+@virtual
+async def test_a_swap_that_wakes_is_another_one_than_a_cold_start() -> None:
+    """Both models sleep for each other; of a wake, what the engine itself took is no overhead."""
+    stage = Stage(Gpus(gib=12))
+    for name in ("chat", "code"):
+        begun(stage, model(name, 8, {"sleep": 1}))
+    stage.nap.seconds = 3
+    await swapped(stage)
+    await swapped(stage)
+    found = counted(stage)
+    assert found.evictions == {("chat", Depth.SLEEP, "code"): 2, ("code", Depth.SLEEP, "chat"): 1}
+    assert found.swaps == {("code", How.COLD): 1, ("chat", How.WAKE): 1, ("code", How.WAKE): 1}
+    assert found.overhead_seconds[How.WAKE].total == pytest.approx(0, abs=0.1)
+    assert found.swap_seconds[How.WAKE].total > 2 * 2 * 3
+
+
+@virtual
+async def test_a_wake_that_fails_is_a_cold_start_among_the_swaps() -> None:
+    """Its engine was started anew under the same grant."""
+    stage = Stage(Gpus(gib=12))
+    for name in ("chat", "code"):
+        begun(stage, model(name, 8, {"sleep": 1}))
+    await swapped(stage)
+    stage.nap.failures = ["wake"]
+    with await answered(stage, "chat"):
+        pass
+    assert counted(stage).swaps == {("code", How.COLD): 1, ("chat", How.COLD): 1}

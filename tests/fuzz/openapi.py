@@ -43,7 +43,7 @@ not_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", 501, 502, 503, 504,
 include-path = "/models/{model_id}/logs"
 parameters = { "query.follow" = "0" }
 [[operations]] # any other method takes these for the ids of models
-include-path-regex = "/(start|stop|restart|logs)$"
+include-path-regex = "/(start|stop|restart|sleep|wake|logs)$"
 checks.unsupported_method.enabled = false
 checks.allow_header_conformance.enabled = false
 """

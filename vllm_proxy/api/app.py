@@ -147,7 +147,9 @@ def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
     bodies = Bodies(parts.server, parts.budget)
     writes = config.Writes(parts.desired, reconciler, parts.certificate, bodies)
     events = Events(reconciler, parts.desired)
-    actions = {"start": Model.start, "stop": Model.stop, "restart": Model.restart}
+    actions = {
+        "start": Model.start, "stop": Model.stop, "restart": Model.restart, "sleep": models.sleep, "wake": Model.start,
+    }  # fmt: skip
     read, operate = Scope.READ, Scope.OPERATE
     return [
         Route("GET", "/models", read, answered(models.list_models(reconciler, registry))),

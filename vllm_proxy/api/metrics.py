@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vllm_proxy.api import room_metrics
+from vllm_proxy.api import room_metrics, sleep_metrics
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.fleet.model import Model
@@ -96,10 +96,10 @@ class Metrics:
         yield from self._of_requests({})
         for model_id, numbers in list(self._models.items()):
             yield from self._of_requests({model_id: numbers})
-        yield from (*self._of_models(()), *self._of_engines(()))
+        yield from (*self._of_models(()), *self._of_engines(()), *sleep_metrics.families(()))
         for model in self._reconciler.models():
             if self._reconciler.knows(model.spec.id):  # still
-                yield from (*self._of_models((model,)), *self._of_engines((model,)))
+                yield from (*self._of_models((model,)), *self._of_engines((model,)), *sleep_metrics.families((model,)))
         yield from room_metrics.families(self._reconciler.room, self._reconciler.config.models.keys(), now)
         yield from self._of_daemon(tasks)
 

@@ -1,4 +1,4 @@
-"""`/models`, `/`, `/health`, `/ready`: models and the daemon as JSON, and starting and stopping models by hand.
+"""`/models`, `/`, `/health`, `/ready`: models and the daemon as JSON, and what is done to models by hand.
 
 Reads the state of the fleet and posts events to it; writes of the configuration are in `config`.
 """
@@ -100,15 +100,15 @@ def _without_values(rejected: ConfigError) -> str:
 def ready(reconciler: Reconciler) -> Answers[resources.Ready]:
     """`GET /ready`: 200 when every enabled model with `start = "always"` is ready, else 503 naming the others.
 
-    One that somebody stopped by hand is not waited for.
+    One that somebody stopped or put to sleep by hand is not waited for: by itself no such model awaits a request.
     """
 
     async def handle(_request: web.Request) -> Reply[resources.Ready]:
         missing: dict[str, State] = {
             model.spec.id: model.state
             for model in reconciler.models()
-            if model.spec.policy.enabled and model.spec.policy.start == "always" and not model.stopped_by_hand
-            if model.state is not State.READY
+            if model.spec.policy.enabled and model.spec.policy.start == "always"
+            if not (model.stopped_by_hand or model.awaits_request) and model.state is not State.READY
         }
         answer: resources.Ready = {"status": "waiting" if missing else "ready", "not_ready": missing}
         return Reply(answer, 503 if missing else 200)
@@ -155,7 +155,7 @@ def get_model(reconciler: Reconciler, registry: Registry) -> Answers[resources.M
 def act(
     reconciler: Reconciler, registry: Registry, desired: Desired, do: Callable[[Model], asyncio.Future[None]]
 ) -> Answers[resources.Model]:
-    """`POST /models/{model_id}/start`, `/stop`, `/restart`: a manual override, until the model is changed."""
+    """`POST /models/{model_id}/start`, `/stop` and others: a manual override, until the model is changed."""
 
     async def handle(request: web.Request) -> Reply[resources.Model]:
         model = reconciler.model(request.match_info["model_id"])
@@ -165,16 +165,31 @@ def act(
         if not model.spec.policy.enabled:
             msg = f"cannot start or stop {model.spec.id}: it is disabled in the configuration"
             raise RequestError("model_disabled", msg)
-        author = author_of(request)
+        done, author = do(model), author_of(request)
         author.commit()
         desired.record(author)
-        done = do(model)
         await asyncio.wait({done})  # a client that leaves takes nothing back
         if not done.cancelled():  # the daemon stops
             done.result()
         return Reply(resource(model, registry, reconciler.room.held()), 202)
 
     return handle
+
+
+def sleep(model: Model) -> asyncio.Future[None]:
+    """Put a model to sleep. Done when that has begun; what of it loads, or may not sleep, is ended.
+
+    Raises:
+        RequestError: `sleep_not_enabled`: its engines may not sleep.
+
+    """
+    why: str | None = "its keys have no `sleep`"
+    if model.spec.engine.sleep is not None:
+        reasons = [one.why_awake for one in model.instances]
+        why = None if None in reasons else next(iter(reasons), None)
+    if why is not None:
+        raise RequestError("sleep_not_enabled", f"cannot put {model.spec.id} to sleep: {why}")
+    return model.sleep()
 
 
 def resource(model: Model, registry: Registry, held: Mapping[str, Mapping[str, int]]) -> resources.Model:
@@ -214,9 +229,7 @@ def _message(instance: Supervisor, known: str | None) -> str | None:
 
 def _instance(instance: Supervisor, takes: Mapping[str, int]) -> resources.Instance:
     engine, left, diagnosis = instance.engine, instance.seconds_left(), instance.diagnosis
-    problem = engine.log.problem if engine else instance.waiting_because
-    if instance.gives_way_to is not None:
-        problem = f"gives way to {instance.gives_way_to}"
+    problem = instance.gives_way_because or instance.waiting_because or (engine.log.problem if engine else None)
     return {
         "index": instance.index,
         "state": instance.state,
@@ -233,8 +246,16 @@ def _instance(instance: Supervisor, takes: Mapping[str, int]) -> resources.Insta
         "in_flight": instance.endpoint.in_flight if instance.endpoint else 0,
         "devices": [name for name in takes if name != ANY_DEVICE],
         "memory_bytes": max(takes.values(), default=0) or None,
+        "sleep": _sleep(instance),
         "last_exit": _last_exit(instance.last_exit),
     }
+
+
+def _sleep(instance: Supervisor) -> str | None:
+    level, off = instance.spec.engine.sleep, instance.why_awake
+    if level is None:
+        return None
+    return f"level {level}" if off is None else f"off: {off}"
 
 
 def _last_exit(last: LastExit | None) -> resources.LastExit | None:

@@ -114,14 +114,14 @@ def _model(status: int, description: str, *headers: str) -> Answer:
     return Answer(status, description, _json(resources.Model), (*_ETAG, *headers))
 
 
-def _act(summary: str) -> Operation:
+def _act(summary: str, *errors: str, more: str = "") -> Operation:
     return Operation(
         "Models",
         summary,
         (Answer(HTTPStatus.ACCEPTED, "Begun.", _json(resources.Model)),),
-        (*_HERE, "model_not_found", "model_disabled"),
-        description="A running state, not a desired one: it is not written to the file, and a change of the model or "
-        "a restart of the daemon forgets it.",
+        (*_HERE, "model_not_found", "model_disabled", *errors),
+        description=f"{more}A running state, not a desired one: it is not written to the file, and a change of the "
+        "model or a restart of the daemon forgets it.",
     )
 
 
@@ -169,6 +169,10 @@ _MODELS = {
     "POST /models/{model_id}/start": _act("Start a model by hand"),
     "POST /models/{model_id}/stop": _act("Stop a model by hand"),
     "POST /models/{model_id}/restart": _act("Restart a model by hand"),
+    "POST /models/{model_id}/sleep": _act(
+        "Put a model to sleep by hand", "sleep_not_enabled", more="Its next request wakes it. "
+    ),
+    "POST /models/{model_id}/wake": _act("Wake a model by hand", more="Or start it, where it does not sleep. "),
     "GET /models/{model_id}/logs": Operation(
         "Models",
         "Read what its engines write",
@@ -287,7 +291,7 @@ _DAEMON = {
         (
             Answer(
                 200,
-                'Every enabled model with `start = "always"` is, or somebody stopped it by hand.',
+                'Every enabled model with `start = "always"` is, or somebody stopped it or put it to sleep by hand.',
                 _json(resources.Ready),
             ),
             Answer(503, "Some are not.", _json(resources.Ready)),

@@ -10,7 +10,7 @@ from collections.abc import Set as AbstractSet
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from vllm_proxy.domain.ledger import Device, Hold
+from vllm_proxy.domain.ledger import Device, Hold, Standing
 from vllm_proxy.fleet.room import Room
 from vllm_proxy.fleet.room_history import Counted
 
@@ -19,6 +19,7 @@ def families(room: Room, models: AbstractSet[str], time: float) -> Iterator[Metr
     """All of them. `models`: those of the file; `time`: of the loop's clock."""
     devices, holds = room.memory()
     yield _memory(devices, holds)
+    yield _sleepers(devices, holds)
     yield from _counts(room.history.counted(time, models, devices.keys()))
 
 
@@ -37,6 +38,15 @@ def _memory(devices: Mapping[str, Device], holds: Sequence[Hold]) -> Metric:
     return memory
 
 
+def _sleepers(devices: Iterable[str], holds: Sequence[Hold]) -> Metric:
+    sleepers = GaugeMetricFamily(
+        "vllm_proxy_sleepers", "Engines that sleep on a device, of which each keeps a part.", labels=["device"]
+    )
+    for name in devices:
+        sleepers.add_metric([name], sum(hold.standing is Standing.SLEEPS and name in hold.takes for hold in holds))
+    return sleepers
+
+
 def _counts(counted: Counted) -> Iterable[Metric]:
     evictions = CounterMetricFamily(
         "vllm_proxy_evictions",
@@ -46,14 +56,16 @@ def _counts(counted: Counted) -> Iterable[Metric]:
     for (model, depth, whom), count in counted.evictions.items():
         evictions.add_metric([model, depth, whom], count)
     swaps = CounterMetricFamily(
-        "vllm_proxy_swaps", "Starts for which others had to give way, once they served.", labels=["model", "how"]
+        "vllm_proxy_swaps",
+        "Starts and wakes for which others had to give way, once they served.",
+        labels=["model", "how"],
     )
     for (model, how), count in counted.swaps.items():
         swaps.add_metric([model, how], count)
     seconds = HistogramMetricFamily("vllm_proxy_swap_seconds", "From the wish to run until it serves.", labels=["how"])
     overhead = HistogramMetricFamily(
         "vllm_proxy_swap_overhead_seconds",
-        "Of that, what neither its own start took, nor those who gave way, nor those before it.",
+        "Of that, what neither its own start or wake took, nor those who gave way, nor those before it.",
         labels=["how"],
     )
     for how, times in counted.swap_seconds.items():

@@ -24,8 +24,10 @@ OWNED_PREFIX = "ssl-"
 OWN_KEYS = {
     name.replace("_", "-"): name
     for name in EngineSpec.model_fields
-    if name not in {"command", "env", "args", "devices", "memory"}
+    if name not in {"command", "env", "args", "devices", "memory", "sleep"}
 } | {"device-memory-utilization": "gpu_memory_utilization"}
+# Engines whose KV cache others have a part in do not wake up right: nothing that puts it there goes with `sleep`.
+NOT_WITH_SLEEP = ("kv-transfer-config", "kv-offloading-")
 # Options whose value is a secret, with the variable that says the same: every user may read a command line.
 VARIABLES = {"hf-token": "HF_TOKEN"}
 # Flags with no `--no-` form, and options whose list is one JSON token (of those not owned).
@@ -47,6 +49,16 @@ def problems_of(args: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         name = option_name(key)
         if message := _name_problem(name) or _negation_problem(name, value) or _value_problem(name, value):
             yield key, message
+
+
+def not_with_sleep(args: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, message) for each option that an engine which may sleep cannot have."""
+    for key in args:
+        if option_name(key).startswith(NOT_WITH_SLEEP):
+            yield (
+                key,
+                "cannot be given together with sleep: vLLM does not wake up what others keep; leave out one of both",
+            )
 
 
 def repeated(args: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -30,6 +30,9 @@ _SCRUBBED = re.compile(
     r"VLLM_PROXY_.*|CREDENTIALS_DIRECTORY|NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*|VLLM_PORT|VLLM_HOST_IP|VLLM_DP_.*|MASTER_.*"
     r"|RANK|LOCAL_RANK|WORLD_SIZE|PROMETHEUS_MULTIPROC_DIR"
 )
+# PyTorch's allocator would round a pinned block up to a power of two: weights that sleep took up to twice their size.
+_PINNED = {"PYTORCH_ALLOC_CONF": "pinned_max_round_threshold_mb:64"}
+_ALLOCATORS = frozenset({"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"})  # its other names
 # Ours unless the user says otherwise.
 _DEFAULTS = {
     "VLLM_LOGGING_COLOR": "0",
@@ -50,6 +53,12 @@ class Place:
     credential: str
     folder: str
     allocation: Allocation = NO_DEVICES
+    may_sleep: bool = False  # it listens at a Unix socket: vLLM's routes to sleep, and to much else, ask for no key
+
+
+def may_sleep(spec: EngineSpec, allocation: Allocation) -> bool:
+    """Whether an engine is started so that it may sleep: not at level 1 where a GPU has the machine's own memory."""
+    return spec.sleep is not None and not (spec.sleep == 1 and allocation.unified)
 
 
 def argv(model_id: str, spec: EngineSpec, command: Sequence[str], place: Place) -> list[str]:
@@ -63,6 +72,7 @@ def argv(model_id: str, spec: EngineSpec, command: Sequence[str], place: Place) 
     return [
         *start,
         *place.address.options(),
+        *_sleep_options(place),
         "--served-model-name",
         model_id,
         place.own_name,
@@ -70,6 +80,11 @@ def argv(model_id: str, spec: EngineSpec, command: Sequence[str], place: Place) 
         *_own_options(spec, place.allocation),
         *args.tokens({"disable-access-log-for-endpoints": "/health,/metrics,/v1/models", **spec.args}),
     ]
+
+
+def _sleep_options(place: Place) -> list[str]:
+    on_gpus = place.allocation.gpus and bool(place.allocation.devices)
+    return ["--enable-sleep-mode"] if on_gpus and place.may_sleep else []  # on a processor vLLM would refuse to start
 
 
 def _own_options(spec: EngineSpec, allocation: Allocation) -> list[str]:
@@ -91,6 +106,10 @@ def environment(inherited: Mapping[str, str], variables: Mapping[str, str], plac
         env["CUDA_VISIBLE_DEVICES"] = ",".join(place.allocation.visible)
     if any(place.allocation.takes.values()):  # indices are those of the inventory
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    if place.may_sleep:
+        env["VLLM_SERVER_DEV_MODE"] = "1"  # the routes to sleep and to wake
+        if not _ALLOCATORS & env.keys():
+            env |= _PINNED
     return env | {
         "VLLM_RPC_BASE_PATH": place.folder,  # sockets: removed with the folder, short enough for AF_UNIX
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(ENGINE_KEEPALIVE_SECONDS),

@@ -17,7 +17,7 @@ from vllm_proxy.domain.address import Address, TcpAddress
 from vllm_proxy.domain.keys import HASH_PREFIX, MOST_HASHES, Key, warnings
 from vllm_proxy.domain.secrets import show
 from vllm_proxy.domain.toml import same
-from vllm_proxy.domain.units import Bytes, Seconds
+from vllm_proxy.domain.units import Bytes, BytesOrPercent, Seconds, bytes_of
 
 type TomlTable = Mapping[str, Any]  # a table as tomllib reads it: str, int, float, bool, dates, lists, tables
 
@@ -73,6 +73,14 @@ def _max_model_len(value: object) -> object:
     if isinstance(value, str) and _MAX_MODEL_LEN.fullmatch(value):
         return value
     msg = f'expected a number of tokens such as 8192, "8k" or "auto", got {show(value)}'
+    raise ValueError(msg)
+
+
+def _sleep(value: object) -> object:
+    """pydantic's literals would take `true` and 1.0 for 1."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    msg = f"expected one of 1, 2, got {show(value)}"
     raise ValueError(msg)
 
 
@@ -141,6 +149,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 MaxModelLen = Annotated[int | str, BeforeValidator(_max_model_len)]
+Sleep = Annotated[Literal[1, 2], BeforeValidator(_sleep)]
 Device = Annotated[int | str, BeforeValidator(_device)]
 DeviceNames = Annotated[tuple[Device, ...], Strict(strict=False), AfterValidator(_each_once)]
 ModelName = Annotated[NonEmptyText, AfterValidator(_model_name)]
@@ -221,6 +230,11 @@ class Devices(Table):
     max_wait: Seconds = 30.0
     min_residency: Seconds = 10.0
     limit: dict[NonEmptyText, Bytes] = {}  # by index or UUID
+    host_memory: BytesOrPercent = "50%"  # of the machine's, for engines that sleep and those that have slept
+
+    def host_bytes(self, total: int) -> int:
+        """What `host_memory` is on a machine with `total` bytes."""
+        return bytes_of(self.host_memory, total)
 
 
 class EngineDefaults(Table):
@@ -269,6 +283,7 @@ class EngineSpec(Table):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     memory: Memory | None = None  # of each of its devices, in the place of gpu_memory_utilization; 0: it uses none
     max_num_seqs: Count | None = None
+    sleep: Sleep | None = None  # vLLM's level, of an engine that may sleep in the place of being stopped
     devices: DeviceNames | None = None
     command: Command | None = None
     env: Environment = {}

@@ -9,6 +9,7 @@ spec they run).
 
 import math
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -16,7 +17,7 @@ from vllm_proxy.domain import lifecycle, rollout, room
 from vllm_proxy.domain.config import EngineSpec, Policy, Restart
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.eviction import Rules
-from vllm_proxy.domain.ledger import Ask, Device, Hold
+from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.domain.rollback import Attempt, Rollback
 from vllm_proxy.domain.rollout import Replica, Strategy
@@ -39,9 +40,10 @@ class Wanted(Enum):
 
 @dataclass(frozen=True, slots=True)
 class InstanceNow:
-    """One instance. `renew`: it is to be started anew, though it runs what is wanted. `yields`: it gives way.
+    """One instance. `renew`: it is to be started anew, though it runs what is wanted. `yields`: so far it gives way.
 
     `awaits_room`: it would run, and nothing of it does yet. `serves_on`: it was to give way, and nobody waits any more.
+    `may_sleep`: its engine can, and nothing speaks against it.
     """
 
     index: int
@@ -49,9 +51,10 @@ class InstanceNow:
     engine: EngineSpec
     failure: Diagnosis | None = None  # why its last engine failed
     renew: bool = False
-    yields: bool = False
+    yields: Depth | None = None
     awaits_room: bool = False
     serves_on: bool = False
+    may_sleep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,8 @@ class ModelDecision:
     rollback: Rollback
     stop: tuple[int, ...] = ()
     start: tuple[int, ...] = ()
+    sleep: tuple[int, ...] = ()
+    wake: tuple[int, ...] = ()
     check: bool = False
     recheck_in: float = _NEVER  # in so many seconds, though nothing happened
 
@@ -146,21 +151,44 @@ def decide_model(model: ModelNow) -> ModelDecision:
     wanted = _wanted(model)
     rollback = model.rollback.update([Attempt(one.engine, one.state, one.failure) for one in model.instances])
     target = rollback.target
-    yielding = tuple(one.index for one in model.instances if _yields(one))
-    replicas = [
-        Replica(one.index, State.UNLOADING if _yields(one) else one.state, one.engine == target and not one.renew)
-        for one in model.instances
-    ]
     runs = wanted is Wanted.RUN and policy.enabled
+    awaits = wanted is Wanted.AWAIT and policy.enabled
+    current = {one.index for one in model.instances if one.engine == target and not one.renew}
+    yielding = {one.index: one for one in model.instances if _yields(one)}
+    idle = _idle_ones(model, current) if awaits else {}
+    apart = yielding | idle  # these are decided about here
+    replicas = [
+        Replica(one.index, State.UNLOADING if one.index in yielding else one.state, one.index in current)
+        for one in model.instances
+        if one.index not in idle
+    ]
     steps = rollout.steps(replicas, policy.replicas if runs else 0, _strategy(model, target))
+    sleep = {index for index, one in apart.items() if _is_to_sleep(one, current)}
+    stop = {index for index, one in yielding.items() if index not in sleep}
     again = min(_idle_seconds_left(model), _seconds_until_given_up(model))
     recheck_in = max(0.0, again) if wanted is Wanted.RUN else _NEVER
-    return ModelDecision(wanted, rollback, (*steps.stop, *yielding), steps.start, rollback.needs_check, recheck_in)
+    return ModelDecision(
+        wanted, rollback, (*steps.stop, *sorted(stop)), steps.start, tuple(sorted(sleep)), steps.wake,
+        rollback.needs_check, recheck_in,
+    )  # fmt: skip
 
 
 def _yields(one: InstanceNow) -> bool:
     """Whether it was told to give way, and has not begun to."""
-    return one.yields and one.state is State.READY
+    return one.yields is not None and one.state in {State.READY, State.SLEEPING}
+
+
+def _idle_ones(model: ModelNow, current: AbstractSet[int]) -> dict[int, InstanceNow]:
+    """Those that sleep, or are to, while the next request is awaited; as many as the file asks for."""
+    able = [one for one in model.instances if one.index in current and not _yields(one)]
+    asleep = [one for one in able if one.state is State.SLEEPING]
+    awake = [one for one in able if one.state is State.READY and one.may_sleep]
+    return {one.index: one for one in (*asleep, *awake)[: model.policy.replicas]}
+
+
+def _is_to_sleep(one: InstanceNow, current: AbstractSet[int]) -> bool:
+    fits = one.index in current and one.may_sleep and one.state is State.READY
+    return fits and one.yields is not Depth.STOP
 
 
 def _wanted(model: ModelNow) -> Wanted:
@@ -172,6 +200,8 @@ def _wanted(model: ModelNow) -> Wanted:
         return Wanted.AWAIT
     if model.wanted is Wanted.RUN and not asked and _seconds_until_given_up(model) < _NOW_SECONDS:
         return Wanted.AWAIT
+    if model.wanted is Wanted.RUN and not asked and model.policy.start == "on-demand" and _all_sleep(model.instances):
+        return Wanted.AWAIT
     idle = not asked and model.idle_seconds > 0
     if model.wanted is Wanted.RUN and idle and _idle_seconds_left(model) < _NOW_SECONDS:
         return Wanted.AWAIT
@@ -182,6 +212,12 @@ def _gave_way(instances: Sequence[InstanceNow]) -> bool:
     """Whether what served is told to give way, all of it."""
     served = [one for one in instances if one.state is State.READY]
     return bool(served) and all(map(_yields, served)) and not any(one.state is State.LOADING for one in instances)
+
+
+def _all_sleep(instances: Sequence[InstanceNow]) -> bool:
+    """Whether all there are sleep, as those of an earlier daemon do that were not wanted."""
+    there = [one.state for one in instances if one.state is not State.STOPPED]
+    return bool(there) and all(state is State.SLEEPING for state in there)
 
 
 def _idle_seconds_left(model: ModelNow) -> float:

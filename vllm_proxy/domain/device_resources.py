@@ -26,7 +26,8 @@ class Holder(TypedDict):
     standing: Annotated[
         Standing,
         Field(
-            description="It loads; serves; takes no new requests, as another one waits for its room; is being ended."
+            description="It loads or wakes; serves; takes no new requests, as another one waits for its room; falls "
+            "asleep or is being ended; sleeps."
         ),
     ]
 

@@ -19,6 +19,8 @@ class Allocation:
     takes: Mapping[str, int] = field(default_factory=dict)  # bytes by device; 0: not managed; none: it uses none
     visible: tuple[str, ...] | None = None  # what CUDA_VISIBLE_DEVICES says; None: as the daemon has it
     share: float | None = None  # `gpu_memory_utilization`, in the place of `memory`
+    gpus: bool = True  # whether its devices are GPUs; else they are the machine's memory
+    unified: bool = False  # whether one of them has its memory in common with the machine
 
     @property
     def devices(self) -> frozenset[str]:

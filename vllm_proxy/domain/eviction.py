@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import groupby
 
 from vllm_proxy.domain.ledger import Ask, Depth, Hold, Ledger, Standing, Where
 
@@ -14,7 +15,7 @@ _SETTLED = frozenset({Standing.SERVES, Standing.SLEEPS})  # may be asked to go
 _EVER = _SETTLED | {Standing.COMES}  # or will be, once it serves
 
 
-type _Worth = tuple[int, bool, float, str]  # priority, in use, seconds of its return, name
+type _Worth = tuple[int, bool, float, str]  # priority, in use, seconds that its return costs where it ends, name
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +105,10 @@ class Planner:
         left = {name: most[name] for name in where}
         holds: Sequence[Hold] = able[where[0]] if len(where) == 1 else self._merged(able[name] for name in where)
         gone: list[tuple[Hold, Depth]] = []
-        at = self._now
-        for hold in holds:
-            if (depth := least(hold, left)) is not None:
-                gone.append((hold, depth))
-                at = max(at, self._may_go_at(hold, depth, ask))
-            for name in hold.takes.keys() & left.keys():
-                left[name] -= hold.keeps_of(name, depth)
-        return _Part(gone, at, sum(left.values()))
+        for _, alike in groupby(holds, key=lambda hold: self._worth(hold)[:2]):
+            gone += _go(list(alike), left)
+        at = max((self._may_go_at(hold, depth, ask) for hold, depth in gone), default=self._now)
+        return _Part(gone, max(at, self._now), sum(left.values()))
 
     def _merged(self, able: Iterable[Iterable[Hold]]) -> list[Hold]:
         return self.by_worth({hold.name: hold for holds in able for hold in holds}.values())
@@ -119,15 +116,15 @@ class Planner:
     def _joined(self, where: Where, parts: Sequence[_Part]) -> Plan:
         gone = [one for part in parts for one in part.gone]
         at = max((part.at for part in parts), default=self._now)
-        loss = self._loss(where, [hold for hold, _ in gone], at, sum(part.left for part in parts))
+        loss = self._loss(where, gone, at, sum(part.left for part in parts))
         return Plan(where, {hold.name: depth for hold, depth in gone}, at, loss)
 
-    def _loss(self, where: Where, gone: Sequence[Hold], at: float, left: float) -> tuple[float, ...]:
+    def _loss(self, where: Where, gone: Sequence[tuple[Hold, Depth]], at: float, left: float) -> tuple[float, ...]:
         """Busy ones, then priority, then seconds (of their returns, and until they may go), then the placement."""
-        busy = sum(hold.busy for hold in gone)
-        priority = max((hold.priority for hold in gone), default=-math.inf)
-        seconds = sum(self._worth(hold)[2] for hold in gone) + at - self._now
-        awake = (len(hold.takes.keys() & {*where}) for hold in gone if hold.standing is not Standing.SLEEPS)
+        busy = sum(hold.busy for hold, _ in gone)
+        priority = max((hold.priority for hold, _ in gone), default=-math.inf)
+        seconds = sum(self._cost(hold, depth) for hold, depth in gone) + at - self._now
+        awake = (len(hold.takes.keys() & {*where}) for hold, _ in gone if hold.standing is not Standing.SLEEPS)
         return (busy, priority, seconds, self._ledger.awake(where) - sum(awake), left)
 
     def _able(self, ask: Ask, device: str, standings: AbstractSet[Standing]) -> list[Hold]:
@@ -161,17 +158,44 @@ class Planner:
     def _worth(self, hold: Hold) -> _Worth:
         if (known := self._worths.get(hold.name)) is not None:
             return known
-        idle = 0.0 if hold.idle_since is None else max(self._now - hold.idle_since, 0.0)
-        depth = Depth.STOP if hold.keeps is None else Depth.SLEEP
         in_use = hold.busy or hold.name in self._wanted
-        worth = self._worths[hold.name] = (hold.priority, in_use, _return_seconds(hold, depth) / (1 + idle), hold.name)
+        worth = self._worths[hold.name] = (hold.priority, in_use, self._cost(hold, Depth.STOP), hold.name)
         return worth
+
+    def _cost(self, hold: Hold, depth: Depth) -> float:
+        """What its return costs from there, in seconds; less of one that was not used for long."""
+        idle = 0.0 if hold.idle_since is None else max(self._now - hold.idle_since, 0.0)
+        return _return_seconds(hold, depth) / (1 + idle)
+
+
+def _go(holds: Sequence[Hold], left: dict[str, float]) -> list[tuple[Hold, Depth]]:
+    """Who of these goes, and how far; worth most first. What the others keep is taken from what is `left`.
+
+    First as many as can be are kept from their end, and then from their sleep: nobody is ended where it does that
+    others sleep who are worth as much.
+    """
+    depths: dict[str, Depth | None] = {}
+    for hold in holds:
+        depth = least(hold, left)
+        depths[hold.name] = Depth.SLEEP if depth is None and hold.may_sleep else depth
+        _take(hold, depths[hold.name], left)
+    for hold in holds:
+        if depths[hold.name] is Depth.SLEEP:
+            _take(hold, Depth.SLEEP, left, -1)
+            depths[hold.name] = least(hold, left)
+            _take(hold, depths[hold.name], left)
+    return [(hold, depth) for hold in holds if (depth := depths[hold.name]) is not None]
+
+
+def _take(hold: Hold, depth: Depth | None, left: dict[str, float], times: int = 1) -> None:
+    """What it keeps is not left any more; or is again."""
+    for name in hold.takes.keys() & left.keys():
+        left[name] -= times * hold.keeps_of(name, depth)
 
 
 def least(hold: Hold, left: Mapping[str, float]) -> Depth | None:
     """How far it has to go, where so much is left of each device without it; None: it can be spared."""
-    may_sleep = hold.keeps is not None and hold.standing is not Standing.SLEEPS
-    milder: Iterable[Depth | None] = (None, Depth.SLEEP) if may_sleep else (None,)
+    milder: Iterable[Depth | None] = (None, Depth.SLEEP) if hold.may_sleep else (None,)
     for depth in milder:
         if all(left[device] >= hold.keeps_of(device, depth) for device in hold.takes.keys() & left.keys()):
             return depth

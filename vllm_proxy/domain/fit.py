@@ -42,6 +42,7 @@ class Demand:
     always: bool = False
     replicas: int = 1
     elsewhere: bool = False  # other machines may have a part of its devices, or they are not known
+    sleep: int | None = None  # how deeply it may sleep: vLLM's level
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ def demand_of(model: ModelSpec, memory: int | None = None, default_share: float 
         model.policy.start == "always" and model.policy.enabled,
         model.policy.replicas,
         _is_elsewhere(spec),
+        spec.sleep,
     )
 
 
@@ -209,7 +211,21 @@ def _alone(one: Demand, devices: Mapping[str, Device], need: Mapping[str, int]) 
         sizes = " + ".join(f"{totals.count(total)} of {gib(total)}" for total in sorted(set(totals), reverse=True))
         message = f"needs {_counted(one)} of one size, and there are {sizes} GiB"
         return Misfit(one.model, _largest(one), message, one.count - max(map(totals.count, totals)))
-    return None
+    return _wakes_nowhere(one, devices, able)
+
+
+def _wakes_nowhere(one: Demand, devices: Mapping[str, Device], able: Sequence[str]) -> Misfit | None:
+    """Level 1 where it would move weights from the machine's memory to the machine's memory."""
+    unified = [name for name in able if devices[name].unified]
+    lacks = one.count - (len(able) - len(unified))
+    if one.sleep != 1 or lacks <= 0 or not unified:
+        return None
+    names = " and ".join(called(name, devices[name].kind) for name in unified)
+    message = (
+        f"keeps weights in the machine's memory, and the memory of {names} is just that: nothing would be free, and "
+        "waking has taken whole machines down; write sleep = 2, or leave it out"
+    )
+    return Misfit(one.model, "sleep", message, lacks)
 
 
 def _too_much(one: Demand, devices: Mapping[str, Device], need: Mapping[str, int], able: int) -> str:

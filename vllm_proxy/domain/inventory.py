@@ -91,6 +91,7 @@ def ledger_devices(
             foreign=_foreign(one, held_by_ledger),
             free=math.inf if one.free is None else one.free,
             kind=one.kind,
+            unified=one.unified,
         )
         for name, one in seen.items()
     }

@@ -54,6 +54,7 @@ class Device:
     foreign: int = 0  # of `room`, what other programs have
     free: float = math.inf  # as measured; inf: it cannot be measured
     kind: Kind = Kind.GPU
+    unified: bool = False  # its memory is the machine's own, in which a GPU computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,11 @@ class Hold:
         if depth is None:
             return takes
         return min(takes, self.keeps) if depth is Depth.SLEEP and self.keeps is not None else 0
+
+    @property
+    def may_sleep(self) -> bool:
+        """Whether it is awake, and may go no further than to sleep."""
+        return self.keeps is not None and self.standing is not Standing.SLEEPS
 
     @property
     def busy(self) -> bool:

@@ -16,6 +16,7 @@ class State(StrEnum):
     LOADING = "loading"
     READY = "ready"
     UNLOADING = "unloading"
+    SLEEPING = "sleeping"  # its engine lives and has given its memory back
     ERROR = "error"
 
 
@@ -28,6 +29,7 @@ class Event(StrEnum):
     STALLED = "stalled"  # it lives, but nothing moves
     GAVE_UP = "gave up"  # too many failures in a row, or one that no retry can mend
     STOP = "stop"  # somebody wants it gone
+    SLEPT = "slept"  # it gave its memory back, which was verified
     RESUMED = "resumed"  # it was to give way, and nobody waits for its room any more
     GONE = "gone"  # the last process of the engine was reaped
 
@@ -44,6 +46,11 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.ERROR, Event.START): State.LOADING,
     (State.ERROR, Event.STOP): State.UNLOADING,
     (State.UNLOADING, Event.GONE): State.STOPPED,
+    (State.UNLOADING, Event.SLEPT): State.SLEEPING,
+    (State.UNLOADING, Event.STOP): State.UNLOADING,  # what was to sleep is to end
+    (State.SLEEPING, Event.START): State.LOADING,
+    (State.SLEEPING, Event.STOP): State.UNLOADING,
+    (State.SLEEPING, Event.DIED): State.STOPPED,  # nobody waits for it
     (State.UNLOADING, Event.RESUMED): State.READY,
 }
 
@@ -79,6 +86,9 @@ class Phase(StrEnum):
     STARTING_SERVER = "starting_server"
     SERVING = "serving"
     DRAINING = "draining"
+    FALLING_ASLEEP = "falling_asleep"
+    SLEEPING = "sleeping"
+    WAKING = "waking"
     STOPPING = "stopping"
     BACKOFF = "backoff"
 
@@ -100,6 +110,8 @@ class Reason(StrEnum):
     NOT_ENDED = "not_ended"  # an engine lives that was to be ended: this one's, or one in whose place it is to start
     DOES_NOT_FIT = "does_not_fit"  # its devices cannot have what it needs, or other programs hold that
     GAVE_WAY = "gave_way"  # another model waited for its room
+    WAKE_FAILED = "wake_failed"  # it slept, and was started anew in place of being woken
+    SLEEP_FAILED = "sleep_failed"  # it was to sleep, and was ended instead
     REPLACEMENT_FAILED = "replacement_failed"
     STOPPED_BY_HAND = "stopped_by_hand"
 
@@ -119,7 +131,7 @@ def after(state: State, event: Event) -> State:
 
 def best(states: Iterable[State]) -> State:
     """A model is as good as its best instance."""
-    order = (State.READY, State.LOADING, State.UNLOADING, State.ERROR, State.STOPPED)
+    order = (State.READY, State.LOADING, State.SLEEPING, State.UNLOADING, State.ERROR, State.STOPPED)
     return min(states, key=order.index, default=State.STOPPED)
 
 

@@ -90,9 +90,12 @@ class Machine:
         share = None
         if spec.memory is not None:
             share = fit.share_of(spec.memory, min(self.seen[name].total for name in where))
-        if self.demand(model).elsewhere or any(self.seen[name].kind is Kind.MEMORY for name in where):
-            return Allocation(takes, None, share)
-        return Allocation(takes, tuple(self.seen[name].visible or name for name in where), share)
+        seen = [self.seen[name] for name in where]
+        gpus, unified = all(one.kind is not Kind.MEMORY for one in seen), any(one.unified for one in seen)
+        visible = None
+        if gpus and not self.demand(model).elsewhere:
+            visible = tuple(one.visible or one.name for one in seen)
+        return Allocation(takes, visible, share, gpus, unified)
 
     @property
     def eviction(self) -> Rules:

@@ -38,7 +38,7 @@ class Instance(TypedDict):
     reason: Reason | None
     message: Annotated[str | None, Field(description="Why; of a ready one also where its output is not kept on disk.")]
     pid: int | None
-    port: int | None
+    port: Annotated[int | None, Field(description="On 127.0.0.1; null where it listens at a Unix socket.")]
     phase: Annotated[Phase | None, Field(description="How far it is within its state.")]
     progress: Annotated[float | None, Field(ge=0, le=1, description="Within the phase.")]
     ready_in_seconds: Annotated[float | None, Field(description="A guess, from earlier starts.")]
@@ -56,6 +56,9 @@ class Instance(TypedDict):
             description="Of each of its devices that it counts for, its context included; of several the most. Null "
             "where devices are not managed, or it has none."
         ),
+    ]
+    sleep: Annotated[
+        str | None, Field(description="`level 1`, `level 2`; `off: ` and why it does not. Null where it may not.")
     ]
     last_exit: LastExit | None
 
@@ -220,7 +223,7 @@ class Health(TypedDict):
 
 
 class Ready(TypedDict):
-    """Whether every enabled model with `start = "always"` is ready that nobody stopped by hand."""
+    """Whether every enabled model with `start = "always"` is ready that nobody stopped or put to sleep by hand."""
 
     status: Literal["ready", "waiting"]
     not_ready: Annotated[dict[str, State], Field(description="The models that are not, with their states.")]

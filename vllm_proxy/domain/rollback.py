@@ -13,6 +13,7 @@ from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason, State
 
 _BY_CHANCE = frozenset({Reason.PORT_IN_USE, Reason.NOT_ENDED})  # says nothing about the spec
+_GOOD = frozenset({State.READY, State.SLEEPING})  # it serves, or has served
 _IDLE = frozenset({State.STOPPED, State.UNLOADING})
 
 
@@ -72,7 +73,7 @@ class Rollback:
 
     def _with_good(self, attempts: Sequence[Attempt]) -> "Rollback":
         active = [one for one in attempts if one.state not in _IDLE]
-        ready = [one.engine for one in active if one.state is State.READY]
+        ready = [one.engine for one in active if one.state in _GOOD]
         now = self
         if now.wanted in ready:
             now = replace(now, good=now.wanted, failed=None)

@@ -36,10 +36,11 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Indices of the instances to stop, and of those to start: both at once."""
+    """Indices of the instances to stop, to start, and to wake where they sleep: all at once."""
 
     stop: tuple[int, ...] = ()
     start: tuple[int, ...] = ()
+    wake: tuple[int, ...] = ()
 
 
 def steps(present: Sequence[Replica], replicas: int, strategy: Strategy) -> Steps:
@@ -65,7 +66,11 @@ def steps(present: Sequence[Replica], replicas: int, strategy: Strategy) -> Step
             stop += outdated[len(outdated) - too_many :] if too_many or waits else outdated[:1]
     missing = min(room, replicas - len(current))
     free = _free(present)
-    return Steps(tuple(sorted(one.index for one in stop)), tuple(next(free) for _ in range(missing)))
+    return Steps(
+        tuple(sorted(one.index for one in stop)),
+        tuple(next(free) for _ in range(missing)),
+        tuple(one.index for one in current if one.state is State.SLEEPING),
+    )
 
 
 def _free(present: Sequence[Replica]) -> Iterator[int]:

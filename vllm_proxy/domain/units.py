@@ -16,6 +16,7 @@ from pydantic import BeforeValidator
 
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
 _SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?")
+_PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,30})?)\s*%")
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 _SIZE_UNITS = {
     "B": 1,
@@ -29,6 +30,7 @@ _SIZE_UNITS = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
+_WHOLE = 100  # percent
 _FIRST = datetime(1, 1, 1, tzinfo=UTC).timestamp()
 _LAST = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
 
@@ -55,6 +57,21 @@ def parse_size(value: object) -> int:
         return int(Fraction(match[1]) * _SIZE_UNITS[match[2] or "B"])
     msg = f'expected a size such as 1048576 or "64MiB", got {show(value)}'
     raise ValueError(msg)
+
+
+def parse_size_or_percent(value: object) -> int | str:
+    """Bytes as `parse_size` reads them, or a percentage such as "50%", which is left as it is: see `bytes_of`."""
+    if isinstance(value, str) and (match := _PERCENT.fullmatch(value)) and Fraction(match[1]) <= _WHOLE:
+        return value
+    with contextlib.suppress(ValueError):
+        return parse_size(value)
+    msg = f'expected a size such as "64GiB", or a percentage such as "50%", got {show(value)}'
+    raise ValueError(msg)
+
+
+def bytes_of(size: int | str, total: int) -> int:
+    """What `parse_size_or_percent` has read, in bytes. `total`: what a percentage is of."""
+    return size if isinstance(size, int) else int(Fraction(size.removesuffix("%").strip()) * total / _WHOLE)
 
 
 def parse_time(text: str) -> datetime:
@@ -101,3 +118,4 @@ def show(value: object) -> str:
 
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
 Bytes = Annotated[int, BeforeValidator(parse_size)]
+BytesOrPercent = Annotated[int | str, BeforeValidator(parse_size_or_percent)]

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+from vllm_proxy.domain.canary import Canary
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.diagnose import Exit
 from vllm_proxy.domain.progress import Progress
@@ -87,6 +88,17 @@ class Engine(Protocol):
 
     def mark_ready(self) -> None:
         """It is ready: record that."""
+
+    @property
+    def asleep(self) -> int:
+        """The level that it was to sleep at last, by whichever daemon; 0: it was to serve."""
+
+    @property
+    def canary(self) -> Canary | None:
+        """What it answered before it slept; None: it has no route to be asked on."""
+
+    def note_sleep(self, level: int, canary: Canary | None) -> None:
+        """Record that it is to sleep at this level, before it does, with what it answers awake; 0: that it serves."""
 
     def keep(self) -> None:
         """Leave it to the next daemon where the block ends."""

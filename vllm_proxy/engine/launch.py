@@ -17,7 +17,8 @@ from pathlib import Path
 import structlog
 
 from vllm_proxy.domain import command
-from vllm_proxy.domain.address import TcpAddress
+from vllm_proxy.domain.address import TcpAddress, UnixAddress
+from vllm_proxy.domain.canary import Canary, parse_canary
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.devices import NO_DEVICES, Allocation, allocation_for
@@ -33,7 +34,7 @@ from vllm_proxy.engine.ownership import Owned
 from vllm_proxy.engine.ports import HOST, NoPortError, Ports
 from vllm_proxy.engine.process import EngineProcess, end_processes, run_shielded
 from vllm_proxy.engine.program import LaunchError, Programs
-from vllm_proxy.engine.state import EngineRecord, StateDirectory, file_name
+from vllm_proxy.engine.state import SOCKET, EngineRecord, StateDirectory, file_name
 from vllm_proxy.engine.variables import Variables
 from vllm_proxy.runtime import clock, descriptors, files
 from vllm_proxy.runtime.background import keep_running
@@ -82,6 +83,21 @@ class LaunchedEngine:
         """It is ready: record that."""
         self.output.loading = False
         self._serving.set()
+
+    @property
+    def asleep(self) -> int:
+        """The level that it was to sleep at last, by whichever daemon; 0: it was to serve."""
+        return self.record.asleep
+
+    @property
+    def canary(self) -> Canary | None:
+        """What it answered before it slept; None: it has no route to be asked on."""
+        return parse_canary(self.record.canary) if self.record.canary else None
+
+    def note_sleep(self, level: int, canary: Canary | None) -> None:
+        """Record that it is to sleep at this level, before it does, with what it answers awake; 0: that it serves."""
+        self.record = replace(self.record, asleep=level, canary="" if canary is None else str(canary))
+        save_record(self._state, self.record)
 
     async def monitor(self) -> None:
         """Once it serves, record that, with the shared memory a kill would leak; then monitor its memory."""
@@ -173,7 +189,7 @@ class Launcher:
         variables = await self.variables.read(model.engine)
         async with contextlib.AsyncExitStack() as stack:
             taken = stack.enter_context(contextlib.ExitStack())
-            place = await self._allocate_place(instance, allocation, owner, taken)
+            place = await self._allocate_place(model.engine, instance, allocation, owner, taken)
             argv = command.argv(model.id, model.engine, start, place)
             await stack.enter_async_context(self.variables.hidden(variables, place.credential))
             env = command.environment(self.programs.inherited, variables, place)
@@ -241,19 +257,28 @@ class Launcher:
             taken.callback(self.ports.release, port)
 
     async def _allocate_place(
-        self, instance: str, allocation: Allocation, owner: Owner, taken: contextlib.ExitStack
+        self, spec: EngineSpec, instance: str, allocation: Allocation, owner: Owner, taken: contextlib.ExitStack
     ) -> Place:
+        may_sleep = command.may_sleep(spec, allocation)
+        port = None if may_sleep else await self._allocate_port(owner, taken)
         try:
-            port = await self.ports.take_or_wait(owner.waits_for_port)
-            taken.callback(self.ports.release, port)
-            folder = tempfile.mkdtemp(prefix="vp-", dir=self.scratch)
-        except NoPortError as error:
-            raise LaunchError(Reason.PORT_IN_USE, str(error)) from error
+            folder = tempfile.mkdtemp(prefix="vp-", dir=self.scratch)  # of mode 0700
         except OSError as error:
             raise LaunchError(Reason.CRASHED, f"cannot make a temporary folder for an engine: {error}") from error
         taken.callback(files.remove_tree, Path(folder))
+        address = UnixAddress(f"{folder}/{SOCKET}") if port is None else TcpAddress(HOST, port)
         own_name, credential = f"engine-{secrets.token_hex(8)}", secrets.token_urlsafe(24)
-        return Place(instance, own_name, TcpAddress(HOST, port), credential, folder, allocation)
+        return Place(instance, own_name, address, credential, folder, allocation, may_sleep)
+
+    async def _allocate_port(self, owner: Owner, taken: contextlib.ExitStack) -> int:
+        try:
+            port = await self.ports.take_or_wait(owner.waits_for_port)
+        except NoPortError as error:
+            raise LaunchError(Reason.PORT_IN_USE, str(error)) from error
+        except OSError as error:
+            raise LaunchError(Reason.CRASHED, f"cannot look for a port for an engine: {error}") from error
+        taken.callback(self.ports.release, port)
+        return port
 
     def _spawn(
         self,

@@ -1,25 +1,22 @@
 """Health checks of engines over HTTP: healthy, the one that was started, and whether its counters move.
 
-Answers are not trusted: each is read up to a limit and a deadline, no redirect is followed, and the credential is sent
-only once the listener is proven to be the engine (tests/engine/test_probe.py).
+Answers are not trusted: each is read up to a limit and a deadline, and the credential is sent only once the listener is
+proven to be the engine (tests/engine/test_probe.py).
 """
 
-import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Protocol
+from typing import Any, Protocol
 
 import aiohttp
 
 from vllm_proxy.domain.address import Address
 from vllm_proxy.domain.command import Place
-from vllm_proxy.traffic.dial import session_to
+from vllm_proxy.engine.http_client import FAULTS, answer_to, json_of
 
-_TIMEOUT = aiohttp.ClientTimeout(total=5)
-_MODELS_BYTES = 2**20
+_SECONDS = 5.0  # for an answer
 _METRICS_BYTES = 16 * 2**20
 _LINE_BYTES = 2**16
 _COUNTERS_BYTES = 2**20  # of the lines that are kept
@@ -62,17 +59,17 @@ class HttpProbe:
     async def healthy(self, address: Address) -> bool:
         """Whether `/health` answers 200."""
         try:
-            async with self._answer(address, "/health") as answer:
+            async with answer_to(self._session, address, "GET", "/health", seconds=_SECONDS) as answer:
                 return answer.status == HTTPStatus.OK
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+        except FAULTS:
             return False
 
     async def counters(self, address: Address) -> str | None:
         """The lines of `/metrics` that change while the engine works; "" where it keeps none, None for no answer."""
         try:
-            async with self._answer(address, "/metrics") as answer:
+            async with answer_to(self._session, address, "GET", "/metrics", seconds=_SECONDS) as answer:
                 return await _counters(answer.content) if answer.status == HTTPStatus.OK else ""
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+        except FAULTS:
             return None
 
     async def ready(self, place: Place, is_engines: Callable[[], Awaitable[bool]]) -> Ready | None:
@@ -80,43 +77,18 @@ class HttpProbe:
         if not (await self.healthy(place.address) and await is_engines()):
             return None
         try:
-            credential = {"Authorization": f"Bearer {place.credential}"}
-            async with self._answer(place.address, "/v1/models", credential) as answer:
-                cards = json.loads(await _body(answer.content))["data"] if answer.status == HTTPStatus.OK else []
+            async with answer_to(
+                self._session, place.address, "GET", "/v1/models", credential=place.credential, seconds=_SECONDS
+            ) as answer:
+                found: Any = await json_of(answer) if answer.status == HTTPStatus.OK else {"data": []}
+            cards = found["data"]
             mine = next((card for card in cards if card["id"] == place.own_name), None)
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError, RecursionError):
+        except (*FAULTS, KeyError, TypeError):
             return None  # not listening yet, or something that is no vLLM
         if mine is None:
             return None
         length = mine.get("max_model_len")
         return Ready(length if isinstance(length, int) else None)
-
-    @asynccontextmanager
-    async def _answer(
-        self, address: Address, path: str, headers: dict[str, str] | None = None
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """An answer's head; what it is not read of ends with the block. The deadline is one for all of it."""
-        async with (
-            session_to(address, self._session) as session,
-            session.get(
-                f"http://{address.authority}{path}",
-                headers={"Accept-Encoding": "identity", **(headers or {})},
-                timeout=_TIMEOUT,
-                allow_redirects=False,  # an engine's answer is its own, and its credential is for it alone
-            ) as answer,
-        ):
-            if "Content-Encoding" in answer.headers:  # a small one can be large inside
-                raise ValueError("it is encoded though nobody asked for that")
-            yield answer
-
-
-async def _body(stream: aiohttp.StreamReader) -> bytes:
-    body = bytearray()
-    async for chunk in stream.iter_any():
-        body += chunk
-        if len(body) > _MODELS_BYTES:
-            raise ValueError("it is too long")
-    return bytes(body)
 
 
 async def _counters(stream: aiohttp.StreamReader) -> str:

@@ -22,7 +22,8 @@ import msgspec
 import structlog
 import tomli_w
 
-from vllm_proxy.domain.address import TcpAddress, parse_address
+from vllm_proxy.domain.address import TcpAddress, UnixAddress, parse_address
+from vllm_proxy.domain.canary import parse_canary
 from vllm_proxy.domain.command import Place, mark
 from vllm_proxy.domain.devices import ANY_DEVICE, Allocation
 from vllm_proxy.engine import cgroup, vitals
@@ -36,6 +37,7 @@ from vllm_proxy.runtime import files
 log = structlog.get_logger()
 
 SCRATCH = Path("/tmp")  # noqa: S108 - where there is no RUNTIME_DIRECTORY; engines' folders in it are private
+SOCKET = "http.sock"  # in the folder of an engine that may sleep
 _NAME_LIMIT = 200
 _STARTS_KEPT = 5  # of one spec
 _FOREIGN_KEPT = 100  # records of other pid namespaces
@@ -71,6 +73,8 @@ class EngineRecord:
     devices: tuple[str, ...] = (ANY_DEVICE,)  # the GPUs that it has
     takes: Mapping[str, int] = field(default_factory=dict)  # bytes of each of them, where devices are managed
     share: float = 0.0  # its `gpu_memory_utilization`, where the daemon chose that
+    asleep: int = 0  # the level that it was to sleep at last; 0: it was to serve
+    canary: str = ""  # what it answered before it slept, as `parse_canary` reads it; "": it has no route to be asked on
     launched: Literal["process"] = "process"  # how it was; what another daemon launched in another way is not touched
 
     @property
@@ -78,7 +82,8 @@ class EngineRecord:
         """Where it runs."""
         address, takes = parse_address(self.address), {name: self.takes.get(name, 0) for name in self.devices}
         allocation = Allocation(takes, share=self.share or None)
-        return Place(self.instance, self.own_name, address, self.credential, self.folder, allocation)
+        may_sleep = isinstance(address, UnixAddress)
+        return Place(self.instance, self.own_name, address, self.credential, self.folder, allocation, may_sleep)
 
     @property
     def identity(self) -> Identity:
@@ -112,6 +117,7 @@ class StateDirectory:
         self._kept: list[object] = []  # entries that are not acted on, as they were read
         self._starts = Learned(path / "starts.toml", "seconds", _STARTS_KEPT, self._replace)
         self._memory = Learned(path / "memory.toml", "bytes", 1, self._replace)
+        self._residues = Learned(path / "residues.toml", "bytes", 1, self._replace)
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
@@ -130,7 +136,7 @@ class StateDirectory:
             os.close(self._lock)
             msg = f"cannot use the state directory {self.path}: another daemon does; choose another with --state-dir"
             raise StartupError(msg) from None
-        for file in (self._file, self._starts.file, self._memory.file):
+        for file in (self._file, self._starts.file, self._memory.file, self._residues.file):
             files.remove_temporaries(file)
         return self
 
@@ -237,13 +243,21 @@ class StateDirectory:
 
     def memory(self, spec: str) -> int | None:
         """Bytes that the last engine of a spec had of each device; None: not known."""
-        found = self._memory.of(spec)
-        return int(found[-1]) if found else None
+        return _newest(self._memory, spec)
 
     def note_memory(self, spec: str, size: int) -> None:
         """An engine of a spec has so many bytes of each device."""
         if size != self.memory(spec):
             self._memory.add(spec, size)
+
+    def residue(self, spec: str) -> int | None:
+        """Bytes that the last engine of a spec had of each device while it slept; None: not known."""
+        return _newest(self._residues, spec)
+
+    def note_residue(self, spec: str, size: int) -> None:
+        """An engine of a spec has so many bytes of each device while it sleeps."""
+        if size != self.residue(spec):
+            self._residues.add(spec, size)
 
     def _write(self) -> None:
         here = pid_namespace()
@@ -258,6 +272,12 @@ class StateDirectory:
             log.error("the state cannot be written", file=str(file), error=str(error))
 
 
+def _newest(learned: Learned, spec: str) -> int | None:
+    """In bytes."""
+    found = learned.of(spec)
+    return int(found[-1]) if found else None
+
+
 def _written(record: EngineRecord) -> dict[str, object]:
     port = record.place.address.port
     return asdict(record) | ({} if port is None else {_PORT: port})
@@ -270,11 +290,14 @@ def _with_address(entry: object) -> object:
     return entry
 
 
-def _is_address(text: str) -> bool:
+def _is_address_of(record: EngineRecord) -> bool:
+    """A port, or the socket in its own folder."""
     try:
-        return str(parse_address(text)) == text
+        address = parse_address(record.address)
     except ValueError:
         return False
+    is_its_own = isinstance(address, TcpAddress) or address.path == f"{record.folder}/{SOCKET}"
+    return is_its_own and str(address) == record.address
 
 
 def _text_of(entry: object, key: str) -> str:
@@ -298,14 +321,24 @@ def _invariants(record: EngineRecord) -> list[tuple[str, bool]]:
         ("credential", _WORD.fullmatch(record.credential) is not None),
         ("pid", 1 < record.pid <= PID_LIMIT),
         ("started", 0 < record.started < 2**63),
-        ("address", _is_address(record.address)),
+        ("address", _is_address_of(record)),
         ("log_start", record.log_start >= 0),
         ("started_at", _is_moment(record.started_at) or not (record.started_at or record.spec)),
         ("segments", all(_SEGMENT.fullmatch(path) and "/../" not in path for path in record.segments)),
         ("cgroup", not record.cgroup or _is_cgroup_of(record)),
         ("takes", all(0 <= size < 2**63 for size in record.takes.values())),
         ("share", 0 <= record.share <= 1),
+        ("asleep", 0 <= record.asleep <= 2),
+        ("canary", not record.canary or _is_canary(record.canary)),
     ]
+
+
+def _is_canary(text: str) -> bool:
+    try:
+        parse_canary(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_moment(text: str) -> bool:

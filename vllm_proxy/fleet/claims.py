@@ -11,15 +11,20 @@ from typing import Protocol
 
 import structlog
 
+from vllm_proxy.domain import host_memory
 from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.decide import ASKS_AGAIN_SECONDS
 from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Diagnosis
-from vllm_proxy.domain.ledger import Short, Standing, Where
+from vllm_proxy.domain.ledger import Depth, Hold, Short, Standing, Where
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.runtime.background import notify
+
+RESIDUE_BYTES = 2 * 2**30  # of each GPU: what an engine may keep that has never slept
+HOST_MEMORY = "[devices] host_memory"  # whom a sleeper gives way to, where that is no instance: it is full
+_SEEN = 0.5  # of a guess: less was measured before it slept
 
 log = structlog.get_logger()
 
@@ -71,6 +76,9 @@ class Tenant(Protocol):
     def start_seconds(self) -> float:
         """What a start takes; a guess."""
 
+    def wake_seconds(self) -> float:
+        """What a wake takes; a guess."""
+
     def in_flight(self) -> int:
         """Its requests."""
 
@@ -80,8 +88,14 @@ class Tenant(Protocol):
     def on_wait(self, why: Waits | None) -> None:
         """Why its start waits; None: it does not any more."""
 
-    def on_yield(self, for_whom: str) -> None:
-        """It is to give way."""
+    def may_sleep(self) -> bool:
+        """Whether its engine can, and nothing speaks against it."""
+
+    def keeps(self) -> int | None:
+        """Bytes of each device that an engine of its spec had asleep; None: not known."""
+
+    def on_yield(self, depth: Depth, for_whom: str) -> None:
+        """It is to give way, so far, to an instance or for HOST_MEMORY."""
 
     def on_resume(self) -> None:
         """It was to give way, and nobody waits for its room any more."""
@@ -104,12 +118,18 @@ class Claim:
         self.place: Where = ()  # as `room.decide` hands it back
         self.short: Short | None = None
         self.not_ended: str | None = None  # why its engine could not be ended
-        self.start_seconds = tenant.start_seconds()
+        self.start_seconds, self.wake_seconds = tenant.start_seconds(), tenant.wake_seconds()
         self.measured = tenant.measured()
         self.awaits_look = False  # it serves, and the devices were not looked at since
         self.found: int | None = None  # bytes that its engine has of each device, as measured then; 0: it cannot be
         self.watches_idle = False  # somebody waits for its last request
         self.is_done = False
+        self._host: tuple[int, int] | None = None  # a guess, and what its processes had before; None: it never slept
+        self.keeps: int | None = None  # bytes of each device that it has asleep, or would have; None: it may not sleep
+        self.woke_seconds: float | None = None  # of its last wake; None: its engine was started, or it failed
+        self.depth: Depth | None = None  # how far it goes, while it yields or goes
+        self._asks = True
+        self._was_asleep = False
         self._wanted_since: float | None = None
         self._wanted_until = 0.0
         self._admitted: asyncio.Future[Allocation] = asyncio.get_running_loop().create_future()
@@ -131,8 +151,8 @@ class Claim:
 
     @property
     def waits(self) -> bool:
-        """Whether it was not admitted yet, and still wants to be."""
-        return self.standing is None
+        """Whether it was not admitted yet, and still wants to be: to start, or to wake where it sleeps."""
+        return self._asks
 
     # For its supervisor
 
@@ -147,9 +167,40 @@ class Claim:
 
     def serves(self) -> None:
         """Its engine has allocated what it needs: others may measure the devices."""
-        self.standing, self.since, self.awaits_look = Standing.SERVES, asyncio.get_running_loop().time(), True
-        self.start_seconds = self.tenant.start_seconds()
+        self.standing, self.since = Standing.SERVES, asyncio.get_running_loop().time()
+        self.awaits_look = self.found is None
+        self.start_seconds, self.wake_seconds = self.tenant.start_seconds(), self.tenant.wake_seconds()
         self._changed(self)
+
+    def sleeps(self, keeps: int | None) -> None:
+        """Its engine has given its memory back, but for this much of each device, where that is known."""
+        self.standing, self.since, self.keeps = Standing.SLEEPS, asyncio.get_running_loop().time(), keeps
+        self.depth, self._may_go, self.awaits_look = None, None, False  # nobody looks for what it had awake
+        self._changed(self)
+
+    def takes_host(self, takes: Mapping[str, int]) -> None:
+        """Its engine is put to sleep at level 1: what it had of its devices goes to the machine's memory."""
+        if self._host is None:
+            engine = self.tenant.engine
+            self._host = host_memory.estimate(takes), 0 if engine is None else engine.memory_bytes
+
+    def host_bytes(self) -> int:
+        """What it has of the machine's memory by sleeping, then or now: as measured, once it was."""
+        if self._host is None:
+            return 0
+        engine, (guess, before) = self.tenant.engine, self._host
+        grown = 0 if engine is None or not before else engine.memory_bytes - before
+        return grown if grown > guess * _SEEN else guess
+
+    def wakes(self) -> None:
+        """It sleeps, and wants its room again."""
+        self._asks, self.since, self.woke_seconds = True, asyncio.get_running_loop().time(), None
+        self._admitted = asyncio.get_running_loop().create_future()
+        self._changed(self)
+
+    def woke(self, seconds: float) -> None:
+        """Its engine has woken, which took so long."""
+        self.woke_seconds = seconds
 
     async def may_go(self) -> None:
         """One that gives way has no request in flight any more. Returns when nobody measures its devices."""
@@ -176,9 +227,48 @@ class Claim:
 
     # For the room
 
+    def held(self, takes: Mapping[str, int]) -> Hold:
+        """As the room decides about it. `takes`: what it has of each device."""
+        policy, standing = self.tenant.spec.policy, self.standing
+        assert standing is not None, "it was admitted"
+        return Hold(
+            self.name, self.model, takes, standing, self._keeps_of(takes),
+            always=policy.start == "always" and policy.enabled,
+            priority=policy.priority,
+            since=self.since,
+            idle_since=self._idle_since(),
+            to=self.depth if standing in {Standing.YIELDS, Standing.GOES} else None,
+            start_seconds=self.start_seconds,
+            wake_seconds=self.wake_seconds,
+            not_ended=self.not_ended,
+        )  # fmt: skip
+
+    def _idle_since(self) -> float | None:
+        """Since when it has had no request in flight, or has slept; None: it has some, or moves."""
+        if self.standing is Standing.SLEEPS:
+            return self.since
+        return self.tenant.idle_since() if self.standing is Standing.SERVES else None
+
+    def _keeps_of(self, takes: Mapping[str, int]) -> int | None:
+        """What it has of each device while it sleeps, or would; None: it may not."""
+        if self.standing is Standing.SLEEPS:
+            return max(takes.values(), default=0)
+        if not self.tenant.may_sleep():
+            return None
+        assert self.allocation is not None, "it was admitted"
+        if not self.allocation.gpus:  # on a processor nothing comes back
+            return max(takes.values(), default=0)
+        known = self.tenant.keeps()
+        return RESIDUE_BYTES if known is None else known
+
+    @property
+    def return_seconds(self) -> float:
+        """What it takes until it serves, once it is admitted; a guess."""
+        return self.start_seconds if self.allocation is None else self.wake_seconds
+
     def admit(self, allocation: Allocation) -> None:
         """Its engine may start."""
-        self.allocation, self.standing = allocation, Standing.COMES
+        self.allocation, self.standing, self._asks = allocation, Standing.COMES, False
         self.place, self.short = (), None
         if not self._admitted.done():
             self._admitted.set_result(allocation)
@@ -186,6 +276,7 @@ class Claim:
 
     def refuse(self, reason: Reason, why: str) -> None:
         """Its engine will not start, though the ledger may have room for it."""
+        self._asks = False
         if not self._admitted.done():
             self._admitted.set_exception(LaunchError(reason, why))
 
@@ -195,10 +286,11 @@ class Claim:
         spec = self.tenant.spec.engine
         return bool(spec.memory) and spec.devices != ()
 
-    def give_way(self, for_whom: str) -> None:
+    def give_way(self, depth: Depth, for_whom: str) -> None:
         """It takes no new requests from now on."""
-        self.standing = Standing.YIELDS
-        notify([self.tenant.on_yield], for_whom)
+        self._was_asleep = self.standing is Standing.SLEEPS
+        self.standing, self.depth = Standing.YIELDS, depth
+        notify([self.tenant.on_yield], depth, for_whom)
 
     @property
     def stays(self) -> bool:
@@ -219,6 +311,21 @@ class Claim:
         """Whether somebody waits for its model, or may ask again soon."""
         always = self.tenant.spec.policy.start == "always"
         return always or (self._wanted_since is not None and time <= self._wanted_until + ASKS_AGAIN_SECONDS)
+
+    @property
+    def ends(self) -> bool:
+        """Whether its engine is being ended, or is about to be."""
+        return self.standing in {Standing.YIELDS, Standing.GOES} and self.depth is not Depth.SLEEP
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether it sleeps, and nobody wants it."""
+        return self.standing is Standing.SLEEPS and not self._asks
+
+    @property
+    def may_resume(self) -> bool:
+        """Whether requests of it are in flight still."""
+        return not self.is_drained and not self._was_asleep
 
     @property
     def is_drained(self) -> bool:

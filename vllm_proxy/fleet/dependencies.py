@@ -14,6 +14,7 @@ from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.engine.ending import Owner
 from vllm_proxy.engine.interface import Engine
+from vllm_proxy.engine.nap import Nap
 from vllm_proxy.engine.probe import Probe
 from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.fleet.loop import FleetLoop
@@ -55,6 +56,7 @@ class Dependencies:
     loop: FleetLoop
     registry: Registry
     probe: Probe
+    nap: Nap
     skip_drain: asyncio.Event  # set: stop draining
     stopping: asyncio.Event  # set: the daemon stops, nothing that has no end goes on
     offload: Offload = asyncio.to_thread

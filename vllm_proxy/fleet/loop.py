@@ -12,7 +12,7 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import batched
 from typing import Protocol
 
@@ -39,6 +39,18 @@ class Event(Protocol):
 
     def apply(self) -> None:
         """Change it. Called by the loop, one event after another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command by hand: an event for the loop's mailbox."""
+
+    name: str
+    what: Callable[[], None]
+
+    def apply(self) -> None:
+        """Change what is wanted."""
+        self.what()
 
 
 class Member(Protocol):

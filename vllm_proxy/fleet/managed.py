@@ -25,6 +25,9 @@ class Machines(Protocol):
     def unmanaged(self) -> str | None:
         """Why nobody manages them, for people; None: they are managed."""
 
+    def host_budget(self) -> int | None:
+        """Bytes of the machine's memory that sleepers may have; None: nobody keeps count."""
+
     def use(self, rules: Devices) -> None:
         """The file says this of them now."""
 
@@ -36,6 +39,10 @@ class Unmanaged:
     """Nobody manages the devices."""
 
     def machine(self) -> Machine | None:
+        """None."""
+        return None
+
+    def host_budget(self) -> int | None:
         """None."""
         return None
 
@@ -59,9 +66,17 @@ class Managed:
     """The devices of an inventory."""
 
     def __init__(
-        self, inventory: Inventory, rules: Devices, default_share: Callable[[], float | None] = lambda: None
+        self,
+        inventory: Inventory,
+        rules: Devices,
+        default_share: Callable[[], float | None] = lambda: None,
+        host_total: int = 0,
     ) -> None:
-        """`default_share`: the part of a device that vLLM takes where nobody says how much, where that is known."""
+        """`default_share`: the part of a device that vLLM takes where nobody says how much, where that is known.
+
+        `host_total`: bytes of the machine's memory.
+        """
+        self._host_total = host_total
         self.inventory = inventory
         self.rules = rules
         self._default_share = default_share
@@ -74,6 +89,10 @@ class Managed:
         share = self._default_share()
         looks = inventory.looked_at, inventory.seen_at
         return Machine(inventory.devices, inventory.usable, self.rules, *looks, default_share=share)
+
+    def host_budget(self) -> int | None:
+        """A part of the machine's memory, or a size."""
+        return self.rules.host_bytes(self._host_total)
 
     @property
     def problem(self) -> str | None:

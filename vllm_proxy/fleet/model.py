@@ -7,7 +7,7 @@ carried out (`carry_out`). Nothing may be started or stopped outside of that, ad
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -23,25 +23,15 @@ from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.fleet.claims import Waits
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
+from vllm_proxy.fleet.loop import Command
 from vllm_proxy.fleet.supervisor import Supervisor
+from vllm_proxy.fleet.tenancy import gave_way
 from vllm_proxy.runtime.background import run_once
 
 log = structlog.get_logger()
 
 _RUNS = frozenset({"always", "warm"})  # without a request
 _STOPPED_BY_HAND = Diagnosis(Reason.STOPPED_BY_HAND, "stopped by hand; start it by hand, or change it")
-
-
-@dataclass(frozen=True, slots=True)
-class _Command:
-    """A command by hand: an event for the loop's mailbox."""
-
-    name: str
-    what: Callable[[], None]
-
-    def apply(self) -> None:
-        """Change what is wanted."""
-        self.what()
 
 
 class Model:
@@ -88,7 +78,7 @@ class Model:
             return not_ended
         if state is State.STOPPED:
             return _STOPPED_BY_HAND if self.stopped_by_hand else self._gave_way
-        if state is State.UNLOADING:
+        if state in {State.UNLOADING, State.SLEEPING}:
             return self._gave_way
         if state is not State.ERROR and self._rollback.refusal is not None:
             return self._rollback.refusal
@@ -99,7 +89,7 @@ class Model:
     @property
     def waits(self) -> Waits | None:
         """Why it waits for room, where nothing of it serves or comes."""
-        if any(one.state is State.READY or one.engine is not None for one in self.instances):
+        if any(one.serves_or_comes for one in self.instances):
             return None
         return next((one.waits for one in self.instances if one.waits is not None), None)
 
@@ -138,6 +128,10 @@ class Model:
     def stop(self) -> asyncio.Future[None]:
         """Stop until somebody starts or changes it. Done when that has begun."""
         return self._post("stop", partial(self._want, Wanted.STOP))
+
+    def sleep(self) -> asyncio.Future[None]:
+        """Sleep until a request comes, or somebody starts it. Done when that has begun."""
+        return self._post("sleep", self._sleep)
 
     def restart(self) -> asyncio.Future[None]:
         """Start every engine anew, one after another where there are several; a change that failed is tried again."""
@@ -187,12 +181,17 @@ class Model:
         return self._ended
 
     def _post(self, word: str, what: Callable[[], None]) -> asyncio.Future[None]:
-        return self._shared.loop.post(_Command(f"{word} of {self.name}", what))
+        return self._shared.loop.post(Command(f"{word} of {self.name}", what))
 
     def _start(self) -> None:
         self._renew |= {one for one in self.instances if one.state is State.ERROR}
         self._started_by_hand = asyncio.get_running_loop().time()
         self._want(Wanted.RUN)
+
+    def _sleep(self) -> None:
+        for instance in self.instances:
+            instance.forget_return()
+        self._want(Wanted.AWAIT)
 
     def _restart(self) -> None:
         self._reset_rollback(self.spec)
@@ -237,9 +236,10 @@ class Model:
                 one.spec.engine,
                 one.failure,
                 one in self._renew or one.has_room,
-                one.gives_way_to is not None,
+                one.yields,
                 one.awaits_room,
                 one.serves_on,
+                one.may_sleep(),
             )
             for one in self.instances
         )
@@ -259,6 +259,10 @@ class Model:
         by_index = {one.index: one for one in self.instances}
         for index in decided.stop:
             self._stop_instance(by_index[index])
+        for index in decided.sleep:
+            self._lay_to_sleep(by_index[index])
+        for index in decided.wake:
+            self._wake_instance(by_index[index])
         for index in decided.start:
             self._start_instance(by_index.get(index) or self._supervisor(index))
         self._adjust_instances()
@@ -283,7 +287,7 @@ class Model:
         is_visible = (refused, wanted) != (self._rollback.failed, self._wanted)
         if (self._wanted, wanted) == (Wanted.AWAIT, Wanted.RUN):
             log.info("started by a request", model=self.name)
-        if (self._wanted, wanted) == (Wanted.RUN, Wanted.AWAIT) and not any(one.gives_way_to for one in self.instances):
+        if (self._wanted, wanted) == (Wanted.RUN, Wanted.AWAIT) and not any(one.yields for one in self.instances):
             log.info("unloaded: no request for a while", model=self.name)
         self._rollback, self._wanted = decided.rollback, wanted
         if decided.check and self._checking is None and not self.ends:
@@ -303,7 +307,20 @@ class Model:
         self._renew.discard(instance)
         if instance.gives_way_to is not None:
             self._note_gave_way(instance.gives_way_to)
-        leaving = self._leaving[instance] = instance.stop(keep=self._keep)
+        self._follow_end(instance, instance.stop(keep=self._keep))
+
+    def _lay_to_sleep(self, instance: Supervisor) -> None:
+        if instance.gives_way_to is not None:
+            self._note_gave_way(instance.gives_way_to)
+        self._follow_end(instance, instance.sleep())
+
+    def _wake_instance(self, instance: Supervisor) -> None:
+        if instance.claim is not None and not instance.claim.waits:
+            self._gave_way = None
+            instance.wake()
+
+    def _follow_end(self, instance: Supervisor, leaving: asyncio.Task[None]) -> None:
+        self._leaving[instance] = leaving
 
         def left(_: asyncio.Task[None]) -> None:
             if self._leaving[instance] is leaving:
@@ -316,10 +333,9 @@ class Model:
         leaving.add_done_callback(left)
 
     def _note_gave_way(self, for_whom: str) -> None:
-        whom, when = for_whom.removesuffix("/0"), datetime.now(UTC).strftime("%H:%M:%S")
-        again = "its next request starts it" if self.spec.policy.start == "on-demand" else "it waits for room"
-        self._gave_way = Diagnosis(Reason.GAVE_WAY, f"gave way to {whom} at {when} UTC; {again}")
-        log.info("gives way", model=self.name, to=whom)
+        on_demand = self.spec.policy.start == "on-demand"  # else a hand may have put it to sleep
+        self._gave_way = gave_way(for_whom, awaits_request=on_demand or self._wanted is Wanted.AWAIT)
+        log.info("gives way", model=self.name, to=for_whom)
 
     def _fits_beside(self) -> bool:
         """Whether a new instance has, or would have, its room beside an old one that serves."""

@@ -62,5 +62,5 @@ class Reports:
         if wait.not_ended is not None:
             return Waits(why, Reason.NOT_ENDED, needs=needs, waits_for=waits_for, behind=behind)
         left = wait.at - self._what_is.now
-        ready_in = None if wait.at == math.inf else max(left, 0.0) + claim.start_seconds
+        ready_in = None if wait.at == math.inf else max(left, 0.0) + claim.return_seconds
         return Waits(why, ready_in=ready_in, needs=needs, waits_for=waits_for, behind=behind)

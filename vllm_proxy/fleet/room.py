@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from functools import partial
 
-from vllm_proxy.domain import fit, room
+from vllm_proxy.domain import fit, host_memory, room
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.decide import RoomNow
 from vllm_proxy.domain.devices import NO_DEVICES, Allocation, Names
-from vllm_proxy.domain.ledger import Ask, Device, Hold, Standing, Where
+from vllm_proxy.domain.ledger import Ask, Depth, Device, Hold, Standing, Where
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.placement import Machine
 from vllm_proxy.domain.room import Moves
-from vllm_proxy.fleet.claims import Claim, Leftover, Tenant, Waits
+from vllm_proxy.fleet.claims import HOST_MEMORY, RESIDUE_BYTES, Claim, Leftover, Tenant, Waits
 from vllm_proxy.fleet.managed import Machines
 from vllm_proxy.fleet.reports import Reports
 from vllm_proxy.fleet.room_history import RoomHistory
@@ -94,7 +94,7 @@ class Room:
             return {}, []
         left = {one: machine.renamed(one.takes) for one in self._leftovers}
         takes = {claim: self._taken(claim, machine) for claim in self._claims if claim.allocation is not None}
-        holds = [*self._leftover_holds(left), *(_hold(claim, sizes) for claim, sizes in takes.items())]
+        holds = [*self._leftover_holds(left), *(claim.held(sizes) for claim, sizes in takes.items())]
         return machine.devices({hold.name.removeprefix(EARLIER): hold.takes for hold in holds}), holds
 
     def held(self) -> dict[str, Mapping[str, int]]:
@@ -102,6 +102,13 @@ class Room:
         machine = self.machines.machine()
         has = [(claim, claim.allocation) for claim in self._claims if claim.allocation is not None]
         return {one.name: own.takes if machine is None else self._taken(one, machine) for one, own in has}
+
+    def has_host_memory_for(self, claim: Claim) -> bool:
+        """Whether what its engine has of its devices may go to the machine's memory."""
+        budget, allocation = self.machines.host_budget(), claim.allocation
+        if budget is None or allocation is None or not allocation.gpus or claim.tenant.spec.engine.sleep != 1:
+            return True
+        return host_memory.fits(claim.host_bytes() or host_memory.estimate(allocation.takes), budget)
 
     def is_asked(self) -> bool:
         """Whether anybody waits for room, or to be measured."""
@@ -165,7 +172,7 @@ class Room:
             self._claims.pop(one, None)
         elif one.is_done and isinstance(one, Leftover):
             self._leftovers.pop(one, None)
-        if one.is_done:
+        if one.is_done or (isinstance(one, Claim) and one.waits):  # a sleeper asks as any other does
             self.machines.wake()
         self._wake()
 
@@ -205,6 +212,9 @@ class Room:
         takes = machine.renamed(claim.allocation.takes)
         if takes and not all(takes.values()):  # it came while nobody managed the devices
             takes = machine.held_by(claim.tenant.spec, takes)
+        if claim.standing is Standing.SLEEPS and claim.allocation.gpus:
+            keeps = claim.keeps if claim.keeps is not None else claim.tenant.keeps() or RESIDUE_BYTES
+            return {name: min(size, keeps) for name, size in takes.items()}
         if not claim.found:
             return takes
         return {name: fit.held(size, claim.found) for name, size in takes.items()}
@@ -221,7 +231,7 @@ class Room:
         names = Names(name for one in used for name in one.takes)
         holds = [
             *self._leftover_holds({one: dict.fromkeys(names.of(one.takes), 0) for one in self._leftovers}),
-            *(_hold(claim, dict.fromkeys(names.of(allocation.takes), 0)) for claim, allocation in moving.items()),
+            *(claim.held(dict.fromkeys(names.of(allocation.takes), 0)) for claim, allocation in moving.items()),
         ]
         asks = []
         for claim, allocation in wishes.items():
@@ -279,10 +289,11 @@ class Room:
             if name in claims:
                 self._admit(claims.pop(name), where, asks[name])
         for claim in [claim for claim in self._claims if claim.name in moves.go]:
-            if claim.standing is Standing.SERVES:
-                claim.give_way(moves.go_for[claim.name])
+            if claim.standing in {Standing.SERVES, Standing.SLEEPS}:
+                claim.give_way(moves.go[claim.name], moves.go_for[claim.name])
         self._resume({name for one in claims.values() if one.is_wanted(time) and one.name in moves.wait
                       for name in moves.wait[one.name].waits_for})  # fmt: skip
+        self._keep_host_memory()
         self._let_go()
         reports = Reports(now, moves, time, self._claims, machine)
         for name, claim in claims.items():
@@ -299,7 +310,9 @@ class Room:
 
     def _admit(self, claim: Claim, where: Where, ask: Ask) -> None:
         machine, spec = self.machines.machine(), claim.tenant.spec
-        if machine is None:
+        if claim.allocation is not None:  # it wakes where it sleeps
+            claim.admit(claim.allocation)
+        elif machine is None:
             claim.admit(self._unmanaged(claim))
         else:
             claim.admit(machine.allocation(spec, where, ask.needs))
@@ -319,9 +332,24 @@ class Room:
     def _resume(self, awaited: AbstractSet[str]) -> None:
         """Who gives way, and is awaited by nobody any more, serves on."""
         for claim in self._claims:
-            if claim.standing is Standing.YIELDS and not claim.is_drained and claim.name not in awaited:
+            if claim.standing is Standing.YIELDS and claim.may_resume and claim.name not in awaited:
                 claim.resume()
                 self._wake()
+
+    def _keep_host_memory(self) -> None:
+        """Sleepers end that have more of the machine's memory than they may."""
+        budget = self.machines.host_budget()
+        if budget is None:
+            return
+        slept = {one.name: one for one in self._claims if one.host_bytes() and not one.ends}
+        sleepers = {
+            name: host_memory.Sleeper(one.host_bytes(), one.since if one.is_at_rest else None)
+            for name, one in slept.items()
+        }
+        for name in host_memory.to_end(sleepers, budget):
+            slept[name].give_way(Depth.STOP, HOST_MEMORY)
+            self.history.note_host_memory_full(slept[name].model)
+            self._wake()
 
     def _let_go(self) -> None:
         """Memory is not set free beside an engine that measures it."""
@@ -342,17 +370,3 @@ class Room:
     def _is_idle(self, claim: Claim) -> None:
         claim.watches_idle = False
         self._wake()
-
-
-def _hold(claim: Claim, takes: Mapping[str, int]) -> Hold:
-    policy, standing = claim.tenant.spec.policy, claim.standing
-    assert standing is not None, "it was admitted"
-    return Hold(
-        claim.name, claim.model, takes, standing,
-        always=policy.start == "always" and policy.enabled,
-        priority=policy.priority,
-        since=claim.since,
-        idle_since=claim.tenant.idle_since() if standing is Standing.SERVES else None,
-        start_seconds=claim.start_seconds,
-        not_ended=claim.not_ended,
-    )  # fmt: skip

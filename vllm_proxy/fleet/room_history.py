@@ -15,7 +15,7 @@ from vllm_proxy.domain.decide import RoomNow
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.ledger import Ask, Depth, Hold, Standing
 from vllm_proxy.domain.room import Moves, Wait
-from vllm_proxy.fleet.claims import Claim
+from vllm_proxy.fleet.claims import HOST_MEMORY, Claim
 
 _WAITS = (0.05, 0.25, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
 _SWAPS = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -26,6 +26,7 @@ class How(StrEnum):
     """How a model came for which others had to give way. The values are those of the metrics."""
 
     COLD = "cold"  # its engine was started
+    WAKE = "wake"  # its engine slept, and was woken
 
 
 class Doing(StrEnum):
@@ -61,7 +62,9 @@ class _Start:
 class Counted:
     """What was counted since the daemon began. Seconds, but for what says otherwise."""
 
-    evictions: Counter[tuple[str, Depth, str]] = field(default_factory=Counter)  # by model, and for which
+    evictions: Counter[tuple[str, Depth, str]] = field(
+        default_factory=Counter
+    )  # by model, and for which, or HOST_MEMORY
     swaps: Counter[tuple[str, How]] = field(default_factory=Counter)  # by model
     swap_seconds: dict[How, Histogram] = field(default_factory=lambda: {how: Histogram(_SWAPS) for how in How})
     overhead_seconds: dict[How, Histogram] = field(default_factory=lambda: {how: Histogram(_OVERHEAD) for how in How})
@@ -70,7 +73,8 @@ class Counted:
 
     def keep(self, models: AbstractSet[str], devices: AbstractSet[str]) -> None:
         """Forget the models and the devices that are no more."""
-        self.evictions = Counter({key: count for key, count in self.evictions.items() if {key[0], key[2]} <= models})
+        known = {*models, HOST_MEMORY}
+        self.evictions = Counter({key: count for key, count in self.evictions.items() if {key[0], key[2]} <= known})
         self.swaps = Counter({key: count for key, count in self.swaps.items() if key[0] in models})
         self.waits = {model: times for model, times in self.waits.items() if model in models}
         self.wanted = {key: seconds for key, seconds in self.wanted.items() if key[0] in devices}
@@ -90,6 +94,10 @@ class RoomHistory:
         self._pass(now)
         self._counted.keep(models, devices)
         return self._counted
+
+    def note_host_memory_full(self, model: str) -> None:
+        """An engine of a model that sleeps ends for that."""
+        self._counted.evictions[model, Depth.STOP, HOST_MEMORY] += 1
 
     def follow(
         self, now: RoomNow, moves: Moves, time: float, claims: Iterable[Claim], holds: Callable[[], Iterable[Hold]]
@@ -140,11 +148,14 @@ class RoomHistory:
             wanted[device, doing] = wanted.get((device, doing), 0.0) + seconds
 
     def _served(self, claim: Claim, start: _Start, now: float) -> None:
-        engine, took = claim.tenant.engine, now - start.since
-        own = engine.age_seconds() if engine is not None else 0.0
-        self._counted.swaps[claim.model, How.COLD] += 1
-        self._counted.swap_seconds[How.COLD].add(took)
-        self._counted.overhead_seconds[How.COLD].add(max(took - start.others - own, 0.0))
+        engine, took, how, own = claim.tenant.engine, now - start.since, How.COLD, 0.0
+        if claim.woke_seconds is not None:
+            how, own = How.WAKE, claim.woke_seconds
+        elif engine is not None:
+            own = engine.age_seconds()
+        self._counted.swaps[claim.model, how] += 1
+        self._counted.swap_seconds[how].add(took)
+        self._counted.overhead_seconds[how].add(max(took - start.others - own, 0.0))
 
 
 def _takes_time(wait: Wait, claims: Mapping[str, Claim]) -> bool:

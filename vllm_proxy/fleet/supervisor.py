@@ -9,20 +9,18 @@ alone.
 import asyncio
 import contextlib
 from collections.abc import Callable, Collection
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 import structlog
 
-from vllm_proxy.domain import progress
 from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Diagnosis
-from vllm_proxy.domain.lifecycle import Event, Life, Phase, Reason, State
-from vllm_proxy.domain.progress import Progress
+from vllm_proxy.domain.lifecycle import Event, Phase, Reason, State
 from vllm_proxy.engine.interface import Engine
 from vllm_proxy.engine.liveness import until_stalled
+from vllm_proxy.engine.nap import Failed
 from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.engine.readiness import until_ready
@@ -30,9 +28,10 @@ from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.fleet.claims import Claim
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.draining import cut, drain, give_way
-from vllm_proxy.fleet.failure import LastExit, inspected
+from vllm_proxy.fleet.failure import inspected
 from vllm_proxy.fleet.history import History
-from vllm_proxy.fleet.tenancy import Tenancy
+from vllm_proxy.fleet.instance import Instance
+from vllm_proxy.fleet.rest import ColdStartError, EndedAsleepError, Rest
 from vllm_proxy.runtime import clock
 from vllm_proxy.runtime.background import keep_running, run_once, spawn
 from vllm_proxy.traffic.ejection import watch_health
@@ -43,7 +42,7 @@ log = structlog.get_logger()
 _TRANSFERS = {"kv-transfer-config"}  # args of an engine that others read from, until it has ended in peace
 
 
-class Supervisor(Tenancy):
+class Supervisor(Instance):
     """The life of instance `index` of a model. `changed` is called after every change of what it shows."""
 
     def __init__(
@@ -57,30 +56,15 @@ class Supervisor(Tenancy):
         wanted_since: Callable[[], float | None] = lambda: None,
     ) -> None:
         """`wanted_since`: since when a request or a person has waited for the model, on the loop's clock."""
-        super().__init__(spec, history, changed, wanted_since)
-        self.index = index
-        self.name = f"{spec.id}/{index}"
-        self.phase: Phase | None = None
-        self.fraction: float | None = None
-        self.diagnosis: Diagnosis | None = None
-        self.last_exit: LastExit | None = None
-        self.updated_at = datetime.now(UTC)
-        self.started_at: datetime | None = None
-        self.ready_at: datetime | None = None
-        self.restarts = 0
-        self.engine: Engine | None = None
-        self._life = Life()
+        super().__init__(spec, index, history, changed, wanted_since)
         self._shared = shared
         self._failures = 0
         self._engine_alive = False  # whether an engine of it, or a process of one, lives
-        self._failure: Diagnosis | None = None  # of its last engine, until the next one serves
         self._task: asyncio.Task[None] | None = None
-        self._serves_on = asyncio.Event()  # it was to give way, and did not
-
-    @property
-    def state(self) -> State:
-        """What it is now."""
-        return self._life.state
+        self._serves_on = asyncio.Event()  # it was to give way, and did not; or sleeps
+        self._to_sleep = False
+        self._woken = asyncio.Event()
+        self._starts_cold = False  # its engine is ended, and it keeps its claim
 
     def start(self, record: EngineRecord | None = None) -> None:
         """Begin to run, with an engine of an earlier daemon where there is one. Returns at once."""
@@ -92,6 +76,32 @@ class Supervisor(Tenancy):
         self._transition(Event.START)
         self._task = run_once(partial(self._run, record), f"supervisor of {self.name}")
 
+    def sleep(self) -> asyncio.Task[None]:
+        """Stop routing, wait for the requests in flight, put the engine to sleep; or end it, where that fails.
+
+        The task is done when that is so.
+        """
+        leaving = self.stop()
+        self._to_sleep = True
+        return leaving
+
+    def wake(self) -> None:
+        """Begin to wake: it sleeps. Returns at once."""
+        assert self.claim is not None, "it sleeps"
+        self.forget_return()
+        self._transition(Event.START, Phase.QUEUED)
+        self.claim.wakes()
+        self._woken.set()
+
+    def stop_yielding(self) -> None:
+        """One that gives way, or is to sleep, is stopped by hand, or for good: as any other."""
+        super().stop_yielding()
+        if self._to_sleep and self.state is State.UNLOADING and self._task is not None:
+            self._to_sleep = False
+            if self.phase is Phase.FALLING_ASLEEP:
+                self._task.cancel()
+            self._transition(Event.STOP, Phase.STOPPING)
+
     def stop(self, *, keep: bool = False) -> asyncio.Task[None]:
         """Stop routing, wait for the requests in flight, end the engine; the task is done when nothing of it is left.
 
@@ -99,6 +109,7 @@ class Supervisor(Tenancy):
         """
         assert self._task is not None, "only a started one can be stopped"
         assert self._life.state not in {State.STOPPED, State.UNLOADING}, "it is stopped once"
+        self._to_sleep = False
         self._serves_on.clear()
         if self.gives_way_to is None:
             self._leave()
@@ -148,7 +159,7 @@ class Supervisor(Tenancy):
 
     def gone(self) -> None:
         """No process of its engine lives: another one may have its room."""
-        if self.claim is not None:
+        if self.claim is not None and not self._starts_cold:
             self.claim.done()
             self.claim = None
 
@@ -156,45 +167,29 @@ class Supervisor(Tenancy):
         """Nothing is left of its engine, or it was left to the next daemon."""
         self._engine_alive = False
 
-    def _show_wait(self, why: Diagnosis | None) -> None:
-        """A start waits for something; None: for nothing that may not come, and the last failure is shown again."""
-        if self.state is State.LOADING:
-            self.diagnosis = why or self._failure
-            self._notify(Phase.QUEUED)
+    def _can_sleep(self) -> bool:
+        able = self.engine is not None and self.engine.place.may_sleep and self.claim is not None
+        return able and self.claim is not None and self._shared.loop.room.has_host_memory_for(self.claim)
+
+    def forget_return(self) -> None:
+        """That it was to give way and did not, or slept, is over: it wakes, or somebody wants something else of it."""
+        self._serves_on.clear()
 
     @property
     def serves_on(self) -> bool:
         """Whether it was to give way, and nobody waits for its room any more."""
         return self._serves_on.is_set()
 
-    @property
-    def failure(self) -> Diagnosis | None:
-        """Why its last engine failed; None where one serves, or the first one is on its way."""
-        return self._failure if self.state in {State.LOADING, State.ERROR} else None
-
-    def seconds_left(self) -> float | None:
-        """How long this start may still take, as the last ones of the same spec went; None where nothing is known."""
-        if self.state is not State.LOADING or self.engine is None:
-            return None
-        return progress.estimate(self._history.past_starts(self.spec.engine), self.engine.age_seconds())
-
-    def _transition(self, event: Event, phase: Phase | None = None, *, generation: int | None = None) -> None:
-        before = self._life
-        self._life = before.after(event, before.generation if generation is None else generation)
-        if self._life is before:  # a late event
-            return
-        if self._life.state is not before.state:
-            self.updated_at = datetime.now(UTC)
-        self._notify(phase)
-
-    def _notify(self, phase: Phase | None, fraction: float | None = None) -> None:
-        self.phase, self.fraction = phase, fraction
-        self._changed()
-
     async def _run(self, record: EngineRecord | None) -> None:
         try:
             while True:
-                failure = await self._run_engine(record)
+                try:
+                    failure = await self._run_engine(record)
+                except ColdStartError as error:
+                    self._starts_cold = False
+                    self._note_nap_failed(Reason.WAKE_FAILED, error.failed)
+                    record = None
+                    continue
                 if self._engine_alive:  # a stopping daemon could not end it
                     return
                 self._release_claim()
@@ -203,6 +198,10 @@ class Supervisor(Tenancy):
                 self._history.failed(self.name, failure.reason)
                 if not await self._await_retry(failure):
                     return
+        except EndedAsleepError:
+            if not self._engine_alive:
+                self._release_claim()
+                self._transition(Event.DIED)
         except Exception:  # a bug in here must not reach other models
             log.exception("the supervisor failed", instance=self.name)
             self._fail_by_bug()
@@ -259,7 +258,7 @@ class Supervisor(Tenancy):
                     known = await shared.launcher.option_names(self.spec.engine) if refused else frozenset()
                     return await self._failed(engine, ready, known_options=known)
                 engine.mark_ready()
-                return await self._serve(engine, ready, claim)
+                return await self._live(engine, ready, claim)
         except LaunchError as error:
             return error.diagnosis.masked(shared.mask)
         finally:
@@ -272,12 +271,41 @@ class Supervisor(Tenancy):
             return self._shared.launcher.adopted(record, self.spec.engine, self)
         return self._shared.launcher.running(self.spec, self.name, allocation, self)
 
-    async def _serve(self, engine: Engine, ready: Ready, claim: Claim) -> Diagnosis:
-        """Route requests to it until the engine ends or stalls; when stopped, drain those in flight."""
+    async def _live(self, engine: Engine, ready: Ready, claim: Claim) -> Diagnosis:
+        """Have it serve and sleep until it ends by itself; returns why it did."""
+        rest = Rest(self._shared.nap, self._shared.loop.room, engine, claim, self._history)
+        if engine.asleep and (sleeps := await rest.adopted()) is not False:
+            if sleeps is None:
+                self._starts_cold = True
+                raise ColdStartError(Failed("wake", "an earlier daemon put it to sleep, and it gives no clean answer"))
+            self._transition(Event.STOP)
+            claim.sleeps(None)
+            await self._sleep(rest, claim)
+        while (failure := await self._serve(engine, ready, claim)) is None:
+            self._notify(Phase.FALLING_ASLEEP)
+            if (failed := await rest.begin(self.spec.engine.sleep or 1)) is not None:
+                self._note_nap_failed(Reason.SLEEP_FAILED, failed)
+                raise asyncio.CancelledError
+            await self._sleep(rest, claim)
+        return failure
+
+    async def _sleep(self, rest: Rest, claim: Claim) -> None:
+        """It sleeps, until somebody wants it and it has woken."""
+        self._settle(Event.SLEPT, Phase.SLEEPING)
+        if not await rest.until_woken(self._woken):
+            raise EndedAsleepError
+        await claim.admission()
+        self._notify(Phase.WAKING)
+        if (failed := await rest.end(self.spec)) is not None:
+            self._starts_cold = True
+            raise ColdStartError(failed)
+
+    async def _serve(self, engine: Engine, ready: Ready, claim: Claim) -> Diagnosis | None:
+        """Route requests to it until the engine ends or stalls; when stopped, drain. None: it is to sleep."""
         loop, place, registry = asyncio.get_running_loop(), engine.place, self._shared.registry
         endpoint = Endpoint(self.name, place.address, place.credential, ready.max_model_len)
         generation = self._life.generation
-        self._note_ready(engine)
+        self._note_ready(engine, claim.woke_seconds)
         since = loop.time()
         self._transition(Event.LISTENING, Phase.SERVING, generation=generation)
         registry.add_endpoint(self.spec.id, endpoint)
@@ -296,9 +324,13 @@ class Supervisor(Tenancy):
                     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 except asyncio.CancelledError:
                     registry.withdraw_endpoint(self.spec.id, endpoint)
-                    if not await self._drain(endpoint, engine, claim):
+                    if await self._drain(endpoint, engine, claim):
+                        self._settle(Event.RESUMED, Phase.SERVING)
+                        registry.add_endpoint(self.spec.id, endpoint)
+                    elif self._to_sleep:
+                        return None
+                    else:
                         raise
-                    self._resume(endpoint)
             registry.withdraw_endpoint(self.spec.id, endpoint)  # before anything else, and before any notification
             if clock.elapsed(since) > self.spec.policy.restart.max_backoff:
                 self._failures = 0  # it served for a while: earlier failures do not count
@@ -311,14 +343,16 @@ class Supervisor(Tenancy):
             stalling.cancel()
             self.endpoint = None
 
-    def _resume(self, endpoint: Endpoint) -> None:
-        """It was to give way, and nobody waits for its room any more."""
+    def _settle(self, event: Event, phase: Phase) -> None:
+        """What was to end goes on: it serves, or sleeps."""
         assert self._task is not None, "it runs"
-        self._task.uncancel()
+        while self._task.uncancel():
+            pass
+        self._to_sleep = False
+        self._woken.clear()
         self._end_yielding()
+        self._transition(event, phase)
         self._serves_on.set()
-        self._transition(Event.RESUMED, Phase.SERVING)
-        self._shared.registry.add_endpoint(self.spec.id, endpoint)
 
     async def _drain(self, endpoint: Endpoint, engine: Engine, claim: Claim) -> bool:
         """Wait for the requests in flight; one that gives way, until it is stopped by hand, has a time of its own.
@@ -357,14 +391,3 @@ class Supervisor(Tenancy):
         self.diagnosis = self.last_exit.diagnosis
         self._notify(Phase.STOPPING)
         return self.diagnosis
-
-    def _note_ready(self, engine: Engine) -> None:
-        self.ready_at = datetime.now(UTC)
-        self.diagnosis = self._failure = None
-        seconds = round(engine.age_seconds(), 1)
-        if not engine.was_ready:
-            self._history.started(self.spec.engine, seconds)
-        log.info("engine ready", instance=self.name, seconds=seconds)
-
-    def _progress(self, now: Progress) -> None:
-        self._notify(now.phase, now.fraction)

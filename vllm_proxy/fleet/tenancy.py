@@ -6,17 +6,33 @@ Owns the claim of the instance on devices, from the wish to start until nothing 
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.diagnose import Diagnosis
-from vllm_proxy.domain.lifecycle import State
-from vllm_proxy.fleet.claims import Claim, Waits
+from vllm_proxy.domain.ledger import Depth
+from vllm_proxy.domain.lifecycle import Reason, State
+from vllm_proxy.engine.interface import Engine
+from vllm_proxy.fleet.claims import HOST_MEMORY, Claim, Waits
 from vllm_proxy.fleet.history import History
 from vllm_proxy.traffic.endpoint import Endpoint
 
 
+def gave_way(for_whom: str, *, awaits_request: bool) -> Diagnosis:
+    """Why a model does not run that made room for an instance, or of the machine's memory."""
+    whom, when = for_whom.removesuffix("/0"), datetime.now(UTC).strftime("%H:%M:%S")
+    again = "its next request starts it" if awaits_request else "it waits for room"
+    if for_whom == HOST_MEMORY:
+        why = f"ended while asleep at {when} UTC: {HOST_MEMORY} is full, and it slept longest"
+    else:
+        why = f"gave way to {whom} at {when} UTC"
+    return Diagnosis(Reason.GAVE_WAY, f"{why}; {again}")
+
+
 class Tenancy(ABC):
     """Of one instance. `changed` is called after every change of what it shows."""
+
+    engine: Engine | None  # what runs of it now
 
     def __init__(
         self, spec: ModelSpec, history: History, changed: Callable[[], None], wanted_since: Callable[[], float | None]
@@ -26,7 +42,8 @@ class Tenancy(ABC):
         self.claim: Claim | None = None
         self.waits: Waits | None = None  # for room, and why
         self.has_room = False  # it rests in error since there was none, and there is by now
-        self.gives_way_to: str | None = None  # the instance that waits for its room
+        self.gives_way_to: str | None = None  # the instance that waits for its room, or HOST_MEMORY
+        self.yields: Depth | None = None  # how far
         self.wanted_since = wanted_since
         self._stop_yielding = asyncio.Event()
         self._resumed = asyncio.Event()
@@ -39,6 +56,10 @@ class Tenancy(ABC):
         """What it is now."""
 
     @abstractmethod
+    def _can_sleep(self) -> bool:
+        """Whether an engine of it runs that was started so that it may sleep."""
+
+    @abstractmethod
     def _show_wait(self, why: Diagnosis | None) -> None:
         """A start waits for something that may not come; None: not any more."""
 
@@ -46,6 +67,13 @@ class Tenancy(ABC):
     def waiting_because(self) -> str | None:
         """Why its start waits for room, in a sentence; None: it does not."""
         return self.waits.because if self.waits is not None and self.state is State.LOADING else None
+
+    @property
+    def gives_way_because(self) -> str | None:
+        """Why it is to sleep or to end for others, in a sentence; None: it is not."""
+        if self.gives_way_to == HOST_MEMORY:
+            return f"ends while it sleeps: {HOST_MEMORY} is full"
+        return None if self.gives_way_to is None else f"gives way to {self.gives_way_to}"
 
     @property
     def awaits_room(self) -> bool:
@@ -75,18 +103,41 @@ class Tenancy(ABC):
         """What a start takes: as the last ones of its spec went."""
         return self._history.start_seconds(self.spec.engine)
 
+    def wake_seconds(self) -> float:
+        """What a wake takes: as the last one of its spec went."""
+        return self._history.wake_seconds(self.spec.engine)
+
     def measured(self) -> int | None:
         """Bytes that the last engine of its spec had of each device; None: not known."""
         return self._history.memory(self.spec.engine)
+
+    def may_sleep(self) -> bool:
+        """Whether its engine can, and nothing speaks against it."""
+        return self._can_sleep() and self._history.why_awake(self.spec.engine) is None
+
+    @property
+    def why_awake(self) -> str | None:
+        """Why its engine is not put to sleep, where that is known; None: it is."""
+        if self.spec.engine.sleep is None:
+            return "what runs of it was started without `sleep`"
+        if self.engine is not None and not self.engine.place.may_sleep:
+            return "its GPU has the machine's own memory, where level 1 would give nothing back"
+        if self.engine is not None and not self._can_sleep():
+            return "`devices.host_memory` is less than what level 1 would move there"
+        return self._history.why_awake(self.spec.engine)
+
+    def keeps(self) -> int | None:
+        """Bytes of each device that an engine of its spec had asleep; None: not known."""
+        return self._history.residue(self.spec.engine)
 
     def on_room(self) -> None:
         """It was refused, and could come by now: for the fleet loop to decide."""
         self.has_room = self.state is State.ERROR
         self._changed()
 
-    def on_yield(self, for_whom: str) -> None:
-        """It is to give way: to stop, once the fleet loop says so."""
-        self.gives_way_to = for_whom
+    def on_yield(self, depth: Depth, for_whom: str) -> None:
+        """It is to give way: to sleep or to stop, once the fleet loop says so."""
+        self.gives_way_to, self.yields = for_whom, depth
         self._changed()
 
     def on_resume(self) -> None:
@@ -102,7 +153,7 @@ class Tenancy(ABC):
 
     def _leave(self) -> None:
         """Nobody is to come to its devices until nothing of its engine is left; one that only waited is not heeded."""
-        if self.claim is not None and self.claim.waits:
+        if self.claim is not None and self.claim.allocation is None:
             self._release_claim()
         elif self.claim is not None:
             self.claim.goes()
@@ -115,6 +166,6 @@ class Tenancy(ABC):
             self.claim = None
 
     def _end_yielding(self) -> None:
-        self.gives_way_to = None
+        self.gives_way_to = self.yields = None
         self._stop_yielding.clear()
         self._resumed.clear()

@@ -167,7 +167,8 @@ def _model(
     valid = validate(ModelTable, merged, own, mine)
     options = merged.get("args")
     if isinstance(options, Mapping):
-        mine += [((*own, "args", spelling.get(key, key)), message) for key, message in args.problems_of(options)]
+        wrong = [*args.problems_of(options), *(args.not_with_sleep(options) if merged.get("sleep") is not None else ())]
+        mine += [((*own, "args", spelling.get(key, key)), message) for key, message in wrong]
     # What the model itself does not say, the defaults do: there it is to be mended.
     for path, message in mine:
         inherited = _holds(defaults, path[2:]) and not _holds(table, path[2:])
@@ -263,7 +264,8 @@ def _port_problems(engine: EngineDefaults | None, models: list[ModelSpec]) -> It
     if engine.port_end < engine.port_start:
         yield ("engine", "port_end"), f"expected at least port_start ({engine.port_start}), got {engine.port_end}"
         return
-    wanted = sum(model.policy.replicas for model in models if model.policy.enabled)
+    on_ports = (model for model in models if model.policy.enabled and model.engine.sleep is None)
+    wanted = sum(model.policy.replicas for model in on_ports)
     if wanted > (ports := engine.port_end - engine.port_start + 1):
         where = "port_end" if "port_end" in engine.model_fields_set else "port_start"
         yield ("engine", where), f"expected a port for each of {wanted} instances, got {ports} ports"

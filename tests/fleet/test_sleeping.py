@@ -1,0 +1,309 @@
+"""Models that sleep: the tier between ready and stopped. In virtual time."""
+
+import asyncio
+import re
+
+import pytest
+import structlog
+
+from tests.engine.virtual import Stage, now, passes, virtual
+from tests.fleet.test_giving_way import GIB, Gpus, answered, engine_of, model
+from tests.fleet.test_model import begun
+from vllm_proxy.domain.ledger import Depth
+from vllm_proxy.domain.lifecycle import Phase, Reason, State
+from vllm_proxy.engine.state import EngineRecord
+from vllm_proxy.fleet.model import Model
+
+
+@virtual
+async def test_an_idle_model_that_may_sleep_sleeps_and_its_next_request_wakes_it() -> None:
+    """The same engine serves again: no weights are loaded."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    with await answered(stage, "chat"):
+        pass
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    assert chat.instances[0].phase is Phase.SLEEPING
+    await passes(10_000)
+    with await answered(stage, "chat"):
+        assert (chat.state, len(stage.launcher.engines)) == (State.READY, 1)
+    assert stage.nap.done == ["chat/0 sleeps", "chat/0 wakes"]
+
+
+@virtual
+async def test_who_gives_way_sleeps_where_that_makes_room_enough() -> None:
+    """Two models take turns on one GPU without a start."""
+    stage = Stage(Gpus(gib=12))
+    chat, code = (begun(stage, model(name, 8, {"sleep": 1})) for name in ("chat", "code"))
+    for name in ("chat", "code", "chat", "code"):
+        with await answered(stage, name):
+            pass
+    assert (chat.state, code.state, len(stage.launcher.engines)) == (State.SLEEPING, State.READY, 2)
+
+
+@virtual
+async def test_eight_models_take_turns_on_a_gpu_that_holds_three_and_none_is_started_twice() -> None:
+    """Who is idle sleeps, and what the others keep is left to them."""
+    stage = Stage(Gpus(gib=20))
+    names = [f"m{number}" for number in range(8)]
+    for name in names:
+        stage.kept.residues[name] = GIB
+        stage.kept.seconds[name] = [20.0] * 9
+        begun(stage, model(name, keys={"sleep": 1}))
+    for name in (*names, *names, *reversed(names)):
+        with await answered(stage, name):
+            pass
+    assert len(stage.launcher.engines) == 8
+    assert all(engine.reaped_at is None for engine in stage.launcher.engines)
+
+
+@virtual
+async def test_a_wake_is_no_start() -> None:
+    """Neither the log nor what is known of starts takes the age of an engine for the time that it took."""
+    stage = Stage(Gpus())
+    stage.nap.seconds = 3
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    with await answered(stage, "chat"):
+        pass
+    starts = list(stage.kept.starts("chat"))
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    with structlog.testing.capture_logs() as logs, await answered(stage, "chat"):
+        pass
+    assert [one for one in logs if one["event"] in {"engine ready", "engine awake"}] == [
+        {"event": "engine awake", "log_level": "info", "instance": "chat/0", "seconds": 3.0}
+    ]
+    assert (stage.kept.starts("chat"), sum(chat.history.startups.counts)) == (starts, 1)
+    assert chat.instances[0].wake_seconds() == 3
+
+
+@virtual
+async def test_nobody_looks_at_the_devices_for_one_that_sleeps() -> None:
+    """Though it fell asleep before anybody had: what it had awake is not there any more."""
+    gpus = Gpus()
+    stage = Stage(gpus)
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    with await answered(stage, "chat"):
+        pass
+    assert stage.loop.room.is_asked(), "it serves, and nobody has looked yet"
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    assert not stage.loop.room.is_asked()
+    with await answered(stage, "chat"):
+        pass
+    assert stage.loop.room.is_asked(), "as behind a start"
+
+
+@virtual
+async def test_a_sleeper_ends_where_what_it_keeps_is_wanted() -> None:
+    """It gives way once more, to the end."""
+    stage = Stage(Gpus(gib=12))
+    chat = begun(stage, model("chat", 8, {"sleep": 1}, idle_timeout=20))
+    begun(stage, model("code", 11))
+    with await answered(stage, "chat"):
+        pass
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    with await answered(stage, "code"):
+        assert chat.state is State.STOPPED
+
+
+@pytest.mark.parametrize("operation", ["sleep", "wake"])
+@virtual
+async def test_a_failure_costs_one_cold_start_and_no_request(operation: str) -> None:
+    """The engine that nobody can trust is ended; one that was to wake is started anew where it was admitted to."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    stage.nap.failures = [operation]  # type: ignore[list-item]
+    with await answered(stage, "chat"):
+        pass
+    await stage.until(lambda: chat.state in {State.SLEEPING, State.STOPPED})
+    assert chat.state is (State.STOPPED if operation == "sleep" else State.SLEEPING)
+    with await answered(stage, "chat"):
+        assert (chat.state, len(stage.launcher.engines)) == (State.READY, 2)
+    assert engine_of(stage, "chat").reaped_at is None
+    assert stage.launcher.engines[0].reaped_at is not None
+    last = chat.instances[0].last_exit
+    assert last is not None
+    assert last.diagnosis.reason is (Reason.WAKE_FAILED if operation == "wake" else Reason.SLEEP_FAILED)
+    await stage.until(lambda: chat.state is State.SLEEPING)
+
+
+@virtual
+async def test_a_hand_stops_a_sleeper_and_one_that_falls_asleep() -> None:
+    """Both end."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    with await answered(stage, "chat"):
+        pass
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    chat.stop()
+    await stage.until(lambda: chat.state is State.STOPPED)
+    assert stage.loop.room.now().holds == []
+    chat.start()
+    with await answered(stage, "chat"):
+        pass
+    stage.nap.seconds = 50
+    await stage.until(lambda: chat.instances[0].phase is Phase.FALLING_ASLEEP)
+    chat.stop()
+    await passes(1)
+    assert (chat.state, stage.loop.room.now().holds) == (State.STOPPED, [])
+
+
+@virtual
+async def test_a_hand_puts_a_model_to_sleep_and_a_request_wakes_it() -> None:
+    """Unlike one that was stopped."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}, start="always"))
+    (await stage.engine()).listens = True
+    await stage.until(lambda: chat.state is State.READY)
+    chat.sleep()
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    await passes(1000)
+    assert chat.state is State.SLEEPING
+    with await answered(stage, "chat"):
+        assert len(stage.launcher.engines) == 1
+
+
+@virtual
+async def test_a_hand_puts_to_sleep_what_has_slept_before() -> None:
+    """A nap that is over says nothing of the next one."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}))
+    for _ in range(3):
+        with await answered(stage, "chat"):
+            pass
+        chat.sleep()
+        await stage.until(lambda: chat.state is State.SLEEPING)
+    assert len(stage.launcher.engines) == 1
+
+
+@virtual
+async def test_who_twice_did_not_fall_asleep_is_stopped_from_then_on() -> None:
+    """Its third engine is not asked to."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    stage.nap.failures = ["sleep"] * 3
+    for _ in range(3):
+        with await answered(stage, "chat"):
+            pass
+        await stage.until(lambda: chat.state is State.STOPPED)
+    assert stage.nap.failures == ["sleep"]
+
+
+@virtual
+async def test_an_engine_that_dies_asleep_is_gone_and_nobody_is_started_for_it() -> None:
+    """Its next request starts another one."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    with await answered(stage, "chat"):
+        pass
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    engine_of(stage, "chat").die()
+    await stage.until(lambda: chat.state is State.STOPPED)
+    await passes(1000)
+    assert len(stage.launcher.engines) == 1
+    waiting = asyncio.create_task(answered(stage, "chat"))
+    with await waiting:
+        assert len(stage.launcher.engines) == 2
+
+
+@virtual
+async def test_sleepers_have_no_more_of_the_machines_memory_than_they_may() -> None:
+    """The one that has slept longest ends; an engine that would take all of it by itself never sleeps."""
+    gpus = Gpus(count=3)
+    gpus.host_bytes = int(2.5 * 6 * 1.3 * GIB)
+    stage = Stage(gpus)
+    three = [begun(stage, model(name, keys={"sleep": 1}, idle_timeout=100)) for name in ("a", "b", "c")]
+    for one in three:
+        with await answered(stage, one.name):
+            await passes(10)
+    await passes(200)
+    assert [one.state for one in three] == [State.STOPPED, State.SLEEPING, State.SLEEPING]
+    assert three[0].message is not None
+    assert re.fullmatch(
+        r"ended while asleep at [0-9:]{8} UTC: \[devices\] host_memory is full, and it slept longest; "
+        "its next request starts it", three[0].message
+    )  # fmt: skip
+    counted = stage.loop.room.history.counted(now(), {"a", "b", "c"}, set())
+    assert counted.evictions == {("a", Depth.STOP, "[devices] host_memory"): 1}
+    big = begun(stage, model("big", 9, {"sleep": 1, "tensor_parallel_size": 2}, idle_timeout=100))
+    gpus.host_bytes = 2 * 9 * GIB
+    with await answered(stage, "big"):
+        pass
+    await passes(200)
+    assert big.state is State.STOPPED
+
+
+def record(asleep: int) -> EngineRecord:
+    """An engine of an earlier daemon that was to sleep."""
+    return EngineRecord(
+        "chat/0", "engine-0", 4242, 1, "unix:/tmp/vp-x/http.sock", "secret", "/tmp/vp-x", "", ready=True,
+        devices=("0",), takes={"0": 6 * GIB}, asleep=asleep,
+    )  # fmt: skip
+
+
+def adopted(stage: Stage, asleep: int, **policy: object) -> Model:
+    """A model whose engine an earlier daemon has started."""
+    spec = model("chat", keys={"sleep": 1}, **policy)  # type: ignore[arg-type]
+    made = Model(spec, stage.shared, stage.history(), lambda _: stage.moved())
+    stage.registry.declare(spec, made.request)
+    made.begin({0: record(asleep)})
+    return made
+
+
+@virtual
+async def test_a_sleeper_of_an_earlier_daemon_sleeps_on_until_a_request_comes() -> None:
+    """No weights are moved for that; what it has of the machine's memory counts as before."""
+    stage = Stage(Gpus())
+    chat = adopted(stage, 1)
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    claim = chat.instances[0].claim
+    assert claim is not None
+    assert claim.host_bytes() > 6 * GIB
+    await passes(1000)
+    assert (chat.state, stage.nap.done) == (State.SLEEPING, [])
+    with await stage.registry.acquire("chat"):
+        assert (chat.state, stage.nap.done) == (State.READY, ["chat/0 wakes"])
+
+
+@pytest.mark.parametrize(("says", "engines"), [(False, 1), (None, 2)])
+@virtual
+async def test_an_engine_that_was_to_sleep_serves_where_it_is_awake_and_ends_where_it_gives_no_clean_answer(
+    *, says: bool | None, engines: int
+) -> None:
+    """Its canary decides."""
+    stage = Stage(Gpus())
+    stage.nap.sleeping = says
+    chat = adopted(stage, 1, start="always")
+    await stage.engine()
+    while chat.state is not State.READY:
+        stage.launcher.engines[-1].listens = True
+        await passes(1)
+    assert len(stage.launcher.engines) == engines
+    assert stage.nap.done == []
+
+
+@virtual
+async def test_a_hand_puts_to_sleep_what_woke_before() -> None:
+    """Again and again; that it was to stay awake for somebody is over."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}))
+    for times in (1, 2, 3):
+        with await answered(stage, "chat"):
+            pass
+        await chat.sleep()
+        await stage.until(lambda: chat.state is not State.UNLOADING)
+        assert (chat.state, len(stage.nap.done)) == (State.SLEEPING, 2 * times - 1)
+
+
+@virtual
+async def test_a_sleeper_that_wants_its_room_has_the_devices_looked_at() -> None:
+    """As a start has: nobody waits for the next look."""
+    gpus = Gpus()
+    stage = Stage(gpus)
+    chat = begun(stage, model("chat", keys={"sleep": 1}, idle_timeout=100))
+    with await answered(stage, "chat"):
+        pass
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    looks = gpus.asked
+    chat.request()
+    await stage.until(lambda: chat.state is State.LOADING)
+    assert gpus.asked > looks

@@ -1,0 +1,68 @@
+"""Requests of the daemon's own to engines, for `probe` and `nap`. What clients send goes another way (`traffic/wire`).
+
+Answers are not trusted: each is read up to a limit, no redirect is followed, nothing is decompressed.
+"""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import aiohttp
+
+from vllm_proxy.domain.address import Address
+from vllm_proxy.traffic.dial import session_to
+
+MOST_BYTES = 2**20  # of an answer that is read whole
+
+# What a request may end in: nobody there, no answer in time, one that is none.
+FAULTS = (aiohttp.ClientError, OSError, TimeoutError, ValueError, RecursionError)
+
+
+@asynccontextmanager
+async def answer_to(
+    session: aiohttp.ClientSession,
+    address: Address,
+    method: str,
+    path: str,
+    *,
+    credential: str | None = None,
+    body: Mapping[str, object] | None = None,
+    seconds: float | None = None,
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """An answer's head; what it is not read of ends with the block. `seconds`: the deadline, one for all of it.
+
+    `session` must not share its connections with requests of clients; where the address is a Unix socket, one of its
+    own is used.
+    """
+    headers = {"Accept-Encoding": "identity"}
+    if credential is not None:
+        headers["Authorization"] = f"Bearer {credential}"
+    async with (
+        session_to(address, session) as client,
+        client.request(
+            method,
+            f"http://{address.authority}{path}",
+            headers=headers,
+            json=body,
+            timeout=aiohttp.ClientTimeout(total=seconds),
+            allow_redirects=False,  # an engine's answer is its own, and its credential is for it alone
+        ) as answer,
+    ):
+        if "Content-Encoding" in answer.headers:  # a small one can be large inside
+            raise ValueError("it is encoded though nobody asked for that")
+        yield answer
+
+
+async def json_of(answer: aiohttp.ClientResponse) -> object:
+    """What an answer holds.
+
+    Raises:
+        ValueError: it is no JSON, or too long.
+
+    """
+    body = bytearray()
+    async for chunk in answer.content.iter_any():
+        body += chunk
+        if len(body) > MOST_BYTES:
+            raise ValueError("it is too long")
+    return json.loads(body)
