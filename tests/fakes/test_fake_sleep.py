@@ -186,7 +186,7 @@ def test_abort_ends_what_runs_and_what_waits() -> None:
             assert b'"finish_reason":"abort"' in waits.recv(2**16)
             while b"[DONE]" not in (data := stream.recv(2**16, socket.MSG_PEEK)):
                 pass
-            assert data.count(b'"finish_reason": null') == data.count(b'"finish_reason"') == 1
+            assert data.count(b'"finish_reason":null') == data.count(b'"finish_reason"') == 1
 
 
 def test_wait_lets_what_runs_end(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_core_that_works_answers_nobody_else(tmp_path: Path) -> None:
             assert come(call) == come(other) == b""
             assert running.ask("/health")[0] == 200
             go.touch()
-            assert b'{"is_sleeping": true}' in other.recv(2**16)
+            assert b'{"is_sleeping":true}' in other.recv(2**16)
 
 
 def test_a_sleeper_that_is_told_to_sleep_again_changes_nothing(devices: Devices) -> None:
