@@ -9,6 +9,7 @@ ended, and what the engine reported is charged in its place. The arithmetic is i
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from vllm_proxy.domain.account import Account
@@ -250,15 +251,9 @@ class _Request:
 
     def exchange(self, *args: Any, **kwargs: Any) -> MeteredExchange:  # noqa: ANN401 - those of `Exchange`
         """One that counts; the last one that was made is what the client gets."""
-        if self.share is not None and kwargs.get("on_head") is None:
-            kwargs["on_head"] = self._began
-        self.made = MeteredExchange(*args, strip=self.strip, path=self.call.route, **kwargs)
+        on_body = None if self.share is None else partial(self.share.began, self.number)
+        self.made = MeteredExchange(*args, strip=self.strip, path=self.call.route, on_body=on_body, **kwargs)
         return self.made
-
-    def _began(self, _: int) -> bool:
-        assert self.share is not None
-        self.share.began(self.number)
-        return True
 
     def end(self) -> None:
         """It is over: settle it. To be called once, when the status of its call is known."""
@@ -272,7 +267,7 @@ class _Request:
         metering.usage.ended(name, self.model, outcome)
         if self.size and tokens is not NO_TOKENS:
             metering.estimates.learn(name, self.model, tokens, self.size, binary=self.binary)
-        self._leave(served=self.made is not None and self.made.first_byte_at > 0)
+        self._leave(served=self.made is not None and self.made.body_bytes > 0)
 
     def _leave(self, *, served: bool) -> None:
         if self.share is not None:

@@ -42,13 +42,18 @@ class MeteredExchange(Exchange):
         on_head: Callable[[int], bool] | None = None,
         strip: bool,
         path: str,
+        on_body: Callable[[], None] | None = None,
     ) -> None:
-        """As an `Exchange`. `path`: of the route. `strip`: whether the event with the usage is not for the client."""
+        """As an `Exchange`. `path`: of the route. `strip`: whether the event with the usage is not for the client.
+
+        `on_body`: called once, with the first bytes of the body: the head of a stream comes before the engine begins.
+        """
         super().__init__(
             client, extra_headers, event_error, http10=http10, no_body=no_body, close=close, on_head=on_head
         )
         # In an object of its own: Python is slower with the attributes of one that has thirty.
         self._reading = _Reading(path, strip=strip and asks_for_usage(path))
+        self._on_body = on_body
 
     @property
     def tokens(self) -> Tokens | None:
@@ -81,6 +86,9 @@ class MeteredExchange(Exchange):
                 self._client.write(data)
                 return
         payload = data if body is None else body
+        if payload and self._on_body is not None:
+            on_body, self._on_body = self._on_body, None
+            on_body()
         if self._complete and not reading.has_begun and payload.endswith(b"}"):  # JSON, at once and without chunks
             reading.whole = payload
         elif payload:
