@@ -1,4 +1,4 @@
-"""What keys cost: finding out who sends a request, requests with a key and without, an upload that is refused."""
+"""What keys cost: finding out who sends a request, metered requests and others, an upload that is refused."""
 
 import contextlib
 import time
@@ -20,6 +20,8 @@ KEYS = 200
 KEY, REVOKED = new_key(bytes(32)), new_key(b"r" * 32)
 WITHOUT, WITH = "no key", "a key"  # the proxies of `compared`
 _CALLS, _ROUNDS = 20_000, 15
+_RATE = "requests_per_minute = 1_000_000_000\ntokens_per_minute = 1_000_000_000_000\n"
+COMPARED = ("json32", "sse256")
 _END = "expires_at = 2999-01-01T00:00:00Z\n"
 
 
@@ -43,9 +45,10 @@ class Access:
 
 
 def configuration(*, expiring: bool = False) -> str:
-    """Tables of so many keys, the first of which is `KEY`."""
+    """Tables of so many keys with limits that nothing reaches, the first of which is `KEY`."""
     return "".join(
         f'[keys.k{n}]\nhash = "{hash_of(new_key(n.to_bytes(32)))}"\nmodels = ["bench", "m*"]\n{_END * expiring}'
+        f'{_RATE}[keys.k{n}.limits."*"]\n{_RATE}'
         for n in range(KEYS)
     )
 
@@ -88,7 +91,7 @@ def _seconds(work: Callable[[], None]) -> float:
 
 
 def measure(programs: build.Programs, folder: Path, rounds: int, seconds: float, say: Callable[[str], None]) -> Access:
-    """All of it; the rounds of json32 with and without a key take turns."""
+    """All of it; the rounds with a key, whose requests are metered, and without take turns."""
     found = Access(cost())
     for name, us in found.caller_us.items():
         say(f"the caller, by {name}: {us:.2f} us")
@@ -98,7 +101,7 @@ def measure(programs: build.Programs, folder: Path, rounds: int, seconds: float,
         peers.ours(programs, folder, name=WITHOUT, key="") as without,
         peers.ours(programs, folder, name=WITH, keys=configuration() + revoked + anybody, key=KEY) as having,
     ):
-        found.compared = cases.run_rounds(programs, [without, having], ["json32"], rounds, seconds, say)
+        found.compared = cases.run_rounds(programs, [without, having], COMPARED, rounds, seconds, say)
         found.refused = [_refused(having) for _ in range(max(5, rounds))]
     return found
 

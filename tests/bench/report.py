@@ -138,7 +138,7 @@ def targets(findings: Findings) -> list[Target]:
     compared = findings.keys.compared
     half, tail_of_swaps = swap.overheads(findings.swaps) if findings.swaps else (None, None)
     tail_of_wakes = swap.overheads(findings.wakes)[1] if findings.wakes else None
-    with_key = _median(_ratios(compared, "json32", access.WITH, access.WITHOUT, _cpu))
+    metered = {name: _median(_ratios(compared, name, access.WITH, access.WITHOUT, _cpu)) for name in access.COMPARED}
     return [
         Target("CPU per JSON request, 32 connections, vs vllm-router", 1.0, 0.6, "x", cpu("json32", "vllm-router")),
         Target("CPU per event, 256 streams, vs vllm-router", 1.1, 0.85, "x", cpu("sse256", "vllm-router")),
@@ -170,7 +170,8 @@ def targets(findings: Findings) -> list[Target]:
         Target("memory growth for a client that reads nothing", 5, None, "MB", findings.slow_mb.get(OURS)),
         Target("longest delay of an event beside a 50 MB body", 100, None, "ms", big.stall_ms if big else None),
         Target("finding the caller", 1, None, "us", max(_callers(findings).values(), default=None)),
-        Target("CPU per JSON request with a key, 32 connections, vs none", 1.04, None, "x", with_key),
+        Target("CPU per JSON request of a key with limits, vs unmetered", 1.10, None, "x", metered["json32"]),
+        Target("CPU per event of a key with limits, vs unmetered", 1.03, None, "x", metered["sse256"]),
         Target("until a 64 MiB upload is refused", 10, None, "ms", _median([one.ms for one in findings.keys.refused])),
         Target("CPU per JSON request with 1,000 models, more by", 5, None, "%", more("json32")),
         Target("CPU per event with 1,000 models, more by", 5, None, "%", more("sse256")),
@@ -188,9 +189,9 @@ def _callers(findings: Findings) -> dict[str, float]:
 def _key_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
     for name, us in findings.keys.caller_us.items():
         yield f"finding the caller, {name}", OURS, f"{us:.2f} us"
-    for name in (access.WITHOUT, access.WITH):
-        if found := findings.keys.compared.get("json32", name):
-            yield f"json32, {name}", OURS, f"{spread([one.cpu_us for one in found])} us"
+    for case, name in product(access.COMPARED, (access.WITHOUT, access.WITH)):
+        if found := findings.keys.compared.get(case, name):
+            yield f"{case}, {name}", OURS, f"{spread([one.cpu_us for one in found])} us"
     if refused := findings.keys.refused:
         statuses = ", ".join(str(status) for status in sorted({one.status for one in refused}))
         text = f"{statuses} in {spread([one.ms for one in refused])} ms, of its body was read by then"

@@ -150,6 +150,7 @@ _FORGETS = 1_000_000  # tokens: what was learned before so many counts half
 _FIRST_BINARY = 4096  # tokens at most of a body with images or audio, before the first one was answered
 _FIRST_OUTPUT = 256  # tokens of an answer, before the first one
 _REMEMBERED = 64  # outputs
+_SAMPLED = 8  # of so many answers one is learned from, once so many outputs are known
 
 
 class Estimates:
@@ -177,14 +178,17 @@ class Estimates:
         """From an answer's own usage; `length` and `binary` of its request's body as in `prompt`."""
         if not tokens.prompt:  # nothing was run
             return
+        outputs = self._outputs.get((key, model))
+        if outputs is None:
+            outputs = self._outputs[key, model] = _Outputs()
+        outputs.seen += 1
+        if outputs.seen > _REMEMBERED and outputs.seen % _SAMPLED:
+            return  # enough is known, and to learn costs as much as all other counting
+        outputs.learn(tokens.completion)
         prompts = self._models.get(model)
         if prompts is None:
             prompts = self._models[model] = _Prompts()
         prompts.learn(tokens.prompt, length, binary=binary)
-        outputs = self._outputs.get((key, model))
-        if outputs is None:
-            outputs = self._outputs[key, model] = _Outputs()
-        outputs.learn(tokens.completion)
 
 
 class _Prompts:
@@ -219,9 +223,10 @@ class _Prompts:
 class _Outputs:
     """The last outputs for one key, and the value that nine of ten of them do not exceed."""
 
-    __slots__ = ("_recent", "_sorted", "ninth")
+    __slots__ = ("_recent", "_sorted", "ninth", "seen")
 
     def __init__(self) -> None:
+        self.seen = 0  # answers
         self._recent: deque[int] = deque()
         self._sorted: list[int] = []
         self.ninth = _FIRST_OUTPUT

@@ -16,6 +16,7 @@ from vllm_proxy.domain.account import Account
 from vllm_proxy.domain.config import Config, ModelSpec
 from vllm_proxy.domain.fair import FairShare
 from vllm_proxy.domain.keys import Key
+from vllm_proxy.domain.limits import Limits
 from vllm_proxy.domain.tokens import NO_TOKENS, Estimates, Tokens
 from vllm_proxy.domain.usage import Spent
 from vllm_proxy.domain.window import Granted, Refused, admit, anthropic_lines, openai_lines, settle
@@ -36,12 +37,19 @@ _FULL_WAIT_SECONDS = 1.0  # who has too many requests that wait: nobody knows wh
 class User:
     """A key and what it uses, by its name: configurations come and go, what was used counts on."""
 
+    __slots__ = ("account", "in_flight", "is_limited", "limits", "name", "waiting")
+
     def __init__(self, key: Key, account: Account) -> None:
         self.name = key.name
-        self.limits = key.limits
         self.account = account
         self.in_flight = 0  # requests that hold an endpoint
         self.waiting: Counter[str] = Counter()  # requests that wait for one, by model
+        self.follow(key.limits)
+
+    def follow(self, limits: Limits) -> None:
+        """Other limits."""
+        self.limits = limits
+        self.is_limited = limits.is_limited
 
     @property
     def is_full(self) -> bool:
@@ -77,17 +85,18 @@ class Metering:
         self.is_fair = config.is_fair
         for name, key in config.keys.items():
             if (user := self.users.get(name)) is not None:
-                user.limits = key.limits
+                user.follow(key.limits)
                 user.account.change(key.limits, self._spent(name), self.epoch())
         for name in [name for name in self._shares if name not in config.models]:
             del self._shares[name]
 
     def user(self, caller: Caller) -> User:
         """Of the key that a caller has."""
-        found = self.users.get(caller.name)
+        name = caller.key.name
+        found = self.users.get(name)
         if found is None:
-            account = Account(caller.key.limits, self._spent(caller.name), self.epoch())
-            found = self.users[caller.name] = User(caller.key, account)
+            account = Account(caller.key.limits, self._spent(name), self.epoch())
+            found = self.users[name] = User(caller.key, account)
         return found
 
     def share(self, model: str) -> FairShare:
@@ -168,7 +177,7 @@ class _Request:
                 msg = f"cannot answer with {output} tokens: this key may have {most} at most (max_output_tokens)"
                 raise RequestError("invalid_max_tokens", msg, param="max_tokens")
             body, output = with_most(body, self.call.route, most), most
-        if limits.is_limited or self._metering.is_fair:
+        if self.user.is_limited or self._metering.is_fair:
             longest = spec.engine.max_model_len
             self.prompt = estimates.prompt(
                 self.model, self.size, binary=self.binary, most=longest if isinstance(longest, int) else None
