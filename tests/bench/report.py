@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 from tests.bench import access, cases, client, hazards, swap
 from tests.bench.idle import Idle
