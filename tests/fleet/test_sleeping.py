@@ -232,20 +232,20 @@ async def test_sleepers_have_no_more_of_the_machines_memory_than_they_may() -> N
     assert big.state is State.STOPPED
 
 
-def record(asleep: int) -> EngineRecord:
+def record(asleep: int, before_sleep: int | None = 0) -> EngineRecord:
     """An engine of an earlier daemon that was to sleep."""
     return EngineRecord(
         "chat/0", "engine-0", 4242, 1, "unix:/tmp/vp-x/http.sock", "secret", "/tmp/vp-x", "", ready=True,
-        devices=("0",), takes={"0": 6 * GIB}, asleep=asleep,
+        devices=("0",), takes={"0": 6 * GIB}, visible=("0",), asleep=asleep, before_sleep=before_sleep,
     )  # fmt: skip
 
 
-def adopted(stage: Stage, asleep: int, **policy: object) -> Model:
+def adopted(stage: Stage, asleep: int, before_sleep: int | None = 0, **policy: object) -> Model:
     """A model whose engine an earlier daemon has started."""
     spec = model("chat", keys={"sleep": 1}, **policy)  # type: ignore[arg-type]
     made = Model(spec, stage.shared, stage.history(), lambda _: stage.moved())
     stage.registry.declare(spec, made.request)
-    made.begin({0: record(asleep)})
+    made.begin({0: record(asleep, before_sleep)})
     return made
 
 
@@ -279,6 +279,33 @@ async def test_an_engine_that_was_to_sleep_serves_where_it_is_awake_and_ends_whe
         await passes(1)
     assert len(stage.launcher.engines) == engines
     assert stage.nap.done == []
+
+
+@pytest.mark.parametrize("before_sleep", [None, 0, GIB])
+@virtual
+async def test_an_engine_that_slept_under_an_earlier_daemon_counts_for_the_machines_memory_still(
+    before_sleep: int | None,
+) -> None:
+    """Though it is awake: it has that until it ends."""
+    stage = Stage(Gpus())
+    chat = adopted(stage, 0, before_sleep, start="always")
+    await stage.until(lambda: chat.state is State.READY)
+    claim = chat.instances[0].claim
+    assert claim is not None
+    assert (claim.host_bytes() > 6 * GIB) is (before_sleep is not None)
+
+
+@virtual
+async def test_an_adopted_sleeper_that_does_not_wake_is_started_where_it_was() -> None:
+    """On the GPUs that it was admitted to: what its engine is told of them is on record."""
+    stage = Stage(Gpus(count=2))
+    stage.nap.failures = ["wake"]
+    chat = adopted(stage, 1)
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    with await answered(stage, "chat"):
+        first, second = (one.place.allocation for one in stage.launcher.engines)
+    assert first == second
+    assert second.visible == ("0",)
 
 
 @virtual

@@ -178,11 +178,13 @@ class Claim:
         self.depth, self._may_go, self.awaits_look = None, None, False  # nobody looks for what it had awake
         self._changed(self)
 
-    def takes_host(self, takes: Mapping[str, int]) -> None:
-        """Its engine is put to sleep at level 1: what it had of its devices goes to the machine's memory."""
+    def takes_host(self, takes: Mapping[str, int], before: int) -> None:
+        """Its engine sleeps at level 1, or has: what it had of its devices goes to the machine's memory, or is there.
+
+        `before`: bytes of its processes before it first did; 0: not known.
+        """
         if self._host is None:
-            engine = self.tenant.engine
-            self._host = host_memory.estimate(takes), 0 if engine is None else engine.memory_bytes
+            self._host = host_memory.estimate(takes), before
 
     def host_bytes(self) -> int:
         """What it has of the machine's memory by sleeping, then or now: as measured, once it was."""

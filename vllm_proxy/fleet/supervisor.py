@@ -274,7 +274,7 @@ class Supervisor(Instance):
     async def _live(self, engine: Engine, ready: Ready, claim: Claim) -> Diagnosis:
         """Have it serve and sleep until it ends by itself; returns why it did."""
         rest = Rest(self._shared.nap, self._shared.loop.room, engine, claim, self._history)
-        if engine.asleep and (sleeps := await rest.adopted()) is not False:
+        if (sleeps := await rest.adopted()) is not False:
             if sleeps is None:
                 self._starts_cold = True
                 raise ColdStartError(Failed("wake", "an earlier daemon put it to sleep, and it gives no clean answer"))
