@@ -2,17 +2,20 @@
 
 import asyncio
 import re
+from dataclasses import replace
 
 import pytest
 import structlog
 
 from tests.engine.virtual import Stage, now, passes, virtual
-from tests.fleet.test_giving_way import GIB, Gpus, answered, engine_of, model
+from tests.fleet.test_giving_way import GIB, RULES, Gpus, answered, engine_of, model
 from tests.fleet.test_model import begun
+from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.ledger import Depth
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.fleet.model import Model
+from vllm_proxy.traffic.registry import Lease
 
 
 @virtual
@@ -334,3 +337,162 @@ async def test_a_sleeper_that_wants_its_room_has_the_devices_looked_at() -> None
     chat.request()
     await stage.until(lambda: chat.state is State.LOADING)
     assert gpus.asked > looks
+
+
+async def beside_busy(stage: Stage, code: ModelSpec) -> tuple[Model, Model, Lease]:
+    """A model that sleeps, since a busy one without sleep has its room. A GPU of 10 GiB."""
+    chat, busy = begun(stage, code), begun(stage, model("busy"))
+    with await answered(stage, chat.name):
+        pass
+    lease = await answered(stage, "busy")
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    return chat, busy, lease
+
+
+@virtual
+async def test_a_client_that_gives_up_leaves_a_sleeper_asleep() -> None:
+    """It waited for room to wake, and is loading as long as somebody waits for it, or may ask again."""
+    stage = Stage(Gpus(rules=RULES.model_copy(update={"max_wait": 1000.0})))
+    chat, _, _ = await beside_busy(stage, model("chat", keys={"sleep": 1}))
+    for _ in range(2):
+        waits = asyncio.create_task(stage.registry.acquire("chat"))
+        await passes(5)
+        assert (chat.state, chat.waits is not None) == (State.LOADING, True)
+        waits.cancel()
+        await passes(30)
+        assert (chat.state, chat.waits, engine_of(stage, "chat").reaped_at) == (State.SLEEPING, None, None)
+    assert stage.loop.room.now().asks == []
+
+
+@virtual
+async def test_a_hand_has_what_waits_to_wake_sleep_on() -> None:
+    """It was woken by hand, and did not get its room before; its engine is not ended."""
+    stage = Stage(Gpus(rules=RULES.model_copy(update={"max_wait": 1000.0})))
+    chat, _, _ = await beside_busy(stage, model("chat", keys={"sleep": 1}))
+    await chat.start()
+    await passes(30)
+    assert chat.state is State.LOADING
+    await chat.sleep()
+    assert (chat.state, engine_of(stage, "chat").reaped_at) == (State.SLEEPING, None)
+    await passes(100)
+    assert stage.loop.room.now().asks == []
+
+
+@virtual
+async def test_a_warm_sleeper_sleeps_and_wakes_where_nobody_waits_for_its_room() -> None:
+    """It is loading only where somebody waits for it; whoever waited and left leaves it asleep, and it comes back."""
+    stage = Stage(Gpus(rules=RULES.model_copy(update={"max_wait": 1000.0})))
+    chat, busy, lease = await beside_busy(stage, model("chat", keys={"sleep": 1}, start="warm"))
+    await passes(100)
+    assert (chat.state, len(stage.loop.room.now().asks)) == (State.SLEEPING, 1)
+    assert chat.message is not None
+    assert "gave way to busy" in chat.message
+    waits = asyncio.create_task(stage.registry.acquire("chat"))
+    await passes(5)
+    assert chat.state is State.LOADING
+    waits.cancel()
+    await passes(30)
+    assert (chat.state, len(stage.loop.room.now().asks)) == (State.SLEEPING, 1)
+    with lease:
+        pass
+    busy.stop()
+    await stage.until(lambda: chat.state is State.READY)
+    assert engine_of(stage, "chat").reaped_at is None
+
+
+@virtual
+async def test_warm_sleepers_have_no_more_of_the_machines_memory_than_they_may() -> None:
+    """Though they would wake where there is room; the one that slept longest ends, and waits for its room cold."""
+    gpus = Gpus(gib=13)
+    gpus.host_bytes = int(1.5 * 6 * 1.3 * GIB)
+    stage = Stage(gpus)
+    old, new = (begun(stage, model(name, keys={"sleep": 1}, start="warm")) for name in ("old", "new"))
+    for one in (old, new):
+        with await answered(stage, one.name):
+            await passes(20)
+    begun(stage, model("big", 11))
+    with await answered(stage, "big"):
+        await stage.until(lambda: State.SLEEPING in {old.state, new.state})
+        await passes(1)
+        assert sorted(one.state for one in (old, new)) == [State.LOADING, State.SLEEPING]
+        (cold,) = (one for one in (old, new) if one.state is State.LOADING)
+        assert engine_of(stage, cold.name).reaped_at is not None
+
+
+@pytest.mark.parametrize("start", ["on-demand", "warm"])
+@virtual
+async def test_a_sleeper_that_dies_while_it_waits_for_room_waits_as_any_other_start(start: str) -> None:
+    """Nobody finds out at the wake only: what it kept is free, and that is no failed wake."""
+    stage = Stage(Gpus(rules=RULES.model_copy(update={"max_wait": 1000.0})))
+    chat, _, lease = await beside_busy(stage, model("chat", keys={"sleep": 1}, start=start))
+    waits = asyncio.create_task(stage.registry.acquire("chat"))
+    await passes(5)
+    engine_of(stage, "chat").die()
+    await passes(1)
+    assert [hold.name for hold in stage.loop.room.now().holds] == ["busy/0"]
+    assert (chat.state, chat.instances[0].phase, chat.instances[0].restarts) == (State.LOADING, Phase.QUEUED, 0)
+    assert chat.waits is not None
+    last = chat.instances[0].last_exit
+    assert last is not None
+    assert last.diagnosis.reason is Reason.CRASHED
+    assert not chat.history.sleep_failures
+    with lease:
+        pass
+    (await stage.engine(3)).listens = True
+    with await waits:
+        pass
+
+
+@virtual
+async def test_an_engine_that_dies_asleep_leaves_its_reason() -> None:
+    """The model and its instance say it until the next start, it is counted, and the log has a line."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}, start="always"))
+    (await stage.engine()).listens = True
+    await stage.until(lambda: chat.state is State.READY)
+    await chat.sleep()
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    with structlog.testing.capture_logs() as logs:
+        engine_of(stage, "chat").die()
+        await stage.until(lambda: chat.state is State.STOPPED)
+    assert [one["instance"] for one in logs if one["event"] == "an engine ended by itself"] == ["chat/0"]
+    assert chat.history.failures == {("chat/0", Reason.CRASHED): 1}
+    last = chat.instances[0].last_exit
+    assert last is not None
+    assert last.diagnosis.message == "the engine ended while it slept (exit code 1)"
+    assert chat.message == f"{last.diagnosis.message}; its next request starts another"
+    with await answered(stage, "chat"):
+        assert chat.message is None
+
+
+@virtual
+async def test_an_engine_that_dies_before_it_could_be_asked_to_sleep_has_not_failed_to_sleep() -> None:
+    """Its last request was awaited then: that says nothing of its sleep."""
+    stage = Stage(Gpus())
+    chat = begun(stage, model("chat", keys={"sleep": 1}))
+    with await answered(stage, "chat"):
+        await chat.sleep()
+        await passes(1)
+        assert chat.instances[0].phase is Phase.DRAINING
+        engine_of(stage, "chat").die()
+        await stage.until(lambda: chat.state is State.STOPPED)
+    assert not chat.history.sleep_failures
+    assert chat.history.failures == {("chat/0", Reason.CRASHED): 1}
+
+
+@virtual
+async def test_a_change_that_no_engine_notices_wakes_nobody() -> None:
+    """A hand has put it to sleep; one of `start` counts as wanting it."""
+    stage = Stage(Gpus())
+    spec = model("chat", keys={"sleep": 1}, start="always")
+    chat = begun(stage, spec)
+    (await stage.engine()).listens = True
+    await stage.until(lambda: chat.state is State.READY)
+    await chat.sleep()
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    spec = replace(spec, policy=spec.policy.model_copy(update={"description": "for everybody"}))
+    chat.adopt_spec(spec)
+    await passes(100)
+    assert chat.state is State.SLEEPING
+    chat.adopt_spec(replace(spec, policy=spec.policy.model_copy(update={"start": "warm"})))
+    await stage.until(lambda: chat.state is State.READY)

@@ -5,7 +5,6 @@ is told apart from a good nap is told by `/is_sleeping` and by the canary alone,
 is managed as a device: what an engine was given there is on record for each daemon that adopts it.
 """
 
-import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -55,7 +54,8 @@ async def folder(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path
     """Where a daemon started both engines that the tests find: each ends its daemon, and keeps them. Then they end."""
     place = tmp_path_factory.mktemp("sleep")
     async with under_daemon(place) as running:
-        await asyncio.gather(*(answer(running, name) for name in LEVELS))
+        for name in LEVELS:  # engines on one device start one at a time
+            await answer(running, name)
         pids = await all_pids(running)
     yield place
     async with daemon(configuration(chat_model(os.environ)), place) as running:

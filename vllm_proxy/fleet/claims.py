@@ -129,6 +129,7 @@ class Claim:
         self.woke_seconds: float | None = None  # of its last wake; None: its engine was started, or it failed
         self.depth: Depth | None = None  # how far it goes, while it yields or goes
         self._asks = True
+        self._slept_at = asked_at
         self._was_asleep = False
         self._wanted_since: float | None = None
         self._wanted_until = 0.0
@@ -175,7 +176,9 @@ class Claim:
     def sleeps(self, keeps: int | None) -> None:
         """Its engine has given its memory back, but for this much of each device, where that is known."""
         self.standing, self.since, self.keeps = Standing.SLEEPS, asyncio.get_running_loop().time(), keeps
+        self._slept_at = self.since
         self.depth, self._may_go, self.awaits_look = None, None, False  # nobody looks for what it had awake
+        self._admitted = asyncio.get_running_loop().create_future()
         self._changed(self)
 
     def takes_host(self, takes: Mapping[str, int], before: int) -> None:
@@ -195,10 +198,17 @@ class Claim:
         return grown if grown > guess * _SEEN else guess
 
     def wakes(self) -> None:
-        """It sleeps, and wants its room again."""
-        self._asks, self.since, self.woke_seconds = True, asyncio.get_running_loop().time(), None
-        self._admitted = asyncio.get_running_loop().create_future()
-        self._changed(self)
+        """Where it sleeps, it wants its room again."""
+        if self.standing is Standing.SLEEPS and not self._asks:
+            self._asks, self.since, self.woke_seconds = True, asyncio.get_running_loop().time(), None
+            self._changed(self)
+
+    def sleeps_on(self) -> None:
+        """Where it sleeps, it does not want its room any more."""
+        if self.standing is Standing.SLEEPS and self._asks:
+            self._asks, self.since, self.place, self.short = False, self._slept_at, (), None
+            self.tell(None)
+            self._changed(self)
 
     def woke(self, seconds: float) -> None:
         """Its engine has woken, which took so long."""
@@ -214,7 +224,7 @@ class Claim:
     def goes(self) -> None:
         """Its engine is being ended: nobody may come where it sets memory free."""
         if self.standing is not None:
-            self.standing = Standing.GOES
+            self.standing, self._asks = Standing.GOES, False
             self._changed(self)
 
     def failed(self, why: str) -> None:
@@ -291,7 +301,7 @@ class Claim:
     def give_way(self, depth: Depth, for_whom: str) -> None:
         """It takes no new requests from now on."""
         self._was_asleep = self.standing is Standing.SLEEPS
-        self.standing, self.depth = Standing.YIELDS, depth
+        self.standing, self.depth, self._asks = Standing.YIELDS, depth, False
         notify([self.tenant.on_yield], depth, for_whom)
 
     @property
@@ -311,8 +321,7 @@ class Claim:
 
     def is_wanted(self, time: float) -> bool:
         """Whether somebody waits for its model, or may ask again soon."""
-        always = self.tenant.spec.policy.start == "always"
-        return always or (self._wanted_since is not None and time <= self._wanted_until + ASKS_AGAIN_SECONDS)
+        return self._is_always or (self._wanted_since is not None and time <= self._wanted_until + ASKS_AGAIN_SECONDS)
 
     @property
     def ends(self) -> bool:
@@ -320,9 +329,14 @@ class Claim:
         return self.standing in {Standing.YIELDS, Standing.GOES} and self.depth is not Depth.SLEEP
 
     @property
-    def is_at_rest(self) -> bool:
-        """Whether it sleeps, and nobody wants it."""
-        return self.standing is Standing.SLEEPS and not self._asks
+    def at_rest_since(self) -> float | None:
+        """Since when it has slept, where nobody waits for it, though it may come where there is room; else None."""
+        is_wanted = self._asks and (self._is_always or self.tenant.wanted_since() is not None)
+        return self._slept_at if self.standing is Standing.SLEEPS and not is_wanted else None
+
+    @property
+    def _is_always(self) -> bool:
+        return self.tenant.spec.policy.start == "always"
 
     @property
     def may_resume(self) -> bool:

@@ -76,15 +76,23 @@ class Rest:
         if allocation is not None and allocation.gpus:
             self._claim.takes_host(allocation.takes, before)
 
-    async def until_woken(self, woken: asyncio.Event) -> bool:
-        """Wait until somebody wants it; whether it lives then."""
-        waking = spawn(woken.wait(), f"wake of {self._claim.name}")
-        waits: set[asyncio.Future[Any]] = {waking, self._engine.exited}
+    async def until_admitted(self) -> bool:
+        """Wait until it is to wake and has its room for that; False where its engine ends before.
+
+        Raises:
+            LaunchError: it is refused.
+
+        """
+        admitted = spawn(self._claim.admission(), f"wake of {self._claim.name}")
+        waits: set[asyncio.Future[Any]] = {admitted, self._engine.exited}
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if self._engine.exited.done():
+                return False
+            await admitted
         finally:
-            waking.cancel()
-        return not self._engine.exited.done()
+            admitted.cancel()
+        return True
 
     async def end(self, spec: ModelSpec) -> Failed | None:
         """Wake it, on the devices that it was admitted to; why that failed, where it did."""

@@ -342,10 +342,7 @@ class Room:
         if budget is None:
             return
         slept = {one.name: one for one in self._claims if one.host_bytes() and not one.ends}
-        sleepers = {
-            name: host_memory.Sleeper(one.host_bytes(), one.since if one.is_at_rest else None)
-            for name, one in slept.items()
-        }
+        sleepers = {name: host_memory.Sleeper(one.host_bytes(), one.at_rest_since) for name, one in slept.items()}
         for name in host_memory.to_end(sleepers, budget):
             slept[name].give_way(Depth.STOP, HOST_MEMORY)
             self.history.note_host_memory_full(slept[name].model)

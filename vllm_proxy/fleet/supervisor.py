@@ -28,7 +28,7 @@ from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.fleet.claims import Claim
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.draining import cut, drain, give_way
-from vllm_proxy.fleet.failure import inspected
+from vllm_proxy.fleet.failure import last_exit
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.instance import Instance
 from vllm_proxy.fleet.rest import ColdStartError, EndedAsleepError, Rest
@@ -61,9 +61,7 @@ class Supervisor(Instance):
         self._failures = 0
         self._engine_alive = False  # whether an engine of it, or a process of one, lives
         self._task: asyncio.Task[None] | None = None
-        self._serves_on = asyncio.Event()  # it was to give way, and did not; or sleeps
         self._to_sleep = False
-        self._woken = asyncio.Event()
         self._starts_cold = False  # its engine is ended, and it keeps its claim
 
     def start(self, record: EngineRecord | None = None) -> None:
@@ -84,14 +82,6 @@ class Supervisor(Instance):
         leaving = self.stop()
         self._to_sleep = True
         return leaving
-
-    def wake(self) -> None:
-        """Begin to wake: it sleeps. Returns at once."""
-        assert self.claim is not None, "it sleeps"
-        self.forget_return()
-        self._transition(Event.START, Phase.QUEUED)
-        self.claim.wakes()
-        self._woken.set()
 
     def stop_yielding(self) -> None:
         """One that gives way, or is to sleep, is stopped by hand, or for good: as any other."""
@@ -171,15 +161,6 @@ class Supervisor(Instance):
         able = self.engine is not None and self.engine.place.may_sleep and self.claim is not None
         return able and self.claim is not None and self._shared.loop.room.has_host_memory_for(self.claim)
 
-    def forget_return(self) -> None:
-        """That it was to give way and did not, or slept, is over: it wakes, or somebody wants something else of it."""
-        self._serves_on.clear()
-
-    @property
-    def serves_on(self) -> bool:
-        """Whether it was to give way, and nobody waits for its room any more."""
-        return self._serves_on.is_set()
-
     async def _run(self, record: EngineRecord | None) -> None:
         try:
             while True:
@@ -190,6 +171,11 @@ class Supervisor(Instance):
                     self._note_nap_failed(Reason.WAKE_FAILED, error.failed)
                     record = None
                     continue
+                except EndedAsleepError:
+                    record = None
+                    if self._engine_alive or not self._starts_after_sleep():
+                        return
+                    continue
                 if self._engine_alive:  # a stopping daemon could not end it
                     return
                 self._release_claim()
@@ -198,13 +184,15 @@ class Supervisor(Instance):
                 self._history.failed(self.name, failure.reason)
                 if not await self._await_retry(failure):
                     return
-        except EndedAsleepError:
-            if not self._engine_alive:
-                self._release_claim()
-                self._transition(Event.DIED)
         except Exception:  # a bug in here must not reach other models
             log.exception("the supervisor failed", instance=self.name)
             self._fail_by_bug()
+
+    def _starts_after_sleep(self) -> bool:
+        """Whether its next engine starts, as any other: the one that slept has ended, and somebody waits for it."""
+        self._release_claim()
+        self._transition(Event.DIED, Phase.QUEUED if self.state is State.LOADING else None)
+        return self.state is State.LOADING
 
     def _fail_by_bug(self) -> None:
         """It ends in `error`; where its engine may live, it is reported as not ended, and nothing starts beside it."""
@@ -278,23 +266,32 @@ class Supervisor(Instance):
             if sleeps is None:
                 self._starts_cold = True
                 raise ColdStartError(Failed("wake", "an earlier daemon put it to sleep, and it gives no clean answer"))
-            self._transition(Event.STOP)
             claim.sleeps(None)
-            await self._sleep(rest, claim)
+            await self._sleep(rest, engine)
         while (failure := await self._serve(engine, ready, claim)) is None:
+            if engine.exited.done():  # while its last requests were awaited
+                await self._note_end(engine)
+                raise asyncio.CancelledError
             self._notify(Phase.FALLING_ASLEEP)
             if (failed := await rest.begin(self.spec.engine.sleep or 1)) is not None:
                 self._note_nap_failed(Reason.SLEEP_FAILED, failed)
                 raise asyncio.CancelledError
-            await self._sleep(rest, claim)
+            await self._sleep(rest, engine)
         return failure
 
-    async def _sleep(self, rest: Rest, claim: Claim) -> None:
-        """It sleeps, until somebody wants it and it has woken."""
+    async def _sleep(self, rest: Rest, engine: Engine) -> None:
+        """It sleeps, until it is admitted to wake, and has."""
+        self.sleeps = True
         self._settle(Event.SLEPT, Phase.SLEEPING)
-        if not await rest.until_woken(self._woken):
-            raise EndedAsleepError
-        await claim.admission()
+        try:
+            if not await rest.until_admitted():
+                self._leave()
+                await self._note_end(engine)
+                raise EndedAsleepError
+        finally:
+            self.sleeps = False
+        if self.state is State.SLEEPING:
+            self._transition(Event.START)
         self._notify(Phase.WAKING)
         if (failed := await rest.end(self.spec)) is not None:
             self._starts_cold = True
@@ -349,7 +346,6 @@ class Supervisor(Instance):
         while self._task.uncancel():
             pass
         self._to_sleep = False
-        self._woken.clear()
         self._end_yielding()
         self._transition(event, phase)
         self._serves_on.set()
@@ -381,13 +377,16 @@ class Supervisor(Instance):
         known_options: Collection[str] = (),
     ) -> Diagnosis:
         """Record a failure. `verdict` None: the engine ended, and its exit and its log are diagnosed."""
-        mask = self._shared.mask
-        inspect = partial(inspected, engine, verdict, was_ready=was_ready, known_options=known_options, mask=mask)
         self._leave()
         stalled = was_ready and verdict is not None and verdict.reason is Reason.STALLED
         # Shown before the diagnosis is there: the rest of its processes is being stopped.
         self._transition(Event.STALLED if stalled else Event.DIED, Phase.STOPPING, generation=generation)
-        self.last_exit = await self._shared.offload(inspect)  # a log may be megabytes of dumps
+        self.last_exit = await last_exit(
+            engine, verdict, self._shared, was_ready=was_ready, known_options=known_options
+        )
         self.diagnosis = self.last_exit.diagnosis
         self._notify(Phase.STOPPING)
         return self.diagnosis
+
+    async def _note_end(self, engine: Engine) -> None:
+        self._note_died(await last_exit(engine, None, self._shared, was_ready=True))

@@ -47,6 +47,7 @@ class Tenancy(ABC):
         self.wanted_since = wanted_since
         self._stop_yielding = asyncio.Event()
         self._resumed = asyncio.Event()
+        self._serves_on = asyncio.Event()  # it was to give way, and did not; or sleeps
         self._history = history
         self._changed = changed
 
@@ -77,8 +78,9 @@ class Tenancy(ABC):
 
     @property
     def awaits_room(self) -> bool:
-        """Whether it would run, and nothing of it does yet."""
-        return self.has_room or (self.state is State.LOADING and self.claim is not None and self.claim.waits)
+        """Whether it would run, and nothing of it does yet, or it sleeps."""
+        would = self.state in {State.LOADING, State.SLEEPING}
+        return self.has_room or (would and self.claim is not None and self.claim.waits)
 
     def stop_yielding(self) -> None:
         """One that gives way is stopped by hand, or for good: no longer than any other."""
@@ -150,6 +152,15 @@ class Tenancy(ABC):
         self._show_wait(None if why is None else why.diagnosis)
 
     # For its supervisor
+
+    def forget_return(self) -> None:
+        """That it was to give way and did not, or slept, is over: it wakes, or somebody wants something else of it."""
+        self._serves_on.clear()
+
+    @property
+    def serves_on(self) -> bool:
+        """Whether it was to give way, and nobody waits for its room any more."""
+        return self._serves_on.is_set()
 
     def _leave(self) -> None:
         """Nobody is to come to its devices until nothing of its engine is left; one that only waited is not heeded."""
