@@ -78,7 +78,7 @@ def _max_model_len(value: object) -> object:
 
 def _sleep(value: object) -> object:
     """pydantic's literals would take `true` and 1.0 for 1."""
-    if value in {0, 1, 2} and type(value) is int:
+    if type(value) is int and value in {0, 1, 2}:
         return value
     msg = f"expected one of 0, 1, 2, got {show(value)}"
     raise ValueError(msg)
