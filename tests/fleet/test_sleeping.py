@@ -1,6 +1,7 @@
 """Models that sleep: the tier between ready and stopped. In virtual time."""
 
 import asyncio
+import math
 import re
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.ledger import Depth
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.engine.state import EngineRecord
+from vllm_proxy.fleet.measuring import Measuring
 from vllm_proxy.fleet.model import Model
 from vllm_proxy.traffic.registry import Lease
 
@@ -496,3 +498,32 @@ async def test_a_change_that_no_engine_notices_wakes_nobody() -> None:
     assert chat.state is State.SLEEPING
     chat.adopt_spec(replace(spec, policy=spec.policy.model_copy(update={"start": "warm"})))
     await stage.until(lambda: chat.state is State.READY)
+
+
+@pytest.mark.parametrize("others_go", [False, True])
+@virtual
+async def test_what_a_sleeper_keeps_is_not_known_where_others_gave_back_memory_meanwhile(*, others_go: bool) -> None:
+    """Where a gauge is all there is, that would be taken for its own: it would count for nothing."""
+    gpus = Gpus(gib=20)
+    stage = Stage(gpus)
+    chat, code = (begun(stage, model(name, keys={"sleep": 1}, start="always")) for name in ("chat", "code"))
+    while (chat.state, code.state) != (State.READY, State.READY):
+        await passes(1)
+        for engine in stage.launcher.engines:
+            engine.listens = True
+    mine, other = chat.instances[0].claim, code.instances[0].claim
+    assert mine is not None
+    assert other is not None
+
+    def free(gib: int) -> None:
+        gpus.seen["0"], gpus.seen_at = replace(gpus.seen["0"], free=gib * GIB), math.inf
+
+    free(8)
+    memory = Measuring(stage.loop.room, mine)
+    await memory.begin()
+    if others_go:
+        other.goes()
+    free(13)
+    assert await memory.freed()
+    keeps = memory.keeps()
+    assert keeps == (None if others_go else pytest.approx(GIB, abs=1e6))

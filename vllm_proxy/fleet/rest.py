@@ -43,7 +43,7 @@ class Rest:
             self._engine.note_sleep(level, canary)
 
         spec = self._claim.tenant.spec.engine
-        memory, began = Measuring(self._room.machines, self._claim), asyncio.get_running_loop().time()
+        memory, began = Measuring(self._room, self._claim), asyncio.get_running_loop().time()
         if level == 1:
             self._take_host(self._engine.memory_bytes)
         await memory.begin()
