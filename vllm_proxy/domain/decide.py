@@ -174,8 +174,9 @@ def decide_model(model: ModelNow) -> ModelDecision:
 
 
 def _yields(one: InstanceNow) -> bool:
-    """Whether it was told to give way, and has not begun to."""
-    return one.yields is not None and one.state in {State.READY, State.SLEEPING}
+    """Whether it was told to give way, and has not begun to. One that is to wake and waits for its room sleeps."""
+    sleeps = one.state is State.SLEEPING or (one.state is State.LOADING and one.awaits_room)
+    return one.yields is not None and (one.state is State.READY or sleeps)
 
 
 def _idle_ones(model: ModelNow, current: AbstractSet[int]) -> dict[int, InstanceNow]:
