@@ -15,6 +15,7 @@ from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.ledger import Depth
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.engine.state import EngineRecord
+from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.measuring import Measuring
 from vllm_proxy.fleet.model import Model
 from vllm_proxy.traffic.registry import Lease
@@ -527,3 +528,142 @@ async def test_what_a_sleeper_keeps_is_not_known_where_others_gave_back_memory_m
     assert await memory.freed()
     keeps = memory.keeps()
     assert keeps == (None if others_go else pytest.approx(GIB, abs=1e6))
+
+
+async def asleep(
+    stage: Stage, name: str, gib: int = 6, keys: dict[str, object] | None = None, **policy: object
+) -> Model:
+    """A model that served, and was put to sleep by hand."""
+    made = begun(stage, model(name, gib, {"sleep": 1, **(keys or {})}, **policy))
+    with await answered(stage, name):
+        pass
+    await made.sleep()
+    await stage.until(lambda: made.state is State.SLEEPING)
+    return made
+
+
+@virtual
+async def test_a_sleeper_whose_gpu_is_taken_for_good_is_started_on_another_one() -> None:
+    """Its request waits for a cold start, and the engine that slept is gone."""
+    stage = Stage(Gpus(count=2))
+    code = await asleep(stage, "code")
+    begun(stage, model("big", keys={"devices": [0]}, start="always"))
+    (await stage.engine(2)).listens = True
+    await passes(1)
+    with await answered(stage, "code"):
+        assert (code.state, len(stage.launcher.engines)) == (State.READY, 3)
+    assert stage.launcher.engines[0].reaped_at is not None
+    assert [*engine_of(stage, "code").place.allocation.takes] == ["1"]
+    assert code.message is None
+
+
+@virtual
+async def test_a_sleeper_that_can_never_have_room_fails_its_requests_at_once() -> None:
+    """As one that does not sleep."""
+    stage = Stage(Gpus())
+    code = await asleep(stage, "code")
+    begun(stage, model("big", start="always"))
+    (await stage.engine(2)).listens = True
+    await passes(1)
+    asked = now()
+    with pytest.raises(RequestError, match=r"code: it needs 6\.0 GiB on a GPU and 4\.0 can be had"):
+        await stage.registry.acquire("code")
+    assert now() - asked < 1
+    await passes(60)
+    assert stage.loop.room.now().asks == [], "nobody waits any more"
+    assert code.state in {State.SLEEPING, State.STOPPED}
+
+
+@virtual
+async def test_a_sleeper_that_waits_for_its_room_ends_where_what_it_keeps_is_wanted() -> None:
+    """It gives way as one that nobody waits for, and is started when it is its turn."""
+    stage = Stage(Gpus(gib=12))
+    code = await asleep(stage, "code", 8)
+    big = begun(stage, model("big", 11, priority=1))
+    busy = begun(stage, model("busy", 8, priority=-1, yield_timeout=0))
+    running = await answered(stage, "busy")
+    waiting = asyncio.create_task(answered(stage, "code"))
+    await stage.until(lambda: code.state is State.LOADING)
+    first = asyncio.create_task(answered(stage, "big"))
+    await passes(40)
+    running.__exit__()
+    with await first:
+        assert (code.state, busy.state) == (State.LOADING, State.STOPPED)
+        assert stage.launcher.engines[0].reaped_at is not None
+    with await waiting:
+        assert big.state is State.STOPPED
+
+
+@virtual
+async def test_who_slept_waits_its_own_time_for_its_next_request() -> None:
+    """A model that sleeps and wakes every few seconds has not waited since its first one: others get their turns."""
+    stage = Stage(Gpus(gib=10, rules=RULES.model_copy(update={"min_residency": 0.0})))
+    chat, code = (begun(stage, model(name, keys={"sleep": 1})) for name in ("chat", "code"))
+    for name in ("chat", "code") * 12:
+        with await answered(stage, name):
+            await passes(1)
+    assert now() > RULES.max_wait
+    running = await answered(stage, "code")
+    waiting = asyncio.create_task(answered(stage, "chat"))
+    asked = now()
+    await stage.until(lambda: code.state is State.UNLOADING)
+    assert now() - asked == pytest.approx(RULES.max_wait, abs=1), "a busy one serves so long at least"
+    running.__exit__()
+    with await waiting:
+        assert chat.state is State.READY
+
+
+@virtual
+async def test_two_hot_sleepers_do_not_starve_a_third_model() -> None:
+    """It is served when it has waited for `max_wait`, and not when they have nothing to do any more."""
+    stage = Stage(Gpus(gib=10, rules=RULES.model_copy(update={"min_residency": 0.0, "max_wait": 5.0})))
+    for name, keys in (("a", {"sleep": 1}), ("b", {"sleep": 1}), ("cold", {})):
+        begun(stage, model(name, keys=keys))
+        stage.kept.seconds[name] = [1.0] * 9
+        with await answered(stage, name):
+            pass
+
+    async def hot(name: str) -> None:
+        while True:
+            with await answered(stage, name):
+                await passes(0.5)
+
+    load = [asyncio.create_task(hot(name)) for name in ("a", "b") for _ in range(3)]
+    await passes(60)
+    for _ in range(3):
+        asked = now()
+        with await answered(stage, "cold"):
+            assert now() - asked < 12
+        await passes(20)
+    for task in load:
+        task.cancel()
+
+
+@virtual
+async def test_models_that_share_several_gpus_spread_over_them() -> None:
+    """One that sleeps will want its GPU again."""
+    stage = Stage(Gpus(count=2))
+    await asleep(stage, "a")
+    for name in ("b", "a", "b", "a"):
+        if name == "b" and len(stage.launcher.engines) == 1:
+            begun(stage, model("b", keys={"sleep": 1}))
+        with await answered(stage, name):
+            pass
+    assert [[*engine.place.allocation.takes] for engine in stage.launcher.engines] == [["0"], ["1"]]
+    assert stage.nap.done == ["a/0 sleeps", "a/0 wakes"]
+
+
+@virtual
+async def test_a_sleeper_behind_a_busy_model_is_started_on_a_free_gpu() -> None:
+    """Where that is sooner; nobody gives way."""
+    stage = Stage(Gpus(count=2))
+    stage.kept.seconds["code"] = [10.0] * 9
+    code = await asleep(stage, "code")
+    busy = begun(stage, model("busy", keys={"devices": [0]}))
+    running = await answered(stage, "busy")
+    asked = now()
+    with await answered(stage, "code"):
+        assert now() - asked < 5
+    assert (busy.state, [*engine_of(stage, "code").place.allocation.takes]) == (State.READY, ["1"])
+    assert code.message is None
+    running.__exit__()

@@ -24,6 +24,7 @@ from vllm_proxy.runtime.background import notify
 
 RESIDUE_BYTES = 2 * 2**30  # of each GPU: what an engine may keep that has never slept
 HOST_MEMORY = "[devices] host_memory"  # whom a sleeper gives way to, where that is no instance: it is full
+ELSEWHERE = "its own start on other devices"  # whom a sleeper gives way to that moves
 _SEEN = 0.5  # of a guess: less was measured before it slept
 
 log = structlog.get_logger()
@@ -95,7 +96,7 @@ class Tenant(Protocol):
         """Bytes of each device that an engine of its spec had asleep; None: not known."""
 
     def on_yield(self, depth: Depth, for_whom: str) -> None:
-        """It is to give way, so far, to an instance or for HOST_MEMORY."""
+        """It is to give way, so far, to an instance, for HOST_MEMORY or to be started ELSEWHERE."""
 
     def on_resume(self) -> None:
         """It was to give way, and nobody waits for its room any more."""
@@ -150,6 +151,10 @@ class Claim:
             self._wanted_until = time
         return None if since is None else self._wanted_since
 
+    def forget_wait(self) -> None:
+        """Who waited for its model is served: the next request waits its own time."""
+        self._wanted_since = None
+
     @property
     def waits(self) -> bool:
         """Whether it was not admitted yet, and still wants to be: to start, or to wake where it sleeps."""
@@ -169,7 +174,8 @@ class Claim:
     def serves(self) -> None:
         """Its engine has allocated what it needs: others may measure the devices."""
         self.standing, self.since = Standing.SERVES, asyncio.get_running_loop().time()
-        self.awaits_look = self.found is None
+        self.awaits_look, self.watches_idle = self.found is None, False
+        self.forget_wait()
         self.start_seconds, self.wake_seconds = self.tenant.start_seconds(), self.tenant.wake_seconds()
         self._changed(self)
 
@@ -201,6 +207,7 @@ class Claim:
         """Where it sleeps, it wants its room again."""
         if self.standing is Standing.SLEEPS and not self._asks:
             self._asks, self.since, self.woke_seconds = True, asyncio.get_running_loop().time(), None
+            self.place, self.short, self.measured = (), None, self.tenant.measured()  # nothing of its last wait counts
             self._changed(self)
 
     def sleeps_on(self) -> None:
@@ -302,7 +309,7 @@ class Claim:
         """It takes no new requests from now on."""
         self._was_asleep = self.standing is Standing.SLEEPS
         self.standing, self.depth, self._asks = Standing.YIELDS, depth, False
-        notify([self.tenant.on_yield], depth, for_whom)
+        notify([self.tenant.on_yield], depth, ELSEWHERE if for_whom == self.name else for_whom)
 
     @property
     def stays(self) -> bool:

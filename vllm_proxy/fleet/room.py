@@ -189,8 +189,11 @@ class Room:
 
     def _asks(self, machine: Machine, devices: Mapping[str, Device]) -> Iterator[Ask]:
         stays = Counter(claim.model for claim in self._claims if claim.stays)
+        serves = {claim.model for claim in self._claims if claim.standing is Standing.SERVES}
         waiting: set[str] = set()
         for claim in self._waiting():
+            if claim.model in serves:
+                claim.forget_wait()
             if claim.since > machine.looked_at:  # what is free may have changed: it is being looked at
                 continue
             spec = claim.tenant.spec
