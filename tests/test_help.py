@@ -75,6 +75,8 @@ def test_a_topic_is_its_page_as_it_is(topic: str, capsys: pytest.CaptureFixture[
         ("409", "### model_exists\n\nHTTP 409."),
         ("a-model-will-not-load", "## A model will not load\n"),
         ("A model will not load", "## A model will not load\n"),
+        ("scheduling sleep", "## Sleep\n"),
+        ("errors stalled", "### stalled\n"),
         ("stalled", "### stalled\n"),
         ("bug", "## Report a bug\n"),
         ("stall_timeout", "| key | type | default | a change | meaning |\n"),

@@ -105,6 +105,8 @@ def test_a_weaker_host_or_port_does_not_replace_a_stronger_list(
         ("SHUTDOWN_TIMEOUT", "1m", 60.0),
         ("SHUTDOWN_TIMEOUT", "90", 90.0),
         ("SHUTDOWN_TIMEOUT", "1.5", 1.5),
+        ("USAGE", "true", True),
+        ("FAIR", "true", True),
         ("ON_EXIT", "keep", "keep"),
     ],
 )

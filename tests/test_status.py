@@ -1,5 +1,6 @@
 """The sentence for `systemctl status` is short, cheap and seldom, however large the fleet is. In virtual time."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from tests.engine.virtual import Stage, model, now, passes, settle, virtual
 from tests.fleet.test_reconciler import reconciler_of
-from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.domain.lifecycle import Phase, State
 from vllm_proxy.errors import ConfigError, Problem
 from vllm_proxy.fleet.model import Model
 from vllm_proxy.status import StatusLine, sentence
@@ -24,6 +25,22 @@ async def test_of_many_models_the_first_are_named_and_the_others_counted(tmp_pat
     named = ", ".join(f"m{number} (importing)" for number in range(5))
     expected = f"0 of 42 models ready; loading: {named} and 37 more; on demand: s0, s1, s2, s3, s4 and 2 more"
     assert sentence(reconciler) == expected
+
+
+@virtual
+async def test_a_model_that_falls_asleep_is_told_so(tmp_path: Path) -> None:
+    """It is neither ready nor awaited, and its engine is not being ended."""
+    stage = Stage()
+    spec = model("chat", start="always")
+    reconciler = reconciler_of(stage, tmp_path, replace(spec, engine=spec.engine.model_copy(update={"sleep": 2})))
+    (await stage.engine()).listens = True
+    (chat,) = reconciler.models()
+    await stage.until(lambda: chat.state is State.READY)
+    await chat.sleep()
+    await stage.until(lambda: chat.instances[0].phase is Phase.FALLING_ASLEEP)
+    assert sentence(reconciler) == "0 of 1 models ready; unloading: chat (falling_asleep)"
+    await stage.until(lambda: chat.state is State.SLEEPING)
+    assert sentence(reconciler) == "0 of 0 models ready; sleeping: chat"
 
 
 @virtual

@@ -1,8 +1,8 @@
 """The manual pages of `vllm_proxy/docs`, for `vllm-proxy help`: lists them, and finds the text that a word refers to.
 
-A word is the name of a page, the heading of a section in one, or a number that such a heading ends with ("Exit status
-78", "Clients get 503"), or what a row of a table begins with. Needs no daemon, no configuration and no network. How a
-page is printed is in `terminal`.
+A word is the name of a page, the heading of a section in one (which the name of its page may precede), or a number
+that such a heading ends with ("Exit status 78", "Clients get 503"), or what a row of a table begins with. Needs no
+daemon, no configuration and no network. How a page is printed is in `terminal`.
 """
 
 import difflib
@@ -51,8 +51,8 @@ def contents() -> str:
 
 {listed}
 
-`vllm-proxy help TOPIC` prints one of these pages, `vllm-proxy help SECTION` a section of one by its heading, and
-`vllm-proxy help CODE` what an error code, a reason, an HTTP status or an exit status means and what to do.
+`vllm-proxy help TOPIC` prints one of these pages, `vllm-proxy help [TOPIC] SECTION` a section of one by its heading,
+and `vllm-proxy help CODE` what an error code, a reason, an HTTP status or an exit status means and what to do.
 """
 
 
@@ -98,6 +98,9 @@ def about(words: str) -> str:
     wanted = anchor(words)
     if wanted in TOPICS:
         return page(wanted)
+    topic, _, rest = words.partition(" ")
+    if topic in TOPICS and (inside := [one.text for one in sections(topic) if one.name == anchor(rest)]):
+        return inside[0]
     known = _known()
     found = [known[wanted].text] if wanted in known else []
     found += [known[code].text for code, status in STATUS.items() if str(status) == wanted and not found]

@@ -8,7 +8,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.domain.lifecycle import Phase, State
 from vllm_proxy.fleet.desired import Desired
 from vllm_proxy.fleet.model import Model
 from vllm_proxy.fleet.reconciler import Reconciler
@@ -110,7 +110,12 @@ def _cut(text: str, most: int) -> str:
 
 
 def _with_progress(model: Model) -> str:
-    """The id, and for a model that loads its phase, how much of that is done, and how long it may take."""
+    """The id, and for a model that loads its phase, how much of that is done, and how long it may take.
+
+    Also for one that falls asleep: its engine is not being ended.
+    """
+    if any(one.phase is Phase.FALLING_ASLEEP for one in model.instances) and model.state is State.UNLOADING:
+        return f"{model.spec.id} ({Phase.FALLING_ASLEEP})"
     loading = next((one for one in model.instances if one.state is State.LOADING), None)
     if model.state is not State.LOADING or loading is None or loading.phase is None:
         return model.spec.id

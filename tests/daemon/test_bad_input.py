@@ -107,7 +107,7 @@ async def test_options_that_vllm_refuses_are_not_tried_again(tmp_path: Path, por
         assert "--swap-space=4" in status["message"]
         assert status["instances"][0]["restarts"] == 0
         assert status["instances"][0]["last_exit"]["code"] == 2
-        assert any("usage" in line for line in status["instances"][0]["last_exit"]["log_tail"])
+        assert any("unrecognized" in line for line in status["instances"][0]["last_exit"]["log_tail"])
 
 
 def test_a_disabled_and_an_unknown_configuration(tmp_path: Path) -> None:

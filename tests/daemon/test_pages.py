@@ -93,7 +93,7 @@ async def test_the_page_of_metrics_is_what_a_daemon_says(running: Daemon) -> Non
 async def test_two_models_on_one_gpu_take_turns_as_the_page_has_it(tmp_path: Path, port_start: int) -> None:
     """The file of docs/scheduling.md as it is, on a GPU of 24 GiB, and what is typed there: what it says comes true."""
     page = pages.DOCS / "scheduling.md"
-    (models,) = blocks(page, "toml")
+    models, *_ = blocks(page, "toml")
     with Devices(tmp_path / "gpus.toml", {"0": 24 * GIB}) as devices:
         shared = f'[defaults]\nargs = {{ fake_ledger = "{devices.file}" }}\n'
         async with daemon(f"{fake_engines(port_start)}{KEYS}{devices.config}{shared}{models}", tmp_path) as running:

@@ -123,7 +123,9 @@ async def test_health_ready_and_root(tmp_path: Path, port_start: int) -> None:
         await running.until(lambda status: status.startswith("2 of 3 models ready; loading: slow"))
         assert (await running.get("/ready", 503))["not_ready"] == {"slow": "loading"}
         health = await running.get("/health")
-        assert health["models"] == {"ready": 2, "loading": 1, "stopped": 1, "error": 0, "unloading": 0}
+        assert health["models"] == {
+            "ready": 2, "loading": 1, "stopped": 1, "sleeping": 0, "error": 0, "unloading": 0,
+        }  # fmt: skip
         assert health["config"]["error"] is None
         gate.touch()
         await running.until("3 of 3 models ready")

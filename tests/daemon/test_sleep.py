@@ -5,9 +5,10 @@ import contextlib
 import os
 import signal
 import tomllib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -351,9 +352,9 @@ async def just(phase: str, folder: Path) -> AsyncIterator[Moment]:
         yield Moment(running, devices, pid, list(gates.values()), waits)
 
 
-async def status_of(running: Daemon, model: str) -> int:
+async def status_of(running: Daemon, model: str, ask: Mapping[str, object] = SAY) -> int:
     """The status of the answer to one more request; 0: there was none."""
-    body = {"model": model, **SAY}
+    body = {"model": model, **ask}
     try:
         async with running.session.post("/v1/chat/completions", json=body) as answer:
             return answer.status
@@ -411,6 +412,31 @@ async def test_a_daemon_that_is_told_to_end_ends_who_sleeps(tmp_path: Path, phas
         assert session_of(now.pid) == set()
         assert now.devices.free() == {"0": 10 * GIB}
         await now.statuses()
+
+
+async def test_a_hand_gives_requests_drain_timeout_and_a_client_that_leaves_no_engine_is_ended_for(
+    tmp_path: Path,
+) -> None:
+    """A request in flight is cut then, and told so; who waits for a busy one's room and gives up leaves it asleep."""
+    config = sleepers(chat='; drain_timeout = "200ms"', code="")
+    async with fleet(tmp_path, config, rules=RULES_OF_SLEEP.replace("200ms", "1h")) as (running, devices):
+        held = {**SAY, "fake": {"hold": str(tmp_path / "gate")}}
+        body = asyncio.create_task(status_of(running, "chat", held))
+        await running.eventually("/models/chat", lambda found: found["status"]["in_flight"] == 1)
+        await running.post("/models/chat/sleep", {}, 202)
+        assert await body == HTTPStatus.BAD_GATEWAY
+        await asleep(running, "chat")
+        busy = asyncio.create_task(status_of(running, "code", held))
+        await running.eventually("/models/code", lambda found: found["status"]["in_flight"] == 1)
+        waits = asyncio.create_task(status_of(running, "chat"))
+        await once(running, "chat", state="loading", phase="queued")
+        waits.cancel()
+        await running.post("/models/chat/sleep", {}, 202)
+        await asleep(running, "chat")
+        (tmp_path / "gate").touch()
+        assert await busy == HTTPStatus.OK
+        await says(running, "chat")
+        assert devices.starts() == {"chat": 1, "code": 1}
 
 
 async def test_what_no_engine_notices_leaves_a_sleeper_alone(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ LISTED = {
     ("loading", "died"): "loading",
     ("loading", "gave up"): "error",
     ("loading", "stop"): "unloading",
+    ("loading", "slept"): "sleeping",
     ("ready", "died"): "loading",
     ("ready", "stalled"): "loading",
     ("ready", "stop"): "unloading",

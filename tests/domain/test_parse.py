@@ -720,7 +720,7 @@ def test_memory_and_a_share_are_two_ways_to_say_one_thing() -> None:
 
 @pytest.mark.parametrize(("written", "total", "found"), [
     ('"50%"', 1001, 500), ('"12.5 %"', 1000, 125), ('"0%"', 1000, 0), ('"100%"', 1000, 1000), ('"4GiB"', 1, 4 * 2**30),
-    ("5", 1000, 5),
+    ("0", 1000, 0), ("5000000", 1, 5_000_000),
 ])  # fmt: skip
 def test_host_memory_is_a_part_of_the_machines_or_a_size(written: str, total: int, found: int) -> None:
     """A percentage is of what the machine has; a size stays what it is."""
@@ -734,11 +734,29 @@ def test_host_memory_is_nothing_else(written: str) -> None:
     assert told.startswith('2: devices.host_memory: expected a size such as "64GiB", or a percentage such as "50%"')
 
 
-@pytest.mark.parametrize("written", ["0", "3", "true", "false", "1.0", '"1"', "[1]"])
-def test_a_depth_of_sleep_is_one_of_two_numbers(written: str) -> None:
+@pytest.mark.parametrize(("key", "written"), [
+    ("host_memory", '"50"'), ("host_memory", "50"), ("reserve", "512"), ('limit."0"', '"70"'),
+])  # fmt: skip
+def test_no_memory_of_devices_is_a_few_bytes(key: str, written: str) -> None:
+    """A unit, or the sign of a percentage, was forgotten."""
+    (told,) = problems(f"[devices]\n{key} = {written}\n")
+    assert told.startswith(f"2: devices.{key}: expected a size such as ".replace('"0"', "0"))
+    assert told.endswith("bytes")
+
+
+def test_a_model_takes_back_that_it_may_sleep() -> None:
+    """With 0 in its own table, and so its engine is that of a model that never said so."""
+    config = parse(f"[defaults]\nsleep = 1\n{CHAT}sleep = 0\n")
+    assert config.models["chat"].engine == parse(CHAT).models["chat"].engine
+    assert config.models["chat"].effective()["sleep"] is None
+    assert parse(f"{CHAT}sleep = 0\n[models.chat.args]\nkv_offloading_size = 4\n")
+
+
+@pytest.mark.parametrize("written", ["3", "-1", "true", "false", "0.0", "1.0", '"1"', "[1]"])
+def test_a_depth_of_sleep_is_one_of_three_numbers(written: str) -> None:
     """`true` says not which, and 1.0 is no level."""
     (told,) = problems(f"{CHAT}sleep = {written}\n")
-    assert told.startswith("3: models.chat.sleep: expected one of 1, 2, got ")
+    assert told.startswith("3: models.chat.sleep: expected one of 0, 1, 2, got ")
 
 
 @pytest.mark.parametrize("option", [

@@ -147,9 +147,25 @@ def test_nothing_comes_before_it_was_tried_to_end_what_an_earlier_daemon_left() 
 
 
 def test_it_comes_where_the_fewest_compute() -> None:
-    """Two that are busy on one GPU while another is idle is the worst placement; sleepers do not count."""
+    """Two that are busy on one GPU while another is idle is the worst placement."""
     holds = [hold("a", 10, on="0"), hold("b", 2, SLEEPS, on="1"), hold("c", 2, SLEEPS, on="1")]
     assert admitted(moves(gpus(80, 80), holds, ask("d", 10))) == {"d": "1"}
+
+
+def test_then_where_the_fewest_sleep() -> None:
+    """They will want their devices again, so models spread; who falls asleep counts, who ends or wakes does not."""
+    asleep = hold("a", 2, SLEEPS, keeps=2 * GIB)
+    assert admitted(moves(gpus(80, 80), [asleep], ask("b", 10))) == {"b": "1"}
+    assert admitted(moves(gpus(80, 80), [asleep, hold("c", 2, SLEEPS, on="1")], ask("b", 10))) == {"b": "0"}
+    falls = hold("a", 60, YIELDS, keeps=2 * GIB, to=Depth.SLEEP)
+    ends = hold("e", 1, YIELDS, on="1", to=Depth.STOP)
+    assert admitted(moves(gpus(80, 80), [falls, ends], ask("b", 10))) == {"b": "1"}
+    wide = Hold("e", "e", dict.fromkeys("12", 2 * GIB), SLEEPS)
+    found = moves(gpus(80, 80, 80), [asleep, wide], ask("c", 79, 980, only=("1",)), ask("b", 10, on="02"))
+    assert (gone(found), admitted(found)) == ({"e"}, {"b": "2"})
+    rest = [hold("c", 40, COMES, on="1"), hold("d", 2, SLEEPS, on="1")]
+    found = moves(gpus(80, 80), [asleep, *rest], ask("a", 20, 980), ask("b", 10))
+    assert (admitted(found), found.place) == ({"a": "0"}, {"b": ("0",)})
 
 
 def test_then_where_least_is_left_over() -> None:
@@ -576,14 +592,84 @@ def test_a_sleeper_wakes_where_it_sleeps_and_needs_what_it_has_not() -> None:
     assert gone(moves(gpus(80), [lasting, hold("b", 20)], ask("a", 75, always=True))) == {"b"}, "it is in nobody's way"
 
 
-def test_a_sleeper_that_can_never_wake_where_it_sleeps_gives_that_up() -> None:
-    """It asks for another place then; one that nobody waits for stays asleep."""
+def test_a_sleeper_that_can_never_wake_where_it_sleeps_is_started_elsewhere() -> None:
+    """It gives up its place, whether somebody waits for it or not, and its turn is next where nobody has to go."""
     asleep, resident = hold("a", 2, SLEEPS, keeps=2 * GIB), hold("b", 70, always=True)
-    found = moves(gpus(80, 80), [asleep, resident], ask("a", 60))
-    assert (found.go, found.stuck) == ({"a": Depth.STOP}, ())
-    assert not moves(gpus(80, 80), [asleep, resident], ask("a", 60, pressing=False)).go
-    asleep = replace(asleep, takes={"0": 5 * GIB})
-    assert moves(gpus(80), [asleep, resident], ask("a", 12)).go == {"a": Depth.STOP}, "what it has counts once"
+    for pressing in (True, False):
+        found = moves(gpus(80, 80), [asleep, resident], ask("a", 60, pressing=pressing))
+        assert (found.go, found.place, found.stuck) == ({"a": Depth.STOP}, {"a": ("1",)}, ())
+    busy = hold("c", 70, on="1", idle_since=None)
+    assert moves(gpus(80, 80), [asleep, resident, busy], ask("a", 60)).go == {"a": Depth.STOP}, "it waits there"
+    lasting = replace(asleep, always=True)
+    wide = Hold("a", "a", dict.fromkeys("01", 2 * GIB), SLEEPS, always=True, keeps=2 * GIB)
+    assert gone(moves(gpus(80, 80), [lasting, resident], ask("a", 60, always=True))) == {"a"}
+    found = moves(gpus(80, 80, 80), [wide, resident], ask("a", 79, count=2, always=True))
+    assert (gone(found), found.stuck) == ({"a"}, ()), "what it keeps is in nobody's way"
+
+
+def test_a_sleeper_that_can_never_be_anywhere_is_stuck_and_sleeps_on() -> None:
+    """As one that does not sleep; its end would help nobody."""
+    asleep, resident = hold("a", 5, SLEEPS, keeps=2 * GIB), hold("b", 70, always=True)
+    for pressing in (True, False):
+        found = moves(gpus(80), [asleep, resident], ask("a", 12, pressing=pressing))
+        assert (found.go, found.stuck) == ({}, ("a",))
+    named = ask("a", 60, only=("0",))
+    assert moves(gpus(80, 80), [asleep, resident], named).stuck == ("a",)
+
+
+def test_a_sleeper_moves_where_waiting_takes_longer_than_its_start() -> None:
+    """At once where that is known, else when it has waited so long; and only to where nobody has to go."""
+    asleep = hold("a", 2, SLEEPS, keeps=2 * GIB, start_seconds=20.0, wake_seconds=2.0)
+    busy = hold("b", 70, idle_since=None)
+    assert gone(moves(gpus(80, 80), [asleep, busy], ask("a", 60))) == {"a"}, "it goes after 30 s at the earliest"
+    assert gone(moves(gpus(80, 80), [asleep, busy], ask("a", 60, NOW - 13))) == set(), "in 17 s, and 2 to wake"
+    assert gone(moves(gpus(80, 80), [asleep, busy], ask("a", 60, NOW - 20))) == {"a"}
+    other = hold("c", 70, on="1", idle_since=None)
+    assert gone(moves(gpus(80, 80), [asleep, busy, other], ask("a", 60))) == set()
+    wide = replace(asleep, takes=dict.fromkeys("01", 2 * GIB))
+    found = moves(gpus(80, 80, 80), [wide, busy], ask("a", 40, NOW - 20, count=2))
+    assert gone(found) == set(), "to devices of which it has none"
+    idle = hold("b", 70, idle_since=NOW - 1)
+    found = moves(gpus(80, 80), [asleep, idle], ask("a", 60))
+    assert (gone(found), found.look_again) == (set(), NOW + 4), "it gives way sooner than a start takes"
+
+
+@pytest.mark.parametrize(
+    "blocked",
+    [hold("b", 70, YIELDS, to=Depth.STOP), hold("b", 70, COMES), hold("b", 70, GOES, not_ended="process 7 survives")],
+)
+def test_a_sleeper_waits_as_long_as_its_start_takes_where_nobody_knows_how_long(blocked: Hold) -> None:
+    """And not at all longer where another device is free; who is gone in a moment is waited for."""
+    asleep = hold("a", 2, SLEEPS, keeps=2 * GIB, start_seconds=20.0)
+    found = moves(gpus(80, 80), [asleep, blocked], ask("a", 60, NOW - 5))
+    assert (gone(found), found.look_again) == (set(), NOW + 15)
+    found = moves(gpus(80, 80), [asleep, blocked], ask("a", 60, NOW - 20))
+    assert (found.go, found.place) == ({"a": Depth.STOP}, {"a": ("1",)})
+    leaving = replace(blocked, standing=GOES, not_ended=None, to=Depth.STOP)
+    found = moves(gpus(80, 80), [asleep, leaving], ask("a", 60, NOW - 20))
+    assert (gone(found), found.place) == (set(), {"a": ("0",)})
+
+
+def test_a_sleeper_moves_from_where_memory_does_not_come_back() -> None:
+    """In the place of being refused, or of making one more go."""
+    asleep, other = hold("a", 2, SLEEPS, keeps=2 * GIB), hold("b", 10)
+    short = {**gpus(80, 80), "0": Device(80 * GIB, 80 * GIB, free=0)}
+    found = moves(short, [asleep, other], ask("a", 60, NOW - 10, short=Short(NOW - 10)))
+    assert (found.go, found.refuse) == ({"a": Depth.STOP}, ())
+    assert gone(moves(short, [asleep, other], ask("a", 60, NOW - 9, short=Short(NOW - 9)))) == set()
+
+
+def test_sleepers_that_move_do_not_all_move_to_one_place() -> None:
+    """While the first is being ended, nobody comes where it will be started."""
+    asleep = [hold(name, 2, SLEEPS, keeps=2 * GIB) for name in "ab"]
+    asleep.append(hold("b0", 68, idle_since=None, always=True))
+    blocked = [ask("a", 60, NOW - 70), ask("b", 40, NOW - 65), ask("c", 30)]
+    found = moves(gpus(80, 80), asleep, *blocked)
+    assert (found.place["a"], found.wait["b"].waits_for) == (("1",), ("b",)), "which is never to wake there either"
+    assert admitted(found) == {}
+    asleep[2] = replace(asleep[2], always=False, standing=YIELDS, to=Depth.STOP)
+    found = moves(gpus(80, 80), asleep, *blocked)
+    assert (gone(found), found.place["a"]) == ({"a"}, ("1",))
 
 
 def test_nobody_both_goes_and_comes() -> None:

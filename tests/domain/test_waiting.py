@@ -137,6 +137,15 @@ def test_memory_of_other_programs_is_told_with_their_names() -> None:
     assert found == "waits for 30.0 GiB on GPU 0: 9.5 of 80.0 are free: other programs have 70.0"
 
 
+def test_what_a_sleeper_keeps_itself_is_not_missing() -> None:
+    """It waits for memory of others to wake; of the rest nobody knows where it is."""
+    asleep = hold("code", 10, SLEEPS)
+    found = why(gpus(80, free=5), [hold("chat", 10), asleep], ask("code", 30, short=Short(NOW)))
+    assert found.endswith("5.0 of 80.0 are free: chat has 10.0, 55.0 are not back yet, or others have them")
+    found = why(gpus(30, free=5), [hold("chat", 15), asleep], ask("code", 15, short=Short(NOW)))
+    assert "not back" not in found
+
+
 def test_a_device_that_has_less_than_the_ledger_says_is_told() -> None:
     """Nobody knows where it is."""
     found = why(gpus(80, free=5), [hold("chat", 10)], ask("code", 30, short=Short(NOW)))

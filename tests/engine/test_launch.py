@@ -328,17 +328,18 @@ async def test_an_engine_that_may_sleep_listens_where_nobody_else_comes(
             assert Path(where.folder).stat().st_mode & 0o777 == 0o700
             assert await engine.holds_address()
             assert first.ports.take() == port_start
-            assert (engine.asleep, engine.canary) == (0, None)
+            assert (engine.asleep, engine.before_sleep, engine.canary) == (0, None, None)
             engine.note_sleep(1, Canary(COMPLETIONS, " G"))
             engine.keep()
     with place(tmp_path, port_start) as second:
         (found,) = second.state.orphans()
         async with second.launcher.adopted(found, spec.engine, Owner()) as engine:
-            assert (engine.place, engine.place.may_sleep) == (replace(where, allocation=engine.place.allocation), True)
+            assert (engine.place, engine.place.may_sleep) == (where, True)
             assert await engine.holds_address()
             assert (engine.asleep, engine.canary) == (1, Canary(COMPLETIONS, " G"))
             engine.note_sleep(0, None)
             assert (engine.asleep, engine.canary) == (0, None)
+            assert engine.before_sleep is not None  # what it took of the machine's memory it has until it ends
         assert not Path(where.folder).exists()
 
 

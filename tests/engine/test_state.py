@@ -7,7 +7,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,9 @@ from structlog.testing import capture_logs
 
 from vllm_proxy.domain.address import UnixAddress
 from vllm_proxy.domain.canary import COMPLETIONS, Canary
+from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.engine.proc import boot_id
-from vllm_proxy.engine.state import EngineRecord, StateDirectory
+from vllm_proxy.engine.state import EngineRecord, StateDirectory, given
 from vllm_proxy.errors import StartupError
 from vllm_proxy.runtime.files import remove_tree, replace_file
 
@@ -128,6 +129,8 @@ def change_file(folder: Path, /, **fields: object) -> None:
         ("cgroup", "/sys/fs/cgroup/system.slice/ssh.service"), ("cgroup", "chat%2F0.engine-1"),
         ("cgroup", "/sys/fs/cgroup/x/embed%2F0.01234567"),
         ("asleep", -1), ("asleep", 3), ("asleep", True), ("canary", "{}"), ("canary", "["), ("canary", 5),
+        ("gpus", 1), ("unified", "no"), ("visible", "0"), ("visible", ["a\0b"]),
+        ("before_sleep", -1), ("before_sleep", 2**63),
     ],
 )  # fmt: skip
 def test_a_record_that_no_daemon_writes_is_reported_and_left_alone(tmp_path: Path, field: str, value: object) -> None:
@@ -496,10 +499,25 @@ def test_an_older_daemon_finds_the_port_where_it_looks_for_it(tmp_path: Path) ->
 
 def test_who_was_to_sleep_is_on_record_with_what_it_answered_awake(tmp_path: Path) -> None:
     """The next daemon wakes it, and knows then whether its weights are right."""
-    asleep = replace(CHAT, asleep=2, canary=str(Canary(COMPLETIONS, " G")))
+    asleep = replace(CHAT, asleep=1, canary=str(Canary(COMPLETIONS, " G")), before_sleep=0)
     with StateDirectory(tmp_path) as state:
         state.record(asleep)
     assert next_daemon(tmp_path) == [asleep]
+
+
+@pytest.mark.parametrize("visible", [None, (), ("GPU-1", "0")])
+def test_all_that_an_engine_was_given_is_known_to_the_next_daemon(
+    tmp_path: Path, visible: tuple[str, ...] | None
+) -> None:
+    """Whatever an allocation says: it is measured by that, and started anew where it was."""
+    allocation = Allocation({"0": 7, "1": 9}, visible, share=0.5, gpus=False, unified=True)
+    default = Allocation()
+    names = {field.name for field in fields(Allocation)} - {"visible"}
+    assert all(getattr(allocation, name) != getattr(default, name) for name in names), "else it shows nothing"
+    with StateDirectory(tmp_path) as state:
+        state.record(replace(CHAT, **given(allocation)))
+    (found,) = next_daemon(tmp_path)
+    assert found.place.allocation == allocation
 
 
 def test_left_behind_engines_stay_on_record_until_they_are_gone(tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ class FakeEngine:
         self.kept = False
         self.asleep = 0
         self.canary: Canary | None = None
+        self.before_sleep: int | None = None
         self.born = now()
         self.reaped_at: float | None = None
         self.spec: EngineSpec | None = None  # what it was started for; not known of an adopted one
@@ -165,6 +166,8 @@ class FakeEngine:
     def note_sleep(self, level: int, canary: Canary | None) -> None:
         """It is put on record that it is to sleep, or to serve."""
         self.asleep, self.canary = level, canary
+        if level == 1 and self.before_sleep is None:
+            self.before_sleep = self.memory_bytes
 
     def keep(self) -> None:
         """It is left to the next daemon."""
@@ -242,7 +245,7 @@ class FakeLauncher:
         if self.refusal:
             raise self.refusal
         engine = FakeEngine(record.place, was_ready=record.ready)
-        engine.asleep = record.asleep
+        engine.asleep, engine.before_sleep = record.asleep, record.before_sleep
         engine.listens = self.adopted_listen
         async with self._living(engine, owner):
             yield engine

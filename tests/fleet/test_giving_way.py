@@ -551,3 +551,23 @@ async def test_what_a_person_started_waits_for_room_as_long_as_it_takes() -> Non
     (await stage.engine(2)).listens = True
     await stage.until(lambda: code.state is State.READY)
     await stage.until(lambda: code.state is State.STOPPED)
+
+
+@virtual
+async def test_a_replica_that_waits_for_room_has_not_waited_for_requests_that_another_one_served() -> None:
+    """When that one is gone, the next request waits its own time."""
+    stage = Stage(Gpus(count=2))
+    begun(stage, model("busy", keys={"devices": [1]}, yield_timeout=0))
+    running = await answered(stage, "busy")
+    chat = begun(stage, model("chat", keys={"devices": [0]}, replicas=2))
+    with await answered(stage, "chat"):
+        await passes(5)
+    (claim,) = (one.claim for one in chat.instances if one.claim is not None and one.claim.waits)
+    engine_of(stage, "chat").die()
+    await settle()
+    asked = now()
+    request = asyncio.create_task(stage.registry.acquire("chat"))
+    await settle()
+    assert claim.wanted_since() == asked
+    running.__exit__()
+    request.cancel()

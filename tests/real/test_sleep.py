@@ -1,10 +1,10 @@
 """Real models that sleep, under one daemon after another: idle, woken by a request, adopted, the same after each nap.
 
 On a processor a nap pauses the engine truly and frees nothing; level 2 loads its weights again all the same. So what
-is told apart from a good nap is told by `/is_sleeping` and by the canary alone.
+is told apart from a good nap is told by `/is_sleeping` and by the canary alone, also where the memory of the processors
+is managed as a device: what an engine was given there is on record for each daemon that adopts it.
 """
 
-import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -34,11 +34,14 @@ def configuration(model: Path) -> str:
 HF_HUB_OFFLINE = "1"
 VLLM_CPU_OMP_THREADS_BIND = "nobind"
 VLLM_CPU_KVCACHE_SPACE = "1"
+[devices]
+source = "cpu"
+reserve = 0
 [defaults]
 start = "on-demand"
 model = "{model}"
 max_model_len = 512
-gpu_memory_utilization = 0.2
+gpu_memory_utilization = 0.1
 queue_timeout = "15m"
 restart = {{ max_failures = 1 }}
 args = {{ enforce_eager = true }}
@@ -51,7 +54,8 @@ async def folder(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path
     """Where a daemon started both engines that the tests find: each ends its daemon, and keeps them. Then they end."""
     place = tmp_path_factory.mktemp("sleep")
     async with under_daemon(place) as running:
-        await asyncio.gather(*(answer(running, name) for name in LEVELS))
+        for name in LEVELS:  # engines on one device start one at a time
+            await answer(running, name)
         pids = await all_pids(running)
     yield place
     async with daemon(configuration(chat_model(os.environ)), place) as running:

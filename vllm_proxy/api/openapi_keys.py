@@ -86,7 +86,8 @@ KEYS = {
     "memory": "What this engine gets of each of its GPUs, in the place of `gpu_memory_utilization`; 0: it uses none.",
     "max_num_seqs": "Requests that the engine works on at once.",
     "sleep": "It may sleep in the place of being stopped: 1 keeps its weights in the machine's memory, 2 does not and "
-    "loads them again when it wakes. Not with `kv_transfer_config` or `kv_offloading_*` in `args`.",
+    "loads them again when it wakes; 0: it may not, whatever the defaults say. Not with `kv_transfer_config` or "
+    "`kv_offloading_*` in `args`.",
     "devices": "GPU indices or UUIDs, as `CUDA_VISIBLE_DEVICES`: exactly these. Left out: those that have room.",
     "command": "Another vLLM for this model, over `engine.command`.",
     "env": 'Environment, over `engine.env`; a value that is a secret may stand elsewhere: `{ file = "…" }`, '

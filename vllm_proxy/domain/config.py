@@ -77,10 +77,22 @@ def _max_model_len(value: object) -> object:
 
 def _sleep(value: object) -> object:
     """pydantic's literals would take `true` and 1.0 for 1."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int and value in {0, 1, 2}:
         return value
-    msg = f"expected one of 1, 2, got {show(value)}"
+    msg = f"expected one of 0, 1, 2, got {show(value)}"
     raise ValueError(msg)
+
+
+def _memory_or_part(size: int | str) -> int | str:
+    if isinstance(size, int) and 0 < size < _LEAST_MEMORY:
+        msg = f'expected a size such as "64GiB", or a percentage such as "50%", got {show(size)} bytes'
+        raise ValueError(msg)
+    return size
+
+
+def _level(sleep: Literal[0, 1, 2]) -> Literal[0, 1, 2] | None:
+    """0 is how a model takes back what the defaults say."""
+    return sleep or None
 
 
 def _device(value: object) -> object:
@@ -134,7 +146,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 MaxModelLen = Annotated[int | str, BeforeValidator(_max_model_len)]
-Sleep = Annotated[Literal[1, 2], BeforeValidator(_sleep)]
+Sleep = Annotated[Literal[0, 1, 2], BeforeValidator(_sleep), AfterValidator(_level)]
 Device = Annotated[int | str, BeforeValidator(_device)]
 DeviceNames = Annotated[tuple[Device, ...], Strict(strict=False), AfterValidator(_each_once)]
 ModelName = Annotated[NonEmptyText, AfterValidator(_model_name)]
@@ -150,6 +162,7 @@ Listen = Annotated[
     AfterValidator(listener.each_once),
 ]
 Memory = Annotated[Bytes, AfterValidator(_memory)]
+MemoryOrPart = Annotated[BytesOrPercent, AfterValidator(_memory_or_part)]
 Command = Annotated[tuple[NonEmptyText, ...], Strict(strict=False), Field(min_length=1)]
 EnvValue = Annotated[str | dict[str, str], BeforeValidator(_env_value)]  # a table names where the value stands
 Environment = dict[Annotated[str, AfterValidator(_env_name)], EnvValue]
@@ -205,11 +218,11 @@ class Devices(Table):
     """`[devices]`: what engines may have of the devices, and when one gives way to another. All of it live."""
 
     source: NonEmptyText = "auto"  # auto, none, cpu, or a file with {name = {total = ..., free = ...}}
-    reserve: Bytes = 512 * 2**20  # of each device
+    reserve: Memory = 512 * 2**20  # of each device
     max_wait: Seconds = 30.0
     min_residency: Seconds = 10.0
-    limit: dict[NonEmptyText, Bytes] = {}  # by index or UUID
-    host_memory: BytesOrPercent = "50%"  # of the machine's, for engines that sleep and those that have slept
+    limit: dict[NonEmptyText, Memory] = {}  # by index or UUID
+    host_memory: MemoryOrPart = "50%"  # of the machine's, for engines that sleep and those that have slept
 
     def host_bytes(self, total: int) -> int:
         """What `host_memory` is on a machine with `total` bytes."""

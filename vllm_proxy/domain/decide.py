@@ -43,7 +43,7 @@ class InstanceNow:
     """One instance. `renew`: it is to be started anew, though it runs what is wanted. `yields`: so far it gives way.
 
     `awaits_room`: it would run, and nothing of it does yet. `serves_on`: it was to give way, and nobody waits any more.
-    `may_sleep`: its engine can, and nothing speaks against it.
+    `may_sleep`: its engine can, and nothing speaks against it. `sleeps`: its engine does, though it may be loading.
     """
 
     index: int
@@ -55,6 +55,12 @@ class InstanceNow:
     awaits_room: bool = False
     serves_on: bool = False
     may_sleep: bool = False
+    sleeps: bool = False
+
+    @property
+    def asleep(self) -> bool:
+        """Whether its engine sleeps."""
+        return self.sleeps or self.state is State.SLEEPING
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +169,9 @@ def decide_model(model: ModelNow) -> ModelDecision:
         if one.index not in idle
     ]
     steps = rollout.steps(replicas, policy.replicas if runs else 0, _strategy(model, target))
-    sleep = {index for index, one in apart.items() if _is_to_sleep(one, current)}
+    sleep = {index for index, one in apart.items() if _is_to_sleep(one, current)} | (_unwanted(model) - {*steps.stop})
     stop = {index for index, one in yielding.items() if index not in sleep}
-    again = min(_idle_seconds_left(model), _seconds_until_given_up(model))
+    again = min(_idle_seconds_left(model), _seconds_until_given_up(model), _seconds_until_unwanted(model))
     recheck_in = max(0.0, again) if wanted is Wanted.RUN else _NEVER
     return ModelDecision(
         wanted, rollback, (*steps.stop, *sorted(stop)), steps.start, tuple(sorted(sleep)), steps.wake,
@@ -175,20 +181,42 @@ def decide_model(model: ModelNow) -> ModelDecision:
 
 def _yields(one: InstanceNow) -> bool:
     """Whether it was told to give way, and has not begun to."""
-    return one.yields is not None and one.state in {State.READY, State.SLEEPING}
+    return one.yields is not None and (one.state in {State.READY, State.SLEEPING} or one.asleep)
 
 
 def _idle_ones(model: ModelNow, current: AbstractSet[int]) -> dict[int, InstanceNow]:
     """Those that sleep, or are to, while the next request is awaited; as many as the file asks for."""
     able = [one for one in model.instances if one.index in current and not _yields(one)]
-    asleep = [one for one in able if one.state is State.SLEEPING]
+    asleep = [one for one in able if one.asleep]
     awake = [one for one in able if one.state is State.READY and one.may_sleep]
     return {one.index: one for one in (*asleep, *awake)[: model.policy.replicas]}
 
 
 def _is_to_sleep(one: InstanceNow, current: AbstractSet[int]) -> bool:
+    """Whether it is to fall asleep; one that sleeps is to wait for room no more."""
+    if one.asleep:
+        return one.awaits_room and not _yields(one)
     fits = one.index in current and one.may_sleep and one.state is State.READY
     return fits and one.yields is not Depth.STOP
+
+
+def _unwanted(model: ModelNow) -> set[int]:
+    """Those that were loading since somebody waited for them: they sleep, and may wake where there is room."""
+    if _seconds_until_unwanted(model) >= _NOW_SECONDS:
+        return set()
+    return {one.index for one in model.instances if _may_be_unwanted(one)}
+
+
+def _seconds_until_unwanted(model: ModelNow) -> float:
+    """Until those that wait for room asleep are not awaited any more; at once where another one serves."""
+    if model.requested or model.policy.start == "always" or not any(map(_may_be_unwanted, model.instances)):
+        return _NEVER
+    serves = model.waits_since is None and any(one.state is State.READY for one in model.instances)
+    return 0.0 if serves else ASKS_AGAIN_SECONDS - model.idle_seconds
+
+
+def _may_be_unwanted(one: InstanceNow) -> bool:
+    return one.asleep and one.awaits_room and one.state is State.LOADING and one.yields is None
 
 
 def _wanted(model: ModelNow) -> Wanted:

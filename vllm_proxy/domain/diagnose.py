@@ -68,6 +68,7 @@ def diagnose(
     tail: Sequence[str],
     *,
     was_ready: bool,
+    asleep: bool = False,
     known_options: Collection[str] = (),
     mask: Callable[[str], str] = str,
 ) -> Diagnosis:
@@ -81,7 +82,7 @@ def diagnose(
     found = (_of_the_command(ended, lines, known_options) if not was_ready else None) or _of_a_known_cause(
         ended, lines, was_ready=was_ready
     )
-    when = "while it served" if was_ready else "before it was ready"
+    when = "while it slept" if asleep else "while it served" if was_ready else "before it was ready"
     found = (found or _of_the_exit(ended, lines, when)).masked(mask)
     return Diagnosis(found.reason, _short(found.message))
 

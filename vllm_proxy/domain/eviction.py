@@ -56,12 +56,25 @@ class Planner:
         self._worths: dict[str, _Worth] = {}
         self._version = -1  # of the ledger that this is about:
         self._able_on: dict[tuple[str, AbstractSet[Standing]], list[Hold]] = {}
+        self._known: dict[str, Plan | None] = {}  # by ask
 
     def plan(self, ask: Ask) -> Plan | None:
         """The one that loses least; the place that was chosen before, unless who goes elsewhere may go now.
 
         So an ask that has waited too long is not sent from one place to another, while others come where it was.
         """
+        self._forget_what_has_changed()
+        if ask.name not in self._known:
+            self._known[ask.name] = self._plan(ask)
+        return self._known[ask.name]
+
+    def _forget_what_has_changed(self) -> None:
+        if self._version != self._ledger.version:
+            self._version = self._ledger.version
+            self._able_on.clear()
+            self._known.clear()
+
+    def _plan(self, ask: Ask) -> Plan | None:
         plans = self._plans(ask, _SETTLED) or self._plans(ask, _EVER)
         best = min(plans, key=lambda plan: (plan.loss, plan.where), default=None)
         kept = next((plan for plan in plans if plan.where == ask.place), None)
@@ -129,9 +142,7 @@ class Planner:
 
     def _able(self, ask: Ask, device: str, standings: AbstractSet[Standing]) -> list[Hold]:
         """Who may be asked to go for it, and was not yet; worth most first."""
-        if self._version != self._ledger.version:
-            self._version = self._ledger.version
-            self._able_on.clear()
+        self._forget_what_has_changed()
         if (found := self._able_on.get((device, standings))) is None:
             able = (hold for hold in self._ledger.on([device]) if hold.standing in standings and not hold.always)
             found = self._able_on[device, standings] = self.by_worth(

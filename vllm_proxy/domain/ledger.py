@@ -6,7 +6,7 @@ times are seconds of one clock. A device is named as its inventory names it, so 
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import combinations, islice
 
@@ -104,7 +104,7 @@ class Short:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """An instance that wants room. One that sleeps wakes on the devices it has.
+    """An instance that wants room. One that sleeps wakes on the devices it has, or is started on others.
 
     `place` and `short` are what the last decision said of it: they are handed back.
     """
@@ -150,6 +150,7 @@ class Ledger:
         }
         self._for_good = {name: sum(hold.takes[name] for hold in on if _stays(hold)) for name, on in self._on.items()}
         self._awake = {name: sum(map(_is_awake, on)) for name, on in self._on.items()}
+        self._asleep = {name: len(on) - self._awake[name] for name, on in self._on.items()}
         self._moving = {name for name, on in self._on.items() if any(hold.standing in _MOVES for hold in on)}
         self._back = dict.fromkeys(devices, 0)  # what those have who are on their way out
         for hold in holds:
@@ -192,8 +193,16 @@ class Ledger:
         """Where it fits once those have gone who are on their way out."""
         return self._best(ask, lambda name: self.is_open(ask, name) and self.left_later(ask, name) >= 0)
 
-    def never_fits(self, ask: Ask) -> bool:
-        """Whether too little would be left even when all had gone that ever may, other programs among them."""
+    def elsewhere(self, ask: Ask) -> Where | None:
+        """Other devices, where one that sleeps would fit now if it were started anew."""
+        needs = {name: size for name, size in ask.needs.items() if name not in self.holds[ask.name].takes}
+        return self.fits(_anew(replace(ask, needs=needs)), measured=True)
+
+    def never_fits(self, ask: Ask, *, anew: bool = False) -> bool:
+        """Whether too little would be left even when all had gone that ever may, other programs among them.
+
+        `anew`: one that sleeps would not wake, but be started, wherever it may run.
+        """
         own = self.holds.get(ask.name)
 
         def possible(name: str) -> bool:
@@ -202,7 +211,7 @@ class Ledger:
                 stay -= own.takes.get(name, 0)
             return stay + ask.needs[name] <= self.devices[name].room
 
-        return next(self.sets(ask, possible), None) is None
+        return next(self.sets(_anew(ask) if anew else ask, possible), None) is None
 
     def is_open(self, ask: Ask, device: str) -> bool:
         """Whether no other ask comes first on this device."""
@@ -228,17 +237,18 @@ class Ledger:
             yield from map(self._ordered, islice(combinations(group, ask.count), _MOST_SETS))
 
     def _best(self, ask: Ask, allowed: Allowed) -> Where | None:
-        """The place it has been promised while that is possible; else where fewest compute, then least is left over.
+        """The place it has been promised while that is possible; else the best one.
 
-        Both add up over the devices of a set, so the best of them make the best set.
+        There the fewest compute; then the fewest sleep, since they will want their devices again; then least is left
+        over. All add up over the devices of a set, so the best of them make the best set.
         """
         if self._fixed(ask) is not None:
             return next(self.sets(ask, allowed), None)
         if self._is_set(ask, ask.place, allowed):
             return ask.place
 
-        def price(name: str) -> tuple[int, float]:
-            return self._awake[name], self.left_later(ask, name)
+        def price(name: str) -> tuple[int, int, float]:
+            return self._awake[name], self._asleep[name], self.left_later(ask, name)
 
         found = [sorted(group, key=price)[: ask.count] for group in self._groups(ask, allowed)]
         prices = [tuple(map(sum, zip(*map(price, where), strict=True))) for where in found]
@@ -279,6 +289,7 @@ class Ledger:
             self._free[device] -= self._wants(ask, device)
             self._for_good[device] += self._wants(ask, device) if hold.always else 0
             self._awake[device] += 1
+            self._asleep[device] -= ask.name in self.holds
             self._moving.add(device)
             self._on[device] = [*(other for other in self._on[device] if other.name != ask.name), hold]
         self.holds[ask.name] = hold
@@ -314,6 +325,12 @@ class Ledger:
         for device in hold.takes.keys() & self._back.keys():
             self._back[device] += times * (hold.takes[device] - hold.keeps_of(device, depth))
             self._awake[device] -= times * _is_awake(hold)
+            self._asleep[device] += times * ((depth is Depth.SLEEP) - (not _is_awake(hold)))
+
+
+def _anew(ask: Ask) -> Ask:
+    """As one that sleeps nowhere."""
+    return replace(ask, name="")
 
 
 def _stays(hold: Hold) -> bool:

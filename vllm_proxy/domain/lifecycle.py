@@ -40,6 +40,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.LOADING, Event.DIED): State.LOADING,  # waits in phase "backoff"
     (State.LOADING, Event.GAVE_UP): State.ERROR,
     (State.LOADING, Event.STOP): State.UNLOADING,
+    (State.LOADING, Event.SLEPT): State.SLEEPING,  # it waited for room to wake, and nobody waits for it any more
     (State.READY, Event.DIED): State.LOADING,
     (State.READY, Event.STALLED): State.LOADING,
     (State.READY, Event.STOP): State.UNLOADING,

@@ -136,6 +136,7 @@ class _Decision:
                 self._wait[ask.name] = Wait(waits_for=untried)
             elif (own := self._ledger.is_leaving(ask)) is not None:
                 self._wait[ask.name] = Wait(waits_for=(own.name,), not_ended=own.not_ended)
+                self._keep_place(ask, own)
             elif ask.name not in self._go:  # one that goes asks again when it has gone
                 self._give_turn(ask)
                 if ask.pressing and not _is_overdue(ask, self._now, self._rules) and ask.name in self._wait:
@@ -148,8 +149,8 @@ class _Decision:
 
     def _give_turn(self, ask: Ask) -> None:
         self._forget_what_has_changed()
-        if ask.name in self._ledger.holds:  # it sleeps, and may wake there alone
-            self._answer(ask)(ask)
+        if (own := self._ledger.holds.get(ask.name)) is not None:
+            self._answer_asleep(ask, own)(ask)
             return
         model = ask.model if ask.model in self._ledger.models else None
         overdue = _is_overdue(ask, self._now, self._rules)
@@ -157,6 +158,41 @@ class _Decision:
         if (answer := self._answers.get(wants)) is None:
             answer = self._answers[wants] = self._answer(ask)
         answer(ask)
+
+    def _answer_asleep(self, ask: Ask, own: Hold) -> _Answer:
+        """It wakes where it sleeps, unless it serves sooner elsewhere, where nobody has to go for it."""
+        if self._ledger.fits(ask, measured=True) is None:
+            where = self._ledger.elsewhere(ask)
+            if where is not None and self._is_sooner_anew(ask, own):
+                return partial(self._moves_to, where)
+        return self._answer(ask)
+
+    def _is_sooner_anew(self, ask: Ask, own: Hold) -> bool:
+        """Whether it waits where it sleeps for longer than a start takes: that is known, or it has waited so long."""
+        ledger, latest = self._ledger, self._now + own.start_seconds + _EARLY_SECONDS
+        if ledger.never_fits(ask) or (ask.short is not None and self._is_over(ask.short)):
+            return True
+        if (where := ledger.will_fit(ask)) is not None:
+            if all(hold.standing in _STAY | {Standing.GOES} for hold in ledger.on(where)):
+                return False  # in a moment
+        elif ask.pressing:
+            plan = self._planner.plan(ask)
+            known = math.inf if plan is None else plan.at + own.wake_seconds
+            if latest < known < math.inf:
+                return True
+        return self._is_due(ask.since + own.start_seconds)
+
+    def _moves_to(self, where: Where, ask: Ask) -> None:
+        """It ends where it sleeps, and its turn is next where it will be started."""
+        self._ask_to_go(ask, {ask.name: Depth.STOP})
+        self._promise(where, ask)
+
+    def _keep_place(self, ask: Ask, own: Hold) -> None:
+        """Where it will be started, while what slept elsewhere is ended."""
+        moves = own.to is Depth.STOP and ask.place and not own.takes.keys() & {*ask.place}
+        if moves and self._ledger.elsewhere(ask) == ask.place:
+            self._place[ask.name] = ask.place
+            self._ledger.promise(ask, ask.place)
 
     def _answer(self, ask: Ask) -> _Answer:
         """What it gets, which depends on what it asks for, and neither on its name nor on when it came."""
@@ -198,10 +234,10 @@ class _Decision:
         self._ledger.promise(ask, where)
 
     def _is_stuck(self, ask: Ask) -> None:
-        if ask.name not in self._ledger.holds:
+        if ask.name in self._ledger.holds and not self._ledger.never_fits(ask, anew=True):
+            self._ask_to_go(ask, {ask.name: Depth.STOP})  # never where it sleeps: it asks for another place
+        else:
             self._stuck.append(ask.name)
-        elif ask.pressing:  # where it sleeps: so it gives that up, and asks for another place
-            self._ask_to_go(ask, {ask.name: Depth.STOP})
         self._waits(ask)
 
     def _follow(self, plan: Plan, ask: Ask) -> None:
@@ -263,7 +299,9 @@ class _Decision:
             self._short[ask.name] = short
 
     def _is_over(self, short: Short) -> bool:
-        at = short.since + _SHORT_SECONDS
+        return self._is_due(short.since + _SHORT_SECONDS)
+
+    def _is_due(self, at: float) -> bool:
         if at <= self._now + _EARLY_SECONDS:
             return True
         self._look_at(at)

@@ -188,6 +188,7 @@ def _sums(ask: Ask, where: Sequence[str], what_is: Situation) -> Iterator[str]:
     for name in where:
         device, others = what_is.devices[name], list(_others(ask, name, what_is.holds))
         held, need = sum(hold.takes[name] for hold in others), ask.needs[name]
+        own = sum(hold.takes.get(name, 0) for hold in what_is.holds.values() if hold.name == ask.name)  # asleep
         left = device.room - held
         is_foreign = device.foreign > 0 and left - device.foreign < need and (ask.pressing or left >= need)
         if not is_foreign and (device.free >= need or (left < need and not ask.pressing)):
@@ -197,7 +198,7 @@ def _sums(ask: Ask, where: Sequence[str], what_is: Situation) -> Iterator[str]:
         has = [_taken(others, name)] if others else []
         if device.foreign:
             has.append(f"other programs have {gib(device.foreign)}{_programs(what_is.foreign.get(name, ()))}")
-        elif device.free < need and (rest := device.total - device.free - held) > _UNEXPLAINED * device.total:
+        elif device.free < need and (rest := device.total - device.free - held - own) > _UNEXPLAINED * device.total:
             has.append(f"{gib(rest)} are not back yet, or others have them")
         yield f"{gib(free)} of {gib(device.total)} are free{on}{': ' if has else ''}{', '.join(has)}"
 

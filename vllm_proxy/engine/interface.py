@@ -97,6 +97,10 @@ class Engine(Protocol):
     def canary(self) -> Canary | None:
         """What it answered before it slept; None: it has no route to be asked on."""
 
+    @property
+    def before_sleep(self) -> int | None:
+        """Bytes of its processes before it first slept at level 1, 0 where that is not known; None: it never has."""
+
     def note_sleep(self, level: int, canary: Canary | None) -> None:
         """Record that it is to sleep at this level, before it does, with what it answers awake; 0: that it serves."""
 

@@ -34,7 +34,7 @@ from vllm_proxy.engine.ownership import Owned
 from vllm_proxy.engine.ports import HOST, NoPortError, Ports
 from vllm_proxy.engine.process import EngineProcess, end_processes, run_shielded
 from vllm_proxy.engine.program import LaunchError, Programs
-from vllm_proxy.engine.state import SOCKET, EngineRecord, StateDirectory, file_name
+from vllm_proxy.engine.state import SOCKET, EngineRecord, StateDirectory, file_name, given
 from vllm_proxy.engine.variables import Variables
 from vllm_proxy.runtime import clock, descriptors, files
 from vllm_proxy.runtime.background import keep_running
@@ -94,9 +94,19 @@ class LaunchedEngine:
         """What it answered before it slept; None: it has no route to be asked on."""
         return parse_canary(self.record.canary) if self.record.canary else None
 
+    @property
+    def before_sleep(self) -> int | None:
+        """Bytes of its processes before it first slept at level 1, 0 where that is not known; None: it never has."""
+        was_asleep = self.record.asleep == 1  # of a daemon that kept no more than that
+        return 0 if self.record.before_sleep is None and was_asleep else self.record.before_sleep
+
     def note_sleep(self, level: int, canary: Canary | None) -> None:
         """Record that it is to sleep at this level, before it does, with what it answers awake; 0: that it serves."""
-        self.record = replace(self.record, asleep=level, canary="" if canary is None else str(canary))
+        before = self.before_sleep
+        if level == 1 and before is None:
+            before = self.memory_bytes
+        shown = "" if canary is None else str(canary)
+        self.record = replace(self.record, asleep=level, before_sleep=before, canary=shown)
         save_record(self._state, self.record)
 
     async def monitor(self) -> None:
@@ -301,8 +311,7 @@ class Launcher:
         record = EngineRecord(
             place.instance, place.own_name, process.pid, process.started, str(place.address), place.credential,
             place.folder, log_file.recorded(process.pid), self.fingerprint(spec), log_start,
-            datetime.now(UTC).isoformat(), devices=tuple(sorted(place.allocation.devices)),
-            takes=dict(place.allocation.takes), share=place.allocation.share or 0.0,
+            datetime.now(UTC).isoformat(), **given(place.allocation),
         )  # fmt: skip
         start = (place.instance, log_file.path, log_start, log_start)
         output = Output(*start, self.pass_on, most_bytes=log_file.most_bytes)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypedDict
 from urllib.parse import quote
 
 import msgspec
@@ -73,17 +73,26 @@ class EngineRecord:
     devices: tuple[str, ...] = (ANY_DEVICE,)  # the GPUs that it has
     takes: Mapping[str, int] = field(default_factory=dict)  # bytes of each of them, where devices are managed
     share: float = 0.0  # its `gpu_memory_utilization`, where the daemon chose that
+    visible: tuple[str, ...] | None = None  # what CUDA_VISIBLE_DEVICES said; None: as the daemon had it
+    gpus: bool = True  # whether its devices are GPUs; else they are the machine's memory
+    unified: bool = False  # whether one of them has its memory in common with the machine
     asleep: int = 0  # the level that it was to sleep at last; 0: it was to serve
+    before_sleep: int | None = None  # bytes of its processes before it first slept at level 1; None: it never has
     canary: str = ""  # what it answered before it slept, as `parse_canary` reads it; "": it has no route to be asked on
     launched: Literal["process"] = "process"  # how it was; what another daemon launched in another way is not touched
 
     @property
     def place(self) -> Place:
         """Where it runs."""
-        address, takes = parse_address(self.address), {name: self.takes.get(name, 0) for name in self.devices}
-        allocation = Allocation(takes, share=self.share or None)
+        address = parse_address(self.address)
         may_sleep = isinstance(address, UnixAddress)
-        return Place(self.instance, self.own_name, address, self.credential, self.folder, allocation, may_sleep)
+        return Place(self.instance, self.own_name, address, self.credential, self.folder, self.allocation, may_sleep)
+
+    @property
+    def allocation(self) -> Allocation:
+        """What it was given, all of it: it may be measured, fall asleep and be started anew under another daemon."""
+        takes = {name: self.takes.get(name, 0) for name in self.devices}
+        return Allocation(takes, self.visible, self.share or None, self.gpus, self.unified)
 
     @property
     def identity(self) -> Identity:
@@ -94,6 +103,29 @@ class EngineRecord:
     def since(self) -> float:
         """When it was started, in seconds of the epoch; never, where that is not known."""
         return datetime.fromisoformat(self.started_at).timestamp() if self.started_at else math.inf
+
+
+class Given(TypedDict):
+    """The part of a record that says what an engine was given of the devices."""
+
+    devices: tuple[str, ...]
+    takes: Mapping[str, int]
+    share: float
+    visible: tuple[str, ...] | None
+    gpus: bool
+    unified: bool
+
+
+def given(allocation: Allocation) -> Given:
+    """As `EngineRecord.allocation` reads it back."""
+    return {
+        "devices": tuple(sorted(allocation.devices)),
+        "takes": dict(allocation.takes),
+        "share": allocation.share or 0.0,
+        "visible": allocation.visible,
+        "gpus": allocation.gpus,
+        "unified": allocation.unified,
+    }
 
 
 def file_name(instance: str) -> str:
@@ -280,7 +312,8 @@ def _newest(learned: Learned, spec: str) -> int | None:
 
 def _written(record: EngineRecord) -> dict[str, object]:
     port = record.place.address.port
-    return asdict(record) | ({} if port is None else {_PORT: port})
+    found = {name: value for name, value in asdict(record).items() if value is not None}  # which TOML cannot say
+    return found | ({} if port is None else {_PORT: port})
 
 
 def _with_address(entry: object) -> object:
@@ -328,7 +361,9 @@ def _invariants(record: EngineRecord) -> list[tuple[str, bool]]:
         ("cgroup", not record.cgroup or _is_cgroup_of(record)),
         ("takes", all(0 <= size < 2**63 for size in record.takes.values())),
         ("share", 0 <= record.share <= 1),
+        ("visible", record.visible is None or not any("\0" in name for name in record.visible)),
         ("asleep", 0 <= record.asleep <= 2),
+        ("before_sleep", 0 <= (record.before_sleep or 0) < 2**63),
         ("canary", not record.canary or _is_canary(record.canary)),
     ]
 

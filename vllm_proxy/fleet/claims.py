@@ -24,6 +24,7 @@ from vllm_proxy.runtime.background import notify
 
 RESIDUE_BYTES = 2 * 2**30  # of each GPU: what an engine may keep that has never slept
 HOST_MEMORY = "[devices] host_memory"  # whom a sleeper gives way to, where that is no instance: it is full
+ELSEWHERE = "its own start on other devices"  # whom a sleeper gives way to that moves
 _SEEN = 0.5  # of a guess: less was measured before it slept
 
 log = structlog.get_logger()
@@ -95,7 +96,7 @@ class Tenant(Protocol):
         """Bytes of each device that an engine of its spec had asleep; None: not known."""
 
     def on_yield(self, depth: Depth, for_whom: str) -> None:
-        """It is to give way, so far, to an instance or for HOST_MEMORY."""
+        """It is to give way, so far, to an instance, for HOST_MEMORY or to be started ELSEWHERE."""
 
     def on_resume(self) -> None:
         """It was to give way, and nobody waits for its room any more."""
@@ -129,6 +130,7 @@ class Claim:
         self.woke_seconds: float | None = None  # of its last wake; None: its engine was started, or it failed
         self.depth: Depth | None = None  # how far it goes, while it yields or goes
         self._asks = True
+        self._slept_at = asked_at
         self._was_asleep = False
         self._wanted_since: float | None = None
         self._wanted_until = 0.0
@@ -149,6 +151,10 @@ class Claim:
             self._wanted_until = time
         return None if since is None else self._wanted_since
 
+    def forget_wait(self) -> None:
+        """Who waited for its model is served: the next request waits its own time."""
+        self._wanted_since = None
+
     @property
     def waits(self) -> bool:
         """Whether it was not admitted yet, and still wants to be: to start, or to wake where it sleeps."""
@@ -168,21 +174,26 @@ class Claim:
     def serves(self) -> None:
         """Its engine has allocated what it needs: others may measure the devices."""
         self.standing, self.since = Standing.SERVES, asyncio.get_running_loop().time()
-        self.awaits_look = self.found is None
+        self.awaits_look, self.watches_idle = self.found is None, False
+        self.forget_wait()
         self.start_seconds, self.wake_seconds = self.tenant.start_seconds(), self.tenant.wake_seconds()
         self._changed(self)
 
     def sleeps(self, keeps: int | None) -> None:
         """Its engine has given its memory back, but for this much of each device, where that is known."""
         self.standing, self.since, self.keeps = Standing.SLEEPS, asyncio.get_running_loop().time(), keeps
+        self._slept_at = self.since
         self.depth, self._may_go, self.awaits_look = None, None, False  # nobody looks for what it had awake
+        self._admitted = asyncio.get_running_loop().create_future()
         self._changed(self)
 
-    def takes_host(self, takes: Mapping[str, int]) -> None:
-        """Its engine is put to sleep at level 1: what it had of its devices goes to the machine's memory."""
+    def takes_host(self, takes: Mapping[str, int], before: int) -> None:
+        """Its engine sleeps at level 1, or has: what it had of its devices goes to the machine's memory, or is there.
+
+        `before`: bytes of its processes before it first did; 0: not known.
+        """
         if self._host is None:
-            engine = self.tenant.engine
-            self._host = host_memory.estimate(takes), 0 if engine is None else engine.memory_bytes
+            self._host = host_memory.estimate(takes), before
 
     def host_bytes(self) -> int:
         """What it has of the machine's memory by sleeping, then or now: as measured, once it was."""
@@ -193,10 +204,18 @@ class Claim:
         return grown if grown > guess * _SEEN else guess
 
     def wakes(self) -> None:
-        """It sleeps, and wants its room again."""
-        self._asks, self.since, self.woke_seconds = True, asyncio.get_running_loop().time(), None
-        self._admitted = asyncio.get_running_loop().create_future()
-        self._changed(self)
+        """Where it sleeps, it wants its room again."""
+        if self.standing is Standing.SLEEPS and not self._asks:
+            self._asks, self.since, self.woke_seconds = True, asyncio.get_running_loop().time(), None
+            self.place, self.short, self.measured = (), None, self.tenant.measured()  # nothing of its last wait counts
+            self._changed(self)
+
+    def sleeps_on(self) -> None:
+        """Where it sleeps, it does not want its room any more."""
+        if self.standing is Standing.SLEEPS and self._asks:
+            self._asks, self.since, self.place, self.short = False, self._slept_at, (), None
+            self.tell(None)
+            self._changed(self)
 
     def woke(self, seconds: float) -> None:
         """Its engine has woken, which took so long."""
@@ -212,7 +231,7 @@ class Claim:
     def goes(self) -> None:
         """Its engine is being ended: nobody may come where it sets memory free."""
         if self.standing is not None:
-            self.standing = Standing.GOES
+            self.standing, self._asks = Standing.GOES, False
             self._changed(self)
 
     def failed(self, why: str) -> None:
@@ -289,8 +308,8 @@ class Claim:
     def give_way(self, depth: Depth, for_whom: str) -> None:
         """It takes no new requests from now on."""
         self._was_asleep = self.standing is Standing.SLEEPS
-        self.standing, self.depth = Standing.YIELDS, depth
-        notify([self.tenant.on_yield], depth, for_whom)
+        self.standing, self.depth, self._asks = Standing.YIELDS, depth, False
+        notify([self.tenant.on_yield], depth, ELSEWHERE if for_whom == self.name else for_whom)
 
     @property
     def stays(self) -> bool:
@@ -309,8 +328,7 @@ class Claim:
 
     def is_wanted(self, time: float) -> bool:
         """Whether somebody waits for its model, or may ask again soon."""
-        always = self.tenant.spec.policy.start == "always"
-        return always or (self._wanted_since is not None and time <= self._wanted_until + ASKS_AGAIN_SECONDS)
+        return self._is_always or (self._wanted_since is not None and time <= self._wanted_until + ASKS_AGAIN_SECONDS)
 
     @property
     def ends(self) -> bool:
@@ -318,9 +336,14 @@ class Claim:
         return self.standing in {Standing.YIELDS, Standing.GOES} and self.depth is not Depth.SLEEP
 
     @property
-    def is_at_rest(self) -> bool:
-        """Whether it sleeps, and nobody wants it."""
-        return self.standing is Standing.SLEEPS and not self._asks
+    def at_rest_since(self) -> float | None:
+        """Since when it has slept, where nobody waits for it, though it may come where there is room; else None."""
+        is_wanted = self._asks and (self._is_always or self.tenant.wanted_since() is not None)
+        return self._slept_at if self.standing is Standing.SLEEPS and not is_wanted else None
+
+    @property
+    def _is_always(self) -> bool:
+        return self.tenant.spec.policy.start == "always"
 
     @property
     def may_resume(self) -> bool:

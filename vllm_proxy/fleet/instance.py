@@ -10,6 +10,7 @@ import structlog
 
 from vllm_proxy.domain import progress
 from vllm_proxy.domain.config import ModelSpec
+from vllm_proxy.domain.decide import InstanceNow
 from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Event, Life, Phase, Reason, State
 from vllm_proxy.domain.progress import Progress
@@ -45,6 +46,7 @@ class Instance(Tenancy):
         self.ready_at: datetime | None = None
         self.restarts = 0
         self.engine: Engine | None = None
+        self.sleeps = False  # its engine does, though it may be loading: it waits for room to wake
         self._life = Life()
         self._failure: Diagnosis | None = None  # of its last engine, until the next one serves
 
@@ -56,8 +58,22 @@ class Instance(Tenancy):
     @property
     def serves_or_comes(self) -> bool:
         """Whether an engine of it serves, or will without waiting for room."""
-        sleeps = self.state is State.SLEEPING or self.waits is not None
-        return self.state is State.READY or (self.engine is not None and not sleeps)
+        return self.state is State.READY or (self.engine is not None and not self.sleeps)
+
+    def now(self, *, renew: bool) -> InstanceNow:
+        """As the loop decides about it. `renew`: it is to be started anew."""
+        return InstanceNow(
+            self.index,
+            self.state,
+            self.spec.engine,
+            self.failure,
+            renew or self.has_room,
+            self.yields,
+            self.awaits_room,
+            self.serves_on,
+            self.may_sleep(),
+            self.sleeps,
+        )
 
     @property
     def failure(self) -> Diagnosis | None:
@@ -95,6 +111,31 @@ class Instance(Tenancy):
         self._history.failed(self.name, reason)
         log.warning("an engine is ended that cannot be trusted any more", instance=self.name, reason=reason,
                     why=failed.message)  # fmt: skip
+
+    def wake(self) -> None:
+        """Have it wake once there is room: it sleeps, and is loading where somebody waits for it. Returns at once."""
+        self.forget_return()
+        if self.claim is not None:
+            self.claim.wakes()
+        is_wanted = self.spec.policy.start == "always" or self.wanted_since() is not None
+        if is_wanted and self.state is State.SLEEPING:
+            self._transition(Event.START, Phase.QUEUED)
+
+    def sleep_on(self, *, asks: bool) -> None:
+        """Its engine sleeps, and nobody waits for it. `asks`: it wakes where there is room for it. Returns at once."""
+        if self.claim is not None and not asks:
+            self.claim.sleeps_on()
+        if self.state is State.LOADING:
+            self._transition(Event.SLEPT, Phase.SLEEPING)
+
+    def _note_died(self, last: LastExit) -> None:
+        """Its engine has ended by itself while it slept, or was to: no other one is started for that."""
+        why = last.diagnosis
+        self.last_exit = last
+        self._history.failed(self.name, why.reason)
+        if self.state is State.SLEEPING:
+            self.diagnosis = Diagnosis(why.reason, f"{why.message}; its next request starts another")
+        log.warning("an engine ended by itself", instance=self.name, reason=why.reason, message=why.message)
 
     def _note_ready(self, engine: Engine, woke_seconds: float | None) -> None:
         """It serves. `woke_seconds`: since it has woken, which took so long; None: since its engine was started."""

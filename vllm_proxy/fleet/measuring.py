@@ -2,22 +2,26 @@
 
 import asyncio
 
+from vllm_proxy.domain.ledger import Standing
 from vllm_proxy.domain.placement import Machine
 from vllm_proxy.fleet.claims import Claim
-from vllm_proxy.fleet.managed import Machines
+from vllm_proxy.fleet.room import Room
 from vllm_proxy.runtime import clock
 
 _SECONDS = 5.0  # until memory is back that a driver gives back late
 _LOOK_SECONDS = 0.01
 _AT_LEAST = 0.5  # of what it had
+_MOVING = frozenset({Standing.COMES, Standing.YIELDS, Standing.GOES})  # it may take memory, or give some back
 
 
 class Measuring:
     """Of one engine."""
 
-    def __init__(self, machines: Machines, claim: Claim) -> None:
-        self._machines = machines
+    def __init__(self, room: Room, claim: Claim) -> None:
+        self._room, self._machines = room, room.machines
         self._claim = claim
+        self._beside: dict[str, Standing] = {}  # others, as it began
+        self._is_by_gauge = False  # what others gave back meanwhile would count, too
         self._before: dict[str, tuple[int, int | None]] = {}
         self._keeps: dict[str, int] = {}
 
@@ -27,6 +31,7 @@ class Measuring:
         if machine is not None and self._had(machine):  # it can be measured
             machine = await self._look()
         self._before = {} if machine is None else self._had(machine)
+        self._beside = self._others()
 
     async def freed(self) -> bool | None:
         """Whether at least half of what it had is back within some seconds; None: it cannot be measured."""
@@ -56,8 +61,16 @@ class Measuring:
             self._claim.awaits_look = False
 
     def keeps(self) -> int | None:
-        """Bytes of each device that it still has; None: not known."""
-        return max(self._keeps.values(), default=None)
+        """Bytes of each device that it still has; None: not known, also where others came or went meanwhile."""
+        others = self._others()
+        is_mixed = others.keys() != self._beside.keys() or bool(_MOVING & {*others.values(), *self._beside.values()})
+        return None if self._is_by_gauge and is_mixed else max(self._keeps.values(), default=None)
+
+    def _others(self) -> dict[str, Standing]:
+        """Who has something of its devices, and what they do."""
+        mine = self._before.keys()
+        holds = self._room.memory()[1]
+        return {one.name: one.standing for one in holds if one.name != self._claim.name and mine & one.takes.keys()}
 
     def _had(self, machine: Machine) -> dict[str, tuple[int, int | None]]:
         """What it has of each device, and what is free there; nothing where that is not measured."""
@@ -79,6 +92,7 @@ class Measuring:
         for name, (had, free) in self._before.items():
             held, left = now[name]
             seen = machine.seen[name]
-            measured = held if self._claim.name in seen.held else had - max((left or 0) - (free or 0), 0)
+            self._is_by_gauge = self._claim.name not in seen.held
+            measured = held if not self._is_by_gauge else had - max((left or 0) - (free or 0), 0)
             self._keeps[name] = max(measured, 0)
         return all(self._keeps[name] <= (1 - _AT_LEAST) * had for name, (had, _) in self._before.items())

@@ -15,7 +15,7 @@ import structlog
 
 from vllm_proxy.domain import lifecycle
 from vllm_proxy.domain.config import ModelSpec
-from vllm_proxy.domain.decide import InstanceNow, ModelDecision, ModelNow, Wanted
+from vllm_proxy.domain.decide import ModelDecision, ModelNow, Wanted
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.domain.rollback import Rollback
@@ -77,7 +77,8 @@ class Model:
         if not_ended := next((one.diagnosis for one in self.instances if _is_not_ended(one)), None):
             return not_ended
         if state is State.STOPPED:
-            return _STOPPED_BY_HAND if self.stopped_by_hand else self._gave_way
+            died = next((one.diagnosis for one in self.instances if one.diagnosis is not None), self._gave_way)
+            return _STOPPED_BY_HAND if self.stopped_by_hand else died
         if state in {State.UNLOADING, State.SLEEPING}:
             return self._gave_way
         if state is not State.ERROR and self._rollback.refusal is not None:
@@ -142,6 +143,8 @@ class Model:
         if self._wanted is Wanted.AWAIT and not self._requested:
             self._requested = True
             self._shared.loop.changed(self)
+        elif self.state is State.SLEEPING:  # it waits for room that nobody has pressed for
+            self._shared.loop.changed(self)
         elif self.state is State.LOADING and self._shared.registry.waits_since(self.name) is None:
             self._shared.loop.wake()  # it may have waited for room that nobody pressed for
 
@@ -167,7 +170,9 @@ class Model:
             instance.spec = replace(spec, engine=instance.spec.engine)
         self._reset_rollback(spec)
         self._renew |= {one for one in self.instances if one.state is State.ERROR}
-        runs = spec.policy.start in _RUNS or self._wanted is Wanted.RUN
+        # What a hand has put to sleep is not woken by a change of what no engine notices.
+        sleeps_on = self._wanted is Wanted.AWAIT and _runs_as(before) == _runs_as(spec)
+        runs = not sleeps_on and (spec.policy.start in _RUNS or self._wanted is Wanted.RUN)
         self._want(Wanted.RUN if runs else Wanted.AWAIT)
 
     def end(self, *, keep: bool) -> asyncio.Future[None]:
@@ -229,20 +234,7 @@ class Model:
         """As the loop decides about it."""
         if self.state is State.READY:
             self._started_by_hand = None
-        instances = tuple(
-            InstanceNow(
-                one.index,
-                one.state,
-                one.spec.engine,
-                one.failure,
-                one in self._renew or one.has_room,
-                one.yields,
-                one.awaits_room,
-                one.serves_on,
-                one.may_sleep(),
-            )
-            for one in self.instances
-        )
+        instances = tuple(one.now(renew=one in self._renew) for one in self.instances)
         policy, registry = self.spec.policy, self._shared.registry
         return ModelNow(
             self.name, policy, self._wanted, self._rollback, instances,
@@ -312,12 +304,15 @@ class Model:
     def _lay_to_sleep(self, instance: Supervisor) -> None:
         if instance.gives_way_to is not None:
             self._note_gave_way(instance.gives_way_to)
-        self._follow_end(instance, instance.sleep())
+        if instance.sleeps:
+            instance.sleep_on(asks=self._wanted is Wanted.RUN)
+        else:
+            self._follow_end(instance, instance.sleep())
 
     def _wake_instance(self, instance: Supervisor) -> None:
-        if instance.claim is not None and not instance.claim.waits:
+        instance.wake()
+        if instance.state is State.LOADING:
             self._gave_way = None
-            instance.wake()
 
     def _follow_end(self, instance: Supervisor, leaving: asyncio.Task[None]) -> None:
         self._leaving[instance] = leaving
@@ -388,6 +383,10 @@ class Model:
 
     def _log_failed_replacement(self, why: Diagnosis) -> None:
         log.error("a replacement failed", model=self.name, reason=why.reason, message=why.message)
+
+
+def _runs_as(spec: ModelSpec) -> tuple[object, ...]:
+    return spec.engine, spec.policy.start, spec.policy.enabled
 
 
 def _is_not_ended(one: Supervisor) -> bool:

@@ -43,8 +43,9 @@ class Rest:
             self._engine.note_sleep(level, canary)
 
         spec = self._claim.tenant.spec.engine
-        memory, began = Measuring(self._room.machines, self._claim), asyncio.get_running_loop().time()
-        self._take_host(level)
+        memory, began = Measuring(self._room, self._claim), asyncio.get_running_loop().time()
+        if level == 1:
+            self._take_host(self._engine.memory_bytes)
         await memory.begin()
         done = await self._nap.sleep(self._engine.place, level, note, memory.freed)
         if isinstance(done, Failed):
@@ -59,29 +60,39 @@ class Rest:
 
     async def adopted(self) -> bool | None:
         """Whether one of an earlier daemon sleeps that was to; None: it does not, and what it has is not known."""
+        if self._engine.before_sleep is not None:  # what it took of the machine's memory it has until it ends
+            self._take_host(self._engine.before_sleep)
+        if not self._engine.asleep:
+            return False
         sleeps = await self._nap.is_sleeping(self._engine.place)
         if sleeps is False:
             checked = await self._nap.verify(self._engine.place, self._engine.canary)
             return None if isinstance(checked, Failed) else False
-        if sleeps:
-            self._take_host(self._engine.asleep)
         return sleeps
 
-    def _take_host(self, level: int) -> None:
-        """What it had of its devices goes to the machine's memory, or is there."""
+    def _take_host(self, before: int) -> None:
+        """What it has of its devices goes to the machine's memory, or is there."""
         allocation = self._claim.allocation
-        if level == 1 and allocation is not None and allocation.gpus:
-            self._claim.takes_host(allocation.takes)
+        if allocation is not None and allocation.gpus:
+            self._claim.takes_host(allocation.takes, before)
 
-    async def until_woken(self, woken: asyncio.Event) -> bool:
-        """Wait until somebody wants it; whether it lives then."""
-        waking = spawn(woken.wait(), f"wake of {self._claim.name}")
-        waits: set[asyncio.Future[Any]] = {waking, self._engine.exited}
+    async def until_admitted(self) -> bool:
+        """Wait until it is to wake and has its room for that; False where its engine ends before.
+
+        Raises:
+            LaunchError: it is refused.
+
+        """
+        admitted = spawn(self._claim.admission(), f"wake of {self._claim.name}")
+        waits: set[asyncio.Future[Any]] = {admitted, self._engine.exited}
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if self._engine.exited.done():
+                return False
+            await admitted
         finally:
-            waking.cancel()
-        return not self._engine.exited.done()
+            admitted.cancel()
+        return True
 
     async def end(self, spec: ModelSpec) -> Failed | None:
         """Wake it, on the devices that it was admitted to; why that failed, where it did."""

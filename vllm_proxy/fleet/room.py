@@ -189,8 +189,11 @@ class Room:
 
     def _asks(self, machine: Machine, devices: Mapping[str, Device]) -> Iterator[Ask]:
         stays = Counter(claim.model for claim in self._claims if claim.stays)
+        serves = {claim.model for claim in self._claims if claim.standing is Standing.SERVES}
         waiting: set[str] = set()
         for claim in self._waiting():
+            if claim.model in serves:
+                claim.forget_wait()
             if claim.since > machine.looked_at:  # what is free may have changed: it is being looked at
                 continue
             spec = claim.tenant.spec
@@ -342,10 +345,7 @@ class Room:
         if budget is None:
             return
         slept = {one.name: one for one in self._claims if one.host_bytes() and not one.ends}
-        sleepers = {
-            name: host_memory.Sleeper(one.host_bytes(), one.since if one.is_at_rest else None)
-            for name, one in slept.items()
-        }
+        sleepers = {name: host_memory.Sleeper(one.host_bytes(), one.at_rest_since) for name, one in slept.items()}
         for name in host_memory.to_end(sleepers, budget):
             slept[name].give_way(Depth.STOP, HOST_MEMORY)
             self.history.note_host_memory_full(slept[name].model)

@@ -122,7 +122,7 @@ class RoomHistory:
             one, whom = claims.get(name), claims.get(moves.go_for[name])
             if one is not None and whom is not None:
                 self._counted.evictions[one.model, depth, whom.model] += 1
-                if (start := self._starts.get(whom)) is not None:
+                if one is not whom and (start := self._starts.get(whom)) is not None:
                     start.swaps = True
 
     def _follow_start(

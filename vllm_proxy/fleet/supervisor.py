@@ -19,7 +19,6 @@ from vllm_proxy.domain.devices import Allocation
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Event, Phase, Reason, State
 from vllm_proxy.engine.interface import Engine
-from vllm_proxy.engine.liveness import until_stalled
 from vllm_proxy.engine.meter import Meter
 from vllm_proxy.engine.nap import Failed
 from vllm_proxy.engine.probe import Ready
@@ -29,13 +28,13 @@ from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.fleet.claims import Claim
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.draining import cut, drain, give_way
-from vllm_proxy.fleet.failure import inspected
+from vllm_proxy.fleet.failure import last_exit
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.instance import Instance
 from vllm_proxy.fleet.rest import ColdStartError, EndedAsleepError, Rest
+from vllm_proxy.fleet.watching import watched
 from vllm_proxy.runtime import clock
-from vllm_proxy.runtime.background import keep_running, run_once, spawn
-from vllm_proxy.traffic.ejection import watch_health
+from vllm_proxy.runtime.background import run_once, spawn
 from vllm_proxy.traffic.endpoint import Endpoint
 
 log = structlog.get_logger()
@@ -62,9 +61,7 @@ class Supervisor(Instance):
         self._failures = 0
         self._engine_alive = False  # whether an engine of it, or a process of one, lives
         self._task: asyncio.Task[None] | None = None
-        self._serves_on = asyncio.Event()  # it was to give way, and did not; or sleeps
         self._to_sleep = False
-        self._woken = asyncio.Event()
         self._starts_cold = False  # its engine is ended, and it keeps its claim
 
     def start(self, record: EngineRecord | None = None) -> None:
@@ -85,14 +82,6 @@ class Supervisor(Instance):
         leaving = self.stop()
         self._to_sleep = True
         return leaving
-
-    def wake(self) -> None:
-        """Begin to wake: it sleeps. Returns at once."""
-        assert self.claim is not None, "it sleeps"
-        self.forget_return()
-        self._transition(Event.START, Phase.QUEUED)
-        self.claim.wakes()
-        self._woken.set()
 
     def stop_yielding(self) -> None:
         """One that gives way, or is to sleep, is stopped by hand, or for good: as any other."""
@@ -172,15 +161,6 @@ class Supervisor(Instance):
         able = self.engine is not None and self.engine.place.may_sleep and self.claim is not None
         return able and self.claim is not None and self._shared.loop.room.has_host_memory_for(self.claim)
 
-    def forget_return(self) -> None:
-        """That it was to give way and did not, or slept, is over: it wakes, or somebody wants something else of it."""
-        self._serves_on.clear()
-
-    @property
-    def serves_on(self) -> bool:
-        """Whether it was to give way, and nobody waits for its room any more."""
-        return self._serves_on.is_set()
-
     async def _run(self, record: EngineRecord | None) -> None:
         try:
             while True:
@@ -191,6 +171,11 @@ class Supervisor(Instance):
                     self._note_nap_failed(Reason.WAKE_FAILED, error.failed)
                     record = None
                     continue
+                except EndedAsleepError:
+                    record = None
+                    if self._engine_alive or not self._starts_after_sleep():
+                        return
+                    continue
                 if self._engine_alive:  # a stopping daemon could not end it
                     return
                 self._release_claim()
@@ -199,13 +184,15 @@ class Supervisor(Instance):
                 self._history.failed(self.name, failure.reason)
                 if not await self._await_retry(failure):
                     return
-        except EndedAsleepError:
-            if not self._engine_alive:
-                self._release_claim()
-                self._transition(Event.DIED)
         except Exception:  # a bug in here must not reach other models
             log.exception("the supervisor failed", instance=self.name)
             self._fail_by_bug()
+
+    def _starts_after_sleep(self) -> bool:
+        """Whether its next engine starts, as any other: the one that slept has ended, and somebody waits for it."""
+        self._release_claim()
+        self._transition(Event.DIED, Phase.QUEUED if self.state is State.LOADING else None)
+        return self.state is State.LOADING
 
     def _fail_by_bug(self) -> None:
         """It ends in `error`; where its engine may live, it is reported as not ended, and nothing starts beside it."""
@@ -276,27 +263,36 @@ class Supervisor(Instance):
         """Have it serve and sleep until it ends by itself; returns why it did."""
         rest = Rest(self._shared.nap, self._shared.loop.room, engine, claim, self._history)
         meter = await Meter.of(engine, self._shared.probe, self._history.tokens.update)
-        if engine.asleep and (sleeps := await rest.adopted()) is not False:
+        if (sleeps := await rest.adopted()) is not False:
             if sleeps is None:
                 self._starts_cold = True
                 raise ColdStartError(Failed("wake", "an earlier daemon put it to sleep, and it gives no clean answer"))
-            self._transition(Event.STOP)
             claim.sleeps(None)
-            await self._sleep(rest, claim)
+            await self._sleep(rest, engine)
         while (failure := await self._serve(engine, ready, claim, meter)) is None:
+            if engine.exited.done():  # while its last requests were awaited
+                await self._note_end(engine)
+                raise asyncio.CancelledError
             self._notify(Phase.FALLING_ASLEEP)
             if (failed := await rest.begin(self.spec.engine.sleep or 1)) is not None:
                 self._note_nap_failed(Reason.SLEEP_FAILED, failed)
                 raise asyncio.CancelledError
-            await self._sleep(rest, claim)
+            await self._sleep(rest, engine)
         return failure
 
-    async def _sleep(self, rest: Rest, claim: Claim) -> None:
-        """It sleeps, until somebody wants it and it has woken."""
+    async def _sleep(self, rest: Rest, engine: Engine) -> None:
+        """It sleeps, until it is admitted to wake, and has."""
+        self.sleeps = True
         self._settle(Event.SLEPT, Phase.SLEEPING)
-        if not await rest.until_woken(self._woken):
-            raise EndedAsleepError
-        await claim.admission()
+        try:
+            if not await rest.until_admitted():
+                self._leave()
+                await self._note_end(engine)
+                raise EndedAsleepError
+        finally:
+            self.sleeps = False
+        if self.state is State.SLEEPING:
+            self._transition(Event.START)
         self._notify(Phase.WAKING)
         if (failed := await rest.end(self.spec)) is not None:
             self._starts_cold = True
@@ -313,38 +309,29 @@ class Supervisor(Instance):
         registry.add_endpoint(self.spec.id, endpoint)
         self.endpoint = endpoint
         claim.serves()  # its memory is allocated: the next engine may measure
-        readmit = partial(registry.readmit, self.spec.id)
-        watching_health = keep_running(
-            partial(watch_health, endpoint, self._shared.probe, readmit), f"ejection of {self.name}"
-        )
-        metering = keep_running(partial(meter.follow, endpoint, self._shared.watchers), f"meter of {self.name}")
-        stall = partial(until_stalled, endpoint, self._shared.probe, meter, lambda: self.spec.policy.stall_timeout)
-        stalling = keep_running(stall, f"stall watch of {self.name}")
         try:
-            ends: set[asyncio.Future[Any]] = {engine.exited, stalling}
-            while not any(end.done() for end in ends):
-                try:
-                    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                except asyncio.CancelledError:
-                    registry.withdraw_endpoint(self.spec.id, endpoint)
-                    if await self._drain(endpoint, engine, claim, meter):
-                        self._settle(Event.RESUMED, Phase.SERVING)
-                        registry.add_endpoint(self.spec.id, endpoint)
-                    elif self._to_sleep:
-                        return None
-                    else:
-                        raise
-            registry.withdraw_endpoint(self.spec.id, endpoint)  # before anything else, and before any notification
-            if clock.elapsed(since) > self.spec.policy.restart.max_backoff:
-                self._failures = 0  # it served for a while: earlier failures do not count
-            stalled = None if engine.exited.done() else stalling.result()
-            if stalled is not None:
-                endpoint.pool.close()  # its requests in flight fail now
-            return await self._failed(engine, stalled, was_ready=True, generation=generation)
+            with watched(endpoint, meter, self._shared, lambda: self.spec.policy) as stalling:
+                ends: set[asyncio.Future[Any]] = {engine.exited, stalling}
+                while not any(end.done() for end in ends):
+                    try:
+                        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                    except asyncio.CancelledError:
+                        registry.withdraw_endpoint(self.spec.id, endpoint)
+                        if await self._drain(endpoint, engine, claim, meter):
+                            self._settle(Event.RESUMED, Phase.SERVING)
+                            registry.add_endpoint(self.spec.id, endpoint)
+                        elif self._to_sleep:
+                            return None
+                        else:
+                            raise
+                registry.withdraw_endpoint(self.spec.id, endpoint)  # before anything else, and before any notification
+                if clock.elapsed(since) > self.spec.policy.restart.max_backoff:
+                    self._failures = 0  # it served for a while: earlier failures do not count
+                stalled = None if engine.exited.done() else stalling.result()
+                if stalled is not None:
+                    endpoint.pool.close()  # its requests in flight fail now
+                return await self._failed(engine, stalled, was_ready=True, generation=generation)
         finally:
-            watching_health.cancel()
-            metering.cancel()
-            stalling.cancel()
             self.endpoint = None
 
     def _settle(self, event: Event, phase: Phase) -> None:
@@ -353,7 +340,6 @@ class Supervisor(Instance):
         while self._task.uncancel():
             pass
         self._to_sleep = False
-        self._woken.clear()
         self._end_yielding()
         self._transition(event, phase)
         self._serves_on.set()
@@ -387,13 +373,16 @@ class Supervisor(Instance):
         known_options: Collection[str] = (),
     ) -> Diagnosis:
         """Record a failure. `verdict` None: the engine ended, and its exit and its log are diagnosed."""
-        mask = self._shared.mask
-        inspect = partial(inspected, engine, verdict, was_ready=was_ready, known_options=known_options, mask=mask)
         self._leave()
         stalled = was_ready and verdict is not None and verdict.reason is Reason.STALLED
         # Shown before the diagnosis is there: the rest of its processes is being stopped.
         self._transition(Event.STALLED if stalled else Event.DIED, Phase.STOPPING, generation=generation)
-        self.last_exit = await self._shared.offload(inspect)  # a log may be megabytes of dumps
+        self.last_exit = await last_exit(
+            engine, verdict, self._shared, was_ready=was_ready, known_options=known_options
+        )
         self.diagnosis = self.last_exit.diagnosis
         self._notify(Phase.STOPPING)
         return self.diagnosis
+
+    async def _note_end(self, engine: Engine) -> None:
+        self._note_died(await last_exit(engine, None, self._shared, was_ready=True))

@@ -13,17 +13,19 @@ from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.ledger import Depth
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.engine.interface import Engine
-from vllm_proxy.fleet.claims import HOST_MEMORY, Claim, Waits
+from vllm_proxy.fleet.claims import ELSEWHERE, HOST_MEMORY, Claim, Waits
 from vllm_proxy.fleet.history import History
 from vllm_proxy.traffic.endpoint import Endpoint
 
 
 def gave_way(for_whom: str, *, awaits_request: bool) -> Diagnosis:
-    """Why a model does not run that made room for an instance, or of the machine's memory."""
+    """Why a model does not run that made room for an instance, of the machine's memory, or for itself elsewhere."""
     whom, when = for_whom.removesuffix("/0"), datetime.now(UTC).strftime("%H:%M:%S")
     again = "its next request starts it" if awaits_request else "it waits for room"
     if for_whom == HOST_MEMORY:
         why = f"ended while asleep at {when} UTC: {HOST_MEMORY} is full, and it slept longest"
+    elif for_whom == ELSEWHERE:
+        why = f"ended where it slept at {when} UTC, to start elsewhere: others have its devices"
     else:
         why = f"gave way to {whom} at {when} UTC"
     return Diagnosis(Reason.GAVE_WAY, f"{why}; {again}")
@@ -42,11 +44,12 @@ class Tenancy(ABC):
         self.claim: Claim | None = None
         self.waits: Waits | None = None  # for room, and why
         self.has_room = False  # it rests in error since there was none, and there is by now
-        self.gives_way_to: str | None = None  # the instance that waits for its room, or HOST_MEMORY
+        self.gives_way_to: str | None = None  # the instance that waits for its room, HOST_MEMORY, ELSEWHERE
         self.yields: Depth | None = None  # how far
         self.wanted_since = wanted_since
         self._stop_yielding = asyncio.Event()
         self._resumed = asyncio.Event()
+        self._serves_on = asyncio.Event()  # it was to give way, and did not; or sleeps
         self._history = history
         self._changed = changed
 
@@ -73,12 +76,15 @@ class Tenancy(ABC):
         """Why it is to sleep or to end for others, in a sentence; None: it is not."""
         if self.gives_way_to == HOST_MEMORY:
             return f"ends while it sleeps: {HOST_MEMORY} is full"
+        if self.gives_way_to == ELSEWHERE:
+            return "ends where it sleeps, to start elsewhere: others have its devices"
         return None if self.gives_way_to is None else f"gives way to {self.gives_way_to}"
 
     @property
     def awaits_room(self) -> bool:
-        """Whether it would run, and nothing of it does yet."""
-        return self.has_room or (self.state is State.LOADING and self.claim is not None and self.claim.waits)
+        """Whether it would run, and nothing of it does yet, or it sleeps."""
+        would = self.state in {State.LOADING, State.SLEEPING}
+        return self.has_room or (would and self.claim is not None and self.claim.waits)
 
     def stop_yielding(self) -> None:
         """One that gives way is stopped by hand, or for good: no longer than any other."""
@@ -150,6 +156,15 @@ class Tenancy(ABC):
         self._show_wait(None if why is None else why.diagnosis)
 
     # For its supervisor
+
+    def forget_return(self) -> None:
+        """That it was to give way and did not, or slept, is over: it wakes, or somebody wants something else of it."""
+        self._serves_on.clear()
+
+    @property
+    def serves_on(self) -> bool:
+        """Whether it was to give way, and nobody waits for its room any more."""
+        return self._serves_on.is_set()
 
     def _leave(self) -> None:
         """Nobody is to come to its devices until nothing of its engine is left; one that only waited is not heeded."""

@@ -174,7 +174,7 @@ def _model(
     valid = validate(ModelTable, merged, own, mine)
     options = merged.get("args")
     if isinstance(options, Mapping):
-        wrong = [*args.problems_of(options), *(args.not_with_sleep(options) if merged.get("sleep") is not None else ())]
+        wrong = [*args.problems_of(options), *(args.not_with_sleep(options) if merged.get("sleep") else ())]
         mine += [((*own, "args", spelling.get(key, key)), message) for key, message in wrong]
     # What the model itself does not say, the defaults do: there it is to be mended.
     for path, message in mine:
