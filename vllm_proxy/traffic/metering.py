@@ -115,7 +115,9 @@ class Metering:
             RequestError: `rate_limit_exceeded` or `insufficient_quota`; `invalid_max_tokens`.
 
         """
-        request = _Request(self, self.user(call.caller), call, "" if spec is None else spec.id)
+        if spec is not None:
+            call.model = spec.id
+        request = _Request(self, self.user(call.caller), call, call.model)
         if asked is not None and spec is not None:
             body = request.ask(asked, body, spec)
         request.admit()
