@@ -56,7 +56,7 @@ def request(budgets: Budgets) -> None:
 def numbered(fair: FairShare) -> None:
     """A request that is numbered, begins and ends."""
     fair.began(fair.number("ci", 0, 1.0, 300))
-    fair.ended()
+    fair.ended("ci", 0, 1.0, 300, 120)
 
 
 def _least(work: Callable[[], object], calls: int, rounds: int) -> float:

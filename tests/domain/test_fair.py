@@ -30,7 +30,7 @@ class Queue:
         """The next one, from its first byte to its end."""
         number, _, key, tokens = heapq.heappop(self.waiting)
         self.fair.began(number)
-        self.fair.ended()
+        self.fair.ended(key, *self.keys[key], tokens, tokens)
         return key, tokens
 
 
@@ -75,10 +75,10 @@ def test_numbers_begin_at_zero_whenever_nothing_is_in_flight() -> None:
     fair = FairShare()
     assert fair.number("a", 0, 1.0, 500) == 0
     assert fair.number("a", 0, 1.0, 500) == 500
-    fair.ended()
+    fair.ended("a", 0, 1.0, 500, 500)
     assert fair.number("a", 0, 1.0, 500) == 1000
-    fair.ended()
-    fair.ended()
+    fair.ended("a", 0, 1.0, 500, 500)
+    fair.ended("a", 0, 1.0, 500, 500)
     assert fair.number("a", 0, 1.0, 500) == 0
 
 
@@ -89,8 +89,18 @@ def test_a_crowd_that_gives_up_does_not_put_its_key_behind() -> None:
     for _ in range(1000):
         fair.number("crowd", 0, 2.0, 100)
     for _ in range(1000):
-        fair.unserved("crowd", 0, 2.0, 100)
+        fair.ended("crowd", 0, 2.0, 100, 0)
     assert fair.number("crowd", 0, 2.0, 100) == 0
+
+
+def test_a_key_is_charged_what_its_request_used_and_not_what_it_held() -> None:
+    """Who asks for long answers and gets short ones is as who asks for short ones; one that was longer counts whole."""
+    fair = FairShare()
+    fair.number("other", 0, 1.0, 1)
+    for key, held in (("a", 4000), ("b", 20)):
+        fair.number(key, 0, 1.0, held)
+        fair.ended(key, 0, 1.0, held, 100)
+    assert fair.number("a", 0, 1.0, 1) == fair.number("b", 0, 1.0, 1) == 100
 
 
 def test_a_start_never_crosses_into_another_priority() -> None:

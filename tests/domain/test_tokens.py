@@ -68,14 +68,18 @@ def test_a_usage_is_shorter_than_what_is_kept() -> None:
 
 
 def test_a_token_is_four_bytes_before_the_first_answer_and_then_what_it_was() -> None:
-    """By model; at most the model's length."""
+    """By key and model; at most the model's length."""
     estimates = Estimates()
-    assert estimates.prompt("chat", 4000, binary=False) == 1001
-    assert estimates.prompt("chat", 4000, binary=False, most=512) == 512
+    assert estimates.prompt("ci", "chat", 4000, binary=False) == 1001
+    assert estimates.prompt("ci", "chat", 4000, binary=False, most=512) == 512
     for _ in range(20):
         estimates.learn("ci", "chat", Tokens(100, 10), 800, binary=False)
-    assert estimates.prompt("chat", 4000, binary=False) == 501
-    assert estimates.prompt("other", 4000, binary=False) == 1001
+    assert estimates.prompt("ci", "chat", 4000, binary=False) == 501
+    assert (
+        estimates.prompt("ada", "chat", 4000, binary=False)
+        == estimates.prompt("ci", "other", 4000, binary=False)
+        == 1001
+    )
 
 
 def test_what_was_learned_long_ago_counts_less() -> None:
@@ -84,18 +88,20 @@ def test_what_was_learned_long_ago_counts_less() -> None:
     for length in (8_000_000, 2_000_000):
         for _ in range(10):
             estimates.learn("ci", "chat", Tokens(1_000_000), length, binary=False)
-    assert estimates.prompt("chat", 1_000_000, binary=False) == pytest.approx(500_000, rel=0.05)
+    assert estimates.prompt("ci", "chat", 1_000_000, binary=False) == pytest.approx(500_000, rel=0.05)
 
 
 def test_a_body_with_files_takes_what_such_bodies_took() -> None:
     """The mean, whatever its length; before the first one a bound, so that no limit keeps it from being learned."""
     estimates = Estimates()
-    assert estimates.prompt("chat", 10_000_000, binary=True) == 4096
-    assert estimates.prompt("chat", 400, binary=True) == 101
+    assert estimates.prompt("ci", "chat", 10_000_000, binary=True) == 4096
+    assert estimates.prompt("ci", "chat", 400, binary=True) == 101
     for tokens in (200, 400):
         estimates.learn("ci", "chat", Tokens(tokens, 1), 10_000_000, binary=True)
-    assert estimates.prompt("chat", 10_000_000, binary=True) == estimates.prompt("chat", 5, binary=True) == 301
-    assert estimates.prompt("chat", 4000, binary=False) == 1001  # nothing was learned of texts
+    assert (
+        estimates.prompt("ci", "chat", 10_000_000, binary=True) == estimates.prompt("ci", "chat", 5, binary=True) == 301
+    )
+    assert estimates.prompt("ci", "chat", 4000, binary=False) == 1001  # nothing was learned of texts
 
 
 @given(outputs=st.lists(st.integers(0, 5000), min_size=1, max_size=200))
@@ -115,4 +121,4 @@ def test_what_ran_no_prompt_teaches_nothing() -> None:
     """As counting tokens does."""
     estimates = Estimates()
     estimates.learn("ci", "chat", Tokens(), 1000, binary=False)
-    assert (estimates.output("ci", "chat"), estimates.prompt("chat", 4000, binary=False)) == (256, 1001)
+    assert (estimates.output("ci", "chat"), estimates.prompt("ci", "chat", 4000, binary=False)) == (256, 1001)

@@ -259,17 +259,17 @@ def test_a_wait_for_requests_in_flight_is_as_long_as_those_take() -> None:
 
 
 def test_a_day_ends_at_midnight_in_utc() -> None:
-    """Until then it is refused, with `insufficient_quota`; what is held goes on into the next day."""
+    """Until then it is refused, with `insufficient_quota` where it is used up; what is held goes on into the next day."""
     one = Budgets([], [Quota("day", 1000, 900, NOON)])
     holder = granted(admit(one, 50, 0, 5.0, NOON, bounded=True))
     found = refused(admit(one, 60, 0, 5.0, NOON, bounded=True))
-    assert (found.code, found.type, found.limit) == ("insufficient_quota", "insufficient_quota", "tokens_per_day")
+    assert (found.code, found.type, found.limit) == ("rate_limit_exceeded", "tokens", "tokens_per_day")
     assert found.message == (
         "cannot take this: 950 tokens a day are used, 60 wanted, free when requests in flight have ended"
     )
     found = refused(admit(one, 200, 0, 5.0, NOON, bounded=True))
     assert found.message == ("cannot take this: 950 tokens a day are used, 200 wanted, free at 2026-11-25T00:00:00Z")
-    assert found.wait == 43200
+    assert (found.code, found.type, found.wait) == ("insufficient_quota", "insufficient_quota", 43200)
     settle(holder, 40, 6.0, MIDNIGHT)
     assert [(use.used, use.held) for use in one.uses(6.0, MIDNIGHT)] == [(40, 0)]
     granted(admit(one, 960, 0, 6.0, MIDNIGHT, bounded=True))

@@ -115,6 +115,23 @@ async def test_a_turn_may_refuse_to_wait() -> None:
 
 
 @virtual
+async def test_a_queue_is_not_full_of_those_who_wait_for_their_own_keys_requests() -> None:
+    """However many of one key wait: others are served, and wait where the engine is busy."""
+    registry, one = registry_of(queue_size=2, max_in_flight=2), Caller(1)
+    opened(registry)
+    mine = [await asked(registry, Turn(one)) for _ in range(6)]
+    assert [task.done() for task in mine] == [True] + [False] * 5
+    other = await asked(registry, None)
+    assert other.done()
+    waiting = [await asked(registry, None) for _ in range(2)]
+    full = await asked(registry, None)
+    assert isinstance(full.exception(), RequestError)
+    assert not any(task.done() for task in waiting)
+    for task in (*mine[1:], *waiting):
+        task.cancel()
+
+
+@virtual
 async def test_who_leaves_the_queue_takes_no_endpoint_along() -> None:
     """A cancelled one with the smallest number: the next one is served, and all counts come back."""
     registry = registry_of(max_in_flight=1)

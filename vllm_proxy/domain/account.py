@@ -4,6 +4,8 @@ A key has one window over all models, and one for each model that an entry of it
 key's name when its limits change: what was used stays used, and what is held is given back.
 """
 
+from collections.abc import Callable
+
 from vllm_proxy.domain.limits import Limits, Rate
 from vllm_proxy.domain.usage import Spent
 from vllm_proxy.domain.window import Budgets, Period, Quota, Window
@@ -14,37 +16,29 @@ _NO_RATE = Rate()
 class Account:
     """Of one key."""
 
-    def __init__(self, limits: Limits, spent: Spent, epoch: float) -> None:
-        self._windows: dict[str, Window] = {}  # by model; "": over all of them
+    def __init__(self, limits: Limits, spent: Callable[[], Spent], epoch: float) -> None:
+        self._windows: dict[str, Window] = {}  # by model; "": over all of them; those without a limit now, too
         self._quotas: dict[Period, Quota] = {}
         self._limits = limits
         self._by_model: dict[str, Budgets] = {}
         self.change(limits, spent, epoch)
 
-    def change(self, limits: Limits, spent: Spent, epoch: float) -> None:
+    def change(self, limits: Limits, spent: Callable[[], Spent], epoch: float) -> None:
         """Other limits. `spent`: where a quota begins that was none before."""
         self._limits = limits
         self._by_model.clear()
-        for model, window in list(self._windows.items()):
-            if (rate := self._rate(model)).is_limited:
-                window.change(rate)
-            else:
-                del self._windows[model]
-        quotas: dict[Period, tuple[int, int]] = {
-            "day": (limits.tokens_per_day, spent.day),
-            "month": (limits.tokens_per_month, spent.month),
-        }
-        self._quotas = {
-            period: self._quota(period, limit, used, epoch) for period, (limit, used) in quotas.items() if limit
-        }
+        for model, window in self._windows.items():
+            window.change(self._rate(model))
+        quotas: dict[Period, int] = {"day": limits.tokens_per_day, "month": limits.tokens_per_month}
+        self._quotas = {period: self._quota(period, limit, spent, epoch) for period, limit in quotas.items() if limit}
 
     def _rate(self, model: str) -> Rate:
         return self._limits.of_model(model) or _NO_RATE if model else self._limits.rate
 
-    def _quota(self, period: Period, limit: int, used: int, epoch: float) -> Quota:
+    def _quota(self, period: Period, limit: int, spent: Callable[[], Spent], epoch: float) -> Quota:
         quota = self._quotas.get(period)
         if quota is None:
-            return Quota(period, limit, used, epoch)
+            return Quota(period, limit, getattr(spent(), period), epoch)
         quota.change(limit)
         return quota
 

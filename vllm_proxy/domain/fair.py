@@ -46,18 +46,15 @@ class FairShare:
         if found is not None and (start := number & _LAST) > found.now:
             found.now = start
 
-    def ended(self) -> None:
-        """A request is over, whatever became of it."""
-        self._in_flight -= 1
-        if not self._in_flight:
-            self._classes.clear()
+    def ended(self, key: str, priority: int, weight: float, tokens: int, used: int) -> None:
+        """A request is over, with the values that its number was made of: its key is charged what it `used` instead.
 
-    def unserved(self, key: str, priority: int, weight: float, tokens: int) -> None:
-        """A request ended before its first byte, with the values that its number was made of: its key gets them back.
-
-        Else whoever gave up waiting for many requests would be last for as long as they had taken.
+        Nothing, where it had no answer: whoever gave up waiting for many requests would else be last for as long as
+        they had taken.
         """
         found = self._classes.get(priority)
         if found is not None and key in found.last:
-            found.last[key] -= max(tokens, 1) / weight
-        self.ended()
+            found.last[key] += (used - max(tokens, 1)) / weight
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._classes.clear()

@@ -154,18 +154,18 @@ _SAMPLED = 8  # of so many answers one is learned from, once so many outputs are
 
 
 class Estimates:
-    """What requests will take, learned from answers: by model for prompts, by key and model for outputs.
+    """What requests will take, learned from answers to the same key by the same model: nobody's guesses are others'.
 
-    It holds an entry for each model and for each pair of key and model that was used; both are configured names.
+    It holds an entry for each pair of key and model that was used; both are configured names.
     """
 
     def __init__(self) -> None:
-        self._models: dict[str, _Prompts] = {}
+        self._prompts: dict[tuple[str, str], _Prompts] = {}
         self._outputs: dict[tuple[str, str], _Outputs] = {}
 
-    def prompt(self, model: str, length: int, *, binary: bool, most: int | None = None) -> int:
+    def prompt(self, key: str, model: str, length: int, *, binary: bool, most: int | None = None) -> int:
         """Tokens of the prompt in a body of `length` bytes. `binary`: it has files in it. `most`: `max_model_len`."""
-        prompts = self._models.get(model) or _UNSEEN
+        prompts = self._prompts.get((key, model)) or _UNSEEN
         found = prompts.of_binary(length) if binary else int(length / prompts.bytes_per_token) + 1
         return found if most is None or found < most else most
 
@@ -178,21 +178,19 @@ class Estimates:
         """From an answer's own usage; `length` and `binary` of its request's body as in `prompt`."""
         if not tokens.prompt:  # nothing was run
             return
-        outputs = self._outputs.get((key, model))
+        pair = key, model
+        outputs = self._outputs.get(pair)
         if outputs is None:
-            outputs = self._outputs[key, model] = _Outputs()
+            outputs, self._prompts[pair] = self._outputs.setdefault(pair, _Outputs()), _Prompts()
         outputs.seen += 1
         if outputs.seen > _REMEMBERED and outputs.seen % _SAMPLED:
             return  # enough is known, and to learn costs as much as all other counting
         outputs.learn(tokens.completion)
-        prompts = self._models.get(model)
-        if prompts is None:
-            prompts = self._models[model] = _Prompts()
-        prompts.learn(tokens.prompt, length, binary=binary)
+        self._prompts[pair].learn(tokens.prompt, length, binary=binary)
 
 
 class _Prompts:
-    """How long the prompts of one model are."""
+    """How long the prompts for one key are, to a model."""
 
     __slots__ = ("_binary", "_bytes", "_files", "_tokens", "bytes_per_token")
 

@@ -192,18 +192,20 @@ class Refused:
     scope: str  # the model whose limit it is; "": the key's over all models
     wait: float  # seconds, whole milliseconds; inf: it never fits
     message: str
+    passes: bool = False  # with requests in flight alone
 
     @property
     def code(self) -> Literal["rate_limit_exceeded", "insufficient_quota"]:
-        """As clients know it."""
-        return "rate_limit_exceeded" if self.limit.endswith("_minute") else "insufficient_quota"
+        """As clients know it: a quota that is not used up, but held, is none to despair of."""
+        is_rate = self.passes or self.limit.endswith("_minute")
+        return "rate_limit_exceeded" if is_rate else "insufficient_quota"
 
     @property
     def type(self) -> Literal["requests", "tokens", "insufficient_quota"]:
         """As OpenAI's errors have it."""
         if self.limit == "requests_per_minute":
             return "requests"
-        return "tokens" if self.limit == "tokens_per_minute" else "insufficient_quota"
+        return "tokens" if self.code == "rate_limit_exceeded" else "insufficient_quota"
 
 
 def admit(budgets: Budgets, prompt: int, output: int, now: float, epoch: float, *, bounded: bool) -> Granted | Refused:
@@ -267,6 +269,22 @@ def settle(granted: Granted, used: int, now: float, epoch: float) -> None:
             quota.roll(epoch)
         quota.left_tokens += freed
         quota.used_tokens += used
+
+
+def charge(budgets: Budgets, settled: Budgets | None, used: int, now: float, epoch: float) -> None:
+    """Charge the tokens of a request to limits that came while it ran: to all but those that it was `settled` with."""
+    slot = int(now)
+    _advance(budgets, slot, epoch)
+    for window in budgets.windows:
+        if settled is None or window not in settled.windows:
+            window.left_tokens -= used
+            window.used_tokens += used
+            window.tokens[slot % SLOTS] += used
+            window.last_token = slot
+    for quota in budgets.quotas:
+        if settled is None or quota not in settled.quotas:
+            quota.left_tokens -= used
+            quota.used_tokens += used
 
 
 def openai_lines(budgets: Budgets, now: float, epoch: float) -> bytes:
@@ -370,12 +388,13 @@ def _of_limit(wait: float, use: Use, wanted: int, ends: str, in_flight: float) -
     if wanted > use.limit:
         why = f"{wanted} {what} wanted, and {use.limit} a {period} are all there may be"
         return Refused(use.name, use.scope, math.inf, f"cannot take this{of}: {why}")
-    if wait == math.inf:
+    passes = wait == math.inf
+    if passes:
         wait, free = in_flight, "when requests in flight have ended"
     else:
         free = f"at {ends}" if ends else f"in {wait:.1f} s"
     why = f"{use.used + use.held} {what} a {period} are used, {wanted} wanted, free {free}"
-    return Refused(use.name, use.scope, math.ceil(wait * 1000) / 1000, f"cannot take this{of}: {why}")
+    return Refused(use.name, use.scope, math.ceil(wait * 1000) / 1000, f"cannot take this{of}: {why}", passes)
 
 
 def _period(period: Period, epoch: float) -> tuple[float, float]:

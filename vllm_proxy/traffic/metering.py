@@ -19,9 +19,19 @@ from vllm_proxy.domain.keys import Key
 from vllm_proxy.domain.limits import Limits
 from vllm_proxy.domain.tokens import NO_TOKENS, Estimates, Tokens
 from vllm_proxy.domain.usage import Spent
-from vllm_proxy.domain.window import Granted, Refused, admit, anthropic_lines, openai_lines, settle
+from vllm_proxy.domain.window import (
+    Budgets,
+    Granted,
+    Refused,
+    admit,
+    anthropic_lines,
+    charge,
+    openai_lines,
+    settle,
+)
 from vllm_proxy.errors import LimitError, RequestError
 from vllm_proxy.traffic.asked import Asked, with_most, with_usage
+from vllm_proxy.traffic.body import with_member
 from vllm_proxy.traffic.call import CLIENT_GONE, Call
 from vllm_proxy.traffic.exchange import Ending
 from vllm_proxy.traffic.keyring import Caller
@@ -31,6 +41,9 @@ from vllm_proxy.traffic.usage import Outcome, Usage
 
 type Clock = Callable[[], float]
 
+_MOST_CLAIMED = 2**22  # tokens: more is no request that an engine takes, and would use up the numbers
+# vLLM 0.32 reads the header here, and on its other routes the body alone. Source: `_get_priority` of its serving.py.
+_HEADER_COUNTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 _FULL_WAIT_SECONDS = 1.0  # who has too many requests that wait: nobody knows when one of them ends
 
 
@@ -86,7 +99,7 @@ class Metering:
         for name, key in config.keys.items():
             if (user := self.users.get(name)) is not None:
                 user.follow(key.limits)
-                user.account.change(key.limits, self._spent(name), self.epoch())
+                user.account.change(key.limits, partial(self._spent, name), self.epoch())
         for name in [name for name in self._shares if name not in config.models]:
             del self._shares[name]
 
@@ -95,7 +108,7 @@ class Metering:
         name = caller.key.name
         found = self.users.get(name)
         if found is None:
-            account = Account(caller.key.limits, self._spent(name), self.epoch())
+            account = Account(caller.key.limits, partial(self._spent, name), self.epoch())
             found = self.users[name] = User(caller.key, account)
         return found
 
@@ -122,6 +135,8 @@ class Metering:
             body = request.ask(asked, body, spec)
         request.admit()
         call.metered = request
+        if request.share is not None and body and call.route not in _HEADER_COUNTS:
+            body = with_member(body, "priority", b"%d" % request.number)
         return body
 
     def in_flight(self) -> dict[str, float]:
@@ -150,9 +165,11 @@ class _Request:
     prompt = output = 0  # tokens, as estimated, or at most
     bounded = True  # the answer has no more than `output`
     size = 0  # bytes of the body
+    generates = False  # it has an answer of tokens
     strip = False  # the client did not ask for what it used
     binary = False  # the body holds a file
     granted: Granted | None = None
+    budgets: Budgets | None = None  # what it meets
     share: FairShare | None = None  # where its number is from
     claim = (0, 1.0, 0)  # what it was made of: priority, weight, tokens
     went = waits = False
@@ -182,10 +199,15 @@ class _Request:
         if self.user.is_limited or self._metering.is_fair:
             longest = spec.engine.max_model_len
             self.prompt = estimates.prompt(
-                self.model, self.size, binary=self.binary, most=longest if isinstance(longest, int) else None
+                self.user.name,
+                self.model,
+                self.size,
+                binary=self.binary,
+                most=longest if isinstance(longest, int) else None,
             )
             self.bounded = output is not None
             self.output = asked.samples * (estimates.output(self.user.name, self.model) if output is None else output)
+        self.generates = output != 0
         if asked.options is not None:
             self.strip = True
             body = with_usage(body, asked.options)
@@ -200,7 +222,7 @@ class _Request:
         """
         metering, call = self._metering, self.call
         now = metering.now()
-        budgets = self.user.account.of(self.model, now)
+        budgets = self.budgets = self.user.account.of(self.model, now)
         if budgets:
             epoch = metering.epoch()
             found = admit(budgets, self.prompt, self.output, now, epoch, bounded=self.bounded)
@@ -210,10 +232,8 @@ class _Request:
             self.granted = found
         if metering.is_fair:
             limits = self.user.limits
-            self.share, self.claim = (
-                metering.share(self.model),
-                (limits.priority, limits.weight, self.prompt + self.output),
-            )
+            self.share = metering.share(self.model)
+            self.claim = limits.priority, limits.weight, min(self.prompt + self.output, _MOST_CLAIMED)
             self.number = self.share.number(self.user.name, *self.claim)
             call.forwarded += b"X-Vllm-Priority: %d\r\n" % self.number
 
@@ -262,30 +282,41 @@ class _Request:
 
     def exchange(self, *args: Any, **kwargs: Any) -> MeteredExchange:  # noqa: ANN401 - those of `Exchange`
         """One that counts; the last one that was made is what the client gets."""
-        on_body = None if self.share is None else partial(self.share.began, self.number)
+        on_body = None if self.share is None else self._began
         self.made = MeteredExchange(*args, strip=self.strip, path=self.call.route, on_body=on_body, **kwargs)
         return self.made
+
+    def _began(self) -> None:
+        """The engine works on it: what it refuses had no turn."""
+        if self.share is not None and self.made is not None and self.made.status < 400:
+            self.share.began(self.number)
 
     def end(self) -> None:
         """It is over: settle it. To be called once, when the status of its call is known."""
         metering, name = self._metering, self.user.name
         outcome = self._outcome()
         tokens, estimated = self._used(outcome)
-        if self.granted is not None:
-            settle(self.granted, tokens.prompt + tokens.completion + estimated, metering.now(), metering.epoch())
+        charged = tokens.prompt + tokens.completion + estimated
+        self._settle(charged)
         metering.usage.add(name, self.model, requests=1, prompt=tokens.prompt, completion=tokens.completion,
                            cached=tokens.cached, estimated=estimated, failed=outcome == "engine_error")  # fmt: skip
         metering.usage.ended(name, self.model, outcome)
         if self.size and tokens is not NO_TOKENS:
             metering.estimates.learn(name, self.model, tokens, self.size, binary=self.binary)
-        self._leave(served=self.made is not None and self.made.body_bytes > 0)
-
-    def _leave(self, *, served: bool) -> None:
         if self.share is not None:
-            if served:
-                self.share.ended()
-            else:
-                self.share.unserved(self.user.name, *self.claim)
+            self.share.ended(name, *self.claim, charged)
+        self._leave()
+
+    def _settle(self, charged: int) -> None:
+        metering = self._metering
+        now, epoch = metering.now(), metering.epoch()
+        if self.granted is not None:
+            settle(self.granted, charged, now, epoch)
+        budgets = self.user.account.of(self.model, now)
+        if budgets is not self.budgets:  # its key has other limits by now
+            charge(budgets, self.budgets, charged, now, epoch)
+
+    def _leave(self) -> None:
         self._wait_no_more()
         if self.went:
             self.user.in_flight -= 1
@@ -312,8 +343,13 @@ class _Request:
         if made.tokens is not None:
             return made.tokens, 0
         if made.events or (outcome == "aborted" and self.size):
-            return NO_TOKENS, made.events + (self.prompt or self._estimate())
+            return NO_TOKENS, made.events + self._prompt()
+        if outcome == "ok" and self.generates:  # in the background, say: nobody tells what comes of it
+            return NO_TOKENS, self._prompt() + (
+                self.output or self._metering.estimates.output(self.user.name, self.model)
+            )
         return NO_TOKENS, 0
 
-    def _estimate(self) -> int:
-        return self._metering.estimates.prompt(self.model, self.size, binary=self.binary)
+    def _prompt(self) -> int:
+        name, estimates = self.user.name, self._metering.estimates
+        return self.prompt or estimates.prompt(name, self.model, self.size, binary=self.binary)

@@ -56,6 +56,10 @@ class Queue:
     def __len__(self) -> int:
         return len(self._waiters)
 
+    def contenders(self) -> int:
+        """How many wait for an endpoint: those that wait for another request of their own key hold up nobody."""
+        return sum(waiter.turn is None or waiter.turn.may_go() for waiter in self._waiters)
+
     @property
     def since(self) -> float | None:
         """Since when the oldest one waits, on the loop's clock; None: nobody does."""

@@ -306,7 +306,7 @@ class Registry:
         policy = route.spec.policy
         if turn is not None:
             turn.wait(policy.queue_size)
-        if route.queued >= policy.queue_size:
+        if route.queued >= policy.queue_size and route.waiting.contenders() >= policy.queue_size:
             msg = f"cannot serve {route.spec.id}: {policy.queue_size} requests wait already"
             raise RequestError("queue_full", msg, retry_after=_retry_after(route.ready_in))
         if route.waits_since is None:  # from now on somebody does
