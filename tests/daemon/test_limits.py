@@ -249,3 +249,14 @@ async def test_engines_take_requests_in_the_order_of_their_numbers(running: Daem
             headers = {name.lower(): value for name, value in (await answer.json())["headers"]}
         numbers.append(int(headers["x-vllm-priority"]))
     assert numbers == [0, -2 * 2**40]
+    async with ask(running, "free", "/v1/embeddings", input="hi", priority=-(2**62), fake={"echo": True}) as answer:
+        assert json.loads((await answer.json())["body"])["priority"] == 0  # there vLLM reads no header
+
+
+async def test_what_nobody_tells_the_tokens_of_is_charged_what_it_held(running: Daemon) -> None:
+    """As a response that is made in the background; marked as estimated."""
+    before = await used(running, "small") or {"estimated_tokens": 0}
+    async with ask(running, "small", "/v1/responses", input="hi", max_output_tokens=300) as answer:
+        assert answer.status == 200
+    charged = (await used(running, "small"))["estimated_tokens"] - before["estimated_tokens"]
+    assert 300 < charged < 400

@@ -259,7 +259,7 @@ def test_a_wait_for_requests_in_flight_is_as_long_as_those_take() -> None:
 
 
 def test_a_day_ends_at_midnight_in_utc() -> None:
-    """Until then it is refused, with `insufficient_quota` where it is used up; what is held goes on into the next day."""
+    """Until then `insufficient_quota` where it is used up, and not held; what is held goes on into the next day."""
     one = Budgets([], [Quota("day", 1000, 900, NOON)])
     holder = granted(admit(one, 50, 0, 5.0, NOON, bounded=True))
     found = refused(admit(one, 60, 0, 5.0, NOON, bounded=True))
