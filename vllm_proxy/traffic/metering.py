@@ -306,6 +306,7 @@ class _Request:
         if self.share is not None:
             self.share.ended(name, *self.claim, charged)
         self._leave()
+        self.call.metered = self.made = None  # they refer back to this: without the cycle all go at once
 
     def _settle(self, charged: int) -> None:
         metering = self._metering
