@@ -4,8 +4,9 @@ import asyncio
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.asked import Asked, read, read_large, with_most, with_usage
@@ -48,6 +49,11 @@ def test_a_body_with_nothing_but_a_model_asks_for_what_vllm_does_then() -> None:
         (CHAT, {"max_tokens": "5"}, 5),
         (CHAT, {"max_tokens": 5.0}, 5),
         (CHAT, {"max_tokens": True}, 1),
+        (CHAT, {"max_tokens": "300.0"}, 300),
+        (COMPLETIONS, {"max_tokens": " 5_000 "}, 5000),
+        (MESSAGES, {"max_tokens": "+5.00"}, 5),
+        (RESPONSES, {"max_output_tokens": "0005.0"}, 5),
+        (CHAT, {"max_tokens": 5, "max_completion_tokens": 0}, 0),
     ],
 )
 def test_the_most_that_an_answer_may_have_is_read_as_vllm_reads_it(
@@ -58,35 +64,109 @@ def test_the_most_that_an_answer_may_have_is_read_as_vllm_reads_it(
     assert (found.most, found.is_given) == (most, True)
 
 
-@pytest.mark.parametrize("given_as", [None, "many", 1.5, [5], {"a": 5}, "5e3", ""])
-def test_what_vllm_refuses_is_no_bound(given_as: object) -> None:
-    """Nobody gets past a limit by it: a bound of ours goes behind it."""
-    found = asked(CHAT, max_tokens=given_as)
-    assert (found.most, found.is_given) == (None, False)
-    assert asked(CHAT, max_output_tokens=5).most is None  # of another route
+_spelled = st.text("0159_+-. ", max_size=8) | st.from_regex(r"\s?[+-]?0?_?[0-9_]{1,5}(\.0{0,3})?\s?", fullmatch=True)
+_lax_int, _lax_bool = TypeAdapter(int), TypeAdapter(bool)
+
+
+def taken[T](adapter: TypeAdapter[T], value: object) -> T | None:
+    """What pydantic makes of it as vLLM does; None where it refuses it."""
+    try:
+        return adapter.validate_python(value)
+    except ValidationError:
+        return None
+
+
+@given(value=_spelled | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text())
+@example("1e3")
+@example("5.")
+@example("\u0665")
+@example("\xa05.0\u2003")
+@example("00_5.0")
+@example("0__5")
+@example("0-5.0")
+@example("0" * 5000 + "5")
+@example("1_000_000.000")
+def test_a_number_that_pydantic_takes_is_read_as_the_same_number(value: object) -> None:
+    """In every spelling, by each member that counts; what only we can read is no matter, since vLLM refuses it."""
+    number = taken(_lax_int, value)
+    if number is not None:
+        found = asked(max_tokens=value, n=value)
+        assert found.is_given
+        assert (found.most, found.samples) == (min(max(number, 0), 2**53), min(max(number, 1), 2**53))
+
+
+@given(
+    value=st.booleans() | st.integers(-1, 2) | st.sampled_from(["TRUE", "oN", "Y", "t", "1.0", " 1", "nO"]) | st.text()
+)
+def test_a_stream_that_pydantic_takes_for_one_is_read_as_one(value: object) -> None:
+    """And what it takes for none is none."""
+    streams = taken(_lax_bool, value)
+    if streams is not None:
+        assert asked(stream=value).streams is streams
+
+
+@pytest.mark.parametrize("given_as", ["many", 1.5, [5], {"a": 5}, "5e3", "", "9" * 5000])
+def test_what_cannot_be_read_is_given_and_bounds_nothing(given_as: object) -> None:
+    """So a key with a bound refuses it; and no default of vLLM counts in its place, nor another member."""
+    for found in (
+        asked(CHAT, max_tokens=given_as),
+        asked(CHAT, max_tokens=5, max_completion_tokens=given_as),
+        asked(COMPLETIONS, max_tokens=given_as),
+    ):
+        assert (found.most, found.is_given) == (None, True)
+
+
+def test_no_bound_is_where_the_route_has_none() -> None:
+    """A null is none, and that of another route is none."""
+    for found in (asked(CHAT, max_tokens=None), asked(CHAT, max_output_tokens=5)):
+        assert (found.most, found.is_given) == (None, False)
+
+
+@pytest.mark.parametrize("negative", [-1, -1e9, "-5", "-5.0", " -5_0 "])
+def test_fewer_tokens_than_none_are_none(negative: object) -> None:
+    """Nothing is given back to a limit by a request that vLLM refuses."""
+    found = asked(CHAT, max_tokens=negative, n=negative)
+    assert (found.most, found.is_given, found.samples) == (0, True, 1)
+
+
+@pytest.mark.parametrize("n", [[], {}, "many", 1.5, "9" * 5000, ""])
+def test_a_number_of_answers_that_cannot_be_read_is_refused(n: object) -> None:
+    """As vLLM does, since nothing can be held for it."""
+    body = json.dumps({"model": "chat", "n": n}).encode()
+    for large in (False, True):
+        with pytest.raises(RequestError) as refused:
+            asyncio.run(read_large(body, CHAT)) if large else read(body, CHAT)
+        assert (refused.value.code, refused.value.param) == ("bad_request", "n")
 
 
 def test_every_answer_is_counted_that_a_request_brings() -> None:
     """`n` of each prompt; a list of tokens is one prompt."""
     assert asked(n=3).samples == 3
-    assert asked(n="3").samples == 3
-    assert asked(n=None).samples == asked(n=0).samples == asked(n=[]).samples == 1
+    assert asked(n="3").samples == asked(n="3.0").samples == 3
+    assert asked(n=None).samples == asked(n=0).samples == 1
     assert asked(COMPLETIONS, prompt="a,b").samples == 1
     assert asked(COMPLETIONS, prompt=["a", "b,c", '"d",["e"'], n=2).samples == 6
     assert asked(COMPLETIONS, prompt=[1, 2, 3]).samples == 1
     assert asked(COMPLETIONS, prompt=[[1, 2, 3], [4]]).samples == 2
     assert asked(COMPLETIONS, prompt=[]).samples == asked(COMPLETIONS, prompt=[[]]).samples == 1
+    assert asked(COMPLETIONS, prompt=[{"a": 1, "b": 2}, "c"]).samples == 1
+    assert asked(COMPLETIONS, prompt_embeds=["a", "b", "c"], n=2).samples == 6
+    assert asked(COMPLETIONS, prompt_embeds=["a", "b"], prompt=["c", "d"]).samples == 4
+    assert asked(COMPLETIONS, prompt_embeds="a,b").samples == 1
     assert asked(BATCH, messages=[[{"role": "user", "content": "a"}]] * 3).samples == 3
     assert asked(CHAT, messages=[{"role": "user", "content": "a"}] * 3, prompt=["a", "b"]).samples == 1
 
 
-@given(prompts=st.lists(st.text() | st.lists(st.integers()), min_size=1), spaces=st.sampled_from(["", " ", "\n\t"]))
+@given(
+    prompts=st.lists(st.text() | st.lists(st.integers()), min_size=1), spaces=st.text(" \r\n\t") | st.just(" " * 200)
+)
 def test_prompts_are_counted_alike_in_one_pass_and_in_steps(prompts: list[object], spaces: str) -> None:
     """Whatever their texts hold."""
     text = json.dumps(prompts, separators=(f",{spaces}", ":"), ensure_ascii=False)
-    body = f'{{"model":"chat","prompt":[{spaces}{text[1:]}}}'.encode("utf-8", "surrogatepass")
-    several = len(prompts)
-    assert read(body, COMPLETIONS).samples == asyncio.run(read_large(body, COMPLETIONS)).samples == several
+    for path, name in ((COMPLETIONS, "prompt"), (BATCH, "messages")):
+        body = f'{{"model":"chat","{name}":{spaces}[{spaces}{text[1:]}}}'.encode("utf-8", "surrogatepass")
+        several = len(prompts)
+        assert read(body, path).samples == asyncio.run(read_large(body, path)).samples == several
 
 
 def test_files_in_a_body_are_seen() -> None:
@@ -166,11 +246,24 @@ def test_a_body_that_is_no_json_is_refused(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("number", [b"1e400", b"1" + b"0" * 5000])
-def test_a_number_beyond_all_bounds_is_for_the_engine_to_refuse(number: bytes) -> None:
-    """The request is passed on, and a bound of ours goes behind it."""
-    body = b'{"model":"chat","n":%s,"max_tokens":%s,"stream_options":{"x":%s}}' % (number, number, number)
-    for found in (read(body, CHAT), asyncio.run(read_large(body, CHAT))):
-        assert (found.model, found.most, found.samples) == ("chat", None, 1)
+@pytest.mark.parametrize("member", [b'"n":%s', b'"max_tokens":%s', b'"stream_options":{"x":%s}', b'"stream":%s'])
+def test_a_number_beyond_all_bounds_is_refused(number: bytes, member: bytes) -> None:
+    """Nothing is forwarded whose members were not read."""
+    body = b'{"model":"chat","max_tokens":5,%s}' % (member % number)
+    for large in (False, True):
+        with pytest.raises(RequestError) as refused:
+            asyncio.run(read_large(body, CHAT)) if large else read(body, CHAT)
+        assert refused.value.code == "invalid_json"
+
+
+def test_a_number_beyond_all_bounds_hides_no_later_member_of_its_name() -> None:
+    """The last one is read, as vLLM reads it, or the body is refused."""
+    body = b'{"model":"chat","max_tokens":1e999,"n":1e999,"max_tokens":200,"n":3}'
+    found = asyncio.run(read_large(body, CHAT))
+    assert (found.most, found.samples) == (200, 3)
+    with pytest.raises(RequestError) as refused:
+        read(body, CHAT)
+    assert refused.value.code == "invalid_json"
 
 
 @pytest.mark.parametrize("body", [b"{}", b"[]", b"5", b'{"model":""}', b'{"model":5}', b'{"prompt":["a"]}'])

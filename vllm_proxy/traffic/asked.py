@@ -1,18 +1,20 @@
 """What a metered request asks for: its model, whether it streams, how much it may put out; and what is added to it.
 
 Only for callers whose tokens are counted; for all others `body.model_name` is enough. Values are read as vLLM reads
-them, which takes "5" for 5 and "yes" for true: nobody gets past a limit by another spelling. What is added to a body
-becomes its last member: of members of one name vLLM takes the last one, so what the client sent stays as it is.
+them, which takes "5.0" for 5 and "yes" for true: nobody gets past a limit by another spelling, and what cannot be read
+bounds nothing. What is added to a body becomes its last member: of members of one name vLLM takes the last one, so what
+the client sent stays as it is.
 """
 
 import asyncio
-import contextlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from vllm_proxy.domain.tokens import asks_for_usage
+from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.body import BYTE_ORDER_MARK, check_encoding, model_name, no_json, usable, with_member
 from vllm_proxy.traffic.scan import count_elements, find_members
 
@@ -21,7 +23,12 @@ _SLICE = 1024 * 1024
 _COMPLETIONS = "/v1/completions"
 _BATCH = "/v1/chat/completions/batch"
 _COMPLETIONS_DEFAULT = 16  # vLLM's `max_tokens` of /v1/completions
-_MANY = {_COMPLETIONS: b"prompt", _BATCH: b"messages"}  # where several prompts may stand
+_MANY = {_COMPLETIONS: ("prompt", "prompt_embeds"), _BATCH: ("messages",)}  # where several prompts may stand
+_SEVERAL = re.compile(rb'\[[ \t\r\n]*+["\[]')  # a list of texts or of lists; a list of tokens is one prompt
+# A text that pydantic may take for a whole number, without the space around it: also "0__5", and "0-5" for -5.
+_WHOLE = re.compile(r"([0-9_+-]*[0-9])(?:\.0+)?")
+_NO_DIGITS = str.maketrans("", "", "_+-")
+_HUGE = 2**53  # more than any engine has, and a float still
 _MOST = {  # in which members a route takes the most tokens of an answer, what counts most at first
     "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
     _BATCH: ("max_completion_tokens", "max_tokens"),
@@ -53,6 +60,7 @@ class _Many(_Body):
     """Also what may be several prompts, not decoded yet."""
 
     prompt: msgspec.Raw = _NOTHING
+    prompt_embeds: msgspec.Raw = _NOTHING
     messages: msgspec.Raw = _NOTHING
 
 
@@ -67,8 +75,10 @@ class Asked(msgspec.Struct, frozen=True):
 
     model: str
     streams: bool
-    most: int | None  # tokens of one answer at most, as it says or as vLLM's default is; None: as many as fit
-    is_given: bool  # whether the client said so
+    most: (
+        int | None
+    )  # tokens of one answer at most, as it says or as vLLM's default is; None: as many as fit, or unread
+    is_given: bool  # whether the client said so, or something there that is no number
     samples: int  # answers: `n` times the number of prompts
     binary: bool  # whether there are files in it, as data URLs
     options: Mapping[str, object] | None = (
@@ -86,15 +96,18 @@ def read(body: bytes, path: str) -> Asked:
     """What a body below `body.LARGE` asks for on the route `path`.
 
     Raises:
-        RequestError: `invalid_json` or `missing_model`.
+        RequestError: `invalid_json`, `missing_model` or `bad_request`.
 
     """
     several = _MANY.get(path)
     try:
         found = (_many if several else _body).decode(body[3:] if body.startswith(BYTE_ORDER_MARK) else body)
-        prompts = _prompts(found.prompt if several == b"prompt" else found.messages) if isinstance(found, _Many) else 1
+        prompts = 1
+        if isinstance(found, _Many):
+            prompts = _prompts(found.messages) if path == _BATCH else _prompts(found.prompt, found.prompt_embeds)
     except msgspec.ValidationError:
-        found, prompts = _Body(model_name(body)), 1  # no object, or a number that only the engine may refuse
+        model_name(body)  # tells of what is no object
+        raise no_json("a number in it is out of range") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise no_json(error) from None
     except RecursionError:
@@ -105,23 +118,24 @@ def read(body: bytes, path: str) -> Asked:
 async def read_large(body: bytes, path: str) -> Asked:
     """As `read`, a slice at a time with the event loop in between."""
     check_encoding(body)
-    several = _MANY.get(path)
+    several = [name.encode() for name in _MANY.get(path, ())]
     spans: Mapping[bytes, tuple[int, int]] = {}
-    for spans in find_members(body, _FIELDS | {several} if several else _FIELDS):  # noqa: B007 - the last one counts
+    for spans in find_members(body, _FIELDS.union(several)):  # noqa: B007 - the last one counts
         await asyncio.sleep(0)
     found = _Body()
     try:
         for name in spans.keys() & _FIELDS:
-            with contextlib.suppress(msgspec.ValidationError):  # a number that only the engine may refuse
-                setattr(found, name.decode(), msgspec.json.decode(body[slice(*spans[name])]))
+            setattr(found, name.decode(), msgspec.json.decode(body[slice(*spans[name])]))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise no_json(error) from None
     except RecursionError:
         raise no_json("its values are nested too deeply") from None
-    prompts = 1
-    if several and several in spans and _are_several(body[slice(*spans[several])][:64]):
-        for prompts in count_elements(body, *spans[several]):  # noqa: B007 - the last one counts
+    prompts = 0
+    for name in spans.keys() & several:
+        count = 1
+        for count in count_elements(body, *spans[name]):  # noqa: B007 - the last one counts
             await asyncio.sleep(0)
+        prompts += count
     place = slice(*spans[b"model"]) if b"model" in spans else None
     return _asked(found, path, prompts, binary=await _is_binary(body), place=place)
 
@@ -134,13 +148,13 @@ async def _is_binary(body: bytes) -> bool:
     return False
 
 
-def _prompts(value: msgspec.Raw) -> int:
-    """How many prompts there are: a list of texts or of lists is several, a list of tokens is one."""
-    return max(len(_elements.decode(value)), 1) if _are_several(bytes(memoryview(value)[:64])) else 1
-
-
-def _are_several(begin: bytes) -> bool:
-    return begin[:1] == b"[" and begin[1:].lstrip()[:1] in {b'"', b"["}
+def _prompts(*values: msgspec.Raw) -> int:
+    """How many prompts there are in the values of these members."""
+    count = 0
+    for value in values:
+        if value is not _NOTHING:
+            count += len(_elements.decode(value)) if _SEVERAL.match(value) else 1
+    return count
 
 
 def _asked(found: _Body, path: str, prompts: int, *, binary: bool, place: slice | None) -> Asked:
@@ -149,18 +163,17 @@ def _asked(found: _Body, path: str, prompts: int, *, binary: bool, place: slice 
     if names is None:
         most, is_given = None if path == _OPEN else 0, False
     else:
-        most = _number(getattr(found, names[0]))
-        if most is None and names[-1] is not names[0]:
-            most = _number(getattr(found, names[-1]))
-        is_given = most is not None
-        if not is_given and path == _COMPLETIONS:
-            most = _COMPLETIONS_DEFAULT
+        value = getattr(found, names[0])
+        if value is None:
+            value = getattr(found, names[-1])
+        is_given = value is not None
+        most = _bound(value, least=0) if is_given else _COMPLETIONS_DEFAULT if path == _COMPLETIONS else None
     return Asked(
         usable(found.model),
         streams,
         most,
         is_given,
-        prompts if found.n is None else prompts * max(_number(found.n) or 1, 1),
+        max(prompts, 1) * (1 if found.n is None else _answers(found.n)),
         binary,
         _options(found.stream_options) if streams and asks_for_usage(path) else None,
         place,
@@ -185,18 +198,32 @@ def _is_false(value: object) -> bool:
     return value == 0 or (isinstance(value, str) and value.lower() in _FALSE)
 
 
+def _answers(value: object) -> int:
+    number = _bound(value, least=1)
+    if number is None:
+        raise RequestError("bad_request", "cannot answer: `n` is no whole number", param="n")
+    return number
+
+
+def _bound(value: object, *, least: int) -> int | None:
+    """A number that is there, within what can be counted; None where it cannot be read."""
+    number = _number(value)
+    return None if number is None else min(max(number, least), _HUGE)
+
+
 def _number(value: object) -> int | None:
-    """A whole number, also as a text; None for anything else, which vLLM refuses."""
-    if value is None:
-        return None
+    """A whole number as pydantic takes it, also as a text; None for anything else, which vLLM refuses."""
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
-    try:
-        return int(value) if isinstance(value, str) else None
-    except ValueError:
+    if not isinstance(value, str) or (whole := _WHOLE.fullmatch(value.strip())) is None:
         return None
+    try:
+        number = int(whole[1].translate(_NO_DIGITS).lstrip("0") or 0)
+    except ValueError:
+        return None  # more digits than Python takes
+    return -number if "-" in whole[1] else number
 
 
 def with_usage(body: bytes, options: Mapping[str, object]) -> bytes:

@@ -193,7 +193,8 @@ class _Request:
         output, most = asked.most, limits.max_output_tokens
         if most and output != 0 and (output is None or output > most):
             if asked.is_given:
-                msg = f"cannot answer with {output} tokens: this key may have {most} at most (max_output_tokens)"
+                wanted = "an unknown number of" if output is None else output
+                msg = f"cannot answer with {wanted} tokens: this key may have {most} at most (max_output_tokens)"
                 raise RequestError("invalid_max_tokens", msg, param="max_tokens")
             body, output = with_most(body, self.call.route, most), most
         if self.user.is_limited or self._metering.is_fair:

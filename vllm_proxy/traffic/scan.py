@@ -16,6 +16,7 @@ _PLAIN = re.compile(rb'[^"\[\]{},:]*+')
 _PLAIN_INSIDE = re.compile(rb'[^"\[\]{}]*+')  # in a deeper value no comma and no colon means anything
 _SPACE = b" \t\r\n"
 _OPENING, _CLOSING = b"[{", b"]}"
+_BEGIN = b"[", b'["'  # what is no plain text at the begin of an array of texts or of arrays
 
 
 def find_member(text: bytes, name: bytes) -> Iterator[tuple[int, int] | None]:
@@ -74,8 +75,11 @@ def find_members(text: bytes, names: Collection[bytes]) -> Iterator[Spans]:  # n
 
 
 def count_elements(text: bytes, begin: int, limit: int) -> Iterator[int]:
-    """Yield often; the last yield is how many elements the array has that stands in text[begin:limit], 1 where none."""
-    position, depth, turns, stepped_at, count = begin, 0, 0, begin, 1
+    """Yield often; the last yield is how many elements the array in text[begin:limit] has, of texts or of arrays.
+
+    1 where it has none, and of every other value.
+    """
+    position, depth, turns, stepped_at, count, seen = begin, 0, 0, begin, 1, 0
     while position < limit:
         turns += 1
         if turns >= _STEP_TURNS or position - stepped_at >= _STEP:
@@ -89,6 +93,9 @@ def count_elements(text: bytes, begin: int, limit: int) -> Iterator[int]:
         if end >= limit:
             break
         byte = text[end]
+        if seen < len(_BEGIN) and byte not in _BEGIN[seen]:
+            break
+        seen += 1
         position = end + 1
         if byte == 0x22:  # "
             position = (yield from _string_end(text, position, count)) + 1
