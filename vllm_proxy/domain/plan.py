@@ -178,8 +178,7 @@ def table() -> str:
         (("[keys.NAME]",), "live: the next request obeys, and streams end that their key may not have any more"),
         (
             ("[keys.NAME]", "server.fair"),
-            "the first one with limits, `priority` or `weight`, or that is true, replaces all engines, and so does the"
-            + " last that goes: [limits](limits.md#how-keys-share-an-engine)",
+            "with limits, or true: the first and the last replace all [engines](limits.md#how-keys-share-an-engine)",
         ),
         (("[defaults]",), "as the same key in each model that does not say otherwise"),
         (("engine.command", "engine.env"), "replaces the engines of each model that takes its own from there"),
