@@ -124,13 +124,14 @@ def test_check_warns_of_what_is_valid_and_dangerous_or_useless(
     """On stderr, and the exit status is 0."""
     (folder / "models.toml").write_text(
         f'[keys.anonymous]\nscopes = ["admin"]\n[keys.a]\nhash = "sha256:{"a" * 64}"\nscopes = []\n'
-        f'[keys.b]\nhash = "sha256:{"b" * 64}"\nmodels = ["none-*"]\n' + VALID
+        f'[keys.b]\nhash = "sha256:{"b" * 64}"\nmodels = ["none-*"]\n[keys.b.limits."qwen-*"]\n' + VALID
     )
     assert run(["check"]) == 0
     assert [line.partition("warning: ")[2] for line in capsys.readouterr().err.splitlines()] == [
         "[keys.anonymous] has the scope admin: whoever can connect may change models, and so run code",
         "[keys.a] may do nothing: its scopes are empty",
         "[keys.b] may use no model: its globs match none",
+        "[keys.b.limits] has a glob 'qwen-*', which matches no model",
     ]
 
 

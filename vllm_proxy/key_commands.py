@@ -60,8 +60,15 @@ def add_parsers(keys: argparse.ArgumentParser, parents: Sequence[argparse.Argume
                              help="what it may do, repeatable (default: inference)")  # fmt: skip
         command.add_argument("--models", action="append", metavar="GLOB",
                              help="ids and aliases that it may use, repeatable (default: all)")  # fmt: skip
-        command.add_argument("--rpm", type=_amount, metavar="N", help="requests in any minute (default: no limit)")
-        command.add_argument("--tpm", type=_amount, metavar="N", help="tokens in any minute (default: no limit)")
+        command.add_argument(
+            "--rpm",
+            type=_amount,
+            metavar="N",
+            help="requests in any minute (default: no limit); the first limit replaces all engines",
+        )
+        command.add_argument(
+            "--tpm", type=_amount, metavar="N", help="tokens in any minute (default: no limit); as above"
+        )
         command.add_argument("--expires", type=_expiry, metavar="WHEN",
                              help="after 90d, 12h, …, or at 2027-01-01T00:00:00Z (default: never)")  # fmt: skip
     rotate.add_argument("--finish", action="store_true", help="keep only the newest key")
@@ -85,7 +92,7 @@ async def run(settings: Settings, options: argparse.Namespace, stdin: TextIO | N
 async def _new(settings: Settings, options: argparse.Namespace) -> Done:
     found, where = await _create(settings, options, {})
     words = f"{_described(found)}: {where}. The key is told this once: its hash is kept"
-    return Done(found, str(found["key"]), words + await _of_the_first(settings))
+    return Done(found, str(found["key"]), words + await _of_the_first(settings, found))
 
 
 async def _add(settings: Settings, options: argparse.Namespace) -> Done:
@@ -97,21 +104,27 @@ async def _add(settings: Settings, options: argparse.Namespace) -> Done:
         msg = f"cannot add key {show(options.name)}: {problem}"
         raise CommandError(msg)
     found, where = await _create(settings, options, {"hash": hash_of(key)})
-    return Done(found, f"{_described(found)}: {where}" + await _of_the_first(settings))
+    return Done(found, f"{_described(found)}: {where}" + await _of_the_first(settings, found))
 
 
-async def _of_the_first(settings: Settings) -> str:
-    """What a first key changes for those who have none, which may surprise them."""
+async def _of_the_first(settings: Settings, made: key_resources.Key) -> str:
+    """What a first key changes for those who have none, and a first one with limits for engines: it may surprise."""
     try:
-        others = len((await _all(settings))["keys"]) - 1
+        others = [key for key in (await _all(settings))["keys"] if key["name"] != made["name"]]
     except (VllmProxyError, OSError):  # the key is made, and has to be told
         return ""
-    if others:
-        return ""
-    return (
-        "\nIt is the first key: who sends none may do nothing from now on, on this machine neither."
-        ' [keys.anonymous] with scopes = ["inference"] leaves inference open'
-    )
+    first = "" if others else _FIRST
+    return first if not _limits(made) or any(map(_limits, others)) else first + _FIRST_WITH_LIMITS
+
+
+_FIRST = (
+    "\nIt is the first key: who sends none may do nothing from now on, on this machine neither."
+    ' [keys.anonymous] with scopes = ["inference"] leaves inference open'
+)
+_FIRST_WITH_LIMITS = (
+    "\nIt is the first key with limits: engines take requests in the order of their keys, which replaces all of them"
+    " unless server.fair = true has done so before"
+)
 
 
 async def _create(

@@ -500,6 +500,22 @@ async def test_the_first_key_says_whom_it_shuts_out(tmp_path: Path) -> None:
     assert (status, "first key" in err) == (0, False)
 
 
+async def test_the_first_key_with_limits_says_what_it_costs(tmp_path: Path) -> None:
+    """On stderr, with a daemon and without one; one without limits, and the second one with, say nothing of it."""
+    words = "It is the first key with limits: engines take requests in the order of their keys, which replaces all"
+
+    async def told(*arguments: str) -> bool:
+        status, _, err = await vllm_proxy(tmp_path, "keys", "new", *arguments)
+        assert status == 0, err
+        return words in err
+
+    (tmp_path / "models.toml").write_text("# none yet\n")
+    assert [await told("a"), await told("b", "--rpm", "9"), await told("c", "--tpm", "9")] == [False, True, False]
+    async with daemon("", tmp_path) as running:
+        assert [await told("d"), await told("e", "--tpm", "9"), await told("f", "--rpm", "9")] == [False, True, False]
+        assert "because of [keys.e] engines take requests in the order of their keys" in running.log()
+
+
 async def test_a_rotation_of_a_revoked_key_brings_the_old_one_never_back(shared: Daemon) -> None:
     """Enabled again, it has the new hash alone: what was revoked stays so."""
     first = await shared.write("POST", "/keys", {"name": "leaked"}, 201)

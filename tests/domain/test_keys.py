@@ -12,6 +12,7 @@ import tomli_w
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from vllm_proxy.domain.config import Config
 from vllm_proxy.domain.file import edit_keys
 from vllm_proxy.domain.file.edit_keys import KeyTexts
 from vllm_proxy.domain.file.parse import parse_config
@@ -295,11 +296,69 @@ def test_the_key_is_the_first_line_of_its_file() -> None:
 
 def test_a_glob_of_limits_that_matches_no_model_is_told() -> None:
     """It is no error, since the model may come later; one that is as long as a key is not repeated."""
-    text = '[models.chat]\nmodel = "m"\n[keys.ci]\nfile = "k"\n[keys.ci.limits]\n"c*" = {}\nchta = {}\n'
+    text = '[models.chat]\nmodel = "m"\n[keys.ci]\nfile = "k"\n[keys.ci.limits]\nchta = {}\n'
     config = parse_config(f'{text}"{"x" * 32}" = {{}}\n'.encode(), "models.toml", files=Given(k=b"k" * 40))
     assert config.warnings() == [
         "[keys.ci.limits] has a glob 'chta', which matches no model",
         "[keys.ci.limits] has a glob '***', which matches no model",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ("chat = {}", ["'chat' without a limit"]),
+        ('chat = {}\n"c*" = {tokens_per_minute = 1}', []),  # all but that one
+        (
+            'chat = {}\n"x*" = {tokens_per_minute = 1}\n"c*" = {}',
+            ["'chat' without a limit", "'x*', which matches no model", "'c*' without a limit"],
+        ),
+    ],
+)
+def test_a_table_of_limits_that_limits_nothing_is_told(limits: str, expected: list[str]) -> None:
+    """But for one that takes its models out of another's limits."""
+    text = f'[models.chat]\nmodel = "m"\n[keys.ci]\nfile = "k"\n[keys.ci.limits]\n{limits}\n'
+    found = parse_config(text.encode(), "models.toml", files=Given(k=b"k" * 40)).warnings()
+    assert found == [f"[keys.ci.limits] has a glob {one}" for one in expected]
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("tokens_per_minute = 99", "[keys.ci] has max_output_tokens of no less than its tokens_per_minute"),
+        ("tokens_per_month = 100", "[keys.ci] has max_output_tokens of no less than its tokens_per_month"),
+        (
+            "limits.chat.tokens_per_minute = 9",
+            "[keys.ci] has max_output_tokens of no less than tokens_per_minute for 'chat'",
+        ),
+        ("tokens_per_minute = 101\nlimits.chat.requests_per_minute = 1", ""),
+    ],
+)
+def test_an_answer_that_never_fits_is_told(keys: str, expected: str) -> None:
+    """A request that asks for no length holds `max_output_tokens` and its prompt, so all of them would be refused."""
+    text = f'[models.chat]\nmodel = "m"\n[keys.ci]\nfile = "k"\nmax_output_tokens = 100\n{keys}\n'
+    found = parse_config(text.encode(), "models.toml", files=Given(k=b"k" * 40)).warnings()
+    tail = ": a request that asks for no shorter answer is always refused"
+    assert found == ([expected + tail] if expected else [])
+
+
+def of_keys(text: str) -> Config:
+    """A configuration with these keys."""
+    return parse_config(text.encode(), "models.toml", files=Given(k=b"k" * 40, l=b"l" * 40))
+
+
+def test_the_way_to_engines_that_take_turns_and_back_names_its_cause() -> None:
+    """The first key with limits, a revoked one too, or `server.fair`; a second one changes nothing."""
+    none, fair = of_keys('[keys.a]\nfile = "k"\n'), of_keys("[server]\nfair = true\n")
+    one = of_keys('[keys.a]\nfile = "k"\n[keys.b]\nfile = "l"\nenabled = false\npriority = 1\n')
+    two = of_keys('[keys.a]\nfile = "k"\nweight = 2\n[keys.b]\nfile = "l"\npriority = 1\n')
+    cost = ": all whose args have no scheduling-policy are replaced"
+    in_order = " engines take requests in the order of their keys from now on" + cost
+    assert one.warnings(since=none) == ["because of [keys.b]" + in_order]
+    assert fair.warnings(since=none) == ["because of server.fair" + in_order]
+    assert [two.warnings(since=one), fair.warnings(since=two), one.warnings()] == [[], [], []]
+    assert none.warnings(since=two) == [
+        f"engines take requests as they come from now on, as [keys.a] asks for no order any more{cost}"
     ]
 
 

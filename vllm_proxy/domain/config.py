@@ -341,13 +341,37 @@ class Config:
     @property
     def is_fair(self) -> bool:
         """Whether engines take requests in the order of `domain/fair.py`, and not as they come."""
-        return self.server.fair or any(key.limits.wants_fairness for key in self.keys.values())
+        return self.fair_by is not None
+
+    @property
+    def fair_by(self) -> str | None:
+        """What they do so for: `server.fair`, or the first key that wants it, a revoked one too; None: nothing."""
+        if self.server.fair:
+            return "server.fair"
+        return next((f"[keys.{key.name}]" for key in self.keys.values() if key.limits.wants_fairness), None)
 
     def warnings(self, since: "Config | None" = None) -> list[str]:
-        """What is valid, and dangerous or useless. `since`: but for what was so in this one already."""
+        """What is valid, and dangerous or useless.
+
+        `since`: but for what was so in this one already, and with what the way from there costs.
+        """
         models = {name: spec.policy.aliases for name, spec in self.models.items()}
         found = warnings(self.keys, models, all_open=self.server.allow_remote_admin)
-        return found if since is None else [one for one in found if one not in since.warnings()]
+        if since is None:
+            return found
+        before = since.warnings()
+        return [*(one for one in found if one not in before), *self._other_order(since)]
+
+    def _other_order(self, since: "Config") -> list[str]:
+        """What it costs that engines take requests in another order than they did."""
+        if self.is_fair == since.is_fair:
+            return []
+        what = (
+            f"because of {self.fair_by} engines take requests in the order of their keys from now on"
+            if self.is_fair
+            else f"engines take requests as they come from now on, as {since.fair_by} asks for no order any more"
+        )
+        return [f"{what}: all whose args have no scheduling-policy are replaced"]
 
     @property
     def keys_revision(self) -> str:

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -193,11 +193,27 @@ def warnings(keys: Mapping[str, Key], models: Mapping[str, Iterable[str]], *, al
             found.append(f"[keys.{name}] may do nothing: its scopes are empty")
         elif Scope.INFERENCE in key.scopes and key.allowed(models) == frozenset():
             found.append(f"[keys.{name}] may use no model: its globs match none")
-        for glob, _ in key.limits.models:
-            if not any(fnmatchcase(model_id, glob) for model_id in models):
-                shown = glob if len(glob) < LEAST_CHARACTERS else "***"  # somebody may have pasted a key there
-                found.append(f"[keys.{name}.limits] has a glob {shown!r}, which matches no model")
+        found += _of_limits(f"[keys.{name}", key.limits, models)
     return found
+
+
+def _of_limits(key: str, limits: Limits, models: Iterable[str]) -> Iterator[str]:
+    """What of them is useless, or refuses more than was meant. `key`: the beginning of its table's name."""
+    if limit := limits.below_an_answer(limits.rate):
+        yield f"{key}] has max_output_tokens of no less than its {limit}: {_NEVER_FITS}"
+    for glob, rate in limits.models:
+        shown = glob if len(glob) < LEAST_CHARACTERS else "***"  # somebody may have pasted a key there
+        matched = [model_id for model_id in models if fnmatchcase(model_id, glob)]
+        if not matched:
+            yield f"{key}.limits] has a glob {shown!r}, which matches no model"
+        elif not rate.is_limited:
+            if not limits.has_another(glob, matched):  # else it takes these models out of that one
+                yield f"{key}.limits] has a glob {shown!r} without a limit"
+        elif limit := limits.below_an_answer(rate):
+            yield f"{key}] has max_output_tokens of no less than {limit} for {shown!r}: {_NEVER_FITS}"
+
+
+_NEVER_FITS = "a request that asks for no shorter answer is always refused"
 
 
 def _rank(scope: Scope) -> int:

@@ -4,6 +4,7 @@ Values alone, as `[keys.NAME]` has them; 0 is no limit. What was used of them is
 is next among several keys is numbered in `fair`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -44,6 +45,18 @@ class Limits:
     def wants_fairness(self) -> bool:
         """Whether engines have to take requests in the order of `fair`, and not as they come."""
         return self.priority != 0 or self.weight != 1.0 or self.is_limited
+
+    def below_an_answer(self, rate: Rate) -> str | None:
+        """Which limit of tokens has no room for a prompt and an answer of `max_output_tokens`. `rate`: one of its."""
+        limits = {"tokens_per_minute": rate.tokens_per_minute}
+        if rate is self.rate:
+            limits |= {"tokens_per_day": self.tokens_per_day, "tokens_per_month": self.tokens_per_month}
+        return next((name for name, limit in limits.items() if 0 < limit <= self.max_output_tokens), None)
+
+    def has_another(self, glob: str, model_ids: Iterable[str]) -> bool:
+        """Whether an entry of `models` with a limit, other than that of `glob`, matches one of these models."""
+        others = [other for other, rate in self.models if other != glob and rate.is_limited]
+        return any(fnmatchcase(model_id, other) for model_id in model_ids for other in others)
 
     def glob_of(self, model_id: str) -> str | None:
         """Which entry of `models` counts for a model: its id as it is, else the longest glob that matches it."""

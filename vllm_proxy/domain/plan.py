@@ -169,13 +169,17 @@ def _short(value: Any, shown: Callable[[Any], str]) -> str:  # noqa: ANN401 - a 
 def table() -> str:
     """What a change of each key costs, for docs/changes.md. The keys come from the types: a new one is in its row."""
     live = [key for key in Policy.model_fields if key not in _OF_THEIR_OWN]
-    server = [key for key in Server.model_fields if key not in (*RESTART_KEYS, *TLS_KEYS)]
+    server = [key for key in Server.model_fields if key not in (*RESTART_KEYS, *TLS_KEYS, "fair")]
     rows = [
         (EngineSpec.model_fields, "replaces the engines of this model, as `replace` says"),
         (live, "live: no engine notices"),
         *(((key,), effect) for key, effect in _OF_THEIR_OWN.items()),
         (("[models.ID]",), "a new id is a start, one that is gone a stop, another id a stop and a start"),
         (("[keys.NAME]",), "live: the next request obeys, and streams end that their key may not have any more"),
+        (
+            ("[keys.NAME]", "server.fair"),
+            "with limits, or true: the first and the last replace all [engines](limits.md#how-keys-share-an-engine)",
+        ),
         (("[defaults]",), "as the same key in each model that does not say otherwise"),
         (("engine.command", "engine.env"), "replaces the engines of each model that takes its own from there"),
         (("engine.port_start", "engine.port_end"), "live, for engines that are started from now on"),
