@@ -145,11 +145,8 @@ class Quota:
         """Seconds until so much more fits, if nothing else happens; inf: not before requests in flight have ended."""
         if wanted <= self.left_tokens:
             return 0.0
-        return (
-            self.ends - epoch
-            if self.limit_tokens - self.used_tokens < wanted <= self.left_tokens + self.used_tokens
-            else math.inf
-        )
+        is_used_up = self.limit_tokens - self.used_tokens < wanted <= self.left_tokens + self.used_tokens
+        return self.ends - epoch if is_used_up else math.inf
 
 
 class Budgets:
@@ -273,18 +270,10 @@ def settle(granted: Granted, used: int, now: float, epoch: float) -> None:
 
 def charge(budgets: Budgets, settled: Budgets | None, used: int, now: float, epoch: float) -> None:
     """Charge the tokens of a request to limits that came while it ran: to all but those that it was `settled` with."""
-    slot = int(now)
-    _advance(budgets, slot, epoch)
-    for window in budgets.windows:
-        if settled is None or window not in settled.windows:
-            window.left_tokens -= used
-            window.used_tokens += used
-            window.tokens[slot % SLOTS] += used
-            window.last_token = slot
-    for quota in budgets.quotas:
-        if settled is None or quota not in settled.quotas:
-            quota.left_tokens -= used
-            quota.used_tokens += used
+    before = Budgets() if settled is None else settled
+    windows = [window for window in budgets.windows if window not in before.windows]
+    quotas = [quota for quota in budgets.quotas if quota not in before.quotas]
+    settle(Granted(Budgets(windows, quotas), 0, now), used, now, epoch)
 
 
 def openai_lines(budgets: Budgets, now: float, epoch: float) -> bytes:
