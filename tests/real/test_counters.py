@@ -1,4 +1,7 @@
-"""Tokens as real vLLM counts them: what its answers say on every route, and what the daemon reads of its counters."""
+"""Tokens as real vLLM counts them: what its answers say on every route, and what the daemon reads of its counters.
+
+By its name the first file that uses the demo: no test has started its engines anew, so the daemon's figures are theirs.
+"""
 
 import asyncio
 import json
@@ -44,8 +47,10 @@ REQUESTS: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.fixture
-def engines(demo: Daemon) -> dict[str, str]:
+async def engines(demo: Daemon) -> dict[str, str]:
     """Where the engine of each model is."""
+    restarts = {name: (await demo.instance(name))["restarts"] for name in ("chat", "embed")}
+    assert restarts == {"chat": 0, "embed": 0}, "the daemon's figures are those of several engines"
     records = tomllib.loads((demo.state_dir / "engines.toml").read_text())["engines"]
     return {record["instance"].removesuffix("/0"): f"http://{record['address']}" for record in records}
 
