@@ -59,6 +59,26 @@ enforce_eager = true
 """
 
 
+async def test_an_idle_engine_is_gone_at_once(tmp_path: Path) -> None:
+    """With all its processes: it is killed, which takes a tenth of a second on a quiet machine. Asked, it took five.
+
+    Small ones, of which only one is allowed: what an engine has touched is taken back by the kernel at some GiB a
+    second. Before the large ones of this file are there: they leave no room for it.
+    """
+    config = configuration(chat_model(os.environ), SMALL / MEMORY.total, f'limit = {{ cpu = "{int(1.5 * SMALL)}B" }}')
+    async with daemon(config, tmp_path) as running:
+        instance, other = await one_serves(running)
+        assert len(session_of(instance["pid"])) >= 3  # server, engine core, worker
+        await asyncio.sleep(6)  # it has been idle for long enough to give way at once
+        body = {"model": other, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+        began = time.monotonic()
+        wanted = asyncio.create_task(running.post("/v1/chat/completions", body))
+        while session_of(instance["pid"]):
+            await asyncio.sleep(0.005)
+        assert time.monotonic() - began < ASKED_SECONDS / 2
+        wanted.cancel()
+
+
 @pytest.fixture(scope="module")
 async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """A daemon with both; nothing of it is left."""
@@ -76,23 +96,3 @@ async def test_vllm_refuses_what_has_no_room_in_the_numbers_of_the_daemon(two: D
     """Nothing makes room where nothing is managed: vLLM says what it wants, and that is what the daemon counts with."""
     said, counted = await refused_without_room(two, Device(MEMORY.total, kind=Kind.MEMORY))
     assert abs(said - counted) <= 0.01
-
-
-async def test_an_idle_engine_is_gone_at_once(tmp_path: Path) -> None:
-    """With all its processes: it is killed, which takes a tenth of a second on a quiet machine. Asked, it took five.
-
-    Small ones, of which only one is allowed: what an engine has touched is taken back by the kernel at some GiB a
-    second.
-    """
-    config = configuration(chat_model(os.environ), SMALL / MEMORY.total, f'limit = {{ cpu = "{int(1.5 * SMALL)}B" }}')
-    async with daemon(config, tmp_path) as running:
-        instance, other = await one_serves(running)
-        assert len(session_of(instance["pid"])) >= 3  # server, engine core, worker
-        await asyncio.sleep(6)  # it has been idle for long enough to give way at once
-        body = {"model": other, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-        began = time.monotonic()
-        wanted = asyncio.create_task(running.post("/v1/chat/completions", body))
-        while session_of(instance["pid"]):
-            await asyncio.sleep(0.005)
-        assert time.monotonic() - began < ASKED_SECONDS / 2
-        wanted.cancel()
