@@ -342,8 +342,8 @@ class _Request:
         made = self.made
         if made is None:
             return NO_TOKENS, 0
-        if made.tokens is not None:
-            return made.tokens, 0
+        if (tokens := made.tokens) is not None:
+            return tokens, 0
         if made.events or (outcome == "aborted" and self.size):
             return NO_TOKENS, made.events + self._prompt()
         if outcome == "ok" and self.generates:  # in the background, say: nobody tells what comes of it
