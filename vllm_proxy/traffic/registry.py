@@ -309,7 +309,7 @@ class Registry:
         if route.queued >= policy.queue_size and route.waiting.contenders() >= policy.queue_size:
             msg = f"cannot serve {route.spec.id}: {policy.queue_size} requests wait already"
             raise RequestError("queue_full", msg, retry_after=_retry_after(route.ready_in))
-        if route.waits_since is None:  # from now on somebody does
+        if not route.waiting:  # from now on somebody waits
             route.wake()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Endpoint] = loop.create_future()
