@@ -462,6 +462,12 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("VLLM", "APP_PORT", "STATE_DIR"))}
 
 
+def lives(pid: int) -> bool:
+    """Whether a process lives: what another process started, and is dead, stays a zombie where nobody reaps it."""
+    found = look_up(pid)
+    return found is not None and found.alive
+
+
 def session_of(pid: int) -> set[int]:
     """The live processes of the session that `pid` leads or led."""
     found = (look_up(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit())

@@ -7,8 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from tests.harness import Daemon, daemon, fake_engines
-from vllm_proxy.engine.proc import look_up
+from tests.harness import Daemon, daemon, fake_engines, lives
 
 CHAT = '[models.chat]\nmodel = "org/chat"\nreplicas = 2\nsleep = 1\nrestart = { backoff = "10ms" }\n'
 ASK = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
@@ -56,7 +55,7 @@ async def test_engines_at_sockets_live_as_all_others(tmp_path: Path, port_start:
         assert (await second.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
         assert await second.stop() == 0
     assert not any(Path(address.removeprefix("unix:")).exists() for address in left.values())
-    assert look_up(after[0]["pid"]) is None
+    assert not lives(after[0]["pid"])
 
 
 async def test_whoever_takes_an_engines_socket_gets_no_request(tmp_path: Path, port_start: int) -> None:
