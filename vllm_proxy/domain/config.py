@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from vllm_proxy.domain import hosts, listener, references, secrets
+from vllm_proxy.domain.adapters import Adapter, Lora
 from vllm_proxy.domain.address import Address, TcpAddress
 from vllm_proxy.domain.keys import Key, warnings
 from vllm_proxy.domain.secrets import show
@@ -315,6 +316,8 @@ class ModelSpec:
     engine: EngineSpec
     policy: Policy
     written: TomlTable  # the keys as they stand in the file, defaults not merged in
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)  # by id, in the file's order, disabled ones included
+    lora: Lora | None = None  # what its engines are started with; None: they take no adapters
 
     def effective(self) -> dict[str, Any]:
         """All keys flat, defaults merged in, durations in seconds; engine keys not given are None."""
