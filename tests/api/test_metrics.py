@@ -18,6 +18,8 @@ from vllm_proxy.api.token_metrics import tokens_family
 from vllm_proxy.api.usage_metrics import UsageMetrics
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import Reason, State
+from vllm_proxy.domain.tokens import NO_TOKENS
+from vllm_proxy.domain.usage import Counts
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.managed import Unmanaged
 from vllm_proxy.fleet.reconciler import Reconciler
@@ -191,9 +193,9 @@ async def test_tokens_are_those_that_the_engines_count() -> None:
 async def test_tokens_that_no_caller_is_charged_for_are_what_the_ledger_lacks() -> None:
     """Of the prompt, cached or not, and of what was generated; estimates that are too high make it negative."""
     usage = Usage()
-    usage.add("ci", "chat", prompt=90, cached=60, completion=15)
-    usage.add("me", "chat", prompt=5)
-    usage.add("ci", "embed", prompt=100, estimated=25)
+    usage.counts("ci", "chat").add(Counts(prompt=90, cached=60, completion=15))
+    usage.counts("me", "chat").add(Counts(prompt=5))
+    usage.counts("ci", "embed").add(Counts(prompt=100, estimated=25))
     found = await series(metrics_of(Fleet("chat", "embed", "other"), UsageMetrics(usage, {})))
     assert {name: value for name, value in found.items() if "unattributed" in name} == {
         'vllm_proxy_tokens_unattributed{model="chat"}': 10,
@@ -271,9 +273,9 @@ async def test_the_loop_and_the_log_are_watched_too() -> None:
 async def test_what_keys_use_is_shown_by_key_and_model() -> None:
     """Tokens by kind, outcomes, refusals, what limits and engines tell; of names of the file alone."""
     counted = Usage()
-    counted.add("ci", "chat", requests=2, prompt=30, completion=20, cached=10, estimated=5)
-    counted.add("gone", "chat", prompt=1)
-    counted.ended("ci", "chat", "aborted")
+    counted.counts("ci", "chat").add(Counts(requests=2, prompt=30, completion=20, cached=10, estimated=5))
+    counted.counts("gone", "chat").add(Counts(prompt=1))
+    counted.settled("ci", "chat", "aborted", NO_TOKENS, 0)
     counted.refused("ci", "tokens_per_day")
     usage = UsageMetrics(
         counted, {"missing_scope": 3}, lambda: {"ci": 4, "gone": 1}, lambda: {("ci", "tokens_per_day"): 0.5}

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_proxy.domain.tokens import KEPT, Estimates, Tokens, of_event, of_head, of_json, of_stream
+from vllm_proxy.domain.tokens import KEPT, Estimate, Tokens, of_event, of_head, of_json, of_stream
 
 CHAT = "/v1/chat/completions"
 
@@ -68,57 +68,49 @@ def test_a_usage_is_shorter_than_what_is_kept() -> None:
 
 
 def test_a_token_is_four_bytes_before_the_first_answer_and_then_what_it_was() -> None:
-    """By key and model; at most the model's length."""
-    estimates = Estimates()
-    assert estimates.prompt("ci", "chat", 4000, binary=False) == 1001
-    assert estimates.prompt("ci", "chat", 4000, binary=False, most=512) == 512
+    """At most the model's length."""
+    estimate = Estimate()
+    assert estimate.prompt(4000, binary=False) == 1001
+    assert estimate.prompt(4000, most=512, binary=False) == 512
     for _ in range(20):
-        estimates.learn("ci", "chat", Tokens(100, 10), 800, binary=False)
-    assert estimates.prompt("ci", "chat", 4000, binary=False) == 501
-    assert (
-        estimates.prompt("ada", "chat", 4000, binary=False)
-        == estimates.prompt("ci", "other", 4000, binary=False)
-        == 1001
-    )
+        estimate.learn(Tokens(100, 10), 800, binary=False)
+    assert estimate.prompt(4000, binary=False) == 501
 
 
 def test_what_was_learned_long_ago_counts_less() -> None:
     """A model whose prompts change is known again after some millions of tokens."""
-    estimates = Estimates()
+    estimate = Estimate()
     for length in (8_000_000, 2_000_000):
         for _ in range(10):
-            estimates.learn("ci", "chat", Tokens(1_000_000), length, binary=False)
-    assert estimates.prompt("ci", "chat", 1_000_000, binary=False) == pytest.approx(500_000, rel=0.05)
+            estimate.learn(Tokens(1_000_000), length, binary=False)
+    assert estimate.prompt(1_000_000, binary=False) == pytest.approx(500_000, rel=0.05)
 
 
 def test_a_body_with_files_takes_what_such_bodies_took() -> None:
     """The mean, whatever its length; before the first one a bound, so that no limit keeps it from being learned."""
-    estimates = Estimates()
-    assert estimates.prompt("ci", "chat", 10_000_000, binary=True) == 4096
-    assert estimates.prompt("ci", "chat", 400, binary=True) == 101
+    estimate = Estimate()
+    assert estimate.prompt(10_000_000, binary=True) == 4096
+    assert estimate.prompt(400, binary=True) == 101
     for tokens in (200, 400):
-        estimates.learn("ci", "chat", Tokens(tokens, 1), 10_000_000, binary=True)
-    assert (
-        estimates.prompt("ci", "chat", 10_000_000, binary=True) == estimates.prompt("ci", "chat", 5, binary=True) == 301
-    )
-    assert estimates.prompt("ci", "chat", 4000, binary=False) == 1001  # nothing was learned of texts
+        estimate.learn(Tokens(tokens, 1), 10_000_000, binary=True)
+    assert estimate.prompt(10_000_000, binary=True) == estimate.prompt(5, binary=True) == 301
+    assert estimate.prompt(4000, binary=False) == 1001  # nothing was learned of texts
 
 
 @given(outputs=st.lists(st.integers(0, 5000), min_size=1, max_size=200))
 def test_nine_of_ten_of_the_last_answers_are_within_the_guess(outputs: list[int]) -> None:
-    """Of the last 64 to that key from that model; no smaller value has as many."""
-    estimates = Estimates()
-    assert estimates.output("ci", "chat") == 256
+    """Of the last 64; no smaller value has as many."""
+    estimate = Estimate()
+    assert estimate.output == 256
     for tokens in outputs:
-        estimates.learn("ci", "chat", Tokens(1, tokens), 10, binary=False)
-    recent, guess = outputs[-64:], estimates.output("ci", "chat")
+        estimate.learn(Tokens(1, tokens), 10, binary=False)
+    recent, guess = outputs[-64:], estimate.output
     assert 10 * sum(tokens <= guess for tokens in recent) >= 9 * len(recent)
     assert 10 * sum(tokens < guess for tokens in recent) < 9 * len(recent)
-    assert estimates.output("ada", "chat") == estimates.output("ci", "embed") == 256
 
 
 def test_what_ran_no_prompt_teaches_nothing() -> None:
     """As counting tokens does."""
-    estimates = Estimates()
-    estimates.learn("ci", "chat", Tokens(), 1000, binary=False)
-    assert (estimates.output("ci", "chat"), estimates.prompt("ci", "chat", 4000, binary=False)) == (256, 1001)
+    estimate = Estimate()
+    estimate.learn(Tokens(), 1000, binary=False)
+    assert (estimate.output, estimate.prompt(4000, binary=False)) == (256, 1001)

@@ -335,7 +335,7 @@ def test_what_is_not_limited_has_no_lines() -> None:
         "x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens",
     ]  # fmt: skip
     assert (openai_lines(Budgets(), 0.0, NOON), anthropic_lines(Budgets(), 0.0, NOON)) == (b"", b"")
-    assert not Budgets()
+    assert not Budgets().is_any
 
 
 def test_lines_of_anthropic_say_the_time() -> None:

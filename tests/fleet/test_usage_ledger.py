@@ -54,7 +54,7 @@ class Stage:
 
     def used(self, prompt: int = 1, key: str = "ci") -> None:
         """One request of a key."""
-        self.usage.add(key, "chat", requests=1, prompt=prompt)
+        self.usage.counts(key, "chat").add(Counts(requests=1, prompt=prompt))
 
     async def prompt(self) -> int:
         """Of all keys, as it is reported."""
@@ -127,13 +127,15 @@ async def test_quotas_of_the_next_daemon_begin_with_what_was_charged_today_and_t
     async with stage(tmp_path) as here:
         for days, tokens in ((0, 1), (1, 10), (23, 100), (24, 1000)):  # the 24th is the last of the month before
             here.clock.now = NOW - days * DAY
-            here.usage.add("ci", "chat", prompt=tokens, completion=tokens, estimated=tokens, cached=tokens)
+            here.usage.counts("ci", "chat").add(
+                Counts(prompt=tokens, completion=tokens, estimated=tokens, cached=tokens)
+            )
             await here.ledger.flush()
         here.used(7, "web")
         here.clock.now = NOW
     async with stage(tmp_path) as later:
         assert later.ledger.spent("ci") == Spent(3, 333)
-        later.usage.add("ci", "embed", completion=2)
+        later.usage.counts("ci", "embed").add(Counts(completion=2))
         assert later.ledger.spent("ci") == Spent(5, 335)
         await later.ledger.flush()
         assert later.ledger.spent("ci") == Spent(5, 335)
@@ -354,6 +356,7 @@ async def test_a_report_that_would_be_too_long_is_refused(tmp_path: Path, monkey
 KILLED = """
 import asyncio, os, sys
 from pathlib import Path
+from vllm_proxy.domain.usage import Counts
 from vllm_proxy.fleet import usage_ledger
 from vllm_proxy.runtime.threads import DaemonThreads, Disk
 from vllm_proxy.traffic.usage import Usage
@@ -364,7 +367,7 @@ async def main():
     await ledger.load()
     total = 0
     while True:
-        usage.add("ci", "chat", requests=1, prompt=1)
+        usage.counts("ci", "chat").add(Counts(requests=1, prompt=1))
         await ledger.flush()
         assert ledger.problem is None, ledger.problem
         total += 1
@@ -402,11 +405,13 @@ async def test_sums_on_disk_are_those_in_memory(tmp_path: Path, by: tuple[str, .
     async with stage(tmp_path) as here:
         for number in reversed(range(60)):
             here.clock.now = NOW - number * HOUR
-            here.usage.add(f"k{number % 3}", f"m{number % 2}", requests=1, prompt=number, limited=number % 2)
+            here.usage.counts(f"k{number % 3}", f"m{number % 2}").add(
+                Counts(requests=1, prompt=number, limited=number % 2)
+            )
         in_memory = await here.ledger.report(asked)
         await here.ledger.flush()
         on_disk = await here.ledger.report(asked)
-        here.usage.add("k1", "m1", prompt=1)
+        here.usage.counts("k1", "m1").add(Counts(prompt=1))
         assert in_memory == on_disk
         assert sum(counts.prompt for counts in on_disk.values()) == sum(range(49))
         one = await here.ledger.report(Query(asked.first, asked.last, asked.by, "k1"))

@@ -92,8 +92,9 @@ class Run:
         self.client = Client()
 
         async def make() -> MeteredExchange:
-            return MeteredExchange(self.client, b"", EVENT_ERROR, http10=http10, no_body=False, close=False,
-                                   strip=strip, path=path)  # fmt: skip
+            made = MeteredExchange(self.client, b"", EVENT_ERROR, http10=http10, no_body=False, close=False)
+            made.path, made.strip = path, strip
+            return made
 
         self.exchange = loop.run_until_complete(make())
         self.exchange.connection = cast("EngineConnection", Engine())

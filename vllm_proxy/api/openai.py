@@ -42,25 +42,19 @@ def by_json_model(registry: Registry, settings: Settings, budget: Budget, meteri
     async def work(call: Call) -> web.StreamResponse:
         server = settings()
         body = body_at_hand(call, server, budget) or await read_body(call, server, budget)
+        asked: asks.Asked | None = None
         if metering.is_on:
-            return await metered(call, body)
-        if len(body) < LARGE:
+            asked = asks.read(body, call.route) if len(body) < LARGE else await asks.read_large(body, call.route)
+            name, place = asked.model, asked.place
+        elif len(body) < LARGE:
             name, place = model_name(body), None
         else:
             name, place = await model_name_of_large(body)
         route = _found(call, name, registry)
         if name != route.spec.id:
             body = await with_model(body, route.spec.id, place)
-        if call.salt:
-            body = with_salt(body, call.salt)
-        return await forward(call, registry, route, body)
-
-    async def metered(call: Call, body: bytes) -> web.StreamResponse:
-        asked = asks.read(body, call.route) if len(body) < LARGE else await asks.read_large(body, call.route)
-        route = _found(call, asked.model, registry)
-        if asked.model != route.spec.id:
-            body = await with_model(body, route.spec.id, asked.place)
-        body = metering.admit(call, route.spec, asked, body)
+        if asked is not None:
+            body = metering.admit(call, route.spec, asked, body)
         if call.salt:
             body = with_salt(body, call.salt)
         return await forward(call, registry, route, body)

@@ -88,7 +88,7 @@ def of_json(path: str, first: bytes, last: bytes) -> Tokens | None:
     """
     if path in _WITHOUT_TOKENS:
         return NO_TOKENS
-    name = mark(path, stream=False)
+    name = _MARKS.get(path, _USAGE)
     return _behind(first, first.find(name), name) if path in _RERANK else _behind(last, last.rfind(name), name)
 
 
@@ -153,58 +153,41 @@ _REMEMBERED = 64  # outputs
 _SAMPLED = 8  # of so many answers one is learned from, once so many outputs are known
 
 
-class Estimates:
-    """What requests will take, learned from answers to the same key by the same model: nobody's guesses are others'.
+class Estimate:
+    """What requests of one key to one model will take, learned from their answers: nobody's guesses are others'."""
 
-    It holds an entry for each pair of key and model that was used; both are configured names.
-    """
+    __slots__ = ("_binary", "_bytes", "_files", "_recent", "_seen", "_sorted", "_tokens", "bytes_per_token", "output")
 
     def __init__(self) -> None:
-        self._prompts: dict[tuple[str, str], _Prompts] = {}
-        self._outputs: dict[tuple[str, str], _Outputs] = {}
+        self.bytes_per_token: float = _BYTES_PER_TOKEN  # of prompts
+        self.output = _FIRST_OUTPUT  # tokens that nine of ten answers do not exceed
+        self._bytes = self._tokens = 0.0
+        self._binary = self._files = 0.0  # tokens and number of bodies with files
+        self._seen = 0  # answers
+        self._recent: deque[int] = deque()  # the tokens of the last ones
+        self._sorted: list[int] = []
 
-    def prompt(self, key: str, model: str, length: int, *, binary: bool, most: int | None = None) -> int:
+    def prompt(self, length: int, most: int | None = None, *, binary: bool) -> int:
         """Tokens of the prompt in a body of `length` bytes. `binary`: it has files in it. `most`: `max_model_len`."""
-        prompts = self._prompts.get((key, model)) or _UNSEEN
-        found = prompts.of_binary(length) if binary else int(length / prompts.bytes_per_token) + 1
+        found = self._of_binary(length) if binary else int(length / self.bytes_per_token) + 1
         return found if most is None or found < most else most
 
-    def output(self, key: str, model: str) -> int:
-        """Tokens that nine of ten answers to this key do not exceed."""
-        outputs = self._outputs.get((key, model))
-        return _FIRST_OUTPUT if outputs is None else outputs.ninth
-
-    def learn(self, key: str, model: str, tokens: Tokens, length: int, *, binary: bool) -> None:
+    def learn(self, tokens: Tokens, length: int, *, binary: bool) -> None:
         """From an answer's own usage; `length` and `binary` of its request's body as in `prompt`."""
         if not tokens.prompt:  # nothing was run
             return
-        pair = key, model
-        outputs = self._outputs.get(pair)
-        if outputs is None:
-            outputs, self._prompts[pair] = self._outputs.setdefault(pair, _Outputs()), _Prompts()
-        outputs.seen += 1
-        if outputs.seen > _REMEMBERED and outputs.seen % _SAMPLED:
+        self._seen += 1
+        if self._seen > _REMEMBERED and self._seen % _SAMPLED:
             return  # enough is known, and to learn costs as much as all other counting
-        outputs.learn(tokens.completion)
-        self._prompts[pair].learn(tokens.prompt, length, binary=binary)
+        self._learn_output(tokens.completion)
+        self._learn_prompt(tokens.prompt, length, binary=binary)
 
-
-class _Prompts:
-    """How long the prompts for one key are, to a model."""
-
-    __slots__ = ("_binary", "_bytes", "_files", "_tokens", "bytes_per_token")
-
-    def __init__(self) -> None:
-        self.bytes_per_token: float = _BYTES_PER_TOKEN
-        self._bytes = self._tokens = 0.0
-        self._binary = self._files = 0.0  # tokens and number of bodies with files
-
-    def of_binary(self, length: int) -> int:
+    def _of_binary(self, length: int) -> int:
         if not self._files:
             return min(length // _BYTES_PER_TOKEN + 1, _FIRST_BINARY)
         return int(self._binary / self._files) + 1
 
-    def learn(self, tokens: int, length: int, *, binary: bool) -> None:
+    def _learn_prompt(self, tokens: int, length: int, *, binary: bool) -> None:
         if binary:
             if self._binary > _FORGETS:
                 self._binary, self._files = self._binary / 2, self._files / 2
@@ -217,25 +200,10 @@ class _Prompts:
         self._tokens += tokens
         self.bytes_per_token = max(self._bytes / self._tokens, 0.1)
 
-
-class _Outputs:
-    """The last outputs for one key, and the value that nine of ten of them do not exceed."""
-
-    __slots__ = ("_recent", "_sorted", "ninth", "seen")
-
-    def __init__(self) -> None:
-        self.seen = 0  # answers
-        self._recent: deque[int] = deque()
-        self._sorted: list[int] = []
-        self.ninth = _FIRST_OUTPUT
-
-    def learn(self, tokens: int) -> None:
+    def _learn_output(self, tokens: int) -> None:
         recent, ordered = self._recent, self._sorted
         if len(recent) == _REMEMBERED:
             del ordered[bisect_left(ordered, recent.popleft())]
         recent.append(tokens)
         insort(ordered, tokens)
-        self.ninth = ordered[(len(ordered) * 9 + 9) // 10 - 1]
-
-
-_UNSEEN = _Prompts()
+        self.output = ordered[(len(ordered) * 9 + 9) // 10 - 1]

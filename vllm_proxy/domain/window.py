@@ -156,16 +156,13 @@ class Budgets:
     back where it held.
     """
 
-    __slots__ = ("quotas", "seconds", "windows")
+    __slots__ = ("is_any", "quotas", "seconds", "windows")
 
     def __init__(self, windows: Sequence[Window] = (), quotas: Sequence[Quota] = ()) -> None:
         self.windows = tuple(windows)
         self.quotas = tuple(quotas)
+        self.is_any = bool(windows or quotas)  # else nothing is refused, and no header says what is left
         self.seconds = _SHORTEST_SECONDS  # mean duration of the requests
-
-    def __bool__(self) -> bool:
-        """Whether there are any: else nothing is refused, and no header says what is left."""
-        return bool(self.windows or self.quotas)
 
     def uses(self, now: float, epoch: float) -> list[Use]:
         """Of all the limits."""

@@ -19,12 +19,12 @@ from vllm_proxy.traffic.access import Head
 from vllm_proxy.traffic.client import ClientConnection
 from vllm_proxy.traffic.cors import Cors
 from vllm_proxy.traffic.envelope import as_request_error, error_response
-from vllm_proxy.traffic.exchange import Client, Exchange
 from vllm_proxy.traffic.front import client_of, withdraw_cancellation
 from vllm_proxy.traffic.head import engine_id, read_head, request_id
 from vllm_proxy.traffic.keyring import NOBODY, Caller
 from vllm_proxy.traffic.queue import Turn
-from vllm_proxy.traffic.routes import InferenceRoute, is_anthropic
+from vllm_proxy.traffic.routes import InferenceRoute
+from vllm_proxy.traffic.sieve import MeteredExchange
 
 log = structlog.get_logger()
 
@@ -34,18 +34,8 @@ CLIENT_GONE = 499  # nginx's status for a client that left before an answer bega
 class Metered(Turn, Protocol):
     """A request that is metered, as `metering` has it."""
 
-    def exchange(
-        self,
-        client: Client,
-        extra_headers: bytes,
-        event_error: bytes,
-        *,
-        http10: bool,
-        no_body: bool,
-        close: bool,
-        on_head: Callable[[int], bool] | None = None,
-    ) -> Exchange:
-        """One that counts; the last one that was made is what the client gets."""
+    def follow(self, exchange: MeteredExchange) -> None:
+        """Count what this one passes on; the last one that was made is what the client gets."""
 
     def end(self) -> None:
         """It is over, and the status of its call is known."""
@@ -58,6 +48,7 @@ class Call:
     sent_at = 0.0  # when the engine was sent the request
     first_byte_at = 0.0
     queue_seconds = 0.0
+    is_anthropic = False  # whether the client speaks Anthropic's API, which has an envelope of its own
     model = ""  # the configured id, once it is known
     instance = ""
     cors: Mapping[str, str] = MappingProxyType({})  # headers for the web page that sent it
@@ -87,11 +78,6 @@ class Call:
         """`cors` as header lines."""
         return "".join(f"{name}: {value}\r\n" for name, value in self.cors.items()).encode("latin-1")
 
-    @property
-    def is_anthropic(self) -> bool:
-        """Whether the client speaks Anthropic's API, which has an envelope of its own."""
-        return is_anthropic(self.route)
-
 
 type Observer = Callable[[Call], None]
 type Work = Callable[[Call], Awaitable[web.StreamResponse]]
@@ -110,6 +96,8 @@ def observed(
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         call = Call(request, path, start_line)
+        if route.anthropic:
+            call.is_anthropic = True
         if b"origin" in call.head:
             call.cors = cors.headers(call.head[b"origin"].decode("latin-1"), path)
         try:

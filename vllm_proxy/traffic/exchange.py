@@ -82,6 +82,7 @@ class Exchange:
     sending = False  # whether some of the request is still to be sent
     body_bytes = 0  # on the wire, chunk framing included
     decoded = b""  # the body without its chunks, for a client that knows none
+    ending: Ending | None = None  # None while it has not ended, and where nobody waits for its end any more
     _raw_head = b""
     _buffer = b""
     by_closing = False  # whether only the connection's end marks the end of the answer for the client
@@ -333,6 +334,7 @@ class Exchange:
     def _end(self, ending: Ending) -> None:
         self._parser = None  # it refers back to this object: without the cycle both go at once
         if not self.ended.done():
+            self.ending = ending
             self.ended.set_result(ending)
 
 

@@ -10,14 +10,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 from vllm_proxy.domain.account import Account
 from vllm_proxy.domain.config import Config, ModelSpec
 from vllm_proxy.domain.fair import FairShare
 from vllm_proxy.domain.keys import Key
 from vllm_proxy.domain.limits import Limits
-from vllm_proxy.domain.tokens import NO_TOKENS, Estimates, Tokens
+from vllm_proxy.domain.tokens import NO_TOKENS, Estimate
 from vllm_proxy.domain.usage import Spent
 from vllm_proxy.domain.window import (
     Budgets,
@@ -41,6 +40,7 @@ from vllm_proxy.traffic.usage import Outcome, Usage
 
 type Clock = Callable[[], float]
 
+_NO_LIMIT = 2**60
 _MOST_CLAIMED = 2**22  # tokens: more is no request that an engine takes, and would use up the numbers
 # vLLM 0.32 reads the header here, and on its other routes the body alone. Source: `_get_priority` of its serving.py.
 _HEADER_COUNTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
@@ -50,11 +50,12 @@ _FULL_WAIT_SECONDS = 1.0  # who has too many requests that wait: nobody knows wh
 class User:
     """A key and what it uses, by its name: configurations come and go, what was used counts on."""
 
-    __slots__ = ("account", "in_flight", "is_limited", "limits", "name", "waiting")
+    __slots__ = ("account", "estimates", "in_flight", "is_limited", "limits", "most_in_flight", "name", "waiting")
 
     def __init__(self, key: Key, account: Account) -> None:
         self.name = key.name
         self.account = account
+        self.estimates: dict[str, Estimate] = {}  # by model
         self.in_flight = 0  # requests that hold an endpoint
         self.waiting: Counter[str] = Counter()  # requests that wait for one, by model
         self.follow(key.limits)
@@ -63,12 +64,14 @@ class User:
         """Other limits."""
         self.limits = limits
         self.is_limited = limits.is_limited
+        self.most_in_flight = limits.max_in_flight or _NO_LIMIT
 
-    @property
-    def is_full(self) -> bool:
-        """Whether it has as much in flight as it may."""
-        most = self.limits.max_in_flight
-        return most > 0 and self.in_flight >= most
+    def estimate(self, model: str) -> Estimate:
+        """What its requests to a model take."""
+        found = self.estimates.get(model)
+        if found is None:
+            found = self.estimates[model] = Estimate()
+        return found
 
 
 class Metering:
@@ -85,7 +88,6 @@ class Metering:
         self.is_on = False  # whether requests are counted
         self.is_fair = False  # whether they are numbered
         self.usage = usage
-        self.estimates = Estimates()
         self.users: dict[str, User] = {}  # by the name of the key
         self.now, self.epoch = now, epoch
         self._registry = registry
@@ -130,13 +132,17 @@ class Metering:
         """
         if spec is not None:
             call.model = spec.id
-        request = _Request(self, self.user(call.caller), call, call.model)
+        user = self.users.get(call.caller.key.name) or self.user(call.caller)
+        request = _Request(self, user, call)
         if asked is not None and spec is not None:
             body = request.ask(asked, body, spec)
-        request.admit()
+        if user.is_limited:
+            request.hold()
         call.metered = request
-        if request.share is not None and body and call.route not in _HEADER_COUNTS:
-            body = with_member(body, "priority", b"%d" % request.number)
+        if self.is_fair:
+            request.take_number(self.share(call.model))
+            if body and call.route not in _HEADER_COUNTS:
+                body = with_member(body, "priority", b"%d" % request.number)
         return body
 
     def in_flight(self) -> dict[str, float]:
@@ -161,6 +167,7 @@ class Metering:
 class _Request:
     """One that is metered; it is its own turn in the queue."""
 
+    # Defaults stand on the class: one is made for every request, and sets only what differs.
     number = 0
     prompt = output = 0  # tokens, as estimated, or at most
     bounded = True  # the answer has no more than `output`
@@ -168,6 +175,7 @@ class _Request:
     generates = False  # it has an answer of tokens
     strip = False  # the client did not ask for what it used
     binary = False  # the body holds a file
+    estimate: Estimate | None = None  # what it is guessed by, and which learns from it
     granted: Granted | None = None
     budgets: Budgets | None = None  # what it meets
     share: FairShare | None = None  # where its number is from
@@ -175,11 +183,11 @@ class _Request:
     went = waits = False
     made: MeteredExchange | None = None
 
-    def __init__(self, metering: Metering, user: User, call: Call, model: str) -> None:
+    def __init__(self, metering: Metering, user: User, call: Call) -> None:
         self._metering = metering
         self.user = user
         self.call = call
-        self.model = model
+        self.model = call.model
 
     def ask(self, asked: Asked, body: bytes, spec: ModelSpec) -> bytes:
         """Take in what the body wants; returns it as the engine gets it.
@@ -188,33 +196,28 @@ class _Request:
             RequestError: `invalid_max_tokens`.
 
         """
-        limits, estimates = self.user.limits, self._metering.estimates
+        user = self.user
         self.size, self.binary = len(body), asked.binary
-        output, most = asked.most, limits.max_output_tokens
+        output, most = asked.most, user.limits.max_output_tokens
         if most and output != 0 and (output is None or output > most):
             if asked.is_given:
                 wanted = "an unknown number of" if output is None else output
                 msg = f"cannot answer with {wanted} tokens: this key may have {most} at most (max_output_tokens)"
                 raise RequestError("invalid_max_tokens", msg, param="max_tokens")
             body, output = with_most(body, self.call.route, most), most
-        if self.user.is_limited or self._metering.is_fair:
+        estimate = self.estimate = user.estimates.get(self.model) or user.estimate(self.model)
+        if user.is_limited or self._metering.is_fair:
             longest = spec.engine.max_model_len
-            self.prompt = estimates.prompt(
-                self.user.name,
-                self.model,
-                self.size,
-                binary=self.binary,
-                most=longest if isinstance(longest, int) else None,
-            )
+            self.prompt = estimate.prompt(self.size, longest if type(longest) is int else None, binary=self.binary)
             self.bounded = output is not None
-            self.output = asked.samples * (estimates.output(self.user.name, self.model) if output is None else output)
+            self.output = asked.samples * (estimate.output if output is None else output)
         self.generates = output != 0
         if asked.options is not None:
             self.strip = True
             body = with_usage(body, asked.options)
         return body
 
-    def admit(self) -> None:
+    def hold(self) -> None:
         """Hold what it may use.
 
         Raises:
@@ -222,40 +225,41 @@ class _Request:
 
         """
         metering, call = self._metering, self.call
-        now = metering.now()
+        now, epoch = metering.now(), metering.epoch()
         budgets = self.budgets = self.user.account.of(self.model, now)
-        if budgets:
-            epoch = metering.epoch()
-            found = admit(budgets, self.prompt, self.output, now, epoch, bounded=self.bounded)
-            call.limit_lines = (anthropic_lines if call.is_anthropic else openai_lines)(budgets, now, epoch)
-            if isinstance(found, Refused):
-                raise self._refused(found)
-            self.granted = found
-        if metering.is_fair:
-            limits = self.user.limits
-            self.share = metering.share(self.model)
-            self.claim = limits.priority, limits.weight, min(self.prompt + self.output, _MOST_CLAIMED)
-            self.number = self.share.number(self.user.name, *self.claim)
-            call.forwarded += b"X-Vllm-Priority: %d\r\n" % self.number
+        if not budgets.is_any:
+            return
+        found = admit(budgets, self.prompt, self.output, now, epoch, bounded=self.bounded)
+        call.limit_lines = (anthropic_lines if call.is_anthropic else openai_lines)(budgets, now, epoch)
+        if type(found) is Refused:
+            raise self._refused(found)
+        assert type(found) is Granted
+        self.granted = found
+
+    def take_number(self, share: FairShare) -> None:
+        """Take its place among the requests of all keys."""
+        limits = self.user.limits
+        self.share = share
+        self.claim = limits.priority, limits.weight, min(self.prompt + self.output, _MOST_CLAIMED)
+        self.number = share.number(self.user.name, *self.claim)
+        self.call.forwarded += b"X-Vllm-Priority: %d\r\n" % self.number
 
     def _refused(self, found: Refused) -> LimitError:
-        usage, name = self._metering.usage, self.user.name
-        usage.refused(name, found.limit)
-        usage.add(name, self.model, limited=1)
-        usage.ended(name, self.model, "limited")
+        self._metering.usage.limited(self.user.name, self.model, found.limit)
         return LimitError(found.code, found.message, found.type, found.wait)
 
     # Its turn in the queue
 
     def may_go(self) -> bool:
         """Whether its key has fewer requests in flight than it may."""
-        return not self.user.is_full
+        return self.user.in_flight < self.user.most_in_flight
 
     def go(self) -> None:
         """It has an endpoint now."""
         self.went = True
         self.user.in_flight += 1
-        self._wait_no_more()
+        if self.waits:
+            self._wait_no_more()
 
     def wait(self, queue_size: int) -> None:
         """It waits from now on.
@@ -265,7 +269,7 @@ class _Request:
 
         """
         user = self.user
-        if user.is_full and user.waiting.total() >= queue_size:
+        if not self.may_go() and user.waiting.total() >= queue_size:
             self._metering.usage.refused(user.name, "max_in_flight")
             msg = f"cannot take this: {user.in_flight} requests of this key are in flight, and {queue_size} wait"
             raise LimitError("rate_limit_exceeded", msg, "requests", _FULL_WAIT_SECONDS)
@@ -273,19 +277,21 @@ class _Request:
         self.waits = True
 
     def _wait_no_more(self) -> None:
-        if self.waits:
-            self.waits = False
-            self.user.waiting[self.model] -= 1
-            if not self.user.waiting[self.model]:
-                del self.user.waiting[self.model]
+        self.waits = False
+        self.user.waiting[self.model] -= 1
+        if not self.user.waiting[self.model]:
+            del self.user.waiting[self.model]
 
     # Its answer
 
-    def exchange(self, *args: Any, **kwargs: Any) -> MeteredExchange:  # noqa: ANN401 - those of `Exchange`
-        """One that counts; the last one that was made is what the client gets."""
-        on_body = None if self.share is None else self._began
-        self.made = MeteredExchange(*args, strip=self.strip, path=self.call.route, on_body=on_body, **kwargs)
-        return self.made
+    def follow(self, exchange: MeteredExchange) -> None:
+        """Count what this one passes on; the last one that was made is what the client gets."""
+        self.made = exchange
+        exchange.path = self.call.route
+        if self.strip:
+            exchange.strip = True
+        if self.share is not None:
+            exchange.on_body = self._began
 
     def _began(self) -> None:
         """The engine works on it: what it refuses had no turn."""
@@ -294,19 +300,26 @@ class _Request:
 
     def end(self) -> None:
         """It is over: settle it. To be called once, when the status of its call is known."""
-        metering, name = self._metering, self.user.name
+        metering, user = self._metering, self.user
         outcome = self._outcome()
-        tokens, estimated = self._used(outcome)
+        made = self.made
+        tokens, estimated = None if made is None else made.tokens, 0
+        if tokens is None:
+            tokens, estimated = NO_TOKENS, self._estimated(outcome)
         charged = tokens.prompt + tokens.completion + estimated
-        self._settle(charged)
-        metering.usage.add(name, self.model, requests=1, prompt=tokens.prompt, completion=tokens.completion,
-                           cached=tokens.cached, estimated=estimated, failed=outcome == "engine_error")  # fmt: skip
-        metering.usage.ended(name, self.model, outcome)
-        if self.size and tokens is not NO_TOKENS:
-            metering.estimates.learn(name, self.model, tokens, self.size, binary=self.binary)
+        if self.budgets is not None or user.is_limited:
+            self._settle(charged)
+        metering.usage.settled(user.name, self.model, outcome, tokens, estimated)
+        if self.estimate is not None and tokens is not NO_TOKENS:
+            self.estimate.learn(tokens, self.size, binary=self.binary)
         if self.share is not None:
-            self.share.ended(name, *self.claim, charged)
-        self._leave()
+            self.share.ended(user.name, *self.claim, charged)
+        if self.waits:
+            self._wait_no_more()
+        if self.went:
+            user.in_flight -= 1
+            if user.waiting:
+                metering.serve(list(user.waiting))
         self.call.metered = self.made = None  # they refer back to this: without the cycle all go at once
 
     def _settle(self, charged: int) -> None:
@@ -318,40 +331,24 @@ class _Request:
         if budgets is not self.budgets:  # its key has other limits by now
             charge(budgets, self.budgets, charged, now, epoch)
 
-    def _leave(self) -> None:
-        self._wait_no_more()
-        if self.went:
-            self.user.in_flight -= 1
-            if self.user.waiting:
-                self._metering.serve(list(self.user.waiting))
-
     def _outcome(self) -> Outcome:
         status, made = self.call.status, self.made
-        if status == CLIENT_GONE:
-            return "aborted"
         if status >= 400:
+            if status == CLIENT_GONE:
+                return "aborted"
             return "engine_error" if status >= 500 else "client_error"
-        if made is None:
+        if made is None or made.ending is Ending.WHOLE:
             return "ok"
-        if not made.ended.done() or made.ended.cancelled() or made.ended_early:
-            return "aborted"
-        return "engine_error" if made.ended.result() is Ending.BROKEN else "ok"
+        return "engine_error" if made.ending is Ending.BROKEN and not made.ended_early else "aborted"
 
-    def _used(self, outcome: Outcome) -> tuple[Tokens, int]:
-        """What the engine reported, and what is estimated where it reported nothing of what it did."""
-        made = self.made
+    def _estimated(self, outcome: Outcome) -> int:
+        """Tokens that the engine did not report, and may have worked on."""
+        made, estimate = self.made, self.estimate
         if made is None:
-            return NO_TOKENS, 0
-        if (tokens := made.tokens) is not None:
-            return tokens, 0
+            return 0
+        prompt = self.prompt or (0 if estimate is None else estimate.prompt(self.size, binary=self.binary))
         if made.events or (outcome == "aborted" and self.size):
-            return NO_TOKENS, made.events + self._prompt()
+            return made.events + prompt
         if outcome == "ok" and self.generates:  # in the background, say: nobody tells what comes of it
-            return NO_TOKENS, self._prompt() + (
-                self.output or self._metering.estimates.output(self.user.name, self.model)
-            )
-        return NO_TOKENS, 0
-
-    def _prompt(self) -> int:
-        name, estimates = self.user.name, self._metering.estimates
-        return self.prompt or estimates.prompt(name, self.model, self.size, binary=self.binary)
+            return prompt + (self.output or (0 if estimate is None else estimate.output))
+        return 0

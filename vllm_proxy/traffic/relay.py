@@ -20,6 +20,7 @@ from vllm_proxy.traffic.exchange import Ending, Exchange
 from vllm_proxy.traffic.front import SENT_CLOSE, SENT_KEEP_ALIVE, client_is_slow, client_of
 from vllm_proxy.traffic.head import engine_id
 from vllm_proxy.traffic.registry import Lease, Registry, Route
+from vllm_proxy.traffic.sieve import MeteredExchange
 from vllm_proxy.traffic.wire import EngineConnection
 
 log = structlog.get_logger()
@@ -260,8 +261,8 @@ def _request_head(call: Call, lease: Lease, length: int) -> bytes:
 def _exchange(call: Call, lease: Lease, on_head: Callable[[int], bool] | None = None) -> Exchange:
     request = call.request
     assert request.transport is not None
-    make = Exchange if call.metered is None else call.metered.exchange
-    return make(
+    metered = call.metered
+    exchange = (Exchange if metered is None else MeteredExchange)(
         request.transport,
         b"X-Request-Id: %s\r\n%s%s%s"
         % (call.request_id, lease.endpoint.answer_headers, call.cors_lines() if call.cors else b"", call.limit_lines),
@@ -271,6 +272,10 @@ def _exchange(call: Call, lease: Lease, on_head: Callable[[int], bool] | None = 
         close=not request.keep_alive or lease.closing,
         on_head=on_head,
     )
+    if metered is not None:
+        assert type(exchange) is MeteredExchange
+        metered.follow(exchange)
+    return exchange
 
 
 _HTTP_11 = (1, 1)

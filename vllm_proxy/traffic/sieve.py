@@ -12,7 +12,7 @@ from collections.abc import Callable
 import httptools
 
 from vllm_proxy.domain.tokens import KEPT, Tokens, asks_for_usage, mark, of_head, of_json, of_stream
-from vllm_proxy.traffic.exchange import Client, Exchange
+from vllm_proxy.traffic.exchange import Exchange
 from vllm_proxy.traffic.sse import USUAL_END
 
 _CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -27,43 +27,30 @@ _MOST_HELD = 16 * 1024  # bytes of an event that has not shown usage: so far fro
 class MeteredExchange(Exchange):
     """An exchange whose tokens are known when it has ended."""
 
+    # As of an exchange, these stand on the class.
+    path = ""  # of the route
+    strip = False  # whether the event with the usage is not for the client
+    on_body: Callable[[], None] | None = None  # called once, with the first bytes of the body: the head of a stream
+    # comes before the engine begins
+    _whole = b""  # a body of JSON that came at once and without chunks, as most do
+    _reading: "_Reading | None" = None  # of any other body
     _chunks = _chunks_seen = 0
     _is_clear = False  # in a stream of chunks: whether the next read begins with a chunk and with an event
-
-    def __init__(
-        self,
-        client: Client,
-        extra_headers: bytes,
-        event_error: bytes,
-        *,
-        http10: bool,
-        no_body: bool,
-        close: bool,
-        on_head: Callable[[int], bool] | None = None,
-        strip: bool,
-        path: str,
-        on_body: Callable[[], None] | None = None,
-    ) -> None:
-        """As an `Exchange`. `path`: of the route. `strip`: whether the event with the usage is not for the client.
-
-        `on_body`: called once, with the first bytes of the body: the head of a stream comes before the engine begins.
-        """
-        super().__init__(
-            client, extra_headers, event_error, http10=http10, no_body=no_body, close=close, on_head=on_head
-        )
-        # In an object of its own: Python is slower with the attributes of one that has thirty.
-        self._reading = _Reading(path, strip=strip and asks_for_usage(path))
-        self._on_body = on_body
 
     @property
     def tokens(self) -> Tokens | None:
         """What the answer took, once it has ended; None where it did not tell."""
-        return (self._reading.tokens or of_head(self._raw_head)) if self._started else None
+        if not self._started:
+            return None
+        reading, whole = self._reading, self._whole
+        return (of_json(self.path, whole, whole) if reading is None else reading.tokens) or of_head(self._raw_head)
 
     @property
     def events(self) -> int:
         """How many events of a stream came, about one for each token; 0 where the answer is no stream."""
-        return self._chunks - self._complete if self._reading.is_stream else 0  # the last chunk is none
+        if self._reading is None or not self._reading.is_stream:
+            return 0
+        return self._chunks - self._complete  # the last chunk is none
 
     def on_chunk_complete(self) -> None:
         """As of an exchange; and an engine sends each event as a chunk."""
@@ -75,6 +62,7 @@ class MeteredExchange(Exchange):
         if (
             self._is_clear
             and data.endswith(USUAL_END)
+            and reading is not None
             and data.rfind(reading.mark) < 0
             and data.rfind(b"[DONE]") < 0
             and not self._in_chunk
@@ -86,25 +74,32 @@ class MeteredExchange(Exchange):
                 self._client.write(data)
                 return
         payload = data if body is None else body
-        if payload and self._on_body is not None:
-            on_body, self._on_body = self._on_body, None
+        if payload and self.on_body is not None:
+            on_body, self.on_body = self.on_body, None
             on_body()
-        if self._complete and not reading.has_begun and payload.endswith(b"}"):  # JSON, at once and without chunks
-            reading.whole = payload
+        if reading is None and self._complete and payload.endswith(b"}"):
+            self._whole = payload
         elif payload:
-            if not reading.has_begun:
-                reading.begin(self._raw_head, dechunk=self._dechunk)
-            if self._dechunk:
-                self.decoded = reading.feed(self.decoded, is_last=self._complete)
-            else:
-                payload = reading.feed(payload, is_last=self._complete)
+            payload = self._read(payload)
         super()._pass_on(payload if body is None else data, None if body is None else payload)
-        if reading.is_stream:
+        reading = self._reading
+        if reading is not None and reading.is_stream:
             self._chunks_seen = self._chunks
             self._is_clear = reading.may_skip and self._is_events and not self._inside
 
+    def _read(self, payload: bytes) -> bytes:
+        """The next piece of the body; what of it the client gets."""
+        reading = self._reading
+        if reading is None:
+            # In an object of its own: Python is slower with the attributes of one that has thirty.
+            reading = self._reading = _Reading(self.path, self._raw_head, strip=self.strip, dechunk=self._dechunk)
+        if self._dechunk:
+            self.decoded = reading.feed(self.decoded, is_last=self._complete)
+            return payload
+        return reading.feed(payload, is_last=self._complete)
+
     def _truncate(self) -> None:
-        sieve = self._reading.sieve
+        sieve = None if self._reading is None else self._reading.sieve
         if sieve is not None and sieve.held and not self._client.is_closing():
             self._client.write(sieve.held)  # as it would have come: the stream cannot look whole
             self._inside = True
@@ -114,25 +109,19 @@ class MeteredExchange(Exchange):
 class _Reading:
     """What is read of the body of one answer."""
 
-    __slots__ = ("_decoder", "_path", "_strip", "_tail", "has_begun", "is_stream", "mark", "sieve", "whole")
+    __slots__ = ("_decoder", "_path", "_tail", "is_stream", "mark", "sieve")
 
-    def __init__(self, path: str, *, strip: bool) -> None:
-        self._path = path
-        self._strip = strip
-        self.has_begun = self.is_stream = False
-        self.whole = b""  # what came in one read
-        self.sieve: _ChunkSieve | _TextSieve | None = None
-
-    def begin(self, head: bytes, *, dechunk: bool) -> None:
-        """The body begins. `dechunk`: whether it comes without its chunks, where there are any."""
-        self.has_begun = True
+    def __init__(self, path: str, head: bytes, *, strip: bool, dechunk: bool) -> None:
+        """`dechunk`: whether the body comes without its chunks, where there are any."""
         head = head.lower()
+        self._path = path
         self.is_stream = head.rfind(b"text/event-stream") >= 0
-        self.mark = mark(self._path, stream=self.is_stream)
+        self.mark = mark(path, stream=self.is_stream)
         self._tail = _Tail(self.mark)
+        self.sieve: _ChunkSieve | _TextSieve | None = None
+        self._decoder: _Decoder | None = None
         is_chunked = head.rfind(b"\ntransfer-encoding:") >= 0
-        self._decoder = None
-        if self.is_stream and self._strip and is_chunked:
+        if self.is_stream and is_chunked and strip and asks_for_usage(path):
             self.sieve = _TextSieve(self._tail) if dechunk else _ChunkSieve(self._tail)
         elif is_chunked and not dechunk:
             self._decoder = _Decoder()
@@ -152,8 +141,6 @@ class _Reading:
     @property
     def tokens(self) -> Tokens | None:
         """What the answer took, as far as it was fed."""
-        if not self.has_begun:
-            return of_json(self._path, self.whole, self.whole)
         last = self._tail.found or self._tail.last
         return of_stream(self._path, last) if self.is_stream else of_json(self._path, self._tail.first, last)
 

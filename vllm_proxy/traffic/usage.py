@@ -10,6 +10,7 @@ from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from typing import Literal
 
+from vllm_proxy.domain.tokens import Tokens
 from vllm_proxy.domain.usage import HOUR, Bucket, Counts
 
 type Name = tuple[str, str]  # a key's, and a model's or an adapter's
@@ -36,38 +37,31 @@ class Usage:
         self._taken: dict[Name, Counts] = {}  # sums of what was taken
         self._gone: Counter[str] = Counter()  # tokens of keys that are gone, by model
 
-    def add(
-        self,
-        key: str,
-        model: str,
-        *,
-        requests: int = 0,
-        prompt: int = 0,
-        completion: int = 0,
-        cached: int = 0,
-        estimated: int = 0,
-        failed: int = 0,
-        limited: int = 0,
-    ) -> None:
-        """Count for a key and a model, in this hour. `domain/usage.py` says what counts as what."""
+    def settled(self, key: str, model: str, outcome: Outcome, tokens: Tokens, estimated: int) -> None:
+        """A request was admitted, and is over. `estimated`: tokens that no engine reported."""
+        counts = self.counts(key, model)
+        counts.requests += 1
+        counts.prompt += tokens.prompt
+        counts.completion += tokens.completion
+        counts.cached += tokens.cached
+        counts.estimated += estimated
+        if outcome == "engine_error":
+            counts.failed += 1
+        ended = key, model, outcome
+        self.outcomes[ended] = self.outcomes.get(ended, 0) + 1
+
+    def limited(self, key: str, model: str, limit: str) -> None:
+        """A limit, such as `tokens_per_day`, did not let a request in."""
+        self.counts(key, model).limited += 1
+        ended: tuple[str, str, Outcome] = key, model, "limited"
+        self.outcomes[ended] = self.outcomes.get(ended, 0) + 1
+        self.refused(key, limit)
+
+    def counts(self, key: str, model: str) -> Counts:
+        """Of a key and a model in this hour: to be added to at once."""
         if self._now() >= self._end:
             self._begin_hour()
-        counts = self._in_hour.get((key, model)) or self._new(key, model)
-        counts.requests += requests
-        counts.prompt += prompt
-        counts.completion += completion
-        if cached:
-            counts.cached += cached
-        if estimated:
-            counts.estimated += estimated
-        if failed:
-            counts.failed += failed
-        if limited:
-            counts.limited += limited
-
-    def ended(self, key: str, model: str, outcome: Outcome) -> None:
-        """One metered request has ended so; for the metrics alone."""
-        self.outcomes[key, model, outcome] = self.outcomes.get((key, model, outcome), 0) + 1
+        return self._in_hour.get((key, model)) or self._new(key, model)
 
     def refused(self, key: str, limit: str) -> None:
         """A limit refused a request, such as `tokens_per_day`; for the metrics alone."""
