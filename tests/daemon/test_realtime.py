@@ -16,6 +16,7 @@ from aiohttp import WSMsgType
 
 from tests import certificates
 from tests.harness import Daemon, connected, daemon, fake_engines, port_block, request, until
+from vllm_proxy.domain.keys import hash_of, new_key
 
 MODELS = """
 [server]
@@ -80,6 +81,33 @@ async def test_a_session_reaches_the_model_that_it_names(shared: Daemon, name: s
     heard = [json.loads(message) for message in (await messages(shared, request_id))[:4]]
     assert heard == [{"type": "session.update", "model": "chat"}, APPEND, APPEND, COMMIT]
     await free(shared)
+
+
+async def test_what_each_utterance_took_is_counted_as_it_ends(tmp_path: Path, port_start: int) -> None:
+    """Against the limits too, while the session goes on; and once."""
+    key = new_key(bytes(32))
+    keys = f'[keys.ci]\nhash = "{hash_of(key)}"\nscopes = ["inference", "read"]\ntokens_per_minute = 60\n'
+    headers = {"Authorization": f"Bearer {key}"}
+
+    async def used() -> tuple[int, int]:
+        async with running.session.get("/usage", headers=headers) as answer:
+            rows = (await answer.json())["rows"]
+        return sum(row["prompt_tokens"] for row in rows), sum(row["completion_tokens"] for row in rows)
+
+    async with daemon(fake_engines(port_start) + '[models.chat]\nmodel = "org/chat"\n' + keys, tmp_path) as running:
+        await running.until("1 of 1 models ready")
+        async with running.session.ws_connect("/v1/realtime?model=chat", headers=headers) as socket:
+            await hears(socket, "session.created")
+            await socket.send_json({"type": "session.update", "model": "chat"})
+            for event in (APPEND, APPEND, COMMIT):
+                await socket.send_json(event)
+            while (await socket.receive_json(timeout=20))["type"] != "transcription.done":
+                pass
+            assert await until(used, lambda found: found != (0, 0)) == (20, 2)
+            body = {"model": "chat", "prompt": "x" * 20, "max_tokens": 40}
+            async with running.session.post("/v1/completions", json=body, headers=headers) as answer:
+                assert (answer.status, (await answer.json())["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert await used() == (20, 2)
 
 
 async def test_events_pass_byte_for_byte(shared: Daemon) -> None:

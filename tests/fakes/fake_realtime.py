@@ -70,7 +70,9 @@ class Session:
         elif kind == "input_audio_buffer.commit" and self.checked:
             for _ in range(self.words):
                 say(self.writer, type="transcription.delta", delta="word ")
-            say(self.writer, type="transcription.done", text="word " * self.words)
+            usage = {"prompt_tokens": 10 * self.words, "completion_tokens": self.words, "prompt_tokens_details": None}
+            usage["total_tokens"] = 11 * self.words
+            say(self.writer, type="transcription.done", text="word " * self.words, usage=usage)
         elif kind != "fake":
             say(self.writer, type="error", error="no", code="unknown_event" if self.checked else "model_not_validated")
 

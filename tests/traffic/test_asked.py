@@ -181,27 +181,27 @@ def test_files_in_a_body_are_seen() -> None:
 def test_a_stream_without_usage_is_asked_for_it(true: object) -> None:
     """Of chat and completions alone; the others tell it by themselves."""
     for path in (CHAT, COMPLETIONS):
-        assert asked(path, stream=true).adds_usage
+        assert asked(path, stream=true).options is not None
         assert asked(path, stream=true).streams
-        assert asked(path, stream=true, stream_options={"include_usage": False}).adds_usage
-        assert asked(path, stream=true, stream_options={"include_usage": "no"}).adds_usage
-        assert asked(path, stream=true, stream_options={"continuous_usage_stats": True}).adds_usage
-        assert not asked(path, stream=true, stream_options={"include_usage": true}).adds_usage
+        assert asked(path, stream=true, stream_options={"include_usage": False}).options is not None
+        assert asked(path, stream=true, stream_options={"include_usage": "no"}).options is not None
+        assert asked(path, stream=true, stream_options={"continuous_usage_stats": True}).options is not None
+        assert asked(path, stream=true, stream_options={"include_usage": true}).options is None
     for path in (MESSAGES, RESPONSES, EMBEDDINGS):
-        assert not asked(path, stream=true).adds_usage
+        assert asked(path, stream=true).options is None
 
 
 @pytest.mark.parametrize("options", [5, "x", [1], {"include_usage": "perhaps"}, {"include_usage": []}])
 def test_options_that_vllm_refuses_stay_refused(options: object) -> None:
     """Nothing is added that would hide them."""
-    assert not asked(stream=True, stream_options=options).adds_usage
+    assert asked(stream=True, stream_options=options).options is None
 
 
 @pytest.mark.parametrize("stream", [False, None, 0, "false", "off", [], "maybe"])
 def test_what_does_not_stream_is_not_asked_for_usage(stream: object) -> None:
     """VLLM would refuse it."""
     found = asked(stream=stream)
-    assert (found.streams, found.adds_usage) == (False, False)
+    assert (found.streams, found.options) == (False, None)
 
 
 def test_usage_is_asked_for_and_what_the_client_set_is_kept() -> None:

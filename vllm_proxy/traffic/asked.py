@@ -86,11 +86,6 @@ class Asked(msgspec.Struct, frozen=True):
     )
     place: slice | None = None  # of the model's name in a large body
 
-    @property
-    def adds_usage(self) -> bool:
-        """Whether it takes `with_usage` to have the usage told, and the event with it is not for the client."""
-        return self.options is not None
-
 
 def read(body: bytes, path: str) -> Asked:
     """What a body below `body.LARGE` asks for on the route `path`.

@@ -14,6 +14,7 @@ import structlog
 from aiohttp import web
 
 from vllm_proxy.domain.keys import Scope
+from vllm_proxy.domain.tokens import Tokens
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.access import Head
 from vllm_proxy.traffic.client import ClientConnection
@@ -36,6 +37,9 @@ class Metered(Turn, Protocol):
 
     def follow(self, exchange: MeteredExchange) -> None:
         """Count what this one passes on; the last one that was made is what the client gets."""
+
+    def took(self, tokens: Tokens) -> None:
+        """A part of a session is done."""
 
     def end(self) -> None:
         """It is over, and the status of its call is known."""

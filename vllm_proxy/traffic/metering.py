@@ -16,7 +16,7 @@ from vllm_proxy.domain.config import Config, ModelSpec
 from vllm_proxy.domain.fair import FairShare
 from vllm_proxy.domain.keys import Key
 from vllm_proxy.domain.limits import Limits
-from vllm_proxy.domain.tokens import NO_TOKENS, Estimate
+from vllm_proxy.domain.tokens import NO_TOKENS, Estimate, Tokens
 from vllm_proxy.domain.usage import Spent
 from vllm_proxy.domain.window import (
     Budgets,
@@ -297,6 +297,16 @@ class _Request:
         """The engine works on it: what it refuses had no turn."""
         if self.share is not None and self.made is not None and self.made.status < 400:
             self.share.began(self.number)
+
+    def took(self, tokens: Tokens) -> None:
+        """A part of it is done, of a session that may go on for hours: charge that now."""
+        metering, user = self._metering, self.user
+        now, charged = metering.now(), tokens.prompt + tokens.completion
+        charge(user.account.of(self.model, now), None, charged, now, metering.epoch())
+        counts = metering.usage.counts(user.name, self.model)
+        counts.prompt += tokens.prompt
+        counts.completion += tokens.completion
+        counts.cached += tokens.cached
 
     def end(self) -> None:
         """It is over: settle it. To be called once, when the status of its call is known."""

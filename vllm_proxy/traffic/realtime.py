@@ -18,6 +18,7 @@ import structlog
 from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 
 from vllm_proxy.domain.config import Server
+from vllm_proxy.domain.tokens import Tokens, of_event
 from vllm_proxy.errors import EngineFailedError, LateRequestError, RequestError, model_not_found
 from vllm_proxy.runtime.background import spawn
 from vllm_proxy.traffic.body import with_model
@@ -33,6 +34,7 @@ log = structlog.get_logger()
 _HEARTBEAT_SECONDS = 20.0  # whoever has not answered a ping half of that later is gone
 _OPEN_SECONDS = 10.0  # for an engine to take a session, and to greet
 _GREETING = "session.created"
+_DONE = '"transcription.done"'
 _PROTOCOLS = ("realtime",)  # what browsers offer beside their key, and want to have chosen
 _DATA = frozenset({WSMsgType.TEXT, WSMsgType.BINARY})
 
@@ -142,7 +144,7 @@ async def _run_session(call: Call, sessions: Sessions, client: web.WebSocketResp
                         await _skip_greeting(engine)
                         await _pass_on(first, engine, lease)
                     sessions.budget.release(call)
-                    await _pump(client, engine, lease, lambda: sessions.budget.release(call))
+                    await _pump(client, engine, lease, call, sessions.budget)
         except (aiohttp.ClientError, OSError) as error:
             msg = f"cannot open a session with {lease.endpoint.instance}: {str(error) or 'it does not answer'}"
             raise EngineFailedError(msg) from error
@@ -174,21 +176,21 @@ async def _pump(
     client: web.WebSocketResponse,
     engine: aiohttp.ClientWebSocketResponse,
     lease: Lease,
-    passed_on: Callable[[], None],
+    call: Call,
+    budget: Budget,
 ) -> None:
-    """Pass messages until either side closes; then the other is closed the same way.
-
-    `passed_on`: called after each message of the client's.
-    """
+    """Pass messages until either side closes; then the other is closed the same way."""
 
     async def upwards() -> None:
         async for message in client:
             await _pass_on(message, engine, lease)
-            passed_on()
+            budget.release(call)
 
     async def downwards() -> None:
         async for message in engine:
             await _pass_on(message, client, lease)
+            if call.metered is not None and (tokens := _tokens_of(message)) is not None:
+                call.metered.took(tokens)
 
     tasks = {spawn(upwards(), f"to {lease.endpoint.instance}"), spawn(downwards(), f"from {lease.endpoint.instance}")}
     try:
@@ -224,6 +226,13 @@ def _model_of(message: WSMessage) -> str | None:
         return None
     event = _read(message)
     return event.model if isinstance(event.model, str) and event.type == "session.update" else None
+
+
+def _tokens_of(message: WSMessage) -> Tokens | None:
+    """What an utterance took, behind which the engine says it."""
+    if message.type is not WSMsgType.TEXT or _DONE not in message.data:
+        return None
+    return of_event(message.data.encode())
 
 
 class _Event(msgspec.Struct):
