@@ -243,3 +243,25 @@ def test_a_dotenv_that_is_no_regular_file_is_an_error_and_a_folder_is_none(tmp_p
         load(dotenv=tmp_path / "fifo")
     assert "cannot read it: it is a pipe or FIFO" in raised.value.lines()[0]
     assert load({"A": "real"}, dotenv=tmp_path).engine_environment == {"A": "real"}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("VLLM_PROXY_PROT", "VLLM_PROXY_PROT is unknown and ignored; did you mean VLLM_PROXY_PORT?"),
+        ("VLLM_PROXY_STATEDIR", "VLLM_PROXY_STATEDIR is unknown and ignored; did you mean VLLM_PROXY_STATE_DIR?"),
+        ("VLLM_PROXY_COLOUR_OF_THE_SKY", "VLLM_PROXY_COLOUR_OF_THE_SKY is unknown and ignored"),
+        ("VLLM_PROXY_SERVICE_HOST", None),
+        ("VLLM_PROXY_SERVICE_PORT_HTTP", None),
+        ("VLLM_PROXY_PORT_8000_TCP_PROTO", None),
+        ("VLLM_PROXY_CONFIG", None),
+        ("VLLM_PROXY_API_KEY", None),
+        ("OTHER_VLLM_PROXY_PROT", None),
+    ],
+)
+def test_an_unknown_variable_is_a_warning_with_the_nearest_name(tmp_path: Path, name: str, said: str | None) -> None:
+    """Without its value; from `.env` as well. What Kubernetes sets for a service with our name is nobody's mistake."""
+    expected = () if said is None else (said,)
+    value = "a value of more than thirty-two characters"
+    assert load({name: value}).warnings == expected
+    assert load({}, dotenv(tmp_path, f"{name}={value}")).warnings == expected

@@ -6,6 +6,7 @@ socket. Values are validated by `domain/config.py`, not here.
 """
 
 import contextlib
+import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,9 @@ PREFIX = "VLLM_PROXY_"
 _LISTS = frozenset({"cors_origins", "allowed_hosts", "listen"})
 _TEXTS = frozenset({"host", "on_exit", "keys_file", "tls_cert", "tls_key"})
 _WEAKER_NAMES = {"port": "APP_PORT"}
+_OTHER_NAMES = (f"{PREFIX}CONFIG", f"{PREFIX}STATE_DIR")
+_NEAR = 0.8  # of names that begin alike
+_OF_KUBERNETES = re.compile(PREFIX + r"(SERVICE_(HOST|PORT)|PORT_\d+_)")  # of a service with our name
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _NUMBER = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?")
 _OWN_FILE, _SYSTEM_FILE = Path("models.toml"), Path("/etc/vllm-proxy/models.toml")
@@ -80,6 +84,7 @@ def load(
     env = {**from_file, **environ}
     warnings: list[str] = []
     overrides = _overrides([_given(flags), _variables(environ, warnings), _variables(from_file, warnings)])
+    warnings += _unknown(env)
     runtime = env.get("RUNTIME_DIRECTORY", "").split(":")[0]
     state_dir = _state_dir(flags.get("state_dir"), env)
     control_socket = Path(runtime or state_dir, "control.sock")
@@ -173,6 +178,16 @@ def _variables(layer: Mapping[str, str], warnings: list[str]) -> Layer:
                 continue
             found[key] = Override(_typed(key, value), name)
     return found
+
+
+def _unknown(env: Mapping[str, str]) -> Iterator[str]:
+    """Of each variable with our prefix that means nothing here."""
+    known = [*(PREFIX + key.upper() for key in Server.model_fields), *_OTHER_NAMES, *keys.RESERVED.values()]
+    for name in env:
+        if not name.startswith(PREFIX) or name in known or _OF_KUBERNETES.match(name):
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR)
+        yield f"{name} is unknown and ignored" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _typed(key: str, value: str) -> object:

@@ -65,6 +65,18 @@ async def test_paths_that_lead_nowhere(
         assert (await answer.json())["error"]["code"] == code
 
 
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/embeddings/", "/messages"])
+async def test_a_path_without_its_version_says_what_is_missing(
+    shared: Any,  # noqa: ANN401 - a fixture
+    path: str,
+) -> None:
+    """A client whose base URL has no /v1 is told so."""
+    async with shared.session.post(path, json={"model": "chat"}) as answer:
+        assert answer.status == 404
+        error = (await answer.json())["error"]
+        assert f"there is /v1{path.rstrip('/')}; clients need a base URL with /v1" in error["message"]
+
+
 async def test_a_foreign_host_name_is_refused(shared: Any) -> None:  # noqa: ANN401 - a fixture
     """A web page that points its own name at this machine reads nothing."""
     async with shared.session.get("/models", headers={"Host": "evil.example"}) as answer:

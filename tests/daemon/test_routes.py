@@ -260,13 +260,13 @@ async def test_an_engines_own_paths_are_out_of_reach(shared: Daemon, path: str) 
                 await client.send(request(target, body, f"X-Request-Id: {request_id}", method=method))
                 answer = await client.answer()
                 assert answer.status in {404, 405, 501}, (method, target)
-                assert answer.body.startswith(b'{"error":'), (method, target)
+                assert answer.body.startswith((b'{"error":', b'{"type":"error","error":')), (method, target)
     seen = await shared.seen(request_id) + await shared.seen(request_id, "other")
     assert {found["path"] for found in seen} <= {target for target in spellings(path) if "/v1/responses/" in target}
 
 
 @pytest.mark.parametrize(
-    "target", ["//v1/chat/completions", "/v1/chat/completions/", "/V1/chat/completions", "/v1//chat/completions"]
+    "target", ["//v1/chat/completions", "/v1/chat/completions//", "/V1/chat/completions", "/v1//chat/completions"]
 )
 async def test_a_route_has_one_spelling(shared: Daemon, target: str) -> None:
     """What is nearly a route of the table is none, and reaches no engine."""
@@ -275,6 +275,49 @@ async def test_a_route_has_one_spelling(shared: Daemon, target: str) -> None:
         await client.send(request(target, b'{"model": "chat"}', f"X-Request-Id: {request_id}"))
         assert (await client.answer()).status == 404
     assert await shared.seen(request_id) == []
+
+
+@pytest.mark.parametrize("target", ["/v1/completions/", "/v1/completions/?x=1", "/v1/completions/?"])
+async def test_a_slash_behind_a_path_is_taken(shared: Daemon, target: str) -> None:
+    """The engine gets the path that it knows, which would answer with a redirect else."""
+    request_id = uuid.uuid4().hex
+    async with connected(shared.port) as client:
+        await client.send(request(target, b'{"model": "chat", "prompt": "x"}', f"X-Request-Id: {request_id}"))
+        assert (await client.answer()).status == 200
+    (seen,) = await shared.seen(request_id)
+    assert seen["path"] == target.replace("/?", "?").rstrip("/")
+
+
+@pytest.mark.parametrize("path", ["/health/", "/v1/models/", "/models/", "/devices/"])
+async def test_a_slash_behind_a_path_of_the_daemons_own_is_taken(shared: Daemon, path: str) -> None:
+    """As some clients write it."""
+    async with shared.session.get(path) as answer, shared.session.get(path.rstrip("/")) as usual:
+        assert answer.status == usual.status == 200
+        assert (await answer.json()).keys() == (await usual.json()).keys()
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens", "/v1/messages/batches"])
+async def test_clients_of_anthropics_find_the_id_and_the_errors_where_they_look(shared: Daemon, path: str) -> None:
+    """`request-id` of answers and of errors, on what is served below /v1/messages and on what is not."""
+    headers = {"X-Request-Id": uuid.uuid4().hex}
+    for model in ("chat", "nobody"):
+        async with shared.session.post(path, json={"model": model, "messages": []}, headers=headers) as answer:
+            assert answer.headers["request-id"] == answer.headers["X-Request-Id"] == headers["X-Request-Id"]
+            if model == "nobody" or path.endswith("/batches"):
+                body = await answer.json()
+                assert (body["type"], body["error"]["type"]) == ("error", "not_found_error")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/events"])
+async def test_streams_tell_nginx_not_to_collect_events(shared: Daemon, path: str) -> None:
+    """Answers that are none do not."""
+    body = {"model": "chat", "stream": True, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    ask = shared.session.get(path) if "/v1/" not in path else shared.session.post(path, json=body)
+    async with ask as answer:
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        assert answer.headers["X-Accel-Buffering"] == "no"
+    async with shared.session.post("/v1/completions", json={"model": "chat", "prompt": "x"}) as answer:
+        assert "X-Accel-Buffering" not in answer.headers
 
 
 @pytest.mark.parametrize(

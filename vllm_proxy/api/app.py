@@ -103,9 +103,10 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     app.on_response_prepare.append(identify)
     for route in table:
         handler = guarded(route, parts.access, parts.budget) if type(route) is Route else route.handler
-        app.router.add_route(route.method, route.path, handler)
-        if route.method == "GET" and route.path not in _ENDLESS:
-            app.router.add_route("HEAD", route.path, handler)
+        for path in _spellings(route.path):
+            app.router.add_route(route.method, path, handler)
+            if route.method == "GET" and route.path not in _ENDLESS:
+                app.router.add_route("HEAD", path, handler)
     for path in UNSUPPORTED:
         app.router.add_route("*", path, openai.unsupported)
         app.router.add_route("*", path + "/{rest:.*}", openai.unsupported)
@@ -119,6 +120,11 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     )
     parts.access.listen(runner.revoke)
     return runner
+
+
+def _spellings(path: str) -> list[str]:
+    """A path, and with a slash behind it, as some clients write it."""
+    return [path] if path.endswith(("/", "}")) else [path, f"{path}/"]
 
 
 def _inference(
@@ -139,7 +145,7 @@ def _inference(
         handler = observed(route, work[route.names_model], admit, observe, cors)
         table.append(Observed(route.method, route.path, route.scope, handler))
         if route.names_model in {"json", "form"}:
-            direct[route.method, route.path] = handler
+            direct |= dict.fromkeys([(route.method, path) for path in _spellings(route.path)], handler)
     table += [
         Route("GET", "/v1/models", Scope.INFERENCE, answered(openai.list_models(registry, parts.reconciler))),
         Route(

@@ -43,7 +43,11 @@ def answered[T](handler: Callable[[web.Request], Awaitable[Reply[T] | web.Stream
 
 async def begin_events(request: web.Request) -> web.StreamResponse:
     """The head of a stream of server-sent events is sent; they may follow."""
-    headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
+    headers = {
+        "Content-Type": "text/event-stream; charset=utf-8",
+        "Cache-Control": "no-store",
+        "X-Accel-Buffering": "no",
+    }
     response = web.StreamResponse(headers=headers)
     await response.prepare(request)
     request[STREAM] = response

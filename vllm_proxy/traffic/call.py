@@ -78,9 +78,14 @@ class Call:
         self.engine_id = engine_id(given) if self.request_id is given else self.request_id
         self.started_at = time.monotonic()
 
-    def cors_lines(self) -> bytes:
-        """`cors` as header lines."""
-        return "".join(f"{name}: {value}\r\n" for name, value in self.cors.items()).encode("latin-1")
+    def own_lines(self) -> bytes:
+        """Header lines of the answer that this request alone has."""
+        lines = b"X-Request-Id: %s\r\n" % self.request_id
+        if self.is_anthropic:
+            lines += b"request-id: %s\r\n" % self.request_id  # where Anthropic's clients look
+        if self.cors:
+            lines += "".join(f"{name}: {value}\r\n" for name, value in self.cors.items()).encode("latin-1")
+        return lines + self.limit_lines
 
 
 type Observer = Callable[[Call], None]
@@ -145,6 +150,8 @@ def _salt(caller: Caller, route: InferenceRoute) -> bytes:
 
 def _start_line(request: web.BaseRequest) -> bytes:
     target = request.raw_path if request.raw_path.startswith("/") else request.rel_url.raw_path_qs
+    path, mark, query = target.partition("?")
+    target = f"{path.rstrip('/')}{mark}{query}"  # a slash at its end, which engines would redirect
     return f"{request.method} {target} HTTP/1.1\r\n".encode("utf-8", "surrogateescape")  # as it came
 
 
@@ -152,6 +159,8 @@ def _refuse(call: Call, error: RequestError) -> web.StreamResponse:
     call.status = error.status
     response = error_response(error, anthropic=call.is_anthropic)
     response.headers["X-Request-Id"] = call.request_id.decode()
+    if call.is_anthropic:
+        response.headers["request-id"] = response.headers["X-Request-Id"]
     response.headers.update(call.cors)
     for line in call.limit_lines.decode().splitlines():
         name, _, value = line.partition(": ")

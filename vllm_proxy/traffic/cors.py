@@ -17,7 +17,7 @@ from vllm_proxy.traffic.routes import is_inference
 _LIMITED = ("limit", "remaining", "reset")
 _EXPOSED = ", ".join(
     [
-        *("X-Request-Id", "X-Vllm-Proxy-Model", "X-Vllm-Proxy-Instance", "ETag", "Location"),
+        *("X-Request-Id", "request-id", "X-Vllm-Proxy-Model", "X-Vllm-Proxy-Instance", "ETag", "Location"),
         *("Retry-After", "retry-after-ms", "x-should-retry"),
         *(f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in _LIMITED),
         *(f"anthropic-ratelimit-{of}-{what}" for of in ("requests", "tokens") for what in _LIMITED),

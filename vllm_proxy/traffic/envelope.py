@@ -16,7 +16,7 @@ from aiohttp import web
 from vllm_proxy.domain import resources
 from vllm_proxy.errors import AccessError, InvalidError, LimitError, RequestError
 from vllm_proxy.traffic.head import request_id
-from vllm_proxy.traffic.routes import is_anthropic
+from vllm_proxy.traffic.routes import is_anthropic, without_version
 
 log = structlog.get_logger()
 
@@ -103,6 +103,8 @@ def refusal(request: web.BaseRequest, error: RequestError) -> web.Response:
     """An error as the answer to a request outside of a call: in the envelope of its path, with an X-Request-Id."""
     response = error_response(error, anthropic=is_anthropic(request.path))
     response.headers["X-Request-Id"] = _id_of(request)
+    if is_anthropic(request.path):
+        response.headers["request-id"] = response.headers["X-Request-Id"]  # where Anthropic's clients look
     return response
 
 
@@ -148,7 +150,9 @@ async def envelope(request: web.Request, handler: Handler) -> web.StreamResponse
 def as_request_error(request: web.BaseRequest, error: web.HTTPException) -> RequestError:
     """What aiohttp itself answers (no such path, no such method, ...) as one of our errors."""
     if isinstance(error, web.HTTPNotFound):
-        return RequestError("not_found", f"cannot find {request.path}: see GET / for what there is")
+        meant = without_version(request.path.rstrip("/"))
+        see = "see GET / for what there is" if meant is None else f"there is {meant}; clients need a base URL with /v1"
+        return RequestError("not_found", f"cannot find {request.path}: {see}")
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
         return RequestError("method_not_allowed", f"cannot {request.method} {request.path}: it takes {allowed}")

@@ -26,6 +26,7 @@ from vllm_proxy.traffic.wire import EngineConnection
 
 _HEAD_LIMIT = 64 * 1024
 _LAST_CHUNK = b"0\r\n\r\n"
+_NOT_BUFFERED = b"X-Accel-Buffering: no\r\n"  # nginx would collect events
 _RESET, _ORDERLY = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # for SO_LINGER
 
 
@@ -223,6 +224,10 @@ class Exchange:
         begin = 0 if not self._interim else self._buffer.rfind(b"\r\n\r\n", 0, end) + 4
         self._raw_head = self._buffer[begin : end + 2]
         body, self._buffer = self._buffer[end + 4 :], b""
+        is_json = self._complete and body.startswith(b"{")  # as most answers: no need to look closer
+        if not is_json and self._raw_head.lower().find(b"text/event-stream") >= 0:  # `in` costs ten times as much
+            self._is_events = not self._complete
+            self._extra += _NOT_BUFFERED
         head = self._client_head()
         if head is None:
             self._truncate()
@@ -230,8 +235,6 @@ class Exchange:
         self._started = True
         if self.by_closing:
             end_in_reset(self._client, reset=True)
-        if not self._complete:
-            self._is_events = self._raw_head.lower().find(b"text/event-stream") >= 0  # `in` costs ten times as much
         if self.no_body:  # an answer to HEAD: its length is that of a body that does not come
             self._complete = True
             self.abandon()

@@ -264,8 +264,7 @@ def _exchange(call: Call, lease: Lease, on_head: Callable[[int], bool] | None = 
     metered = call.metered
     exchange = (Exchange if metered is None else MeteredExchange)(
         request.transport,
-        b"X-Request-Id: %s\r\n%s%s%s"
-        % (call.request_id, lease.endpoint.answer_headers, call.cors_lines() if call.cors else b"", call.limit_lines),
+        lease.endpoint.answer_headers + call.own_lines(),
         _ANTHROPIC_EVENT if call.is_anthropic else _OPENAI_EVENT,
         http10=request.version < _HTTP_11,
         no_body=request.method == "HEAD",

@@ -67,20 +67,28 @@ UNSUPPORTED = (
     "/v1/batches",
     "/v1/uploads",
     "/v1/vector_stores",
+    "/v1/conversations",
+    "/v1/containers",
+    "/v1/videos",
 )
 
 _INFERENCE = frozenset(route.path for route in INFERENCE)
-_ANTHROPIC = frozenset(route.path for route in INFERENCE if route.anthropic)
+_ANTHROPIC = "/v1/messages"
 
 
 def is_anthropic(path: str) -> bool:
-    """Whether a path is of the routes of Anthropic's API."""
-    return path in _ANTHROPIC
+    """Whether a path is of Anthropic's API, served or not."""
+    return path.startswith(_ANTHROPIC) and path[len(_ANTHROPIC) :][:1] in {"", "/"}
 
 
 def is_inference(path: str) -> bool:
     """Whether a path is of the routes for inference, the list of models included."""
     return path.startswith("/v1/") or path in _INFERENCE
+
+
+def without_version(path: str) -> str | None:
+    """The path of the inference route that a client means that left out the version; None: there is none."""
+    return f"/v1{path}" if f"/v1{path}" in _INFERENCE or path == "/models" else None
 
 
 def paths(names_model: NamesModel) -> list[str]:
