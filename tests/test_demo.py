@@ -1,11 +1,19 @@
 """What the demo prepares, without vLLM."""
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.harness import free_port
+from vllm_proxy import settings
+from vllm_proxy.demo import prepare
 from vllm_proxy.demo.threads import openmp
+from vllm_proxy.engine.state import StateDirectory
+from vllm_proxy.errors import StartupError
+from vllm_proxy.settings import Settings
 
 
 def threads(root: Path, engines: int = 1) -> int:
@@ -64,3 +72,47 @@ def test_a_container_or_a_service_with_a_share_of_the_cores_is_known(
 def test_a_control_group_without_a_limit_limits_nothing(tmp_path: Path, text: str) -> None:
     """Nor does one that cannot be understood."""
     assert threads(picture(tmp_path, "0::/\n", {"sys/fs/cgroup/cpu.max": text})) == os.process_cpu_count()
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Settings]:
+    """Prepares it on a machine whose models are there."""
+    (tmp_path / "wheel").mkdir()
+    monkeypatch.setattr(sys.modules["vllm_proxy.demo.prepare"], "_wheel", lambda _package: tmp_path / "wheel")
+    monkeypatch.setattr(sys.modules["vllm_proxy.demo.prepare"], "_prepare_chat_model", lambda _folder: None)
+    return lambda: prepare({"HOME": str(tmp_path), "VLLM_PROXY_PORT": str(free_port())}, {})[0]
+
+
+def test_a_second_demo_leaves_the_first_ones_file_alone(prepared: Callable[[], Settings]) -> None:
+    """It says who is in its way, and changes nothing."""
+    loaded = prepared()
+    with StateDirectory(loaded.state_dir):
+        loaded.config_file.write_text("# what REST wrote\n")
+        with pytest.raises(StartupError, match="another daemon does"):
+            prepared()
+        assert loaded.config_file.read_text() == "# what REST wrote\n"
+
+
+def test_a_file_that_was_edited_is_used_as_it_is(
+    prepared: Callable[[], Settings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another is written anew, since what it names may have moved."""
+    file = prepared().config_file
+    written = file.read_bytes()
+    assert prepared().config_file.read_bytes() == written
+    assert "edited" not in capsys.readouterr().err
+    file.write_bytes(written.replace(b"max_model_len = 1024", b"max_model_len = 512"))
+    prepared()
+    assert b"max_model_len = 512" in file.read_bytes()
+    assert f"Using {file}, which was edited" in capsys.readouterr().err
+    file.unlink()
+    assert prepared().config_file.read_bytes() == written
+
+
+def test_commands_find_the_demo_where_nothing_else_is_meant(prepared: Callable[[], Settings], tmp_path: Path) -> None:
+    """Behind every other place; not where another one was named."""
+    socket = prepared().control_socket
+    home = {"HOME": str(tmp_path)}
+    assert settings.load(home, {}).sockets[-1] == socket
+    assert socket not in settings.load(home, {"state_dir": str(tmp_path / "x")}).sockets
+    assert socket not in settings.load({**home, "VLLM_PROXY_STATE_DIR": "/x"}, {}).sockets

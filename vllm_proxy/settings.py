@@ -90,12 +90,13 @@ def load(
     control_socket = Path(runtime or state_dir, "control.sock")
     chosen = flags.get("state_dir") or env.get(PREFIX + "STATE_DIR")
     of_system = [_SYSTEM_SOCKET] if not chosen or state_dir == _SYSTEM_STATE else []  # not by mistake
+    of_demo = [] if chosen else [demo_state_dir(env) / "control.sock"]
     config_file = _config_file(flags.get("config"), env)
     return Settings(
         config_file=config_file,
         state_dir=state_dir,
         control_socket=control_socket,
-        sockets=tuple(dict.fromkeys([control_socket, state_dir / "control.sock", *of_system])),
+        sockets=tuple(dict.fromkeys([control_socket, state_dir / "control.sock", *of_system, *of_demo])),
         scratch=Path(runtime or "/tmp"),  # noqa: S108 - TMPDIR may be too long for a socket's path
         overrides=overrides,
         engine_environment=env,
@@ -216,8 +217,16 @@ def _is_there(file: Path) -> bool:
         return True
 
 
+def demo_state_dir(env: Mapping[str, str]) -> Path:
+    """Where `vllm-proxy demo` keeps its state, unless it is told otherwise."""
+    return _state_home(env) / "vllm-proxy-demo"
+
+
+def _state_home(env: Mapping[str, str]) -> Path:
+    return Path(env.get("XDG_STATE_HOME") or Path(env.get("HOME", "/"), ".local/state")).absolute()
+
+
 def _state_dir(flag: str | int | None, env: Mapping[str, str]) -> Path:
     if chosen := flag or env.get(PREFIX + "STATE_DIR") or env.get("STATE_DIRECTORY", "").split(":")[0]:
         return Path(str(chosen)).absolute()
-    base = env.get("XDG_STATE_HOME") or str(Path(env.get("HOME", "/"), ".local/state"))
-    return Path(base, "vllm-proxy").absolute()
+    return _state_home(env) / "vllm-proxy"

