@@ -378,9 +378,7 @@ def _discard(_text: str) -> None:
 
 def _demo(options: argparse.Namespace) -> int:
     output = _set_up_log(options, engines=False)
-    loaded, config, watch = demo.prepare(
-        os.environ, {name: getattr(options, name) for name in ("host", "port", "state_dir")}
-    )
+    loaded, config, watch = demo.prepare(os.environ, vars(options))
     uvloop.run(daemon.serve(loaded, config, output, watch), loop_factory=DaemonLoop)
     return OK
 

@@ -50,7 +50,7 @@ def test_a_limit_that_comes_back_finds_what_was_used() -> None:
     assert isinstance(found, Granted)
     settle(found, 90, 1.0, EPOCH)
     one.change(Limits(), lambda: Spent(0, 0), EPOCH)
-    assert not one.of("chat", 2.0)
+    assert not one.of("chat", 2.0).is_any
     one.change(Limits(Rate(0, 100)), lambda: Spent(0, 0), EPOCH)
     assert isinstance(admit(one.of("chat", 3.0), 20, 0, 3.0, EPOCH, bounded=True), Refused)
 
