@@ -230,15 +230,13 @@ class ModelSpec:
         """What its engines are started with; None: they take no adapters."""
         return self.engine.lora
 
-    @property
-    def lora_shortfall(self) -> str | None:
-        """Why its engines could not hold its adapters; None: they can."""
-        return shortfall(self.lora, self.adapters.values(), self.adapters_max)
+    def shortfall(self, running: Lora | None) -> str | None:
+        """Why engines that were started with `running` cannot hold its adapters; None: they can."""
+        return shortfall(running, self.adapters.values(), self.adapters_max)
 
     def with_lora(self, running: Lora | None) -> "ModelSpec":
         """The same, for engines that run and were started with `running`: where that is enough, it stays."""
-        enough = shortfall(running, self.adapters.values(), self.adapters_max) is None
-        lora = running if enough else needed(self.adapters.values(), self.adapters_max)
+        lora = running if self.shortfall(running) is None else needed(self.adapters.values(), self.adapters_max)
         return replace(self, engine=self.engine.model_copy(update={"lora": lora}))
 
     def effective(self) -> dict[str, Any]:
@@ -297,7 +295,8 @@ class Config:
 
         `since`: but for what was so in this one already, and with what the way from there costs.
         """
-        models = {name: spec.policy.aliases for name, spec in self.models.items()}
+        models: dict[str, Iterable[str]] = {name: spec.policy.aliases for name, spec in self.models.items()}
+        models |= dict.fromkeys((name for spec in self.models.values() for name in spec.adapters), ())
         found = warnings(self.keys, models, all_open=self.server.allow_remote_admin)
         if since is None:
             return found

@@ -88,26 +88,25 @@ def _of_one(old: ModelSpec | None, new: ModelSpec) -> Iterator[Action]:
     if old is None:
         yield _first(new)
         return
-    new = new.with_lora(old.lora)
+    new = new.with_lora(old.lora if old.policy.enabled else None)
     if old.policy.enabled != new.policy.enabled:
         kind, reason = (Kind.START, "enabled") if new.policy.enabled else (Kind.STOP, "disabled")
         yield Action(kind, new.id, reason, new)
         return
     if not new.policy.enabled:
-        if changes := [*_of_engines(old, new), *_changes(old.policy, new.policy), *_of_adapters(old, new)]:
+        if changes := [*_changes(old.engine, new.engine), *_changes(old.policy, new.policy), *_of_adapters(old, new)]:
             yield Action(Kind.UPDATE, new.id, ", ".join(changes), new)
         return
     now = replace(new, engine=old.engine, policy=_with_replicas(new.policy, old.policy.replicas))
-    needs_room = old.lora != new.lora  # with which the adapters come, so that they are told there
-    others = list(_of_adapters(old, new))
-    if changes := [*_changes(old.policy, now.policy), *(() if needs_room else others)]:
+    of_adapters, lacks = list(_of_adapters(old, new)), new.shortfall(old.lora)
+    if changes := [*_changes(old.policy, now.policy), *(of_adapters if lacks is None else ())]:
         yield Action(Kind.UPDATE, new.id, ", ".join(changes), now)
     grows = new.policy.replicas > old.policy.replicas
     scaled = f"replicas {old.policy.replicas} -> {new.policy.replicas}"
     if new.policy.replicas < old.policy.replicas:
         now = replace(now, policy=new.policy)
         yield Action(Kind.SCALE, new.id, scaled, now)
-    if changes := [*(others if needs_room else ()), *_of_engines(old, new)]:
+    if changes := [*(() if lacks is None else (*of_adapters, lacks)), *_changes(old.engine, new.engine)]:
         now = replace(now, engine=new.engine)
         yield Action(Kind.REPLACE, new.id, ", ".join(changes), now)
     if grows:
@@ -115,19 +114,10 @@ def _of_one(old: ModelSpec | None, new: ModelSpec) -> Iterator[Action]:
 
 
 def _of_adapters(old: ModelSpec, new: ModelSpec) -> Iterator[str]:
-    """What is live, where engines have room for it."""
+    """Of adapters: live, where engines have room for them."""
     yield from adapters.changes(old.adapters, new.adapters)
-    if old.lora == new.lora and old.adapters_max != new.adapters_max:
-        yield "adapters_max changed, and engines have what it asks for"
-
-
-def _of_engines(old: ModelSpec, new: ModelSpec) -> Iterator[str]:
-    """What replaces engines."""
-    if old.lora != new.lora:
-        why = adapters.shortfall(old.lora, new.adapters.values(), new.adapters_max)
-        assert why is not None, "else they would have been kept"
-        yield why
-    yield from _changes(old.engine, new.engine)
+    if old.adapters_max != new.adapters_max and (old.lora == new.lora or not new.policy.enabled):
+        yield "adapters_max changed"  # else it is the reason for a replacement, or for none
 
 
 def _first(new: ModelSpec) -> Action:

@@ -252,5 +252,7 @@ class Reconciler:
 
 
 def _lora_of(model: Model) -> Lora | None:
+    if not model.spec.policy.enabled:  # nothing is kept for it
+        return None
     specs = [one.spec for one in model.instances] or [model.spec]
     return model.spec.lora if any(spec.engine == model.spec.engine for spec in specs) else specs[0].lora
