@@ -13,8 +13,9 @@ PLAIN: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"],
 
 
 def of_ranks(*ranks: int | None) -> list[Adapter]:
-    """One adapter each."""
-    return [Adapter(f"a{index}", f"adapters/{index}", rank=rank) for index, rank in enumerate(ranks)]
+    """One adapter each; of one on the hub it is not known."""
+    found = enumerate(ranks)
+    return [Adapter(f"a{index}", f"org/{index}", rank=rank, is_hub_id=rank is None) for index, rank in found]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,14 @@ def test_engines_that_have_enough_room_stay(
 ) -> None:
     """Else it is said what is missing; less that would do now, and another number in one batch, are no reason."""
     assert shortfall(running, of_ranks(*ranks), most) == why
+
+
+def test_an_adapter_whose_folder_cannot_be_read_needs_no_larger_rank() -> None:
+    """It is broken, and no engine is replaced for it; for it alone engines have vLLM's default."""
+    broken = Adapter("broken", "./gone")
+    assert shortfall(Lora(8, 1, 16), [*of_ranks(8), broken], Most()) is None
+    assert needed([broken, *of_ranks(8)], Most()) == Lora(8, 2, 16)
+    assert needed([broken], Most()) == Lora(16, 1, 16)
 
 
 @given(st.lists(st.integers(1, RANKS[-1]) | st.none(), max_size=40), st.sampled_from([None, 512]))

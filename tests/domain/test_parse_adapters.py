@@ -96,6 +96,7 @@ def test_what_was_read_counts_in_the_fingerprint(folder: Path) -> None:
     ("text", "path", "says"),
     [
         (SUPPORT.replace("adapters/support", "adapters/no/such"), SUPPORT_PATH, "no such folder"),
+        (SUPPORT.replace("adapters/support", "adapters/suport"), SUPPORT_PATH, "no such folder"),
         (SUPPORT.replace("adapters/support", "./none"), SUPPORT_PATH, "no such folder"),
         (SUPPORT.replace("adapters/support", "adapters"), SUPPORT_PATH, "adapter_config.json"),
         (SUPPORT.replace("adapters/support", "dora"), SUPPORT_PATH, "DoRA"),

@@ -15,7 +15,7 @@ from vllm_proxy.domain.toml import dotted
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what `--max-lora-rank` may be
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
-_UNKNOWN_RANK = 16  # of a hub id, or of a folder that cannot be read: vLLM's own default
+_UNKNOWN_RANK = 16  # of a hub id: vLLM's own default
 _MOST_LORAS, _LEAST_CPU_LORAS = 4, 16  # of those that are derived
 _KEYS = ("rank", "loras", "cpu_loras")
 _HEADS = frozenset({"classifier", "score"})  # which vLLM takes from `modules_to_save`
@@ -115,7 +115,8 @@ def needed(adapters: Iterable[Adapter], most: Most) -> Lora | None:
     enabled = [adapter for adapter in adapters if adapter.enabled]
     if not enabled:
         return None
-    rank = most.rank or next(size for size in RANKS if size >= max(_rank_of(one, most) for one in enabled))
+    largest = max(_rank_of(one, most) for one in enabled) or _UNKNOWN_RANK
+    rank = most.rank or next(size for size in RANKS if size >= largest)
     cpu_loras = most.cpu_loras or max(_LEAST_CPU_LORAS, _power(2 * len(enabled)), most.loras or 0)
     loras = most.loras or min(_MOST_LORAS, _power(len(enabled)), cpu_loras)
     return Lora(rank, loras, cpu_loras)
@@ -143,7 +144,10 @@ def shortfall(running: Lora | None, adapters: Iterable[Adapter], most: Most) -> 
 
 
 def _rank_of(adapter: Adapter, most: Most) -> int:
-    return adapter.rank or most.rank or _UNKNOWN_RANK
+    """0: its folder cannot be read, which is to cost no engine its place."""
+    if adapter.rank is None and adapter.is_hub_id:
+        return most.rank or _UNKNOWN_RANK
+    return adapter.rank or 0
 
 
 def _power(least: int) -> int:

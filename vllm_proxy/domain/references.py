@@ -57,6 +57,7 @@ class AdapterFolder:
     revision: str = ""  # of the names, sizes and times of its files; "": there is no folder
     config: bytes | None = None  # its `adapter_config.json`; None: it cannot be read
     problem: str | None = None  # why that is so, for people
+    has_place: bool = False  # whether the folder is there in which it would be
 
     @property
     def is_there(self) -> bool:

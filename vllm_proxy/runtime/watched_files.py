@@ -28,7 +28,7 @@ def revision_at(path: Path) -> str:
 def adapter_folder(path: Path) -> AdapterFolder:
     """What is in the folder of an adapter."""
     if not path.is_dir():
-        return AdapterFolder(problem="there is no such folder")
+        return AdapterFolder(problem="there is no such folder", has_place=path.parent.is_dir())
     if not (revision := revision_at(path)):
         return AdapterFolder(problem=f"its folder cannot be read, or has more than {_MOST_FILES} files")
     try:

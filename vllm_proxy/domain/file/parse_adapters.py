@@ -1,7 +1,8 @@
 """Parses `[models.ID.adapters.*]`: LoRA adapters, with what is known of their folders.
 
 A folder that vLLM would refuse is a problem of the file, one that is not there too, unless the caller says that it may
-be missing: then it is up to its model to say so.
+be missing: then it is up to its model to say so. Where `adapters/` is a folder beside the file, `adapters/support` is
+one in it and never a hub id: when it goes, no stranger's adapter of that name may come in its place.
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,7 +46,7 @@ class AdapterFolders:
                 return replace(adapter, rank=describe(folder.config).rank)
             except ValueError as error:
                 found.append(((*path, "path"), f"{show(table.path)}: {error}"))
-        elif not folder.is_there and looks_like_hub_id(table.path):
+        elif not (folder.is_there or folder.has_place) and looks_like_hub_id(table.path):
             return replace(adapter, is_hub_id=True)
         elif not self._files.may_lack(table.path):
             message = f"{show(table.path)}: {folder.problem}; expected a folder as PEFT writes it, or a hub id"
