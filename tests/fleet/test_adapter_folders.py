@@ -18,7 +18,16 @@ from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime.referenced import ReferencedFiles
 
-FILE = '[models.chat]\nmodel = "good"\n\n[models.chat.adapters.support]\npath = "adapters/support"\n\n[models.b]\nmodel = "good"\n'
+FILE = """\
+[models.chat]
+model = "good"
+
+[models.chat.adapters.support]
+path = "adapters/support"
+
+[models.b]
+model = "good"
+"""
 WEIGHTS = "adapter_model.safetensors"
 
 

@@ -237,7 +237,7 @@ class ModelSpec:
     def with_lora(self, running: Lora | None) -> "ModelSpec":
         """The same, for engines that run and were started with `running`: where that is enough, it stays."""
         lora = running if self.shortfall(running) is None else needed(self.adapters.values(), self.adapters_max)
-        return replace(self, engine=self.engine.model_copy(update={"lora": lora}))
+        return self if lora == self.lora else replace(self, engine=self.engine.model_copy(update={"lora": lora}))
 
     def effective(self) -> dict[str, Any]:
         """All keys flat, defaults merged in, durations in seconds; engine keys not given are None.
