@@ -284,7 +284,7 @@ class Desired:
     ) -> tuple[Config, Outcome]:
         author.commit()  # in its turn: what was adopted before may have taken its key away
         change = await self.offload(make, *args, **kwargs)
-        config = change.config
+        config = change.config.with_loras(self.reconciler.loras())
         text = change.after if change.store is self._store else b""  # the other file has no models
         found = [*await self.objections.to_options(config, text), *await self.objections.to_sizes(config, text)]
         if found:

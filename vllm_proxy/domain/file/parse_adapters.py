@@ -82,10 +82,8 @@ def adapters_of(valid: ModelTable, at: KeyPath, folders: AdapterFolders, found: 
 def not_with_adapters(args: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """(option, message) for each of `args`, by name, that cannot be given to a model with adapters."""
     for name, value in args.items():
-        base = name.removeprefix("no-")
-        if place := next(
-            (place for full, place in _ARGS.items() if full.startswith(base)), None
-        ):  # argparse abbreviates
+        begun = name.removeprefix("no-")  # argparse takes an abbreviation for the full name
+        if place := next((place for full, place in _ARGS.items() if full.startswith(begun)), None):
             yield name, f"cannot be given beside adapters, for which the daemon gives it: write {place} outside args"
         if name in _ENGINES and str(value) != "1":
             yield name, "cannot be more than 1 beside adapters: such a vLLM loads none while it runs"
