@@ -1,0 +1,103 @@
+"""Runs a program of vLLM's installation for its output, and ends it with all that it started, whatever happens.
+
+For `options` and `adapter_source`: one reads vLLM's parser, the other downloads from the hub.
+"""
+
+import asyncio
+import re
+import secrets
+from asyncio.subprocess import SubprocessStreamProtocol
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import structlog
+
+from vllm_proxy.domain.command import mark, marked
+from vllm_proxy.engine.ownership import Identity
+from vllm_proxy.engine.proc import KERNEL, look_up
+from vllm_proxy.engine.process import end_processes, run_shielded
+from vllm_proxy.runtime.background import spawn
+
+log = structlog.get_logger()
+
+_MOST_BYTES = 4 * 2**20
+_BUFFERED = 2**16
+_LAST_SECONDS = 1.0
+_LAST_BYTES = 2000  # bytes of a failed run's stderr
+_LINE_ENDS = re.compile("[\r\n]")  # a progress bar's is a carriage return
+
+
+async def output_of(argv: Sequence[str], env: Mapping[str, str], name: str, folder: Path) -> bytes:
+    """What a program prints, which is ended afterwards with all that it started, as it is where the caller gives up.
+
+    `name`: in the mark of its processes. `folder`: where it works.
+
+    Raises:
+        OSError: it cannot be run.
+        ValueError: it printed nothing, or too much; the last line of its stderr.
+
+    """
+    secret = secrets.token_hex()
+    loop = asyncio.get_running_loop()
+    transport, streams = await loop.subprocess_exec(
+        lambda: SubprocessStreamProtocol(_BUFFERED, loop),
+        *argv,
+        env={**env, **marked(name, secret)},
+        cwd=folder,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    child = asyncio.subprocess.Process(transport, streams, loop)
+    KERNEL.waited_for.add(child.pid)
+    # Once it is reaped, its number is not its own any more: what is left of it bears its mark.
+    process = look_up(child.pid) if child.returncode is None else None
+    who = Identity(child.pid if process else 0, process.started if process else 0, mark(name, secret))
+    assert child.stdout is not None
+    assert child.stderr is not None
+    words = spawn(_tail(child.stderr), f"stderr of {argv[0]}")
+    try:
+        output = await _bounded(child.stdout)
+    finally:
+        try:
+            said = await run_shielded(_end, child, who, words)
+        finally:
+            KERNEL.waited_for.discard(child.pid)
+            transport.close()  # the pipes: nobody may have read them to their ends, or somebody else may hold them
+    if not output:
+        msg = said or "it ended in silence"
+        raise ValueError(msg)
+    return output
+
+
+async def _end(child: asyncio.subprocess.Process, who: Identity, words: asyncio.Task[str]) -> str:
+    """End all of its processes; returns the last line of its stderr."""
+    try:
+        await end_processes(who, 0.0)
+    except OSError as error:
+        log.warning("a program that was run for its output may be left", pid=child.pid, error=str(error))
+    exited = spawn(child.wait(), "end of a program")
+    await asyncio.wait({words, exited}, timeout=_LAST_SECONDS)  # whoever has left the session may hold the pipe
+    exited.cancel()
+    words.cancel()
+    return words.result() if words.done() and not words.cancelled() else ""
+
+
+async def _bounded(stream: asyncio.StreamReader) -> bytes:
+    output = bytearray()
+    while chunk := await stream.read(2**16):
+        output += chunk
+        if len(output) > _MOST_BYTES:
+            msg = f"more than {_MOST_BYTES} bytes of output"
+            raise ValueError(msg)
+    return bytes(output)
+
+
+async def _tail(stream: asyncio.StreamReader) -> str:
+    """The last line of it."""
+    tail = b""
+    while chunk := await stream.read(2**16):
+        tail = (tail + chunk)[-_LAST_BYTES:]
+    lines = _LINE_ENDS.split(tail.decode(errors="replace"))
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
