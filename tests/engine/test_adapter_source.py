@@ -131,6 +131,10 @@ async def test_without_the_hubs_program_a_person_is_told_what_to_run(tmp_path: P
     ("text", "why"),
     [
         ("echo Traceback >&2; echo 'Error: Repository not found.' >&2; exit 1", "Error: Repository not found."),
+        (
+            r"printf '\033[1mError: Local entry not found.\033[0m\n\033[90mHint: set HF_DEBUG=1\033[0m\n' >&2",
+            "Error: Local entry not found.$",
+        ),
         ("echo said; exit 1", "it is not whole: expected adapter_config.json"),
         (f"echo 'no access with {SECRET}' >&2; exit 1", r"no access with \*\*\*"),
         ("exit 1", "it ended in silence"),

@@ -25,6 +25,8 @@ _BUFFERED = 2**16
 _LAST_SECONDS = 1.0
 _LAST_BYTES = 2000  # bytes of a failed run's stderr
 _LINE_ENDS = re.compile("[\r\n]")  # a progress bar's is a carriage return
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_ERROR = re.compile(r"error\b", re.IGNORECASE)  # what follows it may be a hint
 
 
 async def output_of(argv: Sequence[str], env: Mapping[str, str], name: str, folder: Path) -> bytes:
@@ -34,7 +36,7 @@ async def output_of(argv: Sequence[str], env: Mapping[str, str], name: str, fold
 
     Raises:
         OSError: it cannot be run.
-        ValueError: it printed nothing, or too much; the last line of its stderr.
+        ValueError: it printed nothing, or too much; what its stderr says last.
 
     """
     secret = secrets.token_hex()
@@ -72,7 +74,7 @@ async def output_of(argv: Sequence[str], env: Mapping[str, str], name: str, fold
 
 
 async def _end(child: asyncio.subprocess.Process, who: Identity, words: asyncio.Task[str]) -> str:
-    """End all of its processes; returns the last line of its stderr."""
+    """End all of its processes; returns what its stderr says last."""
     try:
         await end_processes(who, 0.0)
     except OSError as error:
@@ -95,9 +97,10 @@ async def _bounded(stream: asyncio.StreamReader) -> bytes:
 
 
 async def _tail(stream: asyncio.StreamReader) -> str:
-    """The last line of it."""
+    """The last line of it that tells of an error, else the last one."""
     tail = b""
     while chunk := await stream.read(2**16):
         tail = (tail + chunk)[-_LAST_BYTES:]
-    lines = _LINE_ENDS.split(tail.decode(errors="replace"))
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    lines = [line.strip() for line in _LINE_ENDS.split(_COLOURS.sub("", tail.decode(errors="replace")))]
+    said = [line for line in lines if line]
+    return next((line for line in reversed(said) if _ERROR.search(line)), said[-1] if said else "")
