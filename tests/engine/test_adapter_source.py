@@ -2,11 +2,11 @@
 
 import asyncio
 import os
-import signal
 from pathlib import Path
 
 import pytest
 
+from tests.fakes.running import GONE, state
 from vllm_proxy.domain.config import EngineSpec
 from vllm_proxy.engine.adapter_source import AdapterError, AdapterSources, hub_cache
 from vllm_proxy.engine.program import Programs
@@ -57,14 +57,18 @@ def snapshot(cache: Path, commit: str, *, whole: bool = True, main: bool = False
 
 
 async def test_a_path_is_a_folder_from_the_files(tmp_path: Path) -> None:
-    """A relative one, a full one; one that is not there yet too, unless it can only be of the hub."""
+    """A relative one, a full one; one that is not there too, whatever it looks like, and whatever the hub has."""
     it = sources(tmp_path)
-    assert await it.find(spec(tmp_path), "./adapters/x") == tmp_path / "adapters/x"
-    assert await it.find(spec(tmp_path), "/srv/x") == Path("/srv/x")
-    assert await it.find(spec(tmp_path), "a/b/c") == tmp_path / "a/b/c"
-    assert await it.find(spec(tmp_path), "~/x") == Path.home() / "x"
-    (tmp_path / ID).mkdir(parents=True)
-    assert await it.find(spec(tmp_path), ID) == tmp_path / ID
+    snapshot(tmp_path / "hf/hub", "aaaa")
+    for path, folder in (("./x", tmp_path / "x"), ("/srv/x", Path("/srv/x")), (ID, tmp_path / ID)):
+        assert await it.find(spec(tmp_path), path, is_hub_id=False) == folder
+
+
+@pytest.mark.parametrize("path", ["../adapter", "org/../..", "-org/x", "org/adapter;x", "org", "a/b/c", ""])
+async def test_what_is_no_id_of_the_hub_is_told(tmp_path: Path, path: str) -> None:
+    """It would be an argument of a program."""
+    with pytest.raises(AdapterError, match="it is no id of the hub"):
+        await sources(tmp_path).find(spec(tmp_path), path, is_hub_id=True)
 
 
 @pytest.mark.parametrize(
@@ -74,13 +78,14 @@ async def test_a_path_is_a_folder_from_the_files(tmp_path: Path) -> None:
         ({"XDG_CACHE_HOME": "/cache"}, "/cache/huggingface/hub"),
         ({"HF_HOME": "/hf", "XDG_CACHE_HOME": "/cache"}, "/hf/hub"),
         ({"HF_HOME": "~/hf"}, "~/hf/hub"),
+        ({"HF_HOME": "hf"}, "/etc/hf/hub"),
         ({"HF_HUB_CACHE": "/hub", "HF_HOME": "/hf"}, "/hub"),
         ({"HUGGINGFACE_HUB_CACHE": "/old", "HF_HOME": "/hf"}, "/old"),
     ],
 )
 def test_the_cache_is_where_the_engines_environment_has_it(env: dict[str, str], place: str) -> None:
-    """As the hub's own client reads it."""
-    assert hub_cache({"HOME": "/home/me", **env}) == Path(place.replace("~", "/home/me"))
+    """As the hub's own client reads it, in the folder that engines work in."""
+    assert hub_cache({"HOME": "/home/me", **env}, Path("/etc")) == Path(place.replace("~", "/home/me"))
 
 
 async def test_the_snapshot_of_the_branch_main_wins_where_it_is_whole(tmp_path: Path) -> None:
@@ -90,9 +95,9 @@ async def test_the_snapshot_of_the_branch_main_wins_where_it_is_whole(tmp_path: 
     os.utime(older, (1, 1))
     newer = snapshot(cache, "bbbb")
     snapshot(cache, "cccc", whole=False, main=True)
-    assert await it.find(spec(tmp_path), ID) == newer
+    assert await it.find(spec(tmp_path), ID, is_hub_id=True) == newer
     (cache / "models--org--adapter/refs/main").write_text("aaaa\n")
-    assert await it.find(spec(tmp_path), ID) == older
+    assert await it.find(spec(tmp_path), ID, is_hub_id=True) == older
 
 
 async def test_what_no_cache_has_is_downloaded_by_the_program_beside_vllm(tmp_path: Path) -> None:
@@ -105,7 +110,7 @@ async def test_what_no_cache_has_is_downloaded_by_the_program_beside_vllm(tmp_pa
         'cp -r prepared/* "$HF_HOME/hub/"; echo done',
     )
     asked = spec(tmp_path, HF_TOKEN=SECRET)
-    found = await asyncio.gather(it.find(asked, ID), it.find(asked, ID))
+    found = await asyncio.gather(it.find(asked, ID, is_hub_id=True), it.find(asked, ID, is_hub_id=True))
     assert set(found) == {tmp_path / "hf/hub/models--org--adapter/snapshots/aaaa"}
     told = (tmp_path / "hf.told").read_text()
     assert told == f"download {ID} --include=adapter_* {SECRET} {tmp_path} \n"
@@ -117,14 +122,14 @@ async def test_nothing_is_downloaded_offline(tmp_path: Path, offline: str) -> No
     it = sources(tmp_path)
     program(tmp_path / "env/bin/hf", "touch called")
     with pytest.raises(AdapterError, match=f"it is not in {tmp_path}/hf/hub, and HF_HUB_OFFLINE is set"):
-        await it.find(spec(tmp_path, HF_HUB_OFFLINE=offline), ID)
+        await it.find(spec(tmp_path, HF_HUB_OFFLINE=offline), ID, is_hub_id=True)
     assert not (tmp_path / "called").exists()
 
 
 async def test_without_the_hubs_program_a_person_is_told_what_to_run(tmp_path: Path) -> None:
     """A container's vLLM, say."""
     with pytest.raises(AdapterError, match=r"there is no `hf` beside vLLM; run `hf download org/adapter`"):
-        await sources(tmp_path).find(spec(tmp_path), ID)
+        await sources(tmp_path).find(spec(tmp_path), ID, is_hub_id=True)
 
 
 @pytest.mark.parametrize(
@@ -147,21 +152,20 @@ async def test_a_download_that_fails_is_told_in_its_last_words(tmp_path: Path, t
     it = sources(tmp_path, masking)
     program(tmp_path / "env/bin/hf", text)
     with pytest.raises(AdapterError, match=f"cannot download adapter {ID}: {why}"):
-        await it.find(spec(tmp_path, HF_TOKEN=SECRET), ID)
+        await it.find(spec(tmp_path, HF_TOKEN=SECRET), ID, is_hub_id=True)
 
 
 async def test_a_download_ends_with_whoever_wanted_it(tmp_path: Path) -> None:
     """With all that it has started."""
     it = sources(tmp_path)
     program(tmp_path / "env/bin/hf", "sleep 1000 & echo $! >child; mv child pid; wait")
-    task = asyncio.create_task(it.find(spec(tmp_path), ID))
+    task = asyncio.create_task(it.find(spec(tmp_path), ID, is_hub_id=True))
     while not (tmp_path / "pid").exists():
         await asyncio.sleep(0.005)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert state(int((tmp_path / "pid").read_text())) in GONE
     program(tmp_path / "env/bin/hf", "echo again >&2; exit 1")  # and nobody waits for it any more
     with pytest.raises(AdapterError, match="again"):
-        await it.find(spec(tmp_path), ID)
+        await it.find(spec(tmp_path), ID, is_hub_id=True)

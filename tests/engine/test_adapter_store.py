@@ -24,9 +24,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 class Anywhere:
     """Every path is a folder's."""
 
-    async def find(self, spec: EngineSpec, path: str) -> Path:
+    async def find(self, spec: EngineSpec, path: str, *, is_hub_id: bool) -> Path:
         """That one."""
-        assert spec is SPEC
+        assert (spec, is_hub_id) == (SPEC, False)
         return Path(path)
 
 
@@ -49,7 +49,7 @@ async def store(tmp_path: Path) -> AdapterStore:
 
 async def snapshot(store: AdapterStore, path: str) -> Path:
     """That of a path, which nobody holds any more."""
-    async with store.held(SPEC, path) as folder:
+    async with store.held(SPEC, path, is_hub_id=False) as folder:
         return folder
 
 
@@ -126,9 +126,9 @@ async def test_a_sweep_removes_what_nobody_uses_or_holds(tmp_path: Path, store: 
         asked.append(None)
         return [used, tmp_path / "elsewhere"]
 
-    async with store.held(SPEC, str(tmp_path / "b")) as again:
+    async with store.held(SPEC, str(tmp_path / "b"), is_hub_id=False) as again:
         assert again == held
-        async with store.held(SPEC, str(tmp_path / "b")):
+        async with store.held(SPEC, str(tmp_path / "b"), is_hub_id=False):
             pass
         await store.sweep(in_use)
         assert listed(tmp_path) == sorted([used.name, held.name])

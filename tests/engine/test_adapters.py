@@ -135,6 +135,10 @@ async def test_what_is_done_already_is_done() -> None:
             f"{WORKER}'While loading /state/adapters/aaaa, expected target modules in {{'q_proj'}}'{ABOVE}",
             "While loading support, expected target modules in {'q_proj'}",
         ),
+        (
+            "Loading lora support failed: No adapter found for <path>",
+            "Loading lora support failed: No adapter found for support",
+        ),
         ("x" * 5000, "x" * 500 + "…"),
     ],
 )

@@ -23,7 +23,7 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 
 _DISK_SECONDS = 10.0
 _DOWNLOAD_SECONDS = 3600.0
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # also no option of a program, and no way out of a folder
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})
 _COMMAND, _MARK = "hf", "download"
 _WANTED = "--include=adapter_*"  # a repository may hold checkpoints of many gigabytes as well
@@ -36,11 +36,13 @@ class AdapterError(VllmProxyError):
 class Sources(Protocol):
     """Where adapters come from."""
 
-    async def find(self, spec: EngineSpec, path: str) -> Path:
-        """The folder that a path of the file means, for a model with this spec.
+    async def find(self, spec: EngineSpec, path: str, *, is_hub_id: bool) -> Path:
+        """The folder that a path of the file means, for a model with this spec; it need not be there.
+
+        `is_hub_id`: the configuration has decided that, so that no stranger's adapter comes where a folder went.
 
         Raises:
-            AdapterError: there is none.
+            AdapterError: the hub has none, or it cannot be had.
 
         """
 
@@ -55,18 +57,24 @@ class AdapterSources:
         self._offload = offload
         self._downloads: dict[str, asyncio.Lock] = {}  # by id: whoever comes second finds it in the cache
 
-    async def find(self, spec: EngineSpec, path: str) -> Path:
-        """A folder, also one that is not there yet; for what can only be a hub id its snapshot."""
+    async def find(self, spec: EngineSpec, path: str, *, is_hub_id: bool) -> Path:
+        """A folder, relative to the file's; of a hub id the snapshot in the cache, downloaded where there is none."""
+        if not is_hub_id:
+            return self._programs.folder / path
+        if not _HUB_ID.fullmatch(path):
+            raise AdapterError(f"cannot find adapter {path}: it is no id of the hub")
+        env = await self._environment(spec)
+        cache = hub_cache(env, self._programs.folder)
+        async with self._downloads.setdefault(path, asyncio.Lock()):
+            return await self._cached(cache, path) or await self._download(spec, path, env, cache)
+
+    async def _cached(self, cache: Path, path: str) -> Path | None:
         try:
             async with asyncio.timeout(_DISK_SECONDS):
-                folder = await self._offload(_local, self._programs.folder, path)
+                return await self._offload(cached, cache, path)
         except TimeoutError:
-            raise AdapterError(f"cannot look at {path}: its disk has not answered for {_DISK_SECONDS:g} s") from None
-        if folder is not None:
-            return folder
-        env = await self._environment(spec)
-        async with self._downloads.setdefault(path, asyncio.Lock()):
-            return await self._offload(cached, env, path) or await self._download(spec, path, env)
+            msg = f"cannot find adapter {path}: the disk of {cache} has not answered for {_DISK_SECONDS:g} s"
+            raise AdapterError(msg) from None
 
     async def _environment(self, spec: EngineSpec) -> dict[str, str]:
         """The engine's, as far as the hub's client is concerned."""
@@ -75,15 +83,14 @@ class AdapterSources:
         except LaunchError as error:
             raise AdapterError(str(error)) from None
 
-    async def _download(self, spec: EngineSpec, path: str, env: Mapping[str, str]) -> Path:
+    async def _download(self, spec: EngineSpec, path: str, env: Mapping[str, str], cache: Path) -> Path:
         """Have the hub's own client fetch it into the cache; it is ended with this task."""
-        place = hub_cache(env)
         if env.get("HF_HUB_OFFLINE", "").upper() in _TRUE:
-            msg = f"cannot find adapter {path}: it is not in {place}, and HF_HUB_OFFLINE is set; download it there"
+            msg = f"cannot find adapter {path}: it is not in {cache}, and HF_HUB_OFFLINE is set; download it there"
             raise AdapterError(msg)
         program = self._programs.beside(spec, _COMMAND)
         if program is None:
-            msg = f"cannot download adapter {path}: there is no `hf` beside vLLM; run `hf download {path}` into {place}"
+            msg = f"cannot download adapter {path}: there is no `hf` beside vLLM; run `hf download {path}` into {cache}"
             raise AdapterError(msg)
         env = {**env, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_COLOR": "1"}
         why = "it is not whole: expected adapter_config.json and adapter_model.safetensors"
@@ -94,19 +101,13 @@ class AdapterSources:
             why = f"it has taken more than {_DOWNLOAD_SECONDS:g} s"
         except (OSError, ValueError) as error:
             why = self._variables.masking.mask(str(error))
-        if found := await self._offload(cached, env, path):
+        if found := await self._cached(cache, path):
             return found
         raise AdapterError(f"cannot download adapter {path}: {why}")
 
 
-def _local(base: Path, path: str) -> Path | None:
-    """The folder that is meant; None: a hub id."""
-    folder = base / Path(path).expanduser()
-    return None if _HUB_ID.fullmatch(path) and not folder.is_dir() else folder
-
-
-def hub_cache(env: Mapping[str, str]) -> Path:
-    """Where the hub's client keeps its files, in this environment."""
+def hub_cache(env: Mapping[str, str], base: Path) -> Path:
+    """Where the hub's client keeps its files, in this environment and working directory."""
 
     def expanded(text: str) -> str:
         home = env.get("HOME") or str(Path.home())
@@ -114,12 +115,12 @@ def hub_cache(env: Mapping[str, str]) -> Path:
 
     root = env.get("XDG_CACHE_HOME") or "~/.cache"
     home = env.get("HF_HOME") or f"{root}/huggingface"
-    return Path(expanded(env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"))
+    return base / Path(expanded(env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"))
 
 
-def cached(env: Mapping[str, str], hub_id: str) -> Path | None:
+def cached(cache: Path, hub_id: str) -> Path | None:
     """The snapshot of a cache that is whole: the one that its branch `main` is at, else the newest."""
-    repository = hub_cache(env) / f"models--{hub_id.replace('/', '--')}"
+    repository = cache / f"models--{hub_id.replace('/', '--')}"
     return next((folder for folder in _snapshots(repository) if is_whole(folder)), None)
 
 

@@ -68,14 +68,14 @@ class AdapterStore:
         return folder.parent == self._folder
 
     @contextlib.asynccontextmanager
-    async def held(self, spec: EngineSpec, path: str) -> AsyncIterator[Path]:
-        """The snapshot of what an adapter's path means now. It is not swept while the block lasts.
+    async def held(self, spec: EngineSpec, path: str, *, is_hub_id: bool) -> AsyncIterator[Path]:
+        """The snapshot of what an adapter's path, or its id of the hub, means now. No sweep removes it in the block.
 
         Raises:
             AdapterError: there is no such adapter, or no room for it.
 
         """
-        source = await self._sources.find(spec, path)
+        source = await self._sources.find(spec, path, is_hub_id=is_hub_id)
         abandoned = threading.Event()
         try:
             async with asyncio.timeout(_SECONDS):
@@ -130,13 +130,19 @@ class AdapterStore:
 
     def _hide(self, folders: Iterable[Path]) -> list[Path]:
         """Out of the way at once, since the removal of gigabytes takes a while."""
-        return [folder.rename(self._temporary()) for folder in folders]
+        gone = []
+        for folder in folders:
+            try:
+                gone.append(folder.rename(self._temporary()))
+            except OSError as error:
+                log.warning("a snapshot of an adapter cannot be removed", folder=str(folder), error=str(error))
+        return gone
 
     def _temporary(self) -> Path:
         return self._folder / f"{_HIDDEN}{secrets.token_hex(8)}"
 
     def _make(self, source: Path, snapshot: Path, abandoned: threading.Event) -> None:
-        """Copy what vLLM reads, unless there is such a snapshot. It is whole and on disk, or it is not there.
+        """Copy what vLLM reads, unless there is such a snapshot. It is whole, after a crash too, or it is not there.
 
         Copied, not linked: whoever trains may write into the very same file later. Where the file system can, a copy
         shares its blocks with the original until then.
@@ -157,7 +163,6 @@ class AdapterStore:
                 temporary.rename(snapshot)
             if not snapshot.is_dir():
                 raise OSError(errno.EIO, f"{snapshot} is in the way")
-            _sync(self._folder)
         finally:
             files.remove_tree(temporary)
 

@@ -19,6 +19,7 @@ from vllm_proxy.engine.http_client import MOST_BYTES, UncleanError, answer_to, j
 LOAD_SECONDS = 120.0  # gigabytes from a cold disk, between the steps of an engine that works
 UNLOAD_SECONDS = LIST_SECONDS = 10.0  # its server alone answers
 _LOAD, _UNLOAD, _LIST = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models"
+_SOME_PATH = "<path>"  # what vLLM puts for most paths
 _MOST_CHARACTERS = 500  # of a sentence
 _DEAD = "EngineCore encountered an issue"  # its server's last word
 # How the core's word reaches the server, around the cause. With workers of its own it adds where it came from.
@@ -66,7 +67,7 @@ class HttpAdapters:
             held = await self.loaded(place)
             if not isinstance(held, Failed) and held.get(name) == folder:
                 return None
-        return Failed(_plain(why).replace(str(folder), name), answered=True)
+        return Failed(_plain(why).replace(str(folder), name).replace(_SOME_PATH, name), answered=True)
 
     async def unload(self, place: Place, name: str) -> Failed | None:
         """`POST /v1/unload_lora_adapter`; 404: there is none."""

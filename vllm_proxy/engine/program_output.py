@@ -8,6 +8,7 @@ import re
 import secrets
 from asyncio.subprocess import SubprocessStreamProtocol
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -29,6 +30,17 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _ERROR = re.compile(r"error\b", re.IGNORECASE)  # what follows it may be a hint
 
 
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """The program."""
+
+    transport: asyncio.SubprocessTransport
+    process: asyncio.subprocess.Process
+    output: asyncio.StreamReader
+    who: Identity
+    words: asyncio.Task[str]  # of its stderr
+
+
 async def output_of(argv: Sequence[str], env: Mapping[str, str], name: str, folder: Path) -> bytes:
     """What a program prints, which is ended afterwards with all that it started, as it is where the caller gives up.
 
@@ -39,6 +51,20 @@ async def output_of(argv: Sequence[str], env: Mapping[str, str], name: str, fold
         ValueError: it printed nothing, or too much; what its stderr says last.
 
     """
+    # A start that is cancelled half way would leave what the program has started by then.
+    starting = spawn(_start(argv, env, name, folder), f"start of {argv[0]}")
+    try:
+        await asyncio.wait({starting})
+        output = await _bounded(starting.result().output)
+    finally:
+        said = await run_shielded(_end, starting)
+    if not output:
+        msg = said or "it ended in silence"
+        raise ValueError(msg)
+    return output
+
+
+async def _start(argv: Sequence[str], env: Mapping[str, str], name: str, folder: Path) -> _Running:
     secret = secrets.token_hex()
     loop = asyncio.get_running_loop()
     transport, streams = await loop.subprocess_exec(
@@ -58,32 +84,29 @@ async def output_of(argv: Sequence[str], env: Mapping[str, str], name: str, fold
     who = Identity(child.pid if process else 0, process.started if process else 0, mark(name, secret))
     assert child.stdout is not None
     assert child.stderr is not None
-    words = spawn(_tail(child.stderr), f"stderr of {argv[0]}")
-    try:
-        output = await _bounded(child.stdout)
-    finally:
-        try:
-            said = await run_shielded(_end, child, who, words)
-        finally:
-            KERNEL.waited_for.discard(child.pid)
-            transport.close()  # the pipes: nobody may have read them to their ends, or somebody else may hold them
-    if not output:
-        msg = said or "it ended in silence"
-        raise ValueError(msg)
-    return output
+    return _Running(transport, child, child.stdout, who, spawn(_tail(child.stderr), f"stderr of {argv[0]}"))
 
 
-async def _end(child: asyncio.subprocess.Process, who: Identity, words: asyncio.Task[str]) -> str:
-    """End all of its processes; returns what its stderr says last."""
+async def _end(starting: asyncio.Task[_Running]) -> str:
+    """End all of its processes, once it has been started; returns what its stderr says last."""
+    await asyncio.wait({starting})
+    if starting.exception() is not None:
+        return ""
+    running = starting.result()
+    child, words = running.process, running.words
     try:
-        await end_processes(who, 0.0)
+        await end_processes(running.who, 0.0)
     except OSError as error:
         log.warning("a program that was run for its output may be left", pid=child.pid, error=str(error))
-    exited = spawn(child.wait(), "end of a program")
-    await asyncio.wait({words, exited}, timeout=_LAST_SECONDS)  # whoever has left the session may hold the pipe
-    exited.cancel()
-    words.cancel()
-    return words.result() if words.done() and not words.cancelled() else ""
+    try:
+        exited = spawn(child.wait(), "end of a program")
+        await asyncio.wait({words, exited}, timeout=_LAST_SECONDS)  # whoever has left the session may hold the pipe
+        exited.cancel()
+        words.cancel()
+        return words.result() if words.done() and not words.cancelled() else ""
+    finally:
+        KERNEL.waited_for.discard(child.pid)
+        running.transport.close()  # the pipes: nobody may have read them to their ends, or somebody else may hold them
 
 
 async def _bounded(stream: asyncio.StreamReader) -> bytes:
