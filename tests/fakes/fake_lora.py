@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qs
@@ -26,6 +27,7 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt"
 _REQUIRED = ("lora_alpha", "r", "target_modules")
 _MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _PLAIN = {"gaussian", "eva", "orthogonal", "mica", "lora_ga"}
+_PATHS = (r"/(?:home|usr|opt|var|tmp|root|lib|mnt|srv)(?:/[\w.\-]+)+", r"(?:/[\w\-]+)+/[\w\-]+\.\w+")
 type Answer = tuple[int, object]  # status, and JSON or the text itself
 
 
@@ -244,4 +246,7 @@ def _refused(found: dict[str, Any], most: int) -> list[str]:
 
 
 def _error(status: int, message: str, kind: str) -> Answer:
+    """One of vLLM's, which shows no paths."""
+    for pattern in _PATHS:
+        message = re.sub(pattern, "<path>", message)
     return status, {"error": {"message": message, "type": kind, "param": None, "code": status}}
