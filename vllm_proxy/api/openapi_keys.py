@@ -115,6 +115,8 @@ KEYS = {
     "max_in_flight": "Requests at once for each instance; 0 no limit; more wait in the queue.",
     "queue_size": "Requests that may wait; more get 503 at once.",
     "queue_timeout": "Longest wait for an instance to become ready or free.",
+    "moderate": "The guard of `[moderation]` checks the last user turn of each request first; what it flags gets 400 "
+    "`content_filter`.",
     "restart": "What happens after an engine died by itself.",
     "max_failures": "So many in a row, then the instance stays in `error`.",
     "backoff": "Before the next start; doubles, with jitter, up to `max_backoff`.",

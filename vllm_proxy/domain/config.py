@@ -16,6 +16,7 @@ from vllm_proxy.domain import hosts, listener, references, secrets
 from vllm_proxy.domain.adapters import Adapter, Lora
 from vllm_proxy.domain.address import Address, TcpAddress
 from vllm_proxy.domain.keys import Key, warnings
+from vllm_proxy.domain.moderation import Moderation
 from vllm_proxy.domain.secrets import show
 from vllm_proxy.domain.toml import same
 from vllm_proxy.domain.units import Bytes, BytesOrPercent, Seconds, bytes_of
@@ -301,6 +302,7 @@ class Policy(Table):
     max_in_flight: CountOrZero = 0
     queue_size: CountOrZero = 512
     queue_timeout: Seconds = 10 * 60.0
+    moderate: bool = False
     restart: Restart = Restart()
 
 
@@ -335,6 +337,7 @@ class Config:
     keys: Mapping[str, Key] = field(default_factory=dict)  # those of the environment included
     attached: Mapping[str, str] = field(default_factory=dict)  # reference -> revision of the file, in reading order
     devices: Devices = field(default_factory=Devices)
+    moderation: Moderation | None = None
 
     @property
     def fingerprint(self) -> str:

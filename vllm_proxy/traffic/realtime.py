@@ -27,6 +27,7 @@ from vllm_proxy.traffic.call import Call, Work
 from vllm_proxy.traffic.dial import session_to
 from vllm_proxy.traffic.front import client_of, withdraw_cancellation
 from vllm_proxy.traffic.metering import Metering
+from vllm_proxy.traffic.moderation import refuse_unchecked
 from vllm_proxy.traffic.registry import Lease, Registry
 
 log = structlog.get_logger()
@@ -124,6 +125,7 @@ async def _run_session(call: Call, sessions: Sessions, client: web.WebSocketResp
             msg = "cannot route this session: name the model as ?model= or in a first session.update"
             raise RequestError("missing_model", msg, param="model")
     _find(call, sessions, name)
+    refuse_unchecked(sessions.registry.find(name))
     if sessions.metering.is_on:
         sessions.metering.admit(call, sessions.registry.find(name).spec)
     with await sessions.registry.acquire(name, call.metered) as lease:
