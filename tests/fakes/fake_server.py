@@ -51,7 +51,7 @@ class Fake:
         self.options: argparse.Namespace = start.options
         self.engine = fake_engine.Engine(start.options, start.core, start.log)
         self.sleep = fake_sleep.Sleep(start.options, self.engine, start.memory, start.log)
-        self.work = fake_work.Work(self.engine, self.sleep, start.log)
+        self.work = fake_work.Work(self.engine, self.sleep, start.log, start.options.fake_guard)
         self.develops = bool(int(os.environ.get("VLLM_SERVER_DEV_MODE", "0")))
         self.stopping = asyncio.Event()
         self.connections: set[asyncio.StreamWriter] = set()

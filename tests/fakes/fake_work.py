@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import fake_answers  # type: ignore[import-not-found] # beside this script
 import fake_engine  # type: ignore[import-not-found] # as above
+import fake_guard  # type: ignore[import-not-found] # as above
 import fake_log  # type: ignore[import-not-found] # as above
 import fake_options  # type: ignore[import-not-found] # as above
 import fake_sleep  # type: ignore[import-not-found] # as above
@@ -22,8 +23,11 @@ _ANSWERS = {
 class Work:
     """The answers of one engine."""
 
-    def __init__(self, engine: fake_engine.Engine, sleep: fake_sleep.Sleep, log: fake_log.Log) -> None:
-        self.engine, self.sleep, self.log = engine, sleep, log
+    def __init__(
+        self, engine: fake_engine.Engine, sleep: fake_sleep.Sleep, log: fake_log.Log, guard: str | None
+    ) -> None:
+        """`guard`: which kind of guard it is, if any."""
+        self.engine, self.sleep, self.log, self.guard = engine, sleep, log, guard
         self.responses: list[str] = []  # ids
 
     async def answer(
@@ -43,6 +47,8 @@ class Work:
             text = body.decode(errors="replace")
             seen = {"method": method, "path": path, "headers": headers, "body": text, "pid": os.getpid()}
             return await self.json(writer, 200, seen)
+        if self.guard:
+            return await self.judge(writer, asked, path)
         if "raw" in fault:
             return await self.raw(writer, fault)
         if path == "/v1/responses":
@@ -55,6 +61,17 @@ class Work:
         await self.pause(fault)
         await self.step()
         return await self.json(writer, fault.get("status", 200), self.told(fake_answers.completion(asked, path)))
+
+    async def judge(self, writer: asyncio.StreamWriter, asked: dict[str, Any], path: str) -> None:
+        """The verdict of a guard."""
+        fault, value = fake_guard.fault_of(fake_guard.text_of(asked))
+        if fault == "hold":
+            await self.hold({"hold": value})
+        if fault == "die" or (fault == "once" and fake_options.first(value)):
+            self.die()
+        await self.step()
+        status, answer = fake_guard.refusal(fault) or (200, fake_guard.verdict(self.guard, asked, path))
+        return await self.json(writer, status, answer)
 
     def told(self, answer: dict[str, Any]) -> dict[str, Any]:
         """What its weights make of an answer."""

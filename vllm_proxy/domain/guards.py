@@ -17,6 +17,7 @@ _CHAT, _CLASSIFY = "/v1/chat/completions", "/classify"
 _MOST_TOKENS = 128  # of a guard's answer: a verdict and every label
 _MOST_JSON_TOKENS = 1024
 _ALTERNATIVES = 10  # to the verdict's token: vLLM gives up to 20
+_ROUNDING = 1e-3  # how far a probability may lie outside of 0 to 1
 _STEPS = 10  # a chat model says how much of each label there is in whole numbers up to this
 
 _LLAMA_GUARD = re.compile(r"\s*(safe|unsafe)\s*(?:\n(.*))?", re.DOTALL)
@@ -145,11 +146,11 @@ def _classified(moderation: Moderation, found: _Classification) -> Finding:
         raise UnreadableError(
             f"it has {len(one.probs)} classes, and moderation.classes names {len(moderation.classes)}"
         )
-    if not all(0 <= value <= 1 for value in one.probs):
+    if not all(-_ROUNDING <= value <= 1 + _ROUNDING for value in one.probs):
         raise UnreadableError("it has a probability that is not from 0 to 1")
     scores: dict[str, float] = {}
     for label, value in zip(moderation.classes, one.probs, strict=True):
-        scores[label] = max(value, scores.get(label, 0.0))
+        scores[label] = max(min(value, 1.0), scores.get(label, 0.0))
     return Finding(scores)
 
 

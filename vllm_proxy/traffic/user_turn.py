@@ -92,7 +92,7 @@ def _of_prompts(value: bytes) -> Sequence[str]:
 
 
 async def _last(items: Sequence[msgspec.Raw], name: str) -> str:
-    """The text of the last user turn, all messages of the user that follow each other; without one, of the last item."""
+    """The text of the last user turn, all messages of the user that follow each other; or of the last item."""
     turn: list[dict[str, Any]] = []  # the last message first
     for number, raw in enumerate(reversed(items)):
         if number % _STEP == _STEP - 1:
