@@ -21,10 +21,13 @@ _ROUNDING = 1e-3  # how far a probability may lie outside of 0 to 1
 _STEPS = 10  # a chat model says how much of each label there is in whole numbers up to this
 
 _LLAMA_GUARD = re.compile(r"\s*(safe|unsafe)\s*(?:\n(.*))?", re.DOTALL)
+_NO_THOUGHTS = r"\s*(?:<think>\s*</think>\s*)?"
 _QWEN3GUARD = re.compile(
-    r"\s*Safety:\s*(Safe|Unsafe|Controversial)\s*(?:\n\s*Categories:\s*(.*?)\s*(?:\n\s*Refusal:.*)?)?", re.DOTALL
+    _NO_THOUGHTS + r"Safety:\s*(Safe|Unsafe|Controversial)\s*(?:\n\s*Categories:\s*(.*?)\s*(?:\n\s*Refusal:.*)?)?",
+    re.DOTALL,
 )
-_QWEN3GUARD_BEGIN = "Safety:"
+# What stands before the word of a verdict.
+_LLAMA_GUARD_BEGIN, _QWEN3GUARD_BEGIN = re.compile(r"\s*"), re.compile(_NO_THOUGHTS + r"Safety:\s*")
 _WORD = re.compile(r"[a-z]+")
 # How much each word of a verdict counts.
 _WEIGHTS = {"safe": 0.0, "unsafe": 1.0, "controversial": 0.5}
@@ -164,15 +167,14 @@ def _judged(moderation: Moderation, choice: _Choice) -> Finding:
 def _generated(choice: _Choice, *, is_qwen: bool) -> Finding:
     text = choice.message.content or ""
     said = (_QWEN3GUARD if is_qwen else _LLAMA_GUARD).fullmatch(text)
-    if said is None:
+    word, labels = (said[1].lower(), tuple(dict.fromkeys(_labels(said[2] or "")))) if said else ("", ())
+    if not word or (word == "safe" and labels):
         raise UnreadableError("it is no verdict")
     tokens = choice.logprobs.content if choice.logprobs is not None else None
-    score = _unsafe(tokens or (), _QWEN3GUARD_BEGIN if is_qwen else "")
-    word = said[1].lower()
+    score = _unsafe(tokens or (), _QWEN3GUARD_BEGIN if is_qwen else _LLAMA_GUARD_BEGIN)
     if word == "controversial":
         score = max(score, _WEIGHTS[word])
-    named = tuple(dict.fromkeys(_labels(said[2] or ""))) if word != "safe" else ()
-    return Finding(dict.fromkeys(named, score), named, score)
+    return Finding(dict.fromkeys(labels, score), labels, score)
 
 
 def _labels(text: str) -> Iterable[str]:
@@ -180,11 +182,11 @@ def _labels(text: str) -> Iterable[str]:
     return (label for label in found if label and label != "None")
 
 
-def _unsafe(tokens: Iterable[_Token], begin: str) -> float:
-    """How likely "unsafe" was, by the alternatives to the token of the verdict, the first one behind `begin`."""
+def _unsafe(tokens: Iterable[_Token], begin: re.Pattern[str]) -> float:
+    """How likely "unsafe" was, by the alternatives to the token of the verdict, the first word behind `begin`."""
     before = ""
     for token in tokens:
-        if before.strip() == begin and token.token.strip():
+        if token.token.strip() and begin.fullmatch(before):
             return _weight({one.token: one.logprob for one in (*token.top_logprobs, token)})
         before += token.token
     raise UnreadableError("it tells no probability of its verdict")

@@ -55,7 +55,8 @@ def _message(table: type[BaseModel], path: KeyPath, detail: ErrorDetails) -> str
         in_model = table is ModelTable and len(detail["loc"]) == 1
         return unknown(str(detail["loc"][-1]), _known_keys(table, detail["loc"]), in_model=in_model)
     if kind == "missing":
-        return 'missing: every model needs model = "a Hugging Face id, path or URL"'
+        needed = 'every model needs model = "a Hugging Face id, path or URL"'
+        return f"missing: {needed if table is ModelTable else 'this table needs it'}"
     if kind == "value_error":
         message = str(detail["ctx"]["error"])
         return message if _KEY in detail["loc"] else message.replace(units.show(value), shown)
