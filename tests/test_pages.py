@@ -12,6 +12,7 @@ from vllm_proxy.api.openapi_routes import OPERATIONS
 from vllm_proxy.domain.config import Devices, EngineDefaults, ModelTable, Restart, Server
 from vllm_proxy.domain.key_table import KeyTable
 from vllm_proxy.domain.lifecycle import Reason
+from vllm_proxy.domain.moderation_table import ModerationTable
 from vllm_proxy.errors import STATUS
 from vllm_proxy.help import TOPICS, anchor, sections
 
@@ -71,8 +72,9 @@ def test_every_key_is_in_both_tables_once() -> None:
     text = (pages.DOCS / "configuration.md").read_text(encoding="utf-8")
     rows = [pages.cells_of(line)[0].strip("`") for found in pages.BLOCK.finditer(text)
             for line in found["table"].splitlines()[2:]]  # fmt: skip
+    moderation = [f"moderation.{key}" for key in ModerationTable.model_fields]
     keys = keys - {"restart"} | {f"restart.{key}" for key in Restart.model_fields}
-    assert sorted(rows) == sorted([*keys, *KeyTable.model_fields])
+    assert sorted(rows) == sorted([*keys, *KeyTable.model_fields, *moderation])
 
 
 @pytest.mark.parametrize("code", CODES)

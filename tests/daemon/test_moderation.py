@@ -12,9 +12,11 @@ import anthropic
 import openai
 import pytest
 from openai.types.moderation import Categories
+from pydantic import TypeAdapter
 
 from tests.harness import Daemon, connected, daemon, fake_engines, port_block, request, until
 from vllm_proxy.domain.keys import hash_of, new_key
+from vllm_proxy.domain.moderation_resources import Moderations
 
 MODERATIONS, CHAT = "/v1/moderations", "/v1/chat/completions"
 GUARDS = {
@@ -126,15 +128,15 @@ async def test_openais_client_reads_every_verdict(running: Daemon) -> None:
         assert one.to_dict()["labels"] == ["S1", "S10"]
         several = await asks.moderations.create(input=["fine", "bad", "fine too"])
         assert [one.flagged for one in several.results] == [False, True, False]
-        (parts,) = (
-            await asks.moderations.create(input=[{"type": "text", "text": "fine"}, {"type": "text", "text": "bad"}])
-        ).results
-        assert parts.flagged
+        parts: Any = [{"type": "text", "text": "fine"}, {"type": "text", "text": "bad"}]
+        (together,) = (await asks.moderations.create(input=parts)).results
+        assert together.flagged
 
 
 async def test_an_answer_has_all_thirteen_keys(running: Daemon) -> None:
     """Those of OpenAI's own types, `illicit` among them."""
     found = await ask(running, MODERATIONS, {"input": "fine"})
+    TypeAdapter(Moderations).validate_python(found, strict=True, extra="forbid")
     assert found.keys() == {"id", "model", "results"}
     (one,) = found["results"]
     assert one.keys() == {"flagged", "categories", "category_scores", "category_applied_input_types", "labels"}

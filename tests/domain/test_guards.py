@@ -39,7 +39,13 @@ def answer(text: str | None, tokens: Tokens | None) -> bytes:
          "top_logprobs": [{"token": one, "logprob": math.log(value), "bytes": None} for one, value in others.items()]}
         for name, others in tokens or ()
     ]  # fmt: skip
-    message = {"role": "assistant", "content": text, "refusal": None, "annotations": None, "tool_calls": []}
+    message: dict[str, object] = {
+        "role": "assistant",
+        "content": text,
+        "refusal": None,
+        "annotations": None,
+        "tool_calls": [],
+    }
     choice = {"index": 0, "message": message, "logprobs": {"content": content} if tokens is not None else None,
               "finish_reason": "stop", "stop_reason": None, "token_ids": None}  # fmt: skip
     usage = {"prompt_tokens": 210, "total_tokens": 216, "completion_tokens": 6, "prompt_tokens_details": None}
@@ -101,14 +107,16 @@ QWEN_SAYS: list[tuple[str, Tokens, float, tuple[str, ...]]] = [
 def test_llama_guard_is_read(text: str, tokens: Tokens, unsafe: float, labels: tuple[str, ...]) -> None:
     """The likelihood of "unsafe" among the words of a verdict, and the labels that it names."""
     found = read(LLAMA, answer(text, tokens))
-    assert (found.unsafe, found.named) == (pytest.approx(unsafe), labels)
+    assert found.unsafe == pytest.approx(unsafe)
+    assert found.named == labels
 
 
 @pytest.mark.parametrize(("text", "tokens", "unsafe", "labels"), QWEN_SAYS)
 def test_qwen3guard_is_read(text: str, tokens: Tokens, unsafe: float, labels: tuple[str, ...]) -> None:
     """As above; "Controversial" counts half, and at least half where it is the verdict."""
     found = read(QWEN, answer(text, tokens))
-    assert (found.unsafe, found.named) == (pytest.approx(unsafe), labels)
+    assert found.unsafe == pytest.approx(unsafe)
+    assert found.named == labels
 
 
 @pytest.mark.parametrize(
