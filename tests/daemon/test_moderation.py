@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, get_args
 
+import aiohttp
 import anthropic
 import openai
 import pytest
@@ -392,13 +393,18 @@ async def test_what_cannot_be_checked_is_refused(running: Daemon, path: str, bod
 
 async def test_speech_is_refused_by_a_moderated_model(running: Daemon) -> None:
     """Nobody reads it before the model does."""
-    form = {"model": "chat", "file": b"RIFF"}
+    form = aiohttp.FormData({"model": "chat"})
+    form.add_field("file", b"RIFF", filename="speech.wav")
     async with running.session.post("/v1/audio/transcriptions", data=form) as answer:
         assert answer.status == 400
         assert "its guard reads text alone" in (await answer.json())["error"]["message"]
-    async with running.session.ws_connect(f"{running.url}/v1/realtime?model=chat") as session:
-        message = await session.receive(timeout=10)
-        assert "its guard reads text alone" in message.data or message.data == 1008
+    with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+        await running.session.ws_connect(f"{running.url}/v1/realtime?model=chat")
+    assert refused.value.status == 400
+    async with running.session.ws_connect(f"{running.url}/v1/realtime") as session:
+        await session.receive_json()
+        await session.send_json({"type": "session.update", "model": "chat"})
+        assert "its guard reads text alone" in (await session.receive_json())["error"]["message"]
 
 
 async def test_a_check_ends_with_its_client(running: Daemon, tmp_path: Path) -> None:
@@ -488,6 +494,30 @@ async def test_a_guard_has_a_deadline_and_so_has_the_model(tmp_path: Path) -> No
         await running.write("PATCH", "/models/llama", {"request_timeout": 0})
         await running.write("PATCH", "/models/chat", {"request_timeout": "300ms"})
         assert (await ask(running, CHAT, said(hold), 504))["code"] == "request_timeout"
+
+
+async def test_questions_take_their_turn_in_vllms_own_queue(tmp_path: Path) -> None:
+    """With the number of their key: in the header of a chat, and in the body of `/classify`, which reads no header."""
+    text = (
+        f"[server]\nfair = true\n{fake_engines(port_block())}{moderation('llama')}{models()}{TABLES}"
+        '[keys.urgent]\nfile = "key"\npriority = 2\n'
+    )
+    key = new_key(bytes([77]) * 32)
+    (tmp_path / "key").write_text(key)
+    headers = {"Authorization": f"Bearer {key}"}
+    async with daemon(text, tmp_path) as running:
+        await running.all_ready()
+        found = Moderated(running, text.partition(moderation("llama"))[0] + text.partition(moderation("llama"))[2])
+        for guard in ("llama", "classes"):
+            await found.guarded(guard)
+            for path, body in ((MODERATIONS, {"input": "fine"}), (CHAT, said("fine"))):
+                async with running.session.post(path, json=body, headers=headers) as answer:
+                    assert answer.status == 200
+                question = (await seen(running, guard))[-1]
+                numbers = [int(value) for name, value in question["headers"] if name == "X-Vllm-Priority"]
+                assert -2 * 2**40 <= numbers[0] < -(2**40)
+                assert json.loads(question["body"]).get("priority", numbers[0]) == numbers[0]
+                assert ("priority" in json.loads(question["body"])) == (guard == "classes")
 
 
 def test_the_types_of_openais_client_are_those_of_the_answer() -> None:

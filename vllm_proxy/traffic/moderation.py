@@ -97,6 +97,7 @@ class Moderator:
                 there is something that cannot be checked.
 
         """
+        call.model = call.model or route.spec.id
         if not user_turn.is_checked(call.route):
             return
         began = time.monotonic()

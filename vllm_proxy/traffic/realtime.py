@@ -125,7 +125,6 @@ async def _run_session(call: Call, sessions: Sessions, client: web.WebSocketResp
             msg = "cannot route this session: name the model as ?model= or in a first session.update"
             raise RequestError("missing_model", msg, param="model")
     _find(call, sessions, name)
-    refuse_unchecked(sessions.registry.find(name))
     if sessions.metering.is_on:
         sessions.metering.admit(call, sessions.registry.find(name).spec)
     with await sessions.registry.acquire(name, call.metered) as lease:
@@ -155,7 +154,9 @@ async def _run_session(call: Call, sessions: Sessions, client: web.WebSocketResp
 def _find(call: Call, sessions: Sessions, name: str) -> None:
     if not call.caller.may_use(name):
         raise model_not_found(name)
-    call.model = sessions.registry.find(name).spec.id
+    route = sessions.registry.find(name)
+    call.model = route.spec.id
+    refuse_unchecked(route)
 
 
 async def _first_message(client: web.WebSocketResponse, seconds: float) -> WSMessage:
