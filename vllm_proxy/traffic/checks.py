@@ -11,6 +11,7 @@ from vllm_proxy.domain.tokens import NO_TOKENS, Tokens
 from vllm_proxy.domain.window import charge
 from vllm_proxy.traffic.call import Call, Metered
 from vllm_proxy.traffic.metering import Metering
+from vllm_proxy.traffic.usage import Outcome
 
 _BYTES_PER_TOKEN = 4
 
@@ -63,7 +64,6 @@ class Check:
         self._user = metering.user(call.caller)
         self._guard = guard.id
         self._tokens = NO_TOKENS
-        self._asked = 0
         limits = self._user.limits
         self._share = metering.share(self._guard) if metering.is_fair else None
         self._claim = limits.priority, limits.weight, size // _BYTES_PER_TOKEN + 1
@@ -82,7 +82,6 @@ class Check:
 
     def answered(self, tokens: Tokens) -> None:
         """The guard has answered one question."""
-        self._asked += 1
         self._tokens = self._tokens.plus(tokens)
         if self._share is not None:
             self._share.began(self.number)
@@ -97,11 +96,7 @@ class Check:
         used = tokens.prompt + tokens.completion
         now, epoch = metering.now(), metering.epoch()
         charge(self._user.account.of(self._guard, now), None, used, now, epoch)
-        failed = kind is not None and issubclass(kind, Exception)
-        metering.usage.add(
-            name, self._guard, requests=1, prompt=tokens.prompt, completion=tokens.completion, cached=tokens.cached,
-            failed=failed,
-        )  # fmt: skip
-        metering.usage.ended(name, self._guard, "ok" if kind is None else "engine_error" if failed else "aborted")
+        outcome: Outcome = "ok" if kind is None else "engine_error" if issubclass(kind, Exception) else "aborted"
+        metering.usage.settled(name, self._guard, outcome, tokens, 0)
         if self._share is not None:
             self._share.ended(name, *self._claim, used)
