@@ -38,6 +38,7 @@ from vllm_proxy.domain.config import (
 )
 from vllm_proxy.domain.key_table import KeyTable
 from vllm_proxy.domain.lifecycle import Reason
+from vllm_proxy.domain.moderation_table import ModerationTable
 from vllm_proxy.domain.units import parse_duration, parse_size, parse_size_or_percent, show, show_duration, show_size
 from vllm_proxy.errors import STATUS
 
@@ -283,6 +284,7 @@ TABLES: Mapping[str, Callable[[], str | tuple[Sequence[str], Rows]]] = {
     ),
     "keys of devices": lambda: _keys(Devices, lambda _: "live", "devices.", words={}),
     "keys of a key": lambda: _keys(KeyTable, lambda _: "live", words=OF_A_KEY),
+    "keys of moderation": lambda: _keys(ModerationTable, lambda _: "live", "moderation.", words={}),
     "keys of all engines": lambda: _keys(
         EngineDefaults, lambda key: "replaces" if key in EngineKeys.model_fields else "live", "engine.", {}
     ),

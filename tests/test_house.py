@@ -13,6 +13,7 @@ from vllm_proxy.domain import lifecycle
 from vllm_proxy.domain.config import AdaptersMax, AdapterTable, Devices, EngineDefaults, ModelTable, Restart, Server
 from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.domain.key_table import KeyTable, RateTable
+from vllm_proxy.domain.moderation_table import ModerationTable
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vllm_proxy"
@@ -151,7 +152,8 @@ def test_the_example_shows_every_key_with_its_default() -> None:
     data = (ROOT / "models.toml.example").read_bytes()
     config = parse_config(data, "models.toml.example")
     text = data.decode()
-    for table in (Server, EngineDefaults, Devices, ModelTable, AdapterTable, AdaptersMax, Restart, KeyTable, RateTable):
+    tables = (Server, EngineDefaults, Devices, ModelTable, AdapterTable, AdaptersMax, Restart, KeyTable, RateTable)
+    for table in (*tables, ModerationTable):
         for key, field in table.model_fields.items():
             mark = (
                 "#? ?" if field.default in (None, ()) else ""

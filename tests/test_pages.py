@@ -12,6 +12,7 @@ from vllm_proxy.api.openapi_routes import OPERATIONS
 from vllm_proxy.domain.config import AdaptersMax, AdapterTable, Devices, EngineDefaults, ModelTable, Restart, Server
 from vllm_proxy.domain.key_table import KeyTable
 from vllm_proxy.domain.lifecycle import Reason
+from vllm_proxy.domain.moderation_table import ModerationTable
 from vllm_proxy.errors import STATUS
 from vllm_proxy.help import TOPICS, anchor, sections
 
@@ -74,6 +75,7 @@ def test_every_key_is_in_both_tables_once() -> None:
     keys = keys - {"restart", "adapters", "adapters_max"} | {f"restart.{key}" for key in Restart.model_fields}
     keys |= {f"adapters.NAME.{key}" for key in AdapterTable.model_fields}
     keys |= {f"adapters_max.{key}" for key in AdaptersMax.model_fields}
+    keys |= {f"moderation.{key}" for key in ModerationTable.model_fields}
     assert sorted(rows) == sorted([*keys, *KeyTable.model_fields])
 
 

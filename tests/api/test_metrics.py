@@ -94,6 +94,7 @@ def call(model: str = "chat", status: int = 200, **times: float) -> Call:
         model=model, route=ROUTE, status=status, started_at=began, retries=int(times.get("retries", 0)),
         first_byte_at=began + times["first"] if "first" in times else 0.0,
         sent_at=began + times["sent"] if "sent" in times else 0.0, queue_seconds=times.get("queued", 0.0),
+        check_seconds=0.0,
     )  # fmt: skip
     return cast("Call", ended)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.bench import __main__ as bench
-from tests.bench import build, cases, client, limits, peers
+from tests.bench import build, cases, client, limits, moderation, peers
+from tests.harness import daemon, fake_engines, port_block
 
 PROXY = (peers.OURS, peers.DIRECT)
 
@@ -53,6 +54,16 @@ def test_a_request_says_how_long_it_is() -> None:
     head, body = client.request(1, "é").split(b"\r\n\r\n")
     assert b"Content-Length: 2" in head
     assert body == "é".encode()
+
+
+async def test_what_moderation_adds_is_measured(tmp_path: Path) -> None:
+    """By its own route and before a chat, beside the guard asked directly."""
+    async with daemon(moderation.FILE + fake_engines(port_block()), tmp_path) as running:
+        await running.all_ready()
+        found = await moderation.measure(running, 2, 2)
+    assert list(found) == ["the guard", "/v1/moderations", "a chat", "a moderated chat"]
+    assert all(value > 0 for value in found.values())
+    assert len(moderation.added(found)) == 2
 
 
 def test_limits_are_measured() -> None:

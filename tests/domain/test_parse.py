@@ -106,6 +106,7 @@ def test_a_model_needs_no_more_than_its_model() -> None:
         "max_in_flight": 0,
         "queue_size": 512,
         "queue_timeout": 600.0,
+        "moderate": False,
         "restart": {"max_failures": 5, "backoff": 1.0, "max_backoff": 60.0},
         "adapters": {},
         "adapters_max": {"rank": None, "loras": None, "cpu_loras": None},
@@ -175,7 +176,7 @@ def test_a_bad_id_is_refused_and_so_is_such_an_alias(model_id: str, message: str
     ("text", "expected"),
     [
         ("sever.port = 1", "1: sever: unknown key; did you mean server?"),
-        ("\nx = 1", "2: x: unknown key; expected one of server, engine, devices, defaults, models, keys"),
+        ("\nx = 1", "2: x: unknown key; expected one of server, engine, devices, defaults, models, keys, moderation"),
         ("[server]\nprot = 1", "2: server.prot: unknown key; did you mean port?"),
         ("[engine.x]", "1: engine.x: unknown key; expected one of command, port_start, port_end, env"),
         ("[engine]\nport_begin = 1", "2: engine.port_begin: unknown key; did you mean port_end?"),

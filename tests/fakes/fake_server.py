@@ -54,7 +54,7 @@ class Fake:
         self.sleep = fake_sleep.Sleep(start.options, self.engine, start.memory, start.log)
         self.lora = fake_lora.Lora(start.options, self.engine, self.lose_core)
         self.sleep.forget_devices = self.lora.slept
-        self.work = fake_work.Work(self.engine, self.sleep, self.lora, start.log)
+        self.work = fake_work.Work(self.engine, self.sleep, self.lora, start.log, start.options.fake_guard)
         self.develops = bool(int(os.environ.get("VLLM_SERVER_DEV_MODE", "0")))
         self.stopping = asyncio.Event()
         self.connections: set[asyncio.StreamWriter] = set()

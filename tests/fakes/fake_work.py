@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import fake_answers  # type: ignore[import-not-found] # beside this script
 import fake_engine  # type: ignore[import-not-found] # as above
+import fake_guard  # type: ignore[import-not-found] # as above
 import fake_log  # type: ignore[import-not-found] # as above
 import fake_lora  # type: ignore[import-not-found] # as above
 import fake_options  # type: ignore[import-not-found] # as above
@@ -24,9 +25,15 @@ class Work:
     """The answers of one engine."""
 
     def __init__(
-        self, engine: fake_engine.Engine, sleep: fake_sleep.Sleep, lora: fake_lora.Lora, log: fake_log.Log
+        self,
+        engine: fake_engine.Engine,
+        sleep: fake_sleep.Sleep,
+        lora: fake_lora.Lora,
+        log: fake_log.Log,
+        guard: str | None,
     ) -> None:
-        self.engine, self.sleep, self.lora, self.log = engine, sleep, lora, log
+        """`guard`: which kind of guard it is, if any."""
+        self.engine, self.sleep, self.lora, self.log, self.guard = engine, sleep, lora, log, guard
         self.responses: list[str] = []  # ids
 
     async def answer(
@@ -47,6 +54,8 @@ class Work:
             text = body.decode(errors="replace")
             seen = {"method": method, "path": path, "headers": headers, "body": text, "pid": os.getpid()}
             return await self.json(writer, 200, seen)
+        if self.guard:
+            return await self.judge(writer, asked, path)
         if "raw" in fault:
             return await self.raw(writer, fault)
         if path == "/v1/responses":
@@ -60,6 +69,17 @@ class Work:
         await self.step(adapter)
         answer = fake_answers.completion(asked, path, self.lora.said(adapter))
         return await self.json(writer, fault.get("status", 200), self.told(answer))
+
+    async def judge(self, writer: asyncio.StreamWriter, asked: dict[str, Any], path: str) -> None:
+        """The verdict of a guard."""
+        fault, value = fake_guard.fault_of(fake_guard.text_of(asked))
+        if fault == "hold":
+            await self.hold({"hold": value})
+        if fault == "die" or (fault == "once" and fake_options.first(value)):
+            self.die()
+        await self.step()
+        status, answer = fake_guard.refusal(fault) or (200, fake_guard.verdict(self.guard, asked, path))
+        return await self.json(writer, status, answer)
 
     def told(self, answer: dict[str, Any]) -> dict[str, Any]:
         """What its weights make of an answer."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import aiohttp
 from aiohttp import web
 
-from vllm_proxy.api import config, devices, docs, keys, logs, models, openai, usage
+from vllm_proxy.api import config, devices, docs, keys, logs, models, moderations, openai, usage
 from vllm_proxy.api.body import Bodies
 from vllm_proxy.api.events import Events
 from vllm_proxy.api.guard import Observed, Route, guarded
@@ -35,6 +35,7 @@ from vllm_proxy.traffic.cors import Cors
 from vllm_proxy.traffic.envelope import envelope, identify
 from vllm_proxy.traffic.front import Direct, FrontRunner
 from vllm_proxy.traffic.metering import Metering
+from vllm_proxy.traffic.moderation import Moderator
 from vllm_proxy.traffic.realtime import Sessions, realtime
 from vllm_proxy.traffic.registry import Registry
 from vllm_proxy.traffic.routes import INFERENCE, UNSUPPORTED, NamesModel
@@ -132,10 +133,12 @@ def _inference(
 ) -> tuple[dict[tuple[str, str], Direct], list[Route]]:
     """The inference routes: those with a fixed path, past the router; and all of them, for the router."""
     registry, server, budget, access = parts.registry, parts.server, parts.budget, parts.access
+    moderator = Moderator(registry, lambda: parts.reconciler.config.moderation, parts.metering)
     work: dict[NamesModel, Work] = {
-        "json": openai.by_json_model(registry, server, budget, parts.metering),
+        "json": openai.by_json_model(registry, server, budget, parts.metering, moderator),
         "form": openai.by_form_model(registry, server, budget, parts.metering),
         "nowhere": openai.by_asking(registry, server, budget, parts.metering),
+        "guard": moderations.by_guard(moderator, registry, server, budget, parts.metering),
         "session": realtime(Sessions(registry, parts.engines, server, budget, parts.metering)),
     }
     direct: dict[tuple[str, str], Direct] = {}
@@ -144,7 +147,7 @@ def _inference(
         admit = access.of_session if route.names_model == "session" else access.caller
         handler = observed(route, work[route.names_model], admit, observe, cors)
         table.append(Observed(route.method, route.path, route.scope, handler))
-        if route.names_model in {"json", "form"}:
+        if route.names_model in {"json", "form", "guard"}:
             direct |= dict.fromkeys([(route.method, path) for path in _spellings(route.path)], handler)
     table += [
         Route("GET", "/v1/models", Scope.INFERENCE, answered(openai.list_models(registry, parts.reconciler))),

@@ -79,7 +79,7 @@ class Metrics:
         if call.first_byte_at:
             times[1].add(call.first_byte_at - call.started_at)
         if call.sent_at:
-            self._overhead.add(max(call.sent_at - call.started_at - call.queue_seconds, 0.0))
+            self._overhead.add(max(call.sent_at - call.started_at - call.queue_seconds - call.check_seconds, 0.0))
             numbers.queue.add(call.queue_seconds)
         numbers.retries += call.retries
 

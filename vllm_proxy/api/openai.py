@@ -4,7 +4,8 @@ How a request is forwarded is in `traffic/relay.py`. Bodies are passed on byte f
 the model's id.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from aiohttp import web
 
@@ -29,6 +30,7 @@ from vllm_proxy.traffic.call import Call, Work
 from vllm_proxy.traffic.fan_out import fan_out
 from vllm_proxy.traffic.front import caller_of
 from vllm_proxy.traffic.metering import Metering
+from vllm_proxy.traffic.moderation import Moderator, refuse_unchecked
 from vllm_proxy.traffic.multipart import Upload
 from vllm_proxy.traffic.registry import Registry, Route
 from vllm_proxy.traffic.relay import forward
@@ -36,8 +38,13 @@ from vllm_proxy.traffic.relay import forward
 type Settings = Callable[[], Server]  # the `[server]` table now
 
 
-def by_json_model(registry: Registry, settings: Settings, budget: Budget, metering: Metering) -> Work:
+def by_json_model(
+    registry: Registry, settings: Settings, budget: Budget, metering: Metering, moderator: Moderator
+) -> Work:
     """The routes whose JSON body names the model."""
+
+    def send(call: Call, registry: Registry, route: Route, body: bytes) -> Coroutine[Any, Any, web.StreamResponse]:
+        return (moderator.forward if route.spec.policy.moderate else forward)(call, registry, route, body)
 
     async def work(call: Call) -> web.StreamResponse:
         server = settings()
@@ -50,14 +57,14 @@ def by_json_model(registry: Registry, settings: Settings, budget: Budget, meteri
             name, place = model_name(body), None
         else:
             name, place = await model_name_of_large(body)
-        route = _found(call, name, registry)
+        route = found(call, name, registry)
         if name != route.spec.id:
             body = await with_model(body, route.spec.id, place)
         if asked is not None:
             body = metering.admit(call, route.spec, asked, body)
         if call.salt:
             body = with_salt(body, call.salt)
-        return await forward(call, registry, route, body)
+        return await send(call, registry, route, body)
 
     return work
 
@@ -67,7 +74,8 @@ def by_form_model(registry: Registry, settings: Settings, budget: Budget, meteri
 
     async def work(call: Call) -> web.StreamResponse:
         with await Upload.receive(call, settings(), budget) as upload:
-            route = _found(call, upload.model, registry)
+            route = found(call, upload.model, registry)
+            refuse_unchecked(route)
             form = upload if upload.model == route.spec.id else upload.renamed(route.spec.id)
             if metering.is_on:
                 metering.admit(call, route.spec)
@@ -88,7 +96,13 @@ def by_asking(registry: Registry, settings: Settings, budget: Budget, metering: 
     return work
 
 
-def _found(call: Call, name: str, registry: Registry) -> Route:
+def found(call: Call, name: str, registry: Registry) -> Route:
+    """The route of a model that the caller may use.
+
+    Raises:
+        RequestError: `model_not_found`.
+
+    """
     allowed = call.caller.models
     if allowed is not None and name not in allowed:
         raise model_not_found(name)

@@ -15,7 +15,7 @@ from vllm_proxy import __version__
 from vllm_proxy.api.openapi_keys import REF, Generate, Schema, key_schemas
 from vllm_proxy.api.openapi_parameters import HEADERS, PARAMETERS
 from vllm_proxy.api.openapi_routes import OPERATIONS, TAGS, Answer, Operation
-from vllm_proxy.domain import device_resources, key_resources, resources, usage_resources
+from vllm_proxy.domain import device_resources, key_resources, moderation_resources, resources, usage_resources
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.errors import STATUS
 from vllm_proxy.traffic.envelope import anthropic_type
@@ -33,6 +33,7 @@ _ANSWERS: tuple[Any, ...] = (
     resources.Ready, resources.Root,
     resources.Cards, resources.Error, resources.AnthropicError, resources.ModelEvent, resources.ConfigAccepted,
     resources.ConfigRejected, resources.PlanEvent, resources.WriteEvent,
+    moderation_resources.Moderations, moderation_resources.ModerationRequest,
 )  # fmt: skip
 
 

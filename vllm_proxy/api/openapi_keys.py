@@ -123,6 +123,8 @@ KEYS = {
     "max_in_flight": "Requests at once for each instance; 0 no limit; more wait in the queue.",
     "queue_size": "Requests that may wait; more get 503 at once.",
     "queue_timeout": "Longest wait for an instance to become ready or free.",
+    "moderate": "The guard of `[moderation]` checks the last user turn of each request first; what it flags gets 400 "
+    "`content_filter`.",
     "restart": "What happens after an engine died by itself.",
     "adapters": "LoRA adapters by id, each of which clients may send as `model`; null removes one.",
     "adapters_max": "The room that engines have for adapters, in the place of what is derived.",

@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm_proxy.api.openapi_keys import REF, Schema
-from vllm_proxy.domain import device_resources, key_resources, resources, usage_resources
+from vllm_proxy.domain import device_resources, key_resources, moderation_resources, resources, usage_resources
 from vllm_proxy.traffic.routes import INFERENCE, InferenceRoute
 
 TAGS = {
@@ -78,8 +78,10 @@ _TOML = {"text/toml": {"type": "string"}, "application/toml": {"type": "string"}
 _INFERENCE = (
     *_BODY, "isolation_unavailable", "invalid_json", "missing_model", "invalid_max_tokens", "model_not_found",
     "rate_limit_exceeded", "insufficient_quota", "engine_failed", "model_error", "model_disabled", "model_stopped",
-    "no_room", "queue_full", "shutting_down", "queue_timeout", "request_timeout",
+    "no_room", "queue_full", "shutting_down", "queue_timeout", "request_timeout", "content_filter",
+    "moderation_unavailable",
 )  # fmt: skip
+_CHECKED = frozenset({"content_filter", "moderation_unavailable"})  # of models with `moderate = true`
 
 
 def _model(status: int, description: str, *headers: str) -> Answer:
@@ -328,6 +330,11 @@ def _infer(summary: str, body: Schema = _NAMES_MODEL, kind: str = "application/j
 
 
 _ASKED = ("request_too_large", "overloaded", "not_found", "engine_failed", "shutting_down", "request_timeout")
+_MODERATION = (
+    *(code for code in _INFERENCE if code not in {"missing_model", "invalid_max_tokens", *_CHECKED}), "bad_request",
+    "unsupported_endpoint",
+)  # fmt: skip
+_GUARDED = "Each text is one request to the guard that `[moderation]` names. 501 where it names none."
 _ANTHROPIC = "Errors come in Anthropic's envelope."
 
 
@@ -338,6 +345,10 @@ def _inference(route: InferenceRoute) -> Operation:
     if route.names_model == "session":
         answer = Answer(101, "A WebSocket.", {})
         return Operation("Inference", route.summary, (answer,), ("bad_request",), None, ("model",))
+    if route.names_model == "guard":
+        answer = Answer(200, "A verdict on each text.", _json(moderation_resources.Moderations))
+        body = _json(moderation_resources.ModerationRequest)
+        return Operation("Inference", route.summary, (answer,), _MODERATION, body, description=_GUARDED)
     if route.names_model == "form":
         return _infer(route.summary, _FORM, "multipart/form-data")
     return _infer(route.summary, description=_ANTHROPIC if route.anthropic else "")

@@ -16,6 +16,7 @@ from vllm_proxy.domain import listener, secrets
 from vllm_proxy.domain.adapters import Adapter, Lora, Most, needed, shortfall
 from vllm_proxy.domain.address import Address, TcpAddress
 from vllm_proxy.domain.keys import Key, warnings
+from vllm_proxy.domain.moderation import Moderation
 from vllm_proxy.domain.toml import same
 from vllm_proxy.domain.units import Bytes, Seconds, bytes_of
 from vllm_proxy.domain.value_types import (
@@ -183,6 +184,7 @@ class Policy(Table):
     max_in_flight: CountOrZero = 0
     queue_size: CountOrZero = 512
     queue_timeout: Seconds = 10 * 60.0
+    moderate: bool = False
     restart: Restart = Restart()
 
 
@@ -267,6 +269,7 @@ class Config:
     keys: Mapping[str, Key] = field(default_factory=dict)  # those of the environment included
     attached: Mapping[str, str] = field(default_factory=dict)  # reference -> revision of the file, in reading order
     devices: Devices = field(default_factory=Devices)
+    moderation: Moderation | None = None
 
     @property
     def fingerprint(self) -> str:

@@ -197,6 +197,10 @@ def table() -> str:
             ("[keys.NAME]", "server.fair"),
             "with limits, or true: the first and the last replace all [engines](limits.md#how-keys-share-an-engine)",
         ),
+        (
+            ("[moderation]",),
+            "live, as is another `config.json` that its classes come from: the next request is checked so",
+        ),
         (("[defaults]",), "as the same key in each model that does not say otherwise"),
         (("engine.command", "engine.env"), "replaces the engines of each model that takes its own from there"),
         (("engine.port_start", "engine.port_end"), "live, for engines that are started from now on"),

@@ -19,6 +19,10 @@ class Tokens(msgspec.Struct, frozen=True):  # made for every answer: a dataclass
     completion: int = 0
     cached: int = 0
 
+    def plus(self, other: "Tokens") -> "Tokens":
+        """Both together."""
+        return Tokens(self.prompt + other.prompt, self.completion + other.completion, self.cached + other.cached)
+
 
 NO_TOKENS = Tokens()
 

@@ -41,6 +41,9 @@ class Metered(Turn, Protocol):
     def took(self, tokens: Tokens) -> None:
         """A part of a session is done."""
 
+    def answered(self, tokens: Tokens) -> None:
+        """An engine has answered a part of it, of which the daemon makes an answer itself."""
+
     def end(self) -> None:
         """It is over, and the status of its call is known."""
 
@@ -52,6 +55,7 @@ class Call:
     sent_at = 0.0  # when the engine was sent the request
     first_byte_at = 0.0
     queue_seconds = 0.0
+    check_seconds = 0.0  # its guard took, where the model is moderated
     is_anthropic = False  # whether the client speaks Anthropic's API, which has an envelope of its own
     model = ""  # the configured id, once it is known
     instance = ""
@@ -158,6 +162,17 @@ def _start_line(request: web.BaseRequest) -> bytes:
 def _refuse(call: Call, error: RequestError) -> web.StreamResponse:
     call.status = error.status
     response = error_response(error, anthropic=call.is_anthropic)
+    add_headers(call, response)
+    if (
+        error.code in {"unsupported_media_type", "bad_request", "expectation_failed"}
+        or not call.request.content.is_eof()
+    ):
+        response.force_close()  # do not read the rest of the body
+    return response
+
+
+def add_headers(call: Call, response: web.StreamResponse) -> None:
+    """The headers of an answer that the daemon makes itself."""
     response.headers["X-Request-Id"] = call.request_id.decode()
     if call.is_anthropic:
         response.headers["request-id"] = response.headers["X-Request-Id"]
@@ -167,9 +182,3 @@ def _refuse(call: Call, error: RequestError) -> web.StreamResponse:
         response.headers[name] = value
     if call.model:
         response.headers["X-Vllm-Proxy-Model"] = call.model
-    if (
-        error.code in {"unsupported_media_type", "bad_request", "expectation_failed"}
-        or not call.request.content.is_eof()
-    ):
-        response.force_close()  # do not read the rest of the body
-    return response

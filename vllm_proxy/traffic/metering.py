@@ -182,6 +182,7 @@ class _Request:
     claim = (0, 1.0, 0)  # what it was made of: priority, weight, tokens
     went = waits = False
     made: MeteredExchange | None = None
+    told: Tokens | None = None  # what engines said of its parts, where the daemon makes the answer itself
 
     def __init__(self, metering: Metering, user: User, call: Call) -> None:
         self._metering = metering
@@ -308,12 +309,18 @@ class _Request:
         counts.completion += tokens.completion
         counts.cached += tokens.cached
 
+    def answered(self, tokens: Tokens) -> None:
+        """An engine has answered a part of it, of which the daemon makes an answer itself."""
+        self.told = tokens if self.told is None else self.told.plus(tokens)
+        if self.share is not None:
+            self.share.began(self.number)
+
     def end(self) -> None:
         """It is over: settle it. To be called once, when the status of its call is known."""
         metering, user = self._metering, self.user
         outcome = self._outcome()
         made = self.made
-        tokens, estimated = None if made is None else made.tokens, 0
+        tokens, estimated = self.told if made is None else made.tokens, 0
         if tokens is None:
             tokens, estimated = NO_TOKENS, self._estimated(outcome)
         charged = tokens.prompt + tokens.completion + estimated

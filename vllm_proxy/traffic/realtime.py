@@ -27,6 +27,7 @@ from vllm_proxy.traffic.call import Call, Work
 from vllm_proxy.traffic.dial import session_to
 from vllm_proxy.traffic.front import client_of, withdraw_cancellation
 from vllm_proxy.traffic.metering import Metering
+from vllm_proxy.traffic.moderation import refuse_unchecked
 from vllm_proxy.traffic.registry import Lease, Registry
 
 log = structlog.get_logger()
@@ -153,7 +154,9 @@ async def _run_session(call: Call, sessions: Sessions, client: web.WebSocketResp
 def _find(call: Call, sessions: Sessions, name: str) -> None:
     if not call.caller.may_use(name):
         raise model_not_found(name)
-    call.model = sessions.registry.find(name).spec.id
+    route = sessions.registry.find(name)
+    call.model = route.spec.id
+    refuse_unchecked(route)
 
 
 async def _first_message(client: web.WebSocketResponse, seconds: float) -> WSMessage:

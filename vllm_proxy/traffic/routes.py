@@ -8,8 +8,8 @@ from typing import Literal
 
 from vllm_proxy.domain.keys import Scope
 
-# Where a request says which model it is for; nowhere: it goes to every instance.
-type NamesModel = Literal["json", "form", "nowhere", "session"]
+# Where a request says which model it is for; nowhere: it goes to every instance; guard: that of `[moderation]`.
+type NamesModel = Literal["json", "form", "nowhere", "session", "guard"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ INFERENCE = (
     _json("/tokenize", "Text to tokens", salted=None),
     _json("/detokenize", "Tokens to text", salted=None),
     _json("/v2/embed", "Embed as Cohere's API does", salted=False),
+    InferenceRoute("POST", "/v1/moderations", "guard", "Classify texts as OpenAI's API does", salted=True),
     InferenceRoute("POST", "/v1/audio/transcriptions", "form", "Transcribe speech", salted=False),
     InferenceRoute("POST", "/v1/audio/translations", "form", "Translate speech", salted=False),
     InferenceRoute("GET", "/v1/responses/{id}", "nowhere", "Show a stored response"),
@@ -57,7 +58,7 @@ INFERENCE = (
 
 # Of the OpenAI API, and served neither by vLLM nor here; what lies below them is not either.
 UNSUPPORTED = (
-    "/v1/moderations",
+    "/v1/moderations",  # by other methods than POST
     "/v1/images",
     "/v1/audio/speech",
     "/v1/assistants",

@@ -27,6 +27,7 @@ from vllm_proxy.domain.file import hints
 from vllm_proxy.domain.file.locate import key_lines, line_of
 from vllm_proxy.domain.file.parse_adapters import AdapterFolders, adapters_of, dotted_names, not_with_adapters
 from vllm_proxy.domain.file.parse_keys import KeyTables
+from vllm_proxy.domain.file.parse_moderation import moderation_of
 from vllm_proxy.domain.file.read import read_toml, unusable
 from vllm_proxy.domain.file.validate import Found, unknown, validate
 from vllm_proxy.domain.keys import Key
@@ -37,7 +38,7 @@ from vllm_proxy.domain.units import show
 from vllm_proxy.domain.value_types import id_problem
 from vllm_proxy.errors import ConfigError, Problem
 
-_TABLES = ("server", "engine", "devices", "defaults", "models", "keys")
+_TABLES = ("server", "engine", "devices", "defaults", "models", "keys", "moderation")
 _EITHER = ("memory", "gpu_memory_utilization")  # say the same in two ways
 _NO_FILES = NoFiles()
 
@@ -88,11 +89,13 @@ def parse_config(
     keys = KeyTables(files, given)
     found += keys.add(document)
     elsewhere = keys.add_file(server.keys_file, file, found) if server is not None and server.keys_file else []
+    moderation = moderation_of(document, models, files, keys.attached, found)
     attached = keys.attached | folders.attached
     if found or elsewhere or server is None or engine is None or devices is None:
         problems = [*problems_at(found, text, overrides), *elsewhere]
         raise ConfigError(file, problems, attached=attached)
-    config = Config(revision_of(data), server, engine, {}, keys.found, attached, devices)
+    config = Config(revision_of(data), server, engine, {}, keys.found, attached, devices, moderation)
+    models = [_unmoderated(model) if moderation and model.id == moderation.model else model for model in models]
     by_id = {model.id: _in_order(model) if config.is_fair else model for model in models}
     return replace(config, models=by_id)
 
@@ -101,6 +104,11 @@ def _in_order(model: ModelSpec) -> ModelSpec:
     """A model whose engine takes requests by their numbers, unless its own `args` say otherwise."""
     options = {"scheduling-policy": "priority", **model.engine.args}
     return replace(model, engine=model.engine.model_copy(update={"args": options}))
+
+
+def _unmoderated(guard: ModelSpec) -> ModelSpec:
+    """The guard, whatever the defaults say: it does not check itself."""
+    return replace(guard, policy=guard.policy.model_copy(update={"moderate": False}))
 
 
 def _half_a_pair(server: TomlTable) -> Iterator[Found]:

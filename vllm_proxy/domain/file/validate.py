@@ -57,7 +57,8 @@ def _message(table: type[BaseModel], path: KeyPath, detail: ErrorDetails) -> str
     if kind == "missing":
         if detail["loc"][0] == "adapters":
             return 'missing: every adapter needs path = "a folder as PEFT writes it, or a hub id"'
-        return 'missing: every model needs model = "a Hugging Face id, path or URL"'
+        needed = 'every model needs model = "a Hugging Face id, path or URL"'
+        return f"missing: {needed if table is ModelTable else 'this table needs it'}"
     if kind == "value_error":
         message = str(detail["ctx"]["error"])
         return message if _KEY in detail["loc"] else message.replace(units.show(value), shown)
