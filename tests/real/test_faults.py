@@ -104,13 +104,28 @@ def marks_of(session: int) -> set[bytes]:
 
 
 @pytest.fixture(scope="module")
-async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
-    """One model that works and three that cannot."""
-    async with daemon(ENGINES + embed() + failing(), tmp_path_factory.mktemp("faults")) as running:
+async def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """Where a daemon was killed while vLLM loaded, and the first process of that."""
+    folder = tmp_path_factory.mktemp("faults")
+    async with daemon(ENGINES + embed(), folder) as first:
+        pid = (await once_started(first))["pid"]
+        await first.stop(signal.SIGKILL)
+    return folder, pid
+
+
+@pytest.fixture(scope="module")
+async def fleet(begun: tuple[Path, int]) -> AsyncIterator[Daemon]:
+    """One model that works, whose engine it adopts, and three that cannot."""
+    async with daemon(ENGINES + embed() + failing(), begun[0]) as running:
         yield running
-        pid = (await running.instance("embed"))["pid"]
-        assert await running.stop() == 0
-        assert session_of(pid) == set()
+
+
+async def test_a_daemon_that_is_killed_while_vllm_loads_is_followed_by_one_that_adopts(
+    begun: tuple[Path, int], fleet: Daemon
+) -> None:
+    """SIGKILL: the engine that was begun goes on, and serves."""
+    assert (await once_started(fleet))["pid"] == begun[1]
+    assert (await back(fleet, 0))["pid"] == begun[1]
 
 
 async def test_an_engine_that_does_not_fit_in_memory_says_so(fleet: Daemon) -> None:
@@ -191,23 +206,17 @@ async def test_a_stopped_engine_core_is_found_out_as_stalled(fleet: Daemon) -> N
     assert session_of(now["pid"]) == set()
 
 
-async def test_a_killed_daemon_is_followed_by_one_that_adopts(tmp_path: Path) -> None:
-    """SIGKILL while vLLM loads, and again while it serves: the same engine goes on, and is ended by `stop --all`."""
-    config = ENGINES + embed()
-    async with daemon(config, tmp_path) as first:
-        before = await once_started(first)
-        await first.stop(signal.SIGKILL)
-    async with daemon(config, tmp_path) as second:
-        assert (await once_started(second))["pid"] == before["pid"]
-        assert (await back(second, 0))["pid"] == before["pid"]
-        await second.stop(signal.SIGKILL)
-    async with daemon('[server]\non_exit = "keep"\n' + config, tmp_path) as third:
+async def test_a_killed_daemon_is_followed_by_one_that_adopts(fleet: Daemon) -> None:
+    """SIGKILL while vLLM serves: the same engine goes on, outlives the next daemon, and is ended by `stop --all`."""
+    before = await back(fleet, 0)
+    await fleet.stop(signal.SIGKILL)
+    async with daemon('[server]\non_exit = "keep"\n' + ENGINES + embed(), fleet.folder) as third:
         await third.post("/v1/embeddings", ASK)
         now = await third.instance("embed")
         assert (now["pid"], now["started_at"]) == (before["pid"], before["started_at"])
         assert await third.stop() == 0
     assert len(session_of(before["pid"])) > 1
-    status, out, _ = await vllm_proxy(tmp_path, "stop", "--all")
+    status, out, _ = await vllm_proxy(fleet.folder, "stop", "--all")
     assert status == 0, out
     assert session_of(before["pid"]) == set()
 
