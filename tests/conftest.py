@@ -60,15 +60,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return is_left_out or None
 
 
+BESIDE_VLLM_SECONDS = 600.0  # after which a test hangs, where engines that load may take every processor
 # Of what `alone` shares out, what takes minutes first, and first of all what needs more than half of the memory.
-BESIDE_VLLM_SECONDS = 600.0  # after which such a test hangs: engines that load may take every processor
 LONG = ("real/test_swap", "systemd/", "real/test_faults", "real/test_counters", "browser/", "real/test_fair", "nix/")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Real vLLM comes behind everything that fails faster, and what stops it comes last.
 
-    Where several processes run the tests, what takes long comes first, those of the daemon: they wait for much.
+    Where several processes run the tests, what takes long comes first, then those of the daemon: they wait for much.
     """
     part = config.getoption("part")
     left_out = [item for item in items if part and _is_marked(item, *PARTS.get(part, ALONE)) == (part in PARTS)]
@@ -76,12 +76,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
     for item in items:
+        if _is_marked(item, "slow"):
+            item.add_marker("no_cover")  # it would take twice as long, on lines to which quick ones come too
         if _is_marked(item, *ALONE) and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(BESIDE_VLLM_SECONDS))
     items.sort(key=lambda item: (_is_marked(item, "real", "gpu"), _is_marked(item, "last")))
     if hasattr(config, "workerinput"):
         first = ("daemon/", *LONG)
-        items.sort(key=lambda item: _place(item.nodeid.removeprefix("tests/"), first))
+        items.sort(key=lambda item: (not _is_marked(item, "slow"), _place(item.nodeid.removeprefix("tests/"), first)))
 
 
 def _place(name: str, first: Sequence[str]) -> int:
