@@ -17,11 +17,15 @@ LEVELS = {"one": 1, "two": 2}  # model -> level
 
 
 def configuration(server: str = "", defaults: str = "", tables: str = "") -> str:
-    """The same weights under two names, one for each level. The arguments: lines of these tables, more tables."""
+    """The same weights under two names, one for each level. The arguments: lines of these tables, more tables.
+
+    An engine that shares fairly is started otherwise, so all of these do.
+    """
     environment = "\n".join(f'{name} = "{value}"' for name, value in openmp(2).items())
     models = "".join(f"[models.{name}]\nsleep = {level}\n" for name, level in LEVELS.items())
     return f"""
 [server]
+fair = true
 {server}
 [engine.env]
 {environment}
@@ -46,9 +50,9 @@ args = {{ enforce_eager = true }}
 """
 
 
-def under_daemon(folder: Path, server: str = "", defaults: str = "", tables: str = "") -> Any:  # noqa: ANN401 - a context manager
+def under_daemon(folder: Path, defaults: str = "", tables: str = "") -> Any:  # noqa: ANN401 - a context manager
     """A daemon that finds the engines there, and keeps them. The rest: as of `configuration`."""
-    return daemon(configuration(f"{KEEP}\n{server}", defaults, tables), folder)
+    return daemon(configuration(KEEP, defaults, tables), folder)
 
 
 async def all_pids(running: Daemon) -> dict[str, int]:

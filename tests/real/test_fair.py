@@ -25,7 +25,7 @@ TABLES = "".join(f'[keys.{name}]\nhash = "{hash_of(key)}"\n' for name, key in KE
 @pytest.fixture
 async def fair(sleepers: Path) -> AsyncIterator[Daemon]:
     """A daemon with two keys, whose model is ready and works on one request at a time."""
-    async with under_daemon(sleepers, "fair = true", tables=TABLES) as running:
+    async with under_daemon(sleepers, tables=TABLES) as running:
         await in_state(running, "ready", MODEL)
         yield running
 
