@@ -17,6 +17,7 @@ from typing import Any
 
 BOOT = Path(__file__).parent / "boot.sh"
 WAIT_SECONDS = 180.0  # beside real vLLM, which may take every processor
+RUN_SECONDS = 500.0  # an installation compiles what it installs
 CONTROL = "/run/vllm-proxy/control.sock"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NAMESPACES = ("--mount", "--pid", "--uts", "--ipc", "--cgroup", "--net")
@@ -44,7 +45,7 @@ class Machine:
         )
 
     def run(
-        self, *command: str, status: int | None = 0, online: bool = False, seconds: float = WAIT_SECONDS
+        self, *command: str, status: int | None = 0, online: bool = False, seconds: float = RUN_SECONDS
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end. `status`: what it must exit with; None: whatever."""
         process = self.start(command, online=online, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
