@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Daemon, daemon, session_of, vllm_proxy
+from tests.harness import Daemon, daemon, port_block, real_engines, session_of, vllm_proxy
 from vllm_proxy.demo.threads import openmp
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
@@ -104,19 +104,25 @@ def marks_of(session: int) -> set[bytes]:
 
 
 @pytest.fixture(scope="module")
-async def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+def working() -> str:
+    """A configuration with the one that works."""
+    return real_engines(port_block()) + ENGINES + embed()
+
+
+@pytest.fixture(scope="module")
+async def begun(working: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """Where a daemon was killed while vLLM loaded, and the first process of that."""
     folder = tmp_path_factory.mktemp("faults")
-    async with daemon(ENGINES + embed(), folder) as first:
+    async with daemon(working, folder) as first:
         pid = (await once_started(first))["pid"]
         await first.stop(signal.SIGKILL)
     return folder, pid
 
 
 @pytest.fixture(scope="module")
-async def fleet(begun: tuple[Path, int]) -> AsyncIterator[Daemon]:
+async def fleet(working: str, begun: tuple[Path, int]) -> AsyncIterator[Daemon]:
     """One model that works, whose engine it adopts, and three that cannot."""
-    async with daemon(ENGINES + embed() + failing(), begun[0]) as running:
+    async with daemon(working + failing(), begun[0]) as running:
         yield running
 
 
@@ -206,11 +212,11 @@ async def test_a_stopped_engine_core_is_found_out_as_stalled(fleet: Daemon) -> N
     assert session_of(now["pid"]) == set()
 
 
-async def test_a_killed_daemon_is_followed_by_one_that_adopts(fleet: Daemon) -> None:
+async def test_a_killed_daemon_is_followed_by_one_that_adopts(working: str, fleet: Daemon) -> None:
     """SIGKILL while vLLM serves: the same engine goes on, outlives the next daemon, and is ended by `stop --all`."""
     before = await back(fleet, 0)
     await fleet.stop(signal.SIGKILL)
-    async with daemon('[server]\non_exit = "keep"\n' + ENGINES + embed(), fleet.folder) as third:
+    async with daemon('[server]\non_exit = "keep"\n' + working, fleet.folder) as third:
         await third.post("/v1/embeddings", ASK)
         now = await third.instance("embed")
         assert (now["pid"], now["started_at"]) == (before["pid"], before["started_at"])
