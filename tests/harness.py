@@ -33,9 +33,7 @@ PLAIN = (sys.executable, "-m", "vllm_proxy")  # as users run it
 FORKED = (WATCHED, PLAIN)
 WAIT_SECONDS = 60.0
 OPEN = '[keys.anonymous]\nscopes = ["admin"]\n'  # for what is not about access: nobody needs a key
-NO_LIMIT = aiohttp.ClientTimeout(
-    total=None, sock_connect=30
-)  # a request may wait for vLLM; what hangs, a test's limit ends
+NO_LIMIT = aiohttp.ClientTimeout(total=None, sock_connect=30)  # a request may wait for vLLM to load
 PAUSE_SECONDS = 0.01  # between two questions: who asks without one takes the processor from whoever is to answer
 # Root is exempt from the limit of processes; whoever may read and write everything is not (`access` too, by its bits).
 NOBODY = 54321
