@@ -171,6 +171,20 @@ async def test_every_process_of_vllm_shows_whose_it_is(fleet: Daemon) -> None:
     assert mark.startswith(b"ENGINE_INSTANCE=embed/0.")
 
 
+async def test_a_stopped_engine_core_is_found_out_as_stalled(fleet: Daemon) -> None:
+    """SIGSTOP: `/health` stays 200 and a request hangs. It ends honestly, and a new engine serves.
+
+    By its place it happens to the engine that was adopted, whose exit status nobody learns; others ask for theirs.
+    """
+    now = await once(fleet, "embed", "ready")
+    os.kill(core_of(now["pid"]), signal.SIGSTOP)
+    error = (await fleet.post("/v1/embeddings", ASK, 502))["error"]
+    assert error["code"] == "engine_failed"
+    after = await back(fleet, now["restarts"] + 1)
+    assert after["last_exit"]["reason"] == "stalled"
+    assert session_of(now["pid"]) == set()
+
+
 async def test_a_killed_api_server_leaves_no_core_behind(fleet: Daemon) -> None:
     """SIGKILL of the first process: its engine core, which would hold a GPU for ever, is ended; a new engine serves.
 
@@ -199,17 +213,6 @@ async def test_a_killed_engine_core_is_a_crash_though_vllm_exits_0(fleet: Daemon
     after = await back(fleet, now["restarts"] + 1)
     assert (after["last_exit"]["code"], after["last_exit"]["signal"]) == (0, None)
     assert after["last_exit"]["reason"] in {"crashed", "killed"}
-
-
-async def test_a_stopped_engine_core_is_found_out_as_stalled(fleet: Daemon) -> None:
-    """SIGSTOP: `/health` stays 200 and a request hangs. It ends honestly, and a new engine serves."""
-    now = await once(fleet, "embed", "ready")
-    os.kill(core_of(now["pid"]), signal.SIGSTOP)
-    error = (await fleet.post("/v1/embeddings", ASK, 502))["error"]
-    assert error["code"] == "engine_failed"
-    after = await back(fleet, now["restarts"] + 1)
-    assert after["last_exit"]["reason"] == "stalled"
-    assert session_of(now["pid"]) == set()
 
 
 async def test_a_killed_daemon_is_followed_by_one_that_adopts(working: str, fleet: Daemon) -> None:
