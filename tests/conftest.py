@@ -61,8 +61,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 BESIDE_VLLM_SECONDS = 600.0  # after which a test hangs, where engines that load may take every processor
-# Of what `alone` shares out, what takes minutes first, and first of all what needs more than half of the memory.
-LONG = ("real/test_swap", "systemd/", "real/test_faults", "real/test_counters", "browser/", "real/test_fair", "nix/")
+# In this order two processes share out `alone`. First what wants more than half of the memory, beside what wants little
+# for as long; only then what has several engines, of about 4 GB each.
+SHARED_OUT = (
+    "real/test_swap", "systemd/", "browser/", "nix/", "real/test_options", "real/test_devices", "real/test_faults",
+    "real/test_counters",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -82,7 +86,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.timeout(BESIDE_VLLM_SECONDS))
     items.sort(key=lambda item: (_is_marked(item, "real", "gpu"), _is_marked(item, "last")))
     if hasattr(config, "workerinput"):
-        first = ("daemon/", *LONG)
+        first = ("daemon/", *SHARED_OUT)
         items.sort(key=lambda item: (not _is_marked(item, "slow"), _place(item.nodeid.removeprefix("tests/"), first)))
 
 
@@ -100,7 +104,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
     An engine of real vLLM computes on one processor while it starts, and has gigabytes.
     """
-    return min(3 if config.getoption("part") == "alone" else 8, len(os.sched_getaffinity(0)) + 1)
+    return 2 if config.getoption("part") == "alone" else min(8, len(os.sched_getaffinity(0)) + 1)
 
 
 @pytest.hookimpl(optionalhook=True)
