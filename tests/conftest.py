@@ -3,7 +3,9 @@
 import functools
 import os
 import pkgutil
+import re
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ def port_start() -> int:
     return port_block()
 
 
-# What most machines lack, and what does not bear company: real vLLM, which takes every processor there is.
+# What most machines lack, and what takes a machine's memory or its processors.
 ALONE = ("browser", "nix", "systemd", "real", "gpu")
 PARTS = {"unit": ("slow", *ALONE), "beside": ALONE}  # and which markers they leave out
 
@@ -42,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`--part`: for `packaging/dev`, beside every other selection."""
     choices = [*PARTS, "alone"]
     parser.addoption(
-        "--part", choices=choices, help="unit: quick, and needs nothing; beside: may run in parallel; alone: all others"
+        "--part", choices=choices, help="unit: quick, and needs nothing; beside: slow ones too; alone: all others"
     )
 
 
@@ -58,19 +60,38 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return is_left_out or None
 
 
+BESIDE_VLLM_SECONDS = 600.0  # after which a test hangs, where engines that load may take every processor
+# In this order two processes share out `alone`. First what wants more than half of the memory, beside what wants little
+# for as long; only then what has several engines, of about 4 GB each.
+SHARED_OUT = (
+    "real/test_swap", "systemd/", "browser/", "nix/", "real/test_options", "real/test_devices", "real/test_faults",
+    "real/test_counters",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Real vLLM comes behind everything that fails faster, and what stops it comes last.
 
-    Where several processes run the tests, those of the daemon come first: they wait for much, and end the last.
+    Where several processes run the tests, what takes long comes first, then those of the daemon: they wait for much.
     """
     part = config.getoption("part")
     left_out = [item for item in items if part and _is_marked(item, *PARTS.get(part, ALONE)) == (part in PARTS)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
-    if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: not item.nodeid.startswith("tests/daemon/"))
+    for item in items:
+        if _is_marked(item, "slow"):
+            item.add_marker("no_cover")  # it would take twice as long, on lines to which quick ones come too
+        if _is_marked(item, *ALONE) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(BESIDE_VLLM_SECONDS))
     items.sort(key=lambda item: (_is_marked(item, "real", "gpu"), _is_marked(item, "last")))
+    if hasattr(config, "workerinput"):
+        first = ("daemon/", *SHARED_OUT)
+        items.sort(key=lambda item: (not _is_marked(item, "slow"), _place(item.nodeid.removeprefix("tests/"), first)))
+
+
+def _place(name: str, first: Sequence[str]) -> int:
+    return next((place for place, begin in enumerate(first) if name.startswith(begin)), len(first))
 
 
 def _is_marked(item: pytest.Item, *names: str) -> bool:
@@ -78,9 +99,12 @@ def _is_marked(item: pytest.Item, *names: str) -> bool:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """So many processes for `-n auto`: tests wait more than they compute, and each process imports everything."""
-    return min(8, len(os.sched_getaffinity(0)) + 1)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """So many processes for `-n auto`: tests wait more than they compute, and each process imports everything.
+
+    An engine of real vLLM computes on one processor while it starts, and has gigabytes.
+    """
+    return 2 if config.getoption("part") == "alone" else min(8, len(os.sched_getaffinity(0)) + 1)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -90,18 +114,31 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # noqa
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc] # as above
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return file if _shares(config.rootpath / file) else nodeid
+            return _scope(config.rootpath / nodeid.partition("::")[0]) or nodeid
+
+        def _reschedule(self, node: Any) -> None:  # noqa: ANN401 - as above
+            """As xdist does, but what takes minutes does not wait behind a test when another process has none."""
+            if not self.workqueue or self._pending_of(self.assigned_work[node]) < 2:
+                super()._reschedule(node)
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
 
 
 @functools.cache
-def _shares(file: Path) -> bool:
-    """Whether the tests of a file have something in common that takes its time, or take none themselves."""
+def _scope(file: Path) -> str | None:
+    """What the tests of a file share with each other, and maybe with other files; None: nothing that takes its time."""
     text = file.read_text(encoding="utf-8")
-    return "/daemon/" not in str(file) or 'scope="module"' in text or 'scope="session"' in text
+    folder = file.parent
+    if folder.name in {"systemd", "browser", "gpu"}:
+        return folder.name
+    if folder.name == "real":
+        defined = re.findall(
+            r'scope="session"\)\nasync def (\w+)', (folder / "conftest.py").read_text(encoding="utf-8")
+        )
+        return next((name for name in defined if re.search(rf"\b{name}: ", text)), str(file))
+    shares = folder.name != "daemon" or 'scope="module"' in text or 'scope="session"' in text
+    return str(file) if shares else None
 
 
 def pytest_unconfigure() -> None:

@@ -33,6 +33,7 @@ PLAIN = (sys.executable, "-m", "vllm_proxy")  # as users run it
 FORKED = (WATCHED, PLAIN)
 WAIT_SECONDS = 60.0
 OPEN = '[keys.anonymous]\nscopes = ["admin"]\n'  # for what is not about access: nobody needs a key
+NO_LIMIT = aiohttp.ClientTimeout(total=None, sock_connect=30)  # a request may wait for vLLM to load
 PAUSE_SECONDS = 0.01  # between two questions: who asks without one takes the processor from whoever is to answer
 # Root is exempt from the limit of processes; whoever may read and write everything is not (`access` too, by its bits).
 NOBODY = 54321
@@ -95,7 +96,12 @@ def free_port() -> int:
 def fake_engines(port_start: int) -> str:
     """An `[engine]` table that starts the fake. Two hundred ports are its own."""
     command = [sys.executable, "-S", str(FAKE), "serve"]
-    return f"[engine]\ncommand = {command!r}\nport_start = {port_start}\nport_end = {port_start + 199}\n"
+    return f"{real_engines(port_start)}command = {command!r}\n"
+
+
+def real_engines(port_start: int) -> str:
+    """An `[engine]` table that starts vLLM, on ports that no daemon beside it gives to its engines while they load."""
+    return f"[engine]\nport_start = {port_start}\nport_end = {port_start + 199}\n"
 
 
 def loading_until(port_start: int, gate: Path) -> str:
@@ -137,9 +143,8 @@ class Daemon:
         self.notes = notes
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
         connector = aiohttp.TCPConnector(ssl=tls) if tls else None
-        self.session = aiohttp.ClientSession(
-            self.url, connector=connector
-        )  # its URLs are normalised, those of get and post are not
+        # Its URLs are normalised, those of get and post are not.
+        self.session = aiohttp.ClientSession(self.url, connector=connector, timeout=NO_LIMIT)
         self.runtime_dir = folder / "state"  # where its control socket lies
         self._runtime = -1  # a descriptor of that, whose path may be too long for a socket's name
         self._admin: aiohttp.ClientSession | None = None
@@ -150,7 +155,7 @@ class Daemon:
         if self._admin is None:
             self._runtime = os.open(self.runtime_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             connector = aiohttp.UnixConnector(f"/proc/self/fd/{self._runtime}/control.sock")
-            self._admin = aiohttp.ClientSession("http://localhost", connector=connector)
+            self._admin = aiohttp.ClientSession("http://localhost", connector=connector, timeout=NO_LIMIT)
         return self._admin
 
     async def close(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
-_WAIT_SECONDS = 60.0
+_WAIT_SECONDS = 180.0  # beside real vLLM, which may take every processor
 REBOUND = "evil.example"  # a name of somebody else, who lets it mean this machine
 _FLAGS = (
     "--headless=new", "--no-sandbox", "--remote-debugging-port=0", "--disable-gpu", "--disable-dev-shm-usage",

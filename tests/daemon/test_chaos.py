@@ -18,7 +18,7 @@ def enough(faults: Counter[str], outcomes: Counter[str]) -> bool:
     return faults.total() >= FAULTS and outcomes["whole"] >= ANSWERS
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_under_random_faults_every_request_has_one_honest_outcome(
     tmp_path: Path, port_start: int, seed: int
@@ -29,7 +29,7 @@ async def test_under_random_faults_every_request_has_one_honest_outcome(
     assert enough(found["faults"], found["outcomes"])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not compiler(), reason="no C compiler")
 async def test_under_random_faults_around_the_daemon_nothing_is_left_over(tmp_path: Path, port_start: int) -> None:
     """Outputs that fail, descriptors that are taken, clocks that jump: honest answers, and at rest all is well.

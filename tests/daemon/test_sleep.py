@@ -198,7 +198,7 @@ async def test_a_wake_that_fails_costs_one_cold_start(tmp_path: Path, level: int
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 async def test_a_call_that_hangs_costs_one_cold_start(tmp_path: Path) -> None:
     """Of both kinds, at once, on a GPU each: after the time that vLLM is given for it."""
     config = pairs(tmp_path, 1, {"lull": 'fake_sleep = "slow"', "dawn": 'fake_wake = "hangs"'})

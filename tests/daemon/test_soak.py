@@ -111,7 +111,7 @@ def all_ready(listing: dict[str, list[dict[str, dict[str, list[dict[str, str]]]]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_nothing_leaks_and_every_answer_is_honest(tmp_path: Path, port_start: int) -> None:
     """At rest all models are ready, every count is 0, and the daemon has the descriptors that it began with."""
     async with daemon(fake_engines(port_start) + MODELS, tmp_path) as running:

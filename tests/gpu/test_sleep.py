@@ -12,7 +12,7 @@ from tests import mixed_load
 from tests.gpu.conftest import needs_gpus
 from tests.gpu.test_swap import configuration
 from tests.harness import Daemon, daemon, session_of
-from tests.real.test_sleep import answer
+from tests.real.sleepers import answer
 from vllm_proxy.demo.prepare import chat_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800), needs_gpus(1)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -11,7 +12,7 @@ import pytest
 
 from tests import mixed_load
 from tests.gpu.conftest import needs_gpus
-from tests.harness import Daemon, daemon
+from tests.harness import Daemon, daemon, port_block, real_engines
 from tests.real.swapping import refused_without_room
 from vllm_proxy.domain.ledger import Device
 
@@ -26,9 +27,16 @@ sys.stdin.read()
 """
 
 
+@functools.cache
+def engines() -> str:
+    """The table of engines of every daemon here: one may adopt those of another."""
+    return real_engines(port_block())
+
+
 def configuration(model: Path, models: str) -> str:
     """Models of random weights, each started by its first request."""
     return f"""
+{engines()}
 [engine.env]
 HF_HUB_OFFLINE = "1"
 [devices]

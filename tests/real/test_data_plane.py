@@ -12,7 +12,7 @@ import anthropic
 import openai
 import pytest
 
-from tests.harness import Daemon
+from tests.harness import PAUSE_SECONDS, Daemon
 from vllm_proxy.traffic import routes
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
@@ -51,7 +51,7 @@ class Engine:
         """Wait until so many requests run."""
         async with asyncio.timeout(seconds):
             while await self.running() != count:
-                pass
+                await asyncio.sleep(PAUSE_SECONDS)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Keys share a real vLLM: behind sixteen requests of one key another's is next, and nothing is slower for it."""
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,50 +8,32 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Daemon, daemon
-from vllm_proxy.demo.prepare import chat_model
-from vllm_proxy.demo.threads import openmp
+from tests.harness import Daemon
+from tests.real.sleepers import in_state, under_daemon
 from vllm_proxy.domain.keys import hash_of, new_key
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 KEYS = {name: new_key(bytes([number]) * 32) for number, name in enumerate(("heavy", "light"))}
 TOKENS = 24
+MODEL = "one"
 
 
-def configuration(model: Path) -> str:
-    """One engine that works on one request at a time, and two keys of which one has a weight."""
-    environment = "\n".join(f'{name} = "{value}"' for name, value in openmp(2).items())
-    tables = "".join(f'[keys.{name}]\nhash = "{hash_of(key)}"\n' for name, key in KEYS.items())
-    return f"""
-[server]
-fair = true
-[engine.env]
-{environment}
-HF_HUB_OFFLINE = "1"
-VLLM_CPU_KVCACHE_SPACE = "1"
-VLLM_CPU_OMP_THREADS_BIND = "nobind"
-[models.chat]
-model = "{model}"
-max_model_len = 512
-max_num_seqs = 1
-args = {{ enforce_eager = true }}
-{tables}
-"""
+TABLES = "".join(f'[keys.{name}]\nhash = "{hash_of(key)}"\n' for name, key in KEYS.items())
 
 
-@pytest.fixture(scope="module")
-async def fair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
-    """A daemon whose model is ready."""
-    async with daemon(configuration(chat_model(os.environ)), tmp_path_factory.mktemp("fair")) as running:
-        await running.until("1 of 1 models ready", 600)
+@pytest.fixture
+async def fair(sleepers: Path) -> AsyncIterator[Daemon]:
+    """A daemon with two keys, whose model is ready and works on one request at a time."""
+    async with under_daemon(sleepers, tables=TABLES) as running:
+        await in_state(running, "ready", MODEL)
         yield running
 
 
 async def ask(running: Daemon, key: str, order: list[str]) -> float:
     """One stream, to its end; notes whose it is at its first token, and returns the seconds until that."""
     body: dict[str, Any] = {
-        "model": "chat", "messages": [{"role": "user", "content": "Count."}], "max_tokens": TOKENS, "stream": True,
+        "model": MODEL, "messages": [{"role": "user", "content": "Count."}], "max_tokens": TOKENS, "stream": True,
         "ignore_eos": True,
     }  # fmt: skip
     began = time.monotonic()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Daemon, daemon, session_of, vllm_proxy
+from tests.harness import Daemon, daemon, port_block, real_engines, session_of, vllm_proxy
 from vllm_proxy.demo.threads import openmp
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
@@ -104,13 +104,34 @@ def marks_of(session: int) -> set[bytes]:
 
 
 @pytest.fixture(scope="module")
-async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
-    """One model that works and three that cannot."""
-    async with daemon(ENGINES + embed() + failing(), tmp_path_factory.mktemp("faults")) as running:
+def working() -> str:
+    """A configuration with the one that works."""
+    return real_engines(port_block()) + ENGINES + embed()
+
+
+@pytest.fixture(scope="module")
+async def begun(working: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """Where a daemon was killed while vLLM loaded, and the first process of that."""
+    folder = tmp_path_factory.mktemp("faults")
+    async with daemon(working, folder) as first:
+        pid = (await once_started(first))["pid"]
+        await first.stop(signal.SIGKILL)
+    return folder, pid
+
+
+@pytest.fixture(scope="module")
+async def fleet(working: str, begun: tuple[Path, int]) -> AsyncIterator[Daemon]:
+    """One model that works, whose engine it adopts, and three that cannot."""
+    async with daemon(working + failing(), begun[0]) as running:
         yield running
-        pid = (await running.instance("embed"))["pid"]
-        assert await running.stop() == 0
-        assert session_of(pid) == set()
+
+
+async def test_a_daemon_that_is_killed_while_vllm_loads_is_followed_by_one_that_adopts(
+    begun: tuple[Path, int], fleet: Daemon
+) -> None:
+    """SIGKILL: the engine that was begun goes on, and serves."""
+    assert (await once_started(fleet))["pid"] == begun[1]
+    assert (await back(fleet, 0))["pid"] == begun[1]
 
 
 async def test_an_engine_that_does_not_fit_in_memory_says_so(fleet: Daemon) -> None:
@@ -150,6 +171,20 @@ async def test_every_process_of_vllm_shows_whose_it_is(fleet: Daemon) -> None:
     assert mark.startswith(b"ENGINE_INSTANCE=embed/0.")
 
 
+async def test_a_stopped_engine_core_is_found_out_as_stalled(fleet: Daemon) -> None:
+    """SIGSTOP: `/health` stays 200 and a request hangs. It ends honestly, and a new engine serves.
+
+    By its place it happens to the engine that was adopted, whose exit status nobody learns; others ask for theirs.
+    """
+    now = await once(fleet, "embed", "ready")
+    os.kill(core_of(now["pid"]), signal.SIGSTOP)
+    error = (await fleet.post("/v1/embeddings", ASK, 502))["error"]
+    assert error["code"] == "engine_failed"
+    after = await back(fleet, now["restarts"] + 1)
+    assert after["last_exit"]["reason"] == "stalled"
+    assert session_of(now["pid"]) == set()
+
+
 async def test_a_killed_api_server_leaves_no_core_behind(fleet: Daemon) -> None:
     """SIGKILL of the first process: its engine core, which would hold a GPU for ever, is ended; a new engine serves.
 
@@ -180,34 +215,17 @@ async def test_a_killed_engine_core_is_a_crash_though_vllm_exits_0(fleet: Daemon
     assert after["last_exit"]["reason"] in {"crashed", "killed"}
 
 
-async def test_a_stopped_engine_core_is_found_out_as_stalled(fleet: Daemon) -> None:
-    """SIGSTOP: `/health` stays 200 and a request hangs. It ends honestly, and a new engine serves."""
-    now = await once(fleet, "embed", "ready")
-    os.kill(core_of(now["pid"]), signal.SIGSTOP)
-    error = (await fleet.post("/v1/embeddings", ASK, 502))["error"]
-    assert error["code"] == "engine_failed"
-    after = await back(fleet, now["restarts"] + 1)
-    assert after["last_exit"]["reason"] == "stalled"
-    assert session_of(now["pid"]) == set()
-
-
-async def test_a_killed_daemon_is_followed_by_one_that_adopts(tmp_path: Path) -> None:
-    """SIGKILL while vLLM loads, and again while it serves: the same engine goes on, and is ended by `stop --all`."""
-    config = ENGINES + embed()
-    async with daemon(config, tmp_path) as first:
-        before = await once_started(first)
-        await first.stop(signal.SIGKILL)
-    async with daemon(config, tmp_path) as second:
-        assert (await once_started(second))["pid"] == before["pid"]
-        assert (await back(second, 0))["pid"] == before["pid"]
-        await second.stop(signal.SIGKILL)
-    async with daemon('[server]\non_exit = "keep"\n' + config, tmp_path) as third:
+async def test_a_killed_daemon_is_followed_by_one_that_adopts(working: str, fleet: Daemon) -> None:
+    """SIGKILL while vLLM serves: the same engine goes on, outlives the next daemon, and is ended by `stop --all`."""
+    before = await back(fleet, 0)
+    await fleet.stop(signal.SIGKILL)
+    async with daemon('[server]\non_exit = "keep"\n' + working, fleet.folder) as third:
         await third.post("/v1/embeddings", ASK)
         now = await third.instance("embed")
         assert (now["pid"], now["started_at"]) == (before["pid"], before["started_at"])
         assert await third.stop() == 0
     assert len(session_of(before["pid"])) > 1
-    status, out, _ = await vllm_proxy(tmp_path, "stop", "--all")
+    status, out, _ = await vllm_proxy(fleet.folder, "stop", "--all")
     assert status == 0, out
     assert session_of(before["pid"]) == set()
 

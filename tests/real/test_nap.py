@@ -4,46 +4,25 @@ On a processor vLLM's routes pause it truly, and free nothing; level 2 loads its
 """
 
 import asyncio
-import os
-import tomllib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
 
-from tests.harness import Daemon, daemon
-from vllm_proxy.demo.prepare import chat_model
-from vllm_proxy.demo.threads import openmp
+from tests.harness import Daemon
+from tests.real.sleepers import answer, record_of, under_daemon
 from vllm_proxy.domain.address import UnixAddress, parse_address
 from vllm_proxy.domain.canary import COMPLETIONS, Canary
 from vllm_proxy.domain.command import Place
 from vllm_proxy.engine.nap import HttpNap, Slept, Woke
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
 
 LOAD_SECONDS = 600.0
-ASK = {"model": "chat", "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0}
-
-
-def configuration(model: Path) -> str:
-    """One model that may sleep."""
-    environment = "\n".join(f'{name} = "{value}"' for name, value in openmp(1).items())
-    return f"""
-[engine.env]
-{environment}
-HF_HUB_OFFLINE = "1"
-VLLM_CPU_OMP_THREADS_BIND = "nobind"
-VLLM_CPU_KVCACHE_SPACE = "1"
-[models.chat]
-model = "{model}"
-max_model_len = 512
-gpu_memory_utilization = 0.2
-sleep = 2
-args = {{ enforce_eager = true }}
-"""
+MODEL = "two"
+ASK = {"model": MODEL, "prompt": "The capital of France is", "max_tokens": 24, "temperature": 0}
 
 
 @dataclass
@@ -69,9 +48,7 @@ class Sleeper:
 
     async def answers(self) -> str:
         """What a client gets."""
-        answer: Any = await self.running.post("/v1/completions", ASK)
-        text: str = answer["choices"][0]["text"]
-        return text
+        return await answer(self.running, MODEL)
 
 
 async def _unmeasured() -> None:
@@ -79,22 +56,20 @@ async def _unmeasured() -> None:
 
 
 @pytest.fixture(scope="module")
-async def sleeper(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sleeper]:
-    """One engine for all; nothing of it is left."""
-    async with daemon(configuration(chat_model(os.environ)), tmp_path_factory.mktemp("nap")) as running:
-        await running.until("1 of 1 models ready", LOAD_SECONDS)
-        (record,) = tomllib.loads((running.state_dir / "engines.toml").read_text())["engines"]
+async def sleeper(sleepers: Path) -> AsyncIterator[Sleeper]:
+    """One engine for all; its daemon is not told of its naps."""
+    async with under_daemon(sleepers) as running:
+        assert await answer(running, MODEL)
+        record = record_of(running, MODEL)
         address = parse_address(record["address"])
-        place = Place("chat/0", record["own_name"], address, record["credential"], record["folder"])
+        place = Place(f"{MODEL}/0", record["own_name"], address, record["credential"], record["folder"])
         async with aiohttp.ClientSession(trust_env=False) as session:
             yield Sleeper(running, place, HttpNap(session))
-        assert await running.stop() == 0
-    assert not Path(place.folder).exists()
 
 
 async def test_it_is_reached_by_the_daemon_alone(sleeper: Sleeper) -> None:
     """At a socket in a folder of the daemon's user; clients come to it by the daemon, and to none of these routes."""
-    instance = await sleeper.running.instance("chat")
+    instance = await sleeper.running.instance(MODEL)
     assert (instance["state"], instance["port"]) == ("ready", None)
     assert sleeper.place.address == UnixAddress(f"{sleeper.place.folder}/http.sock")
     assert Path(sleeper.place.folder).stat().st_mode & 0o777 == 0o700

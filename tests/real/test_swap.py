@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import mixed_load
-from tests.harness import Daemon, daemon, session_of
+from tests.harness import Daemon, daemon, port_block, real_engines, session_of
 from tests.real.swapping import GIB, one_serves, refused_without_room
 from vllm_proxy.demo.prepare import chat_model
 from vllm_proxy.demo.threads import openmp
@@ -37,6 +37,7 @@ def configuration(model: Path, share: float, devices: str = "") -> str:
     """The same weights under two names. `devices`: more of that table."""
     environment = "\n".join(f'{name} = "{value}"' for name, value in openmp(1).items())
     return f"""
+{real_engines(port_block())}
 [engine.env]
 {environment}
 HF_HUB_OFFLINE = "1"

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 BOOT = Path(__file__).parent / "boot.sh"
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 180.0  # beside real vLLM, which may take every processor
+RUN_SECONDS = 500.0  # an installation compiles what it installs
 CONTROL = "/run/vllm-proxy/control.sock"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NAMESPACES = ("--mount", "--pid", "--uts", "--ipc", "--cgroup", "--net")
@@ -44,7 +45,7 @@ class Machine:
         )
 
     def run(
-        self, *command: str, status: int | None = 0, online: bool = False, seconds: float = WAIT_SECONDS
+        self, *command: str, status: int | None = 0, online: bool = False, seconds: float = RUN_SECONDS
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end. `status`: what it must exit with; None: whatever."""
         process = self.start(command, online=online, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -69,15 +70,17 @@ class Machine:
 
     def until(self, unit: str, **wanted: str) -> None:
         """Wait until properties of a unit have these values."""
-        deadline = time.monotonic() + WAIT_SECONDS
-        while (found := self.show(unit, *wanted)) != wanted:
-            assert time.monotonic() < deadline, f"{unit}: {found} instead of {wanted}\n{self.journal()}"
+        for within in _looks(WAIT_SECONDS):
+            if (found := self.show(unit, *wanted)) == wanted:
+                return
+            assert within, f"{unit}: {found} instead of {wanted}\n{self.journal()}"
 
     def until_status(self, part: str, unit: str = "vllm-proxy") -> None:
         """Wait until a unit's STATUS= has this in it."""
-        deadline = time.monotonic() + WAIT_SECONDS
-        while part not in (found := self.show(unit, "StatusText")["StatusText"]):
-            assert time.monotonic() < deadline, f"{unit}: {found!r}\n{self.journal()}"
+        for within in _looks(WAIT_SECONDS):
+            if part in (found := self.show(unit, "StatusText")["StatusText"]):
+                return
+            assert within, f"{unit}: {found!r}\n{self.journal()}"
 
     def journal(self, unit: str = "vllm-proxy") -> str:
         """What a unit and systemd about it have logged."""
@@ -94,14 +97,15 @@ class Machine:
         self, path: str, key: str, value: object, seconds: float = WAIT_SECONDS, *, control: bool = False
     ) -> Any:  # noqa: ANN401 - JSON
         """Ask as `get` does until the answer has this at `key`, a path with dots; returns the answer."""
-        deadline = time.monotonic() + seconds
-        while True:
+        answer = None
+        for within in _looks(seconds):
             found = answer = self.get(path, control=control)
             for part in key.split("."):
                 found = found[int(part)] if part.isdigit() else found[part]
             if found == value:
-                return answer
-            assert time.monotonic() < deadline, f"{path}: {key} is {found}, not {value}\n{self.journal()}"
+                break
+            assert within, f"{path}: {key} is {found}, not {value}\n{self.journal()}"
+        return answer
 
 
 @contextlib.contextmanager
@@ -132,6 +136,15 @@ def booted(*trees: Path, shown: Mapping[str, Path] | None = None) -> Iterator[Ma
             pass
         _remove(cgroup)
         shutil.rmtree(folder)
+
+
+def _looks(seconds: float) -> Iterator[bool]:
+    """When to look again: whether there is time left. Each look starts processes, so the longer it took the fewer."""
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) < seconds:
+        yield True
+        time.sleep(min(waited / 10, 0.5))
+    yield False
 
 
 def _package_index() -> dict[str, str]:
