@@ -3,7 +3,6 @@
 import functools
 import os
 import pkgutil
-import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,12 +60,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 BESIDE_VLLM_SECONDS = 600.0  # after which a test hangs, where engines that load may take every processor
-# In this order two processes share out `alone`. First what wants more than half of the memory, beside what wants little
-# for as long; only then what has several engines, of about 4 GB each.
-SHARED_OUT = (
-    "real/test_swap", "systemd/", "browser/", "nix/", "real/test_options", "real/test_devices", "real/test_faults",
-    "real/test_counters",
-)  # fmt: skip
+# In this order two processes share out `alone`: real vLLM has one of them for itself, since an engine looks at how much
+# memory is free while it starts. First of it what wants the most, and of the demo who counts all that its engines did.
+SHARED_OUT = ("real/test_swap", "real/test_counters", "real/", "systemd/", "browser/", "nix/")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -129,15 +125,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # noqa
 def _scope(file: Path) -> str | None:
     """What the tests of a file share with each other, and maybe with other files; None: nothing that takes its time."""
     text = file.read_text(encoding="utf-8")
-    folder = file.parent
-    if folder.name in {"systemd", "browser", "gpu"}:
-        return folder.name
-    if folder.name == "real":
-        defined = re.findall(
-            r'scope="session"\)\nasync def (\w+)', (folder / "conftest.py").read_text(encoding="utf-8")
-        )
-        return next((name for name in defined if re.search(rf"\b{name}: ", text)), str(file))
-    shares = folder.name != "daemon" or 'scope="module"' in text or 'scope="session"' in text
+    folder = file.parent.name
+    if folder in {"real", "systemd", "browser", "gpu"}:
+        return folder
+    shares = folder != "daemon" or 'scope="module"' in text or 'scope="session"' in text
     return str(file) if shares else None
 
 

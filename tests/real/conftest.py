@@ -1,6 +1,6 @@
 """What several files share, each for the whole session: `vllm-proxy demo` itself, and two engines that may sleep.
 
-Files that ask for the same of these run in one process (`tests/conftest.py`).
+All of `real` runs in one process (`tests/conftest.py`).
 """
 
 from collections.abc import AsyncIterator

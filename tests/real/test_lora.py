@@ -18,7 +18,7 @@ import aiohttp
 import pytest
 
 from tests.fakes import running as fake
-from tests.harness import Daemon, daemon
+from tests.harness import Daemon, daemon, port_block, real_engines
 from tests.real.lora import make_adapter
 from vllm_proxy.demo.prepare import chat_model
 from vllm_proxy.demo.threads import openmp
@@ -42,6 +42,7 @@ def configuration(model: Path) -> str:
     """One model that takes adapters, by hand."""
     environment = "\n".join(f'{name} = "{value}"' for name, value in openmp(1).items())
     return f"""
+{real_engines(port_block())}
 [engine.env]
 {environment}
 HF_HUB_OFFLINE = "1"

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.harness import Daemon, daemon
+from tests.harness import Daemon, daemon, port_block, real_engines
 from tests.real import classifier
 from vllm_proxy.demo.prepare import chat_model
 from vllm_proxy.demo.threads import openmp
@@ -52,6 +52,7 @@ async def guarded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gua
     rest = f"""
 [server]
 usage = true
+{real_engines(port_block())}
 [engine.env]
 {environment}
 HF_HUB_OFFLINE = "1"
