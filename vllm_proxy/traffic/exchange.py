@@ -88,6 +88,7 @@ class Exchange:
     _buffer = b""
     by_closing = False  # whether only the connection's end marks the end of the answer for the client
     ended_early = False  # whether the daemon ended it, and not the engine
+    before = last = b""  # the last two reads of the body, a last chunk alone left out: they may say what it took
     orderly = False  # whether the client has all that there will be, and may see an orderly end
     _position: Position | None = None  # in an event stream, from the first read on that ends in an unusual place
     _interim = 0  # 1xx answers in front of the real one
@@ -286,6 +287,8 @@ class Exchange:
             self._client.write(data if body is None else data + body)
         if self._complete:
             self._finish()
+        if payload != _LAST_CHUNK:
+            self.before, self.last = self.last, payload
 
     def _track(self, payload: bytes) -> None:
         """Look closely at where an event stream stands, as long as it is not at the end of an event."""
