@@ -13,8 +13,8 @@ from pydantic import TypeAdapter
 
 from vllm_proxy import __version__
 from vllm_proxy.api.openapi_keys import REF, Generate, Schema, key_schemas
-from vllm_proxy.api.openapi_parameters import HEADERS, PARAMETERS
 from vllm_proxy.api.openapi_operation import Answer, Operation
+from vllm_proxy.api.openapi_parameters import HEADERS, PARAMETERS
 from vllm_proxy.api.openapi_routes import OPERATIONS, TAGS
 from vllm_proxy.domain import device_resources, feed_resources, key_resources, resources, usage_resources
 from vllm_proxy.domain.keys import Scope

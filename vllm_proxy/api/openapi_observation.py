@@ -18,9 +18,9 @@ OBSERVATION: Mapping[str, Operation] = {
         "a `ConfigAccepted`, or rejected with its problems, a `ConfigRejected`), `plan` (what an accepted file "
         "changes, a `PlanEvent`), `write` (somebody changed the file or did something by hand, a `WriteEvent`), "
         "`device` (who has memory of it, who gets what becomes free, or noticeably how much is free, a `Device`). With "
-        "`fleet=1`: `fleet` (all models, then those that changed, a `FleetEvent`), `happened` (a `Happening`), `config` "
-        "(a `ConfigState`), which also ends what is told at the beginning. What is kept has an `id`; where what follows "
-        "the one asked for is not kept, `reset` (a `ResetEvent`) comes first.",
+        "`fleet=1`: `fleet` (all models, then those that changed, a `FleetEvent`), `happened` (a `Happening`), "
+        "`config` (a `ConfigState`), which also ends what is told at the beginning. What is kept has an `id`; where "
+        "what follows the one asked for is not kept, `reset` (a `ResetEvent`) comes first.",
     ),
     "GET /requests": Operation(
         "Observation",

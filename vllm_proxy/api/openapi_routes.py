@@ -211,7 +211,11 @@ _DAEMON = {
     "GET /devices": Operation(
         "Daemon",
         "Who has the memory of the GPUs?",
-        (Answer(200, "As it was last seen; an empty list where nobody manages any.", as_json(device_resources.Devices)),),
+        (
+            Answer(
+                200, "As it was last seen; an empty list where nobody manages any.", as_json(device_resources.Devices)
+            ),
+        ),
         HERE,
     ),
     "GET /usage": Operation(
