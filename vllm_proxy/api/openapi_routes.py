@@ -45,7 +45,7 @@ _TOML = {"text/toml": {"type": "string"}, "application/toml": {"type": "string"}
 _INFERENCE = (
     *_BODY, "isolation_unavailable", "invalid_json", "missing_model", "invalid_max_tokens", "model_not_found",
     "rate_limit_exceeded", "insufficient_quota", "engine_failed", "model_error", "model_disabled", "model_stopped",
-    "no_room", "queue_full", "shutting_down", "queue_timeout", "request_timeout",
+    "no_room", "queue_full", "shutting_down", "queue_timeout", "request_timeout", "request_cancelled",
 )  # fmt: skip
 
 
@@ -288,7 +288,10 @@ def _infer(summary: str, body: Schema = _NAMES_MODEL, kind: str = "application/j
     return Operation("Inference", summary, answers, errors, {kind: body}, passes_on=True, **more)
 
 
-_ASKED = ("request_too_large", "overloaded", "not_found", "engine_failed", "shutting_down", "request_timeout")
+_ASKED = (
+    "request_too_large", "overloaded", "not_found", "engine_failed", "shutting_down", "request_timeout",
+    "request_cancelled",
+)  # fmt: skip
 _ANTHROPIC = "Errors come in Anthropic's envelope."
 
 

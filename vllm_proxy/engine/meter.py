@@ -28,7 +28,7 @@ _COUNTER = re.compile(
 )
 
 
-_KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc\{.*\} ([01](?:\.\d{1,25})?(?:e-\d{1,3})?)$", re.MULTILINE)
+_KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc\{.*\} (\d(?:\.\d{1,25})?(?:e-\d{1,3})?)$", re.MULTILINE)
 
 
 class Watchers:
