@@ -152,9 +152,7 @@ def _finished(call: Call, lease: Lease, exchange: Exchange, ending: Ending) -> w
     call.bytes_out = exchange.body_bytes
     call.first_byte_at = exchange.first_byte_at
     if call.metered is None:
-        last = exchange.last
-        if (at := last.rfind(_USAGE, -KEPT)) >= 0 or (at := (last := exchange.before).rfind(_USAGE, -KEPT)) >= 0:
-            call.usage = last[at : at + _MOST_USAGE]
+        call.usage = usage_of(exchange)
     if exchange.by_closing and exchange.orderly:
         client_of(call.request).end_orderly = call.request.transport
     if exchange.ended_early and call.revoked is not None:
@@ -166,6 +164,16 @@ def _finished(call: Call, lease: Lease, exchange: Exchange, ending: Ending) -> w
         log.warning("the engine broke off its answer", instance=call.instance, id=call.request_id.decode(),
                     engine_id=call.engine_id.decode())  # fmt: skip
     return SENT_CLOSE if exchange.close else SENT_KEEP_ALIVE
+
+
+def usage_of(exchange: Exchange) -> bytes:
+    """What says which tokens the answer took, where that is at hand: of one that nobody counts."""
+    text = exchange.last
+    at = text.rfind(_USAGE, -KEPT)
+    if at < 0 and exchange.before:
+        text = exchange.before
+        at = text.rfind(_USAGE, -KEPT)
+    return text[at : at + _MOST_USAGE] if at >= 0 else b""
 
 
 async def forward_to_one(
