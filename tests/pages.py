@@ -24,7 +24,8 @@ from tests.simulation import __main__ as simulation
 from tests.simulation import loads
 from vllm_proxy import cli
 from vllm_proxy.api.openapi_keys import KEYS, OF_A_KEY, OF_ADAPTERS_MAX, OF_AN_ADAPTER
-from vllm_proxy.api.openapi_routes import OPERATIONS, Operation
+from vllm_proxy.api.openapi_operation import Operation
+from vllm_proxy.api.openapi_routes import OPERATIONS
 from vllm_proxy.domain import key_table, plan
 from vllm_proxy.domain.config import (
     AdaptersMax,
@@ -293,7 +294,7 @@ TABLES: Mapping[str, Callable[[], str | tuple[Sequence[str], Rows]]] = {
     "options": _options,
     **{
         f"routes: {tag}": lambda tag=tag: _routes(tag)  # type: ignore[misc]
-        for tag in ("Inference", "Models", "Keys", "Configuration", "Daemon", "Documentation")
+        for tag in ("Inference", "Models", "Keys", "Configuration", "Observation", "Daemon", "Documentation")
     },
     "simulation": _simulated,
     "metrics": _metrics,

@@ -93,7 +93,7 @@ CALLBACKS = {
     ("traffic/fan_out.py", "add_done_callback"),  # a lease is released
     ("traffic/client.py", "call_later"),  # a connection too many: its client ends it, or the next one takes its place
     ("traffic/handshake.py", "call_soon"),  # the handshake that it begins has a deadline
-    ("api/events.py", "add_done_callback"),  # an open stream, which ends with its connection at the latest
+    ("api/readers.py", "add_done_callback"),  # an open stream, which ends with its connection at the latest
     ("traffic/front.py", "call_later"),  # the next sweep is set first
     ("daemon.py", "add_signal_handler"),  # three that set events
     ("runtime/background.py", "add_done_callback"),  # a set

@@ -178,6 +178,7 @@ STATUS = {
     "key_not_found": 404,
     "not_found": 404,
     "method_not_allowed": 405,
+    "request_cancelled": 410,
     "model_exists": 409,
     "key_exists": 409,
     "key_conflict": 409,

@@ -14,6 +14,8 @@ from tests.fleet.test_giving_way import GIB, Gpus, answered, model
 from tests.fleet.test_model import begun
 from vllm_proxy.api import devices
 from vllm_proxy.api.events import Events
+from vllm_proxy.api.feed import Feed
+from vllm_proxy.api.happenings import Happenings
 from vllm_proxy.domain.inventory import Foreign
 from vllm_proxy.fleet.desired import Desired
 from vllm_proxy.fleet.model import Model
@@ -35,7 +37,8 @@ class Shown:
         room = self.stage.loop.room
         reconciler: Any = SimpleNamespace(room=room, listen=lambda _: None)
         desired: Any = SimpleNamespace(listen=lambda _: None)
-        self.events = Events(cast("Reconciler", reconciler), cast("Desired", desired))
+        happenings = Happenings(lambda _: True)
+        self.events = Events(cast("Reconciler", reconciler), cast("Desired", desired), happenings, cast("Feed", None))
 
     def change(self, **keys: Any) -> None:  # noqa: ANN401 - as above
         """The device is like this now."""

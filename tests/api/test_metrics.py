@@ -91,7 +91,8 @@ def call(model: str = "chat", status: int = 200, **times: float) -> Call:
     """A request that has ended: `took`, `first`, `sent`, `queued` in seconds, and `retries`."""
     began = time.monotonic() - times.get("took", 1.0)
     ended: Any = SimpleNamespace(
-        model=model, route=ROUTE, status=status, started_at=began, retries=int(times.get("retries", 0)),
+        model=model, route=ROUTE, status=status, started_at=began, ended_at=time.monotonic(),
+        retries=int(times.get("retries", 0)),
         first_byte_at=began + times["first"] if "first" in times else 0.0,
         sent_at=began + times["sent"] if "sent" in times else 0.0, queue_seconds=times.get("queued", 0.0),
         check_seconds=0.0,

@@ -34,6 +34,7 @@ def application() -> web.Application:
     """The daemon's own, without a daemon."""
     fake: Any = SimpleNamespace(
         listen=lambda _: None,
+        knows=None,
         reloads={},
         caller=None,
         of_session=None,

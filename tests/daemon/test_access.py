@@ -55,7 +55,7 @@ INCLUDED = {
     "admin": set(Scope),
 }
 # Bodies and ids that are refused for what they are, once their sender was let in: so nothing changes.
-PATHS = {"{model_id:.+}": "nobody", "{id}": "r", "{name}": "nobody"}
+PATHS = {"{model_id:.+}": "nobody", "{id}": "r", "{name}": "nobody", "{request_id:.+}": "nobody"}
 
 
 def routes() -> Iterator[tuple[str, str, Scope | None]]:
@@ -72,10 +72,11 @@ ROUTES = list(routes())
 NEEDS = [
     (r"GET /(|ready|health|docs|redoc|openapi\.json|docs/assets/.*)", None),
     (r"GET /metrics", Scope.METRICS),
-    (r"GET /(models(/nobody)?|devices|events|usage)", Scope.READ),
+    (r"GET /(models(/nobody)?|devices|events|usage|stats|requests(/nobody)?)", Scope.READ),
     (r"POST /config/plan", Scope.READ),
     (r"POST /models/nobody/(start|stop|restart|sleep|wake)", Scope.OPERATE),
     (r"GET /models/nobody/logs", Scope.OPERATE),
+    (r"DELETE /requests/nobody", Scope.OPERATE),
     (r"POST /config/reload", Scope.OPERATE),
     (r"(POST|PUT|PATCH|DELETE) /models(/nobody)?", Scope.ADMIN),
     (r"(GET|PUT) /config", Scope.ADMIN),

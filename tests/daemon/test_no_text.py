@@ -256,9 +256,11 @@ async def test_head_is_answered_where_there_is_a_length_and_nowhere_else(shared:
     """405 with Allow for streams; every other GET route has a length, and the connection goes on behind it."""
     paths = {path for path, methods in (await shared.get("/openapi.json"))["paths"].items() if "get" in methods}
     given = {"/docs/assets/{file}": "/docs/assets/swagger.js", "/keys/{name}": "/keys/head"}
-    given["/models/{model_id}/logs"] = "/models/chat/logs"
+    given |= {"/models/{model_id}/logs": "/models/chat/logs", "/requests/{request_id}": "/requests/head"}
     await shared.post("/keys", {"name": "head"}, 201)
     async with connected(shared.port) as client:
+        await client.send(request(PATH, b'{"model": "chat"}', "X-Request-Id: head"))
+        assert (await client.answer()).status == 200
         for path in (*sorted(paths), "/models/{model_id}/logs?follow=1"):
             real = given.get(path, path).replace("{model_id}", "chat").replace("{id}", "resp_x")
             await client.send(request(real, b"", method="HEAD"))
@@ -277,7 +279,7 @@ TEXTS = [*b'chat an-alias %ff %00 \\ud800 \\u0000 {} [ null -1 1e999 = ; , * 100
 PATHS = (
     b"/ /v1/chat/completions /v1/audio/transcriptions /v1/messages /v1/realtime /v1/responses/ /models /models/ "
     b"/models/chat /models/chat/logs /v1/models/ /config /config/plan /docs /health /metrics /v1/files /v1/files/ "
-    b"/keys /keys/ /keys/head /keys/head/rotate"
+    b"/keys /keys/ /keys/head /keys/head/rotate /requests /requests/ /requests/head /stats /events?since=x"
 ).split()
 NAMES = (
     b"Content-Type Accept If-Match If-None-Match Host Origin Expect Upgrade Connection Range X-Request-Id TE Forwarded "

@@ -74,6 +74,21 @@ async def test_tokens_are_what_the_engine_counts_by_kind() -> None:
 
 
 @virtual
+async def test_how_full_its_cache_is_stands_beside_them() -> None:
+    """Of several cores the fullest; not known where the engine does not say, as when it has no answer."""
+    stage = Stage()
+    full = counters(100.0, 7.0, core=1).replace("0.25", "7.5e-01")
+    stage.probe.work = counters(100.0, 7.0) + "\n" + full
+    chat, _ = await ready(stage)
+    assert chat.meter is not None
+    assert chat.meter.kv_usage == 0.75
+    stage.probe.work = ""
+    await request(stage)
+    await passes(20)
+    assert chat.meter.kv_usage is None
+
+
+@virtual
 async def test_a_large_count_is_exact() -> None:
     """prometheus-client writes from a million on with an exponent."""
     stage = Stage()

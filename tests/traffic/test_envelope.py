@@ -84,7 +84,7 @@ async def test_a_fault_behind_the_beginning_of_an_answer_cuts_it(begun: bool) ->
         raise ValueError("a fault")
 
     cors: Any = None
-    handle = observed(get("/x"), work, admit, lambda call: seen.append(call.status), cors)
+    handle = observed(get("/x"), work, admit, lambda call: seen.append(call.status), cors, active={})
     if begun:
         with pytest.raises(ConnectionResetError):
             await handle(request)

@@ -113,7 +113,7 @@ async def fleet(
             found.noted.set()
 
         cors: Any = SimpleNamespace()
-        handler = observed(get(PATH), ask, admit, observe, cors)
+        handler = observed(get(PATH), ask, admit, observe, cors, active={})
         runner = FrontRunner(web.Application(), {("GET", PATH): handler}, Server, goes_on)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)

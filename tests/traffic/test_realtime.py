@@ -80,7 +80,7 @@ async def running(*, engine_answers: bool = True, at: Path | None = None) -> Asy
         sessions = Sessions(registry, engines, Server, Budget(), Metering(registry, Usage()), HEARTBEAT)
         cors: Any = SimpleNamespace()
         app = web.Application()
-        app.router.add_get(PATH, observed(get(PATH), realtime(sessions), admit, observe, cors))
+        app.router.add_get(PATH, observed(get(PATH), realtime(sessions), admit, observe, cors, active={}))
         runner = FrontRunner(app, {}, Server, goes_on, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 import aiohttp
 from aiohttp import web
 
-from vllm_proxy.api import config, devices, docs, keys, logs, models, moderations, openai, usage
+from vllm_proxy.api import config, devices, docs, keys, logs, models, moderations, openai, requests, usage
 from vllm_proxy.api.body import Bodies
 from vllm_proxy.api.events import Events
+from vllm_proxy.api.feed import Feed
 from vllm_proxy.api.guard import Observed, Route, guarded
+from vllm_proxy.api.happenings import Happenings
 from vllm_proxy.api.metrics import Metrics
+from vllm_proxy.api.rates import Rates
 from vllm_proxy.api.reply import answered
 from vllm_proxy.api.usage_metrics import UsageMetrics
 from vllm_proxy.domain.config import Server
@@ -38,6 +41,7 @@ from vllm_proxy.traffic.metering import Metering
 from vllm_proxy.traffic.moderation import Moderator
 from vllm_proxy.traffic.realtime import Sessions, realtime
 from vllm_proxy.traffic.registry import Registry
+from vllm_proxy.traffic.requests import Requests
 from vllm_proxy.traffic.routes import INFERENCE, UNSUPPORTED, NamesModel
 
 ROUTES = web.AppKey("routes", tuple[Route, ...])  # of an application: its table
@@ -63,6 +67,7 @@ class Parts:
     metering: Metering
     ledger: UsageLedger
     budget: Budget = field(default_factory=Budget)
+    requests: Requests = field(default_factory=Requests)
 
     def server(self) -> Server:
         """The `[server]` table now."""
@@ -90,16 +95,22 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
         metrics.count(call)
         if parts.access_log is not None:
             parts.access_log.write(call)
+        parts.requests.end(call)
 
+    rates = Rates(parts.reconciler, metrics.ended)
+    happenings = Happenings(parts.reconciler.knows)
+    feed = Feed(parts.reconciler, parts.desired, happenings, rates)
+    events = Events(parts.reconciler, parts.desired, happenings, feed)
     cors = Cors(parts.server)
     direct, inference = _inference(parts, observe, cors)
-    table = [*inference, *_administration(parts, metrics)]
+    table = [*inference, *_administration(parts, metrics), *_observation(parts, events, rates)]
     known = [("GET", "/", None), *((route.method, route.path, route.scope) for route in table)]
     table += [Route(method, path, None, page) for method, path, page in docs.routes(known, docs.find_assets())]
     offered = ["GET /", *(f"{route.method} {route.path.replace(':.+', '')}" for route in table)]
     table.append(Route("GET", "/", None, answered(models.root(offered))))
     app = web.Application(middlewares=[envelope, cors.preflight])
     app[ROUTES] = tuple(table)
+    app.cleanup_ctx.extend([rates.running, feed.running])
     app.on_response_prepare.append(cors.on_prepare)
     app.on_response_prepare.append(identify)
     for route in table:
@@ -145,7 +156,7 @@ def _inference(
     table: list[Route] = []
     for route in INFERENCE:
         admit = access.of_session if route.names_model == "session" else access.caller
-        handler = observed(route, work[route.names_model], admit, observe, cors)
+        handler = observed(route, work[route.names_model], admit, observe, cors, active=parts.requests.active)
         table.append(Observed(route.method, route.path, route.scope, handler))
         if route.names_model in {"json", "form", "guard"}:
             direct |= dict.fromkeys([(route.method, path) for path in _spellings(route.path)], handler)
@@ -165,7 +176,6 @@ def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
     reconciler, registry = parts.reconciler, parts.registry
     bodies = Bodies(parts.server, parts.budget)
     writes = config.Writes(parts.desired, reconciler, parts.certificate, bodies)
-    events = Events(reconciler, parts.desired)
     actions = {
         "start": Model.start, "stop": Model.stop, "restart": Model.restart, "sleep": models.sleep, "wake": Model.start,
     }  # fmt: skip
@@ -186,11 +196,22 @@ def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
         *config.routes(writes, _ONE_MODEL),
         *keys.routes(keys.Keys(parts.desired, bodies)),
         Route("GET", "/devices", read, answered(devices.list_devices(reconciler.room))),
-        Route("GET", "/events", read, events.stream),
         Route("GET", "/usage", read, answered(usage.report(parts.ledger)), of_itself=True),
         Route(
             "GET", "/health", None, answered(models.health(reconciler, parts.desired, parts.certificate, parts.ledger))
         ),
         Route("GET", "/ready", None, answered(models.ready(reconciler))),
         Route("GET", "/metrics", Scope.METRICS, models.exposition(metrics)),
+    ]
+
+
+def _observation(parts: Parts, events: Events, rates: Rates) -> list[Route]:
+    """What happens, now and lately; and to end a request."""
+    read, one = Scope.READ, "/requests/{request_id:.+}"
+    return [
+        Route("GET", "/events", read, events.stream),
+        Route("GET", "/stats", read, answered(rates.stats())),
+        Route("GET", "/requests", read, answered(requests.list_requests(parts.requests, parts.registry))),
+        Route("GET", one, read, answered(requests.get_request(parts.requests))),
+        Route("DELETE", one, Scope.OPERATE, answered(requests.cancel_request(parts.requests, parts.desired))),
     ]

@@ -6,7 +6,6 @@ in between. docs/metrics.md lists the series.
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -66,7 +65,7 @@ class Metrics:
 
     def count(self, call: Call) -> None:
         """One request has ended."""
-        now = time.monotonic()
+        now = call.ended_at
         numbers = self._models.get(call.model)
         if numbers is None:
             numbers = self._models[call.model] = Counts()
@@ -82,6 +81,10 @@ class Metrics:
             self._overhead.add(max(call.sent_at - call.started_at - call.queue_seconds - call.check_seconds, 0.0))
             numbers.queue.add(call.queue_seconds)
         numbers.retries += call.retries
+
+    def ended(self) -> dict[str, int]:
+        """How many requests have ended, by model."""
+        return {name: sum(counts.requests.values()) for name, counts in self._models.items() if name}
 
     async def text(self, tasks: int) -> tuple[str, bytes]:
         """(content type, exposition). `tasks` is the number of the event loop's tasks."""

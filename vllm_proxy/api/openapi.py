@@ -13,9 +13,17 @@ from pydantic import TypeAdapter
 
 from vllm_proxy import __version__
 from vllm_proxy.api.openapi_keys import REF, Generate, Schema, key_schemas
+from vllm_proxy.api.openapi_operation import Answer, Operation
 from vllm_proxy.api.openapi_parameters import HEADERS, PARAMETERS
-from vllm_proxy.api.openapi_routes import OPERATIONS, TAGS, Answer, Operation
-from vllm_proxy.domain import device_resources, key_resources, moderation_resources, resources, usage_resources
+from vllm_proxy.api.openapi_routes import OPERATIONS, TAGS
+from vllm_proxy.domain import (
+    device_resources,
+    feed_resources,
+    key_resources,
+    moderation_resources,
+    resources,
+    usage_resources,
+)
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.errors import STATUS
 from vllm_proxy.traffic.envelope import anthropic_type
@@ -34,6 +42,8 @@ _ANSWERS: tuple[Any, ...] = (
     resources.Cards, resources.Error, resources.AnthropicError, resources.ModelEvent, resources.ConfigAccepted,
     resources.ConfigRejected, resources.PlanEvent, resources.WriteEvent,
     moderation_resources.Moderations, moderation_resources.ModerationRequest,
+    feed_resources.Requests, feed_resources.Stats, feed_resources.FleetEvent, feed_resources.ConfigState,
+    feed_resources.Happening, feed_resources.ResetEvent,
 )  # fmt: skip
 
 

@@ -38,6 +38,35 @@ PARAMETERS: dict[str, Schema] = {
         "name": "by", "in": "query", "schema": {"type": "string", "default": "key,model", "examples": ["key,day"]},
         "description": "What a row is of: some of `key`, `model`, and `day` or `hour`, with commas between them.",
     },
+    "request_id": {
+        "name": "request_id", "in": "path", "required": True, "schema": {"type": "string"},
+        "description": "Its `X-Request-Id`, or the id that its engine knows it by.",
+    },
+    "limit": {
+        "name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 0, "default": 100},
+        "description": "How many of each list; 1000 at most.",
+    },
+    "minutes": {
+        "name": "minutes", "in": "query",
+        "schema": {"type": "integer", "minimum": 1, "maximum": 60, "default": 60},
+        "description": "How many of the last ones.",
+    },
+    "of_model": {
+        "name": "model", "in": "query", "schema": {"type": "string", "examples": ["chat"]},
+        "description": "Of this model alone.",
+    },
+    "fleet": {
+        "name": "fleet", "in": "query", "schema": {"type": "string", "examples": ["1"]},
+        "description": "`1`: the fleet as it is, then what changes of it, and what has happened.",
+    },
+    "since": {
+        "name": "since", "in": "query", "schema": {"type": "string", "examples": ["3f2a9c1b-17", "0"]},
+        "description": "Begin with what came after the one with this id; `0`: with all of the 1,000 that are kept.",
+    },
+    "last_event_id": {
+        "name": "Last-Event-ID", "in": "header", "schema": {"type": "string"},
+        "description": "As `since`, from clients that connect anew by themselves.",
+    },
     "model": {
         "name": "model", "in": "query", "schema": {"type": "string"},
         "description": "The model; without it the first `session.update` names it.",

@@ -4,11 +4,12 @@ A route without a description here is an error, which tests/api/test_openapi.py 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 from vllm_proxy.api.openapi_keys import REF, Schema
+from vllm_proxy.api.openapi_observation import OBSERVATION
+from vllm_proxy.api.openapi_operation import HERE, Answer, Operation, as_json, as_text
 from vllm_proxy.domain import device_resources, key_resources, moderation_resources, resources, usage_resources
 from vllm_proxy.traffic.routes import INFERENCE, InferenceRoute
 
@@ -18,6 +19,7 @@ TAGS = {
     "Configuration": "The file, the only desired state: an editor, `git pull` and this API change it alike.",
     "Keys": "Who may do what. A key is told once, when it is made; its hashes are never shown. A change is written "
     "where the key stands, a new key to `server.keys_file` where that is set, and is in force when it is answered.",
+    "Observation": "What is in flight, what has happened, and how much of it.",
     "Daemon": "How the daemon is.",
     "Inference": "As vLLM documents it: the body is passed on byte for byte, but for an alias, and the answer "
     "is streamed as it comes. An engine's own errors pass unchanged.",
@@ -25,49 +27,14 @@ TAGS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One answer: what comes with a status."""
-
-    status: int
-    description: str
-    content: Mapping[str, Schema]
-    headers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One route. `errors`: codes of `errors.STATUS`; `parameters`: those besides the path's."""
-
-    tag: str
-    summary: str
-    answers: tuple[Answer, ...]
-    errors: tuple[str, ...] = ()
-    body: Mapping[str, Schema] | None = None
-    parameters: tuple[str, ...] = ()
-    description: str = ""
-    body_required: bool = True
-    passes_on: bool = False  # an engine's answer, errors included
-
-
-def _json(resource: type) -> dict[str, Schema]:
-    """A body in JSON: one of `domain.resources`."""
-    return {"application/json": {"$ref": REF + resource.__name__}}
-
-
 def _keys(name: str) -> dict[str, Schema]:
     """A body in JSON: keys of a table."""
     return {"application/json": {"$ref": REF + name}}
 
 
-def _text(kind: str) -> dict[str, Schema]:
-    return {kind: {"type": "string"}}
-
-
-_HERE = ("host_not_allowed", "origin_not_allowed")
 _NO_FILE = ("revision_mismatch", "config_read_only", "config_not_written")
 _BODY = ("unsupported_media_type", "request_too_large", "overloaded")
-_WRITE = (*_HERE, *_BODY, "invalid_json", "invalid_model", "invalid_config", *_NO_FILE)
+_WRITE = (*HERE, *_BODY, "invalid_json", "invalid_model", "invalid_config", *_NO_FILE)
 _ETAG = ("ETag",)
 _FINISH: Schema = {
     "type": "object",
@@ -78,22 +45,22 @@ _TOML = {"text/toml": {"type": "string"}, "application/toml": {"type": "string"}
 _INFERENCE = (
     *_BODY, "isolation_unavailable", "invalid_json", "missing_model", "invalid_max_tokens", "model_not_found",
     "rate_limit_exceeded", "insufficient_quota", "engine_failed", "model_error", "model_disabled", "model_stopped",
-    "no_room", "queue_full", "shutting_down", "queue_timeout", "request_timeout", "content_filter",
+    "no_room", "queue_full", "shutting_down", "queue_timeout", "request_timeout", "request_cancelled", "content_filter",
     "moderation_unavailable",
 )  # fmt: skip
 _CHECKED = frozenset({"content_filter", "moderation_unavailable"})  # of models with `moderate = true`
 
 
 def _model(status: int, description: str, *headers: str) -> Answer:
-    return Answer(status, description, _json(resources.Model), (*_ETAG, *headers))
+    return Answer(status, description, as_json(resources.Model), (*_ETAG, *headers))
 
 
 def _act(summary: str, *errors: str, more: str = "") -> Operation:
     return Operation(
         "Models",
         summary,
-        (Answer(HTTPStatus.ACCEPTED, "Begun.", _json(resources.Model)),),
-        (*_HERE, "model_not_found", "model_disabled", *errors),
+        (Answer(HTTPStatus.ACCEPTED, "Begun.", as_json(resources.Model)),),
+        (*HERE, "model_not_found", "model_disabled", *errors),
         description=f"{more}A running state, not a desired one: it is not written to the file, and a change of the "
         "model or a restart of the daemon forgets it.",
     )
@@ -101,7 +68,7 @@ def _act(summary: str, *errors: str, more: str = "") -> Operation:
 
 _MODELS = {
     "GET /models": Operation(
-        "Models", "List all models", (Answer(200, "In the file's order.", _json(resources.Models), _ETAG),), _HERE
+        "Models", "List all models", (Answer(200, "In the file's order.", as_json(resources.Models), _ETAG),), HERE
     ),
     "POST /models": Operation(
         "Models",
@@ -112,7 +79,7 @@ _MODELS = {
         ("if_match",),
     ),
     "GET /models/{model_id}": Operation(
-        "Models", "Show a model", (_model(200, "What is asked for, and what is."),), (*_HERE, "model_not_found")
+        "Models", "Show a model", (_model(200, "What is asked for, and what is."),), (*HERE, "model_not_found")
     ),
     "PUT /models/{model_id}": Operation(
         "Models",
@@ -136,7 +103,7 @@ _MODELS = {
         "Models",
         "Delete a model",
         (_model(202, "Gone from the file; its engines drain."), Answer(204, "Gone.", {}, _ETAG)),
-        (*_HERE, "model_not_found", "invalid_config", *_NO_FILE),
+        (*HERE, "model_not_found", "invalid_config", *_NO_FILE),
         None,
         ("if_match",),
     ),
@@ -150,23 +117,23 @@ _MODELS = {
     "GET /models/{model_id}/logs": Operation(
         "Models",
         "Read what its engines write",
-        (Answer(200, "The last lines.", {**_text("text/plain"), **_text("text/event-stream")}),),
-        (*_HERE, "model_not_found", "bad_request"),
+        (Answer(200, "The last lines.", {**as_text("text/plain"), **as_text("text/event-stream")}),),
+        (*HERE, "model_not_found", "bad_request"),
         None,
         ("lines", "follow"),
         "Lines of a model with several instances begin with `ID/INDEX | `.",
     ),
 }
-_WRITE_KEY = (*_HERE, *_BODY, "invalid_json", "invalid_key", "invalid_config", *_NO_FILE)
+_WRITE_KEY = (*HERE, *_BODY, "invalid_json", "invalid_key", "invalid_config", *_NO_FILE)
 _ONE_KEY = ("key_not_found", "key_conflict")
 _KEYS = {
     "GET /keys": Operation(
-        "Keys", "List all keys", (Answer(200, "Without their hashes.", _json(key_resources.Keys), _ETAG),), _HERE
+        "Keys", "List all keys", (Answer(200, "Without their hashes.", as_json(key_resources.Keys), _ETAG),), HERE
     ),
     "POST /keys": Operation(
         "Keys",
         "Make a key",
-        (Answer(201, "In force. `key` is told this once.", _json(key_resources.NewKey), (*_ETAG, "Location")),),
+        (Answer(201, "In force. `key` is told this once.", as_json(key_resources.NewKey), (*_ETAG, "Location")),),
         (*_WRITE_KEY, "key_exists"),
         _keys("NewKeyTable"),
         ("if_match",),
@@ -175,13 +142,13 @@ _KEYS = {
     "GET /keys/{name}": Operation(
         "Keys",
         "Show a key",
-        (Answer(200, "Without its hashes.", _json(key_resources.Key), _ETAG),),
-        (*_HERE, "key_not_found"),
+        (Answer(200, "Without its hashes.", as_json(key_resources.Key), _ETAG),),
+        (*HERE, "key_not_found"),
     ),
     "PATCH /keys/{name}": Operation(
         "Keys",
         "Change a key",
-        (Answer(200, "In force.", _json(key_resources.Key), _ETAG),),
+        (Answer(200, "In force.", as_json(key_resources.Key), _ETAG),),
         (*_WRITE_KEY, *_ONE_KEY),
         {"application/merge-patch+json": {"$ref": REF + "KeyTable"}, **_keys("KeyTable")},
         ("if_match",),
@@ -191,14 +158,14 @@ _KEYS = {
         "Keys",
         "Delete a key",
         (Answer(204, "Gone.", {}, _ETAG),),
-        (*_HERE, *_ONE_KEY, "invalid_config", *_NO_FILE),
+        (*HERE, *_ONE_KEY, "invalid_config", *_NO_FILE),
         None,
         ("if_match",),
     ),
     "POST /keys/{name}/rotate": Operation(
         "Keys",
         "Rotate a key",
-        (Answer(200, "In force. `key` is told this once.", _json(key_resources.NewKey), _ETAG),),
+        (Answer(200, "In force. `key` is told this once.", as_json(key_resources.NewKey), _ETAG),),
         (*_WRITE_KEY, *_ONE_KEY),
         {"application/json": _FINISH},
         ("if_match",),
@@ -209,21 +176,21 @@ _KEYS = {
 }
 _CONFIGURATION = {
     "GET /config": Operation(
-        "Configuration", "Show the file", (Answer(200, "As it is on disk.", _text("text/toml"), _ETAG),), _HERE
+        "Configuration", "Show the file", (Answer(200, "As it is on disk.", as_text("text/toml"), _ETAG),), HERE
     ),
     "PUT /config": Operation(
         "Configuration",
         "Replace the file",
-        (Answer(200, "Written and adopted.", _json(resources.Applied), _ETAG),),
-        (*_HERE, *_BODY, "invalid_config", *_NO_FILE),
+        (Answer(200, "Written and adopted.", as_json(resources.Applied), _ETAG),),
+        (*HERE, *_BODY, "invalid_config", *_NO_FILE),
         _TOML,
         ("if_match",),
     ),
     "POST /config/plan": Operation(
         "Configuration",
         "What would a file change?",
-        (Answer(200, "Nothing is applied.", _json(resources.Plan)),),
-        (*_HERE, *_BODY, "invalid_config"),
+        (Answer(200, "Nothing is applied.", as_json(resources.Plan)),),
+        (*HERE, *_BODY, "invalid_config"),
         _TOML,
         description="Without a body: what would the file as it is on disk change? A text may name files "
         "(`server.keys_file`, `file` of a key): without the scope `admin` only those are looked at that the "
@@ -233,37 +200,31 @@ _CONFIGURATION = {
     "POST /config/reload": Operation(
         "Configuration",
         "Read the file again now",
-        (Answer(200, "Adopted.", _json(resources.Applied), _ETAG),),
-        (*_HERE, "invalid_config"),
+        (Answer(200, "Adopted.", as_json(resources.Applied), _ETAG),),
+        (*HERE, "invalid_config"),
         description="The daemon also does so by itself when the file changes.",
-    ),
-    "GET /events": Operation(
-        "Configuration",
-        "Follow what happens",
-        (Answer(200, "Until one side leaves.", _text("text/event-stream")),),
-        _HERE,
-        description="Server-sent events: `model` (its state changed, a `ModelEvent`), `config` (the file was accepted, "
-        "a `ConfigAccepted`, or rejected with its problems, a `ConfigRejected`), `plan` (what an accepted file "
-        "changes, a `PlanEvent`), `device` (who has memory of it, who gets what becomes free, or noticeably how much "
-        "is free, a `Device`).",
     ),
 }
 _DAEMON = {
     "GET /": Operation(
-        "Daemon", "Show name, version, endpoints", (Answer(200, "This daemon.", _json(resources.Root)),), _HERE
+        "Daemon", "Show name, version, endpoints", (Answer(200, "This daemon.", as_json(resources.Root)),), HERE
     ),
-    "GET /health": Operation("Daemon", "Is it alive?", (Answer(200, "It is.", _json(resources.Health)),), _HERE),
+    "GET /health": Operation("Daemon", "Is it alive?", (Answer(200, "It is.", as_json(resources.Health)),), HERE),
     "GET /devices": Operation(
         "Daemon",
         "Who has the memory of the GPUs?",
-        (Answer(200, "As it was last seen; an empty list where nobody manages any.", _json(device_resources.Devices)),),
-        _HERE,
+        (
+            Answer(
+                200, "As it was last seen; an empty list where nobody manages any.", as_json(device_resources.Devices)
+            ),
+        ),
+        HERE,
     ),
     "GET /usage": Operation(
         "Daemon",
         "What have keys used?",
-        (Answer(200, "In whole hours.", {**_json(usage_resources.Usage), **_text("text/csv")}),),
-        (*_HERE, "bad_request", "usage_unavailable"),
+        (Answer(200, "In whole hours.", {**as_json(usage_resources.Usage), **as_text("text/csv")}),),
+        (*HERE, "bad_request", "usage_unavailable"),
         None,
         ("from", "to", "by"),
         "A key without the scope `read` sees itself alone. `Accept: text/csv` gives the rows as CSV. Only callers that "
@@ -276,25 +237,25 @@ _DAEMON = {
             Answer(
                 200,
                 'Every enabled model with `start = "always"` is, or somebody stopped it or put it to sleep by hand.',
-                _json(resources.Ready),
+                as_json(resources.Ready),
             ),
-            Answer(503, "Some are not.", _json(resources.Ready)),
+            Answer(503, "Some are not.", as_json(resources.Ready)),
         ),
-        _HERE,
+        HERE,
     ),
     "GET /metrics": Operation(
-        "Daemon", "Metrics for Prometheus", (Answer(200, "Its text format.", _text("text/plain")),), _HERE
+        "Daemon", "Metrics for Prometheus", (Answer(200, "Its text format.", as_text("text/plain")),), HERE
     ),
 }
 
 
 def _document(summary: str) -> Operation:
-    page = _text("text/html")
+    page = as_text("text/html")
     answers = (
         Answer(200, "Served by the daemon itself.", page),
         Answer(501, "The extra `docs` is not installed.", page),
     )
-    return Operation("Documentation", summary, answers, _HERE)
+    return Operation("Documentation", summary, answers, HERE)
 
 
 _DOCUMENTATION = {
@@ -302,12 +263,12 @@ _DOCUMENTATION = {
         "Documentation",
         "This document",
         (Answer(200, "OpenAPI 3.1.", {"application/json": {"type": "object"}}),),
-        _HERE,
+        HERE,
     ),
     "GET /docs": _document("This document in Swagger UI"),
     "GET /redoc": _document("This document in ReDoc"),
     "GET /docs/assets/{file}": Operation(
-        "Documentation", "What these pages are made of", (Answer(200, "A file.", {"*/*": {}}),), (*_HERE, "not_found")
+        "Documentation", "What these pages are made of", (Answer(200, "A file.", {"*/*": {}}),), (*HERE, "not_found")
     ),
 }
 _NAMES_MODEL: Schema = {
@@ -329,7 +290,10 @@ def _infer(summary: str, body: Schema = _NAMES_MODEL, kind: str = "application/j
     return Operation("Inference", summary, answers, errors, {kind: body}, passes_on=True, **more)
 
 
-_ASKED = ("request_too_large", "overloaded", "not_found", "engine_failed", "shutting_down", "request_timeout")
+_ASKED = (
+    "request_too_large", "overloaded", "not_found", "engine_failed", "shutting_down", "request_timeout",
+    "request_cancelled",
+)  # fmt: skip
 _MODERATION = (
     *(code for code in _INFERENCE if code not in {"missing_model", "invalid_max_tokens", *_CHECKED}), "bad_request",
     "unsupported_endpoint",
@@ -346,8 +310,8 @@ def _inference(route: InferenceRoute) -> Operation:
         answer = Answer(101, "A WebSocket.", {})
         return Operation("Inference", route.summary, (answer,), ("bad_request",), None, ("model",))
     if route.names_model == "guard":
-        answer = Answer(200, "A verdict on each text.", _json(moderation_resources.Moderations))
-        body = _json(moderation_resources.ModerationRequest)
+        answer = Answer(200, "A verdict on each text.", as_json(moderation_resources.Moderations))
+        body = as_json(moderation_resources.ModerationRequest)
         return Operation("Inference", route.summary, (answer,), _MODERATION, body, description=_GUARDED)
     if route.names_model == "form":
         return _infer(route.summary, _FORM, "multipart/form-data")
@@ -357,10 +321,10 @@ def _inference(route: InferenceRoute) -> Operation:
 _INFERENCE_ROUTES = {
     **{f"{route.method} {route.path}": _inference(route) for route in INFERENCE},
     "GET /v1/models": Operation(
-        "Inference", "List models and aliases", (Answer(200, "Whatever their states.", _json(resources.Cards)),)
+        "Inference", "List models and aliases", (Answer(200, "Whatever their states.", as_json(resources.Cards)),)
     ),
     "GET /v1/models/{model_id}": Operation(
-        "Inference", "Show a model or alias", (Answer(200, "Its card.", _json(resources.Card)),), ("model_not_found",)
+        "Inference", "Show a model or alias", (Answer(200, "Its card.", as_json(resources.Card)),), ("model_not_found",)
     ),
 }
 
@@ -368,6 +332,7 @@ OPERATIONS: Mapping[str, Operation] = {
     **_MODELS,
     **_KEYS,
     **_CONFIGURATION,
+    **OBSERVATION,
     **_DAEMON,
     **_INFERENCE_ROUTES,
     **_DOCUMENTATION,

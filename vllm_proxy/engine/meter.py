@@ -28,6 +28,9 @@ _COUNTER = re.compile(
 )
 
 
+_KV_USAGE = re.compile(r"^vllm:kv_cache_usage_perc\{.*\} (\d(?:\.\d{1,25})?(?:e-\d{1,3})?)$", re.MULTILINE)
+
+
 class Watchers:
     """Who follows what the daemon does at this moment. `with watchers:` is one of them."""
 
@@ -55,6 +58,7 @@ class Meter:
         self._address = address
         self._probe = probe
         self._add = add
+        self.kv_usage: float | None = None  # 0 to 1, at the last look; of several engine cores the most
         self._known: Counter[str] | None = Counter()  # as last seen; None: it has a past that we have not seen yet
         self._looked_at = -math.inf  # on the loop's clock, when that look began
         self._text: str | None = None
@@ -98,6 +102,7 @@ class Meter:
         return endpoint.in_flight > 0 or endpoint.idle_since + _LATE_SECONDS > self._looked_at
 
     def _count(self, text: str | None) -> None:
+        self.kv_usage = max((round(float(used), 3) for used in _KV_USAGE.findall(text or "")), default=None)
         found = _tokens(text or "")
         if not found:
             return

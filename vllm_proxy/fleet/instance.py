@@ -15,6 +15,7 @@ from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.lifecycle import Event, Life, Phase, Reason, State
 from vllm_proxy.domain.progress import Progress
 from vllm_proxy.engine.interface import Engine
+from vllm_proxy.engine.meter import Meter
 from vllm_proxy.engine.nap import Failed
 from vllm_proxy.fleet.failure import LastExit
 from vllm_proxy.fleet.history import History
@@ -46,6 +47,7 @@ class Instance(Tenancy):
         self.ready_at: datetime | None = None
         self.restarts = 0
         self.engine: Engine | None = None
+        self.meter: Meter | None = None  # of the last engine that served
         self.sleeps = False  # its engine does, though it may be loading: it waits for room to wake
         self._life = Life()
         self._failure: Diagnosis | None = None  # of its last engine, until the next one serves

@@ -262,7 +262,7 @@ class Supervisor(Instance):
     async def _live(self, engine: Engine, ready: Ready, claim: Claim) -> Diagnosis:
         """Have it serve and sleep until it ends by itself; returns why it did."""
         rest = Rest(self._shared.nap, self._shared.loop.room, engine, claim, self._history)
-        meter = await Meter.of(engine, self._shared.probe, self._history.tokens.update)
+        meter = self.meter = await Meter.of(engine, self._shared.probe, self._history.tokens.update)
         if (sleeps := await rest.adopted()) is not False:
             if sleeps is None:
                 self._starts_cold = True

@@ -4,7 +4,6 @@ Lines are queued, and written in batches ten times a second: a write for each wo
 SIGKILL loses the last tenth of a second.
 """
 
-import time
 from typing import Protocol
 
 from vllm_proxy.runtime import logline
@@ -28,7 +27,7 @@ class AccessLog:
 
     def write(self, call: Call) -> None:
         """One request has ended."""
-        seconds = time.monotonic() - call.started_at
+        seconds = call.ended_at - call.started_at
         first = call.first_byte_at - call.started_at if call.first_byte_at else None
         if self._form == "json":
             self._lines.queue(logline.as_json("request", "info", _fields(call, seconds, first)))

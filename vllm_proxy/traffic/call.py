@@ -6,7 +6,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Protocol
 
@@ -71,6 +71,11 @@ class Call:
     revoked: RequestError | None = None  # why it ends before its time
     metered: Metered | None = None  # what it holds of its key's limits, where requests are metered
     limit_lines = b""  # header lines of the answer: what its key's limits leave
+    code: str | None = None  # of the daemon's own error, where it ended in one
+    ended_at = 0.0
+    usage = b""  # of the answer of one that is not metered: the bytes that say what it took, where they were at hand
+    tokens: Tokens | None = None  # what it took, of one that is metered
+    peer: object = None  # the client's address, once it has ended: what the socket says
 
     def __init__(self, request: web.BaseRequest, route: str, start_line: bytes) -> None:
         self.request = request
@@ -98,17 +103,24 @@ type Admit = Callable[[Head, ClientConnection, Scope], Caller]  # raises for who
 
 
 def observed(
-    route: InferenceRoute, work: Work, admit: Admit, observe: Observer, cors: Cors
+    route: InferenceRoute,
+    work: Work,
+    admit: Admit,
+    observe: Observer,
+    cors: Cors,
+    *,
+    active: MutableMapping[Call, None],
 ) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
     """A handler for callers that `admit` lets in: it does `work`, and answers its errors in the envelope of the route.
 
-    The end, whatever it is, is reported to `observe`.
+    It is in `active` until its end, which, whatever it is, is reported to `observe`.
     """
     path = route.path
     start_line = f"{route.method} {path} HTTP/1.1\r\n".encode()
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         call = Call(request, path, start_line)
+        active[call] = None
         if route.anthropic:
             call.is_anthropic = True
         if b"origin" in call.head:
@@ -132,6 +144,7 @@ def observed(
                 raise ConnectionResetError from None
             return _refuse(call, RequestError("internal_error", "cannot answer: a fault of the daemon, see its log"))
         finally:
+            call.ended_at = time.monotonic()
             observe(call)
 
     return handle
@@ -160,7 +173,7 @@ def _start_line(request: web.BaseRequest) -> bytes:
 
 
 def _refuse(call: Call, error: RequestError) -> web.StreamResponse:
-    call.status = error.status
+    call.status, call.code = error.status, error.code
     response = error_response(error, anthropic=call.is_anthropic)
     add_headers(call, response)
     if (

@@ -88,6 +88,8 @@ class Exchange:
     _buffer = b""
     by_closing = False  # whether only the connection's end marks the end of the answer for the client
     ended_early = False  # whether the daemon ended it, and not the engine
+    last = b""  # the last read of the body, which may say what it took
+    before = b""  # what came in front of that at the end of a stream of events
     orderly = False  # whether the client has all that there will be, and may see an orderly end
     _position: Position | None = None  # in an event stream, from the first read on that ends in an unusual place
     _interim = 0  # 1xx answers in front of the real one
@@ -279,6 +281,7 @@ class Exchange:
             self._inside or self._in_chunk or not payload.endswith(USUAL_END) or payload.find(b"[DONE]") >= 0
         ):
             self._track(payload)
+        self.last = payload
         if self._dechunk:
             decoded, self.decoded = self.decoded, b""
             self._client.write(decoded if body is None else data + decoded)
@@ -290,6 +293,7 @@ class Exchange:
     def _track(self, payload: bytes) -> None:
         """Look closely at where an event stream stands, as long as it is not at the end of an event."""
         if self._complete or not payload:
+            self.before = self.last
             return
         if self._position is None:
             self._position = Position()
@@ -297,6 +301,7 @@ class Exchange:
         self._inside = self._in_chunk or not self._position.is_boundary
         if self._position.is_done:
             self._is_events = False  # nothing is added any more, so it need not be followed
+            self.before = self.last + payload
 
     def _finish(self) -> None:
         self.orderly = True

@@ -321,6 +321,7 @@ class _Request:
         outcome = self._outcome()
         made = self.made
         tokens, estimated = self.told if made is None else made.tokens, 0
+        self.call.tokens = tokens
         if tokens is None:
             tokens, estimated = NO_TOKENS, self._estimated(outcome)
         charged = tokens.prompt + tokens.completion + estimated

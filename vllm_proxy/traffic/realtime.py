@@ -85,7 +85,7 @@ def realtime(sessions: Sessions) -> Work:
 
 
 async def _refuse(call: Call, client: web.WebSocketResponse, error: RequestError) -> None:
-    call.status = error.status
+    call.status, call.code = error.status, error.code
     await client.send_str(_event("error", error={"message": error.message, "code": error.code}).decode())
     await client.close(code=WSCloseCode.POLICY_VIOLATION, message=error.code.encode())
 
@@ -100,15 +100,16 @@ def _can_upgrade(client: web.WebSocketResponse, request: web.Request) -> bool:
 
 def _counted(call: Call, sessions: Sessions) -> Callable[[int], None]:
     """Counts bytes of messages that are not passed on yet."""
+    request = call.request
 
     def count(size: int) -> None:
         try:
             sessions.budget.take(call, size, sessions.settings())
         except RequestError as error:
-            if error.code == "overloaded" and call.request.transport is not None:  # the other has a close code
+            if error.code == "overloaded" and request.transport is not None:  # the other has a close code
                 log.info("a session was cut: no room for its message", id=call.request_id.decode())
-                call.status = error.status
-                call.request.transport.abort()
+                call.status, call.code = error.status, error.code
+                request.transport.abort()
 
     return count
 

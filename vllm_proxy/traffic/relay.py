@@ -13,6 +13,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from vllm_proxy.domain.tokens import KEPT
 from vllm_proxy.errors import EngineFailedError, RequestError
 from vllm_proxy.traffic.call import Call
 from vllm_proxy.traffic.endpoint import Endpoint
@@ -27,6 +28,8 @@ log = structlog.get_logger()
 
 _PIECE = 256 * 1024
 _ONE_WRITE = 64 * 1024
+_USAGE = b'"usage":'  # not in a text, whose quotes are escaped
+_MOST_USAGE = 256  # bytes of what says which tokens an answer took
 
 
 class Body(Protocol):
@@ -148,15 +151,29 @@ def _finished(call: Call, lease: Lease, exchange: Exchange, ending: Ending) -> w
     call.status = exchange.status
     call.bytes_out = exchange.body_bytes
     call.first_byte_at = exchange.first_byte_at
+    if call.metered is None:
+        call.usage = usage_of(exchange)
     if exchange.by_closing and exchange.orderly:
         client_of(call.request).end_orderly = call.request.transport
-    if exchange.ended_early:
-        log.info("an answer was ended: its key may not have it any more", instance=call.instance,
+    if exchange.ended_early and call.revoked is not None:
+        call.code = call.revoked.code
+        log.info("an answer was ended early", why=call.code, instance=call.instance,
                  id=call.request_id.decode())  # fmt: skip
     elif ending is Ending.BROKEN:
+        call.code = "engine_failed"
         log.warning("the engine broke off its answer", instance=call.instance, id=call.request_id.decode(),
                     engine_id=call.engine_id.decode())  # fmt: skip
     return SENT_CLOSE if exchange.close else SENT_KEEP_ALIVE
+
+
+def usage_of(exchange: Exchange) -> bytes:
+    """What says which tokens the answer took, where that is at hand: of one that nobody counts."""
+    text = exchange.last
+    at = text.rfind(_USAGE, -KEPT)
+    if at < 0 and exchange.before:
+        text = exchange.before
+        at = text.rfind(_USAGE, -KEPT)
+    return text[at : at + _MOST_USAGE] if at >= 0 else b""
 
 
 async def forward_to_one(

@@ -1,0 +1,156 @@
+"""What has happened: changes of instances, of models and of the file, the last 1,000, also while nobody listens.
+
+Each has an id, `BOOT-N`: readers of `/events` who come back name the last one that they know, and get what came after
+it. Nothing becomes JSON before somebody asks for it, and then once for all readers.
+"""
+
+import re
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import msgspec
+
+from vllm_proxy.api.models import rfc3339
+from vllm_proxy.domain import resources
+from vllm_proxy.domain.feed_resources import Happening, ResetEvent
+from vllm_proxy.domain.lifecycle import Reason, State
+from vllm_proxy.errors import ConfigError
+from vllm_proxy.fleet.desired import Outcome, Written
+from vllm_proxy.fleet.model import Model
+from vllm_proxy.runtime.background import notify
+
+KEPT = 1000
+_ALL = "0"  # as `since`: everything that is kept
+_ID = re.compile(r"([0-9a-f]{8})-(\d{1,18})")
+
+_NOTHING = State.STOPPED, None
+
+
+class Entry:
+    """One happening. `plain`: the events of `/events` without `fleet`, by name, that tell of it."""
+
+    __slots__ = ("_as_happened", "_as_plain", "at", "boot", "fields", "number", "plain")
+
+    def __init__(self, boot: str, number: int, fields: dict[str, Any]) -> None:
+        self.boot = boot
+        self.number = number
+        self.at = datetime.now(UTC)
+        self.fields = fields
+        self.plain: tuple[tuple[str, object], ...] = ()
+        self._as_happened = self._as_plain = b""
+
+    @property
+    def id(self) -> str:
+        """As readers name it."""
+        return f"{self.boot}-{self.number}"
+
+    def happened(self) -> bytes:
+        """The event `happened`."""
+        if not self._as_happened:
+            value = cast("Happening", {"id": self.id, "at": rfc3339(self.at), **self.fields})
+            self._as_happened = event("happened", value, self.id)
+        return self._as_happened
+
+    def as_plain(self) -> bytes:
+        """The events that tell of it where `fleet` is not asked for; none where those of another one do."""
+        if not self._as_plain:
+            self._as_plain = b"".join(event(kind, value, self.id) for kind, value in self.plain)
+        return self._as_plain
+
+
+class Happenings:
+    """Of one daemon. `listen` for those to come."""
+
+    def __init__(self, knows: Callable[[str], bool]) -> None:
+        """`knows`: whether there is a model of this id, one that drains for the last time included."""
+        self.boot = secrets.token_hex(4)
+        self._knows = knows
+        self._number = 0
+        self._kept: deque[Entry] = deque(maxlen=KEPT)
+        self._shown: dict[str, tuple[State, Reason | None]] = {}  # as last told, by model and by instance
+        self._listeners: list[Callable[[Entry], None]] = []
+
+    def listen(self, listener: Callable[[Entry], None]) -> None:
+        """Call `listener` with each one, once it is kept."""
+        self._listeners.append(listener)
+
+    def since(self, known: str) -> tuple[bytes, list[Entry]]:
+        """(the event `reset` where what follows `known` is not kept, else nothing; what came after it, or all)."""
+        if known == _ALL:
+            return b"", list(self._kept)
+        found = _ID.fullmatch(known)
+        first = self._number - len(self._kept)  # the number in front of the oldest one
+        if found is None or found[1] != self.boot or not first <= int(found[2]) <= self._number:
+            reset: ResetEvent = {"boot": self.boot}
+            return event("reset", reset), list(self._kept)
+        return b"", [entry for entry in self._kept if entry.number > int(found[2])]
+
+    def of_model(self, model: Model) -> Entry | None:
+        """What a model shows has changed: keep what is new; returns the last of that."""
+        new: Entry | None = None
+        for fields in self._changes(model):
+            new = self.add(fields)
+        return new
+
+    def of_file(self, outcome: Outcome | Written | ConfigError) -> Entry:
+        """Somebody changed the file or commanded something, or a file was accepted or refused."""
+        if isinstance(outcome, Written):
+            author = outcome.author
+            written: resources.WriteEvent = {
+                "who": author.who, "what": author.what, "before": outcome.before, "after": outcome.after,
+            }  # fmt: skip
+            return self.add({"kind": "write", **written}, ("write", written))
+        if isinstance(outcome, ConfigError):
+            problems = resources.problems_of(outcome.problems)
+            rejected: resources.ConfigRejected = {"result": "rejected", "problems": problems}
+            return self.add({"kind": "rejected", "problems": problems}, ("config", rejected))
+        revision, changes = outcome.revision, resources.changes_of(outcome.changes)
+        accepted: resources.ConfigAccepted = {"result": "accepted", "revision": revision, "keys": outcome.keys}
+        planned: resources.PlanEvent = {"revision": revision, "changes": changes}
+        plan: list[tuple[str, object]] = [("plan", planned)] if changes else []
+        fields = {"kind": "accepted", "revision": revision, "changes": changes, "keys": outcome.keys}
+        return self.add(fields, ("config", accepted), *plan)
+
+    def add(self, fields: dict[str, Any], *plain: tuple[str, object]) -> Entry:
+        """One more."""
+        self._number += 1
+        entry = Entry(self.boot, self._number, fields)
+        entry.plain = plain
+        self._kept.append(entry)
+        notify(self._listeners, entry)
+        return entry
+
+    def _changes(self, model: Model) -> Iterator[dict[str, Any]]:
+        name, diagnosis = model.spec.id, model.diagnosis
+        is_there = self._knows(name)
+        state = model.state if is_there else State.STOPPED
+        of_model = state, diagnosis.reason if diagnosis else None
+        is_new = self._shown.get(name, _NOTHING) != of_model
+        told = False
+        for one in model.instances:
+            reason = one.diagnosis.reason if one.diagnosis else None
+            shown = one.state, reason
+            if self._shown.get(one.name, _NOTHING) != shown:
+                self._shown[one.name], told = shown, True
+                yield {
+                    "kind": "instance", "model": name, "instance": one.name, "state": one.state, "phase": one.phase,
+                    "reason": reason, "message": one.diagnosis.message if one.diagnosis else None,
+                }  # fmt: skip
+        self._shown[name] = of_model
+        if is_new and not told:
+            yield {
+                "kind": "model", "model": name, "instance": None, "state": state, "phase": None,
+                "reason": of_model[1], "message": model.message,
+            }  # fmt: skip
+        if not is_there:
+            for gone in [shown for shown in self._shown if shown == name or shown.rpartition("/")[0] == name]:
+                del self._shown[gone]
+
+
+def event(kind: str, value: object, number: str = "") -> bytes:
+    """A server-sent event."""
+    head = b"id: %s\n" % number.encode() if number else b""
+    return b"%sevent: %s\ndata: %s\n\n" % (head, kind.encode(), msgspec.json.encode(value))
