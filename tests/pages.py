@@ -23,10 +23,19 @@ from tests.api.test_metrics import Fleet, call, metrics_of
 from tests.simulation import __main__ as simulation
 from tests.simulation import loads
 from vllm_proxy import cli
-from vllm_proxy.api.openapi_keys import KEYS, OF_A_KEY
+from vllm_proxy.api.openapi_keys import KEYS, OF_A_KEY, OF_ADAPTERS_MAX, OF_AN_ADAPTER
 from vllm_proxy.api.openapi_routes import OPERATIONS, Operation
 from vllm_proxy.domain import key_table, plan
-from vllm_proxy.domain.config import Devices, EngineDefaults, EngineSpec, Policy, Restart, Server
+from vllm_proxy.domain.config import (
+    AdaptersMax,
+    AdapterTable,
+    Devices,
+    EngineDefaults,
+    EngineKeys,
+    Policy,
+    Restart,
+    Server,
+)
 from vllm_proxy.domain.key_table import KeyTable
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.domain.units import parse_duration, parse_size, parse_size_or_percent, show, show_duration, show_size
@@ -264,16 +273,18 @@ def _simulated() -> tuple[Sequence[str], Rows]:
 
 
 TABLES: Mapping[str, Callable[[], str | tuple[Sequence[str], Rows]]] = {
-    "keys of the engine": lambda: _keys(EngineSpec, lambda _: "replaces"),
+    "keys of the engine": lambda: _keys(EngineKeys, lambda _: "replaces"),
     "keys of the policy": lambda: _keys(Policy, _of_a_policy),
     "keys of restarts": lambda: _keys(Restart, lambda _: "live", "restart."),
+    "keys of adapters": lambda: _keys(AdapterTable, lambda _: "live", "adapters.NAME.", OF_AN_ADAPTER),
+    "keys of adapters_max": lambda: _keys(AdaptersMax, lambda _: "replaces", "adapters_max.", OF_ADAPTERS_MAX),
     "keys of the server": lambda: _keys(
         Server, lambda key: "restart" if key in plan.RESTART_KEYS else "live", "server.", {}
     ),
     "keys of devices": lambda: _keys(Devices, lambda _: "live", "devices.", words={}),
     "keys of a key": lambda: _keys(KeyTable, lambda _: "live", words=OF_A_KEY),
     "keys of all engines": lambda: _keys(
-        EngineDefaults, lambda key: "replaces" if key in EngineSpec.model_fields else "live", "engine.", {}
+        EngineDefaults, lambda key: "replaces" if key in EngineKeys.model_fields else "live", "engine.", {}
     ),
     "changes": plan.table,
     "commands": _usages,

@@ -51,6 +51,22 @@ def test_check_counts_one_model_in_the_singular(folder: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == f"{folder}/other.toml: valid, 1 model\n"
 
 
+def test_check_reads_the_folders_of_adapters(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Relative ones from the file's; what vLLM would refuse is a problem, with its line."""
+    made = folder / "conf/adapters/support"
+    made.mkdir(parents=True)
+    (folder / "conf/models.toml").write_text(VALID + '[models.a.adapters.support]\npath = "adapters/support"\n')
+    config = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    (made / "adapter_config.json").write_text(json.dumps(config))
+    assert run(["check", "-c", "conf/models.toml"]) == 0
+    (made / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    assert run(["check", "-c", "conf/models.toml"]) == 78
+    problem = (
+        'models.a.adapters.support.path: "adapters/support": vLLM cannot load it: DoRA (use_dora) is not supported'
+    )
+    assert f"conf/models.toml:6: {problem}" in capsys.readouterr().out
+
+
 def test_check_prints_every_problem_on_a_line_of_its_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit status 78 and FILE:LINE: path: message for each, so that editors can jump there."""
     file = folder / "models.toml"

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_proxy import errors
 from vllm_proxy.domain import lifecycle
-from vllm_proxy.domain.config import Devices, EngineDefaults, ModelTable, Restart, Server
+from vllm_proxy.domain.config import AdaptersMax, AdapterTable, Devices, EngineDefaults, ModelTable, Restart, Server
 from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.domain.key_table import KeyTable, RateTable
 
@@ -151,7 +151,7 @@ def test_the_example_shows_every_key_with_its_default() -> None:
     data = (ROOT / "models.toml.example").read_bytes()
     config = parse_config(data, "models.toml.example")
     text = data.decode()
-    for table in (Server, EngineDefaults, Devices, ModelTable, Restart, KeyTable, RateTable):
+    for table in (Server, EngineDefaults, Devices, ModelTable, AdapterTable, AdaptersMax, Restart, KeyTable, RateTable):
         for key, field in table.model_fields.items():
             mark = (
                 "#? ?" if field.default in (None, ()) else ""

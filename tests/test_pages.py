@@ -9,7 +9,7 @@ import pytest
 from tests import pages
 from vllm_proxy import cli
 from vllm_proxy.api.openapi_routes import OPERATIONS
-from vllm_proxy.domain.config import Devices, EngineDefaults, ModelTable, Restart, Server
+from vllm_proxy.domain.config import AdaptersMax, AdapterTable, Devices, EngineDefaults, ModelTable, Restart, Server
 from vllm_proxy.domain.key_table import KeyTable
 from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.errors import STATUS
@@ -71,7 +71,9 @@ def test_every_key_is_in_both_tables_once() -> None:
     text = (pages.DOCS / "configuration.md").read_text(encoding="utf-8")
     rows = [pages.cells_of(line)[0].strip("`") for found in pages.BLOCK.finditer(text)
             for line in found["table"].splitlines()[2:]]  # fmt: skip
-    keys = keys - {"restart"} | {f"restart.{key}" for key in Restart.model_fields}
+    keys = keys - {"restart", "adapters", "adapters_max"} | {f"restart.{key}" for key in Restart.model_fields}
+    keys |= {f"adapters.NAME.{key}" for key in AdapterTable.model_fields}
+    keys |= {f"adapters_max.{key}" for key in AdaptersMax.model_fields}
     assert sorted(rows) == sorted([*keys, *KeyTable.model_fields])
 
 

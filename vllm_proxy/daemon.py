@@ -91,7 +91,7 @@ def read_config(settings: Settings) -> Config:
     except OSError as error:
         hint = _HINTS.get(type(error), "")
         raise ConfigError(str(file), [Problem(0, "", f"cannot read it: {error.strerror}{hint}")]) from None
-    config = settings.parse(data)
+    config = settings.parse(data, settings.files.lenient())
     try:
         tls.load(config.server, settings.files)
     except tls.PairError as error:

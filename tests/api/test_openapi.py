@@ -21,10 +21,11 @@ from vllm_proxy.api.openapi import NOT_LET_IN, document
 from vllm_proxy.api.openapi_keys import DURATION, KEYS, MODEL_ID, OF_A_KEY
 from vllm_proxy.api.openapi_routes import OPERATIONS
 from vllm_proxy.api.reply import Reply
-from vllm_proxy.domain.config import ModelTable, Restart, id_problem
+from vllm_proxy.domain.config import ModelTable, Restart
 from vllm_proxy.domain.key_table import KeyTable
 from vllm_proxy.domain.keys import name_problem
 from vllm_proxy.domain.units import parse_duration
+from vllm_proxy.domain.value_types import id_problem
 from vllm_proxy.errors import STATUS
 from vllm_proxy.traffic.envelope import envelope
 
@@ -171,7 +172,7 @@ def test_the_keys_of_a_model_are_those_of_the_configuration() -> None:
         assert set(properties) - {"id"} == set(table.model_fields)
         for key, field in table.model_fields.items():
             assert properties[key]["description"].startswith(KEYS[key])
-            if field.default is not None and not field.is_required() and key != "restart":
+            if field.default is not None and not field.is_required() and key not in {"restart", "adapters_max"}:
                 default = list(field.default) if isinstance(field.default, tuple) else field.default
                 assert properties[key]["default"] == default
 
@@ -223,6 +224,11 @@ def test_ids_are_described_as_they_are_read(text: str) -> None:
         ({"restart": {"bakoff": "2s"}}, False),
         ({"args": {"hf_overrides": {"a": [1]}}}, True),
         ({"replica": 1}, False),
+        ({"adapters": {"support": {"path": "adapters/support", "enabled": False}}}, True),
+        ({"adapters": {"support": {"path": 1}}}, False),
+        ({"adapters": {"support": {"path": "adapters/support", "rank": 8}}}, False),
+        ({"adapters_max": {"rank": 64, "loras": 2}}, True),
+        ({"adapters_max": {"rank": 65}}, False),
     ],
 )
 def test_keys_are_described_as_they_are_read(keys: dict[str, Any], good: bool) -> None:  # noqa: FBT001 - a table of cases

@@ -399,6 +399,30 @@ async def test_a_models_life_over_rest(tmp_path: Path, port_start: int) -> None:
         await running.get("/models/org/new", 404)
 
 
+async def test_adapters_are_added_changed_and_removed_over_rest(tmp_path: Path, port_start: int) -> None:
+    """One alone, by a merge patch; null removes it; the answer says what engines would be started with."""
+    off = '[models.off]\nmodel = "x"\nenabled = false\n'
+    async with serving(tmp_path, port_start, CHAT + EMBED + off) as running:
+        one = await running.write("PATCH", "/models/off", {"adapters": {"a": {"path": "org/a"}}})
+        assert one["spec"]["adapters"] == {"a": {"path": "org/a"}}
+        await running.write("PATCH", "/models/off", {"adapters": {"b.c": {"path": "org/b"}}})
+        both = await running.write("PATCH", "/models/off", {"adapters": {"a": {"description": "d"}}})
+        assert both["effective"]["adapters"] == {
+            "a": {"path": "org/a", "description": "d", "enabled": True},
+            "b.c": {"path": "org/b", "description": "", "enabled": True},
+        }
+        assert both["effective"]["adapters_max"] == {"rank": 16, "loras": 2, "cpu_loras": 16}
+        refused = await running.write("PATCH", "/models/off", {"adapters": {"chat": {"path": "./none"}}}, 422)
+        assert {problem["path"] for problem in refused["error"]["problems"]} == {
+            "models.off.adapters.chat", "models.off.adapters.chat.path",
+        }  # fmt: skip
+        left = await running.write("PATCH", "/models/off", {"adapters": {"a": None}})
+        assert left["spec"]["adapters"] == {"b.c": {"path": "org/b"}}
+        none = await running.write("PATCH", "/models/off", {"adapters": None})
+        assert "adapters" not in none["spec"]
+        assert none["effective"]["adapters_max"] == {"rank": None, "loras": None, "cpu_loras": None}
+
+
 async def test_the_daemons_own_write_is_not_followed_a_second_time(tmp_path: Path, port_start: int) -> None:
     """The watch sees the file change, and its bytes are those that are followed already."""
     async with serving(tmp_path, port_start) as running:

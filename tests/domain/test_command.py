@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from vllm_proxy.domain.adapters import Lora
 from vllm_proxy.domain.address import TcpAddress, UnixAddress
-from vllm_proxy.domain.command import ENGINE_SHUTDOWN_SECONDS, Place, argv, environment, may_sleep
+from vllm_proxy.domain.command import ENGINE_SHUTDOWN_SECONDS, Place, argv, environment, fingerprint, may_sleep
 from vllm_proxy.domain.config import EngineSpec
 from vllm_proxy.domain.devices import NO_DEVICES, Allocation, allocation_for, unmanaged
 
@@ -234,3 +235,16 @@ def test_pinned_memory_is_not_rounded_up_unless_the_user_has_settings_of_his_own
     for env in (environment({name: "x"}, {}, SLEEPER), environment({}, {name: "x"}, SLEEPER)):
         assert {key: value for key, value in env.items() if key.endswith("ALLOC_CONF")} == {name: "x"}
     assert "PYTORCH_ALLOC_CONF" not in environment({}, {}, PLACE)
+
+
+def test_an_engine_for_adapters_is_started_with_room_for_them() -> None:
+    """And with the routes to load them; another room is another engine."""
+    plain, able = spec(), spec().model_copy(update={"lora": Lora(64, 2, 16)})
+    assert [word for word in argv("chat", able, ["vllm", "serve"], PLACE) if "lora" in word] == [
+        "--enable-lora", "--max-lora-rank=64", "--max-loras=2", "--max-cpu-loras=16",
+    ]  # fmt: skip
+    assert not [word for word in argv("chat", plain, ["vllm", "serve"], PLACE) if "lora" in word]
+    variable = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+    assert environment({}, {variable: "0"}, PLACE, takes_adapters=True)[variable] == "1"
+    assert variable not in environment({}, {}, PLACE)
+    assert len({fingerprint(one, "/x") for one in (plain, able, able.model_copy(update={"lora": Lora(8, 2, 16)}))}) == 3

@@ -665,3 +665,22 @@ def test_any_table_of_any_file_can_go_and_come_back(data: st.DataObject, lines: 
     again = create(gone, name, keys)
     checked(lines, end, again, name, keys)
     assert again.startswith(gone)
+
+
+def test_adapters_are_added_changed_and_removed_one_by_one() -> None:
+    """A merge patch names those that it is about; the others, and their comments, stay."""
+    ours = '[models.chat.adapters.support]  # ours\npath = "adapters/support"\n\n# Embeddings.'
+    assert tables_in(patch(FILE, CHAT, {"adapters": {"a": {"path": "a/b"}}}), "models")["chat"]["adapters"] == {
+        "a": {"path": "a/b"}
+    }
+    text = FILE.replace("# Embeddings.", ours)
+    text = patch(text, CHAT, {"adapters": {"x.y": {"path": "org/x", "description": "d"}}})
+    text = patch(text, CHAT, {"adapters": {"x.y": {"path": "org/y", "description": None}}})
+    assert tables_in(text, "models")["chat"]["adapters"] == {
+        "support": {"path": "adapters/support"}, "x.y": {"path": "org/y"},
+    }  # fmt: skip
+    assert ours.partition("\n\n")[0] in text
+    text = patch(text, CHAT, {"adapters": {"support": None}})
+    assert tables_in(text, "models")["chat"]["adapters"] == {"x.y": {"path": "org/y"}}
+    text = patch(text, CHAT, {"adapters": None})
+    assert tables_in(text, "models") == tables_in(FILE, "models")

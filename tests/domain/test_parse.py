@@ -107,6 +107,8 @@ def test_a_model_needs_no_more_than_its_model() -> None:
         "queue_size": 512,
         "queue_timeout": 600.0,
         "restart": {"max_failures": 5, "backoff": 1.0, "max_backoff": 60.0},
+        "adapters": {},
+        "adapters_max": {"rank": None, "loras": None, "cpu_loras": None},
     }
 
 

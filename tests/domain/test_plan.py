@@ -1,11 +1,13 @@
 """What has to be done, told from what is wanted and what was adopted: nothing but what changed."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_proxy.domain.adapters import Adapter
 from vllm_proxy.domain.config import ModelSpec, Server
 from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.domain.plan import Action, Kind, plan, restart_needed
@@ -227,3 +229,58 @@ def test_nothing_is_replaced_unless_an_engine_key_changed(
         and running[name].policy.enabled
     }
     assert replaced == changed
+
+
+ADAPTER = CHAT + '[models.chat.adapters.support]\npath = "org/support"\n'
+FIRST = "adapters.support new, adapters.support is the first: engines were started without room for adapters"
+
+
+@pytest.mark.parametrize(
+    ("desired", "running", "expected"),
+    [
+        (ADAPTER, CHAT, [("replace", FIRST)]),
+        (CHAT, ADAPTER, [("update", "adapters.support removed")]),
+        (ADAPTER + '[models.chat.adapters."x.y"]\npath = "org/x"', ADAPTER, [("update", 'adapters."x.y" new')]),
+        (ADAPTER + "enabled = false", ADAPTER, [("update", "adapters.support disabled")]),
+        (ADAPTER, ADAPTER + "enabled = false", [("replace", FIRST.replace("new", "enabled"))]),
+        (ADAPTER + "enabled = false", CHAT, [("update", "adapters.support new, disabled")]),
+        (ADAPTER.replace("org/support", "other/support"), ADAPTER,
+         [("update", "adapters.support.path org/support -> other/support")]),
+        (ADAPTER + 'description = "d"', ADAPTER, [("update", "adapters.support.description changed")]),
+        (ADAPTER + "[models.chat.adapters_max]\nrank = 64", ADAPTER, [("replace", "adapters_max.rank 16 -> 64")]),
+        (ADAPTER, ADAPTER + "[models.chat.adapters_max]\nrank = 64",
+         [("update", "adapters_max changed")]),
+        (ADAPTER + "[models.chat.adapters_max]\nrank = 16", ADAPTER,
+         [("update", "adapters_max changed")]),
+        (ADAPTER.replace("chat]", "chat]\nmax_model_len = 1"), CHAT,
+         [("replace", FIRST + ", max_model_len not given -> 1")]),
+        (CHAT + "queue_size = 1\n" + "".join(f'adapters.a{n}.path = "o/{n}"\n' for n in range(17)), ADAPTER,
+         [("update", "queue_size 512 -> 1"),
+          ("replace", ", ".join(["adapters.support removed", *(f"adapters.a{n} new" for n in range(17)),
+                                 "adapters: 17 are more than the 16 that engines hold"]))]),
+        (CHAT + "enabled = false\n" + ADAPTER[len(CHAT):], CHAT + "enabled = false",
+         [("update", "adapters.support new")]),
+        (ADAPTER.replace("chat]", "chat]\nenabled = false", 1) + "[models.chat.adapters_max]\nrank = 64",
+         ADAPTER.replace("chat]", "chat]\nenabled = false", 1), [("update", "adapters_max changed")]),
+    ],
+)  # fmt: skip
+def test_an_adapter_is_live_where_engines_have_room_for_it(
+    desired: str, running: str, expected: list[tuple[str, str]]
+) -> None:
+    """The plan says before anything happens where they have none, and why."""
+    assert sorted((kind, reason) for kind, _, reason in told(desired, running)) == sorted(expected)
+
+
+def test_a_larger_rank_replaces_and_changed_files_do_not() -> None:
+    """Known by their folders, which the file says nothing of."""
+    (old,) = models(ADAPTER).values()
+    small = replace(old, adapters={"support": Adapter("support", "x", rank=8, revision="1")}).with_lora(None)
+    other = replace(old, adapters={"support": Adapter("support", "x", rank=4, revision="2")}).with_lora(None)
+    large = replace(old, adapters={"support": Adapter("support", "x", rank=64, revision="3")}).with_lora(None)
+    assert [(one.kind, one.reason) for one in plan({"chat": other}, {"chat": small})] == [
+        ("update", files := "adapters.support: its files changed")
+    ]
+    assert [(one.kind, one.reason) for one in plan({"chat": large}, {"chat": small})] == [
+        ("replace", f"{files}, adapters.support: its rank 64 is more than the 8 that engines hold")
+    ]
+    assert plan({"chat": small}, {"chat": small}) == ()

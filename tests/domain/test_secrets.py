@@ -327,3 +327,14 @@ def test_the_rule_is_the_one_of_the_specification() -> None:
     rule = re.compile("token|key|secret|password|credential", re.IGNORECASE)
     for word in "tokenizer keyword keyboard tokenizer_key api_token_v2 my.secret.thing".split():
         assert secrets.is_secret_name(word) <= bool(rule.search(word))
+
+
+def test_the_id_of_an_adapter_hides_nothing() -> None:
+    """It may well have "key" in it; below it, and in other tables of that name, it is as everywhere."""
+    table = {"adapters": {"monkey": {"path": "a/b", "api_key": "x"}}, "args": {"adapters": {"token": "x"}}}
+    assert secrets.shown(table) == {
+        "adapters": {"monkey": {"path": "a/b", "api_key": "***"}}, "args": {"adapters": {"token": "***"}},
+    }  # fmt: skip
+    assert secrets.restored(secrets.shown(table), table) == (table, [])
+    assert not secrets.hides(("models", "chat", "adapters", "monkey", "path"))
+    assert secrets.hides(("models", "chat", "adapters", "monkey", "api_key"))

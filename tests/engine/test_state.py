@@ -14,6 +14,7 @@ import pytest
 import tomli_w
 from structlog.testing import capture_logs
 
+from vllm_proxy.domain.adapters import Lora
 from vllm_proxy.domain.address import UnixAddress
 from vllm_proxy.domain.canary import COMPLETIONS, Canary
 from vllm_proxy.domain.devices import Allocation
@@ -617,3 +618,11 @@ def test_garbage_in_the_record_of_starts_is_no_matter(tmp_path: Path, garbage: b
         assert state.starts("abc") == []
         state.add_start("abc", 3)
         assert state.starts("abc") == [3]
+
+
+def test_what_an_engine_can_hold_of_adapters_is_on_record(tmp_path: Path) -> None:
+    """So the next daemon keeps it where that is enough."""
+    able = replace(CHAT, lora=Lora(64, 4, 16))
+    with StateDirectory(tmp_path) as state:
+        state.record(able)
+    assert next_daemon(tmp_path) == [able]

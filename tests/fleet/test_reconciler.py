@@ -9,6 +9,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.engine.virtual import Stage, model, now, passes, settle, virtual
+from vllm_proxy.domain.adapters import Adapter, Lora
+from vllm_proxy.domain.command import fingerprint
 from vllm_proxy.domain.config import Config, EngineDefaults, ModelSpec, Policy, Restart, Server
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.domain.plan import Action, plan
@@ -17,7 +19,7 @@ from vllm_proxy.engine.proc import look_up
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
 from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.model import Model
-from vllm_proxy.fleet.orphans import classify
+from vllm_proxy.fleet.orphans import classify, loras
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.status import sentence
 
@@ -523,3 +525,31 @@ async def test_an_adopted_engine_that_loads_has_the_devices_of_its_record(
     await passes(10)
     started = [engine.place.instance for engine in stage.launcher.engines]
     assert started == ["a/0"] if waits else ["a/0", "b/0"]
+
+
+def test_an_engine_with_enough_room_for_adapters_is_adopted_as_it_is() -> None:
+    """The model's engines have then what that one was started with; one with too little is another engine."""
+    room, adapter = Lora(64, 4, 32), Adapter("support", "org/support", rank=8)
+    wants = replace(model("a"), adapters={"support": adapter}).with_lora(None)
+    found = alive(spec=fingerprint(wants.with_lora(room).engine, ""), lora=room)
+    small = Lora(1, 1, 16)
+    for spec in (wants, model("a")):
+        models = {"a": spec.with_lora(room)}
+        assert loras([found], {"a": spec}, lambda one: fingerprint(one, "")) == {"a": room}
+        assert classify([found], models, lambda one: fingerprint(one, ""))[0] == {"a": {0: found}}
+    less = replace(found, spec=fingerprint(model("a").with_lora(small).engine, ""), lora=small)
+    other = replace(found, spec="another")
+    for record in (less, other, replace(found, lora=None)):
+        assert loras([record], {"a": wants}, lambda one: fingerprint(one, "")) == {}
+        assert classify([record], {"a": wants}, lambda one: fingerprint(one, ""))[1] == [record]
+
+
+@virtual
+async def test_a_daemon_that_starts_keeps_the_room_of_the_engines_that_it_adopts(tmp_path: Path) -> None:
+    """Adapters went while no daemon ran: the engine stays, and what follows is planned from what it has."""
+    room = Lora(64, 4, 32)
+    record = alive(spec="some/model", lora=room)
+    reconciler = reconciler_of(Stage(), tmp_path, model("a"), model("b"), records=(record,))
+    assert {name: spec.lora for name, spec in reconciler.specs().items()} == {"a": room, "b": None}
+    assert reconciler.loras() == {"a": room, "b": None}
+    assert reconciler.config.models["a"].lora == room

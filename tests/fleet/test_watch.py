@@ -13,9 +13,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.engine.virtual import passes, virtual
-from vllm_proxy.domain.config import revision_of
+from vllm_proxy.domain.config import fingerprint, revision_of
 from vllm_proxy.fleet.watch import links_to, watch
 from vllm_proxy.runtime.background import keep_running
+from vllm_proxy.runtime.watched_files import revision_at
 
 
 class Watched:
@@ -283,3 +284,30 @@ async def test_a_disk_that_does_not_answer_is_said_once_and_waited_for(tmp_path:
             await asyncio.wait({task})
 
     await asyncio.to_thread(run)
+
+
+@pytest.mark.parametrize("poll_seconds", [0.1, 3600])
+async def test_the_folder_of_an_adapter_is_followed(poll_seconds: float, tmp_path: Path) -> None:
+    """Other weights in it are noticed at once, in place or renamed over; where no event tells, by a look."""
+    file, folder = tmp_path / "models.toml", tmp_path / "adapter"
+    file.write_text("0")
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_text("0")
+
+    def now() -> str:
+        return fingerprint([revision_at(file), revision_at(folder)])
+
+    adopted, changed = [now()], asyncio.Event()
+    watching = watch(lambda: [file, folder], changed.set, lambda: adopted[0], poll_seconds)
+    task = asyncio.create_task(watching)
+    try:
+        for way in (write, rename_over) if poll_seconds > 1 else (write, rename_over, remove_and_write):
+            way(folder / "adapter_model.safetensors", f"{way.__name__} wrote it")
+            async with asyncio.timeout(20):
+                while now() != adopted[0]:
+                    await changed.wait()
+                    changed.clear()
+                    adopted[0] = now()
+    finally:
+        task.cancel()
+        await asyncio.wait({task})

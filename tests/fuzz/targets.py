@@ -16,7 +16,7 @@ from vllm_proxy.domain.file.edit_keys import KeyTexts
 from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.domain.keys import Scope, hash_of, new_key
 from vllm_proxy.domain.listener import Listener
-from vllm_proxy.domain.references import NoFiles
+from vllm_proxy.domain.references import AdapterFolder, NoFiles
 from vllm_proxy.errors import ConfigError, RequestError, VllmProxyError
 from vllm_proxy.traffic import asked
 from vllm_proxy.traffic.access import Access, Head
@@ -42,13 +42,18 @@ class _Given(NoFiles):
         """It."""
         return self._data
 
+    def adapter(self, _text: str) -> AdapterFolder:
+        """With it as its configuration."""
+        return AdapterFolder("r", self._data)
+
 
 def configuration(data: bytes) -> None:
-    """Bytes are a configuration, or have problems: as the file itself, as that of its keys, as one key."""
+    """Bytes are a configuration, or have problems: as the file itself, as that of its keys, as a key, as an adapter."""
     for text, files in (
         (data, _Given(b"")),
         (b'[server]\nkeys_file = "k"\n', _Given(data)),
         (b'[keys.ci]\nfile = "k"\n', _Given(data)),
+        (b'[models.a]\nmodel = "m"\nadapters.b.path = "c"\n', _Given(data)),
     ):
         with contextlib.suppress(ConfigError):
             parse_config(text, "models.toml", files=files)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from vllm_proxy.domain.adapters import Lora
 from vllm_proxy.domain.address import TcpAddress
 from vllm_proxy.domain.args import problems_of
 from vllm_proxy.domain.command import Place, argv
@@ -65,6 +66,7 @@ print("verdicts", json.dumps(verdicts))
 
 TAKEN: list[dict[str, Any]] = [
     {},
+    {"lora": Lora(320, 4, 32)},
     {"dtype": "bfloat16", "quantization": "fp8", "trust_remote_code": False, "max_num_seqs": 4},
     {"max_model_len": "4k"},
     {"max_model_len": "4K"},
@@ -194,6 +196,7 @@ def engine(keys: dict[str, Any]) -> EngineSpec:
 def test_the_table_is_that_of_the_version_the_facts_were_read_in(table: OptionTable) -> None:
     """Options that come and go with versions aside, the ones that the daemon itself passes are there."""
     own = {"host", "port", "served-model-name", "shutdown-timeout", "disable-access-log-for-endpoints"}
+    own |= {"enable-lora", "max-lora-rank", "max-loras", "max-cpu-loras"}
     assert own <= names(table)
     assert {"no-enable-prefix-caching", "max-model-len", "device-memory-utilization"} <= names(table)
     assert len(table.options) > 300

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
 from pydantic_core import core_schema
 
-from vllm_proxy.domain.config import ModelTable, Policy, Restart
+from vllm_proxy.domain.adapters import RANKS
+from vllm_proxy.domain.config import AdaptersMax, AdapterTable, ModelTable, Policy, Restart
 from vllm_proxy.domain.key_table import KeyTable, RateTable
 from vllm_proxy.domain.keys import MOST_HASHES, RESERVED
 from vllm_proxy.domain.units import parse_duration
@@ -73,6 +74,13 @@ _TAKEN: dict[str, Schema] = {
         "examples": [{"HF_HOME": "/srv/hf", "HF_TOKEN": {"file": "/run/secrets/hf-token"}}],
     },
     "aliases": {"type": "array", "items": MODEL_ID, "examples": [["gpt-4o-mini"]]},
+    "adapters": {
+        "type": "object",
+        "propertyNames": {"pattern": MODEL_ID["pattern"]},
+        "additionalProperties": {"anyOf": [{"$ref": REF + "AdapterKeys"}, {"type": "null"}]},
+        "examples": [{"support": {"path": "adapters/support"}}],
+    },
+    "rank": {"type": "integer", "enum": list(RANKS)},
 }
 KEYS = {
     "model": "Hugging Face id, local path or URL, passed to vLLM as it is. Required, unless `[defaults]` gives it.",
@@ -116,9 +124,26 @@ KEYS = {
     "queue_size": "Requests that may wait; more get 503 at once.",
     "queue_timeout": "Longest wait for an instance to become ready or free.",
     "restart": "What happens after an engine died by itself.",
+    "adapters": "LoRA adapters by id, each of which clients may send as `model`; null removes one.",
+    "adapters_max": "The room that engines have for adapters, in the place of what is derived.",
     "max_failures": "So many in a row, then the instance stays in `error`.",
     "backoff": "Before the next start; doubles, with jitter, up to `max_backoff`.",
     "max_backoff": "The longest wait before a start.",
+}
+
+OF_AN_ADAPTER = {
+    "path": "A folder as PEFT writes it, a relative one from the file's; or the id of an adapter on the hub.",
+    "description": "For people.",
+    "enabled": "Whether it is offered; one that is not is not read, and no room is kept for it.",
+}
+OF_ADAPTERS_MAX = {
+    "rank": "The largest rank: `--max-lora-rank`. Left out: the smallest that holds all.",
+    "loras": "Different ones in one batch: `--max-loras`. Left out: as many as there are, at most 4.",
+    "cpu_loras": "So many are held in memory: `--max-cpu-loras`. Left out: twice as many as there are, at least 16.",
+}
+_COSTS = {
+    "adapters": " A change is applied live, where engines have room for it; else it replaces them.",
+    "adapters_max": " A change replaces engines that were started with something else.",
 }
 
 
@@ -199,7 +224,13 @@ def key_schemas() -> dict[str, Schema]:
     """The keys as they are taken in, and as they are in force."""
     taken, effective = _table(ModelTable, "validation"), _table(ModelTable, "serialization")
     taken["properties"]["restart"] = nullable({"$ref": REF + "RestartKeys"}) | {"description": KEYS["restart"]}
-    effective["properties"]["restart"] = {"$ref": REF + "EffectiveRestart"}
+    most = {"$ref": REF + "AdaptersMaxKeys"}
+    taken["properties"]["adapters_max"] = nullable(most) | {"description": _said("adapters_max")}
+    effective["properties"] |= {
+        "restart": {"$ref": REF + "EffectiveRestart"},
+        "adapters": {"type": "object", "additionalProperties": {"$ref": REF + "EffectiveAdapter"}},
+        "adapters_max": {"$ref": REF + "EffectiveAdaptersMax"},
+    }
     taken["properties"] = {"id": MODEL_ID | {"description": _ID}, **taken["properties"]}
     key = _taken_in(KeyTable, _TAKEN_OF_A_KEY, OF_A_KEY) | {"description": "Left out or null: the default."}
     key["properties"] = {"name": KEY_NAME, **key["properties"]}
@@ -207,6 +238,11 @@ def key_schemas() -> dict[str, Schema]:
     return {
         "ModelKeys": taken | {"examples": [example]},
         "NewModel": taken | {"required": ["id"], "examples": [{"id": "chat", **example}]},
+        "AdapterKeys": _taken_in(AdapterTable, {}, OF_AN_ADAPTER) | {"description": "A LoRA adapter."},
+        "AdaptersMaxKeys": _taken_in(AdaptersMax, _TAKEN, OF_ADAPTERS_MAX) | {"description": "Left out: derived."},
+        "EffectiveAdapter": _table(AdapterTable, "serialization"),
+        "EffectiveAdaptersMax": _table(AdaptersMax, "serialization")
+        | {"description": "What engines are started with, where there are adapters."},
         "RestartKeys": _table(Restart, "validation"),
         "EffectiveModel": effective,
         "EffectiveRestart": _table(Restart, "serialization"),
@@ -220,7 +256,7 @@ def _table(table: type[BaseModel], mode: JsonSchemaMode) -> Schema:
     """Of a model. Taken in, every key may be left out; in force, every key is there."""
     if mode == "validation":
         about = "A key that is left out or null takes its value from `[defaults]`, else its default."
-        words = {key: KEYS[key] + _cost(table, key) for key in table.model_fields}
+        words = {key: _said(key) if table is ModelTable else KEYS[key] for key in table.model_fields}
         return _taken_in(table, _TAKEN, words) | {"description": about}
     schema = _bare(table, mode) | {"description": "Every key, `[defaults]` merged in."}
     schema["required"] = list(schema["properties"])
@@ -246,7 +282,10 @@ def _bare(table: type[BaseModel], mode: JsonSchemaMode) -> Schema:
     return schema
 
 
-def _cost(table: type[BaseModel], key: str) -> str:
-    if table is not ModelTable:
-        return ""
+def _said(key: str) -> str:
+    """Of a model's key, with what a change of it costs."""
+    return KEYS[key] + (_COSTS.get(key) or _cost(key))
+
+
+def _cost(key: str) -> str:
     return " A change is applied live." if key in Policy.model_fields else " A change replaces the engine."

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vllm_proxy.domain.config import EngineSpec
+from vllm_proxy.domain.config import EngineKeys
 from vllm_proxy.domain.secrets import show, shown_name
 
 # Options that the daemon decides, since it listens, routes and stops through them.
@@ -23,7 +23,7 @@ OWNED_PREFIX = "ssl-"
 # Options that have a key of their own outside `args`, with vLLM's second name for one of them.
 OWN_KEYS = {
     name.replace("_", "-"): name
-    for name in EngineSpec.model_fields
+    for name in EngineKeys.model_fields
     if name not in {"command", "env", "args", "devices", "memory", "sleep"}
 } | {"device-memory-utilization": "gpu_memory_utilization"}
 # Engines whose KV cache others have a part in do not wake up right: nothing that puts it there goes with `sleep`.

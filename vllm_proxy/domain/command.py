@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_proxy.domain import args
+from vllm_proxy.domain.adapters import Lora
 from vllm_proxy.domain.address import Address
 from vllm_proxy.domain.config import EngineSpec
 from vllm_proxy.domain.devices import NO_DEVICES, Allocation
@@ -73,6 +74,7 @@ def argv(model_id: str, spec: EngineSpec, command: Sequence[str], place: Place) 
         *start,
         *place.address.options(),
         *_sleep_options(place),
+        *_lora_options(spec.lora),
         "--served-model-name",
         model_id,
         place.own_name,
@@ -87,6 +89,13 @@ def _sleep_options(place: Place) -> list[str]:
     return ["--enable-sleep-mode"] if on_gpus and place.may_sleep else []  # on a processor vLLM would refuse to start
 
 
+def _lora_options(lora: Lora | None) -> list[str]:
+    if lora is None:
+        return []
+    room = {"max-lora-rank": lora.rank, "max-loras": lora.loras, "max-cpu-loras": lora.cpu_loras}
+    return args.tokens({"enable-lora": True, **room})
+
+
 def _own_options(spec: EngineSpec, allocation: Allocation) -> list[str]:
     given = {name: value for name in _OPTIONS if (value := getattr(spec, name)) is not None}
     if allocation.share is not None:
@@ -99,7 +108,9 @@ def scrubbed(inherited: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in inherited.items() if not _SCRUBBED.fullmatch(name)}
 
 
-def environment(inherited: Mapping[str, str], variables: Mapping[str, str], place: Place) -> dict[str, str]:
+def environment(
+    inherited: Mapping[str, str], variables: Mapping[str, str], place: Place, *, takes_adapters: bool = False
+) -> dict[str, str]:
     """The environment: the inherited one scrubbed, defaults, the user's `env`, then what only the daemon may say."""
     env = {**_DEFAULTS, **scrubbed(inherited), "TMPDIR": place.folder, **variables}
     if place.allocation.visible is not None:
@@ -110,6 +121,8 @@ def environment(inherited: Mapping[str, str], variables: Mapping[str, str], plac
         env["VLLM_SERVER_DEV_MODE"] = "1"  # the routes to sleep and to wake
         if not _ALLOCATORS & env.keys():
             env |= _PINNED
+    if takes_adapters:
+        env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # the routes to load one and to unload it
     return env | {
         "VLLM_RPC_BASE_PATH": place.folder,  # sockets: removed with the folder, short enough for AF_UNIX
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(ENGINE_KEEPALIVE_SECONDS),

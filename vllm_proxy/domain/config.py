@@ -1,173 +1,49 @@
 """The schema of models.toml: frozen values, with every key, its type and its default.
 
-The class of a key says what a change costs: in an `EngineSpec` it replaces the engine, in a `Policy` it is live, but
-for those that `plan` names (tests/domain/test_plan.py). Reading TOML and reporting problems are in `file/parse.py`.
+The class of a key says what a change costs: in `EngineKeys` it replaces the engine, in a `Policy` it is live, but
+for those that `plan` names (tests/domain/test_plan.py). The types of values are in
+`value_types`; reading TOML and reporting problems are in `file/parse.py`.
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_proxy.domain import hosts, listener, references, secrets
-from vllm_proxy.domain.adapters import Adapter, Lora
+from vllm_proxy.domain import listener, secrets
+from vllm_proxy.domain.adapters import Adapter, Lora, Most, needed, shortfall
 from vllm_proxy.domain.address import Address, TcpAddress
 from vllm_proxy.domain.keys import Key, warnings
-from vllm_proxy.domain.secrets import show
 from vllm_proxy.domain.toml import same
-from vllm_proxy.domain.units import Bytes, BytesOrPercent, Seconds, bytes_of
+from vllm_proxy.domain.units import Bytes, Seconds, bytes_of
+from vllm_proxy.domain.value_types import (
+    AdapterPath,
+    Aliases,
+    Command,
+    Count,
+    CountOrZero,
+    DeviceNames,
+    Dtype,
+    Environment,
+    Host,
+    Hosts,
+    Listen,
+    LoraRank,
+    MaxModelLen,
+    Memory,
+    MemoryOrPart,
+    ModelName,
+    NonEmptyText,
+    Origins,
+    Port,
+    Reference,
+    Sleep,
+    Text,
+)
 
 type TomlTable = Mapping[str, Any]  # a table as tomllib reads it: str, int, float, bool, dates, lists, tables
-
-_MAX_MODEL_LEN = re.compile(r"auto|\d+(\.\d+)?[kKmMgG]?")
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # shells drop others from the environment
-_ID = re.compile(r"[A-Za-z0-9._:@/-]{1,200}")
-_USER = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#]*@", re.IGNORECASE)
-_LEAST_MEMORY = 2**20  # bytes; less is meant as another unit
-_ACTIONS = frozenset({"start", "stop", "restart", "sleep", "wake", "logs"})
-
-
-def id_problem(model_id: str) -> str | None:
-    """Why no model can be called so."""
-    segments = model_id.split("/")
-    if not _ID.fullmatch(model_id):
-        return "expected an id of 1 to 200 letters, digits and . _ : @ / -"
-    if model_id.startswith("-"):
-        return "expected an id that does not begin with -, which vLLM would take for an option"
-    if {"", ".", ".."} & set(segments):
-        return 'expected an id with no empty, "." or ".." part between its slashes'
-    if segments[-1] in _ACTIONS:
-        return f"an id may not end in {show(segments[-1])}, which is an action of the REST API"
-    return None
-
-
-def _alias(text: str) -> str:
-    if problem := id_problem(text):
-        msg = f"{show(text)}: {problem}"
-        raise ValueError(msg)
-    return text
-
-
-def _model_name(text: str) -> str:
-    if text.startswith("-"):
-        msg = f"expected a model, got {show(text)}, which vLLM would take for an option"
-        raise ValueError(msg)
-    if _USER.match(text):
-        raise ValueError("expected a URL without a user or a password in it, which `ps` would show")
-    return text
-
-
-def _no_nul(text: str) -> str:
-    if "\0" in text:
-        msg = "expected text without NUL characters, which no command line or environment can hold"
-        raise ValueError(msg)
-    return text
-
-
-def _max_model_len(value: object) -> object:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    if isinstance(value, str) and _MAX_MODEL_LEN.fullmatch(value):
-        return value
-    msg = f'expected a number of tokens such as 8192, "8k" or "auto", got {show(value)}'
-    raise ValueError(msg)
-
-
-def _sleep(value: object) -> object:
-    """pydantic's literals would take `true` and 1.0 for 1."""
-    if type(value) is int and value in {0, 1, 2}:
-        return value
-    msg = f"expected one of 0, 1, 2, got {show(value)}"
-    raise ValueError(msg)
-
-
-def _memory_or_part(size: int | str) -> int | str:
-    if isinstance(size, int) and 0 < size < _LEAST_MEMORY:
-        msg = f'expected a size such as "64GiB", or a percentage such as "50%", got {show(size)} bytes'
-        raise ValueError(msg)
-    return size
-
-
-def _level(sleep: Literal[0, 1, 2]) -> Literal[0, 1, 2] | None:
-    """0 is how a model takes back what the defaults say."""
-    return sleep or None
-
-
-def _device(value: object) -> object:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    if isinstance(value, str) and value and not set(value) & set(", \0"):
-        return value
-    msg = f"expected a GPU index or UUID, got {show(value)}"
-    raise ValueError(msg)
-
-
-def _each_once(devices: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    if len({str(device) for device in devices}) < len(devices):
-        msg = "expected each device once"
-        raise ValueError(msg)
-    return devices
-
-
-def _env_name(name: str) -> str:
-    if not _ENV_NAME.fullmatch(name):
-        msg = f"cannot name an environment variable {show(secrets.shown_name(name))}"
-        raise ValueError(msg)
-    return name
-
-
-def _env_value(value: object) -> object:
-    """Numbers are accepted, since people write `OMP_NUM_THREADS = 1`."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, str):
-        return _no_nul(value)
-    if secrets.is_reference(value):
-        references.reference(secrets.reference_of(value))
-        return value
-    got = "another table" if isinstance(value, Mapping) else show(value, ("env",))
-    expected = 'a string, { file = "..." } or { credential = "..." }' if isinstance(value, Mapping) else "a string"
-    msg = f"expected {expected}, got {got}"
-    raise ValueError(msg)
-
-
-def _memory(size: int) -> int:
-    if 0 < size < _LEAST_MEMORY:
-        msg = f'expected a size such as "20GiB", or 0 for none, got {show(size)} bytes'
-        raise ValueError(msg)
-    return size
-
-
-Text = Annotated[str, AfterValidator(_no_nul)]
-NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
-Port = Annotated[int, Field(ge=1, le=65535)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-MaxModelLen = Annotated[int | str, BeforeValidator(_max_model_len)]
-Sleep = Annotated[Literal[0, 1, 2], BeforeValidator(_sleep), AfterValidator(_level)]
-Device = Annotated[int | str, BeforeValidator(_device)]
-DeviceNames = Annotated[tuple[Device, ...], Strict(strict=False), AfterValidator(_each_once)]
-ModelName = Annotated[NonEmptyText, AfterValidator(_model_name)]
-Aliases = Annotated[tuple[Annotated[str, AfterValidator(_alias)], ...], Strict(strict=False)]
-Host = Annotated[NonEmptyText, AfterValidator(hosts.host)]
-Hosts = Annotated[tuple[Host, ...], Strict(strict=False)]
-Origins = Annotated[tuple[Annotated[NonEmptyText, AfterValidator(hosts.origin)], ...], Strict(strict=False)]
-Reference = Annotated[str, AfterValidator(references.reference)]
-Listen = Annotated[
-    tuple[Annotated[NonEmptyText, AfterValidator(listener.listen_address)], ...],
-    Strict(strict=False),
-    Field(min_length=1),
-    AfterValidator(listener.each_once),
-]
-Memory = Annotated[Bytes, AfterValidator(_memory)]
-MemoryOrPart = Annotated[BytesOrPercent, AfterValidator(_memory_or_part)]
-Command = Annotated[tuple[NonEmptyText, ...], Strict(strict=False), Field(min_length=1)]
-EnvValue = Annotated[str | dict[str, str], BeforeValidator(_env_value)]  # a table names where the value stands
-Environment = dict[Annotated[str, AfterValidator(_env_name)], EnvValue]
-Dtype = Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
 
 
 class Table(BaseModel):
@@ -247,7 +123,7 @@ class Restart(Table):
     max_backoff: Seconds = 60.0
 
 
-class EngineSpec(Table):
+class EngineKeys(Table):
     """The engine keys: on vLLM's command line or in its environment, so a change replaces the engine.
 
     None is "not given": vLLM decides.
@@ -268,6 +144,12 @@ class EngineSpec(Table):
     command: Command | None = None
     env: Environment = {}
     args: dict[str, Any] = {}  # names in kebab-case; checked by args.py
+
+
+class EngineSpec(EngineKeys):
+    """What an engine is started for: the engine keys, and what follows from others. Another one is another engine."""
+
+    lora: Lora | None = None  # what it can hold of adapters; None: it takes none
 
     @property
     def variables(self) -> dict[str, str]:
@@ -304,8 +186,32 @@ class Policy(Table):
     restart: Restart = Restart()
 
 
-class ModelTable(Policy, EngineSpec):
+class AdapterTable(Table):
+    """`[models.ID.adapters.NAME]`: a LoRA adapter. All of it live, where the engines have room for it."""
+
+    path: AdapterPath
+    description: Text = ""
+    enabled: bool = True
+
+
+class AdaptersMax(Table):
+    """`[models.ID.adapters_max]`: the room that engines have for adapters, in the place of what is derived."""
+
+    rank: LoraRank | None = None
+    loras: Annotated[Count, Field(le=1024)] | None = None
+    cpu_loras: Annotated[Count, Field(le=65536)] | None = None
+
+    @property
+    def most(self) -> Most:
+        """What it means."""
+        return Most(self.rank, self.loras, self.cpu_loras)
+
+
+class ModelTable(Policy, EngineKeys):
     """`[models.ID]` with `[defaults]` merged in, as one flat table."""
+
+    adapters: dict[str, AdapterTable] = {}
+    adapters_max: AdaptersMax = AdaptersMax()
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,11 +223,37 @@ class ModelSpec:
     policy: Policy
     written: TomlTable  # the keys as they stand in the file, defaults not merged in
     adapters: Mapping[str, Adapter] = field(default_factory=dict)  # by id, in the file's order, disabled ones included
-    lora: Lora | None = None  # what its engines are started with; None: they take no adapters
+    adapters_max: Most = field(default_factory=Most)
+
+    @property
+    def lora(self) -> Lora | None:
+        """What its engines are started with; None: they take no adapters."""
+        return self.engine.lora
+
+    def shortfall(self, running: Lora | None) -> str | None:
+        """Why engines that were started with `running` cannot hold its adapters; None: they can."""
+        return shortfall(running, self.adapters.values(), self.adapters_max)
+
+    def with_lora(self, running: Lora | None) -> "ModelSpec":
+        """The same, for engines that run and were started with `running`: where that is enough, it stays."""
+        lora = running if self.shortfall(running) is None else needed(self.adapters.values(), self.adapters_max)
+        return self if lora == self.lora else replace(self, engine=self.engine.model_copy(update={"lora": lora}))
 
     def effective(self) -> dict[str, Any]:
-        """All keys flat, defaults merged in, durations in seconds; engine keys not given are None."""
-        return {**self.engine.model_dump(mode="json"), **self.policy.model_dump(mode="json")}
+        """All keys flat, defaults merged in, durations in seconds; engine keys not given are None.
+
+        Of adapters with what the engines can hold in the place of what the file says of that.
+        """
+        most = self.adapters_max if self.lora is None else self.lora
+        return {
+            **self.engine.model_dump(mode="json", exclude={"lora"}),
+            **self.policy.model_dump(mode="json"),
+            "adapters": {
+                one.id: {"path": one.path, "description": one.description, "enabled": one.enabled}
+                for one in self.adapters.values()
+            },
+            "adapters_max": asdict(most),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,12 +285,18 @@ class Config:
             return "server.fair"
         return next((f"[keys.{key.name}]" for key in self.keys.values() if key.limits.wants_fairness), None)
 
+    def with_loras(self, running: Mapping[str, Lora | None]) -> "Config":
+        """The same, for models whose engines run: what they were started with stays where it is enough."""
+        models = {name: spec.with_lora(running.get(name)) for name, spec in self.models.items()}
+        return replace(self, models=models)
+
     def warnings(self, since: "Config | None" = None) -> list[str]:
         """What is valid, and dangerous or useless.
 
         `since`: but for what was so in this one already, and with what the way from there costs.
         """
-        models = {name: spec.policy.aliases for name, spec in self.models.items()}
+        models: dict[str, Iterable[str]] = {name: spec.policy.aliases for name, spec in self.models.items()}
+        models |= dict.fromkeys((name for spec in self.models.values() for name in spec.adapters), ())
         found = warnings(self.keys, models, all_open=self.server.allow_remote_admin)
         if since is None:
             return found

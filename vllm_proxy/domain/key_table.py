@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, Strict
 
-from vllm_proxy.domain.config import NonEmptyText, Reference, Table, Text
+from vllm_proxy.domain.config import Table
 from vllm_proxy.domain.keys import HASH_PREFIX, MOST_HASHES
+from vllm_proxy.domain.value_types import NonEmptyText, Reference, Text
 
 _HASH = re.compile(re.escape(HASH_PREFIX) + r"[0-9a-f]{64}")
 

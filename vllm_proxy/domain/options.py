@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 
 from vllm_proxy.domain import args
-from vllm_proxy.domain.config import EngineSpec, TomlTable
+from vllm_proxy.domain.config import EngineKeys, EngineSpec, TomlTable
 from vllm_proxy.domain.secrets import show
 
 _MOST = 10_000  # of anything in a table: vLLM 0.32 has 317 options
 _CHOICES_SHOWN = 12
-_OWN = tuple(name for name in EngineSpec.model_fields if name in args.OWN_KEYS.values() and name != "model")
+_OWN = tuple(name for name in EngineKeys.model_fields if name in args.OWN_KEYS.values() and name != "model")
 _NONE = frozenset({"", "None"})  # no value, for most options
 _NO_JSON = re.compile(r"\s*(?!(true|false|null|nan|inf|infinity)\s*$)[a-z/.~]", re.IGNORECASE)
 _NUMBER = re.compile(r"\s*([+-]?\d|auto\s*$)", re.IGNORECASE)

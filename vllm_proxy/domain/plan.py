@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from vllm_proxy.domain import secrets
-from vllm_proxy.domain.config import Devices, EngineSpec, ModelSpec, Policy, Restart, Server
+from vllm_proxy.domain import adapters, secrets
+from vllm_proxy.domain.config import Devices, EngineKeys, EngineSpec, ModelSpec, Policy, Restart, Server
 from vllm_proxy.domain.secrets import show
 from vllm_proxy.domain.toml import KeyPath, same
 from vllm_proxy.domain.units import parse_duration, parse_size, show_duration, show_size
@@ -66,7 +66,8 @@ class Prospect:
 def plan(desired: Mapping[str, ModelSpec], running: Mapping[str, ModelSpec]) -> tuple[Action, ...]:
     """The actions that lead from `running`, the specs that were adopted, to `desired`.
 
-    In order: what costs nothing, what gives room, what needs room. `written` is never compared.
+    In order: what costs nothing, what gives room, what needs room. `written` is never compared. Engines that were
+    started with enough room for adapters keep what they have.
     """
     steps = [step for spec in desired.values() for step in _of_one(running.get(spec.id), spec)]
     gone = [Action(Kind.STOP, name, "no longer in the file", None) for name in running if name not in desired]
@@ -87,27 +88,36 @@ def _of_one(old: ModelSpec | None, new: ModelSpec) -> Iterator[Action]:
     if old is None:
         yield _first(new)
         return
+    new = new.with_lora(old.lora if old.policy.enabled else None)
     if old.policy.enabled != new.policy.enabled:
         kind, reason = (Kind.START, "enabled") if new.policy.enabled else (Kind.STOP, "disabled")
         yield Action(kind, new.id, reason, new)
         return
     if not new.policy.enabled:
-        if changes := [*_changes(old.engine, new.engine), *_changes(old.policy, new.policy)]:
+        if changes := [*_changes(old.engine, new.engine), *_changes(old.policy, new.policy), *_of_adapters(old, new)]:
             yield Action(Kind.UPDATE, new.id, ", ".join(changes), new)
         return
     now = replace(new, engine=old.engine, policy=_with_replicas(new.policy, old.policy.replicas))
-    if changes := list(_changes(old.policy, now.policy)):
+    of_adapters, lacks = list(_of_adapters(old, new)), new.shortfall(old.lora)
+    if changes := [*_changes(old.policy, now.policy), *(of_adapters if lacks is None else ())]:
         yield Action(Kind.UPDATE, new.id, ", ".join(changes), now)
     grows = new.policy.replicas > old.policy.replicas
     scaled = f"replicas {old.policy.replicas} -> {new.policy.replicas}"
     if new.policy.replicas < old.policy.replicas:
         now = replace(now, policy=new.policy)
         yield Action(Kind.SCALE, new.id, scaled, now)
-    if changes := list(_changes(old.engine, new.engine)):
+    if changes := [*(() if lacks is None else (*of_adapters, lacks)), *_changes(old.engine, new.engine)]:
         now = replace(now, engine=new.engine)
         yield Action(Kind.REPLACE, new.id, ", ".join(changes), now)
     if grows:
         yield Action(Kind.SCALE, new.id, scaled, new)
+
+
+def _of_adapters(old: ModelSpec, new: ModelSpec) -> Iterator[str]:
+    """Of adapters: live, where engines have room for them."""
+    yield from adapters.changes(old.adapters, new.adapters)
+    if old.adapters_max != new.adapters_max and (old.lora == new.lora or not new.policy.enabled):
+        yield "adapters_max changed"  # else it is the reason for a replacement, or for none
 
 
 def _first(new: ModelSpec) -> Action:
@@ -131,6 +141,8 @@ def _rank(action: Action, running: Mapping[str, ModelSpec]) -> int:
 def _changes(old: EngineSpec | Policy | Restart, new: EngineSpec | Policy | Restart) -> Iterator[str]:
     """Each key that differs, as "max_model_len 4096 -> 8192"."""
     for key in type(new).model_fields:
+        if key == "lora":  # it follows from others
+            continue
         before, after = getattr(old, key), getattr(new, key)
         if same(before, after):
             continue
@@ -171,7 +183,12 @@ def table() -> str:
     live = [key for key in Policy.model_fields if key not in _OF_THEIR_OWN]
     server = [key for key in Server.model_fields if key not in (*RESTART_KEYS, *TLS_KEYS, "fair")]
     rows = [
-        (EngineSpec.model_fields, "replaces the engines of this model, as `replace` says"),
+        (EngineKeys.model_fields, "replaces the engines of this model, as `replace` says"),
+        (
+            ("adapters",),
+            "live where engines have room; a model's first, a larger rank and more than fit replace its engines",
+        ),
+        (("adapters_max",), "replaces the engines that were started with something else"),
         (live, "live: no engine notices"),
         *(((key,), effect) for key, effect in _OF_THEIR_OWN.items()),
         (("[models.ID]",), "a new id is a start, one that is gone a stop, another id a stop and a start"),

@@ -5,6 +5,7 @@ from the folder of the configuration file. Which file is meant is decided here; 
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -49,6 +50,21 @@ def resolve(text: str, folder: Path, credentials: str | None) -> Path:
     return Path(credentials, text.removeprefix(_CREDENTIAL))
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """What is in the folder of a LoRA adapter."""
+
+    revision: str = ""  # of the names, sizes and times of its files; "": there is no folder
+    config: bytes | None = None  # its `adapter_config.json`; None: it cannot be read
+    problem: str | None = None  # why that is so, for people
+    has_place: bool = False  # whether the folder is there in which it would be
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a folder at all."""
+        return bool(self.revision)
+
+
 class Files(Protocol):
     """What reads references."""
 
@@ -65,6 +81,12 @@ class Files(Protocol):
 
     def is_elsewhere(self, text: str) -> bool:
         """Whether it is not read here and that is no problem, as of a credential, which the service alone has."""
+
+    def adapter(self, text: str) -> AdapterFolder:
+        """What is in the folder that a path names."""
+
+    def may_lack(self, text: str) -> bool:
+        """Whether that an adapter cannot be read is up to its model, and no problem of the configuration."""
 
 
 class NoFiles:
@@ -86,3 +108,11 @@ class NoFiles:
     def is_elsewhere(self, _text: str) -> bool:
         """Nothing is."""
         return False
+
+    def adapter(self, _text: str) -> AdapterFolder:
+        """There is none."""
+        return AdapterFolder()
+
+    def may_lack(self, _text: str) -> bool:
+        """Nobody knows what there is."""
+        return True

@@ -17,8 +17,9 @@ from vllm_proxy.domain.keys import LEAST_CHARACTERS, name_problem
 from vllm_proxy.domain.toml import KeyPath, same
 
 type Table = Mapping[str, Any]  # of TOML, or of JSON
-# Where a value stands: anywhere, as a table of the environment, as a value in one, below a key that names a secret.
-type _Place = Literal["open", "env", "variable", "secret"]
+# Where a value stands: a model's table, its adapters by id, anywhere, a table of the environment, a value in one, below
+# a key that names a secret.
+type _Place = Literal["model", "ids", "open", "env", "variable", "secret"]
 
 HIDDEN = "***"
 SHORTEST = 8  # characters of a secret that is looked for in texts: a shorter one would hide half of the words
@@ -64,8 +65,8 @@ def reference_of(value: Mapping[str, str]) -> str:
 
 
 def shown(table: Table) -> dict[str, Any]:
-    """A table as JSON answers have it."""
-    return {key: _form(item, _place_of(key, item, "open")) for key, item in table.items()}
+    """A model's table as JSON answers have it."""
+    return {key: _form(item, _place_of(key, item, "model")) for key, item in table.items()}
 
 
 def form(value: object, path: KeyPath) -> object:
@@ -84,10 +85,11 @@ def show(value: object, path: Sequence[str | int] = ()) -> str:
 
 
 def hides(path: Sequence[str | int]) -> bool:
-    """Whether what stands at a path may be a secret; a model's or a key's own name says nothing."""
+    """Whether what stands at a path may be a secret; a model's, an adapter's or a key's own name says nothing."""
     if path and path[0] == "keys":
         return True
     names = path[2:] if path and path[0] == "models" else path
+    names = names[2:] if names and names[0] == "adapters" else names
     return any(name == "env" or is_secret_name(str(name)) for name in names)
 
 
@@ -124,7 +126,13 @@ def may_hide(text: str, line: int) -> bool:
 
 
 def _place_of(key: str, value: object, outer: _Place) -> _Place:
-    """Of the value of a key in a table that stands at `outer`."""
+    """Of the value of a key in a table that stands at `outer`. An id names no secret, whatever it is."""
+    if outer == "model" and key == "adapters" and isinstance(value, Mapping):
+        return "ids"
+    if outer == "ids":
+        return "open"
+    if outer == "model":
+        outer = "open"
     if outer == "env":
         return "variable"
     if outer != "open":
@@ -172,7 +180,7 @@ def restored(new: Table, old: Table) -> tuple[dict[str, Any], list[KeyPath]]:
     is shown of it, not by its place: else a list in another order would give a key to another service.
     """
     lost: list[KeyPath] = []
-    return _restored(new, old, "open", (), lost), lost
+    return _restored(new, old, "model", (), lost), lost
 
 
 def _restored(new: Any, old: Any, place: _Place, path: KeyPath, lost: list[KeyPath]) -> Any:  # noqa: ANN401 - JSON

@@ -202,7 +202,9 @@ class Launcher:
             place = await self._allocate_place(model.engine, instance, allocation, owner, taken)
             argv = command.argv(model.id, model.engine, start, place)
             await stack.enter_async_context(self.variables.hidden(variables, place.credential))
-            env = command.environment(self.programs.inherited, variables, place)
+            env = command.environment(
+                self.programs.inherited, variables, place, takes_adapters=model.engine.lora is not None
+            )
             with descriptors.spare():
                 engine = self._spawn(argv, env, place, model.engine, stack)
                 await stack.enter_async_context(self._lifetime(engine, owner, taken))
@@ -311,7 +313,7 @@ class Launcher:
         record = EngineRecord(
             place.instance, place.own_name, process.pid, process.started, str(place.address), place.credential,
             place.folder, log_file.recorded(process.pid), self.fingerprint(spec), log_start,
-            datetime.now(UTC).isoformat(), **given(place.allocation),
+            datetime.now(UTC).isoformat(), **given(place.allocation), lora=spec.lora,
         )  # fmt: skip
         start = (place.instance, log_file.path, log_start, log_start)
         output = Output(*start, self.pass_on, most_bytes=log_file.most_bytes)

@@ -12,7 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, Self, TypedDict
@@ -22,6 +22,7 @@ import msgspec
 import structlog
 import tomli_w
 
+from vllm_proxy.domain.adapters import Lora
 from vllm_proxy.domain.address import TcpAddress, UnixAddress, parse_address
 from vllm_proxy.domain.canary import parse_canary
 from vllm_proxy.domain.command import Place, mark
@@ -79,6 +80,7 @@ class EngineRecord:
     asleep: int = 0  # the level that it was to sleep at last; 0: it was to serve
     before_sleep: int | None = None  # bytes of its processes before it first slept at level 1; None: it never has
     canary: str = ""  # what it answered before it slept, as `parse_canary` reads it; "": it has no route to be asked on
+    lora: Lora | None = None  # what it can hold of adapters; None: it takes none
     launched: Literal["process"] = "process"  # how it was; what another daemon launched in another way is not touched
 
     @property
@@ -364,6 +366,7 @@ def _invariants(record: EngineRecord) -> list[tuple[str, bool]]:
         ("visible", record.visible is None or not any("\0" in name for name in record.visible)),
         ("asleep", 0 <= record.asleep <= 2),
         ("before_sleep", 0 <= (record.before_sleep or 0) < 2**63),
+        ("lora", record.lora is None or min(astuple(record.lora)) > 0),
         ("canary", not record.canary or _is_canary(record.canary)),
     ]
 

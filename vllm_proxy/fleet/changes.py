@@ -12,7 +12,7 @@ from vllm_proxy.domain import references
 from vllm_proxy.domain.config import Config, fingerprint, revision_of
 from vllm_proxy.domain.file.edit import EditError, tables_in
 from vllm_proxy.domain.file.edit_keys import KeyTexts
-from vllm_proxy.domain.references import Files
+from vllm_proxy.domain.references import AdapterFolder, Files
 from vllm_proxy.errors import ConfigError, Problem, RequestError
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime.referenced import ReferencedFiles
@@ -93,7 +93,7 @@ class KeyFiles:
         """`parse`: what bytes of the configuration mean. `keys_file`: what the environment says of it."""
         self._store = store
         self._parse = parse
-        self._files = files
+        self._files = files.lenient()
         self._keys_file = keys_file
 
     def change(self, edit: KeyEdit, if_match: str | None = None) -> Change:
@@ -179,3 +179,11 @@ class _Replaced:
     def is_elsewhere(self, text: str) -> bool:
         """Whether it cannot be read here, and that is no problem."""
         return text != self._reference and self._files.is_elsewhere(text)
+
+    def adapter(self, text: str) -> AdapterFolder:
+        """As it is."""
+        return self._files.adapter(text)
+
+    def may_lack(self, text: str) -> bool:
+        """As it is."""
+        return self._files.may_lack(text)

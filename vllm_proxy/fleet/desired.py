@@ -29,8 +29,8 @@ from vllm_proxy.runtime import clock
 from vllm_proxy.runtime.background import notify, spawn
 from vllm_proxy.runtime.exclusive import Exclusive, NoAnswerError
 from vllm_proxy.runtime.referenced import ReferencedFiles
-from vllm_proxy.runtime.regular_file import read_regular_file
 from vllm_proxy.runtime.threads import Offload
+from vllm_proxy.runtime.watched_files import revision_at
 from vllm_proxy.traffic.keyring import Keyring
 
 log = structlog.get_logger()
@@ -108,7 +108,7 @@ class Desired:
         self.file = store.file
         self._file = str(store.file)
         self._parse_with = parse
-        self._parse: Callable[[bytes], Config] = lambda data: parse(data, files)
+        self._parse: Callable[[bytes], Config] = lambda data: parse(data, files.lenient())
         self._files = files
         self._key_files = key_files
         self.keyring = keyring
@@ -174,6 +174,7 @@ class Desired:
         """
         files = self._files if trusted else self._files.limited_to(self._attached)
         config = await self._in_time(self._parse_with, data, files)
+        config = config.with_loras(self.reconciler.loras())
         actions = await self.offload(plan, config.models, self.reconciler.specs())
         return actions, await self.objections.prospects(config, actions)
 
@@ -283,7 +284,7 @@ class Desired:
     ) -> tuple[Config, Outcome]:
         author.commit()  # in its turn: what was adopted before may have taken its key away
         change = await self.offload(make, *args, **kwargs)
-        config = change.config
+        config = change.config.with_loras(self.reconciler.loras())
         text = change.after if change.store is self._store else b""  # the other file has no models
         found = [*await self.objections.to_options(config, text), *await self.objections.to_sizes(config, text)]
         if found:
@@ -299,7 +300,7 @@ class Desired:
 
     def _peek(self) -> list[str]:
         """The revision of each file that is read."""
-        return [_revision(file) for file in self.files()]
+        return [revision_at(file) or _NOTHING for file in self.files()]
 
     async def _new(self) -> Config | None:
         """What is to be adopted; None where nothing is."""
@@ -324,10 +325,16 @@ class Desired:
         return None if config.fingerprint == now.fingerprint else config, data
 
     def _edited(self, edit: Edit, if_match: str | None, *, blind: bool) -> Change:
-        adopted = self.reconciler.config.revision
-        return edited(self._store, self._parse, edit, if_match, adopted=None if blind else adopted)
+        now = self.reconciler.config
+        files = self._files.lenient(now.attached)  # an adapter that is followed already may have broken meanwhile
+
+        def parse(text: bytes) -> Config:
+            return self._parse_with(text, files)
+
+        return edited(self._store, parse, edit, if_match, adopted=None if blind else now.revision)
 
     async def _adopt(self, config: Config) -> Outcome:
+        config = config.with_loras(self.reconciler.loras())
         actions = await self.offload(plan, config.models, self.reconciler.specs())  # of many models it takes a while
         await self._hide_secrets(config)
         self.rejected = None
@@ -344,10 +351,3 @@ class Desired:
         log.info("the configuration is adopted", revision=config.revision, changes=len(outcome.changes), **of_keys)
         notify(self._listeners, outcome)
         return outcome
-
-
-def _revision(file: Path) -> str:
-    try:
-        return revision_of(read_regular_file(file))
-    except OSError:
-        return _NOTHING

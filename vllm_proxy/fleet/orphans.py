@@ -10,6 +10,7 @@ from functools import partial
 
 import structlog
 
+from vllm_proxy.domain.adapters import Lora
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.engine.ending import end_engine
 from vllm_proxy.engine.process import end_processes, is_alive
@@ -49,6 +50,20 @@ def classify(
         else:
             others.append(record)
     return adoptable, others
+
+
+def loras(
+    records: Iterable[EngineRecord], models: Mapping[str, ModelSpec], fingerprint: Callable[[EngineSpec], str]
+) -> dict[str, Lora]:
+    """What the engines of models can hold of adapters that an earlier daemon left, where they are what is wanted."""
+    found: dict[str, Lora] = {}
+    for record in sorted(records, key=lambda record: (not record.ready, record.instance)):
+        model_id = record.instance.rpartition("/")[0]
+        if record.lora is None or model_id not in models or model_id in found:
+            continue
+        if fingerprint(models[model_id].with_lora(record.lora).engine) == record.spec and is_alive(record.identity):
+            found[model_id] = record.lora
+    return found
 
 
 async def end_orphans(records: Iterable[EngineRecord], state: StateDirectory) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import structlog
 
+from vllm_proxy.domain.adapters import Lora
 from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.domain.plan import Action
@@ -21,7 +22,7 @@ from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.model import Model
-from vllm_proxy.fleet.orphans import Orphan, classify
+from vllm_proxy.fleet.orphans import Orphan, classify, loras
 from vllm_proxy.fleet.supervisor import Supervisor
 from vllm_proxy.runtime.background import notify, run_once
 
@@ -76,7 +77,9 @@ class Reconciler:
 
     def start(self) -> None:
         """Run every enabled model, on engines of an earlier daemon where they fit. Returns at once."""
-        adoptable, others = classify(self._state.orphans(), self.config.models, self._fingerprint)
+        records = self._state.orphans()
+        self.config = self.config.with_loras(loras(records, self.config.models, self._fingerprint))
+        adoptable, others = classify(records, self.config.models, self._fingerprint)
         self._orphans = [self._end_orphan(record) for record in others]
         for spec in self.config.models.values():
             self._declare(spec)
@@ -124,6 +127,10 @@ class Reconciler:
     def specs(self) -> dict[str, ModelSpec]:
         """What was adopted and is not about to go."""
         return {model_id: model.spec for model_id, model in self._models.items() if not model.ends}
+
+    def loras(self) -> dict[str, Lora | None]:
+        """What the engines of each model can hold of adapters: of one that was refused, what runs in its place."""
+        return {model_id: _lora_of(model) for model_id, model in self._models.items() if not model.ends}
 
     async def stop(self) -> None:
         """Stop every model at the same time, or leave its engines where the file says so; returns when it is done."""
@@ -242,3 +249,10 @@ class Reconciler:
         else:
             self.registry.report_room(model.spec.id, waits.because, waits.no_room, waits.ready_in)
         self.registry.report(model.spec.id, model.state, message, stopped_by_hand=model.stopped_by_hand)
+
+
+def _lora_of(model: Model) -> Lora | None:
+    if not model.spec.policy.enabled:  # nothing is kept for it
+        return None
+    specs = [one.spec for one in model.instances] or [model.spec]
+    return model.spec.lora if any(spec.engine == model.spec.engine for spec in specs) else specs[0].lora

@@ -1,4 +1,4 @@
-"""Watches the configuration file and the files that it names, and notifies when one may have changed.
+"""Watches the configuration file, the files that it names and folders of adapters; notifies when one may have changed.
 
 May notify too often, but never misses a change (tests/fleet/test_watch.py). Watched are the directories of every link
 on the way to the file, so that editors, `git`, Kubernetes and Nix are noticed at once; events are debounced. What
@@ -18,11 +18,12 @@ from typing import Any
 import structlog
 from watchfiles import Change, awatch
 
-from vllm_proxy.domain.config import fingerprint, revision_of
+from vllm_proxy.domain.adapters import CONFIG, WEIGHTS
+from vllm_proxy.domain.config import fingerprint
 from vllm_proxy.runtime import clock
 from vllm_proxy.runtime.background import run_once, spawn
-from vllm_proxy.runtime.regular_file import read_regular_file
 from vllm_proxy.runtime.threads import Offload, can_make_threads
+from vllm_proxy.runtime.watched_files import revision_at
 
 log = structlog.get_logger()
 
@@ -164,18 +165,16 @@ class _Scan:
 
 
 def _scan(files: Sequence[Path]) -> _Scan:
-    names = frozenset().union(*map(links_to, files))
+    names = frozenset().union(*map(links_to, files), *map(_in_folder, files))
     folders = set()
     for folder in {os.path.dirname(name) for name in names}:  # noqa: PTH120 - text throughout
         with contextlib.suppress(OSError):
             found = os.stat(folder)  # noqa: PTH116 - as above
             folders.add((folder, found.st_dev, found.st_ino))
-    first, *rest = map(_revision, files)
+    first, *rest = map(revision_at, files)
     return _Scan(names, frozenset(folders), fingerprint([first, *rest]) if first else "")
 
 
-def _revision(file: Path) -> str:
-    try:
-        return revision_of(read_regular_file(file))
-    except OSError:
-        return ""
+def _in_folder(file: Path) -> set[str]:
+    """Of the folder of an adapter, what an event is expected for; other files of it are left to the poll."""
+    return {os.path.abspath(file / name) for name in (CONFIG, *WEIGHTS)} if file.is_dir() else set()  # noqa: PTH100

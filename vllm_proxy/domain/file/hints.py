@@ -7,9 +7,10 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 
-from vllm_proxy.domain.config import ModelTable, TomlTable, id_problem
+from vllm_proxy.domain.config import ModelTable, TomlTable
 from vllm_proxy.domain.toml import KeyPath, dotted
 from vllm_proxy.domain.units import show
+from vllm_proxy.domain.value_types import id_problem
 
 _LONGEST = 300  # characters of a line that is looked at
 _BARE = re.compile(r"[A-Za-z0-9_.-]+")

@@ -9,21 +9,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_proxy.domain import args, secrets
+from vllm_proxy.domain.adapters import needed
 from vllm_proxy.domain.config import (
     Config,
     Devices,
     EngineDefaults,
+    EngineKeys,
     EngineSpec,
     ModelSpec,
     ModelTable,
     Policy,
     Server,
     TomlTable,
-    id_problem,
     revision_of,
 )
 from vllm_proxy.domain.file import hints
 from vllm_proxy.domain.file.locate import key_lines, line_of
+from vllm_proxy.domain.file.parse_adapters import AdapterFolders, adapters_of, dotted_names, not_with_adapters
 from vllm_proxy.domain.file.parse_keys import KeyTables
 from vllm_proxy.domain.file.read import read_toml, unusable
 from vllm_proxy.domain.file.validate import Found, unknown, validate
@@ -32,6 +34,7 @@ from vllm_proxy.domain.listener import replaced_by
 from vllm_proxy.domain.references import Files, NoFiles
 from vllm_proxy.domain.toml import KeyPath, dotted
 from vllm_proxy.domain.units import show
+from vllm_proxy.domain.value_types import id_problem
 from vllm_proxy.errors import ConfigError, Problem
 
 _TABLES = ("server", "engine", "devices", "defaults", "models", "keys")
@@ -77,17 +80,19 @@ def parse_config(
     found += _half_a_pair(server_table)
     engine = validate(EngineDefaults, _table(document, "engine", found), ("engine",), found)
     devices = validate(Devices, _table(document, "devices", found), ("devices",), found)
-    models = _models(document, engine or EngineDefaults(), found)
-    found += _alias_clashes(_table(document, "models", []), _table(document, "defaults", []))
+    folders = AdapterFolders(files)
+    models = _models(document, engine or EngineDefaults(), folders, found)
+    found += _name_clashes(_table(document, "models", []), _table(document, "defaults", []))
     found += _port_problems(engine, models)
     found += _unsized(devices, models, _table(document, "defaults", []))
     keys = KeyTables(files, given)
     found += keys.add(document)
     elsewhere = keys.add_file(server.keys_file, file, found) if server is not None and server.keys_file else []
+    attached = keys.attached | folders.attached
     if found or elsewhere or server is None or engine is None or devices is None:
         problems = [*problems_at(found, text, overrides), *elsewhere]
-        raise ConfigError(file, problems, attached=keys.attached)
-    config = Config(revision_of(data), server, engine, {}, keys.found, keys.attached, devices)
+        raise ConfigError(file, problems, attached=attached)
+    config = Config(revision_of(data), server, engine, {}, keys.found, attached, devices)
     by_id = {model.id: _in_order(model) if config.is_fair else model for model in models}
     return replace(config, models=by_id)
 
@@ -132,9 +137,15 @@ def _table(document: TomlTable, name: str, found: list[Found]) -> TomlTable:
     return {}
 
 
-def _models(document: TomlTable, engine: EngineDefaults, found: list[Found]) -> list[ModelSpec]:
+def _models(
+    document: TomlTable, engine: EngineDefaults, folders: AdapterFolders, found: list[Found]
+) -> list[ModelSpec]:
     defaults = _table(document, "defaults", found)
-    _model("", {}, {"model": "any", **defaults}, engine, found)  # a wrong default is a problem with no model too
+    if "adapters" in defaults:
+        found.append((("defaults", "adapters"), "an adapter belongs to one model: write [models.ID.adapters.NAME]"))
+        defaults = {key: value for key, value in defaults.items() if key != "adapters"}
+    # A wrong default is a problem with no model too.
+    _model("", {}, {"model": "any", **defaults}, engine, found, folders=folders)
     found += _repeated(("defaults",), defaults)
     models = []
     for model_id, table in _table(document, "models", found).items():
@@ -148,7 +159,7 @@ def _models(document: TomlTable, engine: EngineDefaults, found: list[Found]) -> 
         if table and not own:
             continue
         found += _repeated(path, own)
-        if model := _model(model_id, own, defaults, engine, found):
+        if model := _model(model_id, own, defaults, engine, found, folders=folders):
             models.append(model)
     return models
 
@@ -162,7 +173,13 @@ def _without_dotted_ids(name: str, table: TomlTable, found: list[Found]) -> Toml
 
 
 def _model(
-    model_id: str, table: TomlTable, defaults: TomlTable, engine: EngineDefaults, found: list[Found]
+    model_id: str,
+    table: TomlTable,
+    defaults: TomlTable,
+    engine: EngineDefaults,
+    found: list[Found],
+    *,
+    folders: AdapterFolders,
 ) -> ModelSpec | None:
     spelling = _spelling(defaults) | _spelling(table)
     merged = _merged(_canonical(defaults), _canonical(table))
@@ -171,10 +188,14 @@ def _model(
         ((*own, "memory"), "expected either memory or gpu_memory_utilization: both say how much of a device it gets")
         for _ in range(all(merged.get(key) is not None for key in _EITHER))
     ]
-    valid = validate(ModelTable, merged, own, mine)
+    nested = list(dotted_names(tables, own)) if isinstance(tables := table.get("adapters"), Mapping) else []
+    valid = None if nested else validate(ModelTable, merged, own, mine)
+    mine += nested
+    adapters = {} if valid is None else adapters_of(valid, own, folders, mine)
     options = merged.get("args")
     if isinstance(options, Mapping):
         wrong = [*args.problems_of(options), *(args.not_with_sleep(options) if merged.get("sleep") else ())]
+        wrong += not_with_adapters(options) if merged.get("adapters") else ()
         mine += [((*own, "args", spelling.get(key, key)), message) for key, message in wrong]
     # What the model itself does not say, the defaults do: there it is to be mended.
     for path, message in mine:
@@ -182,10 +203,13 @@ def _model(
         found.append((("defaults", *path[2:]) if inherited else path, message))
     if valid is None or mine:
         return None
-    spec = EngineSpec.model_construct(**{name: getattr(valid, name) for name in EngineSpec.model_fields})
-    spec = spec.model_copy(update={"command": spec.command or engine.command, "env": {**engine.env, **spec.env}})
+    spec = EngineSpec.model_construct(**{name: getattr(valid, name) for name in EngineKeys.model_fields})
+    most = valid.adapters_max.most
+    lora = needed(adapters.values(), most)
+    over = {"command": spec.command or engine.command, "env": {**engine.env, **spec.env}, "lora": lora}
+    spec = spec.model_copy(update=over)
     policy = Policy.model_construct(**{name: getattr(valid, name) for name in Policy.model_fields})
-    return ModelSpec(model_id, spec, policy, table)
+    return ModelSpec(model_id, spec, policy, table, adapters, most)
 
 
 def _canonical(table: TomlTable) -> TomlTable:
@@ -237,9 +261,15 @@ def _holds(table: TomlTable, path: KeyPath) -> bool:
     return True
 
 
-def _alias_clashes(tables: TomlTable, defaults: TomlTable) -> Iterator[Found]:
-    """Names that two models claim, whatever else may be wrong with the two."""
+def _name_clashes(tables: TomlTable, defaults: TomlTable) -> Iterator[Found]:
+    """Names that two models claim, or two adapters, whatever else may be wrong with the two."""
     taken = {model_id: model_id for model_id in tables}
+    for model_id, table in tables.items():
+        adapters = table.get("adapters", ()) if isinstance(table, Mapping) else ()
+        for name in adapters if isinstance(adapters, Mapping) else ():
+            if name in taken:
+                yield ("models", model_id, "adapters", name), f"the id is taken by model {show(taken[name])}"
+            taken.setdefault(name, model_id)
     for model_id, table in tables.items():
         own = isinstance(table, Mapping) and "aliases" in table
         place = ("models", model_id) if own else ("defaults",)

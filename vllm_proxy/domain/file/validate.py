@@ -55,6 +55,8 @@ def _message(table: type[BaseModel], path: KeyPath, detail: ErrorDetails) -> str
         in_model = table is ModelTable and len(detail["loc"]) == 1
         return unknown(str(detail["loc"][-1]), _known_keys(table, detail["loc"]), in_model=in_model)
     if kind == "missing":
+        if detail["loc"][0] == "adapters":
+            return 'missing: every adapter needs path = "a folder as PEFT writes it, or a hub id"'
         return 'missing: every model needs model = "a Hugging Face id, path or URL"'
     if kind == "value_error":
         message = str(detail["ctx"]["error"])
