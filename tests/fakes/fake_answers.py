@@ -40,17 +40,20 @@ async def send(writer: asyncio.StreamWriter, status: int, body: bytes, kind: str
     await writer.drain()
 
 
-def completion(asked: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """A completion that repeats the last message or the prompt: a text of `/v1/completions`, else one of a chat."""
-    text = "echo: " + str(asked.get("messages", [{}])[-1].get("content", asked.get("prompt")))
+def completion(asked: dict[str, Any], path: str = "", said: str = "") -> dict[str, Any]:
+    """A completion that repeats the last message or the prompt: a text of `/v1/completions`, else one of a chat.
+
+    `said`: what an adapter puts in front.
+    """
+    text = f"{said}echo: " + str(asked.get("messages", [{}])[-1].get("content", asked.get("prompt")))
     is_text = path.partition("?")[0] == "/v1/completions"
-    said = {"text": text} if is_text else {"message": {"role": "assistant", "content": text}}
+    choice = {"text": text} if is_text else {"message": {"role": "assistant", "content": text}}
     return {
         "id": "cmpl-fake" if is_text else "chatcmpl-fake",
         "object": "text_completion" if is_text else "chat.completion",
         "created": 1,
         "model": asked["model"],
-        "choices": [{"index": 0, "finish_reason": "stop", **said}],
+        "choices": [{"index": 0, "finish_reason": "stop", **choice}],
         "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
     }
 

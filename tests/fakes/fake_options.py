@@ -8,6 +8,7 @@ import sys
 
 import fake_ledger  # type: ignore[import-not-found] # beside this script
 
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # In the order of a start. A phase's faults come behind the line that tells of the phase.
 PHASES = (
     "import",  # before anything is bound or said
@@ -58,12 +59,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
     parser.add_argument("--enable-sleep-mode", action=argparse.BooleanOptionalAction)
     parser.add_argument("--hf-overrides", type=json.loads)
+    _lora(parser)
     _memory(parser)
     _faults_of_the_start(parser)
     _faults_of_the_core(parser)
     _faults_while_it_runs(parser)
     _faults_of_sleep(parser)
     options = parser.parse_args(sys.argv[2:] if sys.argv[1:2] == ["serve"] else sys.argv[1:])
+    if (options.max_cpu_loras or options.max_loras) < options.max_loras:
+        parser.error(f"max_cpu_loras ({options.max_cpu_loras}) must be >= max_loras ({options.max_loras}).")
     if options.fake_residue is None:
         options.fake_residue = options.fake_context + int(0.67 * 2**30)
     if options.fake_residue < options.fake_context:
@@ -74,6 +78,13 @@ def parse() -> argparse.Namespace:
         for name in _ONCE:
             setattr(options, name, parser.get_default(name))
     return options
+
+
+def _lora(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--enable-lora", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--max-lora-rank", type=int, choices=RANKS, default=16)
+    parser.add_argument("--max-loras", type=int, default=1)
+    parser.add_argument("--max-cpu-loras", type=int)
 
 
 def _memory(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import fake_answers  # type: ignore[import-not-found] # beside this script
 import fake_engine  # type: ignore[import-not-found] # as above
 import fake_log  # type: ignore[import-not-found] # as above
+import fake_lora  # type: ignore[import-not-found] # as above
 import fake_realtime  # type: ignore[import-not-found] # as above
 import fake_sleep  # type: ignore[import-not-found] # as above
 import fake_start  # type: ignore[import-not-found] # as above
@@ -51,7 +52,9 @@ class Fake:
         self.options: argparse.Namespace = start.options
         self.engine = fake_engine.Engine(start.options, start.core, start.log)
         self.sleep = fake_sleep.Sleep(start.options, self.engine, start.memory, start.log)
-        self.work = fake_work.Work(self.engine, self.sleep, start.log)
+        self.lora = fake_lora.Lora(start.options, self.engine, self.lose_core)
+        self.sleep.forget_devices = self.lora.slept
+        self.work = fake_work.Work(self.engine, self.sleep, self.lora, start.log)
         self.develops = bool(int(os.environ.get("VLLM_SERVER_DEV_MODE", "0")))
         self.stopping = asyncio.Event()
         self.connections: set[asyncio.StreamWriter] = set()
@@ -183,10 +186,25 @@ class Fake:
             return await self.develop(writer, method, path, body)
         if not self.allowed(path, found):
             return await self.json(writer, 401, {"error": "Unauthorized"})
+        return await self.guarded(writer, method, path, headers, found, body)
+
+    async def guarded(
+        self,
+        writer: asyncio.StreamWriter,
+        method: str,
+        path: str,
+        headers: list[Any],
+        found: dict[str, str],
+        body: bytes,
+    ) -> None:
+        """Route one request that carries the key, if it has to."""
         if path == "/v1/models":
-            length, names = self.options.max_model_len, self.names
-            cards = [{"id": name, "object": "model", "owned_by": "vllm", "max_model_len": length} for name in names]
+            card = {"object": "model", "owned_by": "vllm", "root": self.options.model, "parent": None}
+            card["max_model_len"] = self.options.max_model_len
+            cards = [{"id": name, **card} for name in self.names] + self.lora.cards()
             return await self.json(writer, 200, {"object": "list", "data": cards})
+        if path in fake_lora.ROUTES:
+            return await self.adapt(writer, path, body)
         if path == "/secret":
             return await self.json(writer, 200, {"secret": True})
         if method == "HEAD":  # FastAPI gives its GET routes none
@@ -219,16 +237,17 @@ class Fake:
             return await self.json(writer, 400, {"error": {"message": "bad json"}})
         if not isinstance(asked, dict):
             return await self.json(writer, 400, {"error": {"message": "no object"}})
-        if asked.get("model") not in self.names:
+        adapter = self.lora.listed.get(str(asked.get("model")))
+        if adapter is None and asked.get("model") not in self.names:
             message = f"The model `{asked.get('model')}` does not exist."
             error = {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
             return await self.json(writer, 404, {"error": error})
         with self.engine.request() as request:
             try:
                 await self.engine.admit(request)
-                if not self.sleep.usable:
+                if not self.sleep.usable or not (adapter is None or self.lora.use(adapter)):
                     return await self.lose(writer)
-                await self.work.answer(writer, method, path, headers, body, asked)
+                await self.work.answer(writer, method, path, headers, body, asked, adapter)
             except (AttributeError, IndexError, KeyError, TypeError) as error:  # what vLLM validates
                 return await self.json(writer, 400, {"error": {"message": repr(error), "code": 400}})
             except asyncio.CancelledError:
@@ -244,6 +263,19 @@ class Fake:
         await self.json(writer, 500, {"error": error})
         self.engine.control("die")
 
+    def lose_core(self) -> None:
+        """The core dies; the server notices by itself."""
+        self.engine.control("lose-core")
+
+    async def adapt(self, writer: asyncio.StreamWriter, path: str, body: bytes) -> None:
+        """A route that loads or unloads an adapter."""
+        if not self.lora.updates:
+            return await self.json(writer, 404, {"detail": "Not Found"})
+        status, value = await self.lora.answer(path, body)
+        if isinstance(value, str):  # vLLM gives it no type
+            return await self.send(writer, status, value.encode(), "text/plain")
+        return await self.json(writer, status, value)
+
     async def develop(self, writer: asyncio.StreamWriter, method: str, path: str, body: bytes) -> None:
         """A route of the development mode. What fails there closes the connection, as uvicorn does."""
         if not self.develops:
@@ -257,8 +289,9 @@ class Fake:
     async def control(self, writer: asyncio.StreamWriter, path: str) -> None:
         """What only tests ask for, on the engine's own port: fake_engine's `control`, and what follows.
 
-        `/fake/seen` tells of the requests, `/fake/state` of the processes; `/fake/hang-up` closes every connection,
-        `/fake/stop-listening` the port as well, while the process lives.
+        `/fake/seen` tells of the requests, `/fake/state` of the processes, `/fake/lora` of adapters, and its query asks
+        for their faults; `/fake/hang-up` closes every connection, `/fake/stop-listening` the port as well, while the
+        process lives.
         """
         command = path.removeprefix("/fake/")
         if command in {"stop-listening", "hang-up"}:
@@ -268,6 +301,8 @@ class Fake:
                 self.server.close()
             await self.json(writer, 200, {})
             return writer.close()
+        if command.partition("?")[0] == "lora":
+            return await self.json(writer, 200, self.lora.control(command.partition("?")[2]))
         if command == "state":
             return await self.json(writer, 200, self.engine.state() | self.sleep.state())
         if command in fake_engine.COMMANDS:

@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import signal
+from collections.abc import Callable
 from typing import NoReturn
 from urllib.parse import parse_qs
 
@@ -52,6 +53,7 @@ class Sleep:
         self.wedged = False  # a wake has found no room
         self.working = ""  # what the core is held up by: "sleep", "wake", "reload"
         self.done = {"sleeps": 0, "wakes": 0, "reloads": 0}
+        self.forget_devices: Callable[[], None] = lambda: None  # who else has something there
         self._core = asyncio.Lock()  # it does one thing after another
         self._calls: set[asyncio.Task[Answer]] = set()
 
@@ -156,7 +158,9 @@ class Sleep:
             freed = self.memory.unmap(offloads=level == 1)
             self._says(f"CuMemAllocator: sleep freed {fake_ledger.gib(freed)} GiB memory in total")
             self.mapped.clear()
-            self.lost |= level == 2
+            if level == 2:
+                self.lost = True
+                self.forget_devices()
         self.done["sleeps"] += 1
         self.level = level
         if fault == "fails-after-freeing":

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import fake_answers  # type: ignore[import-not-found] # beside this script
 import fake_engine  # type: ignore[import-not-found] # as above
 import fake_log  # type: ignore[import-not-found] # as above
+import fake_lora  # type: ignore[import-not-found] # as above
 import fake_options  # type: ignore[import-not-found] # as above
 import fake_sleep  # type: ignore[import-not-found] # as above
 
@@ -22,8 +23,10 @@ _ANSWERS = {
 class Work:
     """The answers of one engine."""
 
-    def __init__(self, engine: fake_engine.Engine, sleep: fake_sleep.Sleep, log: fake_log.Log) -> None:
-        self.engine, self.sleep, self.log = engine, sleep, log
+    def __init__(
+        self, engine: fake_engine.Engine, sleep: fake_sleep.Sleep, lora: fake_lora.Lora, log: fake_log.Log
+    ) -> None:
+        self.engine, self.sleep, self.lora, self.log = engine, sleep, lora, log
         self.responses: list[str] = []  # ids
 
     async def answer(
@@ -34,8 +37,9 @@ class Work:
         headers: list[Any],
         body: bytes,
         asked: dict[str, Any],
+        adapter: fake_lora.Adapter | None = None,
     ) -> None:
-        """A request that is in the engine."""
+        """A request that is in the engine. `adapter`: the one that answers it."""
         fault = asked.get("fake") or {}
         if "once" in fault and not fake_options.first(fault["once"]):
             fault = {}
@@ -51,10 +55,11 @@ class Work:
         if answer := _ANSWERS.get(path):
             return await self.json(writer, 200, self.told(answer(asked)))
         if asked.get("stream"):
-            return await self.stream(writer, asked, fault)
+            return await self.stream(writer, asked, fault, adapter)
         await self.pause(fault)
-        await self.step()
-        return await self.json(writer, fault.get("status", 200), self.told(fake_answers.completion(asked, path)))
+        await self.step(adapter)
+        answer = fake_answers.completion(asked, path, self.lora.said(adapter))
+        return await self.json(writer, fault.get("status", 200), self.told(answer))
 
     def told(self, answer: dict[str, Any]) -> dict[str, Any]:
         """What its weights make of an answer."""
@@ -86,10 +91,10 @@ class Work:
         elif end == "close":
             writer.close()
 
-    async def step(self) -> None:
-        """One token. Without its memory it is the end of the engine."""
+    async def step(self, adapter: fake_lora.Adapter | None = None) -> None:
+        """One token. Without its memory, or its adapter's files, it is the end of the engine."""
         await self.engine.turn(generated=1)
-        if not self.sleep.usable:
+        if not self.sleep.usable or not (adapter is None or self.lora.use(adapter)):
             self.engine.control("die")
 
     async def write(self, writer: asyncio.StreamWriter, data: bytes) -> None:
@@ -112,7 +117,13 @@ class Work:
         if fault.get("hang") == "before":
             await asyncio.Event().wait()
 
-    async def stream(self, writer: asyncio.StreamWriter, asked: dict[str, Any], fault: dict[str, Any]) -> None:
+    async def stream(
+        self,
+        writer: asyncio.StreamWriter,
+        asked: dict[str, Any],
+        fault: dict[str, Any],
+        adapter: fake_lora.Adapter | None = None,
+    ) -> None:
         """Server-sent events: `chunks` of them, `interval` seconds apart; `die`, `hang` or `hold` after that many."""
         await self.pause(fault)
         self.begin(writer)
@@ -127,8 +138,8 @@ class Work:
             if fault.get("die") == number:
                 await writer.drain()
                 self.die()
-            await self.step()
-            text = fake_answers.GARBAGE if self.sleep.lost else f"t{number} "
+            await self.step(adapter)
+            text = fake_answers.GARBAGE if self.sleep.lost else f"{self.lora.said(adapter)}t{number} "
             fake_answers.write_event(writer, asked["model"], choices=[{"index": 0, "delta": {"content": text}}])
             await writer.drain()
             await asyncio.sleep(fault.get("interval", 0))

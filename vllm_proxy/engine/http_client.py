@@ -1,21 +1,28 @@
-"""Requests of the daemon's own to engines, for `probe` and `nap`. What clients send goes another way (`traffic/wire`).
+"""Requests of the daemon's own to engines: of `probe`, `nap`, `adapters`. What clients send goes by `traffic/wire`.
 
 Answers are not trusted: each is read up to a limit, no redirect is followed, nothing is decompressed.
 """
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 
 from vllm_proxy.domain.address import Address
+from vllm_proxy.runtime import clock
+from vllm_proxy.runtime.background import spawn
 from vllm_proxy.traffic.dial import session_to
 
 MOST_BYTES = 2**20  # of an answer that is read whole
 
 # What a request may end in: nobody there, no answer in time, one that is none.
 FAULTS = (aiohttp.ClientError, OSError, TimeoutError, ValueError, RecursionError)
+
+
+class UncleanError(Exception):
+    """An answer that is not as it should be. Its message says why."""
 
 
 @asynccontextmanager
@@ -66,3 +73,21 @@ async def json_of(answer: aiohttp.ClientResponse) -> object:
         if len(body) > MOST_BYTES:
             raise ValueError("it is too long")
     return json.loads(body)
+
+
+async def within[T](call: Coroutine[Any, Any, T], seconds: float, path: str) -> T:
+    """A call of a path with a deadline, in time in which this process ran.
+
+    Raises:
+        UncleanError: it has not answered by then, or ended in one of the FAULTS.
+
+    """
+    task = spawn(call, f"a call of {path}")
+    try:
+        if not await clock.wait([task], seconds):
+            raise UncleanError(f"{path} has not answered for {seconds:g} s")
+        return task.result()
+    except FAULTS as error:
+        raise UncleanError(f"{path} gives no clean answer: {str(error) or type(error).__name__}") from error
+    finally:
+        task.cancel()

@@ -6,19 +6,17 @@ So nothing but clean answers throughout counts as done; anything else is `Failed
 (tests/engine/test_nap.py). Source: `entrypoints/serve/dev/sleep` and `v1/engine/core.py` of vLLM 0.32.
 """
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import aiohttp
 
 from vllm_proxy.domain import canary
 from vllm_proxy.domain.canary import Canary
 from vllm_proxy.domain.command import Place
-from vllm_proxy.engine.http_client import FAULTS, answer_to, json_of
-from vllm_proxy.runtime import clock
-from vllm_proxy.runtime.background import spawn
+from vllm_proxy.engine.http_client import UncleanError, answer_to, json_of, within
 
 SLEEP_SECONDS = WAKE_SECONDS = 60.0
 CANARY_SECONDS = 30.0
@@ -83,10 +81,6 @@ class Nap(Protocol):
         """Whether one serves that says it is awake, though it was to sleep; where nobody can tell, it has failed."""
 
 
-class _UncleanError(Exception):
-    """An answer that is not as it should be. Its message says why."""
-
-
 class HttpNap:
     """Over HTTP, at the engine's port or Unix socket. The session must not share its connections with requests."""
 
@@ -102,7 +96,7 @@ class HttpNap:
                 place, "POST", f"/sleep?level={level}&mode=wait", SLEEP_SECONDS
             )  # mode: a body's is ignored
             await self._expect_state(place, sleeping=True)
-        except _UncleanError as error:
+        except UncleanError as error:
             return Failed("sleep", str(error))
         measured = await freed()
         if measured is False:
@@ -120,7 +114,7 @@ class HttpNap:
                 await self._wake_up(place, "?tags=kv_cache", "awake")
             await self._expect_state(place, sleeping=False)
             await self._expect_canary(place, expected)
-        except _UncleanError as error:
+        except UncleanError as error:
             return Failed("wake", str(error))
         return Woke(expected is not None)
 
@@ -128,7 +122,7 @@ class HttpNap:
         """What `GET /is_sleeping` says."""
         try:
             return await self._state(place)
-        except _UncleanError:
+        except UncleanError:
             return None
 
     async def verify(self, place: Place, expected: Canary | None) -> Woke | Failed:
@@ -137,7 +131,7 @@ class HttpNap:
             return Failed("wake", "it was to sleep, and whether it serves cannot be told")
         try:
             await self._expect_canary(place, expected)
-        except _UncleanError as error:
+        except UncleanError as error:
             return Failed("wake", str(error))
         return Woke(verified=True)
 
@@ -146,23 +140,23 @@ class HttpNap:
         found = await self._ask(place, "POST", path, WAKE_SECONDS)
         if not isinstance(found, dict) or found.get("status") != status:
             said = found.get("status") if isinstance(found, dict) else None
-            raise _UncleanError(f"{path} should leave it {status}, and it says {_shown(said)}")
+            raise UncleanError(f"{path} should leave it {status}, and it says {_shown(said)}")
 
     async def _reload(self, place: Place, seconds: float) -> None:
         path = "/collective_rpc"
         found = await self._ask(place, "POST", path, seconds, {"method": "reload_weights"})
         if not isinstance(found, dict) or not isinstance(found.get("results"), list):
-            raise _UncleanError(f"{path} says nothing of its weights")
+            raise UncleanError(f"{path} says nothing of its weights")
 
     async def _expect_state(self, place: Place, *, sleeping: bool) -> None:
         if await self._state(place) is not sleeping:
-            raise _UncleanError(f"it says that it is {'awake' if sleeping else 'asleep'} afterwards")
+            raise UncleanError(f"it says that it is {'awake' if sleeping else 'asleep'} afterwards")
 
     async def _state(self, place: Place) -> bool:
         found = await self._ask(place, "GET", "/is_sleeping", STATE_SECONDS)
         state = found.get("is_sleeping") if isinstance(found, dict) else None
         if not isinstance(state, bool):
-            raise _UncleanError("/is_sleeping does not say whether it sleeps")
+            raise UncleanError("/is_sleeping does not say whether it sleeps")
         return state
 
     async def _expect_canary(self, place: Place, expected: Canary | None) -> None:
@@ -170,9 +164,9 @@ class HttpNap:
             return
         found = await self._answer_on(expected.route, place)
         if found is None:
-            raise _UncleanError(f"{expected.route} is not there any more")
+            raise UncleanError(f"{expected.route} is not there any more")
         if not found.is_like(expected):
-            raise _UncleanError(f"it answered {expected.shown} before it slept, and {found.shown} now")
+            raise UncleanError(f"it answered {expected.shown} before it slept, and {found.shown} now")
 
     async def _canary(self, place: Place) -> Canary | None:
         """What it answers now; None where it has no route for that."""
@@ -184,11 +178,11 @@ class HttpNap:
         if status in _NOT_OFFERED:
             return None
         if status != HTTPStatus.OK:
-            raise _UncleanError(f"{route} answers {status}")
+            raise UncleanError(f"{route} answers {status}")
         try:
             return canary.read_answer(route, found)
         except ValueError as error:
-            raise _UncleanError(f"{route}: {error}") from error
+            raise UncleanError(f"{route}: {error}") from error
 
     async def _ask(
         self, place: Place, method: str, path: str, seconds: float, body: dict[str, object] | None = None
@@ -196,7 +190,7 @@ class HttpNap:
         """The JSON of a good answer."""
         status, found = await self._call(place, method, path, seconds, body)
         if status != HTTPStatus.OK:
-            raise _UncleanError(f"{path} answers {status}")
+            raise UncleanError(f"{path} answers {status}")
         return found
 
     async def _call(
@@ -211,20 +205,7 @@ class HttpNap:
                 good = answer.status == HTTPStatus.OK
                 return answer.status, await json_of(answer) if good else None
 
-        return await _within(call(), seconds, path)
-
-
-async def _within[T](call: Coroutine[Any, Any, T], seconds: float, path: str) -> T:
-    """A call with a deadline, in time in which this process ran."""
-    task = spawn(call, f"a call of {path}")
-    try:
-        if not await clock.wait([task], seconds):
-            raise _UncleanError(f"{path} has not answered for {seconds:g} s")
-        return task.result()
-    except FAULTS as error:
-        raise _UncleanError(f"{path} gives no clean answer: {str(error) or type(error).__name__}") from error
-    finally:
-        task.cancel()
+        return await within(call(), seconds, path)
 
 
 def _shown(said: object) -> str:

@@ -11,21 +11,16 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
-from asyncio.subprocess import SubprocessStreamProtocol
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
-from vllm_proxy.domain.command import mark, marked
 from vllm_proxy.domain.options import OptionTable
 from vllm_proxy.engine.find import package_folders
-from vllm_proxy.engine.ownership import Identity
-from vllm_proxy.engine.proc import KERNEL, look_up
-from vllm_proxy.engine.process import end_processes, run_shielded
+from vllm_proxy.engine.program_output import output_of
 from vllm_proxy.runtime.background import spawn
 from vllm_proxy.runtime.files import replace_file
 from vllm_proxy.runtime.threads import Offload
@@ -36,10 +31,8 @@ SCRIPT = Path(__file__).with_name("read_options.py")
 
 _NAME = "options"  # in the mark of its processes
 _SECONDS = 120.0
-_MOST_BYTES = 4 * 2**20
-_BUFFERED = 2**16
-_LAST_SECONDS = 1.0
-_LAST_BYTES = 2000  # bytes of a failed run's stderr
+_ROOT = Path("/")
+_QUIET = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_COLOR": "0"}
 _FILES_KEPT = 20
 _HEAD = 64 * 2**10  # of a script: a wrapper's `exec` stands below all that it sets
 _LEVELS = 4  # of wrappers inside each other
@@ -237,7 +230,9 @@ class OptionTables:
     async def _read(self, version: _Version, env: Mapping[str, str]) -> OptionTable | None:
         try:
             async with asyncio.timeout(self._seconds):
-                return OptionTable.from_json(await _output([version.python, str(SCRIPT)], env))
+                return OptionTable.from_json(
+                    await output_of([version.python, str(SCRIPT)], {**env, **_QUIET}, _NAME, _ROOT)
+                )
         except TimeoutError:
             error = f"no answer within {self._seconds:g} s"
         except (OSError, ValueError) as problem:
@@ -264,83 +259,3 @@ class OptionTables:
         except OSError as error:
             log.warning("vLLM's options cannot be kept; the next daemon reads them anew",
                         folder=str(self._folder), error=str(error))  # fmt: skip
-
-
-async def _output(argv: Sequence[str], env: Mapping[str, str]) -> bytes:
-    """What a program prints, which is ended afterwards with all that it started.
-
-    Raises:
-        OSError: it cannot be run.
-        ValueError: it failed or printed too much.
-
-    """
-    secret = secrets.token_hex()
-    loop = asyncio.get_running_loop()
-    transport, streams = await loop.subprocess_exec(
-        lambda: SubprocessStreamProtocol(_BUFFERED, loop),
-        *argv,
-        env={
-            **env,
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_LOGGING_COLOR": "0",
-            **marked(_NAME, secret),
-        },
-        cwd="/",
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,
-    )
-    child = asyncio.subprocess.Process(transport, streams, loop)
-    KERNEL.waited_for.add(child.pid)
-    # Once it is reaped, its number is not its own any more: what is left of it bears its mark.
-    process = look_up(child.pid) if child.returncode is None else None
-    who = Identity(child.pid if process else 0, process.started if process else 0, mark(_NAME, secret))
-    assert child.stdout is not None
-    assert child.stderr is not None
-    words = spawn(_tail(child.stderr), "stderr of a vLLM")
-    try:
-        output = await _bounded(child.stdout)
-    finally:
-        try:
-            said = await run_shielded(_end, child, who, words)
-        finally:
-            KERNEL.waited_for.discard(child.pid)
-            transport.close()  # the pipes: nobody may have read them to their ends, or somebody else may hold them
-    if not output:
-        msg = said or "it ended in silence"
-        raise ValueError(msg)
-    return output
-
-
-async def _end(child: asyncio.subprocess.Process, who: Identity, words: asyncio.Task[str]) -> str:
-    """End all of its processes; returns the last line of its stderr."""
-    try:
-        await end_processes(who, 0.0)
-    except OSError as error:
-        log.warning("what read vLLM's options may be left", pid=child.pid, error=str(error))
-    exited = spawn(child.wait(), "end of a vLLM")
-    await asyncio.wait({words, exited}, timeout=_LAST_SECONDS)  # whoever has left the session may hold the pipe
-    exited.cancel()
-    words.cancel()
-    return words.result() if words.done() and not words.cancelled() else ""
-
-
-async def _bounded(stream: asyncio.StreamReader) -> bytes:
-    output = bytearray()
-    while chunk := await stream.read(2**16):
-        output += chunk
-        if len(output) > _MOST_BYTES:
-            msg = f"more than {_MOST_BYTES} bytes of output"
-            raise ValueError(msg)
-    return bytes(output)
-
-
-async def _tail(stream: asyncio.StreamReader) -> str:
-    """The last line of it."""
-    tail = b""
-    while chunk := await stream.read(2**16):
-        tail = (tail + chunk)[-_LAST_BYTES:]
-    lines = tail.decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")

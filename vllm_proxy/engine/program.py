@@ -48,6 +48,15 @@ class Programs:
             raise LaunchError(Reason.COMMAND_NOT_FOUND, msg)
         return start
 
+    def beside(self, spec: EngineSpec, name: str) -> Path | None:
+        """Another program of the installation that the command is of; None: it has none, or there is no command."""
+        start = spec.command or self.found_command
+        found = shutil.which(self._program(start), path=self._path(spec)) if start else None
+        if found is None:
+            return None
+        folders = (Path(found).parent, Path(found).resolve().parent)  # pipx and uv link into an environment
+        return next((file for folder in folders if os.access(file := folder / name, os.X_OK)), None)
+
     def python(self, spec: EngineSpec) -> Path | None:
         """The interpreter that would run vLLM for this spec; None where that is not certain."""
         start = spec.command or self.found_command

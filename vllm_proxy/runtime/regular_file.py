@@ -1,14 +1,16 @@
-"""Reads whole regular files up to a size limit; for files that a user names, such as the configuration.
+"""Reads regular files, whole ones up to a size limit; for files that a user names, such as the configuration.
 
 A FIFO or a device could block its reader for ever, or give something else each time. So the type is checked on the open
 descriptor before anything is read.
 """
 
+import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 MOST_BYTES = 16 * 2**20
 
@@ -38,19 +40,16 @@ def refuse_special(found: os.stat_result) -> None:
         raise UnusableFileError(errno.EINVAL, why)
 
 
-def read_regular_file(
-    path: Path,
-    most: int = MOST_BYTES,
-    *,
-    flags: int = 0,
-    refuse: Callable[[os.stat_result], None] = refuse_special,
-) -> bytes:
-    """The bytes of a regular file; it blocks for no longer than the file's disk does.
+@contextlib.contextmanager
+def open_regular_file(
+    path: Path, *, flags: int = 0, refuse: Callable[[os.stat_result], None] = refuse_special
+) -> Iterator[BinaryIO]:
+    """A regular file, to be read while the block lasts.
 
     `flags`: more of open(2). `refuse` raises for what is not to be read, once it is open.
 
     Raises:
-        UnusableFileError: it is no regular file, or has more than `most` bytes.
+        UnusableFileError: it is no regular file.
         OSError: as it comes.
 
     """
@@ -64,9 +63,27 @@ def read_regular_file(
     try:
         refuse(os.fstat(descriptor))
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            data = file.read(most + 1)
+            yield file
     finally:
         os.close(descriptor)
+
+
+def read_regular_file(
+    path: Path,
+    most: int = MOST_BYTES,
+    *,
+    flags: int = 0,
+    refuse: Callable[[os.stat_result], None] = refuse_special,
+) -> bytes:
+    """The bytes of a regular file; it blocks for no longer than the file's disk does.
+
+    Raises:
+        UnusableFileError: it is no regular file, or has more than `most` bytes.
+        OSError: as it comes.
+
+    """
+    with open_regular_file(path, flags=flags, refuse=refuse) as file:
+        data = file.read(most + 1)
     if len(data) > most:
         raise UnusableFileError(errno.EFBIG, f"it is larger than {most // 2**20} MiB")
     return data
