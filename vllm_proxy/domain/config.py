@@ -239,6 +239,11 @@ class ModelSpec:
         lora = running if self.shortfall(running) is None else needed(self.adapters.values(), self.adapters_max)
         return self if lora == self.lora else replace(self, engine=self.engine.model_copy(update={"lora": lora}))
 
+    @property
+    def other_names(self) -> tuple[str, ...]:
+        """What leads to it beside its id: its aliases, and the ids of its adapters."""
+        return (*self.policy.aliases, *self.adapters)
+
     def effective(self) -> dict[str, Any]:
         """All keys flat, defaults merged in, durations in seconds; engine keys not given are None.
 
@@ -274,6 +279,12 @@ class Config:
         return fingerprint([self.revision, *self.attached.values()])
 
     @property
+    def ids(self) -> dict[str, tuple[str, ...]]:
+        """What requests are counted for: the ids of models and of adapters, with the aliases of each."""
+        adapters = (name for spec in self.models.values() for name in spec.adapters)
+        return {name: spec.policy.aliases for name, spec in self.models.items()} | dict.fromkeys(adapters, ())
+
+    @property
     def is_fair(self) -> bool:
         """Whether engines take requests in the order of `domain/fair.py`, and not as they come."""
         return self.fair_by is not None
@@ -295,9 +306,7 @@ class Config:
 
         `since`: but for what was so in this one already, and with what the way from there costs.
         """
-        models: dict[str, Iterable[str]] = {name: spec.policy.aliases for name, spec in self.models.items()}
-        models |= dict.fromkeys((name for spec in self.models.values() for name in spec.adapters), ())
-        found = warnings(self.keys, models, all_open=self.server.allow_remote_admin)
+        found = warnings(self.keys, self.ids, all_open=self.server.allow_remote_admin)
         if since is None:
             return found
         before = since.warnings()
