@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -21,10 +22,11 @@ def nobody() -> None:
     """Whom a request that waits need not wake."""
 
 
-def with_adapters(*adapters: str, off: tuple[str, ...] = (), **policy: object) -> ModelSpec:
+def with_adapters(*adapters: str, off: tuple[str, ...] = (), **policy: int) -> ModelSpec:
     """The model, with these adapters."""
     found = {name: Adapter(name, f"adapters/{name}", enabled=name not in off) for name in (*adapters, *off)}
-    return replace(model("chat", aliases=("gpt",), **policy), adapters=found)
+    policies: dict[str, Any] = {**policy}
+    return replace(model("chat", aliases=("gpt",), **policies), adapters=found)
 
 
 def registry_of(spec: ModelSpec, state: State = State.READY, wake: Callable[[], None] = nobody) -> Registry:

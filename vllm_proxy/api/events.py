@@ -10,6 +10,7 @@ import msgspec
 from aiohttp import web
 
 from vllm_proxy.api import devices
+from vllm_proxy.api.models import adapters
 from vllm_proxy.api.reply import ALIVE, begin_events
 from vllm_proxy.domain import device_resources, resources
 from vllm_proxy.domain.lifecycle import State
@@ -61,7 +62,7 @@ class Events:
         self._readers.add(reader)
 
     def _model(self, model: Model) -> None:
-        """Called when the state, the reason or the phase of one of its instances changed."""
+        """Called when the state, the reason or the phase of one of its instances changed, or an adapter's."""
         if not self._readers:
             self._shown.clear()
             return
@@ -72,6 +73,7 @@ class Events:
             "state": model.state if self._reconciler.knows(model_id) else State.STOPPED,
             "reason": diagnosis.reason if diagnosis else None,
             "message": model.message,
+            "adapters": adapters(model),
             "instances": [_instance(one) for one in model.instances],
         }
         if self._shown.get(model_id) != event:

@@ -126,7 +126,10 @@ def retrieve_model(registry: Registry, reconciler: Reconciler) -> Answers[resour
 
 async def unsupported(request: web.Request) -> web.StreamResponse:
     """The OpenAI routes that no vLLM and no daemon serves."""
-    raise RequestError("unsupported_endpoint", f"cannot {request.method} {request.path}: it is not offered here")
+    why = "it is not offered here"
+    if request.path.startswith("/v1/fine_tuning"):
+        why += "; what was trained elsewhere is served as an adapter: [models.ID.adapters.NAME] with its path"
+    raise RequestError("unsupported_endpoint", f"cannot {request.method} {request.path}: {why}")
 
 
 def _card(name: str, route: Route, reconciler: Reconciler) -> resources.Card:

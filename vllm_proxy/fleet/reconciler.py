@@ -81,6 +81,9 @@ class Reconciler:
         self.config = self.config.with_loras(loras(records, self.config.models, self._fingerprint))
         adoptable, others = classify(records, self.config.models, self._fingerprint)
         self._orphans = [self._end_orphan(record) for record in others]
+        for record in (one for records in adoptable.values() for one in records.values()):
+            self._shared.adapters.expect(record.own_name)
+        self._shared.adapters.sweep_soon()
         for spec in self.config.models.values():
             self._declare(spec)
         for model in self._models.values():
@@ -249,6 +252,8 @@ class Reconciler:
         else:
             self.registry.report_room(model.spec.id, waits.because, waits.no_room, waits.ready_in)
         self.registry.report(model.spec.id, model.state, message, stopped_by_hand=model.stopped_by_hand)
+        if model.spec.adapters:
+            self.registry.report_adapters(model.spec.id, model.adapters.problems())
 
 
 def _lora_of(model: Model) -> Lora | None:
