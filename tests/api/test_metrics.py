@@ -45,7 +45,8 @@ class Fleet:
     """What the metrics ask the reconciler and the registry."""
 
     def __init__(self, *models: str) -> None:
-        self.config = SimpleNamespace(models=dict.fromkeys(models), revision="r1", keys={"ci": None})
+        known: dict[str, None] = dict.fromkeys(models)
+        self.config = SimpleNamespace(models=known, ids=known, revision="r1", keys={"ci": None})
         self.room = Room(lambda: None, Unmanaged())
 
     def models(self) -> list[Any]:

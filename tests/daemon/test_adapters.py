@@ -110,7 +110,7 @@ async def test_adapters_are_added_changed_and_removed_live(tmp_path: Path, port_
         async with running.session.post("/v1/completions", json=slow) as stream:
             await stream.content.readline()
             found = await running.write("PATCH", "/models/chat", {"adapters": {"law": {"path": "adapters/law"}}})
-            assert [one["id"] for one in found["status"]["adapters"]] == ["sql", "law"]
+            assert {one["id"] for one in found["status"]["adapters"]} == {"sql", "law"}
             await says(running, "law")
             write_adapter(tmp_path / "adapters" / "sql", weights=b"others")
             wanted = voice("sql", tmp_path / "adapters" / "sql")
@@ -130,7 +130,8 @@ async def test_a_broken_adapter_is_its_own_error(tmp_path: Path, port_start: int
     """One that vLLM refuses, that hangs, or whose folder is missing; the events tell, and another file mends it."""
     write_adapter(tmp_path / "adapters" / "bad", fake="fail")
     write_adapter(tmp_path / "adapters" / "slow", fake={"until": str(tmp_path / "go")})
-    async with serving(tmp_path, port_start, chat("sql", "bad", "lost"), "sql") as running:
+    text = chat("sql", "bad") + '[models.chat.adapters.lost]\npath = "./adapters/lost"\n'
+    async with serving(tmp_path, port_start, text, "sql") as running:
         shown = {one["id"]: one for one in await until_states(running, sql="ready", bad="error", lost="error")}
         assert shown["bad"]["message"] == "CUDA error: out of memory"
         assert "there is no such folder" in shown["lost"]["message"]

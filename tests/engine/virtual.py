@@ -523,7 +523,7 @@ class FakeAdapters:
         """There is a place for snapshots."""
 
     @contextlib.asynccontextmanager
-    async def held(self, spec: EngineSpec, path: str) -> AsyncIterator[Path]:  # noqa: ARG002 - all have one environment
+    async def held(self, spec: EngineSpec, path: str, *, is_hub_id: bool) -> AsyncIterator[Path]:  # noqa: ARG002 - all are here
         """A snapshot, named by its contents."""
         await asyncio.sleep(self.copy_seconds.get(path, 0.0))
         if path not in self.files:

@@ -234,6 +234,16 @@ class ModelSpec:
         """Why engines that were started with `running` cannot hold its adapters; None: they can."""
         return shortfall(running, self.adapters.values(), self.adapters_max)
 
+    def with_ranks(self, before: "ModelSpec") -> "ModelSpec":
+        """The same, with the ranks of adapters that were known before."""
+        known = {name: one.rank for name, one in before.adapters.items()}
+        paths = {name: one.path for name, one in before.adapters.items()}
+        adapters = {
+            name: replace(one, rank=known[name]) if one.rank is None and paths.get(name) == one.path else one
+            for name, one in self.adapters.items()
+        }
+        return replace(self, adapters=adapters)
+
     def with_lora(self, running: Lora | None) -> "ModelSpec":
         """The same, for engines that run and were started with `running`: where that is enough, it stays."""
         lora = running if self.shortfall(running) is None else needed(self.adapters.values(), self.adapters_max)
@@ -295,6 +305,14 @@ class Config:
         if self.server.fair:
             return "server.fair"
         return next((f"[keys.{key.name}]" for key in self.keys.values() if key.limits.wants_fairness), None)
+
+    def with_ranks(self, before: Mapping[str, ModelSpec]) -> "Config":
+        """The same, with the ranks of adapters that were known before: where files are gone that engines hold still."""
+        models = {
+            name: spec.with_ranks(before[name]) if spec.adapters and name in before else spec
+            for name, spec in self.models.items()
+        }
+        return replace(self, models=models)
 
     def with_loras(self, running: Mapping[str, Lora | None]) -> "Config":
         """The same, for models whose engines run: what they were started with stays where it is enough."""

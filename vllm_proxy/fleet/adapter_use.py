@@ -23,8 +23,8 @@ _PAUSE_SECONDS = 1.0  # several engines may end at once
 class Store(Protocol):
     """Where snapshots are kept."""
 
-    def held(self, spec: EngineSpec, path: str) -> AbstractAsyncContextManager[Path]:
-        """The snapshot of what an adapter's path means now; it stays while the block lasts.
+    def held(self, spec: EngineSpec, path: str, *, is_hub_id: bool) -> AbstractAsyncContextManager[Path]:
+        """The snapshot of what an adapter's path, or its id of the hub, means now; it stays while the block lasts.
 
         Raises:
             AdapterError: there is none.

@@ -43,7 +43,7 @@ class _Files:
         self.is_here = True  # what is wanted is on this machine: it takes no long time
         self._store = store
         self._changed = changed
-        self._wanted: tuple[str, str] | None = None
+        self._wanted: tuple[str, str, bool] | None = None
         self._kept: asyncio.Task[None] | None = None  # keeps `folder` from being removed
         self._making: asyncio.Task[None] | None = None
 
@@ -54,19 +54,19 @@ class _Files:
 
     def follow(self, adapter: Adapter, engine: EngineSpec, *, again: bool) -> None:
         """Have a snapshot of this. `again`: where that has failed before, too."""
-        wanted = adapter.path, adapter.revision
+        wanted = adapter.path, adapter.revision, adapter.is_hub_id
         if wanted == self._wanted and not (again and self.problem is not None):
             return
         self._wanted, self.problem, self.is_here = wanted, None, not adapter.is_hub_id
         if self._making is not None:
             self._making.cancel()
-        make = partial(self._hold, engine, adapter.path)
+        make = partial(self._hold, engine, adapter.path, is_hub_id=adapter.is_hub_id)
         fault = partial(self._failed, "a fault of the daemon itself: see its log")
         self._making = run_once(make, f"files of adapter {adapter.id}", fault)
 
-    async def _hold(self, engine: EngineSpec, path: str) -> None:
+    async def _hold(self, engine: EngineSpec, path: str, *, is_hub_id: bool) -> None:
         try:
-            async with self._store.held(engine, path) as folder:
+            async with self._store.held(engine, path, is_hub_id=is_hub_id) as folder:
                 if self._kept is not None:
                     self._kept.cancel()
                 self._kept, self._making = self._making, None
