@@ -107,7 +107,10 @@ class Status(TypedDict):
     in_flight: int
     queued: int
     room: Annotated[Room | None, Field(description="Null where it does not wait for room; `message` says why it does.")]
-    adapters: list[AdapterStatus]
+    adapters: Annotated[
+        list[AdapterStatus],
+        Field(description="What was removed stays in an engine's memory until others take its place."),
+    ]
     instances: list[Instance]
 
 

@@ -116,6 +116,8 @@ class ModelAdapters:
         self._spec = spec
         if self._is_needed:
             self._follow(again=again)
+            for engine in self._engines:
+                engine.look(again=again)
         self._changed()
 
     def prepare(self) -> None:
@@ -167,8 +169,6 @@ class ModelAdapters:
             if files is None:
                 files = self._files[name] = _Files(self.use.store, self._look)
             files.follow(adapter, self._spec.engine, again=again)
-        for engine in self._engines:
-            engine.look(again=again)
 
     def _look(self) -> None:
         """Other files are there, or are not to be had."""
