@@ -328,6 +328,27 @@ async def test_snapshots_stay_while_an_engine_lives_that_was_given_them() -> Non
 
 
 @virtual
+async def test_a_daemon_that_stops_leaves_the_snapshots_to_the_engines_that_it_leaves() -> None:
+    """They live on, and may read theirs again."""
+    chat = await started("sql")
+    chat.stage.shared.adapters.close()
+    await chat.model.end(keep=True)
+    chat.stage.shared.adapters.sweep_soon()
+    await passes(10)
+    assert (chat.stage.launcher.engines[0].kept, chat.engines.removed) == (True, set())
+
+
+@virtual
+async def test_the_adapters_of_a_model_in_error_are_in_error() -> None:
+    """With its reason: no instance will hold them."""
+    chat = Chat(spec_of("sql", restart={"max_failures": 1}))
+    (await chat.stage.engine()).die()
+    await chat.stage.until(lambda: chat.model.state is State.ERROR)
+    (shown,) = chat.model.adapters_now()
+    assert (shown.state, shown.message) == ("error", chat.model.message)
+
+
+@virtual
 async def test_the_first_adapter_waits_for_engines_that_have_room_for_it() -> None:
     """It loads meanwhile; the old engine serves the base until then, and is given none."""
     chat = Chat(spec_of(lora=None))
@@ -367,9 +388,7 @@ async def test_after_a_sleep_without_their_weights_they_are_given_again(level: i
     await chat.stage.engine()
     await chat.serves()
     assert await request == "chat/0"
-    await chat.stage.until(lambda: chat.model.state in {State.SLEEPING, State.STOPPED})
-    if chat.model.state is State.STOPPED:
-        pytest.skip("it does not sleep here")
+    await chat.stage.until(lambda: chat.model.state is State.SLEEPING)
     chat.become(spec_of("sql", "law", sleep=level, start="on-demand", idle_timeout=10))
     await passes(5)
     assert chat.engines.done == ["chat/0 + sql"]

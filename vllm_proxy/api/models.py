@@ -224,7 +224,7 @@ def adapters(model: Model) -> list[resources.AdapterStatus]:
     """Those of a model that are enabled."""
     return [
         {"id": one.id, "state": one.state, "message": one.message, "instances": list(one.instances)}
-        for one in model.adapters.now()
+        for one in model.adapters_now()
     ]
 
 

@@ -53,6 +53,7 @@ class AdapterUse:
         self._given: dict[str, set[Path] | None] = {}  # by the own name of an engine; None: it was not asked yet
         self._sweeping: asyncio.Task[None] | None = None
         self._again = False
+        self._closed = False
 
     async def open(self) -> None:
         """Have a place for snapshots.
@@ -77,9 +78,13 @@ class AdapterUse:
 
     def forget(self, own_name: str) -> None:
         """An engine has ended."""
-        if own_name in self._given:
+        if own_name in self._given and not self._closed:
             del self._given[own_name]
             self.sweep_soon()
+
+    def close(self) -> None:
+        """The daemon stops, and engines may live on, which then use what they were given: nothing is removed."""
+        self._closed = True
 
     def sweep_soon(self) -> None:
         """Fewer may be needed than before."""
@@ -91,7 +96,7 @@ class AdapterUse:
         while self._again:
             self._again = False
             await clock.sleep(_PAUSE_SECONDS)
-            if None not in self._given.values():
+            if not self._closed and None not in self._given.values():
                 await self.store.sweep(self._used)
 
     def _used(self) -> set[Path]:

@@ -3,6 +3,7 @@
 The part of a model that is shown.
 """
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from vllm_proxy.domain import lifecycle
@@ -11,6 +12,7 @@ from vllm_proxy.domain.decide import Wanted
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.domain.rollback import Rollback
+from vllm_proxy.fleet.adapters import AdapterNow, ModelAdapters
 from vllm_proxy.fleet.claims import Waits
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.supervisor import Supervisor
@@ -20,6 +22,8 @@ _STOPPED_BY_HAND = Diagnosis(Reason.STOPPED_BY_HAND, "stopped by hand; start it 
 
 class ModelStatus:
     """What is wanted of a model, and its instances."""
+
+    adapters: ModelAdapters
 
     def __init__(self, spec: ModelSpec, history: History) -> None:
         self.spec = spec
@@ -91,6 +95,13 @@ class ModelStatus:
     def runs_nothing(self) -> bool:
         """Whether no instance runs, tries to, or is on its way out."""
         return all(one.state in {State.STOPPED, State.ERROR} for one in self.instances)
+
+    def adapters_now(self) -> list[AdapterNow]:
+        """Each adapter that is enabled. Where no instance comes any more, none of them does."""
+        found = self.adapters.now()
+        if self.state is not State.ERROR:
+            return found
+        return [replace(one, state="error", message=self.message) if one.state == "loading" else one for one in found]
 
     def _no_room(self, running: EngineSpec) -> str | None:
         """Why an engine that has no room for an adapter stays; None: another one comes in its place."""

@@ -139,6 +139,7 @@ class Reconciler:
         """Stop every model at the same time, or leave its engines where the file says so; returns when it is done."""
         self.stopping.set()
         self.registry.close()
+        self._shared.adapters.close()
         keep = self.config.server.on_exit == "keep"
         ends = [model.end(keep=keep and not model.ends) for model in self._models.values()]
         if waits := {*ends, *self._ends, *self._orphans}:
