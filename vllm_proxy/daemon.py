@@ -23,13 +23,14 @@ from vllm_proxy.api import app
 from vllm_proxy.domain.config import Config
 from vllm_proxy.domain.file.parse import problems_at
 from vllm_proxy.domain.listener import Kind
+from vllm_proxy.engine.adapter_source import AdapterSources
+from vllm_proxy.engine.adapter_store import AdapterStore
+from vllm_proxy.engine.adapters import HttpAdapters
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
-from vllm_proxy.engine.device_source import SourceError
 from vllm_proxy.engine.devices import Inventory
 from vllm_proxy.engine.find import find_vllm, has_gpus
 from vllm_proxy.engine.launch import Launcher
-from vllm_proxy.engine.machine_memory import machine_memory
 from vllm_proxy.engine.nap import HttpNap
 from vllm_proxy.engine.options import OptionTables
 from vllm_proxy.engine.ports import Ports
@@ -39,11 +40,12 @@ from vllm_proxy.engine.program import Programs
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.engine.variables import Variables
 from vllm_proxy.errors import ConfigError, NotEndedError, Problem, StartupError
+from vllm_proxy.fleet.adapter_use import AdapterUse
 from vllm_proxy.fleet.changes import KeyFiles
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.desired import Desired
 from vllm_proxy.fleet.loop import FleetLoop
-from vllm_proxy.fleet.managed import Managed
+from vllm_proxy.fleet.managed import Managed, host_total
 from vllm_proxy.fleet.objections import Hardware
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
@@ -131,6 +133,7 @@ async def serve(
         stack.callback(listeners.commands.close)
         shared, launcher, managed = _dependencies(settings, config, state, listeners.ports(), stack,
                                         output=output, open_files=open_files)  # fmt: skip
+        await shared.adapters.open()
         await launcher.variables.follow(config)
         await _follow_devices(managed, shared.loop, stack)
         reconciler = Reconciler(config, shared, state, launcher.fingerprint)
@@ -313,19 +316,12 @@ def _dependencies(
     )
     inventory = Inventory(config.devices.source, settings.config_file.parent, env, launcher.owned)
     stack.callback(inventory.close)
-    managed = Managed(inventory, config.devices, check.default_share, _host_total())
+    managed = Managed(inventory, config.devices, check.default_share, host_total())
+    store = AdapterStore(settings.state_dir / "adapters", AdapterSources(programs, variables, disk), disk)
     shared = Dependencies(launcher, FleetLoop(managed), Registry(), HttpProbe(health_checks),
-                          HttpNap(health_checks), asyncio.Event(), stopping,
-                          mask=output.masking.mask)  # fmt: skip
+                          HttpNap(health_checks), AdapterUse(HttpAdapters(health_checks), store), asyncio.Event(),
+                          stopping, mask=output.masking.mask)  # fmt: skip
     return shared, launcher, managed
-
-
-def _host_total() -> int:
-    try:
-        return machine_memory().total
-    except (OSError, SourceError) as error:
-        log.warning("it is not known how much memory the machine has: no engine may sleep there", why=str(error))
-        return 0
 
 
 def _hardware(managed: Managed, loop: FleetLoop, state: StateDirectory, launcher: Launcher) -> Hardware:

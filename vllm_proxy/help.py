@@ -15,8 +15,8 @@ from importlib.resources import files
 from vllm_proxy.errors import STATUS, VllmProxyError
 
 TOPICS = (
-    "start install nixos security limits moderation configuration changes scheduling commands api errors operating"
-    " faults metrics performance"
+    "start install nixos security limits adapters moderation configuration changes scheduling commands api errors"
+    " operating faults metrics performance"
 ).split()
 _FIRST = ("errors", "operating")  # whose sections are meant where several pages have one of that name
 _HEADING = re.compile(r"^(#{2,6}) (.*)$")

@@ -45,7 +45,8 @@ class Fleet:
     """What the metrics ask the reconciler and the registry."""
 
     def __init__(self, *models: str) -> None:
-        self.config = SimpleNamespace(models=dict.fromkeys(models), revision="r1", keys={"ci": None})
+        known: dict[str, None] = dict.fromkeys(models)
+        self.config = SimpleNamespace(models=known, ids=known, revision="r1", keys={"ci": None})
         self.room = Room(lambda: None, Unmanaged())
 
     def models(self) -> list[Any]:
@@ -53,7 +54,7 @@ class Fleet:
         endpoint, engine = SimpleNamespace(in_flight=2), SimpleNamespace(memory_bytes=1000)
         return [
             SimpleNamespace(
-                spec=SimpleNamespace(id=name),
+                spec=SimpleNamespace(id=name, adapters={"sql": None} if name == "chat" else {}),
                 history=history_of(name),
                 instances=[
                     SimpleNamespace(
@@ -193,10 +194,13 @@ async def test_tokens_are_those_that_the_engines_count() -> None:
 
 
 async def test_tokens_that_no_caller_is_charged_for_are_what_the_ledger_lacks() -> None:
-    """Of the prompt, cached or not, and of what was generated; estimates that are too high make it negative."""
+    """Of the prompt, cached or not, and of what was generated; estimates that are too high make it negative.
+
+    Engines count what an adapter was asked as their model's.
+    """
     usage = Usage()
     usage.counts("ci", "chat").add(Counts(prompt=90, cached=60, completion=15))
-    usage.counts("me", "chat").add(Counts(prompt=5))
+    usage.counts("me", "sql").add(Counts(prompt=5))
     usage.counts("ci", "embed").add(Counts(prompt=100, estimated=25))
     found = await series(metrics_of(Fleet("chat", "embed", "other"), UsageMetrics(usage, {})))
     assert {name: value for name, value in found.items() if "unattributed" in name} == {

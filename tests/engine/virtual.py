@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import functools
 import selectors
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,12 +22,16 @@ from vllm_proxy.domain.diagnose import Diagnosis, Exit
 from vllm_proxy.domain.ledger import Depth
 from vllm_proxy.domain.lifecycle import Phase, State
 from vllm_proxy.domain.progress import START, Progress
+from vllm_proxy.engine.adapter_source import AdapterError
+from vllm_proxy.engine.adapters import Failed as Refusal
 from vllm_proxy.engine.ending import Owner
 from vllm_proxy.engine.nap import Failed, Freed, Noted, Operation, Slept, Woke
 from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.process import run_shielded
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.engine.state import EngineRecord
+from vllm_proxy.fleet.adapter_use import AdapterUse
+from vllm_proxy.fleet.adapters import ModelAdapters
 from vllm_proxy.fleet.claims import Waits
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
@@ -473,6 +477,70 @@ class FakeTenant:
         self.gives_way_to = for_whom
 
 
+class FakeAdapters:
+    """Fake engines' adapters, and snapshots of their files, one for each path that the test gives files."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, str] = {}  # contents by path; else there are none
+        self.held_now: dict[str, dict[str, Path]] = {}  # by the own name of the engine
+        self.failures: dict[str, list[Refusal]] = {}  # of loads, by adapter, the next one first
+        self.load_seconds: dict[str, float] = {}
+        self.copy_seconds: dict[str, float] = {}  # by path
+        self.mute = 0  # so many questions what is held get no answer
+        self.done: list[str] = []
+        self.kept: list[Path] = []
+        self.removed: set[Path] = set()
+
+    async def load(self, place: Place, name: str, folder: Path) -> Refusal | None:
+        """One is loaded, or fails as the test says."""
+        self.done.append(f"{place.instance} + {name}")
+        await asyncio.sleep(self.load_seconds.get(name, 0.01))
+        if failures := self.failures.get(name):
+            return failures.pop(0)
+        assert folder not in self.removed, "its files are gone"
+        held = self.held_now.setdefault(place.own_name, {})
+        if name in held:
+            return Refusal("it is loaded already", answered=True)
+        held[name] = folder
+        return None
+
+    async def unload(self, place: Place, name: str) -> Refusal | None:
+        """One is forgotten."""
+        self.done.append(f"{place.instance} - {name}")
+        await asyncio.sleep(0.001)
+        self.held_now.get(place.own_name, {}).pop(name, None)
+        return None
+
+    async def loaded(self, place: Place) -> dict[str, Path] | Refusal:
+        """What it holds."""
+        await asyncio.sleep(0.001)
+        if self.mute:
+            self.mute -= 1
+            return Refusal("it says nothing", answered=False)
+        return dict(self.held_now.get(place.own_name, {}))
+
+    async def open(self) -> None:
+        """There is a place for snapshots."""
+
+    @contextlib.asynccontextmanager
+    async def held(self, spec: EngineSpec, path: str, *, is_hub_id: bool) -> AsyncIterator[Path]:  # noqa: ARG002 - all are here
+        """A snapshot, named by its contents."""
+        await asyncio.sleep(self.copy_seconds.get(path, 0.0))
+        if path not in self.files:
+            raise AdapterError(f"cannot find {path}")
+        folder = Path("/snapshots") / self.files[path]
+        self.kept.append(folder)
+        self.removed.discard(folder)
+        try:
+            yield folder
+        finally:
+            self.kept.remove(folder)
+
+    async def sweep(self, used: Callable[[], Iterable[Path]]) -> None:
+        """What nobody needs goes."""
+        self.removed |= {Path("/snapshots") / content for content in self.files.values()} - {*used(), *self.kept}
+
+
 class Stage:
     """What every supervisor shares, and a record of what they showed."""
 
@@ -481,6 +549,7 @@ class Stage:
         self.launcher = FakeLauncher()
         self.probe = FakeProbe(self.launcher)
         self.nap = FakeNap()
+        self.adapters = FakeAdapters()
         self.registry = Registry()
         self.loop = FleetLoop(machines)
         self.loop.room.unmanaged = self.launcher.allocation
@@ -491,6 +560,7 @@ class Stage:
             self.registry,
             self.probe,
             self.nap,
+            AdapterUse(self.adapters, self.adapters),
             skip_drain=asyncio.Event(),
             stopping=self.launcher.stopping,
             offload=at_once,
@@ -515,7 +585,8 @@ class Stage:
             self.moved()
 
         self.registry.declare(spec, lambda: self.woken.append(spec.id))
-        supervisor = Supervisor(spec, 0, self.shared, self.history(), changed)
+        adapters = ModelAdapters(spec, self.shared.adapters, self.registry, changed, lambda _: None)
+        supervisor = Supervisor(spec, 0, self.shared, self.history(), changed, adapters=adapters)
         return supervisor
 
     def moved(self) -> None:

@@ -9,6 +9,7 @@ from aiohttp import web
 from vllm_proxy.api import devices
 from vllm_proxy.api.feed import Feed
 from vllm_proxy.api.happenings import Entry, Happenings, event
+from vllm_proxy.api.models import adapters
 from vllm_proxy.api.readers import Reader, Readers, new_reader, relay
 from vllm_proxy.domain import device_resources, resources
 from vllm_proxy.domain.lifecycle import State
@@ -58,7 +59,7 @@ class Events:
         self._readers.add(reader)
 
     def _model(self, model: Model) -> None:
-        """Called when the state, the reason or the phase of one of its instances changed."""
+        """Called when the state, the reason or the phase of one of its instances changed, or an adapter's."""
         entry = self._happenings.of_model(model)
         if not self._readers:
             self._shown.clear()
@@ -71,6 +72,7 @@ class Events:
             "state": model.state if self._reconciler.knows(model_id) else State.STOPPED,
             "reason": diagnosis.reason if diagnosis else None,
             "message": model.message,
+            "adapters": adapters(model),
             "instances": [_instance(one) for one in model.instances],
         }
         if entry is not None:

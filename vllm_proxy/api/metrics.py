@@ -88,7 +88,8 @@ class Metrics:
 
     async def text(self, tasks: int) -> tuple[str, bytes]:
         """(content type, exposition). `tasks` is the number of the event loop's tasks."""
-        for model_id in [name for name in self._models if name and name not in self._reconciler.config.models]:
+        ids = self._reconciler.config.ids
+        for model_id in [name for name in self._models if name and name not in ids]:
             del self._models[model_id]  # the series of a removed model disappear
         families: dict[bytes, list[bytes]] = {}  # samples by head
         async for metric in in_turns(self._collect(tasks, asyncio.get_running_loop().time())):

@@ -214,9 +214,18 @@ def resource(model: Model, registry: Registry, held: Mapping[str, Mapping[str, i
             "in_flight": in_flight,
             "queued": queued,
             "room": _room(model.waits),
+            "adapters": adapters(model),
             "instances": [_instance(instance, held.get(instance.name, {})) for instance in model.instances],
         },
     }
+
+
+def adapters(model: Model) -> list[resources.AdapterStatus]:
+    """Those of a model that are enabled."""
+    return [
+        {"id": one.id, "state": one.state, "message": one.message, "instances": list(one.instances)}
+        for one in model.adapters_now()
+    ]
 
 
 def _room(waits: Waits | None) -> resources.Room | None:

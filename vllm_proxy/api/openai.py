@@ -32,8 +32,9 @@ from vllm_proxy.traffic.front import caller_of
 from vllm_proxy.traffic.metering import Metering
 from vllm_proxy.traffic.moderation import Moderator, refuse_unchecked
 from vllm_proxy.traffic.multipart import Upload
-from vllm_proxy.traffic.registry import Registry, Route
+from vllm_proxy.traffic.registry import Registry
 from vllm_proxy.traffic.relay import forward
+from vllm_proxy.traffic.routing import Route
 
 type Settings = Callable[[], Server]  # the `[server]` table now
 
@@ -110,14 +111,14 @@ def found(call: Call, name: str, registry: Registry) -> Route:
 
 
 def list_models(registry: Registry, reconciler: Reconciler) -> Answers[resources.Cards]:
-    """`GET /v1/models`: every enabled model and alias, whatever its state."""
+    """`GET /v1/models`: every enabled model, adapter and alias, whatever its state."""
 
     async def handle(request: web.Request) -> Reply[resources.Cards]:
         caller = caller_of(request)
         cards = [
             _card(name, route, reconciler)
             async for name, route in in_turns(registry.names().items())
-            if reconciler.knows(route.spec.id) and caller.may_use(name)  # still
+            if reconciler.knows(route.base.spec.id) and caller.may_use(name)  # still
         ]
         return Reply({"object": "list", "data": cards})
 
@@ -139,18 +140,21 @@ def retrieve_model(registry: Registry, reconciler: Reconciler) -> Answers[resour
 
 async def unsupported(request: web.Request) -> web.StreamResponse:
     """The OpenAI routes that no vLLM and no daemon serves."""
-    raise RequestError("unsupported_endpoint", f"cannot {request.method} {request.path}: it is not offered here")
+    why = "it is not offered here"
+    if request.path.startswith("/v1/fine_tuning"):
+        why += "; what was trained elsewhere is served as an adapter: [models.ID.adapters.NAME] with its path"
+    raise RequestError("unsupported_endpoint", f"cannot {request.method} {request.path}: {why}")
 
 
 def _card(name: str, route: Route, reconciler: Reconciler) -> resources.Card:
-    spec = route.spec
-    length = next((endpoint.max_model_len for endpoint in route.endpoints), spec.engine.max_model_len)
+    spec, adapter = route.base.spec, route.base.spec.adapters.get(route.adapter)
+    length = next((endpoint.max_model_len for endpoint in route.base.endpoints), spec.engine.max_model_len)
     return {
         "id": name,
         "object": "model",
         "created": int(reconciler.model(spec.id).created_at.timestamp()),
         "owned_by": "vllm-proxy",
-        "root": spec.engine.model,
+        "root": adapter.path if adapter else spec.engine.model,
         "parent": None if name == spec.id else spec.id,
         "max_model_len": length if isinstance(length, int) else None,
     }

@@ -35,6 +35,7 @@ def families(models: Sequence[Model], charged: Mapping[str, int]) -> Iterable[Me
         name, counted = model.spec.id, model.history.tokens
         for kind, count in counted.items():
             tokens.add_metric([name, kind], count)
-        if counted and name in charged:
-            rest.add_metric([name], counted["prompt"] + counted["generation"] - charged[name])
+        mine = [charged[each] for each in (name, *model.spec.adapters) if each in charged]
+        if counted and mine:  # its engines count its adapters' as well
+            rest.add_metric([name], counted["prompt"] + counted["generation"] - sum(mine))
     return tokens, rest

@@ -38,7 +38,7 @@ class UsageMetrics:
     def families(self, config: Config) -> Iterator[Metric]:
         """All of them."""
         keys = {*config.keys, ANONYMOUS}
-        yield from self._tokens(keys, {*config.models})
+        yield from self._tokens(keys, {*config.ids})
         yield self._requests()
         yield from self._limits(keys)
         failures = CounterMetricFamily(

@@ -236,10 +236,25 @@ class ModelSpec:
         """Why engines that were started with `running` cannot hold its adapters; None: they can."""
         return shortfall(running, self.adapters.values(), self.adapters_max)
 
+    def with_ranks(self, before: "ModelSpec") -> "ModelSpec":
+        """The same, with the ranks of adapters that were known before."""
+        known = {name: one.rank for name, one in before.adapters.items()}
+        paths = {name: one.path for name, one in before.adapters.items()}
+        adapters = {
+            name: replace(one, rank=known[name]) if one.rank is None and paths.get(name) == one.path else one
+            for name, one in self.adapters.items()
+        }
+        return replace(self, adapters=adapters)
+
     def with_lora(self, running: Lora | None) -> "ModelSpec":
         """The same, for engines that run and were started with `running`: where that is enough, it stays."""
         lora = running if self.shortfall(running) is None else needed(self.adapters.values(), self.adapters_max)
         return self if lora == self.lora else replace(self, engine=self.engine.model_copy(update={"lora": lora}))
+
+    @property
+    def other_names(self) -> tuple[str, ...]:
+        """What leads to it beside its id: its aliases, and the ids of its adapters."""
+        return (*self.policy.aliases, *self.adapters)
 
     def effective(self) -> dict[str, Any]:
         """All keys flat, defaults merged in, durations in seconds; engine keys not given are None.
@@ -277,6 +292,12 @@ class Config:
         return fingerprint([self.revision, *self.attached.values()])
 
     @property
+    def ids(self) -> dict[str, tuple[str, ...]]:
+        """What requests are counted for: the ids of models and of adapters, with the aliases of each."""
+        adapters = (name for spec in self.models.values() for name in spec.adapters)
+        return {name: spec.policy.aliases for name, spec in self.models.items()} | dict.fromkeys(adapters, ())
+
+    @property
     def is_fair(self) -> bool:
         """Whether engines take requests in the order of `domain/fair.py`, and not as they come."""
         return self.fair_by is not None
@@ -288,6 +309,14 @@ class Config:
             return "server.fair"
         return next((f"[keys.{key.name}]" for key in self.keys.values() if key.limits.wants_fairness), None)
 
+    def with_ranks(self, before: Mapping[str, ModelSpec]) -> "Config":
+        """The same, with the ranks of adapters that were known before: where files are gone that engines hold still."""
+        models = {
+            name: spec.with_ranks(before[name]) if spec.adapters and name in before else spec
+            for name, spec in self.models.items()
+        }
+        return replace(self, models=models)
+
     def with_loras(self, running: Mapping[str, Lora | None]) -> "Config":
         """The same, for models whose engines run: what they were started with stays where it is enough."""
         models = {name: spec.with_lora(running.get(name)) for name, spec in self.models.items()}
@@ -298,9 +327,7 @@ class Config:
 
         `since`: but for what was so in this one already, and with what the way from there costs.
         """
-        models: dict[str, Iterable[str]] = {name: spec.policy.aliases for name, spec in self.models.items()}
-        models |= dict.fromkeys((name for spec in self.models.values() for name in spec.adapters), ())
-        found = warnings(self.keys, models, all_open=self.server.allow_remote_admin)
+        found = warnings(self.keys, self.ids, all_open=self.server.allow_remote_admin)
         if since is None:
             return found
         before = since.warnings()

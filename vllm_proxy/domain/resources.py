@@ -81,6 +81,21 @@ class Room(TypedDict):
     behind: Annotated[list[str], Field(description="Instances that wait too, and whose turn is before its own.")]
 
 
+class AdapterStatus(TypedDict):
+    """One adapter that is enabled."""
+
+    id: Annotated[str, Field(examples=["support"])]
+    state: Annotated[
+        Literal["loading", "ready", "error"],
+        Field(description="`loading`: no instance holds it yet, as where none runs; its requests wait."),
+    ]
+    message: Annotated[
+        str | None,
+        Field(description="Why it is in error, as vLLM says it; of a ready one, what failed of it all the same."),
+    ]
+    instances: Annotated[list[int], Field(description="Those that hold it, and serve its requests.")]
+
+
 class Status(TypedDict):
     """What is. A model is as good as its best instance."""
 
@@ -92,6 +107,10 @@ class Status(TypedDict):
     in_flight: int
     queued: int
     room: Annotated[Room | None, Field(description="Null where it does not wait for room; `message` says why it does.")]
+    adapters: Annotated[
+        list[AdapterStatus],
+        Field(description="What was removed stays in an engine's memory until others take its place."),
+    ]
     instances: list[Instance]
 
 
@@ -199,19 +218,19 @@ class Root(TypedDict):
 
 
 class Card(TypedDict):
-    """A model as the OpenAI API lists it; aliases have cards of their own."""
+    """A model as the OpenAI API lists it; adapters and aliases have cards of their own."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: Literal["vllm-proxy"]
     root: str
-    parent: Annotated[str | None, Field(description="The id that this is an alias of.")]
+    parent: Annotated[str | None, Field(description="The id that this is an alias of, or an adapter.")]
     max_model_len: int | None
 
 
 class Cards(TypedDict):
-    """Every enabled model and alias, whatever its state."""
+    """Every enabled model, adapter and alias, whatever its state."""
 
     object: Literal["list"]
     data: list[Card]
@@ -227,12 +246,13 @@ class InstanceState(TypedDict):
 
 
 class ModelEvent(TypedDict):
-    """Event `model`: the state, the reason or the phase of a model or of one of its instances changed."""
+    """Event `model`: the state, the reason or the phase of a model, of an adapter or of an instance of it changed."""
 
     id: str
     state: State
     reason: Reason | None
     message: str | None
+    adapters: list[AdapterStatus]
     instances: list[InstanceState]
 
 

@@ -18,6 +18,7 @@ from vllm_proxy.engine.meter import Watchers
 from vllm_proxy.engine.nap import Nap
 from vllm_proxy.engine.probe import Probe
 from vllm_proxy.engine.state import EngineRecord
+from vllm_proxy.fleet.adapter_use import AdapterUse
 from vllm_proxy.fleet.loop import FleetLoop
 from vllm_proxy.runtime.threads import Offload
 from vllm_proxy.traffic.registry import Registry
@@ -58,6 +59,7 @@ class Dependencies:
     registry: Registry
     probe: Probe
     nap: Nap
+    adapters: AdapterUse
     skip_drain: asyncio.Event  # set: stop draining
     stopping: asyncio.Event  # set: the daemon stops, nothing that has no end goes on
     offload: Offload = asyncio.to_thread

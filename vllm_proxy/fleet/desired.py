@@ -174,7 +174,7 @@ class Desired:
         """
         files = self._files if trusted else self._files.limited_to(self._attached)
         config = await self._in_time(self._parse_with, data, files)
-        config = config.with_loras(self.reconciler.loras())
+        config = config.with_ranks(self.reconciler.specs()).with_loras(self.reconciler.loras())
         actions = await self.offload(plan, config.models, self.reconciler.specs())
         return actions, await self.objections.prospects(config, actions)
 
@@ -284,7 +284,7 @@ class Desired:
     ) -> tuple[Config, Outcome]:
         author.commit()  # in its turn: what was adopted before may have taken its key away
         change = await self.offload(make, *args, **kwargs)
-        config = change.config.with_loras(self.reconciler.loras())
+        config = change.config.with_ranks(self.reconciler.specs()).with_loras(self.reconciler.loras())
         text = change.after if change.store is self._store else b""  # the other file has no models
         found = [*await self.objections.to_options(config, text), *await self.objections.to_sizes(config, text)]
         if found:
@@ -334,7 +334,7 @@ class Desired:
         return edited(self._store, parse, edit, if_match, adopted=None if blind else now.revision)
 
     async def _adopt(self, config: Config) -> Outcome:
-        config = config.with_loras(self.reconciler.loras())
+        config = config.with_ranks(self.reconciler.specs()).with_loras(self.reconciler.loras())
         actions = await self.offload(plan, config.models, self.reconciler.specs())  # of many models it takes a while
         await self._hide_secrets(config)
         self.rejected = None

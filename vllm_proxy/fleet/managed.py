@@ -6,9 +6,15 @@ The room asks `machine` what there is. Where nothing is known of them nobody man
 from collections.abc import Callable
 from typing import Protocol
 
+import structlog
+
 from vllm_proxy.domain.config import Devices
 from vllm_proxy.domain.placement import Machine
+from vllm_proxy.engine.device_source import SourceError
 from vllm_proxy.engine.devices import Inventory
+from vllm_proxy.engine.machine_memory import machine_memory
+
+log = structlog.get_logger()
 
 
 class Machines(Protocol):
@@ -129,3 +135,12 @@ class Managed:
     async def follow(self, asked: Callable[[], bool], changed: Callable[[], None]) -> None:
         """Look again and again until cancelled, often while `asked`; call `changed` after what is new."""
         await self.inventory.follow(asked, changed)
+
+
+def host_total() -> int:
+    """Bytes of the machine's memory; 0: not known."""
+    try:
+        return machine_memory().total
+    except (OSError, SourceError) as error:
+        log.warning("it is not known how much memory the machine has: no engine may sleep there", why=str(error))
+        return 0

@@ -8,22 +8,20 @@ carried out (`carry_out`). Nothing may be started or stopped outside of that, ad
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 
 import structlog
 
-from vllm_proxy.domain import lifecycle
 from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.decide import ModelDecision, ModelNow, Wanted
 from vllm_proxy.domain.diagnose import Diagnosis
-from vllm_proxy.domain.lifecycle import Reason, State
-from vllm_proxy.domain.rollback import Rollback
+from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.engine.state import EngineRecord
-from vllm_proxy.fleet.claims import Waits
+from vllm_proxy.fleet.adapters import ModelAdapters
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.loop import Command
+from vllm_proxy.fleet.model_status import ModelStatus
 from vllm_proxy.fleet.supervisor import Supervisor
 from vllm_proxy.fleet.tenancy import gave_way
 from vllm_proxy.runtime.background import run_once
@@ -31,94 +29,28 @@ from vllm_proxy.runtime.background import run_once
 log = structlog.get_logger()
 
 _RUNS = frozenset({"always", "warm"})  # without a request
-_STOPPED_BY_HAND = Diagnosis(Reason.STOPPED_BY_HAND, "stopped by hand; start it by hand, or change it")
 
 
-class Model:
+class Model(ModelStatus):
     """The instances of one model. `changed` is called with it after every change of what it shows."""
 
     def __init__(
         self, spec: ModelSpec, shared: Dependencies, history: History, changed: Callable[["Model"], None]
     ) -> None:
-        self.spec = spec
-        self.name = spec.id
-        self.history = history
-        self.created_at = datetime.now(UTC)
+        super().__init__(spec, history)
         self._shared = shared
         self._changed = changed
-        self._wanted = Wanted.STOP
-        self._begun = False
+        self.adapters = ModelAdapters(
+            spec, shared.adapters, shared.registry, lambda: self._changed(self), self._no_room
+        )
         self._keep = False  # engines live on where the model ends
         self._requested = False  # a request came, and nobody served it
         self._started_by_hand: float | None = None  # since then somebody waits for it, on the loop's clock
-        self._gave_way: Diagnosis | None = None
-        self._rollback = Rollback(spec.engine)
         self._checking: asyncio.Task[None] | None = None
         self._renew: set[Supervisor] = set()  # to be started anew, though they run what is wanted
         self._leaving: dict[Supervisor, asyncio.Task[None]] = {}
         self._ended: asyncio.Future[None] | None = None
-        self.instances: tuple[Supervisor, ...] = ()
         self._adjust_instances()
-
-    @property
-    def state(self) -> State:
-        """As good as its best instance."""
-        return lifecycle.best(instance.state for instance in self.instances)
-
-    @property
-    def updated_at(self) -> datetime:
-        """When it last changed its state, UTC."""
-        return max((instance.updated_at for instance in self.instances), default=self.created_at)
-
-    @property
-    def diagnosis(self) -> Diagnosis | None:
-        """Why it is not what the file asks for, where there is a reason."""
-        state = self.state
-        if not_ended := next((one.diagnosis for one in self.instances if _is_not_ended(one)), None):
-            return not_ended
-        if state is State.STOPPED:
-            died = next((one.diagnosis for one in self.instances if one.diagnosis is not None), self._gave_way)
-            return _STOPPED_BY_HAND if self.stopped_by_hand else died
-        if state in {State.UNLOADING, State.SLEEPING}:
-            return self._gave_way
-        if state is not State.ERROR and self._rollback.refusal is not None:
-            return self._rollback.refusal
-        if state not in {State.LOADING, State.ERROR}:
-            return None
-        return next((one.diagnosis for one in self.instances if one.state is state and one.diagnosis), None)
-
-    @property
-    def waits(self) -> Waits | None:
-        """Why it waits for room, where nothing of it serves or comes."""
-        if any(one.serves_or_comes for one in self.instances):
-            return None
-        return next((one.waits for one in self.instances if one.waits is not None), None)
-
-    @property
-    def message(self) -> str | None:
-        """What is said of it: why it is not what the file asks for, or for what it waits."""
-        diagnosis, waits = self.diagnosis, self.waits
-        return diagnosis.message if diagnosis is not None else waits.because if waits is not None else None
-
-    @property
-    def stopped_by_hand(self) -> bool:
-        """Whether somebody stopped it by hand."""
-        return self._wanted is Wanted.STOP and self._begun and self.spec.policy.enabled
-
-    @property
-    def awaits_request(self) -> bool:
-        """Whether the next request starts it."""
-        return self._wanted is Wanted.AWAIT and self.spec.policy.enabled
-
-    @property
-    def ends(self) -> bool:
-        """Whether it is being stopped for good."""
-        return self._wanted is Wanted.END
-
-    @property
-    def runs_nothing(self) -> bool:
-        """Whether no instance runs, tries to, or is on its way out."""
-        return all(one.state in {State.STOPPED, State.ERROR} for one in self.instances)
 
     # Notifications: for everybody
 
@@ -165,10 +97,12 @@ class Model:
         """The file asks for something else, or for the same in other words. Returns at once."""
         before, self.spec = self.spec, spec
         if (before.engine, before.policy) == (spec.engine, spec.policy):
+            self.adapters.follow(spec)
             return
         for instance in self.instances:
             instance.spec = replace(spec, engine=instance.spec.engine)
         self._reset_rollback(spec)
+        self.adapters.follow(spec)
         self._renew |= {one for one in self.instances if one.state is State.ERROR}
         # What a hand has put to sleep is not woken by a change of what no engine notices.
         sleeps_on = self._wanted is Wanted.AWAIT and _runs_as(before) == _runs_as(spec)
@@ -191,6 +125,7 @@ class Model:
     def _start(self) -> None:
         self._renew |= {one for one in self.instances if one.state is State.ERROR}
         self._started_by_hand = asyncio.get_running_loop().time()
+        self.adapters.follow(self.spec, again=True)
         self._want(Wanted.RUN)
 
     def _sleep(self) -> None:
@@ -270,6 +205,7 @@ class Model:
 
     def _note_end(self) -> None:
         if self.ends and not self._leaving and self._ended is not None and not self._ended.done():
+            self.adapters.close()
             self._ended.set_result(None)
 
     def _follow(self, decided: ModelDecision) -> None:
@@ -361,7 +297,8 @@ class Model:
         self.instances = _in_order([*kept, *missing])
 
     def _supervisor(self, index: int) -> Supervisor:
-        return Supervisor(self.spec, index, self._shared, self.history, self._notify, wanted_since=self._wanted_since)
+        shown = self._shared, self.history, self._notify
+        return Supervisor(self.spec, index, *shown, adapters=self.adapters, wanted_since=self._wanted_since)
 
     def _begin_check(self, wanted: ModelSpec) -> None:
         # A check that failed has found nothing; the start of the engine will find it.
@@ -387,10 +324,6 @@ class Model:
 
 def _runs_as(spec: ModelSpec) -> tuple[object, ...]:
     return spec.engine, spec.policy.start, spec.policy.enabled
-
-
-def _is_not_ended(one: Supervisor) -> bool:
-    return one.diagnosis is not None and one.diagnosis.reason is Reason.NOT_ENDED
 
 
 def _in_order(instances: list[Supervisor]) -> tuple[Supervisor, ...]:

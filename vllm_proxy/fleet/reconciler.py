@@ -81,6 +81,9 @@ class Reconciler:
         self.config = self.config.with_loras(loras(records, self.config.models, self._fingerprint))
         adoptable, others = classify(records, self.config.models, self._fingerprint)
         self._orphans = [self._end_orphan(record) for record in others]
+        for record in (one for records in adoptable.values() for one in records.values()):
+            self._shared.adapters.expect(record.own_name)
+        self._shared.adapters.sweep_soon()
         for spec in self.config.models.values():
             self._declare(spec)
         for model in self._models.values():
@@ -136,6 +139,7 @@ class Reconciler:
         """Stop every model at the same time, or leave its engines where the file says so; returns when it is done."""
         self.stopping.set()
         self.registry.close()
+        self._shared.adapters.close()
         keep = self.config.server.on_exit == "keep"
         ends = [model.end(keep=keep and not model.ends) for model in self._models.values()]
         if waits := {*ends, *self._ends, *self._orphans}:
@@ -249,6 +253,8 @@ class Reconciler:
         else:
             self.registry.report_room(model.spec.id, waits.because, waits.no_room, waits.ready_in)
         self.registry.report(model.spec.id, model.state, message, stopped_by_hand=model.stopped_by_hand)
+        if model.spec.adapters:
+            self.registry.report_adapters(model.spec.id, model.adapters.problems())
 
 
 def _lora_of(model: Model) -> Lora | None:

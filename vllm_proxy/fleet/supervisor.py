@@ -25,9 +25,11 @@ from vllm_proxy.engine.probe import Ready
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.engine.readiness import until_ready
 from vllm_proxy.engine.state import EngineRecord
+from vllm_proxy.fleet.adapters import ModelAdapters
 from vllm_proxy.fleet.claims import Claim
 from vllm_proxy.fleet.dependencies import Dependencies
 from vllm_proxy.fleet.draining import cut, drain, give_way
+from vllm_proxy.fleet.engine_adapters import EngineAdapters
 from vllm_proxy.fleet.failure import last_exit
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.instance import Instance
@@ -53,11 +55,13 @@ class Supervisor(Instance):
         history: History,
         changed: Callable[[], None],
         *,
+        adapters: ModelAdapters,
         wanted_since: Callable[[], float | None] = lambda: None,
     ) -> None:
-        """`wanted_since`: since when a request or a person has waited for the model, on the loop's clock."""
+        """`adapters`: of the model. `wanted_since`: since when a request or a person has waited for the model."""
         super().__init__(spec, index, history, changed, wanted_since)
         self._shared = shared
+        self._adapters = adapters
         self._failures = 0
         self._engine_alive = False  # whether an engine of it, or a process of one, lives
         self._task: asyncio.Task[None] | None = None
@@ -235,6 +239,7 @@ class Supervisor(Instance):
             claim = self.claim = self.claim or shared.loop.room.ask(self)
             allocation = await claim.admission()
             self._engine_alive = record is not None
+            self._adapters.prepare()
             async with self._running(record, allocation) as engine:
                 self.engine, self.started_at, self._engine_alive = engine, engine.started_at, True
                 self._notify(Phase.IMPORTING)
@@ -246,11 +251,13 @@ class Supervisor(Instance):
                     known = await shared.launcher.option_names(self.spec.engine) if refused else frozenset()
                     return await self._failed(engine, ready, known_options=known)
                 engine.mark_ready()
-                return await self._live(engine, ready, claim)
+                with self._adapters.of_engine(self, engine, adopted=record is not None) as held:
+                    return await self._live(engine, ready, claim, held)
         except LaunchError as error:
             return error.diagnosis.masked(shared.mask)
         finally:
             self.engine = self.ready_at = None
+            shared.adapters.forget(record.own_name if record else "")
 
     def _running(
         self, record: EngineRecord | None, allocation: Allocation
@@ -259,7 +266,7 @@ class Supervisor(Instance):
             return self._shared.launcher.adopted(record, self.spec.engine, self)
         return self._shared.launcher.running(self.spec, self.name, allocation, self)
 
-    async def _live(self, engine: Engine, ready: Ready, claim: Claim) -> Diagnosis:
+    async def _live(self, engine: Engine, ready: Ready, claim: Claim, held: EngineAdapters) -> Diagnosis:
         """Have it serve and sleep until it ends by itself; returns why it did."""
         rest = Rest(self._shared.nap, self._shared.loop.room, engine, claim, self._history)
         meter = self.meter = await Meter.of(engine, self._shared.probe, self._history.tokens.update)
@@ -268,19 +275,20 @@ class Supervisor(Instance):
                 self._starts_cold = True
                 raise ColdStartError(Failed("wake", "an earlier daemon put it to sleep, and it gives no clean answer"))
             claim.sleeps(None)
-            await self._sleep(rest, engine)
-        while (failure := await self._serve(engine, ready, claim, meter)) is None:
+            await self._sleep(rest, engine, held)
+        while (failure := await self._serve(engine, ready, claim, meter, held)) is None:
             if engine.exited.done():  # while its last requests were awaited
                 await self._note_end(engine)
                 raise asyncio.CancelledError
             self._notify(Phase.FALLING_ASLEEP)
+            await held.close()
             if (failed := await rest.begin(self.spec.engine.sleep or 1)) is not None:
                 self._note_nap_failed(Reason.SLEEP_FAILED, failed)
                 raise asyncio.CancelledError
-            await self._sleep(rest, engine)
+            await self._sleep(rest, engine, held)
         return failure
 
-    async def _sleep(self, rest: Rest, engine: Engine) -> None:
+    async def _sleep(self, rest: Rest, engine: Engine, held: EngineAdapters) -> None:
         """It sleeps, until it is admitted to wake, and has."""
         self.sleeps = True
         self._settle(Event.SLEPT, Phase.SLEEPING)
@@ -294,15 +302,19 @@ class Supervisor(Instance):
         if self.state is State.SLEEPING:
             self._transition(Event.START)
         self._notify(Phase.WAKING)
+        held.wakes(engine.asleep)
         if (failed := await rest.end(self.spec)) is not None:
             self._starts_cold = True
             raise ColdStartError(failed)
 
-    async def _serve(self, engine: Engine, ready: Ready, claim: Claim, meter: Meter) -> Diagnosis | None:
+    async def _serve(
+        self, engine: Engine, ready: Ready, claim: Claim, meter: Meter, held: EngineAdapters
+    ) -> Diagnosis | None:
         """Route requests to it until the engine ends or stalls; when stopped, drain. None: it is to sleep."""
         loop, place, registry = asyncio.get_running_loop(), engine.place, self._shared.registry
         endpoint = Endpoint(self.name, place.address, place.credential, ready.max_model_len)
         generation = self._life.generation
+        await held.open(endpoint)
         self._note_ready(engine, claim.woke_seconds)
         since = loop.time()
         self._transition(Event.LISTENING, Phase.SERVING, generation=generation)

@@ -21,17 +21,22 @@ class Endpoint:
         self.address = address
         self.credential = credential
         self.max_model_len = max_model_len  # tokens, as the engine says
+        self.adapters: frozenset[str] = frozenset()  # those that it holds, by their ids
         self.in_flight = 0
         self.failures = 0  # connections in a row that gave no answer
         self.ejected = False  # the circuit is open: no requests until a health check succeeds
         self.idle_since = 0.0  # of the loop's clock: when its last request ended, or it was added
         self.pool = Pool(address)
         model_id = instance.rpartition("/")[0]
-        self.answer_headers = f"X-Vllm-Proxy-Model: {model_id}\r\nX-Vllm-Proxy-Instance: {instance}\r\n".encode()
+        self.answer_headers = self.answer_headers_of(model_id)
         self.own_headers = f"Host: {address.authority}\r\nAuthorization: Bearer {credential}\r\n".encode()
         self.suspect = asyncio.Event()  # so many failures in a row that a health check decides
         self._idle: asyncio.Future[None] | None = None  # made where somebody waits
         self._when_idle: list[Callable[[], None]] = []
+
+    def answer_headers_of(self, model_id: str) -> bytes:
+        """Lines of an answer of this instance, for the model or an adapter of it."""
+        return f"X-Vllm-Proxy-Model: {model_id}\r\nX-Vllm-Proxy-Instance: {self.instance}\r\n".encode()
 
     async def wait_idle(self) -> None:
         """Until no request is in flight here."""

@@ -36,7 +36,7 @@ async def fan_out(call: Call, registry: Registry, body: bytes, seconds: float = 
     race = _Race(call, body)
     try:
         caller = call.caller
-        for lease in registry.every_instance(lambda spec: caller.may_use_some(spec.id, spec.policy.aliases)):
+        for lease in registry.every_instance(lambda spec: caller.may_use_some(spec.id, spec.other_names)):
             race.enter(lease)
         return await race.answer(seconds)
     finally:
@@ -94,7 +94,7 @@ class _Race:
             if self._won.done() or status in _DOES_NOT_KNOW or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 return False
             call = self._call  # what it may not have any more by now is not there for it
-            if call.revoked is not None or not call.caller.may_use_some(lease.model_id, lease.policy.aliases):
+            if call.revoked is not None or not call.caller.may_use_some(lease.model_id, lease.other_names):
                 return False
             call.model = mine.model  # for whoever revokes it from here on
             self._won.set_result(mine)

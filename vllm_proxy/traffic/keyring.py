@@ -64,14 +64,15 @@ class Keyring:
         self.config = config  # whose keys these are
         self._by_digest: dict[bytes, Caller] = {}
         self._anonymous: dict[bool, Caller] = {}  # by whether the listener is on loopback
-        self._models: Mapping[str, tuple[str, ...]] = {}  # aliases by id
+        self._names: Mapping[str, tuple[str, ...]] = {}  # what else leads to a model, by its id
         self._listeners: list[Callable[[], None]] = []
         self.adopt(config)
 
     def adopt(self, config: Config) -> None:
         """Follow a configuration; whose key is gone or narrowed is to be refused from here on."""
         self.config = config
-        models = self._models = {name: spec.policy.aliases for name, spec in config.models.items()}
+        models = config.ids
+        self._names = {name: spec.other_names for name, spec in config.models.items()}
         self._by_digest = {
             digest: Caller(key, digest, key.allowed(models)) for key in config.keys.values() for digest in key.digests
         }
@@ -97,7 +98,7 @@ class Keyring:
 
     def may_go_on(self, caller: Caller, model_id: str) -> bool:
         """Whether a request that has begun may still use a model, by whichever of its names; it may be gone by now."""
-        return caller.key.matches(model_id) or caller.may_use_some(model_id, self._models.get(model_id, ()))
+        return caller.key.matches(model_id) or caller.may_use_some(model_id, self._names.get(model_id, ()))
 
     def opens_nothing(self) -> bool:
         """Whether nobody can do anything on an address that is not loopback: no keys, and nothing for strangers."""

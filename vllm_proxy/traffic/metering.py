@@ -140,7 +140,7 @@ class Metering:
             request.hold()
         call.metered = request
         if self.is_fair:
-            request.take_number(self.share(call.model))
+            request.take_number(self.share(self.queue_of(call.model)))
             if body and call.route not in _HEADER_COUNTS:
                 body = with_member(body, "priority", b"%d" % request.number)
         return body
@@ -157,6 +157,10 @@ class Metering:
                 each = name, use.name
                 found[each] = max(found.get(each, 0.0), (use.used + use.held) / use.limit)
         return found
+
+    def queue_of(self, model: str) -> str:
+        """The model in whose queue requests for an id wait: of an adapter, its base."""
+        return self._registry.base_of(model)
 
     def serve(self, models: Iterable[str]) -> None:
         """Requests that waited for one of their key to end may go on."""

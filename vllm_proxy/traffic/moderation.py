@@ -23,8 +23,9 @@ from vllm_proxy.traffic.checks import Check
 from vllm_proxy.traffic.head import engine_id
 from vllm_proxy.traffic.metering import Metering
 from vllm_proxy.traffic.queue import Turn
-from vllm_proxy.traffic.registry import Registry, Route
+from vllm_proxy.traffic.registry import Registry
 from vllm_proxy.traffic.relay import forward
+from vllm_proxy.traffic.routing import Route
 from vllm_proxy.traffic.subrequest import Reply, ask
 
 _AT_ONCE = 16

@@ -1,11 +1,13 @@
 """Requests that wait for an endpoint of one model: the order in which they get one.
 
 Who has the smallest number is next, and of one number who came first. Who has as much in flight as its key allows is
-passed over, and holds up nobody. Everything runs on the event loop; who is served or failed is no longer in the queue.
+passed over, as is who waits for an adapter that no free instance holds; they hold up nobody. Everything runs on the
+event loop; who is served or failed is no longer in the queue.
 """
 
 import asyncio
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +42,7 @@ class Waiter:
     since: float  # of the loop's clock
     endpoint: asyncio.Future[Endpoint]
     turn: Turn | None = None  # None: it is served as one with number 0
+    adapter: str = ""  # that the instance has to hold; "": it wants the model itself
 
     @property
     def number(self) -> int:
@@ -56,9 +59,13 @@ class Queue:
     def __len__(self) -> int:
         return len(self._waiters)
 
-    def contenders(self) -> int:
-        """How many wait for an endpoint: those that wait for another request of their own key hold up nobody."""
-        return sum(waiter.turn is None or waiter.turn.may_go() for waiter in self._waiters)
+    def contenders(self, adapters: Container[str]) -> int:
+        """How many wait for an endpoint that holds one of these adapters, "" for the model itself.
+
+        Those that wait for another request of their own key hold up nobody.
+        """
+        mine = (waiter for waiter in self._waiters if waiter.adapter in adapters)
+        return sum(waiter.turn is None or waiter.turn.may_go() for waiter in mine)
 
     @property
     def since(self) -> float | None:
@@ -77,10 +84,19 @@ class Queue:
         if waiter in self._waiters:
             self._waiters.remove(waiter)
 
-    def take(self) -> Waiter | None:
-        """Who gets an endpoint now; None: nobody who may go waits."""
+    def adapters(self) -> set[str]:
+        """What is waited for: the ids of adapters, "" for the model itself."""
+        return {waiter.adapter for waiter in self._waiters}
+
+    def take(self, free: Container[str] | None = None) -> Waiter | None:
+        """Who gets an endpoint now; None: nobody who may go waits.
+
+        `free`: which adapters free instances hold, "" for the model itself; None: who is next wants whatever there is.
+        """
         for waiter in self._waiters:
             if waiter.endpoint.done():  # cancelled, and its task has not run yet
+                continue
+            if free is not None and waiter.adapter not in free:
                 continue
             if waiter.turn is None or waiter.turn.may_go():
                 self._waiters.remove(waiter)
@@ -89,7 +105,8 @@ class Queue:
                 return waiter
         return None
 
-    def clear(self) -> list[Waiter]:
-        """All that wait, who then wait no more."""
-        found, self._waiters = [waiter for waiter in self._waiters if not waiter.endpoint.done()], deque()
-        return found
+    def clear(self, adapter: str = "") -> list[Waiter]:
+        """All that wait, or all that wait for one adapter, who then wait no more."""
+        gone = [waiter for waiter in self._waiters if not adapter or waiter.adapter == adapter]
+        self._waiters = deque(waiter for waiter in self._waiters if adapter and waiter.adapter != adapter)
+        return [waiter for waiter in gone if not waiter.endpoint.done()]

@@ -1,15 +1,15 @@
 """Routing: which endpoints serve a model now, the leases on them, and the queue of requests that wait for one.
 
 A lease is counted in the step that grants it and released exactly once, whatever ends its request. Each model has a
-queue of its own: no head-of-line blocking between models, nor behind who has as much in flight as its key allows.
-Everything runs on the event loop, and no method but `acquire`, `wait` and `wait_idle` waits.
+queue of its own: no head-of-line blocking between models, nor behind who has as much in flight as its key allows, nor
+behind who waits for an adapter that no instance holds yet. An adapter has a route of its own, to the instances that
+hold it; all else is its base's. Everything runs on the event loop, and no method but `acquire`, `wait` and `wait_idle`
+waits.
 """
 
 import asyncio
 import math
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from typing import Self
 
 from vllm_proxy.domain.config import ModelSpec, Policy
@@ -17,47 +17,10 @@ from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import RequestError, model_not_found
 from vllm_proxy.runtime import clock
 from vllm_proxy.traffic.endpoint import Endpoint
-from vllm_proxy.traffic.queue import Queue, Turn, Waiter
+from vllm_proxy.traffic.queue import Turn, Waiter
+from vllm_proxy.traffic.routing import Route, least_loaded, spec_of
 
 _MOST_RETRY_AFTER = 120  # seconds: the OpenAI client gives up where it is asked to wait for longer
-
-
-@dataclass(slots=True)
-class Route:
-    """One model, as requests see it."""
-
-    spec: ModelSpec
-    wake: Callable[[], None]  # a request waits for it, and nothing has started it
-    state: State = State.STOPPED
-    message: str | None = None  # why it is not ready
-    because: str | None = None  # why it waits for room
-    no_room: str | None = None  # why it will not become ready by itself, though it waits for room
-    ready_in: float | None = None  # seconds; a guess, where it waits for room
-    stopped_by_hand: bool = False
-    retired: bool = False  # gone from the file, while its engines drain
-    accepts: bool = False  # takes requests: ready, and not about to be stopped by hand
-    idle_since: float = 0.0  # of the loop's clock; since when nothing holds it
-    endpoints: list[Endpoint] = field(default_factory=list)
-    waiting: Queue = field(default_factory=Queue)
-    in_flight: int = 0  # requests that hold an endpoint of this model, a withdrawn one included
-
-    @property
-    def queued(self) -> int:
-        """Requests that wait."""
-        return len(self.waiting)
-
-    @property
-    def waits_since(self) -> float | None:
-        """Since when the oldest request has waited, on the loop's clock; None: nobody waits."""
-        return self.waiting.since
-
-    def _add(self, endpoint: Endpoint, count: int) -> None:
-        endpoint.add(count)
-        self.in_flight += count
-        if not endpoint.in_flight:
-            endpoint.idle_since = asyncio.get_running_loop().time()
-            if not self.in_flight:
-                self.idle_since = endpoint.idle_since
 
 
 class Lease:
@@ -76,13 +39,24 @@ class Lease:
         return self._route.spec.policy
 
     @property
+    def other_names(self) -> tuple[str, ...]:
+        """What else leads to the model."""
+        return self._route.spec.other_names
+
+    @property
+    def answer_headers(self) -> bytes:
+        """Lines of the answer: which model it comes from, and which instance."""
+        found = self.endpoint.answer_headers
+        return found if self._route.base is self._route else self.endpoint.answer_headers_of(self.model_id)
+
+    @property
     def closing(self) -> bool:
         """Whether the daemon is stopping, so that clients should not keep their connection."""
         return self._registry.closing
 
     def move(self) -> bool:
         """Give the instance up for one that was not tried yet; False, and nothing changed, where there is none."""
-        return self._move(_least_loaded(self._route, self._tried))
+        return self._move(least_loaded(self._route, self._tried))
 
     def move_back(self, endpoint: Endpoint) -> bool:
         """Return to an instance that was given up; False, and nothing changed, where it is gone or full by now."""
@@ -95,7 +69,7 @@ class Lease:
     def _move(self, other: Endpoint | None) -> bool:
         if other is None:
             return False
-        self._route._add(other, 1)  # noqa: SLF001 - the counters are this module's
+        self._route.add(other, 1)
         self._registry.release(self._route, self.endpoint)
         self._tried.append(other)
         self.endpoint = other
@@ -109,11 +83,11 @@ class Lease:
 
 
 class Registry:
-    """All routes, by model id and by alias."""
+    """All routes, by the ids of models and adapters, and by alias."""
 
     def __init__(self) -> None:
-        self._routes: dict[str, Route] = {}
-        self._aliases: dict[str, str] = {}
+        self._routes: dict[str, Route] = {}  # of models
+        self._named: dict[str, Route] = {}  # by every name that is not retired
         self.closing = False
         self._closed = False
 
@@ -121,12 +95,12 @@ class Registry:
 
     def declare(self, spec: ModelSpec, wake: Callable[[], None]) -> None:
         """There is such a model, enabled or not. `wake` is called when a request waits for it, again and again."""
-        self._routes[spec.id] = Route(spec, wake, idle_since=asyncio.get_running_loop().time())
-        self._aliases |= dict.fromkeys(spec.policy.aliases, spec.id)
+        route = self._routes[spec.id] = Route(spec, wake, idle_since=asyncio.get_running_loop().time())
+        self._follow_adapters(route)
+        self._named |= route.names()
 
     def update(self, specs: Mapping[str, ModelSpec]) -> None:
         """What the file says now. Models that it does not hold any more are retired: unknown, while they drain."""
-        self._aliases = {alias: spec.id for spec in specs.values() for alias in spec.policy.aliases}
         self._routes = {
             **{name: self._routes[name] for name in specs if name in self._routes},
             **{name: route for name, route in self._routes.items() if name not in specs},
@@ -136,20 +110,47 @@ class Registry:
                 continue  # its successor, if there is one, is declared when it is gone
             route.retired = name not in specs
             route.spec = specs.get(name, route.spec)
+            self._follow_adapters(route)
             if route.retired or not route.spec.policy.enabled:
                 self._fail_waiting(route)
             else:
                 self._serve_waiting(route)  # more may be let in than before
+        self._name()
+
+    def _name(self) -> None:
+        self._named = {}
+        for route in self._routes.values():
+            if not route.retired:
+                self._named |= route.names()
+
+    def _follow_adapters(self, route: Route) -> None:
+        """Those that the file has now; who waits for one that is gone, or disabled, waits no more."""
+        before = route.adapters
+        route.adapters = {}
+        for adapter in route.spec.adapters.values():
+            found = before.get(adapter.id) or Route(route.spec, route.wake, route, waiting=route.waiting)
+            found.spec = spec_of(adapter, route.spec)
+            route.adapters[adapter.id] = found
+            if not found.spec.policy.enabled:
+                self._fail_waiting(found)
+        for name, gone in before.items():
+            if name not in route.adapters:
+                gone.retired = True
+                self._fail_waiting(gone)
+        route.find_holders()
 
     def forget(self, model_id: str) -> None:
         """A retired model has ended."""
         del self._routes[model_id]
+        self._name()
 
     def report(self, model_id: str, state: State, message: str | None, *, stopped_by_hand: bool = False) -> None:
         """A model's state changed. The requests that wait for it fail where it will not become ready by itself."""
         route = self._routes[model_id]
         route.state, route.message, route.stopped_by_hand = state, message, stopped_by_hand
         route.accepts = state is State.READY and not stopped_by_hand
+        if route.adapters:
+            route.find_holders()
         if stopped_by_hand or state is State.ERROR:
             self._fail_waiting(route)
 
@@ -168,11 +169,27 @@ class Registry:
         route = self._routes[model_id]
         route.endpoints.append(endpoint)
         route.idle_since = endpoint.idle_since = asyncio.get_running_loop().time()
+        route.find_holders()
         self._serve_waiting(route)
 
     def withdraw_endpoint(self, model_id: str, endpoint: Endpoint) -> None:
         """No new request for this instance; those in flight keep their lease."""
-        self._routes[model_id].endpoints.remove(endpoint)
+        route = self._routes[model_id]
+        route.endpoints.remove(endpoint)
+        route.find_holders()
+
+    def hold_adapters(self, model_id: str) -> None:
+        """Instances of this model hold other adapters than before: their endpoints say which."""
+        route = self._routes[model_id]
+        route.find_holders()
+        self._serve_waiting(route)
+
+    def report_adapters(self, model_id: str, problems: Mapping[str, str]) -> None:
+        """Why no instance that runs will hold an adapter, by its id. The requests that wait for such a one fail."""
+        for adapter_id, route in self._routes[model_id].adapters.items():
+            route.problem = problems.get(adapter_id)
+            if route.problem is not None and not route.endpoints:
+                self._fail_waiting(route)
 
     def readmit(self, model_id: str) -> None:
         """An ejected instance takes requests again."""
@@ -191,11 +208,9 @@ class Registry:
     # For requests
 
     def names(self) -> dict[str, Route]:
-        """Every name that clients may send, with its route: ids first, aliases behind; disabled models left out."""
-        enabled = {
-            name: route for name, route in self._routes.items() if route.spec.policy.enabled and not route.retired
-        }
-        return enabled | {alias: enabled[name] for alias, name in self._aliases.items() if name in enabled}
+        """Every name that clients may send, with its route: ids first, aliases behind; what is disabled is left out."""
+        enabled = {name: route for name, route in self._named.items() if route.spec.policy.enabled}
+        return dict(sorted(enabled.items(), key=lambda item: item[0] != item[1].spec.id))
 
     def find(self, name: str) -> Route:
         """The route of an id or alias.
@@ -204,10 +219,15 @@ class Registry:
             RequestError: `model_not_found`.
 
         """
-        route = self._routes.get(self._aliases.get(name, name))
-        if route is None or route.retired:
+        route = self._named.get(name)
+        if route is None:
             raise model_not_found(name)
         return route
+
+    def base_of(self, model_id: str) -> str:
+        """The model whose instances serve an id; the id itself where there is no such adapter."""
+        route = self._named.get(model_id)
+        return model_id if route is None else route.base.spec.id
 
     def is_awaited(self, model_id: str) -> bool:
         """Whether a request waits for this model."""
@@ -249,14 +269,14 @@ class Registry:
         if self._closed or not route.accepts or not route.spec.policy.enabled:
             self._raise_if_unavailable(route)
             route.wake()
-        endpoint = _least_loaded(route)
+        endpoint = least_loaded(route)
         if endpoint is None or route.waiting:
             return None
         if turn is not None:
             if not turn.may_go():
                 return None
             turn.go()
-        route._add(endpoint, 1)  # noqa: SLF001 - as above
+        route.add(endpoint, 1)
         return Lease(self, route, endpoint)
 
     async def wait(self, route: Route, caller: str = "", turn: Turn | None = None) -> Lease:
@@ -270,7 +290,7 @@ class Registry:
 
     def next_turn(self, model_id: str) -> None:
         """Somebody who waits for this model may go now."""
-        if (route := self._routes.get(model_id)) is not None:
+        if (route := self._routes.get(model_id) or self._named.get(model_id)) is not None:
             self._serve_waiting(route)
 
     def every_instance(self, wanted: Callable[[ModelSpec], bool]) -> Iterator[Lease]:
@@ -278,42 +298,44 @@ class Registry:
         for route in [route for route in self._routes.values() if wanted(route.spec)]:
             for endpoint in list(route.endpoints):
                 if endpoint in route.endpoints:  # not withdrawn meanwhile
-                    route._add(endpoint, 1)  # noqa: SLF001 - as above
+                    route.add(endpoint, 1)
                     yield Lease(self, route, endpoint)
 
     def release(self, route: Route, endpoint: Endpoint) -> None:
         """A request has ended: its permit is free."""
-        route._add(endpoint, -1)  # noqa: SLF001 - as above
+        route.add(endpoint, -1)
         if route.waiting:
             self._serve_waiting(route)
 
     def _raise_if_unavailable(self, route: Route) -> None:
-        name = route.spec.id
+        name, base = route.spec.id, route.base
         if self._closed:
             raise RequestError("shutting_down", "cannot take requests: the daemon is stopping", retry_after=5)
-        if route.retired:
+        if route.retired or base.retired:
             raise model_not_found(name)
         if not route.spec.policy.enabled:
             raise RequestError("model_disabled", f"cannot serve {name}: it is disabled in the configuration")
-        if route.state is State.ERROR:
-            raise RequestError("model_error", f"cannot serve {name}: {route.message}")
-        if route.stopped_by_hand:
+        if base.state is State.ERROR:
+            raise RequestError("model_error", f"cannot serve {name}: {base.message}")
+        if base.stopped_by_hand:
             raise RequestError("model_stopped", f"cannot serve {name}: it was stopped by hand")
-        if route.no_room is not None:
-            raise RequestError("no_room", route.no_room)
+        if base.no_room is not None:
+            raise RequestError("no_room", base.no_room)
+        if route.problem is not None and not route.endpoints:
+            raise RequestError("model_error", f"cannot serve {name}: {route.problem}")
 
     async def _queue(self, route: Route, caller: str, turn: Turn | None) -> Endpoint:
         policy = route.spec.policy
         if turn is not None:
             turn.wait(policy.queue_size)
-        if route.queued >= policy.queue_size and route.waiting.contenders() >= policy.queue_size:
+        if route.queued >= policy.queue_size and route.waiting.contenders(route.rivals()) >= policy.queue_size:
             msg = f"cannot serve {route.spec.id}: {policy.queue_size} requests wait already"
-            raise RequestError("queue_full", msg, retry_after=_retry_after(route.ready_in))
+            raise RequestError("queue_full", msg, retry_after=_retry_after(route.base.ready_in))
         if not route.waiting:  # from now on somebody waits
             route.wake()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Endpoint] = loop.create_future()
-        waiter = Waiter(caller, loop.time(), future, turn)
+        waiter = Waiter(caller, loop.time(), future, turn, route.adapter)
         route.waiting.add(waiter)
         self._serve_waiting(route)  # those in front may be none that may go
         try:
@@ -325,21 +347,38 @@ class Registry:
             raise
         finally:
             route.waiting.discard(waiter)
-            route.idle_since = loop.time()
+            route.base.idle_since = loop.time()
         msg = f"cannot serve {route.spec.id}: it was not ready or free within {policy.queue_timeout:g} s"
-        if route.because is not None:
-            msg = f"{msg}; it {route.because}"
+        if route.base.because is not None:
+            msg = f"{msg}; it {route.base.because}"
         raise RequestError("queue_timeout", msg)
 
     def _serve_waiting(self, route: Route) -> None:
-        while route.waiting and (endpoint := _least_loaded(route)) and (waiter := route.waiting.take()):
-            route._add(endpoint, 1)  # noqa: SLF001 - as above
+        base = route.base
+        if base.adapters and base.waiting:
+            self._serve_adapters_waiting(base)
+            return
+        while base.waiting and (endpoint := least_loaded(base)) and (waiter := base.waiting.take()):
+            base.add(endpoint, 1)
             waiter.endpoint.set_result(endpoint)
 
+    def _serve_adapters_waiting(self, base: Route) -> None:
+        """Who waits for what no free instance holds is passed over."""
+        routes = {"": base, **base.adapters}
+        while True:
+            wanted = base.waiting.adapters()
+            free = {name: found for name in wanted if name in routes and (found := least_loaded(routes[name]))}
+            waiter = base.waiting.take(free)
+            if waiter is None:
+                return
+            base.add(free[waiter.adapter], 1)
+            waiter.endpoint.set_result(free[waiter.adapter])
+
     def _fail_waiting(self, route: Route) -> None:
-        for waiter in route.waiting.clear():
+        """Of a model, who waits for its adapters too."""
+        for waiter in route.waiting.clear(route.adapter):
             try:
-                self._raise_if_unavailable(route)
+                self._raise_if_unavailable(route.adapters.get(waiter.adapter, route))
             except RequestError as error:
                 waiter.endpoint.set_exception(error)
             else:
@@ -348,20 +387,3 @@ class Registry:
 
 def _retry_after(ready_in: float | None) -> int:
     return 1 if ready_in is None else min(max(math.ceil(ready_in), 1), _MOST_RETRY_AFTER)
-
-
-def _least_loaded(route: Route, without: Sequence[Endpoint] = ()) -> Endpoint | None:
-    """The endpoint with the fewest requests in flight, any of them where several have; None when all are full.
-
-    Ejected ones are left out, unless there is no other.
-    """
-    most = route.spec.policy.max_in_flight
-    if len(route.endpoints) == 1 and not without:
-        only = route.endpoints[0]
-        return only if not most or only.in_flight < most else None
-    usable = [endpoint for endpoint in route.endpoints if not endpoint.ejected] or route.endpoints
-    free = [endpoint for endpoint in usable if (not most or endpoint.in_flight < most) and endpoint not in without]
-    if len(free) <= 1:
-        return free[0] if free else None
-    least = min(endpoint.in_flight for endpoint in free)
-    return random.choice([endpoint for endpoint in free if endpoint.in_flight == least])  # noqa: S311 - no secret

@@ -20,7 +20,8 @@ from vllm_proxy.traffic.endpoint import Endpoint
 from vllm_proxy.traffic.exchange import Ending, Exchange
 from vllm_proxy.traffic.front import SENT_CLOSE, SENT_KEEP_ALIVE, client_is_slow, client_of
 from vllm_proxy.traffic.head import engine_id
-from vllm_proxy.traffic.registry import Lease, Registry, Route
+from vllm_proxy.traffic.registry import Lease, Registry
+from vllm_proxy.traffic.routing import Route
 from vllm_proxy.traffic.sieve import MeteredExchange
 from vllm_proxy.traffic.wire import EngineConnection
 
@@ -281,7 +282,7 @@ def _exchange(call: Call, lease: Lease, on_head: Callable[[int], bool] | None = 
     metered = call.metered
     exchange = (Exchange if metered is None else MeteredExchange)(
         request.transport,
-        lease.endpoint.answer_headers + call.own_lines(),
+        lease.answer_headers + call.own_lines(),
         _ANTHROPIC_EVENT if call.is_anthropic else _OPENAI_EVENT,
         http10=request.version < _HTTP_11,
         no_body=request.method == "HEAD",

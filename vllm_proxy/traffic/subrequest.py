@@ -12,7 +12,8 @@ import httptools
 from vllm_proxy.errors import EngineFailedError
 from vllm_proxy.traffic.endpoint import Endpoint
 from vllm_proxy.traffic.queue import Turn
-from vllm_proxy.traffic.registry import Lease, Registry, Route
+from vllm_proxy.traffic.registry import Lease, Registry
+from vllm_proxy.traffic.routing import Route
 from vllm_proxy.traffic.wire import EngineConnection
 
 _MOST_BYTES = 4 * 2**20  # of an answer
