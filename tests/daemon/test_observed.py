@@ -259,7 +259,7 @@ async def test_what_runs_now_is_shown_while_it_runs(shared: Daemon) -> None:
 async def in_flight(running: Daemon) -> list[float]:
     """Of each instance of chat."""
     metrics = await running.metrics()
-    return [metrics[f'vllm_proxy_in_flight{{instance="chat/{index}",model="chat"}}'] for index in (0, 1)]
+    return [metrics[f'vllm_proxy_in_flight{{model="chat",replica="{index}"}}'] for index in (0, 1)]
 
 
 async def test_tokens_are_those_that_the_engines_themselves_have_counted(shared: Daemon) -> None:
@@ -290,7 +290,7 @@ async def test_the_state_of_each_instance_and_the_revision_are_shown(shared: Dae
     metrics = await shared.metrics()
     states = {name: value for name, value in metrics.items() if name.startswith("vllm_proxy_instance_state{")}
     assert {name for name, value in states.items() if value} == {
-        f'vllm_proxy_instance_state{{instance="{instance}",model="{instance[:-2]}",state="ready"}}'
+        f'vllm_proxy_instance_state{{model="{instance[:-2]}",replica="{instance[-1]}",state="ready"}}'
         for instance in ("chat/0", "chat/1", "org/other:1/0")
     }
     assert len(states) == 3 * len(State)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import aiohttp
 from aiohttp import web
 
-from vllm_proxy.api import config, devices, docs, keys, logs, models, openai, usage
+from vllm_proxy.api import config, devices, docs, keys, logs, models, openai, scrapes, usage
 from vllm_proxy.api.body import Bodies
+from vllm_proxy.api.engine_metrics import EngineMetrics
 from vllm_proxy.api.events import Events
 from vllm_proxy.api.guard import Observed, Route, guarded
 from vllm_proxy.api.metrics import Metrics
@@ -73,7 +74,7 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     metrics = Metrics(
         parts.reconciler,
         parts.registry,
-        parts.desired.reloads,
+        parts.desired,
         parts.lag,
         parts.log,
         usage=UsageMetrics(
@@ -189,5 +190,5 @@ def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
             "GET", "/health", None, answered(models.health(reconciler, parts.desired, parts.certificate, parts.ledger))
         ),
         Route("GET", "/ready", None, answered(models.ready(reconciler))),
-        Route("GET", "/metrics", Scope.METRICS, models.exposition(metrics)),
+        *scrapes.routes(metrics, EngineMetrics(reconciler)),
     ]

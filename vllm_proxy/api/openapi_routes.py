@@ -283,6 +283,14 @@ _DAEMON = {
     "GET /metrics": Operation(
         "Daemon", "Metrics for Prometheus", (Answer(200, "Its text format.", _text("text/plain")),), _HERE
     ),
+    "GET /metrics/engines": Operation(
+        "Daemon",
+        "Metrics of all ready engines, as vLLM has them, each with `model` and `replica`",
+        (Answer(200, "Prometheus' text format.", _text("text/plain")),),
+        _HERE,
+        parameters=("all",),
+        description="Nobody is woken. An engine that does not answer in time has `vllm_proxy_engine_up` 0 alone.",
+    ),
 }
 
 
