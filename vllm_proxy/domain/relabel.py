@@ -9,11 +9,17 @@ import re
 
 _HEAD = b"\n# HELP "
 _NAME = rb"[a-zA-Z_:][a-zA-Z0-9_:]*+"
-_NUMBER = rb"[-+0-9.eEINa-z]++"
-_LABEL = rb'[a-zA-Z_][a-zA-Z0-9_]*+="(?:[^"\\\n]|\\.)*+"'
-# Quick, for nearly all: each line has labels, and none of them a brace.
-_PLAIN = re.compile(rb"(?:" + _NAME + rb"\{[^\n{}]++\} " + _NUMBER + rb"\n)*+")
-_SAMPLES = re.compile(rb"(?:" + _NAME + rb"(?:\{(?:" + _LABEL + rb",?+)*+\})? " + _NUMBER + rb"(?: [0-9]++)?\n)*+")
+_NUMBER = rb"[-+]?+(?:[0-9]++(?:\.[0-9]*+)?+(?:[eE][-+]?+[0-9]++)?+|Inf|NaN)"
+_LABEL = rb"[a-zA-Z_][a-zA-Z0-9_]*+="
+# Of a simple one each line has labels, and no value of these has a brace or needs escapes: nearly all are.
+_SIMPLE = re.compile(rb"(?:" + _NAME + rb"\{(?:" + _LABEL + rb'"[^"\\\n{}]*+",?+)++\} ' + _NUMBER + rb"\n)*+")
+_VALUE = rb'"[^"\\\n]*+(?:\\[\\"n][^"\\\n]*+)*+"'
+_SAMPLES = re.compile(
+    rb"(?:" + _NAME + rb"(?:\{(?:" + _LABEL + _VALUE + rb",?+)*+\})?+ " + _NUMBER + rb"(?: [0-9]++)?+\n)*+"
+)
+_EXPLANATION = re.compile(
+    rb"(" + _NAME + rb") [^\n]*+\n(# TYPE (" + _NAME + rb") (?:counter|gauge|histogram|summary|untyped)\n)"
+)
 _SERIES = re.compile(rb"^(" + _NAME + rb")(?:\{\}|(\{))?", re.MULTILINE)
 
 
@@ -22,47 +28,61 @@ class Merged:
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix.encode()
-        self._families: dict[bytes, list[bytes]] = {}  # a head of two lines, and samples
+        self._families: dict[bytes, list[bytes]] = {}  # by name: two lines that explain it, and samples
 
     def add(self, text: bytes, **labels: str) -> None:
         """One engine's exposition. The labels come first; their values hold no quotes and no backslashes.
 
         A family that another engine explains as of another type is left out, and so is when a series was made.
         """
-        own = ",".join(f'{label}="{value}"' for label, value in labels.items()).encode()
-        for block in (b"\n" + text).split(_HEAD)[1:]:
-            name = block[: block.find(b" ")]
-            if name.startswith(self._prefix) and not (self._prefix and name.endswith(b"_created")):
-                self._add_family(name, block if block.endswith(b"\n") else block + b"\n", own, labels)
-
-    def text(self) -> bytes:
-        """All of them."""
-        return b"".join(part for parts in self._families.values() for part in parts)
-
-    def _add_family(self, name: bytes, block: bytes, own: bytes, labels: dict[str, str]) -> None:
-        explained = block.find(b"\n") + 1
-        end = block.find(b"\n", explained) + 1
-        kind, samples = block[explained:end], block[end:]
-        if not kind.startswith(b"# TYPE " + name + b" "):
+        if not _is_text(text):
             return
         for label in labels:
             written = label.encode() + b'="'
-            if written in samples:
-                for before in (b"{", b","):
-                    samples = samples.replace(before + written, before + b"exported_" + written)
-        relabelled = _relabelled(samples, own)
-        if relabelled is None:
-            return
+            if written in text:
+                for mark in (b"{", b","):
+                    text = text.replace(mark + written, mark + b"exported_" + written)
+        own = ",".join(f'{label}="{value}"' for label, value in labels.items()).encode()
+        prefix, without_created = self._prefix, bool(self._prefix)
+        for block in (b"\n" + text).split(_HEAD)[1:]:
+            if block.startswith(prefix):
+                name = block[: block.find(b" ")]
+                if not (without_created and name.endswith(b"_created")):
+                    self._add_family(name, block, own)
+
+    def text(self) -> bytes:
+        """All of them."""
+        return b"".join(part for parts in self._families.values() for part in (b"# HELP ", *parts))
+
+    def _add_family(self, name: bytes, block: bytes, own: bytes) -> None:
         parts = self._families.get(name)
-        if parts is None:
-            parts = self._families[name] = [b"# HELP " + block[:explained], kind]
-        if parts[1] == kind:
-            parts.append(relabelled)
+        if parts is not None and block.startswith(parts[0]):  # as nearly always
+            explained = len(parts[0])
+        else:
+            explanation = _EXPLANATION.match(block)
+            if explanation is None or explanation[1] != name or explanation[3] != name:
+                return
+            if parts is not None and not parts[0].endswith(explanation[2]):
+                return
+            explained = explanation.end()
+        samples = _relabelled(block[explained:].rstrip(b"\n") + b"\n", own)
+        if samples is not None:
+            self._families.setdefault(name, [block[:explained]]).append(samples)
+
+
+def _is_text(text: bytes) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _relabelled(samples: bytes, own: bytes) -> bytes | None:
     """With labels put in front of those that are there; None: these are no samples."""
-    if _PLAIN.fullmatch(samples) and samples.count(b'"') == 2 * samples.count(b'="'):
+    if _SIMPLE.fullmatch(samples):
         return samples.replace(b"{", b"{" + own + b",")
     if _SAMPLES.fullmatch(samples) is None:
         return None
