@@ -28,8 +28,7 @@ class ByModel[T, M]:
         else:
             lines = [(family, text.encode()) for family, text in self._lines(model, subject, mark) if text]
             self._made[model] = (subject, mark, lines)
-        for family, text in lines:
-            exposition.add(family, text)
+        exposition.add_made(lines)
 
     def forget(self, others_than: Container[str]) -> None:
         """Nothing is kept of models that are gone."""

@@ -5,7 +5,7 @@ are served. A scrape makes thousands of lines: whatever of a line does not chang
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import Literal
@@ -62,12 +62,19 @@ class Exposition:
     def __init__(self) -> None:
         self._families: dict[str, list[bytes]] = {}
 
-    def add(self, family: Family, lines: bytes | str) -> None:
-        """Some samples of a family, maybe none."""
-        parts = self._families.get(family.name)
-        if parts is None:
-            parts = self._families[family.name] = [family.head]
-        parts.append(lines if isinstance(lines, bytes) else lines.encode())
+    def add(self, family: Family, lines: str) -> None:
+        """Some samples of a family."""
+        self.add_made([(family, lines.encode())])
+
+    def add_made(self, made: Iterable[tuple[Family, bytes]]) -> None:
+        """Samples of several families, encoded."""
+        families = self._families
+        for family, lines in made:
+            name = family.name
+            if name in families:
+                families[name].append(lines)
+            else:
+                families[name] = [family.head, lines]
 
     def text(self) -> bytes:
         """All of it."""

@@ -7,7 +7,7 @@ series. What does not look like samples is left out, so that no engine makes the
 
 import re
 
-_HEAD = b"\n# HELP "
+_HELP = b"# HELP "
 _NAME = rb"[a-zA-Z_:][a-zA-Z0-9_:]*+"
 _NUMBER = rb"[-+]?+(?:[0-9]++(?:\.[0-9]*+)?+(?:[eE][-+]?+[0-9]++)?+|Inf|NaN)"
 _LABEL = rb"[a-zA-Z_][a-zA-Z0-9_]*+="
@@ -44,7 +44,7 @@ class Merged:
                     text = text.replace(mark + written, mark + b"exported_" + written)
         own = ",".join(f'{label}="{value}"' for label, value in labels.items()).encode()
         prefix, without_created = self._prefix, bool(self._prefix)
-        for block in (b"\n" + text).split(_HEAD)[1:]:
+        for block in text.split(_HELP)[1:]:
             if block.startswith(prefix):
                 name = block[: block.find(b" ")]
                 if not (without_created and name.endswith(b"_created")):
@@ -52,7 +52,7 @@ class Merged:
 
     def text(self) -> bytes:
         """All of them."""
-        return b"".join(part for parts in self._families.values() for part in (b"# HELP ", *parts))
+        return b"".join(part for parts in self._families.values() for part in (_HELP, *parts))
 
     def _add_family(self, name: bytes, block: bytes, own: bytes) -> None:
         parts = self._families.get(name)
@@ -65,9 +65,11 @@ class Merged:
             if parts is not None and not parts[0].endswith(explanation[2]):
                 return
             explained = explanation.end()
-        samples = _relabelled(block[explained:].rstrip(b"\n") + b"\n", own)
-        if samples is not None:
-            self._families.setdefault(name, [block[:explained]]).append(samples)
+        samples = _relabelled(block, explained, own)
+        if samples is not None and parts is not None:
+            parts.append(samples)
+        elif samples is not None:
+            self._families[name] = [block[:explained], samples]
 
 
 def _is_text(text: bytes) -> bool:
@@ -80,8 +82,9 @@ def _is_text(text: bytes) -> bool:
     return True
 
 
-def _relabelled(samples: bytes, own: bytes) -> bytes | None:
-    """With labels put in front of those that are there; None: these are no samples."""
+def _relabelled(block: bytes, at: int, own: bytes) -> bytes | None:
+    """The samples from there on, with labels put in front of those that are there; None: these are no samples."""
+    samples = block[at:]
     if _SIMPLE.fullmatch(samples):
         return samples.replace(b"{", b"{" + own + b",")
     if _SAMPLES.fullmatch(samples) is None:

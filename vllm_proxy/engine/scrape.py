@@ -7,6 +7,7 @@ take more processor time for twenty engines than everything else that a scrape o
 import asyncio
 from functools import partial
 from http import HTTPStatus
+from typing import cast
 
 import httptools
 
@@ -49,8 +50,7 @@ class _Answer(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Ask."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        transport.write(self._request)
+        cast("asyncio.WriteTransport", transport).write(self._request)  # uvloop's derive from nothing
 
     def data_received(self, data: bytes) -> None:
         """A part of the answer."""
