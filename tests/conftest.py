@@ -34,7 +34,7 @@ def port_start() -> int:
 
 
 # What most machines lack, and what does not bear company: real vLLM, which takes every processor there is.
-ALONE = ("browser", "nix", "systemd", "real", "gpu")
+ALONE = ("browser", "nix", "prometheus", "systemd", "real", "gpu")
 PARTS = {"unit": ("slow", *ALONE), "beside": ALONE}  # and which markers they leave out
 
 
