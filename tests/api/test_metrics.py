@@ -340,7 +340,7 @@ async def test_the_text_of_many_models_is_made_in_turns() -> None:
         for status in (200, 499, 503):
             metrics.count(call(model, status, first=0.5, sent=0.1))
 
-    def last_one_goes(_: str) -> tuple[int, int]:
+    def last_one_goes(_model: str) -> tuple[int, int]:
         fleet.config.models.pop("m199", None)
         return 0, 0
 

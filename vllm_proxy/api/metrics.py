@@ -87,7 +87,7 @@ class Metrics:
 
     async def text(self) -> bytes:
         """The exposition."""
-        exposition = Exposition()
+        exposition = Exposition(FAMILIES)
         tasks, process = len(asyncio.all_tasks()), await asyncio.to_thread(own_process)
         for lines in (daemon_metrics.of_clients(*self._front(), tasks), daemon_metrics.of_process(process)):
             for family, line in lines:

@@ -57,10 +57,10 @@ class Family:
 
 
 class Exposition:
-    """A text, of samples that come in any order: each family once, with its head."""
+    """A text, of samples that come in any order: each family once, with its head; `known` ones without samples, too."""
 
-    def __init__(self) -> None:
-        self._families: dict[str, list[bytes]] = {}
+    def __init__(self, known: Iterable[Family] = ()) -> None:
+        self._families = {family.name: [family.head] for family in known}
 
     def add(self, family: Family, lines: str) -> None:
         """Some samples of a family."""
