@@ -231,7 +231,7 @@ async def test_a_request_is_counted_by_model_route_and_status(shared: Daemon) ->
     assert grown(f'vllm_proxy_requests_total{{model="org/other:1",route="{PATH}",status="418"}}') == 1
     for family in ("request_duration_seconds", "time_to_first_byte_seconds"):
         assert grown(f'vllm_proxy_{family}_count{{model="chat",route="{PATH}"}}') == 2
-        assert grown(f'vllm_proxy_{family}_bucket{{le="+Inf",model="chat",route="{PATH}"}}') == 2
+        assert grown(f'vllm_proxy_{family}_bucket{{model="chat",route="{PATH}",le="+Inf"}}') == 2
         assert 0 < grown(f'vllm_proxy_{family}_sum{{model="chat",route="{PATH}"}}') < 60
     assert grown('vllm_proxy_queue_seconds_count{model="chat"}') == 2
     assert grown("vllm_proxy_overhead_seconds_count") == 3
@@ -319,5 +319,5 @@ async def test_labels_are_configured_names_and_routes_of_the_table_alone(shared:
     assert set(re.findall(r'route="([^"]*)"', text)) <= {PATH, "/v1/responses/{id}/cancel"}
     assert "vllm:" not in text
     series = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert all(line.startswith("vllm_proxy_") for line in series)
+    assert all(line.startswith(("vllm_proxy_", "process_")) for line in series)
     assert len(series) == len({line.rpartition(" ")[0] for line in series})

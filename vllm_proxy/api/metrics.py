@@ -26,6 +26,7 @@ from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.runtime.logwriter import LogWriter
 from vllm_proxy.runtime.own_process import own_process
+from vllm_proxy.runtime.threads import Offload
 from vllm_proxy.runtime.turns import LoopLag, in_turns
 from vllm_proxy.traffic.call import Call
 from vllm_proxy.traffic.registry import Registry
@@ -51,9 +52,11 @@ class Metrics:
         *,
         usage: UsageMetrics,
         front: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        offload: Offload = asyncio.to_thread,
     ) -> None:
-        """`front`: clients, and bytes of bodies, now."""
+        """`front`: clients, and bytes of bodies, now. `offload`: runs what reads of this process in a thread."""
         self._front = front
+        self._offload = offload
         self._reconciler = reconciler
         self._models: dict[str, Counts] = {}
         self._overhead = Histogram(_SMALL_SECONDS)
@@ -88,7 +91,7 @@ class Metrics:
     async def text(self) -> bytes:
         """The exposition."""
         exposition = Exposition(FAMILIES)
-        tasks, process = len(asyncio.all_tasks()), await asyncio.to_thread(own_process)
+        tasks, process = len(asyncio.all_tasks()), await self._offload(own_process)
         for lines in (daemon_metrics.of_clients(*self._front(), tasks), daemon_metrics.of_process(process)):
             for family, line in lines:
                 exposition.add(family, line)
