@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from vllm_proxy.engine.options import SCRIPT, OptionTables, python_of
+from vllm_proxy.engine.options import SCRIPT, OptionTables, python_of, vllm_version
 from vllm_proxy.engine.proc import look_up
 
 OPTION = {"names": ["--seed"], "kind": "store", "nargs": None, "type": "int", "choices": None}
