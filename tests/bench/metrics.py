@@ -51,7 +51,7 @@ class Client(Collector):
     """The same series for prometheus-client, made of plain numbers as its users make them of theirs."""
 
     def __init__(self, text: str) -> None:
-        self._plain = [_plain(family) for family in text_string_to_metric_families(text)]
+        self._plain = [_plain(family) for family in text_string_to_metric_families(text) if family.samples]
 
     def collect(self) -> Iterator[Metric]:
         """Every family, anew."""
