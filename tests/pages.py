@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
-from prometheus_client.core import Metric
 from pydantic import AwareDatetime, BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from tests.api.test_metrics import Fleet, call, metrics_of
 from tests.simulation import __main__ as simulation
 from tests.simulation import loads
 from vllm_proxy import cli
+from vllm_proxy.api.metrics import FAMILIES
 from vllm_proxy.api.openapi_keys import KEYS, OF_A_KEY, OF_ADAPTERS_MAX, OF_AN_ADAPTER
 from vllm_proxy.api.openapi_operation import Operation
 from vllm_proxy.api.openapi_routes import OPERATIONS
@@ -222,26 +221,10 @@ def _answers(operation: Operation) -> str:
     return " ".join(f"{int(answer.status)}: {answer.description}" for answer in operation.answers)
 
 
-def families() -> dict[str, tuple[str, Sequence[str], str]]:
-    """Type, labels and meaning of each metric, by the name that a query has."""
-    metrics = metrics_of(Fleet("chat"))
-    metrics.count(call(first=0.5, sent=0.5))
-    found: dict[str, tuple[str, Sequence[str], str]] = {}
-    for metric in metrics._collect(1, 0.0):
-        name = f"{metric.name}_total" if metric.type == "counter" else metric.name
-        labels = dict.fromkeys([*(found[name][1] if name in found else ()), *_labels(metric)])
-        found[name] = (metric.type, list(labels), metric.documentation)
-    return found
-
-
-def _labels(metric: Metric) -> Sequence[str]:
-    return list(typing.cast("Any", metric)._labelnames)
-
-
 def _metrics() -> tuple[Sequence[str], Rows]:
     rows = [
-        (f"`{name}`", kind, ", ".join(f"`{label}`" for label in labels), meaning)
-        for name, (kind, labels, meaning) in sorted(families().items())
+        (f"`{one.name}`", one.kind, ", ".join(f"`{label}`" for label in one.labels), one.meaning)
+        for one in sorted(FAMILIES, key=lambda one: one.name)
     ]
     return ("metric", "type", "labels", "meaning"), rows
 

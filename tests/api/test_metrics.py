@@ -1,21 +1,25 @@
 """The numbers of `/metrics`, counted by hand."""
 
 import asyncio
+import math
 import re
 import time
+from collections.abc import Callable, Mapping
 from itertools import groupby
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.virtual import KeptNumbers
-from vllm_proxy.api.metrics import Metrics
-from vllm_proxy.api.token_metrics import families as token_families
-from vllm_proxy.api.token_metrics import tokens_family
+from vllm_proxy import __version__
+from vllm_proxy.api.metrics import FAMILIES, Metrics
 from vllm_proxy.api.usage_metrics import UsageMetrics
+from vllm_proxy.domain.exposition import Family, number
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.domain.tokens import NO_TOKENS
@@ -48,26 +52,34 @@ class Fleet:
         known: dict[str, None] = dict.fromkeys(models)
         self.config = SimpleNamespace(models=known, ids=known, revision="r1", keys={"ci": None})
         self.room = Room(lambda: None, Unmanaged())
+        self._models: dict[str, Any] = {}
 
     def models(self) -> list[Any]:
-        """One instance each, ready, with two requests."""
-        endpoint, engine = SimpleNamespace(in_flight=2), SimpleNamespace(memory_bytes=1000)
-        return [
-            SimpleNamespace(
-                spec=SimpleNamespace(id=name, adapters={"sql": None} if name == "chat" else {}),
-                history=history_of(name),
-                instances=[
-                    SimpleNamespace(
-                        name=f"{name}/0",
-                        endpoint=endpoint,
-                        state=State.READY,
-                        engine=engine,
-                        claim=None,
-                    )
-                ],
-            )
-            for name in self.config.models
-        ]
+        """One instance each, ready, with two requests. The same ones each time."""
+        self._models = {name: self._models.get(name) or self._model(name) for name in self.config.models}
+        return [*self._models.values()]
+
+    def _model(self, name: str) -> Any:  # noqa: ANN401 - a part of a model
+        return SimpleNamespace(
+            spec=SimpleNamespace(
+                id=name,
+                policy=SimpleNamespace(enabled=True, start="always"),
+                adapters={"sql": None} if name == "chat" else {},
+            ),
+            history=history_of(name),
+            stopped_by_hand=False,
+            awaits_request=False,
+            instances=[
+                SimpleNamespace(
+                    index=0,
+                    name=f"{name}/0",
+                    endpoint=SimpleNamespace(in_flight=2, ejected=False),
+                    state=State.READY,
+                    engine=SimpleNamespace(memory_bytes=1000),
+                    claim=None,
+                )
+            ],
+        )
 
     def not_ended(self) -> dict[str, str]:
         """All that was to end has ended."""
@@ -82,10 +94,33 @@ class Fleet:
         return 2, 3
 
 
-def metrics_of(fleet: Fleet, usage: UsageMetrics | None = None) -> Metrics:
+class OnDisk:
+    """What the metrics ask of the configuration's file."""
+
+    reloads: Mapping[str, int] = {"accepted": 2}
+    rejected: Exception | None = None
+    vllm = "0.32.0"
+
+    def pending_restart(self) -> list[str]:
+        """One key."""
+        return ["server.port"]
+
+
+async def at_once[**P, T](function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """In place of a thread, which virtual time knows nothing of."""
+    return function(*args, **kwargs)
+
+
+def metrics_of(
+    fleet: Fleet,
+    usage: UsageMetrics | None = None,
+    lag: LoopLag | None = None,
+    log: LogWriter | None = None,
+    file: OnDisk | None = None,
+) -> Metrics:
     """The metrics of a fleet."""
-    return Metrics(cast("Reconciler", fleet), cast("Registry", fleet), {"accepted": 2}, LoopLag(), LogWriter(2),
-                   usage=usage or UsageMetrics(Usage(), {}))  # fmt: skip
+    return Metrics(cast("Reconciler", fleet), cast("Registry", fleet), file or OnDisk(), lag or LoopLag(),
+                   log or LogWriter(2), usage=usage or UsageMetrics(Usage(), {}), offload=at_once)  # fmt: skip
 
 
 def call(model: str = "chat", status: int = 200, **times: float) -> Call:
@@ -103,7 +138,7 @@ def call(model: str = "chat", status: int = 200, **times: float) -> Call:
 
 async def series(metrics: Metrics) -> dict[str, float]:
     """Value by series."""
-    _, text = await metrics.text(3)
+    text = await metrics.text()
     lines = [line for line in text.decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
@@ -114,12 +149,12 @@ def test_a_histogram_counts_each_value_once_and_cumulates(values: list[float]) -
     histogram = Histogram((0.5, 1.0, 10.0))
     for value in values:
         histogram.add(value)
-    buckets = dict(histogram.buckets())
-    assert list(buckets) == ["0.5", "1.0", "10.0", "+Inf"]
+    text = Family("times_seconds", "histogram", "Times.").lines(histogram)
+    found = {name: float(value) for name, value in map(str.split, text.splitlines())}
     for bound in (0.5, 1.0, 10.0):
-        assert buckets[str(bound)] == sum(value <= bound for value in values)
-    assert buckets["+Inf"] == len(values)
-    assert histogram.total == pytest.approx(sum(values))
+        assert found.pop(f'times_seconds_bucket{{le="{bound}"}}') == sum(value <= bound for value in values)
+    assert found.pop('times_seconds_bucket{le="+Inf"}') == found.pop("times_seconds_count") == len(values)
+    assert found == {"times_seconds_sum": pytest.approx(sum(values))}
 
 
 async def test_a_request_is_counted_with_its_times() -> None:
@@ -164,11 +199,11 @@ async def test_the_series_of_a_removed_model_disappear() -> None:
 async def test_what_is_now_is_asked_when_somebody_looks() -> None:
     """Requests in flight and queued, the one state of each instance, and the revision."""
     found = await series(metrics_of(Fleet("chat")))
-    assert found['vllm_proxy_in_flight{instance="chat/0",model="chat"}'] == 2
+    assert found['vllm_proxy_in_flight{model="chat",replica="0"}'] == 2
     assert found['vllm_proxy_queued{model="chat"}'] == 3
     states = {name: value for name, value in found.items() if name.startswith("vllm_proxy_instance_state")}
     assert [name for name, value in states.items() if value] == [
-        'vllm_proxy_instance_state{instance="chat/0",model="chat",state="ready"}'
+        'vllm_proxy_instance_state{model="chat",replica="0",state="ready"}'
     ]
     assert len(states) == len(State)
     assert found['vllm_proxy_config_info{revision="r1"}'] == 1
@@ -178,9 +213,9 @@ async def test_what_became_of_engines_is_counted() -> None:
     """Their failures by reason, how long their starts took, and the memory that they hold."""
     fleet = Fleet("chat")
     found = await series(metrics_of(fleet))
-    assert found['vllm_proxy_instance_restarts_total{instance="chat/0",model="chat",reason="killed"}'] == 4
-    assert found['vllm_proxy_instance_startup_seconds_count{model="chat"}'] == 0
-    assert found['vllm_proxy_instance_memory_bytes{instance="chat/0",model="chat"}'] == 1000
+    assert found['vllm_proxy_instance_restarts_total{model="chat",reason="killed",replica="0"}'] == 4
+    assert not any("startup" in name for name in found)  # none has ended
+    assert found['vllm_proxy_instance_memory_bytes{model="chat",replica="0"}'] == 1000
 
 
 async def test_tokens_are_those_that_the_engines_count() -> None:
@@ -218,23 +253,98 @@ async def test_a_model_whose_engines_count_nothing_has_no_tokens() -> None:
     assert not any("_tokens" in name for name in await series(metrics_of(fleet)))
 
 
-async def test_both_kinds_of_tokens_are_one_family() -> None:
-    """What callers had and what engines count is told apart by the label `key`, under one explanation."""
-    families = [tokens_family("model", "key", "kind"), *token_families((), {})]
-    explained = {(one.name, one.documentation, one.type) for one in families if one.name == "vllm_proxy_tokens"}
-    assert len(explained) == 1
-
-
-async def test_every_series_is_the_daemons_own_and_explained() -> None:
-    """The prefix is `vllm_proxy_`, never vLLM's; each family has a help and a type."""
-    metrics = metrics_of(Fleet("chat"))
+async def test_every_series_is_explained_and_is_as_it_is_declared() -> None:
+    """Prometheus' own parser reads all of it: each family once, of its type, with the labels that the page lists."""
+    counted = Usage()
+    counted.counts("ci", "chat").add(Counts(prompt=1))
+    metrics = metrics_of(Fleet("chat"), UsageMetrics(counted, {}))
     metrics.count(call(first=0.5, sent=0.1))
-    kind, text = await metrics.text(3)
-    assert kind.startswith("text/plain")
-    helped = set(re.findall(r"^# HELP (\S+) \S", text.decode(), re.MULTILINE))
-    typed = set(re.findall(r"^# TYPE (\S+) \S", text.decode(), re.MULTILINE))
-    assert helped == typed
-    assert all(name.startswith("vllm_proxy_") for name in helped | set(await series(metrics)))
+    declared = {one.name: one for one in FAMILIES}
+    assert len(declared) == len(FAMILIES)
+    found = list(text_string_to_metric_families((await metrics.text()).decode()))
+    assert len({one.name for one in found}) == len(found) > 30
+    for family in found:
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        assert (family.type, family.documentation) == (declared[name].kind, declared[name].meaning)
+        for sample in family.samples:
+            labels = [label for label in sample.labels if label != "le"]
+            assert set(labels) <= set(declared[name].labels)
+            assert labels == sorted(labels)
+
+
+def test_the_daemons_own_series_have_its_prefix() -> None:
+    """Never vLLM's; those of its process have the names that every exporter gives them."""
+    assert all(one.name.startswith(("vllm_proxy_", "process_")) for one in FAMILIES)
+
+
+def test_labels_hold_whatever_they_are_given() -> None:
+    """As a key's name of another day might: quotes, backslashes, lines, and what Python would format."""
+    family, value = Family("things", "gauge", "Things.", ("one",)), 'a"b\\c\nd%s{}'
+    times = Family("times_seconds", "histogram", "Times.", ("one",))
+    text = (family.head + times.head).decode().splitlines(keepends=True)
+    lines = "".join([*text[:2], family.line(1, value), *text[2:], times.lines(Histogram((1.0,)), value)])
+    samples = [one for found in text_string_to_metric_families(lines) for one in found.samples]
+    assert [one.labels["one"] for one in samples] == [value] * 5
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (True, "1"),
+        (3, "3"),
+        (2.5, "2.5"),
+        (1e300, "1e+300"),
+        (math.inf, "+Inf"),
+        (-math.inf, "-Inf"),
+        (math.nan, "NaN"),
+    ],
+)
+def test_numbers_are_as_prometheus_reads_them(value: float, written: str) -> None:
+    """Whole ones without a point, and what is no number."""
+    assert number(value) == written
+
+
+async def test_what_has_changed_is_shown_in_the_next_text() -> None:
+    """Whatever it is of a model: what is kept of the text before is kept only while it is true."""
+    fleet = Fleet("chat", "other")
+    metrics = metrics_of(fleet)
+    (model, _), labels = fleet.models(), f'model="chat",route="{ROUTE}"'
+    instance, history = model.instances[0], model.history
+    changes: list[tuple[Callable[[], object], str, float]] = [
+        (lambda: metrics.count(call()), f'vllm_proxy_requests_total{{{labels},status="200"}}', 1),
+        (lambda: metrics.count(call()), f"vllm_proxy_request_duration_seconds_count{{{labels}}}", 2),
+        (lambda: setattr(instance.endpoint, "in_flight", 7), 'vllm_proxy_in_flight{model="chat",replica="0"}', 7),
+        (lambda: setattr(instance.endpoint, "ejected", True), 'vllm_proxy_engine_up{model="chat",replica="0"}', 0),
+        (lambda: setattr(instance.engine, "memory_bytes", 5),
+         'vllm_proxy_instance_memory_bytes{model="chat",replica="0"}', 5),
+        (lambda: setattr(model, "stopped_by_hand", True), 'vllm_proxy_model_wanted{model="chat"}', 0),
+        (lambda: setattr(instance, "state", State.ERROR), 'vllm_proxy_model_ready{model="chat"}', 0),
+        (lambda: history.failed("chat/0", Reason.CRASHED),
+         'vllm_proxy_instance_restarts_total{model="chat",reason="crashed",replica="0"}', 1),
+        (lambda: history.startups.add(3.0), 'vllm_proxy_instance_startup_seconds_sum{model="chat"}', 3),
+        (lambda: history.tokens.update({"prompt": 1}), 'vllm_proxy_tokens_total{kind="prompt",model="chat"}', 101),
+        (lambda: history.slept(2.0), 'vllm_proxy_sleep_seconds_sum{model="chat"}', 2),
+    ]  # fmt: skip
+    for change, name, value in changes:
+        before = await series(metrics)
+        assert before.get(name) != value
+        change()
+        after = await series(metrics)
+        assert after[name] == value
+        assert not {one for one in after if '"other' in one and after[one] != before.get(one)}
+
+
+async def test_a_model_that_came_back_is_not_the_one_before() -> None:
+    """Its text is made of what it is now, though as much was counted of the one before."""
+    fleet = Fleet("chat")
+    metrics = metrics_of(fleet)
+    await series(metrics)
+    again = fleet._model("chat")
+    again.history.failures.clear()
+    again.history.failures["chat/0", Reason.STALLED] = 4
+    fleet._models["chat"] = again
+    found = [name for name in await series(metrics) if "restarts" in name]
+    assert found == ['vllm_proxy_instance_restarts_total{model="chat",reason="stalled",replica="0"}']
 
 
 async def test_the_text_of_many_models_is_made_in_turns() -> None:
@@ -244,14 +354,18 @@ async def test_the_text_of_many_models_is_made_in_turns() -> None:
     for model in fleet.config.models:
         for status in (200, 499, 503):
             metrics.count(call(model, status, first=0.5, sent=0.1))
-    making = asyncio.create_task(metrics.text(3))
+
+    def last_one_goes(_model: str) -> tuple[int, int]:
+        fleet.config.models.pop("m199", None)
+        return 0, 0
+
+    fleet.counts = last_one_goes  # type: ignore[method-assign]
+    making = asyncio.create_task(metrics.text())
     turns = 0
     while not making.done():
         turns += 1
-        if turns == 3:
-            del fleet.config.models["m199"]
         await asyncio.sleep(0)
-    text = (await making)[1].decode()
+    text = (await making).decode()
     families = re.findall(r"^# TYPE (\S+) \S", text, re.MULTILINE)
     assert len(families) == len(set(families))
     of_family = [line.split("{")[0].split(" ")[0] for line in text.splitlines() if not line.startswith("#")]
@@ -264,16 +378,34 @@ async def test_the_text_of_many_models_is_made_in_turns() -> None:
 async def test_the_loop_and_the_log_are_watched_too() -> None:
     """How late turns came, and what of the log is missing."""
     lag, log = LoopLag(), LogWriter(2)
-    fleet = Fleet("chat")
     lag.note(0.3, time.monotonic())
     log.dropped = 5
-    found = await series(
-        Metrics(cast("Reconciler", fleet), cast("Registry", fleet), {}, lag, log, usage=UsageMetrics(Usage(), {}))
-    )
+    found = await series(metrics_of(Fleet("chat"), lag=lag, log=log))
     assert found['vllm_proxy_loop_lag_seconds_bucket{le="0.25"}'] == 0
     assert found['vllm_proxy_loop_lag_seconds_bucket{le="0.5"}'] == 1
     assert found["vllm_proxy_loop_lag_max_seconds"] == 0.3
     assert found["vllm_proxy_log_lines_dropped_total"] == 5
+
+
+async def test_the_file_that_is_refused_now_is_a_number() -> None:
+    """And not only a count of looks; so is what waits for a restart, and which versions run."""
+    file = OnDisk()
+    metrics = metrics_of(Fleet("chat"), file=file)
+    found = await series(metrics)
+    assert (found["vllm_proxy_config_rejected"], found["vllm_proxy_config_pending_restart"]) == (0, 1)
+    assert found[f'vllm_proxy_build_info{{version="{__version__}",vllm="0.32.0"}}'] == 1
+    file.rejected = ValueError("line 3")
+    assert (await series(metrics))["vllm_proxy_config_rejected"] == 1
+
+
+async def test_the_daemons_process_is_measured() -> None:
+    """As the kernel has it: it began before now, has some memory, and a few files open."""
+    found = await series(metrics_of(Fleet("chat")))
+    assert 0 < time.time() - found["process_start_time_seconds"] < 86400
+    assert found["process_cpu_seconds_total"] == pytest.approx(time.process_time(), abs=1)
+    assert 2**20 < found["process_resident_memory_bytes"] < found["process_virtual_memory_bytes"]
+    assert found["process_open_fds"] == pytest.approx(len([*Path("/proc/self/fd").iterdir()]), abs=2)
+    assert found["process_open_fds"] < found["process_max_fds"]
 
 
 async def test_what_keys_use_is_shown_by_key_and_model() -> None:

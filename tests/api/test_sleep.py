@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.virtual import Stage, passes, virtual
 from tests.fleet.test_giving_way import GIB, Gpus, answered, model
@@ -15,6 +15,7 @@ from tests.fleet.test_model import begun, serving
 from tests.fleet.test_reconciler import reconciler_of
 from vllm_proxy.api import models, room_metrics, sleep_metrics
 from vllm_proxy.domain.config import ModelSpec
+from vllm_proxy.domain.exposition import Exposition
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.model import Model
@@ -38,13 +39,27 @@ async def naps(stage: Stage, one: Model, *failures: str) -> None:
     await stage.until(lambda: one.state in {State.SLEEPING, State.STOPPED})
 
 
-def series(families: Any) -> dict[str, float]:  # noqa: ANN401 - an iterable of families
-    """Value by series."""
-    found = {}
-    for family in cast("list[Metric]", list(families)):
-        for sample in family.samples:
-            found[f"{sample.name}{json.dumps(sample.labels)}"] = sample.value
-    return found
+def series(add: Callable[[Exposition], None]) -> dict[str, float]:
+    """Value by series, of what is added to an exposition."""
+    exposition = Exposition()
+    add(exposition)
+    families = text_string_to_metric_families(exposition.text().decode())
+    return {f"{one.name}{json.dumps(one.labels)}": one.value for family in families for one in family.samples}
+
+
+def of_room(stage: Stage) -> Callable[[Exposition], None]:
+    """What is shown of devices."""
+
+    def add(exposition: Exposition) -> None:
+        for family, line in room_metrics.lines(stage.loop.room, {"chat", "code"}, 0.0):
+            exposition.add(family, line)
+
+    return add
+
+
+def of_sleep(one: Model) -> Callable[[Exposition], None]:
+    """What is shown of a model's sleep."""
+    return lambda exposition: sleep_metrics.by_model().add_to(exposition, one.name, one)
 
 
 @virtual
@@ -186,12 +201,13 @@ async def test_a_hand_starts_stops_and_restarts_a_sleeper(
 async def test_what_sleep_took_failed_and_costs_is_counted() -> None:
     """By model, level and operation; a model that never slept has no series."""
     stage = Stage(Gpus())
-    chat, code = begun(stage, model("chat", 4, LEVEL_1, idle_timeout=100)), begun(stage, model("code", 4))
+    chat = begun(stage, model("chat", 4, LEVEL_1, idle_timeout=100))
+    assert series(of_sleep(chat)) == {}
     stage.nap.seconds = 3
     for failures in ((), ("wake",), ("sleep",)):
         await naps(stage, chat, *failures)
     await naps(stage, chat)
-    found = series(sleep_metrics.families([chat, code]))
+    found = series(of_sleep(chat))
     of_chat = '{"model": "chat"}'
     assert found[f"vllm_proxy_sleep_seconds_count{of_chat}"] == 3
     assert found[f"vllm_proxy_sleep_seconds_sum{of_chat}"] == pytest.approx(9)
@@ -199,10 +215,9 @@ async def test_what_sleep_took_failed_and_costs_is_counted() -> None:
                   for one in ("sleep", "wake")}  # fmt: skip
     assert operations == {"sleep": 1, "wake": 1}
     assert found[f"vllm_proxy_host_memory_bytes{of_chat}"] == pytest.approx(4 * GIB * 1.3, rel=0.01)
-    assert not any("code" in name for name in found)
     with await answered(stage, "chat"):
-        found = series(sleep_metrics.families([chat]))
-    level = '{"model": "chat", "level": "1"}'
+        found = series(of_sleep(chat))
+    level = '{"level": "1", "model": "chat"}'
     assert found[f"vllm_proxy_wake_seconds_count{level}"] == 2
     assert found[f"vllm_proxy_wake_seconds_sum{level}"] == pytest.approx(6)
 
@@ -216,7 +231,7 @@ async def test_the_sleepers_of_each_device_are_counted() -> None:
     await passes(1)
 
     def sleepers() -> list[float]:
-        found = series(room_metrics.families(stage.loop.room, {"chat", "code"}, 0.0))
+        found = series(of_room(stage))
         return [found[f'vllm_proxy_sleepers{{"device": "{name}"}}'] for name in ("0", "1")]
 
     assert sleepers() == [1, 0]

@@ -71,7 +71,7 @@ ROUTES = list(routes())
 # The contract's own words, not the table's: what each route needs.
 NEEDS = [
     (r"GET /(|ready|health|docs|redoc|openapi\.json|docs/assets/.*)", None),
-    (r"GET /metrics", Scope.METRICS),
+    (r"GET /metrics(/engines)?", Scope.METRICS),
     (r"GET /(models(/nobody)?|devices|events|usage|stats|requests(/nobody)?)", Scope.READ),
     (r"POST /config/plan", Scope.READ),
     (r"POST /models/nobody/(start|stop|restart|sleep|wake)", Scope.OPERATE),

@@ -82,7 +82,7 @@ async def test_an_engine_that_may_not_be_signalled_is_told_retried_and_blocks_it
         assert "not permitted" in status["message"]
         assert (await running.get("/health"))["not_ended"] == ["chat/0"]
         series = await running.metrics()
-        assert series['vllm_proxy_instance_state{instance="chat/0",model="chat",state="unloading"}'] == 1
+        assert series['vllm_proxy_instance_state{model="chat",replica="0",state="unloading"}'] == 1
         assert series["vllm_proxy_engines_not_ended"] == 1
         await running.until(lambda status: "not ended: chat/0" in status)
         for command in (["stop", "chat"], ["start", "chat"], ["stop", "--all"]):

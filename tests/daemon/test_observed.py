@@ -231,7 +231,7 @@ async def test_a_request_is_counted_by_model_route_and_status(shared: Daemon) ->
     assert grown(f'vllm_proxy_requests_total{{model="org/other:1",route="{PATH}",status="418"}}') == 1
     for family in ("request_duration_seconds", "time_to_first_byte_seconds"):
         assert grown(f'vllm_proxy_{family}_count{{model="chat",route="{PATH}"}}') == 2
-        assert grown(f'vllm_proxy_{family}_bucket{{le="+Inf",model="chat",route="{PATH}"}}') == 2
+        assert grown(f'vllm_proxy_{family}_bucket{{model="chat",route="{PATH}",le="+Inf"}}') == 2
         assert 0 < grown(f'vllm_proxy_{family}_sum{{model="chat",route="{PATH}"}}') < 60
     assert grown('vllm_proxy_queue_seconds_count{model="chat"}') == 2
     assert grown("vllm_proxy_overhead_seconds_count") == 3
@@ -259,7 +259,7 @@ async def test_what_runs_now_is_shown_while_it_runs(shared: Daemon) -> None:
 async def in_flight(running: Daemon) -> list[float]:
     """Of each instance of chat."""
     metrics = await running.metrics()
-    return [metrics[f'vllm_proxy_in_flight{{instance="chat/{index}",model="chat"}}'] for index in (0, 1)]
+    return [metrics[f'vllm_proxy_in_flight{{model="chat",replica="{index}"}}'] for index in (0, 1)]
 
 
 async def test_tokens_are_those_that_the_engines_themselves_have_counted(shared: Daemon) -> None:
@@ -290,7 +290,7 @@ async def test_the_state_of_each_instance_and_the_revision_are_shown(shared: Dae
     metrics = await shared.metrics()
     states = {name: value for name, value in metrics.items() if name.startswith("vllm_proxy_instance_state{")}
     assert {name for name, value in states.items() if value} == {
-        f'vllm_proxy_instance_state{{instance="{instance}",model="{instance[:-2]}",state="ready"}}'
+        f'vllm_proxy_instance_state{{model="{instance[:-2]}",replica="{instance[-1]}",state="ready"}}'
         for instance in ("chat/0", "chat/1", "org/other:1/0")
     }
     assert len(states) == 3 * len(State)
@@ -319,5 +319,5 @@ async def test_labels_are_configured_names_and_routes_of_the_table_alone(shared:
     assert set(re.findall(r'route="([^"]*)"', text)) <= {PATH, "/v1/responses/{id}/cancel"}
     assert "vllm:" not in text
     series = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert all(line.startswith("vllm_proxy_") for line in series)
+    assert all(line.startswith(("vllm_proxy_", "process_")) for line in series)
     assert len(series) == len({line.rpartition(" ")[0] for line in series})

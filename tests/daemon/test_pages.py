@@ -13,6 +13,7 @@ from tests import pages
 from tests.fakes.ledger import GIB, Devices
 from tests.harness import Daemon, daemon, fake_engines
 from tests.test_pages import blocks
+from vllm_proxy.api.metrics import FAMILIES
 from vllm_proxy.domain.keys import hash_of, new_key
 
 KEY = new_key(b"k" * 32)  # $KEY of the pages
@@ -82,12 +83,12 @@ async def test_the_page_of_metrics_is_what_a_daemon_says(running: Daemon) -> Non
     text = await typed(running, 'curl -H "Authorization: Bearer $KEY" localhost:8000/metrics')
     kinds = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE))
     meanings = dict(re.findall(r"^# HELP (\w+) (.*)$", text, re.MULTILINE))
-    families = pages.families()
-    assert kinds == {name: kind for name, (kind, _, _) in families.items()}
-    assert meanings == {name: meaning for name, (_, _, meaning) in families.items()}
+    families = {one.name: one for one in FAMILIES}
+    assert kinds == {name: one.kind for name, one in families.items()}
+    assert meanings == {name: one.meaning for name, one in families.items()}
     for name, labels in re.findall(r"^(\w+)\{(.*)\} ", text, re.MULTILINE):
         family = name if name in families else name.rpartition("_")[0]
-        assert set(re.findall(r"(\w+)=", labels)) - {"le"} == set(families[family][1]), name
+        assert set(re.findall(r"(\w+)=", labels)) - {"le"} == set(families[family].labels), name
 
 
 async def test_two_models_on_one_gpu_take_turns_as_the_page_has_it(tmp_path: Path, port_start: int) -> None:

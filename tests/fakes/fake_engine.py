@@ -5,7 +5,6 @@ A frozen engine is one whose core is stopped, whoever stopped it: no token comes
 
 import argparse
 import asyncio
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 
 import fake_core  # type: ignore[import-not-found] # beside this script
 import fake_log  # type: ignore[import-not-found] # as above
+import fake_metrics  # type: ignore[import-not-found] # as above
 
 COMMANDS = {
     "freeze": "stop the core: nothing goes on, nothing is counted, new requests hang",
@@ -24,10 +24,6 @@ COMMANDS = {
     "die": "the core is dead and the server ends at once, exit code 0",
 }
 FATAL = {"lose-core", "die"}
-_PROCESS_METRICS = (
-    "# HELP python_info Python platform information\n# TYPE python_info gauge\n"
-    'python_info{implementation="CPython",major="3",minor="13"} 1.0\n'
-)
 
 
 class Request:
@@ -59,6 +55,7 @@ class Engine:
         self.requests: set[Request] = set()
         self.shown_requests = 0  # as of the last step
         self.prompt_tokens = self.generated_tokens = self.steps = 0
+        self._exposition: fake_metrics.Exposition | None = None  # made when somebody asks
 
     def core_changed(self) -> None:
         """The kernel says that something has become of the core."""
@@ -185,24 +182,18 @@ class Engine:
 
     def metrics(self) -> str:
         """The counters, as Prometheus reads them. A frozen engine's stand still, a busy one's move."""
-        if self.options.fake_no_metrics:
-            return _PROCESS_METRICS
+        if self._exposition is None:
+            of_vllm = not self.options.fake_no_metrics
+            self._exposition = fake_metrics.Exposition(self.options.served_model_name[0], of_vllm=of_vllm)
         if self.running.is_set() and not self.answering.is_set():
             self.count(1, 1)
-        usage = min(1.0, self.shown_requests / 100)
-        tokens = self.prompt_tokens + self.generated_tokens
-        label = f'engine="0",model_name={json.dumps(self.options.served_model_name[0])}'
-        lines = [_PROCESS_METRICS.rstrip("\n")]
-        for name, kind, value in (
-            ("num_requests_running", "gauge", self.shown_requests),
-            ("kv_cache_usage_perc", "gauge", usage),
-            ("prompt_tokens_total", "counter", self.prompt_tokens),
-            ("generation_tokens_total", "counter", self.generated_tokens),
-        ):
-            lines += [f"# TYPE vllm:{name} {kind}", f"vllm:{name}{{{label}}} {float(value)}"]
-        lines.append("# TYPE vllm:iteration_tokens_total histogram")
-        for bound in ("1.0", "8.0", "+Inf"):
-            lines.append(f'vllm:iteration_tokens_total_bucket{{{label},le="{bound}"}} {float(self.steps)}')
-        lines.append(f"vllm:iteration_tokens_total_count{{{label}}} {float(self.steps)}")
-        lines.append(f"vllm:iteration_tokens_total_sum{{{label}}} {float(tokens)}")
-        return "\n".join(lines) + "\n"
+        steps = ("iteration_tokens_total_bucket", "iteration_tokens_total_count")  # each has a token
+        text: str = self._exposition.text({
+            "num_requests_running": self.shown_requests,
+            "kv_cache_usage_perc": min(1.0, self.shown_requests / 100),
+            "prompt_tokens_total": self.prompt_tokens,
+            "generation_tokens_total": self.generated_tokens,
+            **dict.fromkeys(steps, self.steps),
+            "iteration_tokens_total_sum": self.prompt_tokens + self.generated_tokens,
+        })  # fmt: skip
+        return text

@@ -58,6 +58,8 @@ async def at_once[**P, T](function: Callable[P, T], /, *args: P.args, **kwargs: 
 class NoCheck:
     """No vLLM tells its options."""
 
+    versions = frozenset[str]()
+
     async def problems(self, _model: ModelSpec) -> list[tuple[str, str]]:
         """None."""
         return []

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import aiohttp
 from aiohttp import web
 
-from vllm_proxy.api import config, devices, docs, keys, logs, models, moderations, openai, requests, usage
+from vllm_proxy.api import config, devices, docs, keys, logs, models, moderations, openai, requests, scrapes, usage
 from vllm_proxy.api.body import Bodies
+from vllm_proxy.api.engine_metrics import EngineMetrics
 from vllm_proxy.api.events import Events
 from vllm_proxy.api.feed import Feed
 from vllm_proxy.api.guard import Observed, Route, guarded
@@ -79,7 +80,7 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     metrics = Metrics(
         parts.reconciler,
         parts.registry,
-        parts.desired.reloads,
+        parts.desired,
         parts.lag,
         parts.log,
         usage=UsageMetrics(
@@ -201,7 +202,7 @@ def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
             "GET", "/health", None, answered(models.health(reconciler, parts.desired, parts.certificate, parts.ledger))
         ),
         Route("GET", "/ready", None, answered(models.ready(reconciler))),
-        Route("GET", "/metrics", Scope.METRICS, models.exposition(metrics)),
+        *scrapes.routes(metrics, EngineMetrics(reconciler)),
     ]
 
 

@@ -14,7 +14,6 @@ from aiohttp import web
 
 from vllm_proxy import __version__
 from vllm_proxy.api.guard import author_of
-from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.api.reply import Answers, Reply, etag
 from vllm_proxy.domain import resources, secrets
 from vllm_proxy.domain.devices import ANY_DEVICE
@@ -31,7 +30,6 @@ from vllm_proxy.fleet.supervisor import Supervisor
 from vllm_proxy.fleet.usage_ledger import UsageLedger
 from vllm_proxy.runtime.turns import in_turns
 from vllm_proxy.tls import Certificate
-from vllm_proxy.traffic.envelope import Handler
 from vllm_proxy.traffic.front import caller_of
 from vllm_proxy.traffic.registry import Registry
 
@@ -103,31 +101,26 @@ def _without_values(rejected: ConfigError) -> str:
     return f"the configuration is rejected, {count}: {'; '.join(places[:_SHOWN])}{more}"
 
 
-def ready(reconciler: Reconciler) -> Answers[resources.Ready]:
-    """`GET /ready`: 200 when every enabled model with `start = "always"` is ready, else 503 naming the others.
+def is_wanted(model: Model) -> bool:
+    """Whether `/ready` waits for it.
 
     One that somebody stopped or put to sleep by hand is not waited for: by itself no such model awaits a request.
     """
+    policy = model.spec.policy
+    return policy.enabled and policy.start == "always" and not (model.stopped_by_hand or model.awaits_request)
+
+
+def ready(reconciler: Reconciler) -> Answers[resources.Ready]:
+    """`GET /ready`: 200 when every enabled model with `start = "always"` is ready, else 503 naming the others."""
 
     async def handle(_request: web.Request) -> Reply[resources.Ready]:
         missing: dict[str, State] = {
             model.spec.id: model.state
             for model in reconciler.models()
-            if model.spec.policy.enabled and model.spec.policy.start == "always"
-            if not (model.stopped_by_hand or model.awaits_request) and model.state is not State.READY
+            if is_wanted(model) and model.state is not State.READY
         }
         answer: resources.Ready = {"status": "waiting" if missing else "ready", "not_ready": missing}
         return Reply(answer, 503 if missing else 200)
-
-    return handle
-
-
-def exposition(metrics: Metrics) -> Handler:
-    """`GET /metrics`: Prometheus text."""
-
-    async def handle(_request: web.Request) -> web.Response:
-        kind, text = await metrics.text(len(asyncio.all_tasks()))
-        return web.Response(body=text, headers={"Content-Type": kind})
 
     return handle
 

@@ -25,6 +25,10 @@ PARAMETERS: dict[str, Schema] = {
         "name": "follow", "in": "query", "schema": {"type": "string", "examples": ["1"]},
         "description": "`1`: server-sent events, one a line, until one side leaves.",
     },
+    "all": {
+        "name": "all", "in": "query", "schema": {"type": "string", "examples": ["1"]},
+        "description": "`1`: also what is not vLLM's own: of HTTP, Python, the process, and when counters were made.",
+    },
     "from": {
         "name": "from", "in": "query", "schema": {"type": "string", "examples": ["2026-11-01T00:00:00Z", "2026-11-01"]},
         "description": "Since when: a time with its offset, or a day in UTC; the hour that it is in counts whole. "

@@ -4,38 +4,53 @@ They have no label `key`: with one, `vllm_proxy_tokens_total` is what the answer
 family takes one of both kinds.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-
+from vllm_proxy.api.by_model import ByModel, Lines
+from vllm_proxy.domain.exposition import Family
 from vllm_proxy.fleet.model import Model
 
+TOKENS = Family(
+    "vllm_proxy_tokens_total",
+    "counter",
+    "Tokens: with `key`, as answers to that caller said; without, as the engines count by themselves.",
+    ("key", "kind", "model"),
+)
+UNATTRIBUTED = Family(
+    "vllm_proxy_tokens_unattributed",
+    "gauge",
+    "Tokens that the engines have counted and no caller is charged for, since the daemon started.",
+    ("model",),
+)
+FAMILIES = (TOKENS, UNATTRIBUTED)
 
-def tokens_family(*labels: str) -> CounterMetricFamily:
-    """The one family of tokens, for its samples with these labels: whoever has some says the same of it."""
-    return CounterMetricFamily(
-        "vllm_proxy_tokens",
-        "Tokens: with `key`, as answers to that caller said; without, as the engines count by themselves.",
-        labels=labels,
-    )
+_OF_ENGINES = TOKENS.without("key")
+
+type _Mark = tuple[tuple[tuple[str, int], ...], int | None]
 
 
-def families(models: Sequence[Model], charged: Mapping[str, int]) -> Iterable[Metric]:
-    """All of them; a model whose engines keep no counters, or were not asked yet, has no series.
+class Charged:
+    """Tokens that callers are charged for, by model, where any are metered: as it was when the scrape began."""
 
-    `charged`: tokens that callers are charged for, by model, where any are metered.
-    """
-    tokens = tokens_family("model", "kind")
-    rest = GaugeMetricFamily(
-        "vllm_proxy_tokens_unattributed",
-        "Tokens that the engines have counted and no caller is charged for, since the daemon started.",
-        labels=["model"],
-    )
-    for model in models:
-        name, counted = model.spec.id, model.history.tokens
-        for kind, count in counted.items():
-            tokens.add_metric([name, kind], count)
-        mine = [charged[each] for each in (name, *model.spec.adapters) if each in charged]
-        if counted and mine:  # its engines count its adapters' as well
-            rest.add_metric([name], counted["prompt"] + counted["generation"] - sum(mine))
-    return tokens, rest
+    def __init__(self) -> None:
+        self.by_model: Mapping[str, int] = {}
+
+
+def by_model(charged: Charged) -> ByModel[Model, _Mark]:
+    """All of them; a model whose engines keep no counters, or were not asked yet, has no series."""
+
+    def mark(model: Model) -> _Mark:
+        found = [charged.by_model.get(each) for each in (model.spec.id, *model.spec.adapters)]
+        mine = [count for count in found if count is not None]  # its engines count its adapters' as well
+        return tuple(model.history.tokens.items()), sum(mine) if mine else None
+
+    return ByModel(mark, _lines)
+
+
+def _lines(model: str, _: Model, mark: _Mark) -> Lines:
+    counted, charged = mark
+    for kind, count in counted:
+        yield _OF_ENGINES, _OF_ENGINES.line(count, kind, model)
+    if counted and charged is not None:
+        by_kind = dict(counted)
+        yield UNATTRIBUTED, UNATTRIBUTED.line(by_kind.get("prompt", 0) + by_kind.get("generation", 0) - charged, model)

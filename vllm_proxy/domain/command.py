@@ -40,6 +40,7 @@ _DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENGINE_READY_TIMEOUT_S": "86400",  # the daemon alone decides when a start has taken too long
     "PYTHONUNBUFFERED": "1",
+    "PROMETHEUS_DISABLE_CREATED_SERIES": "true",  # a fifth of a scrape, and nobody asks when a counter was made
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # device 0 is then the same for vLLM and for nvidia-smi
 }
 

@@ -1,6 +1,6 @@
 """A histogram with fixed upper bounds, as Prometheus defines it.
 
-Adding a value is cheap enough for every request; `api/metrics.py` renders it.
+Adding a value is cheap enough for every request; `domain/exposition.py` writes it as text.
 """
 
 from bisect import bisect_left
@@ -20,11 +20,3 @@ class Histogram:
         """One more observation, in seconds."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """As prometheus-client wants them: cumulative, with "+Inf" last."""
-        running, result = 0, []
-        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
-            running += count
-            result.append((bound, float(running)))
-        return result

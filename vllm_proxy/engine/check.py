@@ -12,7 +12,7 @@ from pathlib import Path
 from vllm_proxy.domain import options
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.options import OptionTable
-from vllm_proxy.engine.options import OptionTables
+from vllm_proxy.engine.options import OptionTables, vllm_version
 from vllm_proxy.engine.program import Programs
 from vllm_proxy.runtime.background import run_once
 from vllm_proxy.runtime.threads import Offload
@@ -29,6 +29,7 @@ class OptionCheck:
         self._tables = tables
         self._offload = offload
         self._prefetching: set[asyncio.Task[None]] = set()
+        self._versions: dict[Path, str] = {}  # of vLLM, by the Python that runs it
 
     async def problems(self, model: ModelSpec) -> list[tuple[str, str]]:
         """(key path, message) for each; none where nothing is known of its vLLM, which is then looked at."""
@@ -53,6 +54,11 @@ class OptionCheck:
         except TimeoutError:
             return frozenset()
         return options.names(table) if table else frozenset()
+
+    @property
+    def versions(self) -> frozenset[str]:
+        """Those of vLLM that were found so far."""
+        return frozenset(self._versions.values())
 
     def default_share(self) -> float | None:
         """The part of a GPU that vLLM takes where nobody says how much; None: it is not known yet."""
@@ -81,6 +87,8 @@ class OptionCheck:
         for spec in specs:
             if python := self._programs.python(spec):
                 found[python, frozenset(spec.variables.items())] = self._programs.environment(spec)
+                if version := vllm_version(python):
+                    self._versions = {**self._versions, python: version}
         return [(python, env) for (python, _), env in found.items()]
 
     def _known(self, spec: EngineSpec) -> OptionTable | None:

@@ -38,6 +38,7 @@ _HEAD = 64 * 2**10  # of a script: a wrapper's `exec` stands below all that it s
 _LEVELS = 4  # of wrappers inside each other
 _METADATA = re.compile(r"vllm(_\w+)?-[0-9][^/]*\.dist-info")  # plugins, too, add options
 _OTHERS = re.compile(r"vllm_proxy-")
+_ITS_OWN = re.compile(r"vllm(?:_cpu)?-([0-9][^/-]*)\.dist-info")
 _PYTHON = re.compile(r"(python|pypy)[0-9.]*t?")
 _SERVING = re.compile(r"vllm\.(.*\.)?api_server(\.entry)?")
 _TRAMPOLINE = re.compile(r"""'''exec' (?:'([^']+)'|"([^"$`]+)"|([^\s"'$`]+)) """)  # a shebang longer than Linux takes
@@ -160,6 +161,12 @@ def _version(python: Path, env: Mapping[str, str]) -> _Version:
                     if _METADATA.fullmatch(entry.name) and not _OTHERS.match(entry.name):
                         found[entry.path] = entry.stat().st_mtime_ns
     return _Version(str(python), str(real), tuple(sorted(found.items())), tuple(env.get(name) for name in _TELLING))
+
+
+def vllm_version(python: Path) -> str | None:
+    """The version of vLLM that an interpreter would run, such as "0.32.0"; None where nothing says it. For a thread."""
+    names = sorted(Path(path).name for path, _ in _version(python, {}).metadata)
+    return next((found[1] for name in names if (found := _ITS_OWN.fullmatch(name))), None)
 
 
 class OptionTables:

@@ -129,6 +129,11 @@ class Desired:
         """Of everything that the configuration that is followed was read from."""
         return self.reconciler.config.fingerprint
 
+    @property
+    def vllm(self) -> str:
+        """The version of vLLM that its models run, several with commas; empty where none is known."""
+        return ", ".join(sorted(self._check.versions))
+
     def files(self) -> list[Path]:
         """The file, and those that it names, in the order of the fingerprint: a change of any is followed."""
         found = [self.file]

@@ -27,6 +27,10 @@ from vllm_proxy.runtime.turns import in_turns
 class Check(Protocol):
     """What is known of the options that engines take."""
 
+    @property
+    def versions(self) -> frozenset[str]:
+        """Those of vLLM that were found so far."""
+
     async def problems(self, model: ModelSpec) -> list[tuple[str, str]]:
         """(key path, message) of each that its engine would refuse."""
 

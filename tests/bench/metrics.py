@@ -1,0 +1,189 @@
+"""What a scrape costs: `python -m tests.bench.metrics` prints ours beside prometheus-client's, in the same run.
+
+All times are processor time of this process, the best of several: other programs on the machine do not count. The
+longest turn is what a request waits for at most while a scrape is made.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import gzip
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import uvloop
+from prometheus_client import generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from tests.api.test_metrics import Fleet, call, metrics_of
+from tests.fakes.fake_metrics import RECORDED
+from vllm_proxy.api.engine_metrics import EngineMetrics
+from vllm_proxy.api.metrics import Metrics
+from vllm_proxy.domain.address import TcpAddress
+from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.fleet.reconciler import Reconciler
+
+_TIMES = 9
+_TELLS = ("counter", "gauge")
+_SERVER = """
+import asyncio, sys
+text = open(sys.argv[1], "rb").read()
+answer = b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(text) + text
+async def answered(reader, writer):
+    await reader.readuntil(b"\\r\\n\\r\\n")
+    writer.write(answer)
+    await writer.drain()
+async def main():
+    servers = [await asyncio.start_server(answered, "127.0.0.1", 0) for _ in range(int(sys.argv[2]))]
+    print(*(one.sockets[0].getsockname()[1] for one in servers), flush=True)
+    await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+class Client(Collector):
+    """The same series for prometheus-client, made of plain numbers as its users make them of theirs."""
+
+    def __init__(self, text: str) -> None:
+        self._plain = [_plain(family) for family in text_string_to_metric_families(text) if family.samples]
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family, anew."""
+        for kind, name, meaning, labels, samples in self._plain:
+            if kind == "histogram":
+                histogram = HistogramMetricFamily(name, meaning, labels=labels)
+                for values, (buckets, total) in samples:
+                    histogram.add_metric(values, buckets, total)
+                yield histogram
+            else:
+                make = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+                family = make(name, meaning, labels=labels)
+                for values, value in samples:
+                    family.add_metric(values, value)
+                yield family
+
+
+def _plain(family: Metric) -> tuple[str, str, str, list[str], list[tuple[list[str], Any]]]:
+    if family.type in _TELLS:
+        labels = list(family.samples[0].labels)
+        return family.type, family.name, family.documentation, labels, [
+            (list(one.labels.values()), one.value) for one in family.samples
+        ]  # fmt: skip
+    histograms: dict[tuple[str, ...], tuple[list[tuple[str, float]], list[float]]] = {}
+    labels = [label for label in family.samples[0].labels if label != "le"]
+    for one in family.samples:
+        buckets, total = histograms.setdefault(tuple(one.labels[label] for label in labels), ([], []))
+        if one.name.endswith("_bucket"):
+            buckets.append((one.labels["le"], one.value))
+        elif one.name.endswith("_sum"):
+            total.append(one.value)
+    samples = [(list(values), (buckets, total[0])) for values, (buckets, total) in histograms.items()]
+    return family.type, family.name, family.documentation, labels, samples
+
+
+def fleet_of(models: int) -> tuple[Fleet, Metrics]:
+    """Models with an instance each, whose engine was started once, and one route each that was asked."""
+    fleet = Fleet(*(f"m{number}" for number in range(models)))
+    metrics = metrics_of(fleet)
+    for model in fleet.models():
+        model.history.startups.add(40.0)
+    ask(metrics, fleet.config.models)
+    return fleet, metrics
+
+
+def ask(metrics: Metrics, models: Iterable[str]) -> None:
+    """One request to each of these."""
+    for model in models:
+        metrics.count(call(model, first=0.5, sent=0.1))
+
+
+async def cost(work: Callable[[], Awaitable[bytes]], before: Callable[[], None] = lambda: None) -> tuple[float, float]:
+    """Processor time of the work, and of its longest turn of the event loop, in ms: the best of several."""
+    found = []
+    for _ in range(_TIMES):
+        before()
+        task, longest, began = asyncio.ensure_future(work()), 0.0, time.process_time()
+        while not task.done():
+            turn = time.thread_time()
+            await asyncio.sleep(0)
+            longest = max(longest, time.thread_time() - turn)
+        found.append(((time.process_time() - began) * 1000, longest * 1000))
+    return min(took for took, _ in found), min(longest for _, longest in found)
+
+
+async def own(models: int) -> None:
+    """`/metrics`."""
+    fleet, metrics = fleet_of(models)
+    text = await metrics.text()
+    series = sum(not line.startswith(b"#") for line in text.splitlines())
+    print(
+        f"{models} models, {series} series, {len(text) / 1e6:.2f} MB, {len(gzip.compress(text, 1)) / 1e3:.0f} kB gzip"
+    )
+    client = Client(text.decode())
+
+    async def theirs() -> bytes:
+        return generate_latest(client)
+
+    names = list(fleet.config.models)
+    rows = [("prometheus-client", *await cost(theirs))]
+    for what, changed in (
+        ("all models have changed", names),
+        ("10 have changed", names[:10]),
+        ("none has changed", []),
+    ):
+        rows.append((f"ours, {what}", *await cost(metrics.text, lambda changed=changed: ask(metrics, changed))))  # type: ignore[misc]
+    for what, took, longest in rows:
+        print(f"  {what:32} {took:8.2f} ms, longest turn {longest:8.2f} ms, {rows[0][1] / took:5.1f} times less")
+
+
+async def engines(ports: Sequence[int]) -> None:
+    """`/metrics/engines`, of engines that answer as a real vLLM 0.32 did."""
+    instances = [
+        SimpleNamespace(
+            name=f"m{number}/0", state=State.READY, endpoint=SimpleNamespace(address=TcpAddress("127.0.0.1", port))
+        )
+        for number, port in enumerate(ports)
+    ]
+    fleet: Any = SimpleNamespace(models=lambda: [SimpleNamespace(instances=instances)])
+    metrics = EngineMetrics(cast("Reconciler", fleet))
+
+    async def text() -> bytes:
+        return await metrics.text(30.0, everything=False)
+
+    answer = await text()
+    series, small = sum(not line.startswith(b"#") for line in answer.splitlines()), len(gzip.compress(answer, 1))
+    took, longest = await cost(text)
+    print(f"{len(ports)} engines, {series} series, {len(answer) / 1e6:.2f} MB, {small / 1e3:.0f} kB gzip")
+    print(f"  {'asked and re-exported':32} {took:8.2f} ms, longest turn {longest:8.2f} ms")
+
+
+@contextlib.contextmanager
+def answering(count: int) -> Iterator[list[int]]:
+    """The ports of so many engines, in another process."""
+    command = [sys.executable, "-c", _SERVER, str(RECORDED), str(count)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield [int(port) for port in server.stdout.readline().split()]
+        server.kill()
+
+
+def main() -> None:
+    """Measure, and print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", type=int, default=200)
+    parser.add_argument("--engines", type=int, default=20)
+    options = parser.parse_args()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(own(options.models))
+        with answering(options.engines) as ports:
+            runner.run(engines(ports))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Fetches an engine's whole `/metrics`, for `/metrics/engines`. What is looked at by itself goes through `probe`.
+
+An answer is not trusted: it is read up to a limit and a deadline, and no credential is sent. aiohttp's client would
+take more processor time for twenty engines than everything else that a scrape of them does.
+"""
+
+import asyncio
+from functools import partial
+from http import HTTPStatus
+from typing import cast
+
+import httptools
+
+from vllm_proxy.domain.address import Address
+from vllm_proxy.traffic.dial import connector
+
+_MOST_BYTES = 4 * 2**20  # vLLM 0.32 has 56 KB
+
+
+async def scraped(address: Address, seconds: float) -> bytes | None:
+    """What an engine says of itself, as text for Prometheus; None where it does not answer so soon."""
+    request = (
+        f"GET /metrics HTTP/1.1\r\nHost: {address.authority}\r\nAccept: text/plain\r\n"
+        "Accept-Encoding: identity\r\nConnection: close\r\n\r\n"
+    )
+    try:
+        async with asyncio.timeout(seconds):
+            transport, answer = await connector(address, partial(_Answer, request.encode()))()
+            try:
+                return await answer.body
+            finally:
+                transport.abort()
+    except (OSError, TimeoutError, _NoAnswerError):
+        return None
+
+
+class _NoAnswerError(Exception):
+    """What came is not what was asked for."""
+
+
+class _Answer(asyncio.Protocol):
+    """One answer to one request. `body`: its result."""
+
+    def __init__(self, request: bytes) -> None:
+        self.body: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._request = request
+        self._parser = httptools.HttpResponseParser(self)
+        self._chunks: list[bytes] = []
+        self._size = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ask."""
+        cast("asyncio.WriteTransport", transport).write(self._request)  # uvloop's derive from nothing
+
+    def data_received(self, data: bytes) -> None:
+        """A part of the answer."""
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(str(error))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """No more comes."""
+        self._fail(f"the connection has ended: {exc}")
+
+    def on_header(self, name: bytes, _: bytes) -> None:
+        """httptools': a header."""
+        if name.lower() == b"content-encoding":  # a small one can be large inside
+            self._fail("it is encoded though nobody asked for that")
+
+    def on_body(self, body: bytes) -> None:
+        """httptools': a part of the body."""
+        self._size += len(body)
+        if self._size > _MOST_BYTES:
+            self._fail("it is too long")
+        elif not self.body.done():
+            self._chunks.append(body)
+
+    def on_message_complete(self) -> None:
+        """httptools': it is whole."""
+        if self._parser.get_status_code() != HTTPStatus.OK:
+            self._fail("it says no")
+        elif not self.body.done():
+            self.body.set_result(b"".join(self._chunks))
+
+    def _fail(self, why: str) -> None:
+        if not self.body.done():
+            self.body.set_exception(_NoAnswerError(why))
+            self.body.exception()  # nobody may be there any more to be told
