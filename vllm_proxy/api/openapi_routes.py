@@ -117,7 +117,7 @@ _MODELS = {
     "GET /models/{model_id}/logs": Operation(
         "Models",
         "Read what its engines write",
-        (Answer(200, "The last lines.", {**asas_text("text/plain"), **as_text("text/event-stream")}),),
+        (Answer(200, "The last lines.", {**as_text("text/plain"), **as_text("text/event-stream")}),),
         (*HERE, "model_not_found", "bad_request"),
         None,
         ("lines", "follow"),
@@ -244,7 +244,7 @@ _DAEMON = {
         HERE,
     ),
     "GET /metrics": Operation(
-        "Daemon", "Metrics for Prometheus", (Answer(200, "Its text format.", asas_text("text/plain")),), HERE
+        "Daemon", "Metrics for Prometheus", (Answer(200, "Its text format.", as_text("text/plain")),), HERE
     ),
     "GET /metrics/engines": Operation(
         "Daemon",
