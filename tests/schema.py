@@ -15,10 +15,14 @@ from pydantic import BaseModel
 from vllm_proxy.api.openapi_keys import KEY_NAME, MODEL_ID, REF, Generate, Schema, key_schemas
 from vllm_proxy.domain import plan
 from vllm_proxy.domain.config import Devices, EngineDefaults, Server
+from vllm_proxy.domain.moderation_table import ModerationTable
 from vllm_proxy.help import page
 
 FILE = Path(__file__).parent.parent / "vllm_proxy/models.schema.json"
-_DEFINED = {"ModelKeys": "Model", "RestartKeys": "Restart", "KeyTable": "Key", "RateKeys": "Rate"}
+_DEFINED = {
+    "ModelKeys": "Model", "RestartKeys": "Restart", "AdapterKeys": "Adapter", "AdaptersMaxKeys": "AdaptersMax",
+    "KeyTable": "Key", "RateKeys": "Rate",
+}  # fmt: skip
 
 
 def made() -> str:
@@ -34,6 +38,7 @@ def made() -> str:
         "server": _table(Server, "server", {}),
         "engine": _table(EngineDefaults, "engine", {"env": env}),
         "devices": _table(Devices, "devices", {}),
+        "moderation": _table(ModerationTable, "moderation", {}),
         "defaults": {"$ref": "#/$defs/Model", "description": "Of every model; what a model says itself is stronger."},
         "models": _tables("Model", MODEL_ID, "The models; the name of each table is what clients send as `model`."),
         "keys": _tables("Key", KEY_NAME, "Who may do what; `vllm-proxy keys new NAME` writes such a table."),

@@ -11,8 +11,20 @@ from dataclasses import dataclass, field
 import aiohttp
 from aiohttp import web
 
-from vllm_proxy.api import config, devices, docs, help_pages, keys, logs, models, moderations, openai, requests, schema
-from vllm_proxy.api import usage
+from vllm_proxy.api import (
+    config,
+    devices,
+    docs,
+    help_pages,
+    keys,
+    logs,
+    models,
+    moderations,
+    openai,
+    requests,
+    schema,
+    usage,
+)
 from vllm_proxy.api.body import Bodies
 from vllm_proxy.api.events import Events
 from vllm_proxy.api.feed import Feed
