@@ -20,6 +20,9 @@ from tests.harness import WAIT_SECONDS, clean_environment, daemon, fake_engines,
 
 CHAT = '[models.chat]\nmodel = "org/chat"\n'
 ASKING = {  # a running daemon
+    "status": ("status",),
+    "events": ("events",),
+    "requests": ("requests", "--json"),
     "plan": ("plan",),
     "plan --json": ("plan", "--json"),
     "reload": ("reload",),
