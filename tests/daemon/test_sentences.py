@@ -357,7 +357,7 @@ async def test_an_output_that_cannot_be_written_is_told(fork: Forks, tmp_path: P
             each_says(full, 1, "vllm-proxy: cannot write to the standard output: No space left on device")
             left = await asyncio.to_thread(ended, fork, batch, replace(run, stdout="left"))
             assert {(one.status, one.err) for one in left.values()} == {(1, "")}
-            for endless in ("logs -f", "init"):
-                batch.pop(endless, None)
+            for other in ("logs -f", "init", "status"):  # endless, or with a status of its own
+                batch.pop(other, None)
             none = await asyncio.to_thread(ended, fork, batch, replace(run, stdout="closed"))
             assert {(one.status, one.err) for one in none.values()} == {(0, "")}
