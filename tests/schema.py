@@ -88,7 +88,7 @@ def _of_toml(value: Any) -> Any:  # noqa: ANN401 - JSON
     if isinstance(value, list):
         return [_of_toml(each) for each in value]
     if not isinstance(value, dict):
-        return re.sub(r"(?i)(left out) or null", r"\1", value) if isinstance(value, str) else value
+        return re.sub(r"(?i)(?<=left out) or null|; null removes one", "", value) if isinstance(value, str) else value
     found = {key: _of_toml(each) for key, each in value.items()}
     if isinstance(ref := found.get("$ref"), str):
         name = ref.removeprefix(REF)
