@@ -9,9 +9,11 @@ import asyncio
 import contextlib
 import functools
 import gc
+import importlib
 import io
 import json
 import os
+import pkgutil
 import select
 import signal
 import socket
@@ -184,9 +186,12 @@ def end_shared() -> None:
 def _serve(link: socket.socket) -> None:
     """Fork whenever somebody asks, and report pids and exit statuses."""
     from tests import slow_turns
+    from vllm_proxy import commands
     from vllm_proxy.__main__ import main
     from vllm_proxy.cli import run
 
+    for module in pkgutil.iter_modules(commands.__path__, f"{commands.__name__}."):
+        importlib.import_module(module.name)
     with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
         run(["init", "-c", f"{folder}/x"])  # imports what is imported late: not every user may read it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks ends this process

@@ -18,13 +18,15 @@ from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 from pydantic import AwareDatetime, BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
+from tests import completions, schema
 from tests.simulation import __main__ as simulation
 from tests.simulation import loads
-from vllm_proxy import cli
 from vllm_proxy.api.metrics import FAMILIES
 from vllm_proxy.api.openapi_keys import KEYS, OF_A_KEY, OF_ADAPTERS_MAX, OF_AN_ADAPTER
 from vllm_proxy.api.openapi_operation import Operation
 from vllm_proxy.api.openapi_routes import OPERATIONS
+from vllm_proxy.arguments import parser
+from vllm_proxy.commands import outcome
 from vllm_proxy.domain import key_table, plan
 from vllm_proxy.domain.config import (
     AdaptersMax,
@@ -158,9 +160,9 @@ def _of_a_policy(key: str) -> str:
 
 def _commands() -> dict[str, argparse.ArgumentParser]:
     found: dict[str, argparse.ArgumentParser] = {}
-    for name, parser in _below(cli._parser()).items():
-        found |= {f"{name} {inner}": sub for inner, sub in _below(parser).items()} or {name: parser}
-    return found
+    for name, outer in _below(parser()).items():
+        found |= {f"{name} {inner}": sub for inner, sub in _below(outer).items()} or {name: outer}
+    return {name: taker for name, taker in found.items() if taker.description}  # what has none is for programs
 
 
 def _below(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
@@ -176,17 +178,17 @@ def command_names() -> list[str]:
 
 def _usages() -> tuple[Sequence[str], Rows]:
     rows = []
-    for name, parser in _commands().items():
-        parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=1000)
-        usage = parser.format_usage().strip().removeprefix(f"usage: {parser.prog} [-h]").strip().replace("|", "\\|")
-        rows.append((f"`vllm-proxy {name}`", f"`{usage}`" if usage else "", parser.description or "", ""))
+    for name, taker in _commands().items():
+        taker.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=1000)
+        usage = taker.format_usage().strip().removeprefix(f"usage: {taker.prog} [-h]").strip().replace("|", "\\|")
+        rows.append((f"`vllm-proxy {name}`", f"`{usage}`" if usage else "", taker.description or "", ""))
     return ("command", "takes", "does", "exit status"), rows
 
 
 def _options() -> tuple[Sequence[str], Rows]:
     of: dict[str, tuple[list[str], str]] = {}
-    for command, parser in _commands().items():
-        for action in parser._actions:  # argparse offers no other way
+    for command, taker in _commands().items():
+        for action in taker._actions:  # argparse offers no other way
             if action.option_strings and "--help" not in action.option_strings:
                 metavar = (
                     f" {{{','.join(action.choices)}}}"
@@ -247,7 +249,7 @@ def _codes() -> str:
 
 def exit_statuses() -> list[int]:
     """Those of the commands."""
-    return sorted({cli.OK, cli.FAILED, cli.CHANGES, cli.NO_DAEMON, cli.CONFIG_INVALID})
+    return sorted({outcome.OK, outcome.FAILED, outcome.CHANGES, outcome.NO_DAEMON, outcome.CONFIG_INVALID})
 
 
 @cache
@@ -295,6 +297,10 @@ def main() -> None:
             print(f"wrote {page.relative_to(ROOT)}")
         for row in wordless(after):
             print(f"{page.relative_to(ROOT)}: say in the last column what this is: {row}")
+    for file, text in {schema.FILE: schema.made(), **completions.made()}.items():
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            file.write_text(text, encoding="utf-8")
+            print(f"wrote {file.relative_to(ROOT)}")
 
 
 def wordless(page: str) -> list[str]:

@@ -68,14 +68,23 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(installed: Installed) -> None:
-    """Every file of `vllm_proxy`, data and pages included, with the licence beside; no test and no cache."""
+    """Every file of `vllm_proxy`, data and pages included, the licence, and completions where shells look."""
     with zipfile.ZipFile(installed.wheel) as archive:
         inside = set(archive.namelist())
     package = {str(file.relative_to(ROOT)) for file in (ROOT / "vllm_proxy").rglob("*") if file.is_file()}
     metadata = f"vllm_proxy-{__version__}.dist-info/"
     names = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
     assert "vllm_proxy/docs/operating.md" in inside
-    assert inside == {name for name in package if "__pycache__" not in name} | {metadata + name for name in names}
+    shared = {
+        f"vllm_proxy-{__version__}.data/data/share/{place}"
+        for place in (
+            "bash-completion/completions/vllm-proxy",
+            "zsh/site-functions/_vllm-proxy",
+            "fish/vendor_completions.d/vllm-proxy.fish",
+        )
+    }
+    package = {name for name in package if "__pycache__" not in name}
+    assert inside == package | {metadata + name for name in names} | shared
 
 
 def test_its_commands_run_from_anywhere(installed: Installed, tmp_path: Path) -> None:

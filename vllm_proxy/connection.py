@@ -1,92 +1,114 @@
-"""A client of a running daemon, through its control socket; for the commands in `control`.
+"""A client of a running daemon, through its control socket; for the commands.
 
 A request may take as long as the daemon works on it. `/health` is polled meanwhile, so a daemon that hangs is a timeout
-and one that died an error, each with a sentence for the user. Nothing is printed here.
+and one that died an error, each with a sentence for the user. Nothing is printed here. Python's own HTTP client, since
+aiohttp takes longer to import than most commands to run.
 """
 
-import asyncio
 import contextlib
+import http.client
 import json
+import socket
 import stat
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+import struct
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from urllib.parse import quote
 
-import aiohttp
-
-from vllm_proxy.domain.resources import Problem
-from vllm_proxy.errors import VllmProxyError
-from vllm_proxy.runtime.background import spawn
-from vllm_proxy.settings import Settings, short_name
+from vllm_proxy.errors import CommandError, LostError, NoDaemonError, Problem, RefusedError
+from vllm_proxy.places import short_name
 
 _ANSWER_SECONDS = 10.0  # longest for `/health`
 _POLL_SECONDS = 2.0  # between two polls of a daemon that works on something
 _LONGEST_LINE = 16 * 2**20  # of a text; more comes as the next line
+_CHUNK = 2**16
 
 
-class NoDaemonError(VllmProxyError):
-    """No daemon listens."""
+class Reachable(Protocol):
+    """Where a daemon may listen for commands: `Places`, or `Settings`."""
+
+    @property
+    def control_socket(self) -> Path:
+        """Where one of these settings would."""
+
+    @property
+    def sockets(self) -> tuple[Path, ...]:
+        """Where to look, in this order."""
 
 
-class LostError(VllmProxyError):
-    """The daemon was there, and is gone."""
+class _Http(http.client.HTTPConnection):
+    """One request to a Unix socket. `seconds`: how long the daemon may be silent; None: for ever."""
 
+    def __init__(self, name: str, seconds: float | None) -> None:
+        super().__init__("localhost")
+        self._name = name
+        self._seconds = seconds
 
-class CommandError(VllmProxyError):
-    """The daemon refused, could not do it, or does not answer."""
-
-
-class RefusedError(CommandError):
-    """The daemon refuses its configuration file; `problems` as REST has them."""
-
-    def __init__(self, message: str, problems: Sequence[Problem]) -> None:
-        super().__init__(message)
-        self.problems = problems
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # A connect(2) to a Unix socket ignores Python's timeout: it is refused at once where the queue is full.
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(_ANSWER_SECONDS), 0))
+        try:
+            self.sock.connect(self._name)
+        except BlockingIOError:
+            raise TimeoutError from None
+        self.sock.settimeout(self._seconds)
 
 
 class Connection:
     """A running daemon."""
 
-    def __init__(self, session: aiohttp.ClientSession, place: Path) -> None:
-        """`place`: of its socket, for messages."""
-        self._session = session
+    def __init__(self, name: str, place: Path) -> None:
+        """`name`: of its socket; `place`: its path, for messages."""
+        self._name = name
         self._place = place
 
-    async def verify(self) -> None:
+    def verify(self) -> None:
         """Make sure that it is a daemon of ours, and answers.
 
         Raises:
             OSError: it cannot be connected to.
             CommandError: it does not answer, or is something else.
+            LostError: it ended meanwhile.
 
         """
+        connection = _Http(self._name, _ANSWER_SECONDS)
         try:
-            with self._translated_errors():
-                await self._poll()
-        except LostError as error:
-            if isinstance(error.__cause__, aiohttp.ClientConnectorError):
-                raise error.__cause__.os_error from error
-            raise
+            connection.connect()
+        except TimeoutError as error:
+            raise self._no_answer() from error
+        with self._translated_errors():
+            _check_health(connection)
 
-    async def request(
-        self, method: str, path: str, toml: bytes | None = None, *, json: Mapping[str, Any] | None = None
+    def request(
+        self,
+        method: str,
+        path: str,
+        toml: bytes | None = None,
+        *,
+        body: Mapping[str, Any] | None = None,
+        expected: int | None = None,
     ) -> Any:  # noqa: ANN401 - JSON
         """The JSON answer to a request, without a body or with one in TOML or JSON.
+
+        `expected`: an error's status that is an answer here.
 
         Raises:
             CommandError: with the daemon's own words; a `RefusedError` where it lists problems.
             LostError: it ended meanwhile.
 
         """
-        body: dict[str, Any] = {}
-        if toml is not None:
-            body = {"data": toml, "headers": {"Content-Type": "application/toml"}}
-        elif json is not None:
-            body = {"json": json}
-        with self._translated_errors():
-            return await self._while_it_lives(self._request(method, path, body))
+        kind, data = ("application/toml", toml) if body is None else ("application/json", json.dumps(body).encode())
+        headers = {} if data is None else {"Content-Type": kind}
+        with self._answer(method, path, data, headers) as answer:
+            found = answer.read()
+            if answer.status >= 400 and answer.status != expected:
+                raise _error(answer.status, found)
+            return json.loads(found) if found else None
 
-    async def lines(self, path: str) -> AsyncIterator[bytes]:
+    def lines(self, path: str, headers: Mapping[str, str] | None = None) -> Iterator[bytes]:
         """The lines of a text answer as they come, without their ends.
 
         Raises:
@@ -94,58 +116,60 @@ class Connection:
             LostError: it ended in the middle.
 
         """
-        with self._translated_errors():
-            answer = await self._while_it_lives(self._session.get(path))
-        async with answer:
-            with self._translated_errors():
-                if answer.status >= 400:
-                    raise _error(answer.status, await self._while_it_lives(answer.read()))
+        with self._answer("GET", path, None, headers or {}) as answer:
+            if answer.status >= 400:
+                raise _error(answer.status, answer.read())
             rest = b""
-            while True:
-                with self._translated_errors():
-                    chunk = await self._while_it_lives(answer.content.readany())
-                if not chunk:
-                    break
+            while chunk := answer.read1(_CHUNK):
                 *ended, rest = (rest + chunk).split(b"\n") if b"\n" in chunk else (rest + chunk,)
-                for line in ended:
-                    yield line
+                yield from ended
                 if len(rest) > _LONGEST_LINE:
                     yield rest
                     rest = b""
             if rest:
                 yield rest
 
-    async def _request(self, method: str, path: str, body: Mapping[str, Any]) -> Any:  # noqa: ANN401 - JSON
-        async with self._session.request(method, path, **body) as answer:
-            data = await answer.read()
-            if answer.status >= 400:
-                raise _error(answer.status, data)
-            return json.loads(data)
+    @contextlib.contextmanager
+    def _answer(
+        self, method: str, path: str, data: bytes | None, headers: Mapping[str, str]
+    ) -> Iterator[http.client.HTTPResponse]:
+        """The answer to a request, for as long as the daemon answers at all."""
+        connection = _Http(self._name, None)
+        with contextlib.closing(connection), self._translated_errors():
+            connection.connect()
+            with self._polled(connection.sock):
+                connection.request(method, path, data, {**headers, "Connection": "close"})
+                with connection.getresponse() as answer:
+                    yield answer
 
-    async def _poll(self) -> None:
-        async with asyncio.timeout(_ANSWER_SECONDS), self._session.get("/health") as answer:
-            health = json.loads(await answer.read())
-        if not isinstance(health, dict) or not {"version", "models"} <= health.keys():
-            raise ValueError("it is no health of a daemon")
+    @contextlib.contextmanager
+    def _polled(self, connection: socket.socket) -> Iterator[None]:
+        """End a connection once the daemon does not answer any more."""
+        done = threading.Event()
+        failures: list[Exception] = []
 
-    async def _while_it_lives[T](self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, which may take long; for as long as the daemon answers at all."""
-        working = spawn(work, "an answer of the daemon")
-        polling = spawn(self._keep_polling(), "whether the daemon lives")
+        def poll() -> None:
+            while not done.wait(_POLL_SECONDS):
+                try:
+                    _check_health(_Http(self._name, _ANSWER_SECONDS))
+                except (ConnectionError, FileNotFoundError):  # it stops in order, or has died: the answer will end
+                    continue
+                except Exception as error:  # noqa: BLE001 - raised below
+                    failures.append(error)
+                    with contextlib.suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)
+                    return
+
+        threading.Thread(target=poll, daemon=True).start()
         try:
-            await asyncio.wait({working, polling}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                polling.result()  # raises
-            return await working
+            yield
+        except (OSError, http.client.HTTPException):
+            if not failures:
+                raise
         finally:
-            working.cancel()
-            polling.cancel()
-            await asyncio.gather(working, polling, return_exceptions=True)
-
-    async def _keep_polling(self) -> None:
-        while True:
-            await asyncio.sleep(_POLL_SECONDS)
-            await self._poll()
+            done.set()
+        if failures:
+            raise failures[0]
 
     @contextlib.contextmanager
     def _translated_errors(self) -> Iterator[None]:
@@ -153,17 +177,28 @@ class Connection:
         try:
             yield
         except TimeoutError as error:
-            msg = (
-                f"cannot get an answer of the daemon at {self._place} within {_ANSWER_SECONDS:g} s:"
-                " it is stopped, hangs or is overloaded; see its log, or restart it"
-            )
-            raise CommandError(msg) from error
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
+            raise self._no_answer() from error
+        except (ConnectionError, FileNotFoundError, http.client.IncompleteRead) as error:
             msg = f"cannot go on: the daemon at {self._place} has ended meanwhile; its log says why"
             raise LostError(msg) from error
-        except (aiohttp.ClientError, ValueError) as error:
+        except (http.client.HTTPException, ValueError) as error:
             msg = f"cannot understand what answers at {self._place}: it is no vllm-proxy; end it, or remove its socket"
             raise CommandError(msg) from error
+
+    def _no_answer(self) -> CommandError:
+        return CommandError(
+            f"cannot get an answer of the daemon at {self._place} within {_ANSWER_SECONDS:g} s:"
+            " it is stopped, hangs or is overloaded; see its log, or restart it"
+        )
+
+
+def _check_health(connection: _Http) -> None:
+    with contextlib.closing(connection):
+        connection.request("GET", "/health", headers={"Connection": "close"})
+        with connection.getresponse() as answer:
+            health = json.loads(answer.read())
+    if not isinstance(health, dict) or not {"version", "models"} <= health.keys():
+        raise ValueError("it is no health of a daemon")
 
 
 def _error(status: int, data: bytes) -> CommandError:
@@ -171,14 +206,19 @@ def _error(status: int, data: bytes) -> CommandError:
     try:
         error = json.loads(data)["error"]
         message, problems = str(error["message"]), error.get("problems")
+        return RefusedError(message, [Problem(**each) for each in problems]) if problems else CommandError(message)
     except (LookupError, TypeError, AttributeError) as problem:
         raise ValueError(f"an error of another kind, {status}") from problem
-    return RefusedError(message, problems) if problems else CommandError(message)
 
 
-@contextlib.asynccontextmanager
-async def connected(settings: Settings) -> AsyncIterator[Connection]:
-    """The daemon of these settings.
+def path_of(model_id: str) -> str:
+    """The path of a model; the id may hold any bytes."""
+    return f"/models/{quote(model_id, safe='', errors='surrogateescape')}"
+
+
+@contextlib.contextmanager
+def connected(places: Reachable) -> Iterator[Connection]:
+    """The daemon of these places.
 
     Raises:
         NoDaemonError: when none listens.
@@ -186,10 +226,10 @@ async def connected(settings: Settings) -> AsyncIterator[Connection]:
 
     """
     denied: list[Path] = []
-    for place in settings.sockets:
-        async with contextlib.AsyncExitStack() as stack:
+    for place in places.sockets:
+        with contextlib.ExitStack() as stack:
             try:
-                connection = await _connect(place, stack)
+                connection = _connect(place, stack)
             except PermissionError:
                 denied.append(place)
                 continue
@@ -202,7 +242,7 @@ async def connected(settings: Settings) -> AsyncIterator[Connection]:
             " which its own user alone may; run it with sudo, or name another daemon's --state-dir"
         )
         raise CommandError(msg)
-    msg = f"cannot reach a daemon: none listens on {settings.control_socket}; is --state-dir the daemon's?"
+    msg = f"cannot reach a daemon: none listens on {places.control_socket}; is --state-dir the daemon's?"
     raise NoDaemonError(msg)
 
 
@@ -210,7 +250,7 @@ def _is_socket(place: Path) -> bool:
     return stat.S_ISSOCK(place.stat().st_mode)
 
 
-async def _connect(place: Path, stack: contextlib.AsyncExitStack) -> Connection | None:
+def _connect(place: Path, stack: contextlib.ExitStack) -> Connection | None:
     """The daemon that listens on a socket; None where there is none, or a daemon that was killed has left it."""
     try:
         if not _is_socket(place):
@@ -218,12 +258,9 @@ async def _connect(place: Path, stack: contextlib.AsyncExitStack) -> Connection 
         name = stack.enter_context(short_name(place))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    session = aiohttp.ClientSession(
-        "http://localhost", connector=aiohttp.UnixConnector(name), timeout=aiohttp.ClientTimeout(total=None)
-    )
-    connection = Connection(await stack.enter_async_context(session), place)
+    connection = Connection(name, place)
     try:
-        await connection.verify()
+        connection.verify()
     except (ConnectionRefusedError, FileNotFoundError):
         return None
     return connection

@@ -39,7 +39,7 @@ from vllm_proxy.engine.process import become_subreaper, reap_orphans
 from vllm_proxy.engine.program import Programs
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.engine.variables import Variables
-from vllm_proxy.errors import ConfigError, NotEndedError, Problem, StartupError
+from vllm_proxy.errors import ConfigError, NotEndedError, StartupError
 from vllm_proxy.fleet.adapter_use import AdapterUse
 from vllm_proxy.fleet.changes import KeyFiles
 from vllm_proxy.fleet.dependencies import Dependencies
@@ -53,9 +53,9 @@ from vllm_proxy.fleet.usage_ledger import UsageLedger, keeping_usage
 from vllm_proxy.fleet.watch import watch
 from vllm_proxy.listen import Listeners, inherited, listen, listen_for_commands, notice_departed_clients
 from vllm_proxy.logsetup import Output
+from vllm_proxy.places import read_config_file
 from vllm_proxy.runtime import clock, descriptors, threads
 from vllm_proxy.runtime.background import keep_running, log_faults, run_once
-from vllm_proxy.runtime.regular_file import read_regular_file
 from vllm_proxy.runtime.threads import Disk
 from vllm_proxy.runtime.turns import LoopLag
 from vllm_proxy.settings import Settings
@@ -72,10 +72,6 @@ log = structlog.get_logger()
 
 _SWITCH_SECONDS = 0.001  # Python's default is 5 ms, and a request may wait for several
 _FIRST_REQUEST_SECONDS = 1.0  # for connections that were accepted before a stop to send their request
-_HINTS: dict[type[OSError], str] = {
-    FileNotFoundError: "; `vllm-proxy init` writes a first one",
-    PermissionError: "; run it with sudo, or let this user read it",
-}
 _WRITE_SECONDS = 2.0  # for a write of the file that has begun: its disk may hang
 _HANDLER_SECONDS = 2.0  # for handlers to end once the engines are gone
 
@@ -88,11 +84,7 @@ def read_config(settings: Settings) -> Config:
 
     """
     file = settings.config_file
-    try:
-        data = read_regular_file(file)
-    except OSError as error:
-        hint = _HINTS.get(type(error), "")
-        raise ConfigError(str(file), [Problem(0, "", f"cannot read it: {error.strerror}{hint}")]) from None
+    data = read_config_file(file)
     config = settings.parse(data, settings.files.lenient())
     try:
         tls.load(config.server, settings.files)

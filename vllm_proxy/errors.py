@@ -49,6 +49,12 @@ class Problem:
         return f"{place}: {self.path}" if self.path else place
 
 
+def as_json(problem: Problem) -> dict[str, str | int]:
+    """A problem as the API has it (`resources.Problem`)."""
+    shown: dict[str, str | int] = {"path": problem.path, "line": problem.line, "message": problem.message}
+    return shown | ({"file": problem.file} if problem.file else {})
+
+
 class ConfigError(VllmProxyError):
     """A configuration that cannot be used, with every problem in it; exit status 78."""
 
@@ -72,6 +78,30 @@ class ConfigError(VllmProxyError):
             problem.place(self.file) if problem.line or problem.path else problem.render(self.file)
             for problem in self.problems
         ]
+
+
+class NoDaemonError(VllmProxyError):
+    """No daemon listens; exit status 3."""
+
+
+class LostError(VllmProxyError):
+    """The daemon was there, and is gone; exit status 3."""
+
+
+class CommandError(VllmProxyError):
+    """The daemon refused, could not do it, or does not answer; exit status 1."""
+
+
+class RefusedError(CommandError):
+    """The daemon refuses its configuration file; exit status 78."""
+
+    def __init__(self, message: str, problems: Sequence[Problem]) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
+class OutputError(VllmProxyError):
+    """What a command prints cannot be written; exit status 1."""
 
 
 class RequestError(VllmProxyError):

@@ -16,7 +16,7 @@ from vllm_proxy.domain.address import Address, TcpAddress, UnixAddress
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.listener import Kind, Listener
 from vllm_proxy.errors import StartupError
-from vllm_proxy.settings import short_name
+from vllm_proxy.places import short_name
 
 BACKLOG = 4096  # connections that wait to be accepted: a burst of clients must not wait for a retransmission
 _OWNER, _OWNER_AND_GROUP = 0o600, 0o660

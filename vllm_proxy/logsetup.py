@@ -6,6 +6,7 @@ the same writer, `runtime/logwriter.py`. A traceback never shows the values of v
 
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from vllm_proxy.runtime import logline
+from vllm_proxy.runtime import journal, logline
 from vllm_proxy.runtime.logline import PRIORITIES, Form
 from vllm_proxy.runtime.logwriter import LogWriter
 from vllm_proxy.runtime.masking import Masking
@@ -47,14 +48,35 @@ class Output:
         """An engine's lines, each with its instance in front."""
         if not self.engines:
             return
-        if self.form == "json":
+        if self.form == "native":
+            fields = {"MODEL": logline.model_of(instance), "INSTANCE": instance}
+            text = "".join(logline.entry(_priority(line), f"{instance} | {line}", fields) for line in lines)
+        elif self.form == "json":
             entries = ({"instance": instance, "line": line} for line in lines)
             text = "".join(logline.as_json("engine output", "info", fields) for fields in entries)
         else:
-            head = logline.head(self.form, "info") if self.form == "journal" else ""
-            text = "".join(f"{head}{instance} | {line}\n" for line in lines)
+            heads = (f"<{_priority(line)}>" if self.form == "journal" else "" for line in lines)
+            text = "".join(f"{head}{instance} | {line}\n" for head, line in zip(heads, lines, strict=True))
         self.writer.write(text)
         self.writer.flush()
+
+
+_LEVEL = re.compile(r"(?:\([^)]{1,80}\) )?(ERROR|CRITICAL|WARNING)\b")  # as vLLM writes it, behind the process's name
+_OF_ENGINES: Mapping[str, logline.Level] = {"ERROR": "error", "CRITICAL": "critical", "WARNING": "warning"}
+
+
+def _priority(line: str) -> int:
+    """How serious an engine says that a line is."""
+    found = _LEVEL.match(line)
+    return PRIORITIES[_OF_ENGINES[found[1]] if found else "info"]
+
+
+def with_fields(form: Form, writer: LogWriter, environ: Mapping[str, str]) -> Form:
+    """The form of a daemon's log: where stderr is the journal, entries with fields are sent to the journal itself."""
+    if form != "journal" or not _is_journal(environ) or not journal.takes_entries():
+        return form
+    writer.deliver = journal.Journal().send
+    return "native"
 
 
 def set_up(level: str, form: Form, output: LogWriter | None = None) -> None:
@@ -71,6 +93,10 @@ def set_up(level: str, form: Form, output: LogWriter | None = None) -> None:
         ]
     elif form == "journal":
         processors += [structlog.processors.format_exc_info, _journal]
+    elif form == "native":
+        where = structlog.processors.CallsiteParameter
+        places = structlog.processors.CallsiteParameterAdder([where.PATHNAME, where.LINENO, where.FUNC_NAME])
+        processors += [structlog.processors.format_exc_info, places, _native]
     else:
         processors += [
             structlog.processors.TimeStamper(fmt="%Y-%m-%dT%H:%M:%SZ", utc=True),
@@ -123,6 +149,8 @@ def _missing(form: Form, lines: int) -> str:
     event = "lines of this log are missing here"
     if form == "json":
         return logline.as_json(event, "warning", {"lines": lines})
+    if form == "native":
+        return logline.entry(PRIORITIES["warning"], f"{event} lines={lines}", {})
     return f"{logline.head(form, 'warning')}{event} lines={lines}\n"
 
 
@@ -143,8 +171,27 @@ def _plain(value: object) -> object:
 def _journal(_logger: WrappedLogger, _name: str, event: EventDict) -> str:
     """sd-daemon's "<N>" on every line: the journal takes each line of a traceback for an entry of its own."""
     prefix = f"<{PRIORITIES.get(event.pop('level', 'info'), 6)}>"
+    return "\n".join(prefix + line for line in _lines(event))
+
+
+def _native(_logger: WrappedLogger, _name: str, event: EventDict) -> str:
+    """One entry, its traceback included, which can be found by what it is about and by where it was logged."""
+    priority = PRIORITIES.get(event.pop("level", "info"), 6)
+    instance, model = event.get("instance"), event.get("model")
+    fields = {
+        "MODEL": str(model or (logline.model_of(str(instance)) if instance else "")),
+        "INSTANCE": str(instance or ""),
+        "REQUEST_ID": str(event.get("request_id") or ""),
+        "CODE_FILE": str(event.pop("pathname", "")),
+        "CODE_LINE": str(event.pop("lineno", "")),
+        "CODE_FUNC": str(event.pop("func_name", "")),
+    }
+    return logline.entry(priority, "\n".join(_lines(event)), fields).removesuffix("\n")
+
+
+def _lines(event: EventDict) -> list[str]:
+    """The sentence with its facts, and a traceback below it."""
     trace = event.pop("exception", "")
     message = str(event.pop("event"))
     fields = " ".join(f"{key}={_plain(value)!r}" for key, value in event.items())
-    lines = " ".join(part for part in (message, fields) if part).splitlines() + str(trace).splitlines()
-    return "\n".join(prefix + line for line in lines)
+    return " ".join(part for part in (message, fields) if part).splitlines() + str(trace).splitlines()

@@ -5,26 +5,20 @@ value replaces a weaker one as a whole; lists are not merged. Also finds the fil
 socket. Values are validated by `domain/config.py`, not here.
 """
 
-import contextlib
 import difflib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
-import dotenv
-
+from vllm_proxy import places
 from vllm_proxy.domain import keys, secrets
 from vllm_proxy.domain.config import Config, Server
 from vllm_proxy.domain.file.parse import Override, parse_config
 from vllm_proxy.domain.references import Files
-from vllm_proxy.errors import ConfigError, Problem
+from vllm_proxy.places import PREFIX
 from vllm_proxy.runtime.referenced import ReferencedFiles
-from vllm_proxy.runtime.regular_file import read_regular_file
 
-PREFIX = "VLLM_PROXY_"
 _LISTS = frozenset({"cors_origins", "allowed_hosts", "listen"})
 _TEXTS = frozenset({"host", "on_exit", "keys_file", "tls_cert", "tls_key"})
 _WEAKER_NAMES = {"port": "APP_PORT"}
@@ -33,9 +27,6 @@ _NEAR = 0.8  # of names that begin alike
 _OF_KUBERNETES = re.compile(PREFIX + r"(SERVICE_(HOST|PORT)|PORT_\d+_)")  # of a service with our name
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _NUMBER = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?")
-_OWN_FILE, _SYSTEM_FILE = Path("models.toml"), Path("/etc/vllm-proxy/models.toml")
-_SYSTEM_STATE = Path("/var/lib/vllm-proxy")
-_SYSTEM_SOCKET = Path("/run/vllm-proxy/control.sock")  # of the unit, for a shell that has not its environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,56 +71,22 @@ def load(
         ConfigError: when there is a `.env` that cannot be read.
 
     """
-    from_file = _dotenv(dotenv_file)
-    env = {**from_file, **environ}
+    found = places.find(environ, flags, dotenv_file)
     warnings: list[str] = []
-    overrides = _overrides([_given(flags), _variables(environ, warnings), _variables(from_file, warnings)])
-    warnings += _unknown(env)
-    runtime = env.get("RUNTIME_DIRECTORY", "").split(":")[0]
-    state_dir = _state_dir(flags.get("state_dir"), env)
-    control_socket = Path(runtime or state_dir, "control.sock")
-    chosen = flags.get("state_dir") or env.get(PREFIX + "STATE_DIR")
-    of_system = [_SYSTEM_SOCKET] if not chosen or state_dir == _SYSTEM_STATE else []  # not by mistake
-    of_demo = [] if chosen else [demo_state_dir(env) / "control.sock"]
-    config_file = _config_file(flags.get("config"), env)
+    overrides = _overrides([_given(flags), _variables(environ, warnings), _variables(found.from_dotenv, warnings)])
+    warnings += _unknown(found.environment)
     return Settings(
-        config_file=config_file,
-        state_dir=state_dir,
-        control_socket=control_socket,
-        sockets=tuple(dict.fromkeys([control_socket, state_dir / "control.sock", *of_system, *of_demo])),
-        scratch=Path(runtime or "/tmp"),  # noqa: S108 - TMPDIR may be too long for a socket's path
+        config_file=found.config_file,
+        state_dir=found.state_dir,
+        control_socket=found.control_socket,
+        sockets=found.sockets,
+        scratch=found.scratch,
         overrides=overrides,
-        engine_environment=env,
-        keys=tuple(_keys(env, warnings)),
-        files=ReferencedFiles(config_file.parent, env.get("CREDENTIALS_DIRECTORY")),
+        engine_environment=found.environment,
+        keys=tuple(_keys(found.environment, warnings)),
+        files=ReferencedFiles(found.config_file.parent, found.environment.get("CREDENTIALS_DIRECTORY")),
         warnings=tuple(warnings),
     )
-
-
-@contextlib.contextmanager
-def short_name(path: Path) -> Iterator[str]:
-    """A name for a Unix socket that is short enough (107 bytes) however long its path is."""
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{folder}/{path.name}"
-    finally:
-        os.close(folder)
-
-
-def _dotenv(file: Path) -> dict[str, str]:
-    try:
-        values = dotenv.dotenv_values(stream=StringIO(read_regular_file(file).decode(), newline=None))
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        if not os.access(file.parent, os.X_OK):  # in a folder of another user, which cannot be meant
-            return {}
-        if file.is_dir():  # a virtual environment, as some people name it
-            return {}
-        why = "expected UTF-8, got other bytes" if isinstance(error, UnicodeDecodeError) else error.strerror
-        msg = f"cannot read it: {why}; mend it, or run this in another folder"
-        raise ConfigError(str(file), [Problem(0, "", msg)]) from None
-    return {name: value for name, value in values.items() if value is not None}
 
 
 _SCOPES = {"env": keys.Scope.INFERENCE, "env-admin": keys.Scope.ADMIN}
@@ -200,33 +157,3 @@ def _typed(key: str, value: str) -> object:
     if key in _TEXTS or not (number := _NUMBER.fullmatch(value)):
         return value
     return float(value) if number[1] else int(value)
-
-
-def _config_file(flag: str | int | None, env: Mapping[str, str]) -> Path:
-    if chosen := flag or env.get(PREFIX + "CONFIG"):
-        return Path(str(chosen)).absolute()
-    if os.path.exists(_OWN_FILE) or not _is_there(_SYSTEM_FILE):  # noqa: PTH110 - a folder of others has none of ours
-        return _OWN_FILE.absolute()
-    return _SYSTEM_FILE
-
-
-def _is_there(file: Path) -> bool:
-    try:
-        return file.exists()
-    except OSError:  # in a folder that is closed to this user: reading it will report that
-        return True
-
-
-def demo_state_dir(env: Mapping[str, str]) -> Path:
-    """Where `vllm-proxy demo` keeps its state, unless it is told otherwise."""
-    return _state_home(env) / "vllm-proxy-demo"
-
-
-def _state_home(env: Mapping[str, str]) -> Path:
-    return Path(env.get("XDG_STATE_HOME") or Path(env.get("HOME", "/"), ".local/state")).absolute()
-
-
-def _state_dir(flag: str | int | None, env: Mapping[str, str]) -> Path:
-    if chosen := flag or env.get(PREFIX + "STATE_DIR") or env.get("STATE_DIRECTORY", "").split(":")[0]:
-        return Path(str(chosen)).absolute()
-    return _state_home(env) / "vllm-proxy"

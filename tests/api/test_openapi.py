@@ -42,8 +42,9 @@ def application() -> web.Application:
         refused={},
         in_flight=None,
         used_ratio=None,
+        options=None,
     )
-    fake.room = fake.usage = fake
+    fake.room = fake.usage = fake.objections = fake
     parts = app.Parts(fake, fake, fake, fake, fake, None, fake, fake, str, fake, fake, fake)
     return app.build(parts, 1.0).app
 
@@ -110,7 +111,7 @@ def test_a_route_declares_the_scope_that_it_needs() -> None:
     }
     assert table == routed
     with pytest.raises(TypeError, match="scope"):
-        Route("GET", "/new", handler=docs._constant)  # type: ignore[call-arg, arg-type]
+        Route("GET", "/new", handler=docs._page)  # type: ignore[call-arg, arg-type]
 
 
 def test_a_route_without_a_description_is_an_error() -> None:

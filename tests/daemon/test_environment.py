@@ -31,7 +31,7 @@ from tests.harness import (
     session_of,
     until,
 )
-from vllm_proxy.settings import short_name
+from vllm_proxy.places import short_name
 
 CHAT = '[models.chat]\nmodel = "some/chat"\nargs = { fake_load_seconds = 0.1 }\n'
 FROZEN_SECONDS = 5.0

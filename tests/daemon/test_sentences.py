@@ -20,6 +20,9 @@ from tests.harness import WAIT_SECONDS, clean_environment, daemon, fake_engines,
 
 CHAT = '[models.chat]\nmodel = "org/chat"\n'
 ASKING = {  # a running daemon
+    "status": ("status",),
+    "events": ("events",),
+    "requests": ("requests", "--json"),
     "plan": ("plan",),
     "plan --json": ("plan", "--json"),
     "reload": ("reload",),
@@ -354,7 +357,7 @@ async def test_an_output_that_cannot_be_written_is_told(fork: Forks, tmp_path: P
             each_says(full, 1, "vllm-proxy: cannot write to the standard output: No space left on device")
             left = await asyncio.to_thread(ended, fork, batch, replace(run, stdout="left"))
             assert {(one.status, one.err) for one in left.values()} == {(1, "")}
-            for endless in ("logs -f", "init"):
-                batch.pop(endless, None)
+            for other in ("logs -f", "init", "status"):  # endless, or with a status of its own
+                batch.pop(other, None)
             none = await asyncio.to_thread(ended, fork, batch, replace(run, stdout="closed"))
             assert {(one.status, one.err) for one in none.values()} == {(0, "")}

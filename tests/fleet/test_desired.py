@@ -15,11 +15,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from structlog.testing import capture_logs
 
 from tests.engine.virtual import Stage, VirtualLoop, now, passes, settle, virtual
-from vllm_proxy.domain.config import Config, EngineSpec, ModelSpec, revision_of
+from vllm_proxy.domain.config import Config, EngineDefaults, EngineSpec, ModelSpec, revision_of
 from vllm_proxy.domain.file import edit, edit_keys
 from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.domain.keys import digest, hash_of
 from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.domain.options import OptionTable
 from vllm_proxy.domain.references import Files
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.state import StateDirectory
@@ -63,6 +64,10 @@ class NoCheck:
     async def problems(self, _model: ModelSpec) -> list[tuple[str, str]]:
         """None."""
         return []
+
+    async def of_engine(self, _engine: EngineDefaults) -> OptionTable | None:
+        """Nothing is known."""
+        return None
 
     def prefetch(self, specs: Iterable[EngineSpec]) -> None:
         """Nothing is learnt."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_proxy.places import short_name
 from vllm_proxy.runtime.regular_file import MOST_BYTES, UnusableFileError, read_regular_file
-from vllm_proxy.settings import short_name
 
 
 def descriptors() -> int:

@@ -224,3 +224,27 @@ def test_engines_outlive_the_daemon_where_they_are_kept(machine: Machine) -> Non
     assert all(machine.path(f"/proc/{pid}").exists() for pid in before.values())
     machine.run("vllm-proxy", "stop", "--all", "--state-dir", "/var/lib/vllm-proxy")
     assert not any(machine.path(f"/proc/{pid}").exists() for pid in before.values())
+
+
+def test_the_journal_finds_entries_by_their_model(machine: Machine) -> None:
+    """By fields of ours, with priorities, under the unit's name; an engine's errors are errors there too."""
+    dying = 'restart = { max_failures = 1 }\nargs = { fake_exit_at = "weights", fake_exit_text = "BadLuck: no" }\n'
+    configure(machine, ENGINES + CHAT + EMBED + dying)
+    machine.run("systemctl", "start", "vllm-proxy")
+    machine.eventually("/models/embed", "status.state", "error", control=True)
+    machine.eventually("/models/chat", "status.state", "ready", control=True)
+    ask(machine)
+    journal = ("journalctl", "--no-pager", "-o", "json", "-u", "vllm-proxy")
+
+    def entries(*match: str) -> list[dict[str, str]]:
+        return [json.loads(line) for line in machine.run(*journal, *match).stdout.splitlines()]
+
+    serious = entries("MODEL=embed", "-p", "err")
+    assert serious
+    assert {entry["SYSLOG_IDENTIFIER"] for entry in serious} == {"vllm-proxy"}
+    assert {entry["MODEL"] for entry in serious} == {"embed"}
+    assert any(entry.get("CODE_FILE", "").endswith(".py") for entry in serious)
+    assert not entries("MODEL=chat", "-p", "err")
+    (request,) = [entry for entry in entries("MODEL=chat") if "REQUEST_ID" in entry]
+    assert (request["INSTANCE"], request["PRIORITY"]) == ("chat/0", "6")
+    assert entries(f"REQUEST_ID={request['REQUEST_ID']}") == [request]

@@ -11,7 +11,21 @@ from dataclasses import dataclass, field
 import aiohttp
 from aiohttp import web
 
-from vllm_proxy.api import config, devices, docs, keys, logs, models, moderations, openai, requests, scrapes, usage
+from vllm_proxy.api import (
+    config,
+    devices,
+    docs,
+    help_pages,
+    keys,
+    logs,
+    models,
+    moderations,
+    openai,
+    requests,
+    schema,
+    scrapes,
+    usage,
+)
 from vllm_proxy.api.body import Bodies
 from vllm_proxy.api.engine_metrics import EngineMetrics
 from vllm_proxy.api.events import Events
@@ -105,6 +119,7 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     cors = Cors(parts.server)
     direct, inference = _inference(parts, observe, cors)
     table = [*inference, *_administration(parts, metrics), *_observation(parts, events, rates)]
+    table += [Route(method, path, None, page) for method, path, page in help_pages.routes()]
     known = [("GET", "/", None), *((route.method, route.path, route.scope) for route in table)]
     table += [Route(method, path, None, page) for method, path, page in docs.routes(known, docs.find_assets())]
     offered = ["GET /", *(f"{route.method} {route.path.replace(':.+', '')}" for route in table)]
@@ -202,6 +217,7 @@ def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
             "GET", "/health", None, answered(models.health(reconciler, parts.desired, parts.certificate, parts.ledger))
         ),
         Route("GET", "/ready", None, answered(models.ready(reconciler))),
+        Route("GET", "/schema.json", None, schema.schema(parts.desired.objections.options)),
         *scrapes.routes(metrics, EngineMetrics(reconciler)),
     ]
 

@@ -5,9 +5,7 @@ own code must never be imported. It comes with the extra `docs`; where it is mis
 """
 
 import asyncio
-import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
 from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, distribution
@@ -17,6 +15,7 @@ import msgspec
 from aiohttp import web
 
 from vllm_proxy.api.openapi import Described, document
+from vllm_proxy.api.static import HEADERS, File, constant, served
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.envelope import Handler
 
@@ -67,14 +66,12 @@ Redoc.init("openapi.json", {
 _LOGO = b"https://cdn.redoc.ly/redoc/logo-mini.svg"  # ReDoc would fetch it
 _NO_LOGO = b"data:,"
 
-_HEADERS = {
+PAGE_HEADERS = {
+    **HEADERS,
     # The pages set styles as they go, and ReDoc searches in a worker made from a blob.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; font-src 'self'; connect-src 'self'; worker-src blob:; frame-ancestors 'none'; "
     "base-uri 'none'; form-action 'self'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # cached, but revalidated: an upgrade changes it
 }
 _SCRIPT, _PNG = "text/javascript", "image/png"
 _OWN = {"swagger.js": _SWAGGER, "redoc.js": _REDOC}
@@ -85,19 +82,6 @@ _PACKAGED = {
     "redoc.standalone.js": ("redoc_ui/redoc.standalone.js", _SCRIPT),
     "redoc.png": ("redoc_ui/favicon-32x32.png", _PNG),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    """What is served under one path."""
-
-    body: bytes
-    kind: str
-    etag: str
-
-    @classmethod
-    def of(cls, body: bytes, kind: str) -> "_File":
-        return cls(body, kind, hashlib.sha256(body).hexdigest()[:16])
 
 
 def find_assets() -> Path | None:
@@ -121,21 +105,14 @@ def routes(others: Iterable[Described], assets: Path | None) -> list[tuple[str, 
         ("GET", "/docs/assets/{file}", _asset(assets)),
     ]
     described = [*others, ("GET", "/openapi.json", None), *((method, path, None) for method, path, _ in found)]
-    json = _File.of(msgspec.json.encode(document(described)), "application/json")
-    return [("GET", "/openapi.json", _constant(json)), *found]
+    json = File.of(msgspec.json.encode(document(described)), "application/json")
+    return [("GET", "/openapi.json", constant(json, PAGE_HEADERS)), *found]
 
 
 def _page(text: str, assets: Path | None) -> Handler:
     if assets is None:
-        return _constant(_File.of(_MISSING.encode(), "text/html"), HTTPStatus.NOT_IMPLEMENTED)
-    return _constant(_File.of(text.encode(), "text/html"))
-
-
-def _constant(file: _File, status: int = HTTPStatus.OK) -> Handler:
-    async def handle(request: web.Request) -> web.Response:
-        return _served(request, file, status)
-
-    return handle
+        return constant(File.of(_MISSING.encode(), "text/html"), PAGE_HEADERS, HTTPStatus.NOT_IMPLEMENTED)
+    return constant(File.of(text.encode(), "text/html"), PAGE_HEADERS)
 
 
 def _asset(assets: Path | None) -> Handler:
@@ -145,23 +122,15 @@ def _asset(assets: Path | None) -> Handler:
         name = request.match_info["file"]
         if assets is None or (name not in _OWN and name not in _PACKAGED):
             raise RequestError("not_found", f"cannot find {request.path}: see GET / for what there is")
-        return _served(request, await asyncio.to_thread(_read, assets, name))
+        return served(request, await asyncio.to_thread(_read, assets, name), PAGE_HEADERS)
 
     return handle
 
 
 @cache
-def _read(assets: Path, name: str) -> _File:
+def _read(assets: Path, name: str) -> File:
     """A file that a page is made of; cached after its first use."""
     if name in _OWN:
-        return _File.of(_OWN[name].encode(), _SCRIPT)
+        return File.of(_OWN[name].encode(), _SCRIPT)
     path, kind = _PACKAGED[name]
-    return _File.of((assets / path).read_bytes().replace(_LOGO, _NO_LOGO), kind)
-
-
-def _served(request: web.Request, file: _File, status: int = HTTPStatus.OK) -> web.Response:
-    headers = {**_HEADERS, "ETag": f'"{file.etag}"'}
-    if any(tag.value in {file.etag, "*"} for tag in request.if_none_match or ()):
-        return web.Response(status=HTTPStatus.NOT_MODIFIED, headers=headers)
-    charset = None if file.kind in {_PNG, "application/json"} else "utf-8"
-    return web.Response(status=status, body=file.body, content_type=file.kind, charset=charset, headers=headers)
+    return File.of((assets / path).read_bytes().replace(_LOGO, _NO_LOGO), kind)

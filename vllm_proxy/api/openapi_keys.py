@@ -15,7 +15,7 @@ from vllm_proxy.domain.adapters import RANKS
 from vllm_proxy.domain.config import AdaptersMax, AdapterTable, ModelTable, Policy, Restart
 from vllm_proxy.domain.key_table import KeyTable, RateTable
 from vllm_proxy.domain.keys import MOST_HASHES, RESERVED
-from vllm_proxy.domain.units import parse_duration
+from vllm_proxy.domain.units import parse_duration, parse_size, parse_size_or_percent
 
 type Schema = dict[str, Any]
 
@@ -39,6 +39,11 @@ _SIZE: Schema = {
     ],
     "examples": ["20GiB"],
 }
+_PART: Schema = {
+    "anyOf": [*_SIZE["anyOf"], {"type": "string", "pattern": r"^(\d{1,2}(\.\d{1,30})?|100(\.0{1,30})?)\s*%$"}],
+    "examples": ["64GiB", "50%"],
+}
+_READ: Mapping[Any, Schema] = {parse_duration: DURATION, parse_size: _SIZE, parse_size_or_percent: _PART}
 _REFERENCES: dict[str, Schema] = {
     "file": {"type": "string", "minLength": 1, "pattern": r"^(?!credential:)[^\x00]+$"},
     "credential": {"type": "string", "pattern": r"^(?!\.{1,2}$)[A-Za-z0-9_.-]{1,255}$"},
@@ -216,9 +221,9 @@ class Generate(GenerateJsonSchema):
         return nullable(self.generate_inner(schema["schema"]))
 
     def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> JsonSchemaValue:
-        """Durations are numbers only once they were read."""
-        if self.mode == "validation" and schema["function"]["function"] is parse_duration:
-            return dict(DURATION)
+        """Durations and sizes are numbers only once they were read."""
+        if self.mode == "validation" and (known := _READ.get(schema["function"]["function"])):
+            return dict(known)
         return super().function_before_schema(schema)
 
 

@@ -17,6 +17,11 @@ PARAMETERS: dict[str, Schema] = {
         "name": "If-Match", "in": "header", "schema": {"type": "string"},
         "description": "Write only if the file still has this revision: an `ETag` of an earlier answer, or `*`.",
     },
+    "topic": {"name": "topic", "in": "path", "required": True, "schema": {"type": "string", "examples": ["errors"]}},
+    "vllm": {
+        "name": "vllm", "in": "query", "schema": {"type": "string", "enum": ["0", "1"], "default": "0"},
+        "description": "`1`: with the options of the vLLM that `[engine]` starts, for who may read.",
+    },
     "lines": {
         "name": "lines", "in": "query", "schema": {"type": "integer", "minimum": 0, "default": 100},
         "description": "How many of the last lines; 10000 at most.",
@@ -78,5 +83,5 @@ PARAMETERS: dict[str, Schema] = {
 }  # fmt: skip
 HEADERS: dict[str, Schema] = {
     "ETag": {"schema": {"type": "string"}, "description": "The quoted revision of the file."},
-    "Location": {"schema": {"type": "string"}, "description": "Where it is that is new."},
+    "Location": {"schema": {"type": "string"}, "description": "Where it is."},
 }

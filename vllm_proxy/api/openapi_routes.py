@@ -267,6 +267,32 @@ def _document(summary: str) -> Operation:
 
 
 _DOCUMENTATION = {
+    "GET /help": Operation(
+        "Documentation",
+        "The pages of the manual",
+        (Answer(200, "A list, at `/help/`.", as_text("text/html")), Answer(308, "There.", {}, ("Location",))),
+        HERE,
+    ),
+    "GET /help/{topic}": Operation(
+        "Documentation",
+        "A page of the manual",
+        (
+            Answer(
+                200,
+                "HTML; Markdown of `TOPIC.md`, and of all pages at once of `all.md`.",
+                as_text("text/html") | as_text("text/markdown"),
+            ),
+            Answer(303, "Where an error code, a reason or an exit status is explained.", {}, ("Location",)),
+        ),
+        (*HERE, "not_found"),
+    ),
+    "GET /schema.json": Operation(
+        "Documentation",
+        "The JSON schema of the configuration",
+        (Answer(200, "For editors.", {"application/schema+json": {"type": "object"}}),),
+        (*HERE, "bad_request"),
+        parameters=("vllm",),
+    ),
     "GET /openapi.json": Operation(
         "Documentation",
         "This document",

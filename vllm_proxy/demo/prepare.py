@@ -24,7 +24,8 @@ from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.errors import StartupError
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.listen import listen
-from vllm_proxy.settings import Settings, demo_state_dir
+from vllm_proxy.places import demo_state_dir
+from vllm_proxy.settings import Settings
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DONE = "model.safetensors"

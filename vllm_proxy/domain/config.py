@@ -18,10 +18,11 @@ from vllm_proxy.domain.address import Address, TcpAddress
 from vllm_proxy.domain.keys import Key, warnings
 from vllm_proxy.domain.moderation import Moderation
 from vllm_proxy.domain.toml import same
-from vllm_proxy.domain.units import Bytes, Seconds, bytes_of
+from vllm_proxy.domain.units import bytes_of
 from vllm_proxy.domain.value_types import (
     AdapterPath,
     Aliases,
+    Bytes,
     Command,
     Count,
     CountOrZero,
@@ -40,6 +41,7 @@ from vllm_proxy.domain.value_types import (
     Origins,
     Port,
     Reference,
+    Seconds,
     Sleep,
     Text,
 )

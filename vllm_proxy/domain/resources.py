@@ -6,7 +6,7 @@ provide it.
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 from pydantic import Field
 
@@ -357,11 +357,4 @@ def _change(action: Action, misfit: str | None) -> Change:
 
 def problems_of(problems: Iterable[errors.Problem]) -> list[Problem]:
     """All that is wrong with a configuration."""
-    return [_problem(item) for item in problems]
-
-
-def _problem(item: errors.Problem) -> Problem:
-    shown: Problem = {"path": item.path, "line": item.line, "message": item.message}
-    if item.file:
-        shown["file"] = item.file
-    return shown
+    return [cast("Problem", errors.as_json(item)) for item in problems]

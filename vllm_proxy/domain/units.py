@@ -10,9 +10,6 @@ import re
 import sys
 from datetime import UTC, datetime
 from fractions import Fraction
-from typing import Annotated
-
-from pydantic import BeforeValidator
 
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
 _SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*(B|kB|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?")
@@ -114,8 +111,3 @@ def show(value: object) -> str:
     quoted = isinstance(value, str | list | dict)
     text = json.dumps(value, ensure_ascii=False, default=str) if quoted else str(value)  # one line, whatever it holds
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-Seconds = Annotated[float, BeforeValidator(parse_duration)]
-Bytes = Annotated[int, BeforeValidator(parse_size)]
-BytesOrPercent = Annotated[int | str, BeforeValidator(parse_size_or_percent)]

@@ -11,10 +11,12 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from vllm_proxy.domain.units import show, show_time
-from vllm_proxy.domain.usage_resources import UsageRow
+
+if TYPE_CHECKING:
+    from vllm_proxy.domain.usage_resources import UsageRow
 
 HOUR = 3600  # seconds
 DAY = 24 * HOUR
@@ -129,7 +131,7 @@ def _known(name: str) -> By:
     raise ValueError(f"by={show(name)}: expected some of key, model, and day or hour, with commas between them")
 
 
-def rows(asked: Query, groups: Groups) -> list[UsageRow]:
+def rows(asked: Query, groups: Groups) -> list["UsageRow"]:
     """A report, in the order of time, then by key and model. To sort what is nearly in order takes no time."""
     found = [_row(dict(zip(asked.by, group, strict=True)), counts) for group, counts in groups.items()]
     return sorted(
@@ -137,7 +139,7 @@ def rows(asked: Query, groups: Groups) -> list[UsageRow]:
     )
 
 
-def _row(group: Mapping[By, str | int], counts: Counts) -> UsageRow:
+def _row(group: Mapping[By, str | int], counts: Counts) -> "UsageRow":
     key, model = group.get("key"), group.get("model")
     row: UsageRow = {
         "key": None if key is None else str(key),
@@ -162,7 +164,7 @@ def columns(by: Collection[str]) -> tuple[str, ...]:
     return ("key", "model", *(name for name in ("hour", "day") if name in by), *_COLUMNS)
 
 
-def as_csv(by: Collection[str], found: Iterable[UsageRow]) -> str:
+def as_csv(by: Collection[str], found: Iterable["UsageRow"]) -> str:
     """A report as CSV (RFC 4180), with the names of its columns in the first line."""
     text, names = io.StringIO(), columns(by)
     writer = csv.writer(text)

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict
 from vllm_proxy.domain import hosts, listener, references, secrets
 from vllm_proxy.domain.adapters import RANKS
 from vllm_proxy.domain.secrets import show
-from vllm_proxy.domain.units import Bytes, BytesOrPercent
+from vllm_proxy.domain.units import parse_duration, parse_size, parse_size_or_percent
 
 _MAX_MODEL_LEN = re.compile(r"auto|\d+(\.\d+)?[kKmMgG]?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # shells drop others from the environment
@@ -146,6 +146,9 @@ def _rank(rank: int) -> int:
     return rank
 
 
+Seconds = Annotated[float, BeforeValidator(parse_duration)]
+Bytes = Annotated[int, BeforeValidator(parse_size)]
+BytesOrPercent = Annotated[int | str, BeforeValidator(parse_size_or_percent)]
 Text = Annotated[str, AfterValidator(_no_nul)]
 NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
 Port = Annotated[int, Field(ge=1, le=65535)]

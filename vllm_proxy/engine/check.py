@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from vllm_proxy.domain import options
-from vllm_proxy.domain.config import EngineSpec, ModelSpec
+from vllm_proxy.domain.config import EngineDefaults, EngineSpec, ModelSpec
 from vllm_proxy.domain.options import OptionTable
 from vllm_proxy.engine.options import OptionTables, vllm_version
 from vllm_proxy.engine.program import Programs
@@ -45,15 +45,22 @@ class OptionCheck:
 
     async def names(self, spec: EngineSpec) -> frozenset[str]:
         """The names of all options, waited for if they are being read; none where they cannot be had soon."""
-        python = self._programs.python(spec)
+        table = await self._table(spec)
+        return options.names(table) if table else frozenset()
+
+    async def of_engine(self, engine: EngineDefaults) -> OptionTable | None:
+        """All options of the vLLM that `[engine]` starts, waited for; None where they cannot be had soon."""
+        return await self._table(EngineSpec(model="any", command=engine.command, env=engine.env))
+
+    async def _table(self, spec: EngineSpec) -> OptionTable | None:
+        python = await self._offload(self._programs.python, spec)
         if python is None:
-            return frozenset()
+            return None
         try:
             async with asyncio.timeout(_NAMES_SECONDS):
-                table = await self._tables.load(python, self._programs.environment(spec))
+                return await self._tables.load(python, self._programs.environment(spec))
         except TimeoutError:
-            return frozenset()
-        return options.names(table) if table else frozenset()
+            return None
 
     @property
     def versions(self) -> frozenset[str]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 from vllm_proxy.domain import fit
-from vllm_proxy.domain.config import Config, Devices, EngineSpec, ModelSpec
+from vllm_proxy.domain.config import Config, Devices, EngineDefaults, EngineSpec, ModelSpec
 from vllm_proxy.domain.file.parse import problems_at
 from vllm_proxy.domain.fit import Demand, Misfit
 from vllm_proxy.domain.ledger import Device, Where
+from vllm_proxy.domain.options import OptionTable
 from vllm_proxy.domain.placement import Machine
 from vllm_proxy.domain.plan import Action, Prospect
 from vllm_proxy.engine.devices import Inventory
@@ -33,6 +34,9 @@ class Check(Protocol):
 
     async def problems(self, model: ModelSpec) -> list[tuple[str, str]]:
         """(key path, message) of each that its engine would refuse."""
+
+    async def of_engine(self, engine: EngineDefaults) -> OptionTable | None:
+        """All that the program of `[engine]` takes; None where that is not known."""
 
     def prefetch(self, specs: Iterable[EngineSpec]) -> None:
         """Read the options of programs that are not known yet, in the background."""
@@ -166,6 +170,10 @@ class Objections:
         """What this machine cannot hold, unless that was so before."""
         wants, before = self._hardware.wants(config), self._hardware.wants(self._running())
         return problems_of(await self._offload(wants.worse_than, before), text)
+
+    async def options(self) -> OptionTable | None:
+        """Those of the vLLM that `[engine]` starts; None where they cannot be had soon."""
+        return await self._check.of_engine(self._running().engine)
 
     async def standing(self) -> list[Misfit]:
         """What this machine cannot hold of what was adopted."""

@@ -34,6 +34,7 @@ class LogWriter:
         self.dropped = 0  # lines
         self.notice: Callable[[int], str] = _plain_notice  # formats the notice of lost lines
         self.mask: Callable[[str], str] = str  # hides the secrets in what is written
+        self.deliver: Callable[[str], int] = self._write_text  # writes lines; returns how many could not be written
         self._descriptor = descriptor
         self._most_waiting = most_waiting
         self._waiting: list[str] = []
@@ -123,7 +124,7 @@ class LogWriter:
         self._failing = False
         while not self._failing and (batch := self._next_batch()):
             text, reported = batch
-            left = self._write_out(text.encode(errors="backslashreplace"))
+            left = self.deliver(text)
             if left:
                 self._failing = True
                 lost = max(left - len(reported), 0)
@@ -147,6 +148,9 @@ class LogWriter:
         self._waiting.append(self.notice(self._lost_after))
         self._reported.append(self._lost_after)
         self._lost_after = 0
+
+    def _write_text(self, text: str) -> int:
+        return self._write_out(text.encode(errors="backslashreplace"))
 
     def _write_out(self, data: bytes) -> int:
         """Write, blocking as long as the reader does not read. Returns how many lines could not be written."""

@@ -33,6 +33,8 @@ class AccessLog:
             self._lines.queue(logline.as_json("request", "info", _fields(call, seconds, first)))
             return
         head = logline.head(self._form, "info")
+        if self._form == "native":
+            head += logline.marked(call.instance, call.model, call.request_id.decode())
         self._lines.queue(
             f"{head}request id={call.request_id.decode()} engine_id={_engine_id(call) or '-'} "
             f"{call.request.method} {call.route} key={_key(call) or '-'} model={call.model or '-'} "

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import pytest
 
-from vllm_proxy import control
+from vllm_proxy.commands import act
 from vllm_proxy.domain.resources import Model
 
 
@@ -33,7 +33,7 @@ def test_a_model_that_gave_way_has_not_failed_and_one_that_never_fits_has(
     state: str, reason: str | None, start: str, *, failed: bool
 ) -> None:
     """After `start`: it served, or was to; nobody has to look at why another one has its room now."""
-    assert control.failed(resource(state, reason, start), "start") is failed
+    assert act.failed(resource(state, reason, start), "start") is failed
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ def test_a_model_is_put_to_sleep_when_it_sleeps_and_no_better_where_it_was_stopp
     action: str, state: str, start: str, *, failed: bool
 ) -> None:
     """One that was woken and sleeps again by itself has not failed; a model that is always to run does not do that."""
-    assert control.failed(resource(state, None, start), action) is failed
+    assert act.failed(resource(state, None, start), action) is failed
 
 
 def test_who_puts_a_model_to_sleep_in_vain_is_told_where_to_look() -> None:
     """Though the model has no reason: it is just stopped."""
-    assert "vllm-proxy help sleep_failed" in (control.advice(resource("stopped", None), "sleep") or "")
-    assert control.advice(resource("error", "crashed"), "start") == (
+    assert "vllm-proxy help sleep_failed" in (act.advice(resource("stopped", None), "sleep") or "")
+    assert act.advice(resource("error", "crashed"), "start") == (
         "`vllm-proxy help crashed` says what to look at, and what to do"
     )

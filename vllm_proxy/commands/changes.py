@@ -1,0 +1,38 @@
+"""A plan as lines for people: what would be done to which model, why, and what would become of it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from vllm_proxy.commands.screen import BOLD, CYAN, DIM, GREEN, PLAIN, RED, YELLOW, Cell, Screen
+from vllm_proxy.domain.keys import KeyChanges, told
+
+if TYPE_CHECKING:
+    from vllm_proxy.domain.resources import Change
+
+
+_COLOURS = {"start": GREEN, "replace": YELLOW, "update": CYAN, "scale": CYAN, "stop": RED}
+
+
+def lines_of(changes: "Sequence[Change]", screen: Screen, keys: KeyChanges | None = None) -> list[str]:
+    """One of each change, and one of the keys where they change. None is cut: all of it matters."""
+    whole = replace(screen, width=None)
+    lines = [whole.line(*_parts(change)) for change in changes]
+    lines += [f"keys: {told(keys)}"] if keys and told(keys) else []
+    return lines or ["nothing to do"]
+
+
+def _parts(change: "Change") -> Iterator[Cell]:
+    yield change["action"], _COLOURS.get(change["action"], PLAIN)
+    yield " "
+    yield change["model"], BOLD
+    yield f": {change['reason']}"
+    yield _prospect(change), RED if "misfit" in change else DIM
+
+
+def _prospect(change: "Change") -> str:
+    """What would become of it."""
+    if "misfit" in change:
+        return f"; it can never run on this machine: {change['misfit']}"
+    place = change.get("place")
+    return f"; on device{'s' if len(place) > 1 else ''} {', '.join(place)}" if place else ""

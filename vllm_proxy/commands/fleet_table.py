@@ -1,0 +1,204 @@
+"""The fleet as a table for people: problems first, then what moves, then the order of the file; and what to do next.
+
+Made of what the daemon tells, by values alone: `status` asks and prints.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from vllm_proxy.commands.screen import BOLD, DIM, GREEN, PLAIN, RED, YELLOW, Cell, Screen
+
+if TYPE_CHECKING:
+    from vllm_proxy.domain.feed_resources import Brief, Replica
+    from vllm_proxy.domain.resources import Health
+
+_LOOKS = {  # shape and colour of a state
+    "ready": ("✓", GREEN),
+    "loading": ("◐", YELLOW),
+    "unloading": ("↓", YELLOW),
+    "error": ("✗", RED),
+    "sleeping": ("☾", DIM),
+    "stopped": ("·", DIM),
+}
+_PROBLEM, _MOVING, _OTHER = range(3)  # in which order
+_NO_PROBLEM = {"stopped_by_hand", "gave_way", "sleeping", None}  # reasons that somebody wanted
+_HEAD = ("", "MODEL", "STATE", "READY", "RUN", "WAIT", "REQ/S", "TOK/S", "MEMORY", "UP", "")
+_NUMBERS = frozenset({"READY", "RUN", "WAIT", "REQ/S", "TOK/S", "MEMORY", "UP"})
+_LESS = ("TOK/S", "REQ/S", "UP", "MEMORY")  # what a narrow terminal goes without, first this
+_NOTE_WIDTH = 16  # what is to be left for the last column
+_UNKNOWN = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A model. None: not known."""
+
+    id: str
+    state: str  # in a word: a state, `disabled`, `on demand`
+    rank: int
+    ready: int
+    replicas: int
+    running: int
+    waiting: int
+    requests: float | None  # a second
+    tokens: float | None  # a second
+    memory: int | None  # bytes
+    since: datetime | None  # when the first of those that are ready became so
+    note: str
+    reason: str | None  # of a problem
+    message: str | None
+
+
+def row_of(model: "Brief") -> Row:
+    """A model as `GET /events?fleet=1` has it."""
+    replicas = model["replicas"]
+    since = [each["since"] for each in replicas if each["since"]]
+    memory = [each["memory"] for each in replicas if each["memory"] is not None]
+    reason = model["reason"] or next((each["reason"] for each in replicas if each["reason"]), None)
+    problem = reason not in _NO_PROBLEM or model["state"] == "error"
+    moving = any(each["state"] in {"loading", "unloading"} for each in replicas)
+    return Row(
+        id=model["id"],
+        state=_word(model),
+        rank=_PROBLEM if problem else _MOVING if moving else _OTHER,
+        ready=sum(each["state"] == "ready" for each in replicas),
+        replicas=len(replicas),
+        running=model["in_flight"],
+        waiting=model["queued"],
+        requests=model["rps"],
+        tokens=model["tps"],
+        memory=sum(memory) if memory else None,
+        since=min(map(datetime.fromisoformat, since), default=None),
+        note=_note(replicas) or (str(reason) if reason and not problem else ""),
+        reason=str(reason or "error") if problem else None,
+        message=model["message"] or next((each["message"] for each in replicas if each["message"]), None),
+    )
+
+
+def _word(model: "Brief") -> str:
+    if model["state"] != "stopped":
+        return model["state"]
+    if not model["enabled"]:
+        return "disabled"
+    by_hand = model["reason"] == "stopped_by_hand"
+    return "on demand" if model["start"] == "on-demand" and not by_hand else "stopped"
+
+
+def _note(replicas: "Sequence[Replica]") -> str:
+    """How far it is that moves: its phase, how much of that is done, how long it may take."""
+    busy = next((each for each in replicas if each["state"] in {"loading", "unloading"} and each["phase"]), None)
+    if busy is None:
+        return ""
+    text = str(busy["phase"]).replace("_", " ")
+    if busy["progress"] is not None:
+        text += f" {busy['progress']:.0%}"
+    return f"{text}, about {short_duration(busy['left'])} left" if busy["left"] else text
+
+
+def lines_of(rows: Iterable[Row], health: "Health", screen: Screen, now: datetime | None = None) -> list[str]:
+    """All of it: a head, the table, and what is wrong with the next commands."""
+    now = now or datetime.now(UTC)
+    shown = sorted(rows, key=lambda row: row.rank)
+    wanted = sum(1 for row in shown if row.state not in {"disabled", "on demand"})
+    ready = sum(1 for row in shown if row.state == "ready")
+    config = health.get("config")
+    facts = [
+        f"{sum(row.running for row in shown)} in flight",
+        f"{sum(row.waiting for row in shown)} waiting",
+        *([f"revision {config['revision'][:8]}"] if config else []),
+    ]
+    lines = [screen.line((f"{ready} of {wanted} models ready", BOLD), *(screen.dot + fact for fact in facts))]
+    if shown:
+        lines += ["", *_table(shown, screen, now)]
+    for row in shown:
+        if row.reason is not None:
+            lines += ["", *_problem(row, screen)]
+    for text, remedy in _of_the_daemon(health):
+        lines += ["", screen.line((text, RED)) if screen.width is None else screen.paint(text, RED)]
+        lines.append(screen.line((f"  {remedy}", DIM)))
+    return lines
+
+
+def _table(rows: Sequence[Row], screen: Screen, now: datetime) -> list[str]:
+    cells = [_cells(row, screen, now) for row in rows]
+    left_out: set[str] = set()
+    for name in ("", *_LESS):
+        left_out |= {name} - {""}
+        places = [place for place, title in enumerate(_HEAD) if title not in left_out and (place or screen.shapes)]
+        wide = sum(max(len(_HEAD[place]), *(len(_plain(row[place])) for row in cells)) + 2 for place in places[:-1])
+        if screen.width is None or wide + _NOTE_WIDTH <= screen.width:
+            break
+    return screen.table(
+        [_HEAD[place] for place in places], [[row[place] for place in places] for row in cells], _NUMBERS
+    )
+
+
+def _plain(cell: Cell) -> str:
+    return cell if isinstance(cell, str) else cell[0]
+
+
+def _cells(row: Row, screen: Screen, now: datetime) -> list[Cell]:
+    state = {"disabled": "stopped", "on demand": "stopped"}.get(row.state, row.state)
+    shape, colour = _LOOKS.get(state, ("?", PLAIN))
+    colour = RED if row.reason is not None else colour
+    note = (row.reason, RED) if row.reason is not None and not row.note else (row.note, YELLOW)
+    if row.reason is not None and row.note:
+        note = (f"{row.note}: {row.reason}", RED)
+    return [
+        (shape, colour) if screen.shapes else "", (row.id, BOLD), (row.state, colour), f"{row.ready}/{row.replicas}",
+        str(row.running), str(row.waiting), _rate(row.requests), _rate(row.tokens),
+        _UNKNOWN if row.memory is None else short_size(row.memory),
+        _UNKNOWN if row.since is None else short_duration((now - row.since).total_seconds()),
+        note,
+    ]  # fmt: skip
+
+
+def _problem(row: Row, screen: Screen) -> list[str]:
+    """The sentence, whole, and what to type next."""
+    about = f"  {row.message}" if row.message else ""
+    whole = Screen(None, screen.colours, screen.shapes)
+    return [
+        whole.line((f"{row.id}: {row.reason}", RED), about),
+        whole.line((f"  vllm-proxy logs {row.id}", DIM), (f"{screen.dot}vllm-proxy help {row.reason}", DIM)),
+    ]
+
+
+def _of_the_daemon(health: "Health") -> Iterable[tuple[str, str]]:
+    """What concerns no single model, and what to type next."""
+    config = health.get("config")
+    if config and config["error"]:
+        yield config["error"], "vllm-proxy check"
+    if config and config["certificate_error"]:
+        yield f"the certificate is rejected: {config['certificate_error']}", "vllm-proxy reload"
+    if config and config["pending_restart"]:
+        yield f"waits for a restart of the daemon: {', '.join(config['pending_restart'])}", "vllm-proxy help changes"
+    for instance in health.get("not_ended", ()):
+        yield f"{instance}: an engine could not be ended", "vllm-proxy help not_ended"
+    if (devices := health.get("devices")) and devices["problem"]:
+        yield f"devices: {devices['problem']}", "vllm-proxy help scheduling"
+    if (usage := health.get("usage")) and usage["error"]:
+        yield f"usage: {usage['error']}", "vllm-proxy help limits"
+
+
+def _rate(value: float | None) -> str:
+    if value is None:
+        return _UNKNOWN
+    return f"{value:.0f}" if value >= 10 or value == 0 else f"{value:.1f}"
+
+
+def short_size(size: int) -> str:
+    """In GiB, or in MiB where that is less than one."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def short_duration(seconds: float) -> str:
+    """In its two largest units: "3d 4h", "12m", "40s"."""
+    whole = max(round(seconds), 0)
+    days, hours, minutes = whole // 86400, whole % 86400 // 3600, whole % 3600 // 60
+    if days:
+        return f"{days}d {hours}h"
+    if hours:
+        return f"{hours}h {minutes}m"
+    return f"{minutes}m {whole % 60}s" if minutes and minutes < 10 else f"{minutes}m" if minutes else f"{whole}s"

@@ -1,0 +1,31 @@
+"""`reload`: has the running daemon read its file and its certificate again, and prints what changed or is wrong."""
+
+import argparse
+import json
+import os
+
+from vllm_proxy import places
+from vllm_proxy.commands.changes import lines_of
+from vllm_proxy.commands.outcome import CONFIG_INVALID, OK, refused_by_daemon
+from vllm_proxy.commands.output import complain, write
+from vllm_proxy.commands.screen import Screen
+from vllm_proxy.connection import connected
+from vllm_proxy.errors import RefusedError
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns when the verdict is known."""
+    where = places.find(os.environ, vars(options))
+    try:
+        with connected(where) as daemon:
+            done = daemon.request("POST", "/config/reload")
+            error = daemon.request("GET", "/health")["config"]["certificate_error"]
+    except RefusedError as refused:
+        return refused_by_daemon(refused, options, where.config_file)
+    if error is not None:
+        complain(f"the certificate before stays in force: {error}")
+    if options.json:
+        write(json.dumps({"changes": done["changes"], "keys": done["keys"]}))
+    else:
+        write("\n".join(lines_of(done["changes"], Screen.of_stdout(), done["keys"])))
+    return OK if error is None else CONFIG_INVALID
