@@ -70,7 +70,7 @@ def routes() -> Iterator[tuple[str, str, Scope | None]]:
 ROUTES = list(routes())
 # The contract's own words, not the table's: what each route needs.
 NEEDS = [
-    (r"GET /(|ready|health|docs|redoc|openapi\.json|docs/assets/.*)", None),
+    (r"GET /(|ready|health|docs|redoc|(openapi|schema)\.json|docs/assets/.*|help(/.*)?)", None),
     (r"GET /metrics(/engines)?", Scope.METRICS),
     (r"GET /(models(/nobody)?|devices|events|usage|stats|requests(/nobody)?)", Scope.READ),
     (r"POST /config/plan", Scope.READ),
