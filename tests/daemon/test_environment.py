@@ -143,7 +143,7 @@ async def test_a_pipe_as_configuration_is_refused_at_the_start(tmp_path: Path) -
 HANGING = """
 import os, sys
 os.fsync, fsync = lambda _: os.open(os.environ["HANGS"], os.O_RDONLY), os.fsync
-from vllm_proxy import cli
+from vllm_proxy import cli, daemon
 os.fsync = fsync
 sys.exit(cli.run(sys.argv[1:]))
 """

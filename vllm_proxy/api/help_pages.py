@@ -64,7 +64,7 @@ def routes() -> list[tuple[str, str, Handler]]:
 async def _contents(request: web.Request) -> web.Response:
     """The list. Its links are relative ones, so that they hold behind a path prefix: they need the slash."""
     if not request.path.endswith("/"):
-        return web.Response(status=308, headers={**PAGE_HEADERS, "Location": "help/"})
+        return web.Response(status=308, headers={**PAGE_HEADERS, "Location": "help/"}, text="The manual is at help/\n")
     return served(request, await asyncio.to_thread(_list), PAGE_HEADERS)
 
 
