@@ -1,5 +1,6 @@
 """The sentence for `systemctl status` is short, cheap and seldom, however large the fleet is. In virtual time."""
 
+import inspect
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -62,7 +63,7 @@ async def test_the_sentence_has_a_longest_length_and_the_rejection_is_in_it(tmp_
 async def test_each_model_is_looked_at_once_for_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So it costs twice as much for twice as many models, not four times."""
     looked: list[str] = []
-    state = Model.__dict__["state"].fget
+    state = inspect.getattr_static(Model, "state").fget
 
     def counted(one: Model) -> object:
         looked.append(one.spec.id)

@@ -36,6 +36,8 @@ def rendered(value: object) -> str:
 
 def same(one: object, other: object) -> bool:
     """Whether two values mean the same. `1`, `1.0` and `true` do not, though they are equal for Python; `nan` does."""
+    if one is other:  # most are: defaults, of hundreds of models at once
+        return True
     if isinstance(one, Mapping):
         return isinstance(other, Mapping) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
     if type(one) is not type(other):
