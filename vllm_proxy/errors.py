@@ -127,9 +127,14 @@ class RequestError(VllmProxyError):
         return STATUS[self.code]
 
 
-def model_not_found(name: str) -> RequestError:
-    """Of a model that is not there, and of one that is not for the caller: in the same words, so as to tell nothing."""
+def model_not_found(name: str, usable: Sequence[str] = ()) -> RequestError:
+    """Of a model that is not there, and of one that is not for the caller: in the same words, so as to tell nothing.
+
+    `usable`: some that there are for this caller.
+    """
     msg = f"cannot find model {name!r}: there is no such model, or this key may not use it"
+    if usable:
+        msg = f"{msg}; there is {', '.join(usable)}"
     return RequestError("model_not_found", msg, param="model")
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.engine.virtual import model, now, passes, settle, virtual
 from vllm_proxy.domain.address import TcpAddress
+from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.endpoint import Endpoint
@@ -74,6 +75,24 @@ async def test_a_name_that_nobody_has_is_not_found() -> None:
     error = await refusal(registry_of(), "Chat")
     assert (error.code, error.status, error.param) == ("model_not_found", 404, "model")
     assert "'Chat'" in error.message
+
+
+@virtual
+async def test_the_error_names_up_to_ten_models_that_the_caller_may_use() -> None:
+    """No disabled one, and none that its key does not allow: whether such a one is there, it does not tell."""
+    many = "".join(f'[models.m{number}]\nmodel = "x"\n' for number in range(12))
+    specs = parse_config(f'{many}[models.off]\nmodel = "x"\nenabled = false\n'.encode(), "models.toml").models
+    registry = Registry()
+    for spec in specs.values():
+        registry.declare(spec, lambda: None)
+    for allowed, named in (
+        (None, [f"m{number}" for number in range(10)]),
+        (frozenset({"m11", "off", "m1"}), ["m1", "m11"]),
+        (frozenset[str](), []),
+    ):
+        with pytest.raises(RequestError) as refused:
+            registry.find("nobody" if allowed is None else "m5", allowed)
+        assert refused.value.message.partition("; there is ")[2] == ", ".join(named)
 
 
 @virtual

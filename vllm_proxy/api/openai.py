@@ -104,10 +104,7 @@ def found(call: Call, name: str, registry: Registry) -> Route:
         RequestError: `model_not_found`.
 
     """
-    allowed = call.caller.models
-    if allowed is not None and name not in allowed:
-        raise model_not_found(name)
-    return registry.find(name)
+    return registry.find(name, call.caller.models)
 
 
 def list_models(registry: Registry, reconciler: Reconciler) -> Answers[resources.Cards]:

@@ -19,7 +19,7 @@ from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.tokens import Tokens, of_event
-from vllm_proxy.errors import EngineFailedError, LateRequestError, RequestError, model_not_found
+from vllm_proxy.errors import EngineFailedError, LateRequestError, RequestError
 from vllm_proxy.runtime.background import spawn
 from vllm_proxy.traffic.body import with_model
 from vllm_proxy.traffic.budget import Budget
@@ -153,9 +153,7 @@ async def _run_session(call: Call, sessions: Sessions, client: web.WebSocketResp
 
 
 def _find(call: Call, sessions: Sessions, name: str) -> None:
-    if not call.caller.may_use(name):
-        raise model_not_found(name)
-    route = sessions.registry.find(name)
+    route = sessions.registry.find(name, call.caller.models)
     call.model = route.spec.id
     refuse_unchecked(route)
 

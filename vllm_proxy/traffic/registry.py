@@ -10,6 +10,8 @@ waits.
 import asyncio
 import math
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from itertools import islice
 from typing import Self
 
 from vllm_proxy.domain.config import ModelSpec, Policy
@@ -20,6 +22,7 @@ from vllm_proxy.traffic.endpoint import Endpoint
 from vllm_proxy.traffic.queue import Turn, Waiter
 from vllm_proxy.traffic.routing import Route, least_loaded, spec_of
 
+_NAMED = 10  # models that the error about an unknown one names
 _MOST_RETRY_AFTER = 120  # seconds: the OpenAI client gives up where it is asked to wait for longer
 
 
@@ -212,16 +215,21 @@ class Registry:
         enabled = {name: route for name, route in self._named.items() if route.spec.policy.enabled}
         return dict(sorted(enabled.items(), key=lambda item: item[0] != item[1].spec.id))
 
-    def find(self, name: str) -> Route:
-        """The route of an id or alias.
+    def find(self, name: str, allowed: AbstractSet[str] | None = None) -> Route:
+        """The route of an id or alias. `allowed`: those that the caller may use; None: all.
 
         Raises:
-            RequestError: `model_not_found`.
+            RequestError: `model_not_found`, with some that there are.
 
         """
         route = self._named.get(name)
-        if route is None:
-            raise model_not_found(name)
+        if route is None or (allowed is not None and name not in allowed):
+            usable = (
+                each
+                for each, route in self._named.items()
+                if route.spec.policy.enabled and (allowed is None or each in allowed)
+            )
+            raise model_not_found(name, [*islice(usable, _NAMED)])
         return route
 
     def base_of(self, model_id: str) -> str:
