@@ -23,7 +23,7 @@
         python = {
           pkgs = builtins.listToAttrs (
             map (name: { inherit name; value = derivation' name; }) [
-              "aiohttp" "aiohttp-swagger3" "hatchling" "httptools" "msgspec" "nvidia-ml-py" "prometheus-client"
+              "aiohttp" "aiohttp-swagger3" "hatchling" "httptools" "markdown-it-py" "msgspec" "nvidia-ml-py"
               "pydantic" "python-dotenv" "python-multipart" "sdnotify" "structlog" "tomli-w" "uvloop" "vllm" "watchfiles"
             ]
           ) // {
