@@ -257,6 +257,7 @@ async def test_head_is_answered_where_there_is_a_length_and_nowhere_else(shared:
     paths = {path for path, methods in (await shared.get("/openapi.json"))["paths"].items() if "get" in methods}
     given = {"/docs/assets/{file}": "/docs/assets/swagger.js", "/keys/{name}": "/keys/head"}
     given |= {"/models/{model_id}/logs": "/models/chat/logs", "/requests/{request_id}": "/requests/head"}
+    given |= {"/help": "/help/", "/help/{topic}": "/help/start"}
     await shared.post("/keys", {"name": "head"}, 201)
     async with connected(shared.port) as client:
         await client.send(request(PATH, b'{"model": "chat"}', "X-Request-Id: head"))
