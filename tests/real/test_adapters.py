@@ -196,7 +196,6 @@ async def test_an_engine_outlives_the_files_of_its_adapters(folder: Path) -> Non
         assert await running.pids("chat") == pids
 
 
-@pytest.mark.last
 async def test_a_larger_rank_is_a_replacement_that_the_plan_names_and_each_replica_holds_all(folder: Path) -> None:
     """Rank 64 where the engine has room for 8; a second instance is given all of them before it serves."""
     make_adapter(folder / "adapters" / "large", rank=64, seed=5)
