@@ -216,7 +216,6 @@ async def test_the_fake_answers_for_names_and_folders_in_the_same_words(adaptabl
     assert [status for status, _ in real] == [400, 400, 404, 404, 500, 404, 400, 200, 400, 200]
 
 
-@pytest.mark.last
 async def test_a_forgotten_one_whose_files_are_gone_ends_the_engine(adaptable: Adaptable, tmp_path: Path) -> None:
     """As it ends the fake, with the same answer: this is why adapters are given as snapshots that stay."""
     folder = make_adapter(tmp_path / "gone")
