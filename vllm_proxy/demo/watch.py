@@ -40,12 +40,13 @@ def watch(reconciler: Reconciler, address: str, file: Path, place: str = "") -> 
 
 def _invitation(address: str, file: Path, place: str) -> str:
     base = address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")  # noqa: S104 - shown, not listened on
+    socket = file.parent / "control.sock"  # who may use it needs no key
     return f"""
 Ready: {base}/v1 speaks the OpenAI API, with models "chat" and "embed". Try:
 
 curl -s {base}/v1/chat/completions -H 'Content-Type: application/json' \\
   -d '{{"model": "chat", "temperature": 0, "max_tokens": 32,
-       "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+       "messages": [{{"role": "user", "content": "Name the capital of France."}}]}}'
 
 curl -s {base}/v1/embeddings -H 'Content-Type: application/json' \\
   -d '{{"model": "embed", "input": "Hello"}}'
@@ -54,7 +55,7 @@ What next (from a checkout: `sh packaging/dev run vllm-proxy ...`):
 
   the file, followed as you save it   {file}
   what an edit would do               vllm-proxy plan{place}
-  another value without an editor     curl -X PATCH {base}/models/chat --json '{{"max_in_flight": 4}}'
+  another value without an editor     curl --unix-socket {socket} -X PATCH localhost/models/chat --json '{{"max_in_flight": 4}}'
   what an engine says                 vllm-proxy logs --follow{place} chat
   all routes                          {base}/docs
 """
