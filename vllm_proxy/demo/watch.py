@@ -55,7 +55,8 @@ What next (from a checkout: `sh packaging/dev run vllm-proxy ...`):
 
   the file, followed as you save it   {file}
   what an edit would do               vllm-proxy plan{place}
-  another value without an editor     curl --unix-socket {socket} -X PATCH localhost/models/chat --json '{{"max_in_flight": 4}}'
+  another value without an editor     curl --unix-socket {socket} \\
+                                        -X PATCH localhost/models/chat --json '{{"max_in_flight": 4}}'
   what an engine says                 vllm-proxy logs --follow{place} chat
   all routes                          {base}/docs
 """
