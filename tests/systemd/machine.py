@@ -82,6 +82,19 @@ class Machine:
                 return
             assert within, f"{unit}: {found!r}\n{self.journal()}"
 
+    def entries(self, *match: str, having: str = "MESSAGE", unit: str = "vllm-proxy") -> list[dict[str, str]]:
+        """The journal's entries of a unit that match `FIELD=value` and have a field; waits until there is one.
+
+        The daemon writes its lines from a thread of its own, and journald takes them up when it comes to it.
+        """
+        found: list[dict[str, str]] = []
+        for within in _looks(WAIT_SECONDS):
+            lines = self.run("journalctl", "--no-pager", "-o", "json", "-u", unit, *match).stdout.splitlines()
+            if found := [entry for entry in map(json.loads, lines) if having in entry]:
+                break
+            assert within, f"{unit}: nothing has {having} and {match}\n{self.journal()}"
+        return found
+
     def journal(self, unit: str = "vllm-proxy") -> str:
         """What a unit and systemd about it have logged."""
         command = ("journalctl", "--no-pager", "-o", "cat", "-u", unit)
