@@ -54,9 +54,9 @@ loras = 1
 
 
 @pytest.fixture(scope="module")
-async def folder(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path]:
+async def folder(new_place: Callable[[str], Path]) -> AsyncIterator[Path]:
     """Where a daemon started the engine that the tests find: each ends its daemon, and keeps it. Then it ends."""
-    place = tmp_path_factory.mktemp("adapters")
+    place = new_place("adapters")
     for seed, name in enumerate(("one", "two", "three", "four"), 1):
         make_adapter(place / "adapters" / name, seed=seed)
     async with daemon(configuration(chat_model(os.environ)), place) as running:

@@ -110,9 +110,9 @@ def working() -> str:
 
 
 @pytest.fixture(scope="module")
-async def begun(working: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+async def begun(working: str, new_place: Callable[[str], Path]) -> tuple[Path, int]:
     """Where a daemon was killed while vLLM loaded, and the first process of that."""
-    folder = tmp_path_factory.mktemp("faults")
+    folder = new_place("faults")
     async with daemon(working, folder) as first:
         pid = (await once_started(first))["pid"]
         await first.stop(signal.SIGKILL)

@@ -109,9 +109,9 @@ class Adaptable:
 
 
 @pytest.fixture(scope="module")
-async def adaptable(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Adaptable]:
+async def adaptable(new_place: Callable[[str], Path]) -> AsyncIterator[Adaptable]:
     """One engine for all."""
-    async with daemon(configuration(chat_model(os.environ)), tmp_path_factory.mktemp("lora")) as running:
+    async with daemon(configuration(chat_model(os.environ)), new_place("lora")) as running:
         await running.until("1 of 1 models ready", LOAD_SECONDS)
         (record,) = tomllib.loads((running.state_dir / "engines.toml").read_text())["engines"]
         address = parse_address(record["address"])

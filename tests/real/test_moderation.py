@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -43,9 +44,9 @@ class Guarded:
 
 
 @pytest.fixture(scope="module")
-async def guarded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guarded]:
+async def guarded(new_place: Callable[[str], Path]) -> AsyncIterator[Guarded]:
     """Both models ready; the classes of the guard stand in its own config.json alone."""
-    folder = tmp_path_factory.mktemp("moderation")
+    folder = new_place("moderation")
     command = [sys.executable, classifier.__file__, str(folder / "guard-model")]
     await asyncio.to_thread(subprocess.run, command, check=True, timeout=300)
     environment = "\n".join(f'{name} = "{value}"' for name, value in openmp(1).items())

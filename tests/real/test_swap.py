@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -60,14 +60,14 @@ enforce_eager = true
 """
 
 
-async def test_an_idle_engine_is_gone_at_once(tmp_path: Path) -> None:
+async def test_an_idle_engine_is_gone_at_once(new_place: Callable[[str], Path]) -> None:
     """With all its processes: it is killed, which takes a tenth of a second on a quiet machine. Asked, it took five.
 
     Small ones, of which only one is allowed: what an engine has touched is taken back by the kernel at some GiB a
     second. Before the large ones of this file are there: they leave no room for it.
     """
     config = configuration(chat_model(os.environ), SMALL / MEMORY.total, f'limit = {{ cpu = "{int(1.5 * SMALL)}B" }}')
-    async with daemon(config, tmp_path) as running:
+    async with daemon(config, new_place("small")) as running:
         instance, other = await one_serves(running)
         assert len(session_of(instance["pid"])) >= 3  # server, engine core, worker
         await asyncio.sleep(6)  # it has been idle for long enough to give way at once
@@ -81,9 +81,9 @@ async def test_an_idle_engine_is_gone_at_once(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
+async def two(new_place: Callable[[str], Path]) -> AsyncIterator[Daemon]:
     """A daemon with both; nothing of it is left."""
-    async with daemon(configuration(chat_model(os.environ), SHARE), tmp_path_factory.mktemp("swap")) as running:
+    async with daemon(configuration(chat_model(os.environ), SHARE), new_place("swap")) as running:
         yield running
         assert await running.stop() == 0
 
