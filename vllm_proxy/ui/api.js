@@ -42,8 +42,9 @@ export function enterKey(why = "") {
 }
 
 // Returns the JSON of the answer (null of 204); with `raw` the Response. `body` is made JSON unless `type` is given.
+// A 401 opens the dialogue for a key, unless `quiet`: what nobody has clicked for interrupts nobody.
 // Throws Refused, TypeError without a connection, AbortError.
-export async function call(method, path, { body, type, headers, signal, raw } = {}) {
+export async function call(method, path, { body, type, headers, signal, raw, quiet } = {}) {
   const sent = {
     ...(body !== undefined && { "Content-Type": type ?? "application/json" }),
     ...(key && { Authorization: `Bearer ${key}` }),
@@ -53,7 +54,7 @@ export async function call(method, path, { body, type, headers, signal, raw } = 
   const answer = await fetch(address(path), { method, body: text, signal, headers: sent, cache: "no-store" });
   if (answer.ok) return raw ? answer : answer.status === 204 ? null : answer.json();
   const refused = new Refused(answer.status, (await answer.json().catch(() => null))?.error);
-  if (answer.status === 401 && (await enterKey(refused.message))) {
+  if (answer.status === 401 && !quiet && (await enterKey(refused.message))) {
     return call(method, path, { body, type, headers, signal, raw });
   }
   throw refused;
@@ -90,8 +91,10 @@ function parsed(block) {
 
 // Follow a stream of events as long as it is wanted and the tab is seen; a lost connection is made anew.
 // EventSource cannot send a key, and would keep its connection in hidden tabs: browsers have six for one server.
-//   path: a function; each: called with an event; told: (connected, why not); signal: ends it.
-export async function follow(path, each, told, signal) {
+//   path: a function; each: called with an event; told: (connected, a Refused or null); signal: ends it;
+//   quiet: as of `call`; without it, the dialogue opens once.
+export async function follow(path, each, told, { signal, quiet = false } = {}) {
+  let silent = quiet;
   for (let wait = 500; !signal?.aborted; wait = Math.min(wait * 2, 10_000)) {
     await seen(signal);
     const stop = new AbortController();
@@ -104,16 +107,20 @@ export async function follow(path, each, told, signal) {
     };
     document.addEventListener("visibilitychange", hide);
     signal?.addEventListener("abort", end);
-    let why = "";
+    let why = null;
     try {
       if (signal?.aborted) return;
-      const answer = await call("GET", path(), { raw: true, signal: stop.signal });
-      told(true, "");
+      const answer = await call("GET", path(), { raw: true, signal: stop.signal, quiet: silent });
+      told(true, null);
+      silent = quiet;
       wait = 250;
       for await (const event of events(answer, beat)) each(event);
     } catch (error) {
-      why = error instanceof Refused ? error.message : "";
-      if (error instanceof Refused && error.status < 500) wait = 10_000;
+      if (error instanceof Refused) {
+        why = error;
+        silent = true;
+        if (error.status < 500) wait = 10_000;
+      } else if (error.name !== "AbortError" && !(error instanceof TypeError)) throw error;
     } finally {
       clearTimeout(alive);
       document.removeEventListener("visibilitychange", hide);

@@ -12,7 +12,7 @@
 import { enterKey } from "./api.js";
 import { configuration } from "./config.js";
 import { devices } from "./devices.js";
-import { h, plural, say, setAttribute, setText } from "./dom.js";
+import { h, plural, problem, say, setAttribute, setText } from "./dom.js";
 import { happenings } from "./events.js";
 import { begin, onChange, problems, store } from "./feed.js";
 import { fleet } from "./fleet.js";
@@ -41,6 +41,8 @@ const main = document.querySelector("main");
 const links = Object.entries(SCREENS).flatMap(([to, [name]]) => (name ? [[to, h("a", { href: `#/${to}` }, name)]] : []));
 const connection = h("span", { class: "connection", role: "status" });
 const theme = h("button", { class: "plain", onclick: nextTheme });
+const why = h("p");
+const banner = problem("", why, h("button", { class: "main", onclick: () => enterKey() }, "Enter a key"));
 let screen = null;
 let title = "";
 let due = false;
@@ -53,14 +55,24 @@ function head() {
   );
 }
 
+// What keeps the daemon from telling anything, above every screen.
+function aboveAll() {
+  banner.classList.add("banner");
+  banner.setAttribute("role", "alert");
+  banner.hidden = true;
+  main.before(banner);
+}
+
 function updateHead() {
   const wrong = problems().length;
   const state = store.live === null ? "connecting" : store.live ? "live" : "lost";
   setAttribute(connection, "class", `connection ${state} ${wrong ? "wrong" : ""}`);
-  let text = store.live === null ? "connecting" : "live";
-  if (store.live === false) text = store.reason || "connection lost, trying again";
+  let text = state;
+  if (store.live === false) text = store.refused ? "not let in" : "connection lost, trying again";
   else if (store.live && wrong) text = `live · ${plural(wrong, "problem")}`;
   setText(connection, text);
+  banner.hidden = !store.refused;
+  setText(why, store.refused?.message ?? "");
   document.title = `${wrong ? `(${wrong}) ` : ""}${title} · vllm-proxy`;
 }
 
@@ -120,6 +132,7 @@ document.querySelector(".skip").onclick = (event) => {
   main.focus();
 };
 head();
+aboveAll();
 const kept = localStorage.getItem(THEME) ?? "";
 setTheme(Object.hasOwn(THEMES, kept) ? kept : "");
 onChange(render);

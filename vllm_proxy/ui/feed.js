@@ -11,7 +11,7 @@ export const store = {
   happened: [], // the oldest first
   told: false, // whether it is known what there is
   live: null, // null: it was never connected
-  reason: "", // why it is not
+  refused: null, // why it is not: the daemon's error
 };
 const listeners = new Set();
 let last = "0"; // the id of the last happening
@@ -91,9 +91,9 @@ export function begin() {
       if (id) last = id;
       changed();
     },
-    (live, reason) => {
+    (live, refused) => {
       store.live = live;
-      store.reason = reason;
+      store.refused = refused;
       changed();
     },
   );

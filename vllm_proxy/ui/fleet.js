@@ -41,22 +41,21 @@ export function phases(id) {
   return node;
 }
 
-// What is wrong, each with what can be done: `node.update()`.
-export function problemList() {
+// What is wrong, each with what can be done: `node.update(only)`. `here`: it is on the model's own screen.
+export function problemList(here = false) {
   const node = h("section", { "aria-label": "Problems", role: "status" });
   const one = (found) => {
     const text = h("span");
-    const code = h("b");
     const help = h("a", { class: "code" });
     const { model } = found;
     const box = problem(
       found.mild ? "mild" : "",
-      h("p", {}, model && h("b", {}, `${model.id} `), code, text),
+      h("p", {}, model && !here && h("b", {}, `${model.id} `), text),
       h(
         "div",
         { class: "acts" },
         help,
-        h("a", { class: "button", href: found.to }, model ? "Show" : "Configuration"),
+        !here && h("a", { class: "button", href: found.to }, model ? "Show" : "Configuration"),
         model && h("a", { class: "button", href: `#/config/model/${encodeURIComponent(model.id)}` }, "Change…"),
         model && h("button", { onclick: () => act(model.id, "start"), "aria-label": `Try ${model.id} again` }, "Try again"),
       ),
@@ -185,8 +184,8 @@ export function fleet(main) {
   );
   async function past(signal) {
     const [stats, devices] = await Promise.all([
-      call("GET", "stats?minutes=60", { signal }),
-      call("GET", "devices", { signal }),
+      call("GET", "stats?minutes=60", { signal, quiet: true }),
+      call("GET", "devices", { signal, quiet: true }),
     ]);
     history.clear();
     for (const model of stats.models) history.set(model.id, drawable(model));
