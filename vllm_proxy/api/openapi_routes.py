@@ -176,7 +176,10 @@ _KEYS = {
 }
 _CONFIGURATION = {
     "GET /config": Operation(
-        "Configuration", "Show the file", (Answer(200, "As it is on disk.", as_text("text/toml"), _ETAG),), HERE
+        "Configuration",
+        "Show the file",
+        (Answer(200, "As it is on disk.", as_text("text/toml"), (*_ETAG, "X-Vllm-Proxy-Read-Only")),),
+        (*HERE, "invalid_config"),
     ),
     "PUT /config": Operation(
         "Configuration",
