@@ -234,15 +234,21 @@ async def test_a_request_is_cancelled_from_the_page(page: Page, fleet: Daemon) -
 
 
 async def test_requests_can_be_filtered_and_looked_at(page: Page, fleet: Daemon) -> None:
-    """By text and by errors alone; one has an address of its own."""
-    await fleet.post(CHAT_PATH, {**ASK, "stream": False})
-    await fleet.post(CHAT_PATH, {**ASK, "model": "nobody"}, status=404)
+    """By errors alone and by text; one has an address of its own."""
+    for model in ("chat", "nobody"):
+        body = {**ASK, "model": model, "stream": False}
+        async with fleet.session.post(CHAT_PATH, json=body, headers={"X-Request-Id": f"of-{model}"}) as answer:
+            assert answer.status == (200 if model == "chat" else 404)
     await goes(page, "requests")
-    await page.until("document.querySelectorAll('div.requests tbody tr').length >= 2")
+    await page.until(f"{has('div.requests', 'of-chat')} && {has('div.requests', 'of-nobody')}")
     await page.evaluate("document.querySelector('main input[type=checkbox]').click()")
-    await page.until("[...document.querySelectorAll('div.requests .status')].every(it => it.innerText !== '200')")
-    assert "model_not_found" in await page.text()
-    await page.evaluate("document.querySelector('div.requests tbody td.id a').click()")
+    await page.until(f"!{has('div.requests', 'of-chat')} && {has('div.requests', 'of-nobody')}")
+    await page.evaluate(
+        "const field = document.querySelector('main input[type=search]');"
+        " field.value = 'of-nobody'; field.dispatchEvent(new Event('input'))"
+    )
+    await page.until("document.querySelectorAll('div.requests tbody tr').length === 1")
+    await page.evaluate("document.querySelector('div.requests td.id a').click()")
     await page.until(has("dl.facts", "model_not_found"))
 
 

@@ -58,7 +58,7 @@ export function problemList(here = false) {
         !here && h("a", { class: "button", href: found.to }, model ? "Show" : "Configuration"),
         model && h("a", { class: "button", href: `#/config/model/${encodeURIComponent(model.id)}` }, "Change…"),
         model &&
-          h("button", { onclick: () => act(model.id, "start"), "aria-label": `Try ${model.id} again` }, "Try again"),
+          h("button", { onclick: () => act(model.id, "start"), "aria-label": `Try again: ${model.id}` }, "Try again"),
       ),
     );
     box.update = (now) => {

@@ -70,7 +70,7 @@ export function model(main, [id = ""]) {
     show(spec, keys(whole, schema));
     if (whole.effective.sleep && !does.querySelector(".sleep")) {
       const sleep = () => act(id, "sleep");
-      acts?.append(h("button", { class: "sleep", onclick: sleep, "aria-label": `Put ${id} to sleep` }, "Sleep"));
+      acts?.append(h("button", { class: "sleep", onclick: sleep, "aria-label": `Sleep ${id}` }, "Sleep"));
     }
   }
 
