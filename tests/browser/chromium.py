@@ -111,6 +111,10 @@ class Page:
         await self.call("Input.dispatchKeyEvent", type="keyDown", **sent, **({"text": text} if text else {}))
         await self.call("Input.dispatchKeyEvent", type="keyUp", **sent)
 
+    async def close(self) -> None:
+        """Close the tab."""
+        await self.call("Page.close")
+
     async def front(self) -> None:
         """Show it, and hide the others."""
         await self.call("Page.bringToFront")

@@ -38,7 +38,9 @@ const THEMES = { "": "light dark", light: "light", dark: "dark" };
 const THEME = "vllm-proxy.theme"; // the only thing that is kept in the browser
 
 const main = document.querySelector("main");
-const links = Object.entries(SCREENS).flatMap(([to, [name]]) => (name ? [[to, h("a", { href: `#/${to}` }, name)]] : []));
+const links = Object.entries(SCREENS).flatMap(([to, [name]]) =>
+  name ? [[to, h("a", { href: `#/${to}` }, name)]] : [],
+);
 const connection = h("span", { class: "connection", role: "status" });
 const theme = h("button", { class: "plain", onclick: nextTheme });
 const why = h("p");
@@ -50,7 +52,12 @@ let due = false;
 function head() {
   document.querySelector("header").append(
     h("a", { class: "brand", href: "#/fleet" }, "vllm-proxy"),
-    h("nav", { "aria-label": "Screens" }, links.map(([, link]) => link), h("a", { href: "../help/" }, "Help")),
+    h(
+      "nav",
+      { "aria-label": "Screens" },
+      links.map(([, link]) => link),
+      h("a", { href: "../help/" }, "Help"),
+    ),
     h("div", { class: "tools" }, connection, h("button", { class: "plain", onclick: () => enterKey() }, "Key"), theme),
   );
 }

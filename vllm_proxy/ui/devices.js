@@ -36,11 +36,15 @@ function gauge() {
 
 // From the left: who has how much; at the right end what engines are never given.
 function segments({ total, holds, foreign, reserve }) {
-  const rect = (kind, x, width) => s("rect", { class: kind, x, y: 0, width: Math.max(0, Math.min(width, 100 - x)), height: 1 });
+  const rect = (kind, x, width) =>
+    s("rect", { class: kind, x, y: 0, width: Math.max(0, Math.min(width, 100 - x)), height: 1 });
   const kept = Math.min(100, (100 * reserve) / total);
   const found = [rect("reserve", 100 - kept, kept)];
   let at = 0;
-  for (const [size, kind] of [...holds.map((one) => [one.bytes, one.standing]), ...foreign.map((one) => [one.bytes, "foreign"])]) {
+  for (const [size, kind] of [
+    ...holds.map((one) => [one.bytes, one.standing]),
+    ...foreign.map((one) => [one.bytes, "foreign"]),
+  ]) {
     found.push(rect(kind, Math.min(at, 100), (100 * size) / total));
     at += (100 * size) / total;
   }
@@ -48,19 +52,27 @@ function segments({ total, holds, foreign, reserve }) {
 }
 
 function part(kind, name, size, more = "") {
-  return h("tr", {}, h("td", {}, h("i", { class: `swatch ${kind}` }), name), h("td", { class: "n" }, bytes(size)), h("td", { class: "sub" }, more));
+  return h(
+    "tr",
+    {},
+    h("td", {}, h("i", { class: `swatch ${kind}` }), name),
+    h("td", { class: "n" }, bytes(size)),
+    h("td", { class: "sub" }, more),
+  );
 }
 
 function parts(device) {
   const { holds, foreign, reserve, total, free, promised_to: next } = device;
   const held = [...holds, ...foreign].reduce((sum, one) => sum + one.bytes, 0);
-  const link = (instance) => h("a", { href: `#/model/${encodeURIComponent(instance.replace(/\/\d+$/, ""))}` }, instance);
+  const link = (instance) =>
+    h("a", { href: `#/model/${encodeURIComponent(instance.replace(/\/\d+$/, ""))}` }, instance);
   return [
     ...holds.map((one) => part(one.standing, link(one.instance), one.bytes, STANDING[one.standing])),
     ...foreign.map((one) => part("foreign", `${one.name} (${one.pid})`, one.bytes, "another program")),
     part("reserve", "reserved", reserve, "engines are never given it"),
     part("free", "for one more engine", Math.max(0, total - reserve - held), next ? `goes to ${next}` : ""),
-    free !== null && h("tr", {}, h("td", { class: "sub" }, "free, as measured"), h("td", { class: "n sub" }, bytes(free)), h("td")),
+    free !== null &&
+      h("tr", {}, h("td", { class: "sub" }, "free, as measured"), h("td", { class: "n sub" }, bytes(free)), h("td")),
   ];
 }
 
@@ -70,7 +82,12 @@ function card(first) {
   const node = h(
     "section",
     { class: "card device", "aria-label": nameOf(first) },
-    h("div", { class: "bar top" }, h("h2", {}, nameOf(first)), h("span", { class: "sub" }, `${first.name} · ${bytes(first.total)}`)),
+    h(
+      "div",
+      { class: "bar top" },
+      h("h2", {}, nameOf(first)),
+      h("span", { class: "sub" }, `${first.name} · ${bytes(first.total)}`),
+    ),
     bar,
     h("table", { "aria-label": `Who has the memory of ${nameOf(first)}` }, rows),
   );
@@ -94,7 +111,12 @@ export function devices(main) {
   repeat(
     async (signal) => {
       const found = await call("GET", "devices", { signal, quiet: true });
-      keyed(wrong, found.problem ? [found.problem] : [], (text) => text, (text) => problem("mild", h("p", {}, text)));
+      keyed(
+        wrong,
+        found.problem ? [found.problem] : [],
+        (text) => text,
+        (text) => problem("mild", h("p", {}, text)),
+      );
       keyed(all, found.devices, (device) => device.id, card);
       setText(told, found.unmanaged ?? "");
     },

@@ -56,9 +56,11 @@ export function keyed(parent, items, key, make) {
   if (focused !== document.activeElement && parent.contains(focused)) focused.focus({ preventScroll: true });
 }
 
-// A table whose rows are cards on a narrow screen. columns: [name, class of its cells]; cells carry `data-l`, the name.
+// A table whose rows are cards on a narrow screen, with `data-l` of a cell in front of it. columns: [name, class of its
+// head]; "" is that of buttons.
 export function table(label, columns, body) {
-  const heads = columns.map(([name, kind]) => h("th", { scope: "col", class: kind }, name));
+  const unseen = () => h("span", { class: "unseen" }, "Actions");
+  const heads = columns.map(([name, kind]) => h("th", { scope: "col", class: kind }, name || unseen()));
   return h(
     "div",
     { class: "card wide" },

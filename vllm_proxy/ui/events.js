@@ -31,7 +31,9 @@ function what(one) {
 
 function accepted({ revision, changes, keys }) {
   const steps = changes.map((change) => `${change.action} ${change.model} (${change.reason})`);
-  const counts = Object.entries(keys ?? {}).flatMap(([how, names]) => (names.length ? [`${plural(names.length, "key")} ${how}`] : []));
+  const counts = Object.entries(keys ?? {}).flatMap(([how, names]) =>
+    names.length ? [`${plural(names.length, "key")} ${how}`] : [],
+  );
   const said = [...steps, ...counts].join(", ") || "nothing changes for engines";
   return [h("code", {}, revision.slice(0, 8)), ` ${said}`];
 }
@@ -60,7 +62,11 @@ export function happenings(main) {
   let kind = "all";
   let most = SHOWN;
   const choices = Object.keys(KINDS).map((name) =>
-    h("button", { "aria-pressed": String(name === kind), onclick: () => choose(name) }, name[0].toUpperCase() + name.slice(1)),
+    h(
+      "button",
+      { "aria-pressed": String(name === kind), onclick: () => choose(name) },
+      name[0].toUpperCase() + name.slice(1),
+    ),
   );
   const more = h("button", { onclick: all }, "Show all");
   const rows = table("Events", [["Time"], ["What"], ["Of"], ["Why"]], body);

@@ -57,7 +57,8 @@ export function problemList(here = false) {
         help,
         !here && h("a", { class: "button", href: found.to }, model ? "Show" : "Configuration"),
         model && h("a", { class: "button", href: `#/config/model/${encodeURIComponent(model.id)}` }, "Change…"),
-        model && h("button", { onclick: () => act(model.id, "start"), "aria-label": `Try ${model.id} again` }, "Try again"),
+        model &&
+          h("button", { onclick: () => act(model.id, "start"), "aria-label": `Try again: ${model.id}` }, "Try again"),
       ),
     );
     box.update = (now) => {
@@ -170,7 +171,15 @@ export function fleet(main) {
   const history = new Map();
   const search = h("input", { type: "search", placeholder: "Filter", "aria-label": "Filter models", oninput: update });
   const columns = [
-    ["State"], ["Model"], ["Running", "n"], ["Waiting", "n"], ["Req/s", "n"], ["Tok/s", "n"], ["Last hour"], ["Memory", "n"], [""],
+    ["State"],
+    ["Model"],
+    ["Running", "n"],
+    ["Waiting", "n"],
+    ["Req/s", "n"],
+    ["Tok/s", "n"],
+    ["Last hour"],
+    ["Memory", "n"],
+    [""],
   ];
   const rows = table("Models", columns, body);
   main.append(
@@ -202,7 +211,12 @@ export function fleet(main) {
     const found = all.filter((model) => says(model).includes(words));
     const rank = (model) => (model.enabled ? (RANK[model.state] ?? 2) : 2);
     found.sort((one, other) => rank(one) - rank(other));
-    keyed(body, found, (model) => model.id, (model) => row(model, history));
+    keyed(
+      body,
+      found,
+      (model) => model.id,
+      (model) => row(model, history),
+    );
     rows.hidden = !found.length;
     none.hidden = Boolean(found.length) || !store.told;
     setText(none, all.length ? "No model is like that." : "No models yet: add one, or edit the file.");

@@ -25,15 +25,17 @@ export function model(main, [id = ""]) {
   const none = h("p", { class: "sub" });
   const found = h("div");
   const columns = [
-    ["#"], ["State"], ["Process"], ["Port"], ["Running", "n"], ["KV cache", "n"], ["Memory", "n"], ["Restarts", "n"], ["Up", "n"],
+    ["#"],
+    ["State"],
+    ["Process"],
+    ["Port"],
+    ["Running", "n"],
+    ["KV cache", "n"],
+    ["Memory", "n"],
+    ["Restarts", "n"],
+    ["Up", "n"],
   ];
-  main.append(
-    h("div", { class: "bar top" }, h("h1", {}, id), is, about, does),
-    none,
-    wrong,
-    last,
-    found,
-  );
+  main.append(h("div", { class: "bar top" }, h("h1", {}, id), is, about, does), none, wrong, last, found);
   const log = output(`${path}/logs`, id, stop.signal);
   found.append(
     h("h2", {}, "Replicas"),
@@ -68,7 +70,7 @@ export function model(main, [id = ""]) {
     show(spec, keys(whole, schema));
     if (whole.effective.sleep && !does.querySelector(".sleep")) {
       const sleep = () => act(id, "sleep");
-      acts?.append(h("button", { class: "sleep", onclick: sleep, "aria-label": `Put ${id} to sleep` }, "Sleep"));
+      acts?.append(h("button", { class: "sleep", onclick: sleep, "aria-label": `Sleep ${id}` }, "Sleep"));
     }
   }
 
@@ -95,7 +97,12 @@ export function model(main, [id = ""]) {
     setText(about, [one.source, ...one.aliases, one.description].filter(Boolean).join(" · "));
     acts.update(one);
     wrong.update((problem) => problem.id === id);
-    keyed(replicas, one.replicas, (replica) => replica.index, () => replicaRow(id));
+    keyed(
+      replicas,
+      one.replicas,
+      (replica) => replica.index,
+      () => replicaRow(id),
+    );
     const now = JSON.stringify([store.config.revision, one.replicas.map((it) => [it.state, it.restarts, it.reason])]);
     if (now === seen) return;
     seen = now;
@@ -113,7 +120,9 @@ function replicaRow(id) {
   const cell = (label, kind = "n") => h("td", { class: kind, "data-l": label });
   const index = h("td", { class: "name" });
   const [pid, port] = [cell("process", "mono"), cell("port", "mono")];
-  const [running, kv, memory, restarts, up] = ["running", "KV cache", "memory", "restarts", "up"].map((name) => cell(name));
+  const [running, kv, memory, restarts, up] = ["running", "KV cache", "memory", "restarts", "up"].map((name) =>
+    cell(name),
+  );
   const node = h(
     "tr",
     {},
@@ -176,25 +185,34 @@ function adapterTable(all) {
   return [h("h2", {}, "Adapters"), table("Adapters", [["Adapter"], ["State"], ["Where"]], h("tbody", {}, rows))];
 }
 
-// Every key of the file in force, those that the model itself says first.
+// Every key in force: those that the model itself says, and behind them the others.
 function keys({ spec, effective }, schema) {
   const described = schema.$defs.Model.properties;
-  const rows = Object.entries(effective)
-    .filter(([key, value]) => value !== null || key in spec)
-    .sort(([one], [other]) => (other in spec) - (one in spec))
-    .map(([key, value]) => {
-      const text = described[key]?.description ?? "";
-      const cost = /A change is applied live/.test(text) ? "live" : /replaces the engine/.test(text) ? "replaces" : "";
-      return h(
-        "tr",
-        { class: key in spec ? "own" : "" },
-        h("td", { class: "mono" }, key),
-        h("td", { class: "mono value" }, typeof value === "string" ? value : JSON.stringify(value)),
-        h("td", { class: "sub" }, key in spec ? "of the model" : "default"),
-        h("td", { class: "sub" }, cost),
-        h("td", { class: "sub" }, text.replace(/ A change (is applied live|replaces the engine)\./, "")),
-      );
-    });
-  const columns = [["Key"], ["Value"], ["From"], ["A change"], ["Means"]];
-  return table("Keys", columns, h("tbody", {}, rows));
+  const rows = (wanted) =>
+    Object.entries(effective)
+      .filter(([key, value]) => key in spec === wanted && (wanted || value !== null))
+      .map(([key, value]) => keyRow(key, value, described[key]?.description ?? ""));
+  const columns = [["Key"], ["Value"], ["A change"], ["Means"]];
+  const others = rows(false);
+  return [
+    table("Keys", columns, h("tbody", {}, rows(true))),
+    h(
+      "details",
+      { class: "others" },
+      h("summary", {}, `${others.length} more, as [defaults] and the daemon have them`),
+      table("Other keys", columns, h("tbody", {}, others)),
+    ),
+  ];
+}
+
+function keyRow(key, value, text) {
+  const cost = /A change is applied live/.test(text) ? "live" : /replaces the engine/.test(text) ? "replaces" : "";
+  return h(
+    "tr",
+    {},
+    h("td", { class: "mono key" }, key),
+    h("td", { class: "mono value" }, typeof value === "string" ? value : JSON.stringify(value)),
+    h("td", { class: "sub" }, cost),
+    h("td", { class: "sub" }, text.replace(/ A change (is applied live|replaces the engine)\./, "")),
+  );
 }

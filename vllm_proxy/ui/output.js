@@ -17,7 +17,11 @@ export function output(path, id, signal) {
   const key = h("button", { hidden: true, onclick: () => enterKey() }, "Enter a key");
   const search = h("input", { type: "search", placeholder: "Filter", "aria-label": "Filter lines", oninput: filter });
   const only = h("input", { type: "checkbox", onchange: filter });
-  const wrap = h("input", { type: "checkbox", checked: true, onchange: () => log.classList.toggle("long", !wrap.checked) });
+  const wrap = h("input", {
+    type: "checkbox",
+    checked: true,
+    onchange: () => log.classList.toggle("long", !wrap.checked),
+  });
   const end = h("button", { hidden: true, onclick: toEnd }, "To the end");
   let pinned = true;
   let waiting = [];

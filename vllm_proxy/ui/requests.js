@@ -11,7 +11,9 @@ const toModel = (one) =>
   one.model === null ? "–" : h("a", { href: `#/model/${encodeURIComponent(one.model)}` }, place(one));
 const isBad = (one) => one.status === null || one.status >= 400 || one.code !== null;
 const text = (one) =>
-  [place(one), one.route, one.state, one.client, one.key, one.id, one.engine_id, one.status, one.code].join(" ").toLowerCase();
+  [place(one), one.route, one.state, one.client, one.key, one.id, one.engine_id, one.status, one.code]
+    .join(" ")
+    .toLowerCase();
 const bySpeed = (one) => {
   const span = one.first_byte === null ? 0 : one.seconds - one.first_byte;
   return one.completion_tokens > 1 && span > 0 ? ((one.completion_tokens - 1) / span).toFixed(1) : "–";
@@ -50,7 +52,13 @@ function endedRow(one) {
     h("td", { class: "mono" }, clock(one.since)),
     h("td", {}, toModel(one)),
     h("td", { class: "mono sub route" }, one.route),
-    h("td", {}, h("span", { class: "status" }, one.status ?? "–"), " ", one.code && h("a", { href: `../help/${one.code}` }, one.code)),
+    h(
+      "td",
+      {},
+      h("span", { class: "status" }, one.status ?? "–"),
+      " ",
+      one.code && h("a", { href: `../help/${one.code}` }, one.code),
+    ),
     h("td", {}, bar(one)),
     h("td", { class: "n", "data-l": "tokens" }, `${one.prompt_tokens ?? "–"} → ${one.completion_tokens ?? "–"}`),
     h("td", { class: "n", "data-l": "tok/s" }, bySpeed(one)),
@@ -63,7 +71,15 @@ function endedRow(one) {
 export function ended(none) {
   const body = h("tbody");
   const columns = [
-    ["Time"], ["Model"], ["Route"], ["Status"], ["Queue, first byte, whole"], ["Tokens", "n"], ["Tok/s", "n"], ["From"], ["Request"],
+    ["Time"],
+    ["Model"],
+    ["Route"],
+    ["Status"],
+    ["Queue, first byte, whole"],
+    ["Tokens", "n"],
+    ["Tok/s", "n"],
+    ["From"],
+    ["Request"],
   ];
   const rows = table("Requests that have ended", columns, body);
   const empty = h("p", { class: "sub" }, none);
@@ -93,7 +109,11 @@ function activeRow(first) {
   const [since, sent] = [cell("since", "n"), cell("sent", "n")];
   const [where, how] = [h("td"), h("td")];
   let now = first;
-  const end = h("button", { class: "danger", onclick: () => cancel(now), "aria-label": `Cancel ${first.id}` }, "Cancel");
+  const end = h(
+    "button",
+    { class: "danger", onclick: () => cancel(now), "aria-label": `Cancel ${first.id}` },
+    "Cancel",
+  );
   const node = h(
     "tr",
     {},
@@ -174,7 +194,7 @@ export function requests(main, [id]) {
     keyed(active, now, (one) => one.engine_id, activeRow);
     recent.update(known.recent.filter((one) => wanted(one) && (!bad.checked || isBad(one))));
   }
-  async function one(signal) {
+  async function lookAtIt(signal) {
     try {
       show(chosen, details(await call("GET", `requests/${encodeURIComponent(id)}`, { signal, quiet: true })));
     } catch (error) {
@@ -184,7 +204,7 @@ export function requests(main, [id]) {
   }
   repeat(
     async (signal) => {
-      if (id) await one(signal);
+      if (id) await lookAtIt(signal);
       known = await call("GET", `requests?limit=${SHOWN}`, { signal, quiet: true });
       setText(told, "");
       told.hidden = true;
