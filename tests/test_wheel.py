@@ -74,7 +74,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed: Installed) -> N
     package = {str(file.relative_to(ROOT)) for file in (ROOT / "vllm_proxy").rglob("*") if file.is_file()}
     metadata = f"vllm_proxy-{__version__}.dist-info/"
     names = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
-    assert "vllm_proxy/docs/operating.md" in inside
+    assert {"vllm_proxy/docs/operating.md", "vllm_proxy/ui/index.html", "vllm_proxy/ui/app.js"} <= inside
     shared = {
         f"vllm_proxy-{__version__}.data/data/share/{place}"
         for place in (
@@ -116,7 +116,13 @@ async def test_it_serves(installed: Installed, tmp_path: Path, port_start: int) 
             body = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
             async with client.post("/v1/chat/completions", json=body) as answer:
                 assert (await answer.json())["object"] == "chat.completion"
-            for page, expected in (("/openapi.json", 200), ("/docs", 501), ("/redoc", 501)):
+            for page, expected in (
+                ("/openapi.json", 200),
+                ("/ui/", 200),
+                ("/ui/app.js", 200),
+                ("/docs", 501),
+                ("/redoc", 501),
+            ):
                 async with client.get(page) as answer:
                     assert answer.status == expected
     finally:

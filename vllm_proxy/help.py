@@ -15,7 +15,7 @@ from importlib.resources import files
 from vllm_proxy.errors import STATUS, VllmProxyError
 
 TOPICS = (
-    "start install nixos security limits adapters moderation configuration changes scheduling commands api errors"
+    "start install nixos security limits adapters moderation configuration changes scheduling page commands api errors"
     " operating faults metrics performance"
 ).split()
 _FIRST = ("errors", "operating")  # whose sections are meant where several pages have one of that name

@@ -94,6 +94,31 @@ class Page:
         answer = await self.call("Page.captureScreenshot", format="png")
         file.write_bytes(base64.b64decode(answer["data"]))
 
+    async def looks(self, width: int = 1280, height: int = 900, theme: str = "light") -> None:
+        """Its size in pixels of CSS, and the theme that its user prefers."""
+        await self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
+        features = [{"name": "prefers-color-scheme", "value": theme}]
+        await self.call("Emulation.setEmulatedMedia", features=features)
+
+    async def press(self, key: str, *held: str) -> None:
+        """Press a key, as `Tab`, `Enter` or `s`, while those of `Control` and `Shift` are held that are named."""
+        modifiers = sum({"Control": 2, "Shift": 8}[name] for name in held)
+        code = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32}.get(key) or ord(key.upper())
+        text = {"Enter": "\r", " ": " "}.get(key, key if len(key) == 1 and not modifiers else "")
+        sent = {"key": key, "modifiers": modifiers, "windowsVirtualKeyCode": code}
+        await self.call("Input.dispatchKeyEvent", type="keyDown", **sent, **({"text": text} if text else {}))
+        await self.call("Input.dispatchKeyEvent", type="keyUp", **sent)
+
+    async def close(self) -> None:
+        """Close the tab."""
+        await self.call("Page.close")
+
+    async def front(self) -> None:
+        """Show it, and hide the others."""
+        await self.call("Page.bringToFront")
+
     def heard(self, method: str, params: dict[str, Any]) -> None:
         """Take note of an event."""
         self._heard.set()

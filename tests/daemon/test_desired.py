@@ -661,5 +661,10 @@ async def test_what_cannot_be_written_says_so_and_nothing_changes(tmp_path: Path
         error = (await running.write("PATCH", "/models/chat", {"max_model_len": 1}, 409))["error"]
         assert error["code"] == "config_read_only"
         assert "no write bit" in error["message"]
+        async with running.admin.get("/config") as answer:
+            assert answer.headers["X-Vllm-Proxy-Read-Only"] == error["message"]
         assert (running.file.read_text(), await running.revision()) == (text, revision)
         assert (await running.get("/models/chat"))["effective"]["max_model_len"] == 4096
+        running.file.chmod(0o644)
+        async with running.admin.get("/config") as answer:
+            assert "X-Vllm-Proxy-Read-Only" not in answer.headers

@@ -58,6 +58,10 @@ def refused(file: Path, store: Store | None = None, data: bytes = NEW) -> Reques
     assert file.read_bytes() == before
     assert set(file.resolve().parent.iterdir()) == beside
     assert str(file) in error.value.message
+    if store is None:
+        asked = Store(file).read_only()
+        assert asked == (error.value.message if error.value.code == "config_read_only" else None)
+        assert set(file.resolve().parent.iterdir()) == beside
     return error.value
 
 
@@ -66,6 +70,7 @@ def test_a_file_is_replaced_with_its_mode_and_owner(file: Path) -> None:
     file.chmod(0o640)
     os.chown(file, 12345, 23456)
     before = file.stat()
+    assert Store(file).read_only() is None
     Store(file).replace(NEW)
     after = file.stat()
     assert file.read_bytes() == NEW
@@ -85,6 +90,7 @@ def test_a_chain_of_links_stays_and_its_target_is_written(file: Path, tmp_path: 
     """A link to a link, in other folders."""
     (tmp_path / "one").symlink_to("conf/models.toml")
     (tmp_path / "two").symlink_to(tmp_path / "one")
+    assert Store(tmp_path / "two").read_only() is None
     Store(tmp_path / "two").replace(NEW)
     assert (tmp_path / "two").is_symlink()
     assert (tmp_path / "one").is_symlink()
@@ -93,6 +99,7 @@ def test_a_chain_of_links_stays_and_its_target_is_written(file: Path, tmp_path: 
 
 def test_a_file_that_is_missing_is_made(tmp_path: Path) -> None:
     """Not readable by all: it may come to hold keys."""
+    assert Store(tmp_path / "models.toml").read_only() is None
     Store(tmp_path / "models.toml").replace(NEW)
     assert (tmp_path / "models.toml").read_bytes() == NEW
     assert stat.S_IMODE((tmp_path / "models.toml").stat().st_mode) == 0o640
@@ -125,6 +132,7 @@ def test_the_nix_store_is_read_only(tmp_path: Path) -> None:
         Store(tmp_path / "models.toml").replace(NEW)
     assert error.value.code == "config_read_only"
     assert "Nix" in error.value.message
+    assert Store(tmp_path / "models.toml").read_only() == error.value.message
 
 
 def test_a_read_only_file_system_is_read_only(file: Path, mounts: list[Path]) -> None:
@@ -194,6 +202,22 @@ def test_a_group_that_the_daemon_is_not_in_is_told() -> None:
         with being(user):
             error = refused(file)
     assert "it belongs to the group root; `chgrp " in error.message
+
+
+@pytest.mark.parametrize("which", ["file", "folder"])
+def test_what_is_immutable_is_read_only_for_root_too(file: Path, mounts: list[Path], which: str) -> None:
+    """EPERM, and `lsattr` shows why; it is told before anybody writes."""
+    mount(mounts, "-t", "tmpfs", "tmpfs", file.parent)
+    file.write_bytes(OLD)
+    place = {"file": file, "folder": file.parent}[which]
+    if subprocess.run(["chattr", "+i", place], stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("this kernel's tmpfs knows no immutable files")
+    try:
+        error = refused(file)
+    finally:
+        subprocess.run(["chattr", "-i", place], check=True)
+    assert error.code == "config_read_only"
+    assert "immutable" in error.message
 
 
 def test_what_the_system_forbids_for_no_reason_of_ownership_may_be_immutable(file: Path) -> None:

@@ -24,6 +24,7 @@ from vllm_proxy.api import (
     requests,
     schema,
     scrapes,
+    ui,
     usage,
 )
 from vllm_proxy.api.body import Bodies
@@ -120,11 +121,11 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
     cors = Cors(parts.server)
     direct, inference = _inference(parts, observe, cors)
     table = [*inference, *_administration(parts, metrics), *_observation(parts, events, rates)]
-    table += [Route(method, path, None, page) for method, path, page in help_pages.routes()]
+    table += [Route(method, path, None, page) for method, path, page in (*help_pages.routes(), *ui.routes())]
     known = [("GET", "/", None), *((route.method, route.path, route.scope) for route in table)]
     table += [Route(method, path, None, page) for method, path, page in docs.routes(known, docs.find_assets())]
     offered = ["GET /", *(f"{route.method} {route.path.replace(':.+', '')}" for route in table)]
-    table.append(Route("GET", "/", None, answered(models.root(offered))))
+    table.append(Route("GET", "/", None, answered(ui.page_or(models.root(offered)))))
     app = web.Application(middlewares=[envelope, cors.preflight])
     app[ROUTES] = tuple(table)
     app.cleanup_ctx.extend([rates.running, feed.running])

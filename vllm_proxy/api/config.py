@@ -29,6 +29,7 @@ from vllm_proxy.traffic.front import caller_of
 _LOST = (
     f"{secrets.HIDDEN} keeps the value that the file has here, and it has none: send the value itself, or leave it out"
 )
+READ_ONLY = "X-Vllm-Proxy-Read-Only"
 _OF_A_MODEL = re.compile(r"models\b")
 
 
@@ -119,9 +120,14 @@ class Writes:
     # /config
 
     async def show(self, _request: web.Request) -> web.Response:
-        """`GET /config`: the file's text."""
-        data = await self._text()
+        """`GET /config`: the file's text, and whether it can be written."""
+        try:
+            data, why = await self._desired.text(), await self._desired.read_only()
+        except ConfigError as error:
+            raise InvalidError("invalid_config", error.problems) from None
         headers = {**etag(revision_of(data)), "Content-Type": "text/toml; charset=utf-8"}
+        if why is not None:
+            headers[READ_ONLY] = why.encode("unicode_escape").decode()  # one line, in ASCII
         return web.Response(body=data, headers=headers)
 
     async def replace(self, request: web.Request) -> Reply[resources.Applied]:

@@ -84,4 +84,8 @@ PARAMETERS: dict[str, Schema] = {
 HEADERS: dict[str, Schema] = {
     "ETag": {"schema": {"type": "string"}, "description": "The quoted revision of the file."},
     "Location": {"schema": {"type": "string"}, "description": "Where it is."},
+    "X-Vllm-Proxy-Read-Only": {
+        "schema": {"type": "string"},
+        "description": "Why a write would be 409 `config_read_only`: its message. Only there where it would be.",
+    },
 }

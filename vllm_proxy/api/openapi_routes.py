@@ -176,7 +176,10 @@ _KEYS = {
 }
 _CONFIGURATION = {
     "GET /config": Operation(
-        "Configuration", "Show the file", (Answer(200, "As it is on disk.", as_text("text/toml"), _ETAG),), HERE
+        "Configuration",
+        "Show the file",
+        (Answer(200, "As it is on disk.", as_text("text/toml"), (*_ETAG, "X-Vllm-Proxy-Read-Only")),),
+        (*HERE, "invalid_config"),
     ),
     "PUT /config": Operation(
         "Configuration",
@@ -207,7 +210,22 @@ _CONFIGURATION = {
 }
 _DAEMON = {
     "GET /": Operation(
-        "Daemon", "Show name, version, endpoints", (Answer(200, "This daemon.", as_json(resources.Root)),), HERE
+        "Daemon",
+        "Show name, version, endpoints",
+        (
+            Answer(200, "This daemon.", as_json(resources.Root)),
+            Answer(303, "To `/ui/`, where `Accept` asks for HTML first.", {}, ("Location",)),
+        ),
+        HERE,
+    ),
+    "GET /ui": Operation(
+        "Daemon",
+        "The page",
+        (Answer(200, "HTML, at `/ui/`.", as_text("text/html")), Answer(308, "There.", {}, ("Location",))),
+        HERE,
+    ),
+    "GET /ui/{file}": Operation(
+        "Daemon", "What the page is made of", (Answer(200, "A file.", {"*/*": {}}),), (*HERE, "not_found")
     ),
     "GET /health": Operation("Daemon", "Is it alive?", (Answer(200, "It is.", as_json(resources.Health)),), HERE),
     "GET /devices": Operation(

@@ -167,6 +167,15 @@ class Desired:
         """
         return await self._in_time(self._read)
 
+    async def read_only(self) -> str | None:
+        """Why no write can succeed, `config_read_only`'s message; None where none is known. Nothing is written.
+
+        Raises:
+            ConfigError: when its disk does not answer.
+
+        """
+        return await self._in_time(self._store.read_only)
+
     async def plan(self, data: bytes, *, trusted: bool) -> tuple[tuple[Action, ...], list[Prospect]]:
         """What adopting a file with these bytes would change, and what would become of each step.
 

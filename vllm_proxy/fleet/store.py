@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from vllm_proxy.errors import RequestError
-from vllm_proxy.runtime.files import group_name, replace_file, user_name
+from vllm_proxy.runtime.files import group_name, is_immutable, is_mounted, may_give_away, replace_file, user_name
 from vllm_proxy.runtime.regular_file import MOST_BYTES, read_regular_file
 
 _NIX_STORE = Path("/nix/store")
@@ -52,16 +52,7 @@ class Store:
 
         """
         target = Path(os.path.realpath(self.file))
-        if target.is_relative_to(_NIX_STORE):
-            raise self._read_only("it is a part of the Nix store; change it where it is made, then reload")
-        try:
-            before = target.stat()
-        except FileNotFoundError:
-            before = None
-        except OSError as error:
-            raise self._refusal(error) from error
-        if before is not None and not before.st_mode & 0o222:
-            raise self._read_only("it has no write bit; `chmod u+w` it, or change it where it is made, then reload")
+        before = self._before(target)
         if before is not None and not stat.S_ISREG(before.st_mode):
             raise RequestError("config_not_written", f"cannot write {self.file}: it is no regular file")
         if len(data) > MOST_BYTES:
@@ -73,6 +64,41 @@ class Store:
             replace_file(target, data, mode, finish=finish, fsync=self._fsync)
         except OSError as error:
             raise self._refusal(error) from error
+
+    def read_only(self) -> str | None:
+        """Why `replace` would raise `config_read_only`: its message, without writing anything; None: it would not."""
+        target = Path(os.path.realpath(self.file))
+        try:
+            before = self._before(target)
+            if os.statvfs(target.parent).f_flag & os.ST_RDONLY:
+                return self._refusal(OSError(errno.EROFS, "")).message
+        except RequestError as error:
+            return error.message if error.code == "config_read_only" else None
+        except OSError as error:
+            refusal = self._refusal(error)
+            return refusal.message if refusal.code == "config_read_only" else None
+        if before is not None and is_mounted(target):
+            return self._refusal(OSError(errno.EBUSY, "")).message
+        return None if _is_permitted(target, before) else self._refusal(OSError(errno.EPERM, "")).message
+
+    def _before(self, target: Path) -> os.stat_result | None:
+        """The file that is to be replaced; None where there is none.
+
+        Raises:
+            RequestError: nobody may replace it, or it cannot be looked at.
+
+        """
+        if target.is_relative_to(_NIX_STORE):
+            raise self._read_only("it is a part of the Nix store; change it where it is made, then reload")
+        try:
+            before = target.stat()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._refusal(error) from error
+        if not before.st_mode & 0o222:
+            raise self._read_only("it has no write bit; `chmod u+w` it, or change it where it is made, then reload")
+        return before
 
     def _give(self, new: int) -> None:
         """Made by root beside a file of somebody else's, it is to be read by who reads that one."""
@@ -91,6 +117,16 @@ class Store:
 
     def _read_only(self, why: str) -> RequestError:
         return RequestError("config_read_only", f"cannot write {self.file}: {why}")
+
+
+def _is_permitted(target: Path, before: os.stat_result | None) -> bool:
+    """Whether the system lets this user replace a file, as far as it can be asked beforehand."""
+    if not os.access(target.parent, os.W_OK | os.X_OK, effective_ids=True) or is_immutable(target.parent):
+        return False
+    if before is None:
+        return True
+    ours = before.st_uid == os.geteuid() and before.st_gid in {os.getegid(), *os.getgroups()}
+    return (ours or may_give_away()) and not is_immutable(target)
 
 
 def _not_permitted(target: Path) -> str:

@@ -29,6 +29,8 @@ _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _TEMPORARY = ".new"
 # Of statx(2), which Python does not offer yet.
 _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, _STATX_BYTES, _BTIME_OFFSET = 0x100, 0x800, 256, 80
+_AT_FDCWD, _ATTRIBUTES_OFFSET, _IMMUTABLE, _APPEND, _MOUNT_ROOT = -100, 8, 0x10, 0x20, 0x2000
+_CAP_CHOWN = 1  # its bit
 
 
 def trusted(uid: int) -> bool:
@@ -169,14 +171,46 @@ def created_at(name: str, folder: int) -> float:
 
     """
     found = os.stat(name, dir_fd=folder, follow_symlinks=False)
-    buffer = ctypes.create_string_buffer(_STATX_BYTES)
-    statx = getattr(ctypes.CDLL(None), "statx", None)
-    if statx and statx(folder, os.fsencode(name), _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, buffer) == 0:
+    buffer = _statx(folder, name, _STATX_BTIME)
+    if buffer is not None:
         (mask,) = struct.unpack_from("=I", buffer, 0)
         seconds, nanoseconds = struct.unpack_from("=qI", buffer, _BTIME_OFFSET)
         if mask & _STATX_BTIME:
             return float(seconds + nanoseconds / 1e9)
     return min(found.st_mtime, found.st_ctime)
+
+
+def is_mounted(path: Path) -> bool:
+    """Whether something is mounted right there; False also where the kernel does not tell."""
+    return bool(_attributes(path) & _MOUNT_ROOT)
+
+
+def is_immutable(path: Path) -> bool:
+    """Whether nobody may replace it, root neither (`chattr +i`, `+a`); False also where the kernel does not tell."""
+    return bool(_attributes(path) & (_IMMUTABLE | _APPEND))
+
+
+def may_give_away() -> bool:
+    """Whether this thread may give its files to other users and groups: CAP_CHOWN."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/thread-self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("CapEff:"):
+                return bool(int(line.split()[1], 16) & _CAP_CHOWN)
+    return os.geteuid() == 0
+
+
+def _attributes(path: Path) -> int:
+    buffer = _statx(_AT_FDCWD, path, 0)
+    return 0 if buffer is None else int(struct.unpack_from("=Q", buffer, _ATTRIBUTES_OFFSET)[0])
+
+
+def _statx(folder: int, name: str | Path, mask: int) -> ctypes.Array[ctypes.c_char] | None:
+    """What statx(2) says of a file; links are not followed. None where it says nothing."""
+    buffer = ctypes.create_string_buffer(_STATX_BYTES)
+    statx = getattr(ctypes.CDLL(None), "statx", None)
+    if statx and statx(folder, os.fsencode(name), _AT_SYMLINK_NOFOLLOW, mask, buffer) == 0:
+        return buffer
+    return None
 
 
 def remove_temporaries(path: Path) -> None:

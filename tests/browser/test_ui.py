@@ -1,0 +1,579 @@
+"""The page at `/ui/` in a real browser, with fake engines: what it shows, what its buttons do, what it survives.
+
+The daemon of most of these needs no key (`fleet`); the one of the package does (`shared`). The screens that change the
+file are in test_ui_config.py.
+"""
+
+import asyncio
+import contextlib
+import json
+import signal
+from collections.abc import AsyncIterator
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from tests.browser.chromium import Browser, Page
+from tests.browser.conftest import CHAT, configured
+from tests.fakes.ledger import GIB, Devices
+from tests.harness import OPEN, Daemon, daemon, fake_engines, free_port, port_block, running_command
+from vllm_proxy.domain.keys import hash_of, new_key
+
+pytestmark = pytest.mark.browser
+CHAT_PATH = "/v1/chat/completions"
+ASK = {"model": "chat", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
+KEY = new_key(b"u" * 32)
+SCREENS = (
+    "fleet model/chat model/broken requests events devices config config/new play keys usage".split()
+)  # fmt: skip
+AXE = "pytest_playwright_axe/resources/axe.min.js"
+TARGETS = "main a, main button, main input, main select, main textarea, main summary, header a, header button"
+
+
+def models(folder: Path) -> str:
+    """Some that are ready, one that loads until a file is there, one in error, one for later, one that is off."""
+    return f"""
+[models.chat]
+model = "org/chat"
+aliases = ["gpt-4o-mini"]
+replicas = 2
+[models.later]
+model = "org/later"
+start = "on-demand"
+[models."org/slow"]
+model = "org/slow"
+args = {{ fake_phase_until = "weights={folder}/loaded" }}
+[models.broken]
+model = "org/broken"
+args = {{ fake_exit_at = "load", fake_exit_text = "ValueError: no such thing" }}
+[models.broken.restart]
+max_failures = 1
+[models.off]
+model = "org/off"
+enabled = false
+"""
+
+
+@pytest.fixture(scope="module")
+async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
+    """A daemon with models in every state, two devices and nobody who needs a key."""
+    folder = tmp_path_factory.mktemp("ui")
+    with Devices(folder / "devices.toml", {"0": 80 * GIB, "1": 80 * GIB}) as devices:
+        options = f'[defaults]\ngpu_memory_utilization = 0.1\n[defaults.args]\nfake_ledger = "{devices.file}"\n'
+        text = fake_engines(port_block()) + OPEN + devices.config + options + models(folder)
+        async with daemon(text, folder) as running:
+            for index in (0, 1):
+                await running.once("chat", lambda it: it["state"] == "ready", index)
+            await running.once("broken", lambda it: it["state"] == "error")
+            yield running
+
+
+@pytest.fixture
+async def page(fleet: Daemon, chromium: Browser) -> AsyncIterator[Page]:
+    """The page, once it shows the fleet, in front."""
+    found = await chromium.page(f"{fleet.url}/ui/")
+    await found.front()
+    await found.looks()
+    await found.until(has("tbody", "chat"))
+    yield found
+    await found.close()
+
+
+def has(selector: str, text: str) -> str:
+    """An expression: whether an element shows a text."""
+    return f"document.querySelector({json.dumps(selector)})?.innerText.includes({json.dumps(text)})"
+
+
+def row(model: str) -> str:
+    """An expression: the row of a model in the fleet."""
+    name = json.dumps(model)
+    return (
+        f"[...document.querySelectorAll('main tbody tr')].find(row => row.querySelector('.name')?.innerText === {name})"
+    )
+
+
+def button(label: str) -> str:
+    """An expression: a button by what a screen reader says of it."""
+    wanted = json.dumps(label)
+    return (
+        "[...document.querySelectorAll('button')]"
+        f".find(it => (it.getAttribute('aria-label') ?? it.innerText) === {wanted})"
+    )
+
+
+async def click(page: Page, label: str) -> None:
+    """Click a button, once it is there and acts."""
+    await page.until(f"{button(label)} && !{button(label)}.disabled")
+    await page.evaluate(f"{button(label)}.click()")
+
+
+async def goes(page: Page, screen: str) -> None:
+    """Another screen."""
+    await page.evaluate(f"location.hash = {json.dumps('#/' + screen)}")
+    await page.until(f"document.querySelector('main').className === {json.dumps(screen.partition('/')[0])}")
+    await page.until("document.querySelector('main h1')")
+
+
+async def busy(page: Page, daemon: Daemon, model: str = "chat") -> None:
+    """Wait until the page knows of a request in flight."""
+    del daemon
+    await page.until(f"Number({row(model)}.querySelector('[data-l=running]').innerText) > 0")
+
+
+@contextlib.asynccontextmanager
+async def streaming(running: Daemon, model: str = "chat", request_id: str = "held") -> AsyncIterator[Any]:
+    """A request whose stream stands still after its first event, for the block."""
+    body = {**ASK, "model": model, "fake": {"hang": 1}}
+    async with running.session.post(CHAT_PATH, json=body, headers={"X-Request-Id": request_id}) as answer:
+        assert answer.status == 200
+        yield answer
+
+
+async def test_it_loads_silently_and_asks_only_its_daemon(page: Page, fleet: Daemon) -> None:
+    """Every model is there with its state; nothing is complained of; each URL that was asked for is the daemon's."""
+    await page.until(f"{row('broken')}.innerText.includes('error')")
+    await page.until(f"{row('org/slow')}.innerText.includes('loading weights')")
+    await page.until(f"{row('later')}.innerText.includes('on demand')")
+    await page.until(f"{row('off')}.innerText.includes('disabled')")
+    await page.until(f"{row('chat')}.innerText.includes('2 of 2 replicas')")
+    await page.until(has(".connection", "live · 1 problem"))
+    await page.until(has("main .problem", "no such thing"))
+    assert await page.evaluate("[...document.querySelectorAll('main tbody .name')].map(it => it.innerText)") == [
+        "broken", "org/slow", "chat", "later", "off",
+    ]  # fmt: skip
+    assert page.requests
+    assert all(url.startswith(f"{fleet.url}/") for url in page.requests), page.requests
+    assert page.complaints == []
+
+
+async def test_a_browser_that_asks_for_the_root_is_led_to_it(fleet: Daemon, chromium: Browser) -> None:
+    """What a person types is the daemon's address."""
+    page = await chromium.page(fleet.url)
+    await page.front()
+    await page.until("location.pathname === '/ui/'")
+    await page.until(has("h1", "Fleet"))
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+async def test_every_screen_opens_silently(page: Page, fleet: Daemon, screen: str) -> None:
+    """It has a heading and complains of nothing; all it asks for is the daemon's."""
+    await goes(page, screen)
+    await page.until("document.querySelector('main').innerText.trim().length > 3")
+    assert all(url.startswith((f"{fleet.url}/", "blob:", "data:")) for url in page.requests), page.requests
+    assert page.complaints == []
+
+
+async def test_a_change_of_state_reaches_its_row(page: Page, fleet: Daemon) -> None:
+    """Without a reload, whoever did it; the node of the row stays, so what is selected in it does."""
+    await page.evaluate(f"window.kept = {row('later')}")
+    await fleet.write("POST", "/models/later/start", status=202)
+    await page.until(f"{row('later')}.innerText.includes('ready')")
+    await fleet.write("POST", "/models/later/stop", status=202)
+    await page.until(f"{row('later')}.querySelector('.state').innerText === 'on demand'")
+    assert await page.evaluate(f"window.kept === {row('later')}")
+
+
+async def test_a_model_is_started_and_stopped_from_the_page(page: Page, fleet: Daemon) -> None:
+    """Start, and Stop, which asks nothing of a model without requests."""
+    await click(page, "Start later")
+    await fleet.once("later", lambda it: it["state"] == "ready")
+    await page.until(has("#said", "later starts"))
+    await click(page, "Stop later")
+    await page.until(f"{row('later')}.querySelector('.state').innerText === 'on demand'")
+    assert await fleet.get("/models/later") != []
+
+
+async def test_stopping_a_busy_model_asks_once(page: Page, fleet: Daemon) -> None:
+    """With the number of requests; Cancel changes nothing, Stop ends it."""
+    async with streaming(fleet):
+        await busy(page, fleet)
+        await click(page, "Restart chat")
+        await page.until(has("dialog", "1 request in flight"))
+        await click(page, "Cancel")
+        await page.until("!document.querySelector('dialog')")
+        assert [it["state"] for it in (await fleet.get("/models/chat"))["status"]["instances"]] == ["ready", "ready"]
+    written = [it for it in await events_of(fleet) if it.get("what") == "POST /models/chat/restart"]
+    assert written == []
+
+
+async def events_of(running: Daemon) -> list[Any]:
+    """The happenings that are kept."""
+    async with running.admin.get("/events?fleet=1&since=0") as stream:
+        found = []
+        async for raw in stream.content:
+            if raw.startswith(b"data: "):
+                data = json.loads(raw[6:])
+                if "revision" in data and "problems" in data and "kind" not in data:
+                    return found  # what is told at the beginning has ended
+                if "kind" in data:
+                    found.append(data)
+    return found
+
+
+async def test_a_request_is_cancelled_from_the_page(page: Page, fleet: Daemon) -> None:
+    """It is among those in flight; its engine sees the end, its client gets one, and it is among those that ended."""
+    async with streaming(fleet, request_id="cancel-me") as answer:
+        await goes(page, "requests")
+        await page.until(has("main tbody", "cancel-me"))
+        await page.until(has("main tbody", "streaming"))
+        await click(page, "Cancel cancel-me")
+        await click(page, "Cancel it")
+        text = (await answer.content.read()).decode()
+    assert "request_cancelled" in text
+    await page.until(
+        "document.querySelector('main .requests:last-child, main div.requests')"
+        "?.innerText.includes('request_cancelled')"
+    )
+    (seen,) = [seen for seen in await fleet.seen("cancel-me") if seen["path"] == CHAT_PATH]
+    assert seen["state"] == "gone"
+
+
+async def test_requests_can_be_filtered_and_looked_at(page: Page, fleet: Daemon) -> None:
+    """By errors alone and by text; one has an address of its own."""
+    for model in ("chat", "nobody"):
+        body = {**ASK, "model": model, "stream": False}
+        async with fleet.session.post(CHAT_PATH, json=body, headers={"X-Request-Id": f"of-{model}"}) as answer:
+            assert answer.status == (200 if model == "chat" else 404)
+    await goes(page, "requests")
+    await page.until(f"{has('div.requests', 'of-chat')} && {has('div.requests', 'of-nobody')}")
+    await page.evaluate("document.querySelector('main input[type=checkbox]').click()")
+    await page.until(f"!{has('div.requests', 'of-chat')} && {has('div.requests', 'of-nobody')}")
+    await page.evaluate(
+        "const field = document.querySelector('main input[type=search]');"
+        " field.value = 'of-nobody'; field.dispatchEvent(new Event('input'))"
+    )
+    await page.until("document.querySelectorAll('div.requests tbody tr').length === 1")
+    await page.evaluate("document.querySelector('div.requests td.id a').click()")
+    await page.until(has("dl.facts", "model_not_found"))
+
+
+async def test_the_screen_of_a_model_shows_its_output_as_it_comes(page: Page, fleet: Daemon) -> None:
+    """Replicas, what its engines write, the failure with the log's end; lines that come are added."""
+    await goes(page, "model/broken")
+    await page.until(has("main .problem", "no such thing"))
+    await page.until(has("details", "Last failure"))
+    await page.until("[...document.querySelectorAll('.log .bad')].some(it => it.innerText.includes('no such thing'))")
+    await goes(page, "model/org%2Fslow")
+    await page.until(has("h1", "org/slow"))
+    await page.until(has(".log", "Loading safetensors"))
+    await page.until(has("main table[aria-label=Keys]", "fake-phase-until"))
+    lines = await page.evaluate("document.querySelectorAll('.log div').length")
+    await fleet.write("POST", "/models/org%2Fslow/restart", status=202)
+    await page.until(f"document.querySelectorAll('.log div').length > {lines}")
+    assert page.complaints == []
+
+
+async def test_events_are_those_that_happened_before(page: Page, fleet: Daemon) -> None:
+    """Also while nobody looked; by kind and by text."""
+    await fleet.write("POST", "/models/later/stop", status=202)
+    await goes(page, "events")
+    await page.until(has("main tbody", "broken/0"))
+    await page.until(has("main tbody", "POST /models/later/stop"))
+    await click(page, "Problems")
+    await page.until(f"!{has('main tbody', 'POST /models')}")
+    assert "broken/0" in await page.text()
+
+
+async def test_devices_show_who_has_their_memory(page: Page, fleet: Daemon) -> None:
+    """Each device with those who hold it; on the fleet a line for each."""
+    await page.until("document.querySelectorAll('.gauges .gauge').length === 2")
+    await goes(page, "devices")
+    await page.until(has("main", "chat/0"))
+    found = await fleet.get("/devices")
+    shown = await page.text()
+    for device in found["devices"]:
+        for holder in device["holds"]:
+            assert holder["instance"] in shown
+
+
+async def test_focus_and_a_click_that_has_begun_survive_an_update(page: Page, fleet: Daemon) -> None:
+    """A row that changes and moves is the same one."""
+    await page.evaluate(f"{button('Start later')}.focus()")
+    await fleet.write("POST", "/models/later/start", status=202)
+    await page.until(f"{row('later')}.innerText.includes('ready')")
+    await fleet.write("POST", "/models/later/stop", status=202)
+    await page.until(f"{row('later')}.querySelector('.state').innerText === 'on demand'")
+    assert await page.evaluate("document.activeElement.getAttribute('aria-label')") == "Start later"
+
+
+async def test_a_tab_holds_one_connection_and_a_hidden_one_none(fleet: Daemon, chromium: Browser) -> None:
+    """Browsers have six for one server; so nine tabs work, each once it is seen."""
+    pages = []
+    for _ in range(9):
+        pages.append(page := await chromium.page(f"{fleet.url}/ui/"))
+        await page.front()
+        await page.until(has("tbody", "chat"))
+    for page in (pages[0], pages[8], pages[4]):
+        await page.front()
+        await page.until("!document.hidden")
+        await fleet.write("POST", "/models/later/start", status=202)
+        await page.until(f"{row('later')}.innerText.includes('ready')")
+        await fleet.write("POST", "/models/later/stop", status=202)
+        await page.until(f"{row('later')}.querySelector('.state').innerText === 'on demand'")
+    hidden = [await page.evaluate("document.hidden") for page in pages]
+    assert hidden.count(True) == 8
+    for page in pages:
+        await page.close()
+
+
+async def test_it_heals_after_the_daemon_was_killed(chromium: Browser, tmp_path: Path) -> None:
+    """It says that the connection is lost, then shows what is and what has happened, without a reload."""
+    port, block = free_port(), port_block()
+    (tmp_path / "models.toml").write_text(fake_engines(block) + OPEN + CHAT, encoding="utf-8")
+    command = ("serve", "--config", str(tmp_path / "models.toml"))
+    async with running_command(tmp_path, *command, port=port) as running:
+        await running.all_ready()
+        page = await chromium.page(f"{running.url}/ui/")
+        await page.front()
+        await page.until(f"{row('chat')}?.innerText.includes('ready')")
+        await page.evaluate("window.kept = true")
+        await running.stop(signal.SIGKILL)
+        await page.until(has(".connection", "connection lost"))
+    (tmp_path / "models.toml").write_text(fake_engines(block) + OPEN + CHAT + '[models.new]\nmodel = "x"\n')
+    async with running_command(tmp_path, *command, port=port) as running:
+        await running.all_ready()
+        await page.until(has(".connection", "live"))
+        await page.until(f"{row('new')}?.innerText.includes('ready')")
+        await goes(page, "events")
+        await page.until(has("main tbody", "new/0"))
+        assert await page.evaluate("window.kept")
+    await page.close()
+
+
+async def test_it_works_behind_a_path_prefix(fleet: Daemon, chromium: Browser) -> None:
+    """Every address is relative to the page."""
+    stopped = asyncio.Event()
+
+    async def pass_on(request: web.Request) -> web.StreamResponse:
+        url = f"{fleet.url}{request.raw_path.removeprefix('/llm')}"
+        headers = {name: value for name, value in request.headers.items() if name != "Host"}
+        async with (
+            aiohttp.ClientSession(auto_decompress=False) as client,
+            client.request(request.method, url, headers=headers, data=await request.read()) as answer,
+        ):
+            kept = {name: value for name, value in answer.headers.items() if name != "Transfer-Encoding"}
+            response = web.StreamResponse(status=answer.status, headers=kept)
+            await response.prepare(request)
+            async for data in answer.content.iter_any():
+                if stopped.is_set():
+                    break
+                await response.write(data)
+            return response
+
+    app = web.Application()
+    app.router.add_route("*", "/llm/{rest:.*}", pass_on)
+    async with TestServer(app) as server:
+        page = await chromium.page(f"http://127.0.0.1:{server.port}/llm/ui/")
+        await page.front()
+        await page.until(has("tbody", "chat"))
+        await click(page, "Start later")
+        await page.until(f"{row('later')}.innerText.includes('ready')")
+        await goes(page, "model/chat")
+        await page.until("document.querySelectorAll('.log div').length > 3")
+        assert all("/llm/" in url for url in page.requests), page.requests
+        assert page.complaints == []
+        stopped.set()
+        await page.close()
+    await fleet.write("POST", "/models/later/stop", status=202)
+
+
+async def test_the_page_of_another_origin_can_neither_use_nor_frame_it(
+    fleet: Daemon, chromium: Browser, evil: str
+) -> None:
+    """Its modules are refused, what it shows cannot be read, and it is shown in no frame."""
+    page = await chromium.page(evil)
+    url = json.dumps(f"{fleet.url}/ui/app.js")
+    assert await page.evaluate(f"import({url}).then(() => 'loaded', () => 'refused')") == "refused"
+    stream = json.dumps(f"{fleet.url}/events?fleet=1")
+    assert await page.evaluate(f"fetch({stream}).then(() => 'read', () => 'refused')") == "refused"
+    await page.evaluate(
+        f"""new Promise(done => {{
+          const frame = document.createElement("iframe");
+          frame.onload = done; frame.src = {json.dumps(fleet.url + "/ui/")}; document.body.append(frame);
+        }})"""
+    )
+    await page.complains("frame-ancestors")
+
+
+async def test_its_policy_refuses_markup_made_of_text(page: Page) -> None:
+    """A model's name that is markup can become none, even where a module had a fault; nor is there an inline script."""
+    for sink in (
+        "document.body.innerHTML = '<b>x'",
+        "document.write('x')",
+        "document.createElement('a').outerHTML = ''",
+    ):
+        assert (
+            await page.evaluate(f"(() => {{ try {{ {sink} }} catch (error) {{ return error.name }} }})()")
+            == "TypeError"
+        )
+    await page.evaluate("document.body.append(Object.assign(document.createElement('style'), {textContent: 'x{}'}))")
+    await page.complains("style-src")
+
+
+async def test_a_name_that_is_markup_is_shown_as_text(fleet: Daemon, page: Page) -> None:
+    """Descriptions and sources may be anything."""
+    await fleet.write("PATCH", "/models/later", {"description": "<img src=x onerror=alert(1)>"})
+    await goes(page, "model/later")
+    await page.until(has("main .sub", "<img src=x onerror=alert(1)>"))
+    assert await page.evaluate("document.querySelector('main img')") is None
+    await fleet.write("PATCH", "/models/later", {"description": None})
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+async def test_a_phone_shows_it_without_scrolling_sideways(page: Page, screen: str) -> None:
+    """At 390 pixels."""
+    await page.looks(width=390, height=844)
+    await goes(page, screen)
+    await page.until("document.querySelector('main').innerText.trim().length > 3")
+    await page.until("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+async def test_the_keyboard_reaches_everything(page: Page) -> None:
+    """Tab comes to each link, button and field that acts, in the order of the page; Enter acts."""
+    for screen in ("fleet", "model/chat", "events"):
+        await goes(page, screen)
+        await page.until("document.querySelector('main table tbody tr')")
+        wanted = await page.evaluate(
+            f"[...document.querySelectorAll({json.dumps(TARGETS)})].filter(it => it.checkVisibility() && !it.disabled)"
+            ".map((it, number) => { it.dataset.target = number; return String(number) })"
+        )
+        await page.evaluate("document.activeElement.blur()")
+        reached = []
+        for _ in range(len(wanted) + 12):
+            await page.press("Tab")
+            found = await page.evaluate("document.activeElement?.dataset.target ?? ''")
+            reached += [found] if found and found not in reached else []
+        assert set(wanted) <= set(reached), (screen, set(wanted) - set(reached))
+    await page.evaluate(f"{button('Problems')}.focus()")
+    await page.press("Enter")
+    assert await page.evaluate(f"{button('Problems')}.getAttribute('aria-pressed')") == "true"
+
+
+async def test_both_themes_follow_the_reader_and_the_button(page: Page) -> None:
+    """What the browser prefers; or what was chosen, which is kept."""
+    color = "getComputedStyle(document.documentElement).backgroundColor"
+    light = await page.evaluate(color)
+    await page.looks(theme="dark")
+    dark = await page.evaluate(color)
+    assert light != dark
+    await click(page, "Theme: auto")
+    assert await page.evaluate(color) == light
+    await click(page, "Theme: light")
+    assert await page.evaluate(color) == dark
+    await page.looks(theme="light")
+    assert await page.evaluate(color) == dark
+    await page.follow("location.reload()")
+    await page.until(button("Theme: dark"))
+    assert await page.evaluate(color) == dark
+    await click(page, "Theme: dark")
+    assert await page.evaluate("localStorage.length") <= 1
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    """The source of axe-core."""
+    return Path(str(distribution("pytest-playwright-axe").locate_file(AXE))).read_text(encoding="utf-8")
+
+
+async def violations(page: Page, axe: str) -> list[str]:
+    """What axe finds wrong with what a page shows, each with an element."""
+    if not await page.evaluate("typeof axe === 'object'"):
+        await page.evaluate(f"{axe}; undefined")
+    found = await page.evaluate(
+        "axe.run().then(found => found.violations.map(it => "
+        "`${it.id}: ${it.nodes.map(node => node.target + ' ' + (node.any[0]?.message ?? '')).join(' | ')}`))"
+    )
+    return [str(one) for one in found]
+
+
+async def test_axe_finds_what_is_wrong(page: Page, axe: str) -> None:
+    """So its silence means something."""
+    await page.evaluate(
+        "document.querySelector('main').append(document.createElement('img'), document.createElement('button'),"
+        " document.createElement('select'))"
+    )
+    found = await violations(page, axe)
+    assert {one.partition(":")[0] for one in found} == {"image-alt", "button-name", "select-name"}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("screen", SCREENS)
+async def test_axe_finds_nothing_on_any_screen(page: Page, fleet: Daemon, axe: str, screen: str, theme: str) -> None:
+    """Names, roles, contrasts, order; with a request in flight and a problem."""
+    await page.looks(theme=theme)
+    async with streaming(fleet, request_id=f"axe-{theme}"):
+        await goes(page, screen)
+        await page.until("document.querySelector('main').innerText.trim().length > 3")
+        await page.until(
+            {
+                "requests": "document.querySelector('main table tbody tr')",
+                "devices": "document.querySelector('.device')",
+                "model/chat": "document.querySelectorAll('.log div').length > 3",
+            }.get(screen, "true")
+        )
+        assert await violations(page, axe) == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+async def test_axe_finds_nothing_in_the_dialogues(page: Page, fleet: Daemon, axe: str, theme: str) -> None:
+    """The one for a key, and the question before something ends."""
+    await page.looks(theme=theme)
+    await click(page, "Key")
+    await page.until("document.querySelector('dialog[open]')")
+    assert await violations(page, axe) == []
+    await page.press("Escape")
+    await page.until("!document.querySelector('dialog')")
+    async with streaming(fleet):
+        await busy(page, fleet)
+        await click(page, "Stop chat")
+        await page.until("document.querySelector('dialog[open]')")
+        assert await violations(page, axe) == []
+        await page.press("Escape")
+        await page.until("!document.querySelector('dialog')")
+
+
+async def test_a_change_asks_for_a_key_where_one_is_needed(shared: Daemon, chromium: Browser) -> None:
+    """Once, with how to get one; a wrong one is told; with a right one the action is done; a reload forgets it."""
+    text = f'[keys.op]\nhash = "{hash_of(KEY)}"\nscopes = ["operate"]\n[keys.anonymous]\nscopes = ["read"]\n'
+    async with configured(shared, text):
+        page = await chromium.page(f"{shared.url}/ui/")
+        await page.front()
+        await page.until(f"{row('chat')}?.innerText.includes('ready')")
+        await click(page, "Restart chat")
+        await page.until(has("dialog", "ssh -NL"))
+        await typed(page, "EMPTY")
+        await page.until(has("dialog .why", "key"))
+        await typed(page, KEY)
+        await page.until(has("#said", "chat restarts"))
+        await shared.all_ready()
+        assert KEY not in json.dumps(await page.evaluate("({...localStorage, ...sessionStorage, url: location.href})"))
+        await page.close()
+
+
+async def typed(page: Page, key: str) -> None:
+    """Give the dialogue a key."""
+    await page.until("document.querySelector('dialog[open] input')?.value === ''")
+    await page.evaluate(f"document.querySelector('dialog input').value = {json.dumps(key)}")
+    await page.evaluate("document.querySelector('dialog button[type=submit]').click()")
+
+
+async def test_who_may_not_look_is_told_how_to(shared: Daemon, chromium: Browser) -> None:
+    """The dialogue opens by itself once; declined, the page says why it is empty and asks on a click."""
+    text = f'[keys.reader]\nhash = "{hash_of(KEY)}"\nscopes = ["read"]\n'
+    async with configured(shared, text):
+        page = await chromium.page(f"{shared.url}/ui/")
+        await page.front()
+        await page.until("document.querySelector('dialog[open]')")
+        await page.press("Escape")
+        await page.until("!document.querySelector('dialog')")
+        await page.until(has(".banner", "key"))
+        await click(page, "Enter a key")
+        await typed(page, KEY)
+        await page.until(f"{row('chat')}?.innerText.includes('ready')")
+        await page.until("document.querySelector('.banner').hidden")
+        await page.close()

@@ -1,0 +1,91 @@
+// A text field with line numbers and marks at bad lines.
+import { h, setAttribute } from "./dom.js";
+
+// label: what a screen reader calls it; changed: called after each change by hand.
+export function editor(label, changed) {
+  const field = h("textarea", {
+    class: "mono",
+    "aria-label": label,
+    "aria-describedby": "verdict",
+    spellcheck: "false",
+    autocapitalize: "off",
+    autocomplete: "off",
+    wrap: "off",
+    oninput,
+  });
+  const numbers = h("pre", { class: "mono", "aria-hidden": "true" });
+  let bad = [];
+  let drawn = "";
+
+  function oninput() {
+    bad = [];
+    draw();
+    changed();
+  }
+
+  // Made anew only where the number of lines or the marks are others.
+  function draw() {
+    const count = field.value.split("\n").length;
+    const now = `${count} ${bad.join()}`;
+    if (now !== drawn) {
+      drawn = now;
+      const marked = new Set(bad);
+      const runs = [];
+      for (let line = 1; line <= count; line++) {
+        if (marked.has(line)) runs.push(h("span", { class: "bad" }, `● ${line}`), "\n");
+        else if (typeof runs.at(-1) === "string") runs[runs.length - 1] += `${line}\n`;
+        else runs.push(`${line}\n`);
+      }
+      numbers.replaceChildren(...runs);
+    }
+    numbers.scrollTop = field.scrollTop;
+  }
+  field.onscroll = draw;
+
+  // Select a line and show it, if it is one.
+  function go(line) {
+    if (!line) return;
+    const lines = field.value.split("\n");
+    const start = lines.slice(0, line - 1).reduce((sum, one) => sum + one.length + 1, 0);
+    field.focus();
+    field.setSelectionRange(start, start + (lines[line - 1] ?? "").length);
+    const height = field.scrollHeight / Math.max(lines.length, 1);
+    field.scrollTop = Math.max(0, (line - 6) * height);
+    field.scrollLeft = 0;
+    draw();
+  }
+
+  return {
+    node: h("div", { class: "editor" }, numbers, field),
+    value: () => field.value,
+    focus: () => field.focus(),
+    isReadOnly: () => field.readOnly,
+    go,
+    set(text) {
+      field.value = text;
+      bad = [];
+      draw();
+    },
+    // Add lines at the end, as if typed, and select the last one.
+    append(lines) {
+      const before = field.value.replace(/\n*$/, "");
+      field.value = `${before}${before && "\n\n"}${lines.join("\n")}\n`;
+      oninput();
+      go(field.value.split("\n").length - 1);
+    },
+    mark(problems) {
+      bad = problems.filter((one) => one.line && !one.file).map((one) => one.line);
+      setAttribute(field, "aria-invalid", problems.length ? "true" : null);
+      draw();
+    },
+    readOnly() {
+      field.readOnly = true;
+    },
+  };
+}
+
+// The line of a model's table, 0 where there is none.
+export function tableLine(text, id) {
+  const heads = [`[models.${id}]`, `[models.${JSON.stringify(id)}]`, `[models.'${id}']`];
+  return text.split("\n").findIndex((line) => heads.some((head) => line.trim().startsWith(head))) + 1;
+}

@@ -1,0 +1,320 @@
+// Keys: who may do what; a key is made, rotated in two steps, disabled, deleted. The key itself is shown once: it stays
+// in this tab, above the list, until it is put away.
+import { call } from "./api.js";
+import { copyButton } from "./copy.js";
+import { ask } from "./dialogs.js";
+import { clock, h, keyed, problem, say, setAttribute, setText, show, table } from "./dom.js";
+import { store } from "./feed.js";
+
+const SCOPES = {
+  inference: "use models",
+  metrics: "read metrics",
+  read: "see everything but logs and the file",
+  operate: "start, stop, logs, reload",
+  admin: "everything, the file and keys too",
+};
+const LIMITS = {
+  requests_per_minute: "requests/min",
+  tokens_per_minute: "tokens/min",
+  tokens_per_day: "tokens/day",
+  tokens_per_month: "tokens/month",
+  max_in_flight: "at once",
+  max_output_tokens: "tokens an answer",
+};
+const ASKED = ["requests_per_minute", "tokens_per_minute", "tokens_per_day", "max_in_flight"]; // in the form
+
+let shownOnce = null; // {name, key, rotated}
+
+const at = (name, more = "") => `keys/${encodeURIComponent(name)}${more}`;
+const VARIABLES = { env: "VLLM_PROXY_API_KEY", "env-admin": "VLLM_PROXY_ADMIN_KEY" };
+const isFixed = (key) => key.source === "environment";
+
+function limitsOf(key) {
+  const found = Object.entries(LIMITS).filter(([name]) => key[name] > 0);
+  const texts = found.map(([name, word]) => `${key[name].toLocaleString("en")} ${word}`);
+  const globs = Object.keys(key.limits);
+  if (globs.length) texts.push(`others for ${globs.join(", ")}`);
+  if (key.priority) texts.push(`priority ${key.priority}`);
+  if (key.weight !== 1) texts.push(`weight ${key.weight}`);
+  return texts.join(", ");
+}
+
+function stateOf(key) {
+  if (!key.enabled) return ["off", "disabled"];
+  if (key.expires_at !== null && new Date(key.expires_at) <= new Date()) return ["off", "expired"];
+  if (key.hashes > 1) return ["moves", `in rotation, ${key.hashes} are good`];
+  return ["on", "enabled"];
+}
+
+// Where it is written, as far as that says what cannot be done with it here.
+function whereOf(key) {
+  if (key.file !== null) return `its key is the first line of ${key.file}: put another one there to rotate it`;
+  if (isFixed(key)) return `${VARIABLES[key.name] ?? "the environment"} gives it: change that, and restart the daemon`;
+  if (key.name === "anonymous") return "for who sends no key";
+  return key.source === "keys_file" ? "in server.keys_file" : "";
+}
+
+// The form for a new key: `make(body)` is called with what is typed in, and returns whether it was made.
+function form(make) {
+  const field = (name, label, props) => {
+    const node = h("input", { id: `key-${name}`, autocomplete: "off", spellcheck: "false", ...props });
+    return [node, h("label", { for: `key-${name}` }, h("span", {}, label), node)];
+  };
+  const [name, nameLabel] = field("name", "Name", {
+    required: true,
+    pattern: "[a-z0-9][a-z0-9._\\-]*",
+    maxlength: 64,
+  });
+  const [about, aboutLabel] = field("description", "For what");
+  const [globs, globsLabel] = field("models", "Models, globs with commas", { placeholder: "*" });
+  const [until, untilLabel] = field("expires", "Expires", { type: "date" });
+  const limits = ASKED.map((limit) => [
+    limit,
+    ...field(limit, LIMITS[limit], { type: "number", min: 1, placeholder: "no limit" }),
+  ]);
+  const boxes = Object.entries(SCOPES).map(([scope, means]) => {
+    const box = h("input", { type: "checkbox", value: scope, checked: scope === "inference" });
+    return [box, h("label", { class: "scope" }, box, h("b", {}, scope), h("span", { class: "sub" }, means))];
+  });
+  const node = h(
+    "form",
+    { class: "card make" },
+    h(
+      "div",
+      { class: "fields" },
+      nameLabel,
+      aboutLabel,
+      globsLabel,
+      untilLabel,
+      limits.map(([, , label]) => label),
+    ),
+    h(
+      "fieldset",
+      {},
+      h("legend", {}, "May"),
+      boxes.map(([, label]) => label),
+    ),
+    h("div", { class: "bar end" }, h("button", { type: "submit", class: "main" }, "Make the key")),
+  );
+  node.onsubmit = async (event) => {
+    event.preventDefault();
+    const body = { name: name.value.trim(), scopes: boxes.filter(([box]) => box.checked).map(([box]) => box.value) };
+    if (about.value.trim()) body.description = about.value.trim();
+    const some = globs.value
+      .split(",")
+      .map((glob) => glob.trim())
+      .filter(Boolean);
+    if (some.length) body.models = some;
+    if (until.value) body.expires_at = `${until.value}T00:00:00Z`;
+    for (const [limit, input] of limits) if (input.value) body[limit] = Number(input.value);
+    if (await make(body)) node.reset();
+  };
+  return node;
+}
+
+class Keys {
+  constructor(main) {
+    this.revision = null;
+    this.seen = null;
+    this.once = h("div");
+    this.wrong = h("div", { role: "alert" });
+    this.body = h("tbody");
+    const columns = [["Name"], ["May"], ["Models"], ["Limits"], ["Expires"], ["State"], [""]];
+    this.rows = table("Keys", columns, this.body);
+    this.none = h("p", { class: "sub" }, "There are no keys.");
+    this.rows.hidden = this.none.hidden = true;
+    this.form = form((body) => this.make(body));
+    this.more = h("details", { class: "more" }, h("summary", {}, "Make a key"), this.form);
+    main.append(
+      h("h1", {}, "Keys"),
+      h(
+        "p",
+        { class: "sub" },
+        "What they may do counts at once, for requests that run as well. ",
+        h("a", { href: "../help/security" }, "Scopes and rules"),
+      ),
+      this.once,
+      this.wrong,
+      this.rows,
+      this.none,
+      this.more,
+    );
+    this.showOnce();
+    this.load();
+  }
+
+  leave() {
+    this.left = true;
+  }
+
+  update() {
+    const now = store.config.revision;
+    const before = this.seen;
+    this.seen = now;
+    if (before && before !== now) this.load();
+  }
+
+  async load() {
+    try {
+      const { revision, keys } = await call("GET", "keys");
+      if (this.left) return;
+      this.revision = revision;
+      this.rows.hidden = !keys.length;
+      this.none.hidden = Boolean(keys.length);
+      keyed(
+        this.body,
+        keys,
+        (key) => key.name,
+        (key) => this.row(key),
+      );
+    } catch (error) {
+      const again = h("button", { onclick: () => this.again() }, "Try again");
+      show(this.wrong, problem("", h("p", {}, `Keys cannot be shown: ${error.message}`), again));
+    }
+  }
+
+  again() {
+    show(this.wrong);
+    this.load();
+  }
+
+  row(first) {
+    const { name } = first;
+    let now = first;
+    const cell = (label, kind = "") => h("td", { "data-l": label, class: kind });
+    const [about, may, globs, limits] = [
+      h("span", { class: "sub" }),
+      cell("may"),
+      cell("models", "mono"),
+      cell("limits", "sub"),
+    ];
+    const [expires, state] = [cell("expires"), h("td")];
+    const button = (word, act, kind) =>
+      h("button", { class: kind, onclick: act, "aria-label": `${word} ${name}` }, word);
+    const rotate = button("Rotate", () => this.rotate(name));
+    const finish = button("Finish rotation", () => this.finish(now));
+    const off = button("Disable", () => this.enable(name, false));
+    const on = button("Enable", () => this.enable(name, true));
+    const gone = button("Delete", () => this.remove(now), "danger");
+    const node = h(
+      "tr",
+      {},
+      h("td", {}, h("b", {}, name), " ", about),
+      may,
+      globs,
+      limits,
+      expires,
+      state,
+      h("td", {}, h("div", { class: "acts" }, rotate, finish, off, on, gone)),
+    );
+    node.update = (key) => {
+      now = key;
+      const digits = key.id ? `${key.id}…` : "";
+      setText(about, [digits, key.description, whereOf(key)].filter(Boolean).join(" · "));
+      setText(may, key.scopes.join(", ") || "nothing");
+      setText(globs, key.models.join(", "));
+      setText(limits, limitsOf(key));
+      setText(expires, key.expires_at === null ? "" : clock(key.expires_at));
+      const [kind, word] = stateOf(key);
+      setAttribute(state, "class", `key-${kind}`);
+      setText(state, word);
+      const fixed = isFixed(key);
+      rotate.hidden = fixed || key.file !== null || key.name === "anonymous" || (key.enabled && key.hashes > 1);
+      finish.hidden = fixed || key.hashes < 2;
+      off.hidden = fixed || !key.enabled;
+      on.hidden = fixed || key.enabled;
+      gone.hidden = fixed;
+    };
+    return node;
+  }
+
+  // A write: what it answers, or null where it was refused, which is shown then.
+  async write(method, path, body) {
+    show(this.wrong);
+    try {
+      const headers = this.revision ? { "If-Match": `"${this.revision}"` } : {};
+      const answer = await call(method, path, { body, headers });
+      await this.load();
+      return answer ?? true;
+    } catch (error) {
+      const changed = error.status === 412;
+      const lead = changed
+        ? "Somebody else has changed the keys meanwhile. Look at them, and try again."
+        : error.message;
+      const list = error.problems.filter((one) => !lead.includes(one.message));
+      const more = list.map((one) => h("li", {}, one.path && h("code", {}, one.path), " ", one.message));
+      const code =
+        error.code && h("a", { class: "code", href: `../help/${encodeURIComponent(error.code)}` }, error.code);
+      show(
+        this.wrong,
+        problem("", h("p", {}, h("b", {}, "Nothing was written. "), lead), code, more.length > 0 && h("ul", {}, more)),
+      );
+      if (changed) await this.load();
+      return null;
+    }
+  }
+
+  async make(body) {
+    const made = await this.write("POST", "keys", body);
+    if (made) this.tell(made, false);
+    return made !== null;
+  }
+
+  async rotate(name) {
+    const made = await this.write("POST", at(name, "/rotate"), {});
+    if (made) this.tell(made, made.hashes > 1);
+  }
+
+  async finish(key) {
+    const more = `Only the newest, ${key.id}…, stays good. Clients that still send an older one are refused at once.`;
+    if (!(await ask(`Finish the rotation of ${key.name}?`, "Finish", more))) return;
+    if (await this.write("POST", at(key.name, "/rotate"), { finish: true })) say(`${key.name} is rotated`);
+  }
+
+  async enable(name, enabled) {
+    if (await this.write("PATCH", at(name), { enabled })) say(`${name} is ${enabled ? "enabled" : "disabled"}`);
+  }
+
+  async remove(key) {
+    const more = "Who sends it is refused at once. Its name can be given to another key.";
+    if (!(await ask(`Delete the key ${key.name}?`, "Delete", more))) return;
+    if (await this.write("DELETE", at(key.name))) say(`${key.name} is deleted`);
+  }
+
+  tell({ name, key }, rotated) {
+    if (!key) return;
+    shownOnce = { name, key, rotated };
+    this.showOnce();
+    this.once.querySelector("button").focus();
+  }
+
+  showOnce() {
+    if (!shownOnce) return show(this.once);
+    const { name, key, rotated } = shownOnce;
+    const field = h("input", {
+      class: "mono",
+      readonly: true,
+      value: key,
+      id: "new-key",
+      onfocus: () => field.select(),
+    });
+    const words = rotated
+      ? "The old key stays good until you finish the rotation: give clients this one first."
+      : "It is shown this once: the daemon keeps only its hash.";
+    const away = () => {
+      shownOnce = null;
+      show(this.once);
+      this.more.querySelector("summary").focus();
+    };
+    const copied = copyButton("Copy", () => key, "main");
+    const card = h(
+      "section",
+      { class: "card once", "aria-label": `The new key of ${name}` },
+      h("p", {}, h("label", { for: "new-key" }, `The new key of ${name}. `), words),
+      h("div", { class: "bar" }, field, copied, h("button", { onclick: away }, "I have it, put it away")),
+    );
+    return show(this.once, card);
+  }
+}
+
+export const keys = (main) => new Keys(main);
