@@ -1,10 +1,9 @@
 """Routing: which endpoints serve a model now, the leases on them, and the queue of requests that wait for one.
 
-A lease is counted in the step that grants it and released exactly once, whatever ends its request. Each model has a
-queue of its own: no head-of-line blocking between models, nor behind who has as much in flight as its key allows, nor
-behind who waits for an adapter that no instance holds yet. An adapter has a route of its own, to the instances that
-hold it; all else is its base's. Everything runs on the event loop, and no method but `acquire`, `wait` and `wait_idle`
-waits.
+Each model has a queue of its own: no head-of-line blocking between models, nor behind who has as much in flight as its
+key allows, nor behind who waits for an adapter that no instance holds yet. An adapter has a route of its own, to the
+instances that hold it; all else is its base's. Everything runs on the event loop, and no method but `acquire`, `wait`
+and `wait_idle` waits.
 """
 
 import asyncio
@@ -12,77 +11,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from itertools import islice
-from typing import Self
 
-from vllm_proxy.domain.config import ModelSpec, Policy
+from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import RequestError, model_not_found
 from vllm_proxy.runtime import clock
 from vllm_proxy.traffic.endpoint import Endpoint
+from vllm_proxy.traffic.lease import Lease
 from vllm_proxy.traffic.queue import Turn, Waiter
 from vllm_proxy.traffic.routing import Route, least_loaded, spec_of
 
 _NAMED = 10  # models that the error about an unknown one names
 _MOST_RETRY_AFTER = 120  # seconds: the OpenAI client gives up where it is asked to wait for longer
-
-
-class Lease:
-    """One request's hold on one instance. `with lease:` gives it back."""
-
-    def __init__(self, registry: "Registry", route: Route, endpoint: Endpoint) -> None:
-        self._registry = registry
-        self._route = route
-        self._tried = [endpoint]
-        self.endpoint = endpoint
-        self.model_id = route.spec.id
-
-    @property
-    def policy(self) -> Policy:
-        """The model's policy now: it may change while a request runs."""
-        return self._route.spec.policy
-
-    @property
-    def other_names(self) -> tuple[str, ...]:
-        """What else leads to the model."""
-        return self._route.spec.other_names
-
-    @property
-    def answer_headers(self) -> bytes:
-        """Lines of the answer: which model it comes from, and which instance."""
-        found = self.endpoint.answer_headers
-        return found if self._route.base is self._route else self.endpoint.answer_headers_of(self.model_id)
-
-    @property
-    def closing(self) -> bool:
-        """Whether the daemon is stopping, so that clients should not keep their connection."""
-        return self._registry.closing
-
-    def move(self) -> bool:
-        """Give the instance up for one that was not tried yet; False, and nothing changed, where there is none."""
-        return self._move(least_loaded(self._route, self._tried))
-
-    def move_back(self, endpoint: Endpoint) -> bool:
-        """Return to an instance that was given up; False, and nothing changed, where it is gone or full by now."""
-        if endpoint is self.endpoint:
-            return endpoint in self._route.endpoints
-        most = self.policy.max_in_flight
-        usable = endpoint in self._route.endpoints and (not most or endpoint.in_flight < most)
-        return self._move(endpoint if usable else None)
-
-    def _move(self, other: Endpoint | None) -> bool:
-        if other is None:
-            return False
-        self._route.add(other, 1)
-        self._registry.release(self._route, self.endpoint)
-        self._tried.append(other)
-        self.endpoint = other
-        return True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._registry.release(self._route, self.endpoint)
 
 
 class Registry:

@@ -20,7 +20,8 @@ from vllm_proxy.traffic.endpoint import Endpoint
 from vllm_proxy.traffic.exchange import Ending, Exchange
 from vllm_proxy.traffic.front import SENT_CLOSE, SENT_KEEP_ALIVE, client_is_slow, client_of
 from vllm_proxy.traffic.head import engine_id
-from vllm_proxy.traffic.registry import Lease, Registry
+from vllm_proxy.traffic.lease import Lease
+from vllm_proxy.traffic.registry import Registry
 from vllm_proxy.traffic.routing import Route
 from vllm_proxy.traffic.sieve import MeteredExchange
 from vllm_proxy.traffic.wire import EngineConnection
