@@ -4,11 +4,13 @@ Made by the registry, which counts it in the step that grants it; released exact
 Everything runs on the event loop, and nothing here waits.
 """
 
+from collections.abc import Sequence
 from typing import Protocol, Self
 
 from vllm_proxy.domain.config import Policy
 from vllm_proxy.traffic.endpoint import Endpoint
-from vllm_proxy.traffic.routing import Route, least_loaded
+from vllm_proxy.traffic.prompt import Prompt
+from vllm_proxy.traffic.routing import Route, free_endpoints, pick
 
 
 class Leases(Protocol):
@@ -23,8 +25,9 @@ class Leases(Protocol):
 class Lease:
     """One request's hold on one instance. `with lease:` gives it back."""
 
-    def __init__(self, registry: Leases, route: Route, endpoint: Endpoint) -> None:
+    def __init__(self, registry: Leases, route: Route, endpoint: Endpoint, prompt: Prompt | None = None) -> None:
         self._registry = registry
+        self._prompt = prompt
         self._route = route
         self._tried = [endpoint]
         self.endpoint = endpoint
@@ -53,7 +56,8 @@ class Lease:
 
     def move(self) -> bool:
         """Give the instance up for one that was not tried yet; False, and nothing changed, where there is none."""
-        return self._move(least_loaded(self._route, self._tried))
+        free = free_endpoints(self._route, self._tried)
+        return bool(free) and self._move(free)
 
     def move_back(self, endpoint: Endpoint) -> bool:
         """Return to an instance that was given up; False, and nothing changed, where it is gone or full by now."""
@@ -61,11 +65,13 @@ class Lease:
             return endpoint in self._route.endpoints
         most = self.policy.max_in_flight
         usable = endpoint in self._route.endpoints and (not most or endpoint.in_flight < most)
-        return self._move(endpoint if usable else None)
+        return usable and self._move((endpoint,))
 
-    def _move(self, other: Endpoint | None) -> bool:
-        if other is None:
-            return False
+    def _move(self, free: Sequence[Endpoint]) -> bool:
+        prompt = self._prompt
+        if prompt is not None and prompt.marks is not None:  # it takes them along
+            self._route.base.memory.forget(prompt.marks, self.endpoint, prompt.known)
+        other = pick(self._route, free, prompt)
         self._route.add(other, 1)
         self._registry.release(self._route, self.endpoint)
         self._tried.append(other)

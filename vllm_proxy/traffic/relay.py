@@ -92,7 +92,7 @@ def forward(
 async def _forward(call: Call, registry: Registry, route: Route, body: bytes | Body) -> web.StreamResponse:
     tries: _Retries | None = None  # made where one failed
     call.model = route.spec.id
-    with registry.lease(route, call.metered) or await _wait(call, registry, route) as lease:
+    with registry.lease(route, call.metered, call.prompt) or await _wait(call, registry, route) as lease:
         if client_is_slow(call.request):
             await call.request.writer.drain()
         while True:
@@ -112,7 +112,7 @@ async def _forward(call: Call, registry: Registry, route: Route, body: bytes | B
 async def _wait(call: Call, registry: Registry, route: Route) -> Lease:
     began = time.monotonic()
     try:
-        return await registry.wait(route, call.request.remote or "", call.metered)
+        return await registry.wait(route, call.request.remote or "", call.metered, call.prompt)
     finally:
         call.queue_seconds = time.monotonic() - began
 
