@@ -87,7 +87,7 @@ def by_json_model(
 def _follow_prompt(call: Call, route: Route, members: prompts.Members) -> None:
     """Have it decide which instance gets the request, where it can."""
     if route.base.balances and prompts.runs_one(call.route):
-        call.prompt = prompts.Prompt(members, call.salt, call.request.raw_headers)
+        call.prompt = prompts.Prompt(members, call.salt, call.forwarded)
 
 
 async def _read_large(

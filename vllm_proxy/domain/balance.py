@@ -10,7 +10,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 FIRST, MOST = 256, 2**20  # bytes: the shortest beginning that has a mark, and the longest
 _GROWTH = 1.25
@@ -22,6 +22,7 @@ _MOST_BITS = 60  # then all is forgotten, and engines are numbered anew
 
 
 def _lengths() -> Iterable[int]:
+    yield 0
     length = FIRST
     while length < MOST:
         yield length
@@ -29,21 +30,21 @@ def _lengths() -> Iterable[int]:
     yield MOST
 
 
-LENGTHS = (*_lengths(),)
-_SPANS = [end - begin for begin, end in pairwise((0, *LENGTHS))]
+LENGTHS = (*_lengths(),)  # of the beginnings that have marks, by how many marks are of them and of shorter ones
+_SPANS = [end - begin for begin, end in pairwise(LENGTHS)]
 # One call for all pieces of a text: by how many lengths it has.
 _CUT = [struct.Struct("".join(f"{span}s" for span in _SPANS[:count])).unpack_from for count in range(len(_SPANS) + 1)]
 
 
-class Marks(NamedTuple):
+class Prompt(Protocol):
     """A prompt, as it is compared with others."""
 
     marks: Sequence[int]  # of its beginnings, the longest one first
     size: int  # bytes, at most `MOST`
-    sessions: Sequence[int] = ()  # of what its client says that it belongs to
+    sessions: Sequence[int]  # marks of what its client says that it belongs to
 
 
-NO_MARKS = Marks((), 0)
+_MOST_MARKS = len(LENGTHS) + 8  # of one prompt, with its sessions
 
 
 def marks_of(text: bytes) -> list[int]:
@@ -52,15 +53,10 @@ def marks_of(text: bytes) -> list[int]:
     Of two texts that are equal up to one of `LENGTHS`, those of the lengths up to there are equal; others never are,
     as far as a hash of 64 bits tells.
     """
-    # No two pieces are equally long but at random, so a sum depends on their order too.
-    marks = [*accumulate(map(hash, _CUT[bisect_right(LENGTHS, len(text))](text)))]
+    # No two pieces have one length, so a sum tells their order too.
+    marks = [*accumulate(map(hash, _CUT[bisect_right(LENGTHS, len(text)) - 1](text)))]
     marks.reverse()
     return marks
-
-
-def bytes_known(count: int) -> int:
-    """How long a beginning is whose first `count` marks are known."""
-    return LENGTHS[count - 1] if count else 0
 
 
 class Engine(Protocol):
@@ -70,31 +66,33 @@ class Engine(Protocol):
     bit: int  # by which a memory knows it; 0: by none
 
 
-class Memory:
+class Memory[E: Engine]:
     """Which engines of one model were sent which marks: the last 10,000 for each engine at least, at most 20,000.
 
     Two tables take turns: what is not seen again before the younger one has been full twice is forgotten. All marks of
     a prompt are learnt together, so each table has an engine for its beginnings up to some length and none behind.
     """
 
-    __slots__ = ("_before", "_half", "_next", "_now")
+    __slots__ = ("_all", "_before", "_engines", "_half", "_next", "_now")
 
     def __init__(self) -> None:
         self._now: dict[int, int] = {}  # by mark: bits of engines
         self._before: dict[int, int] = {}
-        self._half = REMEMBERED // 2
+        self._half = _HALF
+        self._engines: dict[int, E] = {}  # those that are there, by their bits
+        self._all = 0  # their bits
         self._next = 1
 
     def __len__(self) -> int:
         """How many marks it has, at most."""
         return len(self._now) + len(self._before)
 
-    def follow(self, engines: Sequence[Engine]) -> None:
+    def follow(self, engines: Sequence[E]) -> None:
         """These are there now. Of one without a bit nothing is known; it gets one here.
 
         A bit is not used again: what is known of whom it belonged to is never looked for.
         """
-        self._half = REMEMBERED // 2 * max(len(engines), 1)
+        self._half = _HALF * max(len(engines), 1)
         if self._next >> _MOST_BITS:
             self.clear()
             self._next = 1
@@ -104,16 +102,19 @@ class Memory:
             if not one.bit:
                 one.bit = self._next
                 self._next <<= 1
+        self._engines = {one.bit: one for one in engines}
+        self._all = sum(self._engines)
 
     def clear(self) -> None:
         """Nothing is known any more."""
         self._now, self._before = {}, {}
 
-    def learn(self, prompt: Marks, engine: Engine) -> None:
+    def learn(self, prompt: Prompt, engine: E) -> None:
         """It is sent this."""
-        if len(self._now) + len(prompt.marks) + len(prompt.sessions) > self._half:
-            self._before, self._now = self._now, {}
         now, bit = self._now, engine.bit
+        if len(now) + _MOST_MARKS > self._half:
+            self._before, self._now = now, {}
+            now = self._now
         for mark in prompt.marks:
             bits = now.get(mark, 0)
             if bits & bit:
@@ -122,7 +123,7 @@ class Memory:
         for mark in prompt.sessions:
             now[mark] = now.get(mark, 0) | bit
 
-    def forget(self, prompt: Marks, engine: Engine, known: int = 0) -> None:
+    def forget(self, prompt: Prompt, engine: E, known: int = 0) -> None:
         """It was not sent this after all; but it had the first `known` marks before."""
         others = ~engine.bit
         for table in (self._now, self._before):
@@ -132,39 +133,46 @@ class Memory:
 
     def known(self, marks: Sequence[int], engines: int) -> tuple[int, int]:
         """(how many of a prompt's marks one of these engines has, which ones have so many); engines as their bits."""
+        table = self._now
         unknown, bits = len(marks), 0
-        for table in (self._now, self._before):
-            for mark in filter(table.__contains__, marks):
+        for mark in filter(table.__contains__, marks):
+            if bits := table[mark] & engines:
+                unknown = marks.index(mark)
+                break
+        if unknown:
+            table = self._before
+            for mark in filter(table.__contains__, marks[:unknown]):
                 if found := table[mark] & engines:
-                    index = marks.index(mark)
-                    if index < unknown:
-                        unknown, bits = index, found
-                    elif index == unknown:
-                        bits |= found
+                    unknown, bits = marks.index(mark), found
                     break
         return len(marks) - unknown, bits
 
-    def choose[E: Engine](self, prompt: Marks, free: Sequence[E], chance: float) -> tuple[E, int, bool]:
+    def choose(self, prompt: Prompt, free: Sequence[E], chance: float) -> tuple[E, int, bool]:
         """(who gets a prompt, how many of its marks are known to be there, whether that or a session decided).
 
         `free`: who can be sent it, two at least. `chance`: from 0 up to 1, decides where all else is the same.
         """
-        marks, size, sessions = prompt
         flights = [one.in_flight for one in free]
         room = _BUSIER * (sum(flights) + 1) / len(free) + _SPARE
-        fits = 0
-        for one in free:
-            if one.in_flight <= room:
-                fits |= one.bit
-        mine = 0
-        for mark in sessions:
-            mine |= (self._now.get(mark, 0) | self._before.get(mark, 0)) & fits
-        count, bits = self.known(marks, mine or fits)
-        if mine or (count and LENGTHS[count - 1] * _PART >= size):
+        if max(flights) <= room and len(free) == len(self._engines):
+            fits = self._all
+        else:
+            fits = sum([one.bit for one in free if one.in_flight <= room])
+        mine = self._having(prompt.sessions, fits) if prompt.sessions else 0
+        count, bits = self.known(prompt.marks, mine or fits)
+        if mine or (count and LENGTHS[count] * _PART >= prompt.size):
             bits = bits or mine
-            return least_loaded([one for one in free if one.bit & bits], chance), count, True
+            only = self._engines.get(bits)
+            return only or least_loaded([one for one in free if one.bit & bits], chance), count, True
         chosen = least_loaded(free, chance)
-        return chosen, self.known(marks, chosen.bit)[0] if count else 0, False
+        return chosen, self.known(prompt.marks, chosen.bit)[0] if count else 0, False
+
+    def _having(self, marks: Sequence[int], engines: int) -> int:
+        """Which of these engines have one of these marks."""
+        found = 0
+        for mark in marks:
+            found |= self._now.get(mark, 0) | self._before.get(mark, 0)
+        return found & engines
 
 
 def least_loaded[E: Engine](free: Sequence[E], chance: float) -> E:

@@ -69,8 +69,8 @@ class Lease:
 
     def _move(self, free: Sequence[Endpoint]) -> bool:
         prompt = self._prompt
-        if prompt is not None and prompt.marks is not None:  # it takes them along
-            self._route.base.memory.forget(prompt.marks, self.endpoint, prompt.known)
+        if prompt is not None and prompt.is_marked:  # it takes them along
+            self._route.base.memory.forget(prompt, self.endpoint, prompt.known)
         other = pick(self._route, free, prompt)
         self._route.add(other, 1)
         self._registry.release(self._route, self.endpoint)

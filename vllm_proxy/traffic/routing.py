@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from vllm_proxy.domain.adapters import Adapter
-from vllm_proxy.domain.balance import Memory, bytes_known, least_loaded
+from vllm_proxy.domain.balance import LENGTHS, Memory, least_loaded
 from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.traffic.endpoint import Endpoint
@@ -25,7 +25,7 @@ class Routed:
     load: int = 0
     only: int = 0  # no other could take it
     known_bytes: int = 0  # sent where they had been sent before
-    unknown_bytes: int = 0
+    all_bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +54,7 @@ class Route:
     waiting: Queue = field(default_factory=Queue)
     in_flight: int = 0  # requests that hold an endpoint of this model, a withdrawn one included
     balances: bool = False  # whether what its instances were sent decides who gets a request
-    memory: Memory = field(default_factory=Memory)  # of what that was
+    memory: Memory[Endpoint] = field(default_factory=Memory)  # of what that was
     routed: Routed = field(default_factory=Routed)
 
     def __post_init__(self) -> None:
@@ -135,22 +135,21 @@ def pick(route: Route, free: Sequence[Endpoint], prompt: Prompt | None) -> Endpo
     routed = base.routed
     if len(free) == 1:
         routed.only += 1
-        if prompt is not None and prompt.marks is not None:  # it had a choice before
-            prompt.known, _ = base.memory.known(prompt.marks.marks, free[0].bit)
-            base.memory.learn(prompt.marks, free[0])
+        if prompt is not None and prompt.is_marked:  # it had a choice before
+            prompt.known, _ = base.memory.known(prompt.marks, free[0].bit)
+            base.memory.learn(prompt, free[0])
         return free[0]
     chance = random.random()  # noqa: S311 - no secret
     if prompt is None or not base.balances:
         routed.load += 1
         return least_loaded(free, chance)
-    marks = prompt.of(route.adapter)
-    chosen, prompt.known, by_prefix = base.memory.choose(marks, free, chance)
-    base.memory.learn(marks, chosen)
+    prompt.mark(route.adapter)
+    chosen, prompt.known, by_prefix = base.memory.choose(prompt, free, chance)
+    base.memory.learn(prompt, chosen)
     if by_prefix:
         routed.prefix += 1
     else:
         routed.load += 1
-    known = bytes_known(prompt.known)
-    routed.known_bytes += known
-    routed.unknown_bytes += marks.size - known
+    routed.known_bytes += LENGTHS[prompt.known]
+    routed.all_bytes += prompt.size
     return chosen
