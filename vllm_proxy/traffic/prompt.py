@@ -19,7 +19,7 @@ from vllm_proxy.traffic.scan import Spans
 NOTHING = msgspec.Raw(b"")
 _EMPTY = frozenset({b"", b"null", b'""'})
 _SESSION = b"x-session-id"
-_SESSION_LINE = re.compile(rb"^x-session-id:[ \t]*([^\r\n]+)", re.IGNORECASE | re.MULTILINE)
+_SESSION_LINE = re.compile(rb"^x-session-id:[ \t]*+([^\r\n]+)", re.IGNORECASE | re.MULTILINE)
 _MOST_SESSIONS = 4  # that headers name; more is nothing that a client means
 _RUNS_NONE = frozenset(route.path for route in INFERENCE if route.salted is None)
 
