@@ -20,7 +20,7 @@ from vllm_proxy.domain.inventory import Foreign
 from vllm_proxy.fleet.desired import Desired
 from vllm_proxy.fleet.model import Model
 from vllm_proxy.fleet.reconciler import Reconciler
-from vllm_proxy.traffic.registry import Lease
+from vllm_proxy.traffic.lease import Lease
 
 NEED = pytest.approx(6 * GIB, abs=1e6)
 

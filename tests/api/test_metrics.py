@@ -32,6 +32,7 @@ from vllm_proxy.runtime.logwriter import LogWriter
 from vllm_proxy.runtime.turns import LoopLag
 from vllm_proxy.traffic.call import Call
 from vllm_proxy.traffic.registry import Registry
+from vllm_proxy.traffic.routing import Routed
 from vllm_proxy.traffic.usage import Usage
 
 ROUTE = "/v1/completions"
@@ -53,6 +54,7 @@ class Fleet:
         self.config = SimpleNamespace(models=known, ids=known, revision="r1", keys={"ci": None})
         self.room = Room(lambda: None, Unmanaged())
         self._models: dict[str, Any] = {}
+        self.decided = Routed()
 
     def models(self) -> list[Any]:
         """One instance each, ready, with two requests. The same ones each time."""
@@ -88,6 +90,10 @@ class Fleet:
     def knows(self, model: str) -> bool:
         """Whether there is such a model."""
         return model in self.config.models
+
+    def routed(self, _model: str) -> Routed:
+        """What decided where requests went."""
+        return self.decided
 
     def counts(self, _model: str) -> tuple[int, int]:
         """In flight, queued."""
@@ -207,6 +213,24 @@ async def test_what_is_now_is_asked_when_somebody_looks() -> None:
     ]
     assert len(states) == len(State)
     assert found['vllm_proxy_config_info{revision="r1"}'] == 1
+
+
+async def test_what_decided_where_requests_went_is_counted() -> None:
+    """And how much of the prompts that were compared was known; there is nothing of what never was."""
+    fleet = Fleet("chat")
+    metrics = metrics_of(fleet)
+    assert not any("routed" in name or "prefix" in name for name in await series(metrics))
+    fleet.decided.only = 2
+    found = await series(metrics)
+    assert {name for name in found if "routed" in name} == {'vllm_proxy_routed_total{by="only",model="chat"}'}
+    fleet.decided.prefix, fleet.decided.load = 3, 1
+    fleet.decided.known_bytes, fleet.decided.all_bytes = 600, 1000
+    found = await series(metrics)
+    assert {by: found[f'vllm_proxy_routed_total{{by="{by}",model="chat"}}'] for by in ("prefix", "load", "only")} == {
+        "prefix": 3, "load": 1, "only": 2,
+    }  # fmt: skip
+    assert found['vllm_proxy_prefix_bytes_total{known="yes",model="chat"}'] == 600
+    assert found['vllm_proxy_prefix_bytes_total{known="no",model="chat"}'] == 400
 
 
 async def test_what_became_of_engines_is_counted() -> None:

@@ -16,7 +16,7 @@ from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.domain.placement import Machine
 from vllm_proxy.engine.program import LaunchError
 from vllm_proxy.errors import RequestError
-from vllm_proxy.traffic.registry import Lease
+from vllm_proxy.traffic.lease import Lease
 
 GIB = 2**30
 RULES = Devices(reserve=0, max_wait=30.0, min_residency=10.0)

@@ -18,7 +18,7 @@ from vllm_proxy.engine.state import EngineRecord
 from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.measuring import Measuring
 from vllm_proxy.fleet.model import Model
-from vllm_proxy.traffic.registry import Lease
+from vllm_proxy.traffic.lease import Lease
 
 
 @virtual

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tests.engine.virtual import settle, virtual
 from tests.traffic.test_registry import opened, registry_of, release
 from vllm_proxy.errors import RequestError
+from vllm_proxy.traffic.lease import Lease
 from vllm_proxy.traffic.queue import Queue, Waiter
-from vllm_proxy.traffic.registry import Lease, Registry
+from vllm_proxy.traffic.registry import Registry
 
 
 class Caller:

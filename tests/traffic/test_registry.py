@@ -15,7 +15,8 @@ from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.endpoint import Endpoint
-from vllm_proxy.traffic.registry import Lease, Registry
+from vllm_proxy.traffic.lease import Lease
+from vllm_proxy.traffic.registry import Registry
 
 
 def nobody() -> None:

@@ -13,6 +13,7 @@ from vllm_proxy.api import (
     model_metrics,
     request_metrics,
     room_metrics,
+    routing_metrics,
     sleep_metrics,
     token_metrics,
     usage_metrics,
@@ -32,7 +33,7 @@ from vllm_proxy.traffic.registry import Registry
 
 FAMILIES = (
     *(*daemon_metrics.FAMILIES, *model_metrics.FAMILIES, *request_metrics.FAMILIES, *room_metrics.FAMILIES),
-    *(*sleep_metrics.FAMILIES, *token_metrics.FAMILIES, *usage_metrics.FAMILIES),
+    *(*routing_metrics.FAMILIES, *sleep_metrics.FAMILIES, *token_metrics.FAMILIES, *usage_metrics.FAMILIES),
 )
 
 _SMALL_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0)
@@ -67,6 +68,7 @@ class Metrics:
             model_metrics.now_by_model(registry),
             model_metrics.engines_by_model(),
             sleep_metrics.by_model(),
+            routing_metrics.by_model(registry),
             token_metrics.by_model(self._charged),
         )
 

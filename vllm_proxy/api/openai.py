@@ -16,15 +16,19 @@ from vllm_proxy.errors import RequestError, model_not_found
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.runtime.turns import in_turns
 from vllm_proxy.traffic import asked as asks
+from vllm_proxy.traffic import prompt as prompts
 from vllm_proxy.traffic.body import (
     LARGE,
     body_at_hand,
+    members_of_large,
     model_name,
-    model_name_of_large,
+    named_at,
     read_body,
+    usable,
     with_model,
     with_salt,
 )
+from vllm_proxy.traffic.body import members as members_of
 from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call, Work
 from vllm_proxy.traffic.fan_out import fan_out
@@ -35,6 +39,9 @@ from vllm_proxy.traffic.multipart import Upload
 from vllm_proxy.traffic.registry import Registry
 from vllm_proxy.traffic.relay import forward
 from vllm_proxy.traffic.routing import Route
+
+_NAME = frozenset({b"model"})
+_WHOLE = _NAME | prompts.NAMES
 
 type Settings = Callable[[], Server]  # the `[server]` table now
 
@@ -51,14 +58,21 @@ def by_json_model(
         server = settings()
         body = body_at_hand(call, server, budget) or await read_body(call, server, budget)
         asked: asks.Asked | None = None
-        if metering.is_on:
-            asked = asks.read(body, call.route) if len(body) < LARGE else await asks.read_large(body, call.route)
-            name, place = asked.model, asked.place
-        elif len(body) < LARGE:
-            name, place = model_name(body), None
+        members: prompts.Members | None = None
+        place: slice | None = None
+        if len(body) >= LARGE:
+            asked, name, place, members = await _read_large(call, body, metering, whole=registry.balances)
+        elif metering.is_on:
+            asked = asks.read(body, call.route, whole=registry.balances)
+            name, members = asked.model, asked.members
+        elif registry.balances:
+            members = members_of(body)
+            name = usable(members.model)
         else:
-            name, place = await model_name_of_large(body)
+            name = model_name(body)
         route = found(call, name, registry)
+        if members is not None:
+            _follow_prompt(call, route, members)
         if name != route.spec.id:
             body = await with_model(body, route.spec.id, place)
         if asked is not None:
@@ -68,6 +82,24 @@ def by_json_model(
         return await send(call, registry, route, body)
 
     return work
+
+
+def _follow_prompt(call: Call, route: Route, members: prompts.Members) -> None:
+    """Have it decide which instance gets the request, where it can."""
+    if route.base.balances and prompts.runs_one(call.route):
+        call.prompt = prompts.Prompt(members, call.salt, call.forwarded)
+
+
+async def _read_large(
+    call: Call, body: bytes, metering: Metering, *, whole: bool
+) -> tuple[asks.Asked | None, str, slice | None, prompts.Members | None]:
+    """(what it asks for, where it is metered; its model; where that stands; its prompt's members, where `whole`)."""
+    if metering.is_on:
+        asked = await asks.read_large(body, call.route, whole=whole)
+        return asked, asked.model, asked.place, asked.members
+    spans = await members_of_large(body, _WHOLE if whole else _NAME)
+    name = named_at(body, spans)
+    return None, name, slice(*spans[b"model"]), prompts.members_at(body, spans) if whole else None
 
 
 def by_form_model(registry: Registry, settings: Settings, budget: Budget, metering: Metering) -> Work:

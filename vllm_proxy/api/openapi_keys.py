@@ -112,6 +112,8 @@ KEYS = {
     "aliases": "Other names that clients may send.",
     "enabled": "Whether it is offered and may run.",
     "replicas": "Instances.",
+    "balance": "Which of several instances gets a request: `prefix`: one that was sent the beginning of its prompt, "
+    "unless it is much busier; `least-loaded`: the one with the fewest requests in flight.",
     "start": "`always`: has its room for good; `warm`: runs whenever there is room that nobody waits for; `on-demand`: "
     "started by the first request; later ones join the same start and wait in the queue.",
     "priority": "Whose requests wait with more comes first, whose has less gives way first; never beats `max_wait`.",

@@ -173,6 +173,7 @@ class Policy(Table):
     aliases: Aliases = ()
     enabled: bool = True
     replicas: Count = 1
+    balance: Literal["prefix", "least-loaded"] = "prefix"  # where there is more than one instance
     start: Literal["always", "warm", "on-demand"] = "always"
     priority: int = 0
     yield_timeout: Seconds = 5 * 60.0

@@ -15,8 +15,9 @@ import msgspec
 
 from vllm_proxy.domain.tokens import asks_for_usage
 from vllm_proxy.errors import RequestError
-from vllm_proxy.traffic.body import BYTE_ORDER_MARK, check_encoding, model_name, no_json, usable, with_member
-from vllm_proxy.traffic.scan import count_elements, find_members
+from vllm_proxy.traffic.body import BYTE_ORDER_MARK, members_of_large, model_name, no_json, usable, with_member
+from vllm_proxy.traffic.prompt import NAMES, NOTHING, Members, members_at
+from vllm_proxy.traffic.scan import count_elements
 
 _BINARY = b";base64,"  # of a data URL
 _SLICE = 1024 * 1024
@@ -53,20 +54,21 @@ class _Body(msgspec.Struct):
     n: Any = None
 
 
-_NOTHING = msgspec.Raw(b"null")
+class _Whole(Members):
+    """The same, and the members of its prompt, which may be several, not decoded yet."""
 
-
-class _Many(_Body):
-    """Also what may be several prompts, not decoded yet."""
-
-    prompt: msgspec.Raw = _NOTHING
-    prompt_embeds: msgspec.Raw = _NOTHING
-    messages: msgspec.Raw = _NOTHING
+    stream: Any = None
+    stream_options: Any = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
+    n: Any = None
+    prompt_embeds: msgspec.Raw = NOTHING
 
 
 _FIELDS = frozenset(name.encode() for name in _Body.__struct_fields__)
 _body = msgspec.json.Decoder(_Body)
-_many = msgspec.json.Decoder(_Many)
+_whole = msgspec.json.Decoder(_Whole)
 _elements = msgspec.json.Decoder(list[msgspec.Raw])
 
 
@@ -85,10 +87,11 @@ class Asked(msgspec.Struct, frozen=True):
         None  # its `stream_options`, where its stream does not tell the usage as it is
     )
     place: slice | None = None  # of the model's name in a large body
+    members: Members | None = None  # of its prompt, where they were wanted
 
 
-def read(body: bytes, path: str) -> Asked:
-    """What a body below `body.LARGE` asks for on the route `path`.
+def read(body: bytes, path: str, *, whole: bool = False) -> Asked:
+    """What a body below `body.LARGE` asks for on the route `path`. `whole`: the members of its prompt too.
 
     Raises:
         RequestError: `invalid_json`, `missing_model` or `bad_request`.
@@ -96,9 +99,9 @@ def read(body: bytes, path: str) -> Asked:
     """
     several = _MANY.get(path)
     try:
-        found = (_many if several else _body).decode(body[3:] if body.startswith(BYTE_ORDER_MARK) else body)
+        found = (_whole if whole or several else _body).decode(body[3:] if body.startswith(BYTE_ORDER_MARK) else body)
         prompts = 1
-        if isinstance(found, _Many):
+        if several and isinstance(found, _Whole):
             prompts = _prompts(found.messages) if path == _BATCH else _prompts(found.prompt, found.prompt_embeds)
     except msgspec.ValidationError:
         model_name(body)  # tells of what is no object
@@ -107,16 +110,14 @@ def read(body: bytes, path: str) -> Asked:
         raise no_json(error) from None
     except RecursionError:
         raise no_json("its values are nested too deeply") from None
-    return _asked(found, path, prompts, binary=body.rfind(_BINARY) >= 0, place=None)
+    members = found if whole and isinstance(found, _Whole) else None
+    return _asked(found, path, prompts, binary=body.rfind(_BINARY) >= 0, place=None, members=members)
 
 
-async def read_large(body: bytes, path: str) -> Asked:
+async def read_large(body: bytes, path: str, *, whole: bool = False) -> Asked:
     """As `read`, a slice at a time with the event loop in between."""
-    check_encoding(body)
     several = [name.encode() for name in _MANY.get(path, ())]
-    spans: Mapping[bytes, tuple[int, int]] = {}
-    for spans in find_members(body, _FIELDS.union(several)):  # noqa: B007 - the last one counts
-        await asyncio.sleep(0)
+    spans = await members_of_large(body, _FIELDS.union(several, NAMES if whole else ()))
     found = _Body()
     try:
         for name in spans.keys() & _FIELDS:
@@ -132,7 +133,8 @@ async def read_large(body: bytes, path: str) -> Asked:
             await asyncio.sleep(0)
         prompts += count
     place = slice(*spans[b"model"]) if b"model" in spans else None
-    return _asked(found, path, prompts, binary=await _is_binary(body), place=place)
+    members = members_at(body, spans) if whole else None
+    return _asked(found, path, prompts, binary=await _is_binary(body), place=place, members=members)
 
 
 async def _is_binary(body: bytes) -> bool:
@@ -147,12 +149,14 @@ def _prompts(*values: msgspec.Raw) -> int:
     """How many prompts there are in the values of these members."""
     count = 0
     for value in values:
-        if value is not _NOTHING:
+        if value is not NOTHING:
             count += len(_elements.decode(value)) if _SEVERAL.match(value) else 1
     return count
 
 
-def _asked(found: _Body, path: str, prompts: int, *, binary: bool, place: slice | None) -> Asked:
+def _asked(
+    found: _Body | _Whole, path: str, prompts: int, *, binary: bool, place: slice | None, members: Members | None
+) -> Asked:
     streams = found.stream is True or (found.stream is not None and _is_true(found.stream))
     names = _MOST.get(path)
     if names is None:
@@ -172,6 +176,7 @@ def _asked(found: _Body, path: str, prompts: int, *, binary: bool, place: slice 
         binary,
         _options(found.stream_options) if streams and asks_for_usage(path) else None,
         place,
+        members,
     )
 
 

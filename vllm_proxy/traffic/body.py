@@ -5,6 +5,7 @@ go on. Which endpoint serves the model is up to `registry`.
 """
 
 import asyncio
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -15,7 +16,8 @@ from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.budget import Budget, Holder
 from vllm_proxy.traffic.call import Call
 from vllm_proxy.traffic.framing import check_codings, check_expectation, send_continue
-from vllm_proxy.traffic.scan import find_member
+from vllm_proxy.traffic.prompt import Members
+from vllm_proxy.traffic.scan import Spans, find_members
 
 LARGE = 1024 * 1024  # from here on a body is searched in slices, so that other streams are not blocked
 
@@ -27,6 +29,7 @@ class _Named(msgspec.Struct):
 
 
 _named = msgspec.json.Decoder(_Named)
+_members = msgspec.json.Decoder(Members)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # not JSON's, but engines take it
 # Engines would take these too, as UTF-16 or UTF-32: a text may then mean one thing to them and another one here.
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -116,16 +119,46 @@ def model_name(body: bytes) -> str:
     return usable(name)
 
 
+def members(body: bytes) -> Members:
+    """The members of its prompt, of a body below `LARGE`, with its model, which has yet to be looked at.
+
+    Raises:
+        RequestError: `invalid_json` or `missing_model`.
+
+    """
+    try:
+        return _members.decode(body[3:] if body.startswith(BYTE_ORDER_MARK) else body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return Members(model_name(body))  # tells what is wrong
+
+
 async def model_name_of_large(body: bytes) -> tuple[str, slice]:
     """As `model_name`, a slice at a time with the event loop in between; and where the name stands."""
+    spans = await members_of_large(body, frozenset({b"model"}))
+    return named_at(body, spans), slice(*spans.get(b"model", (0,)))
+
+
+async def members_of_large(body: bytes, names: Collection[bytes]) -> Spans:
+    """Where these members of a large body stand, those that it has.
+
+    Raises:
+        RequestError: `invalid_json`.
+
+    """
     check_encoding(body)
-    span: tuple[int, int] | None = None
-    for span in find_member(body, b"model"):  # noqa: B007 - the last one counts
+    spans: Spans = {}
+    for spans in find_members(body, names):  # noqa: B007 - the last one counts
         await asyncio.sleep(0)
+    return spans
+
+
+def named_at(body: bytes, spans: Spans) -> str:
+    """As `model_name`, of a body whose members stand there."""
+    span = spans.get(b"model")
     if span is None:
-        return usable(None), slice(0)
+        return usable(None)
     try:
-        return usable(msgspec.json.decode(body[span[0] : span[1]])), slice(*span)
+        return usable(msgspec.json.decode(body[span[0] : span[1]]))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise no_json(error) from None
     except RecursionError:

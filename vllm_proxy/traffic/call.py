@@ -24,6 +24,7 @@ from vllm_proxy.traffic.envelope import as_request_error, error_response
 from vllm_proxy.traffic.front import client_of, withdraw_cancellation
 from vllm_proxy.traffic.head import engine_id, read_head, request_id
 from vllm_proxy.traffic.keyring import NOBODY, Caller
+from vllm_proxy.traffic.prompt import Prompt
 from vllm_proxy.traffic.queue import Turn
 from vllm_proxy.traffic.routes import InferenceRoute
 from vllm_proxy.traffic.sieve import MeteredExchange
@@ -69,6 +70,7 @@ class Call:
     scope: Scope | None = Scope.INFERENCE
     committed = False
     salt = b""  # the `cache_salt` that its prompt gets
+    prompt: Prompt | None = None  # where there may be a choice between engines, by what they were sent
     revoked: RequestError | None = None  # why it ends before its time
     metered: Metered | None = None  # what it holds of its key's limits, where requests are metered
     limit_lines = b""  # header lines of the answer: what its key's limits leave

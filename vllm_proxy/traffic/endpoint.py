@@ -23,6 +23,7 @@ class Endpoint:
         self.max_model_len = max_model_len  # tokens, as the engine says
         self.adapters: frozenset[str] = frozenset()  # those that it holds, by their ids
         self.in_flight = 0
+        self.bit = 0  # by which its model remembers what it was sent; 0: nothing is known
         self.failures = 0  # connections in a row that gave no answer
         self.ejected = False  # the circuit is open: no requests until a health check succeeds
         self.idle_since = 0.0  # of the loop's clock: when its last request ended, or it was added

@@ -16,7 +16,8 @@ from vllm_proxy.errors import EngineFailedError, RequestError
 from vllm_proxy.runtime import background
 from vllm_proxy.traffic.call import Call
 from vllm_proxy.traffic.front import client_is_slow
-from vllm_proxy.traffic.registry import Lease, Registry
+from vllm_proxy.traffic.lease import Lease
+from vllm_proxy.traffic.registry import Registry
 from vllm_proxy.traffic.relay import forward_to_one, with_deadline
 
 _HEAD_SECONDS = 10.0

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vllm_proxy.traffic.endpoint import Endpoint
+from vllm_proxy.traffic.prompt import Prompt
 
 
 class Turn(Protocol):
@@ -43,6 +44,7 @@ class Waiter:
     endpoint: asyncio.Future[Endpoint]
     turn: Turn | None = None  # None: it is served as one with number 0
     adapter: str = ""  # that the instance has to hold; "": it wants the model itself
+    prompt: Prompt | None = None  # by which it may be given one
 
     @property
     def number(self) -> int:

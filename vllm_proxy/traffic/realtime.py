@@ -26,9 +26,10 @@ from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call, Work
 from vllm_proxy.traffic.dial import session_to
 from vllm_proxy.traffic.front import client_of, withdraw_cancellation
+from vllm_proxy.traffic.lease import Lease
 from vllm_proxy.traffic.metering import Metering
 from vllm_proxy.traffic.moderation import refuse_unchecked
-from vllm_proxy.traffic.registry import Lease, Registry
+from vllm_proxy.traffic.registry import Registry
 
 log = structlog.get_logger()
 

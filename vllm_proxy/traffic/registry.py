@@ -1,88 +1,29 @@
 """Routing: which endpoints serve a model now, the leases on them, and the queue of requests that wait for one.
 
-A lease is counted in the step that grants it and released exactly once, whatever ends its request. Each model has a
-queue of its own: no head-of-line blocking between models, nor behind who has as much in flight as its key allows, nor
-behind who waits for an adapter that no instance holds yet. An adapter has a route of its own, to the instances that
-hold it; all else is its base's. Everything runs on the event loop, and no method but `acquire`, `wait` and `wait_idle`
-waits.
+Each model has a queue of its own: no head-of-line blocking between models, nor behind who has as much in flight as its
+key allows, nor behind who waits for an adapter that no instance holds yet. An adapter has a route of its own, to the
+instances that hold it; all else is its base's. Everything runs on the event loop, and no method but `acquire`, `wait`
+and `wait_idle` waits.
 """
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import islice
-from typing import Self
 
-from vllm_proxy.domain.config import ModelSpec, Policy
+from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import RequestError, model_not_found
 from vllm_proxy.runtime import clock
 from vllm_proxy.traffic.endpoint import Endpoint
+from vllm_proxy.traffic.lease import Lease
+from vllm_proxy.traffic.prompt import Prompt
 from vllm_proxy.traffic.queue import Turn, Waiter
-from vllm_proxy.traffic.routing import Route, least_loaded, spec_of
+from vllm_proxy.traffic.routing import Route, Routed, free_endpoints, pick, spec_of
 
 _NAMED = 10  # models that the error about an unknown one names
 _MOST_RETRY_AFTER = 120  # seconds: the OpenAI client gives up where it is asked to wait for longer
-
-
-class Lease:
-    """One request's hold on one instance. `with lease:` gives it back."""
-
-    def __init__(self, registry: "Registry", route: Route, endpoint: Endpoint) -> None:
-        self._registry = registry
-        self._route = route
-        self._tried = [endpoint]
-        self.endpoint = endpoint
-        self.model_id = route.spec.id
-
-    @property
-    def policy(self) -> Policy:
-        """The model's policy now: it may change while a request runs."""
-        return self._route.spec.policy
-
-    @property
-    def other_names(self) -> tuple[str, ...]:
-        """What else leads to the model."""
-        return self._route.spec.other_names
-
-    @property
-    def answer_headers(self) -> bytes:
-        """Lines of the answer: which model it comes from, and which instance."""
-        found = self.endpoint.answer_headers
-        return found if self._route.base is self._route else self.endpoint.answer_headers_of(self.model_id)
-
-    @property
-    def closing(self) -> bool:
-        """Whether the daemon is stopping, so that clients should not keep their connection."""
-        return self._registry.closing
-
-    def move(self) -> bool:
-        """Give the instance up for one that was not tried yet; False, and nothing changed, where there is none."""
-        return self._move(least_loaded(self._route, self._tried))
-
-    def move_back(self, endpoint: Endpoint) -> bool:
-        """Return to an instance that was given up; False, and nothing changed, where it is gone or full by now."""
-        if endpoint is self.endpoint:
-            return endpoint in self._route.endpoints
-        most = self.policy.max_in_flight
-        usable = endpoint in self._route.endpoints and (not most or endpoint.in_flight < most)
-        return self._move(endpoint if usable else None)
-
-    def _move(self, other: Endpoint | None) -> bool:
-        if other is None:
-            return False
-        self._route.add(other, 1)
-        self._registry.release(self._route, self.endpoint)
-        self._tried.append(other)
-        self.endpoint = other
-        return True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._registry.release(self._route, self.endpoint)
 
 
 class Registry:
@@ -91,6 +32,8 @@ class Registry:
     def __init__(self) -> None:
         self._routes: dict[str, Route] = {}  # of models
         self._named: dict[str, Route] = {}  # by every name that is not retired
+        self._balancing: set[str] = set()  # models where the prompt decides which instance gets a request
+        self.balances = False  # whether there are any: else nobody looks for prompts
         self.closing = False
         self._closed = False
 
@@ -114,6 +57,7 @@ class Registry:
             route.retired = name not in specs
             route.spec = specs.get(name, route.spec)
             self._follow_adapters(route)
+            self._follow_balance(route)
             if route.retired or not route.spec.policy.enabled:
                 self._fail_waiting(route)
             else:
@@ -125,6 +69,11 @@ class Registry:
         for route in self._routes.values():
             if not route.retired:
                 self._named |= route.names()
+
+    def _follow_balance(self, route: Route) -> None:
+        route.follow_balance()
+        (self._balancing.add if route.balances else self._balancing.discard)(route.spec.id)
+        self.balances = bool(self._balancing)
 
     def _follow_adapters(self, route: Route) -> None:
         """Those that the file has now; who waits for one that is gone, or disabled, waits no more."""
@@ -145,6 +94,7 @@ class Registry:
     def forget(self, model_id: str) -> None:
         """A retired model has ended."""
         del self._routes[model_id]
+        self._balancing.discard(model_id)
         self._name()
 
     def report(self, model_id: str, state: State, message: str | None, *, stopped_by_hand: bool = False) -> None:
@@ -173,6 +123,7 @@ class Registry:
         route.endpoints.append(endpoint)
         route.idle_since = endpoint.idle_since = asyncio.get_running_loop().time()
         route.find_holders()
+        self._follow_balance(route)
         self._serve_waiting(route)
 
     def withdraw_endpoint(self, model_id: str, endpoint: Endpoint) -> None:
@@ -180,6 +131,8 @@ class Registry:
         route = self._routes[model_id]
         route.endpoints.remove(endpoint)
         route.find_holders()
+        endpoint.bit = 0  # what it holds is forgotten, whatever becomes of it
+        self._follow_balance(route)
 
     def hold_adapters(self, model_id: str) -> None:
         """Instances of this model hold other adapters than before: their endpoints say which."""
@@ -257,6 +210,10 @@ class Registry:
         route = self._routes[model_id]
         return route.in_flight, route.queued
 
+    def routed(self, model_id: str) -> Routed:
+        """What decided which instances of one model got its requests."""
+        return self._routes[model_id].routed
+
     async def acquire(self, name: str, turn: Turn | None = None) -> Lease:
         """Hold an instance that serves `name`: at once, or when one becomes ready or free.
 
@@ -267,8 +224,8 @@ class Registry:
         route = self.find(name)
         return self.lease(route, turn) or await self.wait(route, turn=turn)
 
-    def lease(self, route: Route, turn: Turn | None = None) -> Lease | None:
-        """Hold an instance now; None where the request must wait for one.
+    def lease(self, route: Route, turn: Turn | None = None, prompt: Prompt | None = None) -> Lease | None:
+        """Hold an instance now; None where the request must wait for one. `prompt`: what may decide which one.
 
         Raises:
             RequestError: when none will come.
@@ -277,24 +234,27 @@ class Registry:
         if self._closed or not route.accepts or not route.spec.policy.enabled:
             self._raise_if_unavailable(route)
             route.wake()
-        endpoint = least_loaded(route)
-        if endpoint is None or route.waiting:
+        free = free_endpoints(route)
+        if not free or route.waiting:
             return None
         if turn is not None:
             if not turn.may_go():
                 return None
             turn.go()
+        endpoint = pick(route, free, prompt)
         route.add(endpoint, 1)
-        return Lease(self, route, endpoint)
+        return Lease(self, route, endpoint, prompt)
 
-    async def wait(self, route: Route, caller: str = "", turn: Turn | None = None) -> Lease:
-        """Hold an instance when one becomes ready or free. `caller`: for whom it waits.
+    async def wait(
+        self, route: Route, caller: str = "", turn: Turn | None = None, prompt: Prompt | None = None
+    ) -> Lease:
+        """Hold an instance when one becomes ready or free. `caller`: for whom it waits; `prompt`: as in `lease`.
 
         Raises:
             RequestError: when none will, the queue is full or the wait too long.
 
         """
-        return Lease(self, route, await self._queue(route, caller, turn))
+        return Lease(self, route, await self._queue(route, caller, turn, prompt), prompt)
 
     def next_turn(self, model_id: str) -> None:
         """Somebody who waits for this model may go now."""
@@ -332,7 +292,7 @@ class Registry:
         if route.problem is not None and not route.endpoints:
             raise RequestError("model_error", f"cannot serve {name}: {route.problem}")
 
-    async def _queue(self, route: Route, caller: str, turn: Turn | None) -> Endpoint:
+    async def _queue(self, route: Route, caller: str, turn: Turn | None, prompt: Prompt | None) -> Endpoint:
         policy = route.spec.policy
         if turn is not None:
             turn.wait(policy.queue_size)
@@ -343,7 +303,7 @@ class Registry:
             route.wake()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Endpoint] = loop.create_future()
-        waiter = Waiter(caller, loop.time(), future, turn, route.adapter)
+        waiter = Waiter(caller, loop.time(), future, turn, route.adapter, prompt)
         route.waiting.add(waiter)
         self._serve_waiting(route)  # those in front may be none that may go
         try:
@@ -366,21 +326,24 @@ class Registry:
         if base.adapters and base.waiting:
             self._serve_adapters_waiting(base)
             return
-        while base.waiting and (endpoint := least_loaded(base)) and (waiter := base.waiting.take()):
-            base.add(endpoint, 1)
-            waiter.endpoint.set_result(endpoint)
+        while base.waiting and (free := free_endpoints(base)) and (waiter := base.waiting.take()):
+            self._serve(base, free, waiter)
+
+    def _serve(self, route: Route, free: Sequence[Endpoint], waiter: Waiter) -> None:
+        endpoint = pick(route, free, waiter.prompt)
+        route.add(endpoint, 1)
+        waiter.endpoint.set_result(endpoint)
 
     def _serve_adapters_waiting(self, base: Route) -> None:
         """Who waits for what no free instance holds is passed over."""
         routes = {"": base, **base.adapters}
         while True:
             wanted = base.waiting.adapters()
-            free = {name: found for name in wanted if name in routes and (found := least_loaded(routes[name]))}
+            free = {name: found for name in wanted if name in routes and (found := free_endpoints(routes[name]))}
             waiter = base.waiting.take(free)
             if waiter is None:
                 return
-            base.add(free[waiter.adapter], 1)
-            waiter.endpoint.set_result(free[waiter.adapter])
+            self._serve(routes[waiter.adapter], free[waiter.adapter], waiter)
 
     def _fail_waiting(self, route: Route) -> None:
         """Of a model, who waits for its adapters too."""

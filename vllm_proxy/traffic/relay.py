@@ -21,7 +21,8 @@ from vllm_proxy.traffic.endpoint import Endpoint
 from vllm_proxy.traffic.exchange import Ending, Exchange
 from vllm_proxy.traffic.front import client_is_slow, client_of
 from vllm_proxy.traffic.head import engine_id
-from vllm_proxy.traffic.registry import Lease, Registry
+from vllm_proxy.traffic.lease import Lease
+from vllm_proxy.traffic.registry import Registry
 from vllm_proxy.traffic.routing import Route
 from vllm_proxy.traffic.sieve import MeteredExchange
 from vllm_proxy.traffic.wire import EngineConnection
@@ -92,7 +93,7 @@ def forward(
 async def _forward(call: Call, registry: Registry, route: Route, body: bytes | Body) -> web.StreamResponse:
     tries: _Retries | None = None  # made where one failed
     call.model = route.spec.id
-    with registry.lease(route, call.metered) or await _wait(call, registry, route) as lease:
+    with registry.lease(route, call.metered, call.prompt) or await _wait(call, registry, route) as lease:
         if client_is_slow(call.request):
             await call.request.writer.drain()
         while True:
@@ -112,7 +113,7 @@ async def _forward(call: Call, registry: Registry, route: Route, body: bytes | B
 async def _wait(call: Call, registry: Registry, route: Route) -> Lease:
     began = time.monotonic()
     try:
-        return await registry.wait(route, call.request.remote or "", call.metered)
+        return await registry.wait(route, call.request.remote or "", call.metered, call.prompt)
     finally:
         call.queue_seconds = time.monotonic() - began
 

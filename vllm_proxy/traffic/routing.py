@@ -9,10 +9,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from vllm_proxy.domain.adapters import Adapter
+from vllm_proxy.domain.balance import LENGTHS, Memory, least_loaded
 from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.traffic.endpoint import Endpoint
+from vllm_proxy.traffic.prompt import Prompt
 from vllm_proxy.traffic.queue import Queue
+
+
+@dataclass(slots=True)
+class Routed:
+    """What decided which instance got a request, counted; of those that were compared, bytes of their prompts."""
+
+    prefix: int = 0  # what it was sent before
+    load: int = 0
+    only: int = 0  # no other could take it
+    known_bytes: int = 0  # sent where they had been sent before
+    all_bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +53,9 @@ class Route:
     endpoints: list[Endpoint] = field(default_factory=list)
     waiting: Queue = field(default_factory=Queue)
     in_flight: int = 0  # requests that hold an endpoint of this model, a withdrawn one included
+    balances: bool = False  # whether what its instances were sent decides who gets a request
+    memory: Memory[Endpoint] = field(default_factory=Memory)  # of what that was
+    routed: Routed = field(default_factory=Routed)
 
     def __post_init__(self) -> None:
         self.base = self.base or self
@@ -80,6 +96,15 @@ class Route:
             if not base.in_flight:
                 base.idle_since = endpoint.idle_since
 
+    def follow_balance(self) -> None:
+        """Its instances have changed, or its policy."""
+        wanted = self.spec.policy.balance == "prefix"
+        self.balances = wanted and len(self.endpoints) > 1
+        if self.balances:
+            self.memory.follow(self.endpoints)
+        elif not wanted:
+            self.memory.clear()  # what they are sent from now on would not be in it
+
     def find_holders(self) -> None:
         """Which instances hold which adapter has changed, or whether they take requests."""
         for adapter_id, route in self.adapters.items():
@@ -93,18 +118,38 @@ def spec_of(adapter: Adapter, base: ModelSpec) -> ModelSpec:
     return replace(base, id=adapter.id, policy=policy, adapters={})
 
 
-def least_loaded(route: Route, without: Sequence[Endpoint] = ()) -> Endpoint | None:
-    """The endpoint with the fewest requests in flight, any of them where several have; None when all are full.
-
-    Ejected ones are left out, unless there is no other.
-    """
+def free_endpoints(route: Route, without: Sequence[Endpoint] = ()) -> Sequence[Endpoint]:
+    """Those that can be sent a request; ejected ones are left out, unless there is no other."""
     most = route.spec.policy.max_in_flight
     if len(route.endpoints) == 1 and not without:
-        only = route.endpoints[0]
-        return only if not most or only.in_flight < most else None
+        return () if most and route.endpoints[0].in_flight >= most else route.endpoints
     usable = [endpoint for endpoint in route.endpoints if not endpoint.ejected] or route.endpoints
-    free = [endpoint for endpoint in usable if (not most or endpoint.in_flight < most) and endpoint not in without]
-    if len(free) <= 1:
-        return free[0] if free else None
-    least = min(endpoint.in_flight for endpoint in free)
-    return random.choice([endpoint for endpoint in free if endpoint.in_flight == least])  # noqa: S311 - no secret
+    if most or without:
+        return [one for one in usable if (not most or one.in_flight < most) and one not in without]
+    return usable
+
+
+def pick(route: Route, free: Sequence[Endpoint], prompt: Prompt | None) -> Endpoint:
+    """Who is sent a request of those that can be, as the model's `balance` says; it is remembered, and counted."""
+    base = route.base
+    routed = base.routed
+    if len(free) == 1:
+        routed.only += 1
+        if prompt is not None and prompt.is_marked:  # it had a choice before
+            prompt.known, _ = base.memory.known(prompt.marks, free[0].bit)
+            base.memory.learn(prompt, free[0])
+        return free[0]
+    chance = random.random()  # noqa: S311 - no secret
+    if prompt is None or not base.balances:
+        routed.load += 1
+        return least_loaded(free, chance)
+    prompt.mark(route.adapter)
+    chosen, prompt.known, by_prefix = base.memory.choose(prompt, free, chance)
+    base.memory.learn(prompt, chosen)
+    if by_prefix:
+        routed.prefix += 1
+    else:
+        routed.load += 1
+    routed.known_bytes += LENGTHS[prompt.known]
+    routed.all_bytes += prompt.size
+    return chosen

@@ -11,8 +11,9 @@ import httptools
 
 from vllm_proxy.errors import EngineFailedError
 from vllm_proxy.traffic.endpoint import Endpoint
+from vllm_proxy.traffic.lease import Lease
 from vllm_proxy.traffic.queue import Turn
-from vllm_proxy.traffic.registry import Lease, Registry
+from vllm_proxy.traffic.registry import Registry
 from vllm_proxy.traffic.routing import Route
 from vllm_proxy.traffic.wire import EngineConnection
 
