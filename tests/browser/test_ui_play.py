@@ -13,7 +13,7 @@ from tests.harness import OPEN, Daemon, daemon, fake_engines, port_block
 pytestmark = pytest.mark.browser
 TOLD = ".told"
 MESSAGE = "Message"
-ANSWERS = "[...document.querySelectorAll('.bubble.assistant > p:last-of-type')].map(it => it.innerText)"
+ANSWERS = "[...document.querySelectorAll('.bubble.assistant > p:last-of-type')].map(it => it.innerText.trim())"
 WHOLE = "t0 t1 t2 t3 t4"
 
 
