@@ -22,7 +22,7 @@ def button(label: str) -> str:
 def field(label: str) -> str:
     """An expression: a field by its label."""
     wanted = json.dumps(label)
-    name = "(it.getAttribute('aria-label') ?? it.labels?.[0]?.innerText ?? '').trim()"
+    name = "(it.getAttribute('aria-label') ?? it.labels?.[0]?.firstChild?.textContent ?? '').trim()"
     return f"[...document.querySelectorAll('input, textarea, select')].find(it => {name} === {wanted})"
 
 
