@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import ssl
 from collections.abc import AsyncIterator
 from importlib.metadata import distribution
 from pathlib import Path
@@ -18,10 +19,11 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from tests import certificates
 from tests.browser.chromium import Browser, Page
-from tests.browser.conftest import CHAT, configured
+from tests.browser.conftest import CHAT, configured, forwarded
 from tests.fakes.ledger import GIB, Devices
-from tests.harness import OPEN, Daemon, daemon, fake_engines, free_port, port_block, running_command
+from tests.harness import NO_LIMIT, OPEN, Daemon, daemon, fake_engines, free_port, port_block, running_command
 from vllm_proxy.domain.keys import hash_of, new_key
 
 pytestmark = pytest.mark.browser
@@ -355,41 +357,68 @@ async def test_it_heals_after_the_daemon_was_killed(chromium: Browser, tmp_path:
     await page.close()
 
 
-async def test_it_works_behind_a_path_prefix(fleet: Daemon, chromium: Browser) -> None:
-    """Every address is relative to the page."""
-    stopped = asyncio.Event()
+@contextlib.asynccontextmanager
+async def behind_a_prefix(running: Daemon, folder: Path) -> AsyncIterator[str]:
+    """The address of a proxy that speaks TLS and has the daemon below `/llm/`, by another name than it knows."""
+    left = asyncio.Event()
 
     async def pass_on(request: web.Request) -> web.StreamResponse:
-        url = f"{fleet.url}{request.raw_path.removeprefix('/llm')}"
+        url = f"{running.url}{request.raw_path.removeprefix('/llm')}"
         headers = {name: value for name, value in request.headers.items() if name != "Host"}
-        async with (
-            aiohttp.ClientSession(auto_decompress=False) as client,
-            client.request(request.method, url, headers=headers, data=await request.read()) as answer,
-        ):
+        async with client.request(request.method, url, headers=headers, data=await request.read()) as answer:
             kept = {name: value for name, value in answer.headers.items() if name != "Transfer-Encoding"}
             response = web.StreamResponse(status=answer.status, headers=kept)
             await response.prepare(request)
             async for data in answer.content.iter_any():
-                if stopped.is_set():
-                    break
                 await response.write(data)
+                if left.is_set():
+                    break
             return response
 
     app = web.Application()
     app.router.add_route("*", "/llm/{rest:.*}", pass_on)
-    async with TestServer(app) as server:
-        page = await chromium.page(f"http://127.0.0.1:{server.port}/llm/ui/")
+    pair = certificates.make(folder)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(pair.certificate, pair.key)
+    async with aiohttp.ClientSession(auto_decompress=False, timeout=NO_LIMIT) as client:
+        server = TestServer(app, scheme="https")
+        await server.start_server(ssl=context)
+        try:
+            yield f"https://127.0.0.1:{server.port}/llm/"
+        finally:
+            left.set()
+            await server.close()
+
+
+async def test_it_works_behind_tls_and_a_path_prefix(fleet: Daemon, chromium: Browser, tmp_path: Path) -> None:
+    """Every address is relative to the page, and the daemon takes it for its own though its scheme is another."""
+    async with behind_a_prefix(fleet, tmp_path) as base:
+        page = await chromium.page()
+        await page.call("Security.setIgnoreCertificateErrors", ignore=True)
+        await page.open(f"{base}ui/")
         await page.front()
         await page.until(has("tbody", "chat"))
         await click(page, "Start later")
         await page.until(f"{row('later')}.innerText.includes('ready')")
+        await click(page, "Stop later")
+        await page.until(f"{row('later')}.querySelector('.state').innerText === 'on demand'")
         await goes(page, "model/chat")
-        await page.until("document.querySelectorAll('.log div').length > 3")
-        assert all("/llm/" in url for url in page.requests), page.requests
+        assert all(url.startswith(base) for url in page.requests), page.requests
         assert page.complaints == []
-        stopped.set()
         await page.close()
-    await fleet.write("POST", "/models/later/stop", status=202)
+
+
+async def test_a_forwarded_control_socket_needs_no_key(shared: Daemon, chromium: Browser) -> None:
+    """As `ssh -L` forwards it: the page can do everything there, though the daemon's port asks for a key."""
+    async with configured(shared, f'[keys.me]\nhash = "{hash_of(KEY)}"\n'), forwarded(shared) as port:
+        page = await chromium.page(f"http://localhost:{port}/ui/")
+        await page.front()
+        await page.until(f"{row('chat')}?.innerText.includes('ready')")
+        await click(page, "Restart chat")
+        await page.until(has("#said", "chat restarts"))
+        await shared.all_ready()
+        assert page.complaints == []
+        await page.close()
 
 
 async def test_the_page_of_another_origin_can_neither_use_nor_frame_it(
