@@ -1,5 +1,6 @@
 """A daemon and a browser for all tests of pages, and what these do."""
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -46,6 +47,27 @@ async def unchanged(running: Daemon, text: str = "") -> AsyncIterator[None]:
         assert running.file.read_bytes() == before
         assert await models(running) == {"chat"}
         assert (await running.instance("chat"))["state"] == "ready"
+
+
+@contextlib.asynccontextmanager
+async def forwarded(running: Daemon) -> AsyncIterator[int]:
+    """A port that leads to the control socket, as `ssh -L PORT:/run/…/control.sock` makes one."""
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_unix_connection(running.state_dir / "control.sock")
+        await asyncio.gather(pump(reader, there[1]), pump(there[0], writer))
+
+    server = await asyncio.start_server(pass_on, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+        server.close_clients()
 
 
 @pytest.fixture(scope="package")

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import ssl
 from collections.abc import AsyncIterator
 from importlib.metadata import distribution
 from pathlib import Path
@@ -18,10 +19,11 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from tests import certificates
 from tests.browser.chromium import Browser, Page
-from tests.browser.conftest import CHAT, configured
+from tests.browser.conftest import CHAT, configured, forwarded
 from tests.fakes.ledger import GIB, Devices
-from tests.harness import OPEN, Daemon, daemon, fake_engines, free_port, port_block, running_command
+from tests.harness import NO_LIMIT, OPEN, Daemon, daemon, fake_engines, free_port, port_block, running_command
 from vllm_proxy.domain.keys import hash_of, new_key
 
 pytestmark = pytest.mark.browser
@@ -31,6 +33,14 @@ KEY = new_key(b"u" * 32)
 SCREENS = (
     "fleet model/chat model/broken requests events devices config config/new play keys usage".split()
 )  # fmt: skip
+# When a screen shows what it has to.
+SHOWN = {
+    "fleet": "document.querySelectorAll('main tbody tr').length === 5",
+    "model/chat": "document.querySelectorAll('.log div').length > 3 && document.querySelector('.others')",
+    "model/broken": "document.querySelector('.log div') && document.querySelector('details.exit')",
+    "events": "document.querySelector('main tbody tr')",
+    "devices": "document.querySelectorAll('.device').length === 2",
+}
 AXE = "pytest_playwright_axe/resources/axe.min.js"
 TARGETS = "main a, main button, main input, main select, main textarea, main summary, header a, header button"
 
@@ -116,7 +126,7 @@ async def goes(page: Page, screen: str) -> None:
     """Another screen."""
     await page.evaluate(f"location.hash = {json.dumps('#/' + screen)}")
     await page.until(f"document.querySelector('main').className === {json.dumps(screen.partition('/')[0])}")
-    await page.until("document.querySelector('main h1')")
+    await page.until(SHOWN.get(screen, "document.querySelector('main h1')"))
 
 
 async def busy(page: Page, daemon: Daemon, model: str = "chat") -> None:
@@ -159,13 +169,15 @@ async def test_a_browser_that_asks_for_the_root_is_led_to_it(fleet: Daemon, chro
     await page.until(has("h1", "Fleet"))
 
 
-@pytest.mark.parametrize("screen", SCREENS)
-async def test_every_screen_opens_silently(page: Page, fleet: Daemon, screen: str) -> None:
-    """It has a heading and complains of nothing; all it asks for is the daemon's."""
-    await goes(page, screen)
-    await page.until("document.querySelector('main').innerText.trim().length > 3")
-    assert all(url.startswith((f"{fleet.url}/", "blob:", "data:")) for url in page.requests), page.requests
-    assert page.complaints == []
+async def test_every_screen_opens_silently(page: Page, fleet: Daemon) -> None:
+    """Each has something to show and complains of nothing; all it asks for is the daemon's."""
+    for screen in SCREENS:
+        await goes(page, screen)
+        assert all(url.startswith((f"{fleet.url}/", "blob:", "data:")) for url in page.requests), (
+            screen,
+            page.requests,
+        )
+        assert page.complaints == [], screen
 
 
 async def test_a_change_of_state_reaches_its_row(page: Page, fleet: Daemon) -> None:
@@ -204,7 +216,7 @@ async def test_stopping_a_busy_model_asks_once(page: Page, fleet: Daemon) -> Non
 async def events_of(running: Daemon) -> list[Any]:
     """The happenings that are kept."""
     async with running.admin.get("/events?fleet=1&since=0") as stream:
-        found = []
+        found: list[Any] = []
         async for raw in stream.content:
             if raw.startswith(b"data: "):
                 data = json.loads(raw[6:])
@@ -345,41 +357,68 @@ async def test_it_heals_after_the_daemon_was_killed(chromium: Browser, tmp_path:
     await page.close()
 
 
-async def test_it_works_behind_a_path_prefix(fleet: Daemon, chromium: Browser) -> None:
-    """Every address is relative to the page."""
-    stopped = asyncio.Event()
+@contextlib.asynccontextmanager
+async def behind_a_prefix(running: Daemon, folder: Path) -> AsyncIterator[str]:
+    """The address of a proxy that speaks TLS and has the daemon below `/llm/`, by another name than it knows."""
+    left = asyncio.Event()
 
     async def pass_on(request: web.Request) -> web.StreamResponse:
-        url = f"{fleet.url}{request.raw_path.removeprefix('/llm')}"
+        url = f"{running.url}{request.raw_path.removeprefix('/llm')}"
         headers = {name: value for name, value in request.headers.items() if name != "Host"}
-        async with (
-            aiohttp.ClientSession(auto_decompress=False) as client,
-            client.request(request.method, url, headers=headers, data=await request.read()) as answer,
-        ):
+        async with client.request(request.method, url, headers=headers, data=await request.read()) as answer:
             kept = {name: value for name, value in answer.headers.items() if name != "Transfer-Encoding"}
             response = web.StreamResponse(status=answer.status, headers=kept)
             await response.prepare(request)
             async for data in answer.content.iter_any():
-                if stopped.is_set():
-                    break
                 await response.write(data)
+                if left.is_set():
+                    break
             return response
 
     app = web.Application()
     app.router.add_route("*", "/llm/{rest:.*}", pass_on)
-    async with TestServer(app) as server:
-        page = await chromium.page(f"http://127.0.0.1:{server.port}/llm/ui/")
+    pair = certificates.make(folder)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(pair.certificate, pair.key)
+    async with aiohttp.ClientSession(auto_decompress=False, timeout=NO_LIMIT) as client:
+        server = TestServer(app, scheme="https")
+        await server.start_server(ssl=context)
+        try:
+            yield f"https://127.0.0.1:{server.port}/llm/"
+        finally:
+            left.set()
+            await server.close()
+
+
+async def test_it_works_behind_tls_and_a_path_prefix(fleet: Daemon, chromium: Browser, tmp_path: Path) -> None:
+    """Every address is relative to the page, and the daemon takes it for its own though its scheme is another."""
+    async with behind_a_prefix(fleet, tmp_path) as base:
+        page = await chromium.page()
+        await page.call("Security.setIgnoreCertificateErrors", ignore=True)
+        await page.open(f"{base}ui/")
         await page.front()
         await page.until(has("tbody", "chat"))
         await click(page, "Start later")
         await page.until(f"{row('later')}.innerText.includes('ready')")
+        await click(page, "Stop later")
+        await page.until(f"{row('later')}.querySelector('.state').innerText === 'on demand'")
         await goes(page, "model/chat")
-        await page.until("document.querySelectorAll('.log div').length > 3")
-        assert all("/llm/" in url for url in page.requests), page.requests
+        assert all(url.startswith(base) for url in page.requests), page.requests
         assert page.complaints == []
-        stopped.set()
         await page.close()
-    await fleet.write("POST", "/models/later/stop", status=202)
+
+
+async def test_a_forwarded_control_socket_needs_no_key(shared: Daemon, chromium: Browser) -> None:
+    """As `ssh -L` forwards it: the page can do everything there, though the daemon's port asks for a key."""
+    async with configured(shared, f'[keys.me]\nhash = "{hash_of(KEY)}"\n'), forwarded(shared) as port:
+        page = await chromium.page(f"http://localhost:{port}/ui/")
+        await page.front()
+        await page.until(f"{row('chat')}?.innerText.includes('ready')")
+        await click(page, "Restart chat")
+        await page.until(has("#said", "chat restarts"))
+        await shared.all_ready()
+        assert page.complaints == []
+        await page.close()
 
 
 async def test_the_page_of_another_origin_can_neither_use_nor_frame_it(
@@ -424,13 +463,12 @@ async def test_a_name_that_is_markup_is_shown_as_text(fleet: Daemon, page: Page)
     await fleet.write("PATCH", "/models/later", {"description": None})
 
 
-@pytest.mark.parametrize("screen", SCREENS)
-async def test_a_phone_shows_it_without_scrolling_sideways(page: Page, screen: str) -> None:
+async def test_a_phone_shows_it_without_scrolling_sideways(page: Page) -> None:
     """At 390 pixels."""
     await page.looks(width=390, height=844)
-    await goes(page, screen)
-    await page.until("document.querySelector('main').innerText.trim().length > 3")
-    await page.until("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    for screen in SCREENS:
+        await goes(page, screen)
+        await page.until("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
 
 async def test_the_keyboard_reaches_everything(page: Page) -> None:
@@ -502,21 +540,13 @@ async def test_axe_finds_what_is_wrong(page: Page, axe: str) -> None:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("screen", SCREENS)
-async def test_axe_finds_nothing_on_any_screen(page: Page, fleet: Daemon, axe: str, screen: str, theme: str) -> None:
+async def test_axe_finds_nothing_on_any_screen(page: Page, fleet: Daemon, axe: str, theme: str) -> None:
     """Names, roles, contrasts, order; with a request in flight and a problem."""
     await page.looks(theme=theme)
-    async with streaming(fleet, request_id=f"axe-{theme}"):
-        await goes(page, screen)
-        await page.until("document.querySelector('main').innerText.trim().length > 3")
-        await page.until(
-            {
-                "requests": "document.querySelector('main table tbody tr')",
-                "devices": "document.querySelector('.device')",
-                "model/chat": "document.querySelectorAll('.log div').length > 3",
-            }.get(screen, "true")
-        )
-        assert await violations(page, axe) == []
+    async with streaming(fleet):
+        for screen in SCREENS:
+            await goes(page, screen)
+            assert await violations(page, axe) == [], screen
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

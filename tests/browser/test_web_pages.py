@@ -4,7 +4,6 @@ The pages are of another origin, of another site, sandboxed (`Origin: null`), or
 machine (DNS rebinding); they come by the daemon's own port, or by one that somebody forwards to its control socket.
 """
 
-import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -12,7 +11,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.browser.chromium import REBOUND, Browser, Page
-from tests.browser.conftest import configured, form, post, unchanged
+from tests.browser.conftest import configured, form, forwarded, post, unchanged
 from tests.harness import OPEN, Daemon
 from vllm_proxy.domain.keys import hash_of, new_key
 
@@ -142,27 +141,6 @@ async def rebound(page: Page, own: str) -> None:
     for path in ("/v1/models", "/models", "/health", "/ready", "/docs", "/"):
         assert (await page.evaluate(f"fetch('{path}').then(answer => answer.status)")) == 403
     assert await page.evaluate(session(f"{own}/v1/realtime?model=chat")) == "refused"
-
-
-@contextlib.asynccontextmanager
-async def forwarded(running: Daemon) -> AsyncIterator[int]:
-    """A port that leads to the control socket, as `ssh -L PORT:/run/…/control.sock` makes one."""
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
-            while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there = await asyncio.open_unix_connection(running.state_dir / "control.sock")
-        await asyncio.gather(pump(reader, there[1]), pump(there[0], writer))
-
-    server = await asyncio.start_server(pass_on, "127.0.0.1", 0)
-    async with server:
-        yield server.sockets[0].getsockname()[1]
-        server.close_clients()
 
 
 async def test_a_page_of_somebody_else_can_do_nothing_by_a_forwarded_control_socket(

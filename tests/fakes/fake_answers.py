@@ -97,6 +97,21 @@ def scores(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def embeddings(asked: dict[str, Any]) -> dict[str, Any]:
-    """One small vector."""
-    data = [{"object": "embedding", "index": 0, "embedding": [0.25, 0.5]}]
+    """A small vector for each text: those that are as the first have its own, all others one at a right angle to it."""
+    given = asked.get("input")
+    texts = given if isinstance(given, list) and given and isinstance(given[0], str) else [given]
+    vectors = [[0.25, 0.5] if text == texts[0] else [0.5, -0.25] for text in texts]
+    data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
     return {"object": "list", "model": asked["model"], "data": data, "usage": {"prompt_tokens": 1, "total_tokens": 1}}
+
+
+def ranking(asked: dict[str, Any]) -> dict[str, Any]:
+    """Each document's share of the words of the query; in the order in which they came."""
+    words = set(asked["query"].split())
+    scores = [len(words & set(text.split())) / len(words) for text in asked["documents"]]
+    found = zip(asked["documents"], scores, strict=True)
+    results = [
+        {"index": index, "document": {"text": text}, "relevance_score": score}
+        for index, (text, score) in enumerate(found)
+    ]
+    return {"id": "rerank-fake", "model": asked["model"], "results": results, "usage": {"total_tokens": 1}}

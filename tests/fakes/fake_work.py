@@ -16,6 +16,7 @@ import fake_sleep  # type: ignore[import-not-found] # as above
 
 _ANSWERS = {
     "/v1/embeddings": fake_answers.embeddings,
+    "/v1/rerank": fake_answers.ranking,
     "/v1/chat/completions/batch": fake_answers.batch,
     "/generative_scoring": fake_answers.scores,
 }

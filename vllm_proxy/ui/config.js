@@ -274,8 +274,10 @@ class Configuration {
       say(error.message, true);
       return;
     }
-    if (file.revision === this.revision) this.changed(0);
-    else if (this.text.value() === this.base && !isSure) this.take(file.text, file.text, file.revision, file.crlf);
+    if (file.revision === this.revision) {
+      if (isSure) say("Nothing was written: the file was another one for a moment. Look at the plan again.", true);
+      this.plan();
+    } else if (this.text.value() === this.base && !isSure) this.take(file.text, file.text, file.revision, file.crlf);
     else this.conflict(file);
   }
 

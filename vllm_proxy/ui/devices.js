@@ -3,6 +3,7 @@ import { call, repeat } from "./api.js";
 import { bytes, h, keyed, problem, s, setText, show } from "./dom.js";
 
 const PAUSE_MS = 3000;
+const GAP = 0.5; // between two, in percent
 const STANDING = {
   comes: "loads or wakes",
   serves: "serves",
@@ -22,11 +23,12 @@ export function meter() {
   node.update = (device) => {
     setText(name, nameOf(device));
     bar.update(device);
-    const { total, free } = device;
-    setText(text, free === null ? bytes(total) : `${bytes(total - free)} of ${bytes(total)}`);
+    setText(text, `${bytes(held(device))} of ${bytes(device.total)}`);
   };
   return node;
 }
+
+const held = ({ holds, foreign }) => [...holds, ...foreign].reduce((sum, one) => sum + one.bytes, 0);
 
 function gauge() {
   const node = s("svg", { class: "meter", viewBox: "0 0 100 1", preserveAspectRatio: "none", "aria-hidden": "true" });
@@ -45,7 +47,7 @@ function segments({ total, holds, foreign, reserve }) {
     ...holds.map((one) => [one.bytes, one.standing]),
     ...foreign.map((one) => [one.bytes, "foreign"]),
   ]) {
-    found.push(rect(kind, Math.min(at, 100), (100 * size) / total));
+    found.push(rect(kind, Math.min(at, 100), (100 * size) / total - GAP));
     at += (100 * size) / total;
   }
   return found;
@@ -63,14 +65,13 @@ function part(kind, name, size, more = "") {
 
 function parts(device) {
   const { holds, foreign, reserve, total, free, promised_to: next } = device;
-  const held = [...holds, ...foreign].reduce((sum, one) => sum + one.bytes, 0);
   const link = (instance) =>
     h("a", { href: `#/model/${encodeURIComponent(instance.replace(/\/\d+$/, ""))}` }, instance);
   return [
     ...holds.map((one) => part(one.standing, link(one.instance), one.bytes, STANDING[one.standing])),
     ...foreign.map((one) => part("foreign", `${one.name} (${one.pid})`, one.bytes, "another program")),
     part("reserve", "reserved", reserve, "engines are never given it"),
-    part("free", "for one more engine", Math.max(0, total - reserve - held), next ? `goes to ${next}` : ""),
+    part("free", "for one more engine", Math.max(0, total - reserve - held(device)), next ? `goes to ${next}` : ""),
     free !== null &&
       h("tr", {}, h("td", { class: "sub" }, "free, as measured"), h("td", { class: "n sub" }, bytes(free)), h("td")),
   ];

@@ -185,7 +185,7 @@ class Keys {
     const [about, may, globs, limits] = [
       h("span", { class: "sub" }),
       cell("may"),
-      cell("models", "mono"),
+      cell("models"),
       cell("limits", "sub"),
     ];
     const [expires, state] = [cell("expires"), h("td")];

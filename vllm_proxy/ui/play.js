@@ -83,14 +83,14 @@ function figures(done, spent) {
   const tokens = done.reduce((sum, one) => sum + one.tokens, 0);
   const together = done.length > 1 && spent > 0 ? `, ${(tokens / spent).toFixed(1)} together` : "";
   const exact = done.every((one) => one.exact);
-  return joined([
+  return [
     first.length > 0 && `first token ${Math.round(mean(first))} ms`,
     rates.length > 0 && `${mean(rates).toFixed(1)} tokens/s${done.length > 1 ? " each" : ""}${together}`,
     `${plural(tokens, "token")}${exact ? "" : " or more"}`,
     seconds(spent),
     [...new Set(done.map((one) => one.instance).filter(Boolean))].sort().join(", "),
     ids.length > 0 && ["request ", ids.slice(0, 4).flatMap((id, i) => (i ? [", ", toRequest(id)] : [toRequest(id)]))],
-  ]);
+  ];
 }
 
 class Playground {

@@ -71,7 +71,7 @@ function endedRow(one) {
 export function ended(none) {
   const body = h("tbody");
   const columns = [
-    ["Time"],
+    ["Began"],
     ["Model"],
     ["Route"],
     ["Status"],

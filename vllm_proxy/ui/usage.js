@@ -131,7 +131,10 @@ export function usage(main) {
     const total = (name) => rows.reduce((sum, one) => sum + one[name], 0);
     const tokens = (one) => one.prompt_tokens + one.completion_tokens + one.estimated_tokens;
     const all = rows.reduce((sum, one) => sum + tokens(one), 0);
-    const parts = [`${count(total("requests"))} requests`, `${count(total("prompt_tokens"))} tokens of prompts`];
+    const parts = [
+      `${count(total("requests"))} ${total("requests") === 1 ? "request" : "requests"}`,
+      `${count(total("prompt_tokens"))} tokens of prompts`,
+    ];
     parts.push(`${count(total("completion_tokens"))} of answers`);
     if (total("failed")) parts.push(`${count(total("failed"))} failed`);
     if (total("limited")) parts.push(`${count(total("limited"))} limited`);

@@ -1,0 +1,220 @@
+"""The screen Configuration of the page in a real browser: the plan before anything is written, problems, conflicts."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.browser.chromium import Browser, Page
+from tests.browser.screens import button, click, fill, fits, goes, has, value
+from tests.harness import OPEN, Daemon, daemon, fake_engines, port_block
+
+pytestmark = pytest.mark.browser
+FILE = "models.toml"
+MODELS = """
+# The one that everybody uses.
+[models.chat]            # kept
+model = "org/chat"
+max_model_len = 4096     # as the card says
+"""
+VERDICT = "#verdict"
+CONFLICT = "main .conflict"
+LINES = "document.querySelector('.editor pre').innerText"
+
+
+@pytest.fixture(scope="module")
+async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
+    """A daemon with one model, where nobody needs a key."""
+    async with daemon(fake_engines(port_block()) + OPEN + MODELS, tmp_path_factory.mktemp("config")) as found:
+        (found.folder / "first.toml").write_text(found.file.read_text())
+        await found.all_ready()
+        yield found
+
+
+@pytest.fixture
+async def page(running: Daemon, chromium: Browser) -> AsyncIterator[Page]:
+    """The screen, once it shows the file and what it means; the file is as at first then and afterwards."""
+    first = (running.folder / "first.toml").read_text()
+    found = await chromium.page(f"{running.url}/ui/#/config")
+    await found.front()
+    await found.looks()
+    await found.until(has(VERDICT, "In force"))
+    assert await value(found, FILE) == first
+    yield found
+    await found.evaluate(f"{button('Undo')}?.click()")  # a text that is lost with its tab would be asked about
+    await found.close()
+    running.file.chmod(0o644)
+    running.save(first)
+    await running.write("POST", "/config/reload")
+    await running.all_ready()
+
+
+async def edit(page: Page, old: str, new: str) -> None:
+    """Change something of the text."""
+    text = await value(page, FILE)
+    assert old in text
+    await fill(page, FILE, text.replace(old, new))
+
+
+async def test_an_edit_is_planned_then_applied_and_the_comments_stay(page: Page, running: Daemon) -> None:
+    """The plan and the difference are there before anything is written; applied, the file has just that change."""
+    before = running.file.read_text()
+    await edit(page, "max_model_len = 4096", "max_model_len = 8192\ndescription = 'd'")
+    await page.until(has(VERDICT, "max_model_len 4096 -> 8192"))
+    assert await page.evaluate("document.querySelector('.step.replace .word').innerText") == "replace"
+    await page.until(has(".diff", "- max_model_len = 4096     # as the card says"))
+    await page.until(has(".diff", "+ max_model_len = 8192"))
+    assert running.file.read_text() == before
+    await click(page, "Apply")
+    await page.until(has("#said", "applied"))
+    expected = before.replace("max_model_len = 4096", "max_model_len = 8192\ndescription = 'd'")
+    assert running.file.read_text() == expected
+    await page.until(has(VERDICT, "In force"))
+    assert await page.evaluate(f"{button('Undo')}.disabled || {button('Undo')}.hasAttribute('aria-disabled')")
+    assert page.complaints == []
+
+
+async def test_the_keyboard_applies_what_the_plan_has_shown(page: Page, running: Daemon) -> None:
+    """Ctrl+S, from the text field; nothing is saved by the browser."""
+    await edit(page, "# kept", "# kept, and more")
+    await page.until(has(VERDICT, "Nothing changes for any model"))
+    await page.press("s", "Control")
+    await page.until(has("#said", "applied"))
+    assert "# kept, and more" in running.file.read_text()
+
+
+async def test_a_problem_stands_at_its_line_while_one_types(page: Page, running: Daemon) -> None:
+    """With its key and its sentence; a button leads there; what is wrong cannot be applied."""
+    before = running.file.read_text()
+    await edit(page, "max_model_len = 4096", "max_model_len = 0")
+    line = next(i for i, text in enumerate(before.split("\n"), 1) if text.startswith("max_model_len"))
+    await page.until(f"{LINES}.includes('● {line}')")
+    await page.until(has(VERDICT, "models.chat.max_model_len"))
+    await page.until(has(VERDICT, "1 problem"))
+    await click(page, f"Line {line}")
+    chosen = "((it) => it.value.slice(it.selectionStart, it.selectionEnd))(document.activeElement)"
+    assert str(await page.evaluate(chosen)).startswith("max_model_len = 0")
+    assert not await page.evaluate(f"!{button('Apply')}.disabled && !{button('Apply')}.hasAttribute('aria-disabled')")
+    await page.press("s", "Control")
+    await click(page, "Undo")
+    await page.until(has(VERDICT, "In force"))
+    await page.until(f"!{LINES}.includes('●')")
+    assert running.file.read_text() == before
+
+
+async def test_requests_that_a_plan_touches_are_named_beside_the_button(page: Page, running: Daemon) -> None:
+    """Of a model whose engine is replaced, while it answers; no longer once it has."""
+    body = {"model": "chat", "stream": True, "messages": [{"role": "user", "content": "hi"}], "fake": {"hang": 1}}
+    async with running.session.post("/v1/chat/completions", json=body) as answer:
+        assert answer.status == 200
+        await edit(page, "max_model_len = 4096", "max_model_len = 8192")
+        await page.until(has(".touched", "1 request in flight: chat 1"))
+    await page.until("document.querySelector('.touched').hidden")
+
+
+async def conflict(page: Page, running: Daemon) -> None:
+    """Somebody else writes the file while a text is not applied yet."""
+    await edit(page, "# kept", "# mine")
+    await page.until(has(VERDICT, "Nothing changes"))
+    await running.write("PATCH", "/models/chat", {"description": "theirs"})
+    await page.until(has(CONFLICT, "The file changed meanwhile. Nothing was written."))
+    await page.until(has(f"{CONFLICT} .diff", '+ description = "theirs"'))
+    assert "# mine" in await value(page, FILE)
+    assert "# mine" not in running.file.read_text()
+
+
+async def test_a_text_can_be_kept_over_what_somebody_else_wrote(page: Page, running: Daemon) -> None:
+    """The difference then takes their line out again; applied, the file is that text."""
+    await conflict(page, running)
+    await click(page, "Keep my text, over theirs")
+    await page.until(has(".beside .diff", '- description = "theirs"'))
+    await click(page, "Apply")
+    await page.until(has("#said", "applied"))
+    text = running.file.read_text()
+    assert "# mine" in text
+    assert "theirs" not in text
+
+
+async def test_what_somebody_else_wrote_can_be_taken(page: Page, running: Daemon) -> None:
+    """The text is then theirs, and there is nothing to apply."""
+    await conflict(page, running)
+    await click(page, "Take theirs")
+    await page.until(has(VERDICT, "In force"))
+    assert await value(page, FILE) == running.file.read_text()
+    assert "theirs" in running.file.read_text()
+
+
+async def test_a_write_that_is_too_late_is_told_and_writes_nothing(page: Page, running: Daemon) -> None:
+    """412, where the page has not heard of the other one yet: the same question."""
+    other = {"method": "PATCH", "headers": {"Content-Type": "application/json"}, "body": '{"description": "theirs"}'}
+    await page.evaluate(
+        "((real) => { window.fetch = async (url, options) => {"
+        f" if (options?.method === 'PUT') await real('../models/chat', {json.dumps(other)});"
+        " return real(url, options) } })(window.fetch)"
+    )
+    await edit(page, "# kept", "# mine")
+    await click(page, "Apply")
+    await page.until(has(CONFLICT, "The file changed meanwhile. Nothing was written."))
+    assert "theirs" in running.file.read_text()
+    assert "# mine" not in running.file.read_text()
+
+
+async def test_a_file_that_changes_is_followed_while_nothing_is_typed(page: Page, running: Daemon) -> None:
+    """No question is asked where there is no text to lose."""
+    await running.write("PATCH", "/models/chat", {"description": "new"})
+    await page.until(f"document.querySelector('textarea').value.includes({json.dumps('description = "new"')})")
+    await page.until(has(VERDICT, "In force"))
+    assert not await page.evaluate("Boolean(document.querySelector('main .conflict'))")
+
+
+async def test_a_text_that_is_not_applied_outlives_its_screen(page: Page, running: Daemon) -> None:
+    """Another screen and back: it is there, with its plan."""
+    await edit(page, "max_model_len = 4096", "max_model_len = 8192")
+    await goes(page, "fleet")
+    await goes(page, "config")
+    await page.until(has(VERDICT, "max_model_len 4096 -> 8192"))
+    assert "8192" in await value(page, FILE)
+    assert "8192" not in running.file.read_text()
+    await click(page, "Undo")
+    await page.until(has(VERDICT, "In force"))
+
+
+async def test_a_file_that_nobody_may_write_is_shown_as_such_at_once(page: Page, running: Daemon) -> None:
+    """The field takes no text; it is said why; the text can be copied; there is nothing to apply."""
+    running.file.chmod(0o444)
+    await goes(page, "fleet")
+    await goes(page, "config")
+    await page.until(has("main .problem", "Read-only."))
+    await page.until(has("main .problem", "it has no write bit"))
+    assert await page.evaluate("document.querySelector('.editor textarea').readOnly")
+    assert await page.evaluate(f"{button('Copy the text')} && !{button('Apply')}") is True
+
+
+async def test_a_new_model_is_typed_in_and_planned(page: Page) -> None:
+    """#/config/new adds a table with the cursor in it; #/config/model/ID leads to one."""
+    await goes(page, "config/new")
+    await page.until("document.querySelector('textarea').value.endsWith('[models.new]\\nmodel = \"\"\\n')")
+    await page.until(has(VERDICT, "models.new.model"))
+    await edit(page, 'model = ""', 'model = "org/new"')
+    await page.until(has(VERDICT, "start"))
+    await click(page, "Undo")
+    await goes(page, "config/model/chat")
+    await page.until(
+        "document.activeElement.value?.slice(document.activeElement.selectionStart).startsWith('[models.chat]')"
+    )
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+async def test_its_pictures(page: Page, width: int, theme: str, tmp_path: Path) -> None:
+    """It fits a phone and a desk, with a plan, with a problem."""
+    await page.looks(width=width, theme=theme)
+    await edit(page, "max_model_len = 4096", "max_model_len = 8192")
+    await page.until(has(VERDICT, "8192"))
+    assert await fits(page)
+    await page.picture(tmp_path / "plan.png")
+    await edit(page, "max_model_len = 8192", "max_model_len = 0")
+    await page.until(has(VERDICT, "1 problem"))
+    assert await fits(page)
+    await page.picture(tmp_path / "problem.png")
