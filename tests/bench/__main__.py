@@ -5,6 +5,7 @@ more about the machine, which the load generator and the mock engine share with 
 """
 
 import argparse
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -18,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench import access, build, cases, hazards, idle, peers, proc, report, swap, wake
+from tests.bench import access, balance, build, cases, hazards, idle, peers, proc, report, swap, wake
 
-SINGLE = ("memory", "idle", "departed", "slow", "bigbody", "keys", "models", "swap", "wake")
+SINGLE = ("memory", "idle", "departed", "slow", "bigbody", "keys", "models", "balance", "swap", "wake")
 NAMES = (*cases.CASES, *SINGLE)
 _OUTPUT = Path(".bench") / "result.json"
 
@@ -149,6 +150,9 @@ def run(options: Options, available: Sequence[str], folder: Path) -> report.Find
         findings.keys = access.measure(programs, folder / "keys", options.rounds, options.seconds, _say)
     if "models" in options.names:
         findings.models = hazards.many_models(programs, folder, options.models, options.rounds, options.seconds, _say)
+    if "balance" in options.names:
+        findings.balance = balance.measure(programs, folder / "balance", options.rounds, options.seconds, _say)
+        findings.balance_us = asyncio.run(balance.cost())
     if "swap" in options.names:
         findings.swaps = swap.measure(folder / "swap", options.swaps, _say)
     if "wake" in options.names:

@@ -115,11 +115,11 @@ def engine(programs: build.Programs, folder: Path) -> Iterator[int]:
         yield port
 
 
-def configuration(programs: build.Programs, models: int, keys: str = "") -> str:
-    """A models.toml with this many models, all but the first disabled, and these tables of keys."""
+def configuration(programs: build.Programs, models: int, keys: str = "", model: str = "") -> str:
+    """A models.toml with this many models, all but the first disabled, these tables of keys, and lines of the first."""
     start = random.randrange(9_000, 11_900, 20)  # below what tests/conftest.py hands out
     text = f'[engine]\ncommand = ["{programs.engine}"]\nport_start = {start}\nport_end = {start + 19}\n'
-    text += f'{keys}[models.{client.MODEL}]\nmodel = "mock"\n'
+    text += f'{keys}[models.{client.MODEL}]\nmodel = "mock"\n{model}'
     return text + "".join(f'[models.m{n}]\nmodel = "mock"\nenabled = false\n' for n in range(1, models))
 
 
@@ -133,14 +133,15 @@ def ours(
     pair: certificates.Pair | None = None,
     keys: str = "",
     key: str = "sk-1234",
+    model: str = "",
 ) -> Iterator[Peer]:
     """vllm-proxy and the mock engine that it started.
 
-    `pair`: it speaks TLS. `keys`: tables of its file; `key`: what its clients send, "" for none.
+    `pair`: it speaks TLS. `keys`: tables of its file; `key`: what its clients send, "" for none. `model`: lines of it.
     """
     place = folder / f"{name}-{models}"
     place.mkdir(parents=True)
-    (place / "models.toml").write_text(configuration(programs, models, keys), encoding="utf-8")
+    (place / "models.toml").write_text(configuration(programs, models, keys, model), encoding="utf-8")
     port = free_port()
     command = [
         sys.executable, "-m", "vllm_proxy", "serve", "--config", str(place / "models.toml"),

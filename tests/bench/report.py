@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from tests.bench import access, cases, client, hazards, swap
+from tests.bench import access, balance, cases, client, hazards, swap
 from tests.bench.idle import Idle
 from tests.bench.peers import DIRECT, OURS
 
@@ -23,6 +23,8 @@ class Findings:
     slow_mb: dict[str, float] = field(default_factory=dict)
     big_body: dict[str, hazards.BigBody] = field(default_factory=dict)
     models: cases.Results = field(default_factory=cases.Results)
+    balance: cases.Results = field(default_factory=cases.Results)
+    balance_us: dict[str, dict[str, float]] = field(default_factory=dict)  # by size and kind
     keys: access.Access = field(default_factory=access.Access)
     swaps: list[swap.Swap] = field(default_factory=list)
     wakes: list[swap.Swap] = field(default_factory=list)
@@ -176,7 +178,11 @@ def targets(findings: Findings) -> list[Target]:
         Target("until a 64 MiB upload is refused", 10, None, "ms", _median([one.ms for one in findings.keys.refused])),
         Target("CPU per JSON request with 1,000 models, more by", 5, None, "%", more("json32")),
         Target("CPU per event with 1,000 models, more by", 5, None, "%", more("sse256")),
+        Target("a 1 KiB chat over four engines by prefix, more by", 3, None, "us", _more(findings, "1 KiB")),
+        Target("a 40 KiB chat over four engines by prefix, more by", 25, None, "us", _more(findings, "40 KiB")),
         Target("a swap beside the engine's own start and stop, p50", 40, None, "ms", half, holds=True),
+        Target("a 1 KiB chat over four engines by prefix, more by", 3, None, "us", _more(findings, "1 KiB")),
+        Target("a 40 KiB chat over four engines by prefix, more by", 25, None, "us", _more(findings, "40 KiB")),
         Target("a swap beside the engine's own start and stop, p95", 100, None, "ms", tail_of_swaps, holds=True),
         Target("a wake beside the engine's own and the canary, p95", 30, None, "ms", tail_of_wakes, holds=True),
     ]
@@ -197,6 +203,20 @@ def _key_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
         statuses = ", ".join(str(status) for status in sorted({one.status for one in refused}))
         text = f"{statuses} in {spread([one.ms for one in refused])} ms, of its body was read by then"
         yield "64 MiB upload that is refused", OURS, f"{text} {spread([one.read / 1024 for one in refused], 0)} KiB"
+
+
+def _balance_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
+    for size, kinds in findings.balance_us.items():
+        shown = ", ".join(f"{name} {us:.1f}" for name, us in kinds.items())
+        yield f"choosing an engine for a chat of {size}: us in a loop", OURS, shown
+    for name in balance.FILES:
+        if found := findings.balance.get("json32", name):
+            yield f"json32, {name}", OURS, f"{spread([one.cpu_us for one in found])} us"
+
+
+def _more(findings: Findings, size: str) -> float | None:
+    kinds = findings.balance_us.get(size)
+    return None if kinds is None else kinds[balance.PREFIX] - kinds[balance.ONE]
 
 
 def _hazard_rows(findings: Findings) -> Iterator[tuple[str, str, str]]:
@@ -258,7 +278,7 @@ def render(findings: Findings) -> str:
             lambda case, name: spread([_cpu(figures) for figures in findings.models.get(case, name)]),
             shown,
         )
-    if rows := [*_hazard_rows(findings), *_key_rows(findings)]:
+    if rows := [*_hazard_rows(findings), *_key_rows(findings), *_balance_rows(findings)]:
         lines += _table(["case", "proxy", "found"], rows)
     verdicts = []
     for target in targets(findings):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import __main__ as bench
-from tests.bench import build, cases, client, limits, moderation, peers
+from tests.bench import balance, build, cases, client, limits, moderation, peers
 from tests.harness import daemon, fake_engines, port_block
 
 PROXY = (peers.OURS, peers.DIRECT)
@@ -70,3 +70,14 @@ def test_limits_are_measured() -> None:
     """Each way to meet them has its figure; nothing is held or used up by what was measured before."""
     found = limits.cost(calls=3, rounds=2)
     assert {"one scope", "two scopes", "a refusal", "a fair number"} <= set(found)
+
+
+async def test_choosing_an_engine_is_measured() -> None:
+    """For small and large chats, with one engine and with four; of these the prompt decides where it is to."""
+    found = await balance.cost(calls=1, rounds=1)
+    assert {size: list(kinds) for size, kinds in found.items()} == {size: [*balance.FILES] for size in balance.SIZES}
+    assert len(balance.chat(1024)) == 1024
+    there = balance.registry(balance.FILES[balance.PREFIX])
+    for _ in range(2):
+        balance.request(there, balance.chat(1024))
+    assert (there.routed("bench").prefix, there.routed("bench").load) == (1, 1)

@@ -9,6 +9,7 @@ import aiohttp
 
 HANG_SECONDS = 120.0  # no request may take so long here: queue_timeout is far below, on a busy machine too
 MODELS = ["a", "a", "b", "rare", "nobody"]
+SHARED = "You are a helpful assistant. " * 40  # behind one of nine beginnings: replicas are chosen by what they had
 # What the daemon may say instead of an answer, while engines come and go.
 REFUSALS = frozenset(
     {"model_not_found", "model_error", "model_stopped", "shutting_down", "queue_timeout", "engine_failed", "overloaded"}
@@ -52,7 +53,7 @@ async def _request(session: aiohttp.ClientSession, choose: random.Random) -> str
     chunks, stream = choose.randrange(1, 30), choose.random() < 0.6
     body = {
         "model": choose.choice(MODELS),
-        "messages": [{"role": "user", "content": "hi"}],
+        "messages": [{"role": "user", "content": f"{choose.randrange(9)} {SHARED}"}],
         "stream": stream,
         "fake": {"chunks": chunks, "interval": 0.01},
     }

@@ -35,6 +35,7 @@ max_failures = 1000
 [models.a]
 model = "x"
 replicas = 2
+balance = "prefix"
 [models.b]
 model = "x"
 [models.rare]

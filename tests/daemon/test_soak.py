@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 from collections import Counter
 from pathlib import Path
@@ -17,9 +18,11 @@ from tests.harness import Daemon, daemon, fake_engines
 CLIENTS = 200
 REQUESTS_EACH = 20
 KILLS = 8
+SHARED = "You are a helpful assistant. " * 40  # behind one of nine beginnings: replicas are chosen by what they had
 MODELS = """
 [defaults]
 replicas = 2
+balance = "prefix"
 max_in_flight = 40
 [defaults.restart]
 backoff = "50ms"
@@ -50,7 +53,7 @@ class Client:
         stream = self._random.random() < 0.6
         body = {
             "model": self._random.choice(["a", "b", "b", "nobody"]),
-            "messages": [{"role": "user", "content": "hi"}],
+            "messages": [{"role": "user", "content": f"{self._random.randrange(9)} {SHARED}"}],
             "stream": stream,
             "fake": {"chunks": chunks, "interval": 0.002},
         }
@@ -140,5 +143,7 @@ async def test_nothing_leaks_and_every_answer_is_honest(tmp_path: Path, port_sta
         for line in text.splitlines():
             if line.startswith(("vllm_proxy_in_flight{", "vllm_proxy_queued{")):
                 assert line.endswith(" 0"), line
+        decided = re.findall(r'vllm_proxy_routed_total\{by="prefix",model="[ab]"\} (\d+)', text)
+        assert sum(map(int, decided)) > CLIENTS
         assert "fault of the daemon" not in running.log()
         assert "Traceback" not in running.log()

@@ -5,7 +5,7 @@ the model's id.
 """
 
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 
@@ -43,6 +43,16 @@ from vllm_proxy.traffic.routing import Route
 _NAME = frozenset({b"model"})
 _WHOLE = _NAME | prompts.NAMES
 
+
+class Asking(Protocol):
+    """As much of a call as its prompt is made of."""
+
+    route: str
+    salt: bytes
+    forwarded: bytes
+    prompt: prompts.Prompt | None
+
+
 type Settings = Callable[[], Server]  # the `[server]` table now
 
 
@@ -72,7 +82,7 @@ def by_json_model(
             name = model_name(body)
         route = found(call, name, registry)
         if members is not None:
-            _follow_prompt(call, route, members)
+            follow_prompt(call, route, members)
         if name != route.spec.id:
             body = await with_model(body, route.spec.id, place)
         if asked is not None:
@@ -84,8 +94,8 @@ def by_json_model(
     return work
 
 
-def _follow_prompt(call: Call, route: Route, members: prompts.Members) -> None:
-    """Have it decide which instance gets the request, where it can."""
+def follow_prompt(call: Asking, route: Route, members: prompts.Members) -> None:
+    """Have its prompt decide which instance gets the request, where it can."""
     if route.base.balances and prompts.runs_one(call.route):
         call.prompt = prompts.Prompt(members, call.salt, call.forwarded)
 
