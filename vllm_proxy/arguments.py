@@ -104,7 +104,7 @@ def _add_files(add: _Add, shared: _Parents) -> None:
     add("check", [shared.config, shared.as_json], "validate the configuration and print every problem")
     add("init", [shared.config, shared.as_json], "write a first configuration with comments")
     add("plan", [shared.config, shared.place, shared.as_json],
-        "say what applying the configuration would do to the running daemon")  # fmt: skip
+        "say what applying a file, else its own as it is on disk, would do to the running daemon")  # fmt: skip
     add("reload", [shared.place, shared.as_json], "have the running daemon read its file again, and say what changed")
 
 

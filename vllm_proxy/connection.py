@@ -216,6 +216,11 @@ def path_of(model_id: str) -> str:
     return f"/models/{quote(model_id, safe='', errors='surrogateescape')}"
 
 
+def file_of(daemon: Connection) -> str:
+    """Which configuration file a daemon follows."""
+    return str(daemon.request("GET", "/health")["config"].get("file", "the daemon's file"))
+
+
 @contextlib.contextmanager
 def connected(places: Reachable) -> Iterator[Connection]:
     """The daemon of these places.

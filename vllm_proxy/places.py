@@ -14,6 +14,7 @@ from vllm_proxy.errors import ConfigError, Problem
 from vllm_proxy.runtime.regular_file import read_regular_file
 
 PREFIX = "VLLM_PROXY_"
+NAMES_FILE = PREFIX + "CONFIG"
 _OWN_FILE, _SYSTEM_FILE = Path("models.toml"), Path("/etc/vllm-proxy/models.toml")
 _SYSTEM_STATE = Path("/var/lib/vllm-proxy")
 _SYSTEM_SOCKET = Path("/run/vllm-proxy/control.sock")  # of the unit, for a shell that has not its environment
@@ -109,7 +110,7 @@ def _dotenv(file: Path) -> dict[str, str]:
 
 
 def _config_file(flag: str | int | None, env: Mapping[str, str]) -> Path:
-    if chosen := flag or env.get(PREFIX + "CONFIG"):
+    if chosen := flag or env.get(NAMES_FILE):
         return Path(str(chosen)).absolute()
     if os.path.exists(_OWN_FILE) or not _is_there(_SYSTEM_FILE):  # noqa: PTH110 - a folder of others has none of ours
         return _OWN_FILE.absolute()

@@ -523,6 +523,30 @@ async def test_plan_says_what_would_happen_and_does_nothing(shared: Daemon) -> N
     assert shared.file.read_text() == text
 
 
+async def test_plan_without_a_file_is_of_the_daemons_own(shared: Daemon, tmp_path: Path) -> None:
+    """As it is on disk, wherever the command runs; a file that is named counts, and its problems have its name."""
+    (tmp_path / "models.toml").write_text("not the daemon's")
+    (tmp_path / "state").symlink_to(shared.state_dir)
+    assert (await vllm_proxy(tmp_path, "plan"))[:2] == (0, "nothing to do\n")
+    status, _, err = await vllm_proxy(tmp_path, "plan", "-c", "models.toml")
+    assert (status, err.split(":")[0]) == (78, str(tmp_path / "models.toml"))
+    async with shared.session.get("/health") as answer:
+        assert (await answer.json())["config"]["file"] == str(shared.file)
+
+
+async def test_plan_and_reload_name_the_file_whose_problems_they_tell(tmp_path: Path) -> None:
+    """That of the daemon, not the one of the folder in which they run."""
+    folder, elsewhere = tmp_path / "daemon", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "state").symlink_to(folder / "state")
+    async with daemon(fake_engines(port_block()) + CHAT, folder) as running:
+        running.file.write_text(running.file.read_text() + "replicas = -1\n")
+        for command in "plan", "reload":
+            status, _, err = await vllm_proxy(elsewhere, command)
+            assert (status, err.split(":")[0]) == (78, str(running.file)), command
+
+
 async def test_plan_from_nothing_and_reload_without_a_daemon(tmp_path: Path) -> None:
     """Everything would start; nobody is there to reload."""
     (tmp_path / "models.toml").write_text(CHAT)

@@ -20,6 +20,13 @@ replicas = 2
 aliases = ["an-alias-longer-than-the-id"]
 [models.other]
 model = "org/other"
+[models.talk]
+model = "org/talk"
+aliases = ["gpt"]
+args = { fake_tasks = "generate" }
+[models.vectors]
+model = "org/vectors"
+args = { fake_tasks = "embed" }
 """
 JSON_ROUTES = (
     "/v1/chat/completions /v1/chat/completions/batch /v1/completions /v1/embeddings /v1/responses /v1/messages "
@@ -95,6 +102,48 @@ async def test_each_model_has_engines_of_its_own(shared: Daemon) -> None:
         assert [(await answer.json())["pid"]] == await shared.pids("other")
         assert answer.headers["X-Vllm-Proxy-Model"] == "other"
         assert answer.headers["X-Vllm-Proxy-Instance"] == "other/0"
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "can"),
+    [
+        ("talk", "/v1/embeddings", "generate (/v1/completions, /v1/chat/completions, /v1/responses, /v1/messages)"),
+        ("gpt", "/v2/embed", "generate (/v1/completions, /v1/chat/completions, /v1/responses, /v1/messages)"),
+        ("vectors", "/v1/chat/completions", "embed (/v1/embeddings, /v2/embed)"),
+    ],
+)
+async def test_what_a_model_of_another_kind_is_asked_is_404_with_what_it_can(
+    shared: Daemon, model: str, path: str, can: str
+) -> None:
+    """In the envelope of OpenAI's API, the connection to the engine going on; vLLM has no body that clients know."""
+    for _ in range(2):
+        async with shared.session.post(path, json={"model": model, "input": "x"}) as answer:
+            error = (await answer.json())["error"]
+            assert (answer.status, error["code"], error["param"]) == (404, "not_found", "model")
+            assert answer.headers["X-Vllm-Proxy-Model"] == {"gpt": "talk"}.get(model, model)
+        assert error["message"].startswith(f"cannot POST {path}: ")
+        assert error["message"].endswith(f"its tasks are {can}")
+
+
+async def test_anthropics_clients_read_it_in_their_envelope(shared: Daemon) -> None:
+    """As all below /v1/messages."""
+    async with shared.session.post("/v1/messages", json={"model": "vectors", "messages": []}) as answer:
+        error = (await answer.json())["error"]
+        assert (answer.status, error["type"], error["code"]) == (404, "not_found_error", "not_found")
+
+
+async def test_the_list_of_models_says_what_each_can(shared: Daemon) -> None:
+    """As its engine says, of aliases as of models; nothing of one that does not say."""
+    cards = (await shared.get("/v1/models"))["data"]
+    assert {card["id"]: card.get("tasks") for card in cards} == {
+        "chat": None,
+        "an-alias-longer-than-the-id": None,
+        "other": None,
+        "talk": ["generate"],
+        "gpt": ["generate"],
+        "vectors": ["embed"],
+    }
+    assert (await shared.get("/v1/models/vectors"))["tasks"] == ["embed"]
 
 
 async def test_an_alias_changes_the_name_and_not_one_other_byte(shared: Daemon) -> None:

@@ -95,6 +95,38 @@ async def test_an_engine_that_lists_its_own_name_is_ready() -> None:
     assert await ask(answering(cards("chat", "own", max_model_len=4096))) == Ready(4096)
 
 
+@pytest.mark.parametrize(
+    ("routes", "tasks"),
+    [
+        (["/v1/completions", "/v1/chat/completions", "/tokenize"], ("generate",)),
+        (["/v1/embeddings", "/v1/score", "/pooling"], ("embed", "score")),
+        (["/pooling"], ()),
+    ],
+)
+async def test_what_an_engine_can_is_read_from_its_routes(routes: list[str], tasks: tuple[str, ...]) -> None:
+    """Those that there are take no GET."""
+
+    async def post(_request: web.Request) -> web.Response:
+        raise AssertionError
+
+    app = answering(cards("own"))
+    for route in routes:
+        app.router.add_post(route, post)
+    assert await ask(app) == Ready(None, tasks)
+
+
+async def test_an_engine_that_says_something_else_is_ready_and_its_tasks_are_not_known() -> None:
+    """Whatever is in front of its routes."""
+
+    async def refuse(_request: web.Request) -> web.Response:
+        return web.Response(status=400)
+
+    app = answering(cards("own"))
+    app.router.add_post("/v1/completions", refuse)
+    app.router.add_get("/v1/embeddings", refuse)
+    assert await ask(app) == Ready(None, ())
+
+
 @pytest.mark.parametrize("length", [None, "many"])
 async def test_an_engine_that_does_not_say_its_length_is_ready(length: object) -> None:
     """A missing or odd max_model_len is not known, no more."""

@@ -7,7 +7,28 @@ from typing import Any
 
 GARBAGE = "!!!!"  # of weights that hold nothing: always the first token
 
+# Routes that only a model with this task has, as far as the fake answers them.
+TASKS = {
+    "generate": ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"),
+    "embed": ("/v1/embeddings", "/v2/embed"),
+}
 _COMPACT = (",", ":")  # as vLLM writes JSON
+
+
+def asks_for_tasks(method: str, path: str) -> bool:
+    """Whether this is the daemon's question which routes there are."""
+    return method == "GET" and path in {"/v1/completions", "/v1/embeddings", "/classify", "/v1/score",
+                                        "/v1/audio/transcriptions"}  # fmt: skip
+
+
+def status_of(tasks: list[str] | None, method: str, path: str) -> int:
+    """What a model with these tasks says before it looks at the body: 404 without such a route. None: of all tasks."""
+    path = path.partition("?")[0]
+    if tasks is None:
+        return 200
+    if any(path in routes for task, routes in TASKS.items() if task in tasks):
+        return 405 if method == "GET" else 200
+    return 404 if asks_for_tasks(method, path) or any(path in routes for routes in TASKS.values()) else 200
 
 
 def form(body: bytes, headers: dict[str, str]) -> dict[str, Any]:

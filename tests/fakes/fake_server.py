@@ -122,7 +122,7 @@ class Fake:
             "body": body.decode("latin-1") if len(body) < 2**18 else None, "sha256": hashlib.sha256(body).hexdigest(),
             "pid": os.getpid(), "messages": [], "began": time.time(), "ended": None,
         }  # fmt: skip
-        if not path.startswith("/fake/"):
+        if not path.startswith("/fake/") and not fake_answers.asks_for_tasks(method, path):
             self.seen.append(seen)
         return seen
 
@@ -184,6 +184,9 @@ class Fake:
             return await self.send(writer, 200, self.engine.metrics().encode(), "text/plain; version=1.0.0")
         if path.partition("?")[0] in fake_sleep.ROUTES:
             return await self.develop(writer, method, path, body)
+        if (status := fake_answers.status_of(self.options.fake_tasks, method, path)) != 200:
+            said = "Not Found" if status == 404 else "Method Not Allowed"
+            return await self.json(writer, status, {"detail": said})
         if not self.allowed(path, found):
             return await self.json(writer, 401, {"error": "Unauthorized"})
         return await self.guarded(writer, method, path, headers, found, body)

@@ -175,6 +175,41 @@ def test_a_chunked_body_passes_with_its_framing_and_decoded_for_http10(places: l
     assert plain.exchange.close
 
 
+NO_ROUTE = (
+    b"HTTP/1.1 404 Not Found\r\nserver: uvicorn\r\ncontent-length: 22\r\ncontent-type: application/json\r\n\r\n"
+    b'{"detail":"Not Found"}'
+)
+
+
+@given(places=PLACES)
+def test_an_engine_without_the_route_is_told_apart_however_its_answer_comes(places: list[int]) -> None:
+    """Nothing of it is passed on, and its connection is used again."""
+    run = Run().feed(*cut_at(NO_ROUTE, places))
+    assert run.ending is Ending.NO_ROUTE
+    assert (run.client.got, run.engine.calls) == (b"", ["release"])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [NO_ROUTE.replace(b'Not Found"}', b'Not found"}'), NO_ROUTE.replace(b"404", b"410"),
+     b'HTTP/1.1 404 Not Found\r\nContent-Length: 23\r\n\r\n{"detail":"Not Found"}\n'],
+    ids=["words", "status", "length"],
+)  # fmt: skip
+@given(places=PLACES)
+def test_any_other_404_passes_unchanged(answer: bytes, places: list[int]) -> None:
+    """An engine's own errors are its own."""
+    run = Run().feed(*cut_at(answer, places))
+    assert run.ending is Ending.WHOLE
+    assert run.body == answer.partition(b"\r\n\r\n")[2]
+
+
+def test_what_begins_as_that_answer_and_breaks_off_is_no_answer() -> None:
+    """Nothing has been passed on."""
+    run = Run().feed(NO_ROUTE[:-1]).lost()
+    assert (run.ending, run.client.got) == (Ending.BROKEN_HEAD, b"")
+    assert Run(no_body=True).feed(NO_ROUTE.removesuffix(b'{"detail":"Not Found"}')).ending is Ending.WHOLE
+
+
 def is_boundary(body: bytes) -> bool:
     """Whether a chunked body was cut behind a whole chunk that ends an event, and before [DONE]."""
     whole = [b"", EVENTS[:14], EVENTS]

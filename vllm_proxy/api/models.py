@@ -79,6 +79,7 @@ def health(
             "devices": {"managed": _managed(machines.machine()), "problem": machines.problem},
             "usage": {"error": ledger.problem},
             "config": {
+                "file": str(desired.file),
                 "revision": reconciler.config.revision,
                 "error": _without_values(desired.rejected) if desired.rejected else None,
                 "certificate_error": certificate.error,

@@ -188,7 +188,8 @@ async def unsupported(request: web.Request) -> web.StreamResponse:
 def _card(name: str, route: Route, reconciler: Reconciler) -> resources.Card:
     spec, adapter = route.base.spec, route.base.spec.adapters.get(route.adapter)
     length = next((endpoint.max_model_len for endpoint in route.base.endpoints), spec.engine.max_model_len)
-    return {
+    tasks = next((endpoint.tasks for endpoint in route.base.endpoints), ())
+    card: resources.Card = {
         "id": name,
         "object": "model",
         "created": int(reconciler.model(spec.id).created_at.timestamp()),
@@ -197,3 +198,6 @@ def _card(name: str, route: Route, reconciler: Reconciler) -> resources.Card:
         "parent": None if name == spec.id else spec.id,
         "max_model_len": length if isinstance(length, int) else None,
     }
+    if tasks:
+        card["tasks"] = list(tasks)
+    return card

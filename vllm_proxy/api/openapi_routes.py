@@ -44,6 +44,7 @@ _FINISH: Schema = {
 _TOML = {"text/toml": {"type": "string"}, "application/toml": {"type": "string"}}
 _INFERENCE = (
     *_BODY, "isolation_unavailable", "invalid_json", "missing_model", "invalid_max_tokens", "model_not_found",
+    "not_found",
     "rate_limit_exceeded", "insufficient_quota", "engine_failed", "model_error", "model_disabled", "model_stopped",
     "no_room", "queue_full", "shutting_down", "queue_timeout", "request_timeout", "request_cancelled", "content_filter",
     "moderation_unavailable",
@@ -373,7 +374,9 @@ def _inference(route: InferenceRoute) -> Operation:
 _INFERENCE_ROUTES = {
     **{f"{route.method} {route.path}": _inference(route) for route in INFERENCE},
     "GET /v1/models": Operation(
-        "Inference", "List models and aliases", (Answer(200, "Whatever their states.", as_json(resources.Cards)),)
+        "Inference",
+        "List models and aliases",
+        (Answer(200, "Whatever their states; `tasks` says what a ready one can.", as_json(resources.Cards)),),
     ),
     "GET /v1/models/{model_id}": Operation(
         "Inference", "Show a model or alias", (Answer(200, "Its card.", as_json(resources.Card)),), ("model_not_found",)

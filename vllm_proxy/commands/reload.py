@@ -9,19 +9,19 @@ from vllm_proxy.commands.changes import lines_of
 from vllm_proxy.commands.outcome import CONFIG_INVALID, OK, refused_by_daemon
 from vllm_proxy.commands.output import complain, write
 from vllm_proxy.commands.screen import Screen
-from vllm_proxy.connection import connected
+from vllm_proxy.connection import connected, file_of
 from vllm_proxy.errors import RefusedError
 
 
 def run(options: argparse.Namespace) -> int:
     """Returns when the verdict is known."""
     where = places.find(os.environ, vars(options))
-    try:
-        with connected(where) as daemon:
+    with connected(where) as daemon:
+        try:
             done = daemon.request("POST", "/config/reload")
-            error = daemon.request("GET", "/health")["config"]["certificate_error"]
-    except RefusedError as refused:
-        return refused_by_daemon(refused, options, where.config_file)
+        except RefusedError as refused:
+            return refused_by_daemon(refused, options, file_of(daemon))
+        error = daemon.request("GET", "/health")["config"]["certificate_error"]
     if error is not None:
         complain(f"the certificate before stays in force: {error}")
     if options.json:

@@ -74,7 +74,7 @@ complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using init' -s h -l help -d 'show this help message and exit'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using init' -s c -l config -xka "(__fish_complete_path (commandline -ct))" -d 'default: $VLLM_PROXY_CONFIG, ./models.toml, /etc/vllm-proxy/models.toml'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using init' -l json -d 'print JSON'
-complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_npos -eq 0' -a plan -d 'say what applying the configuration would do to the running daemon'
+complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_npos -eq 0' -a plan -d 'say what applying a file, else its own as it is on disk, would do to the running daemon'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using plan' -s h -l help -d 'show this help message and exit'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using plan' -s c -l config -xka "(__fish_complete_path (commandline -ct))" -d 'default: $VLLM_PROXY_CONFIG, ./models.toml, /etc/vllm-proxy/models.toml'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using plan' -l state-dir -xka "(__fish_complete_directories)" -d 'where logs and the record of engines are kept'

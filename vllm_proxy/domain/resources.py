@@ -171,6 +171,7 @@ class Applied(TypedDict):
 class ConfigHealth(TypedDict):
     """The file, as the daemon sees it."""
 
+    file: Annotated[str, Field(description="Its path.")]
     revision: Annotated[str, Field(description="Of the file that is in force.")]
     error: Annotated[str | None, Field(description="Why the file on disk was refused; null where it is in force.")]
     certificate_error: Annotated[
@@ -217,6 +218,10 @@ class Root(TypedDict):
     endpoints: Annotated[list[str], Field(examples=[["GET /models"]])]
 
 
+_TASKS = "What it can, by vLLM's names, as a ready engine of it says: `generate`, `embed`, `classify`, `score`, \
+`transcription`. Missing where none is ready, and where it does not say."
+
+
 class Card(TypedDict):
     """A model as the OpenAI API lists it; adapters and aliases have cards of their own."""
 
@@ -227,6 +232,7 @@ class Card(TypedDict):
     root: str
     parent: Annotated[str | None, Field(description="The id that this is an alias of, or an adapter.")]
     max_model_len: int | None
+    tasks: NotRequired[Annotated[list[str], Field(description=_TASKS, examples=[["generate"]])]]
 
 
 class Cards(TypedDict):

@@ -14,6 +14,7 @@ import aiohttp
 
 from vllm_proxy.domain.address import Address
 from vllm_proxy.domain.command import Place
+from vllm_proxy.domain.tasks import ROUTES
 from vllm_proxy.engine.http_client import FAULTS, answer_to, json_of
 
 _SECONDS = 5.0  # for an answer
@@ -33,6 +34,7 @@ class Ready:
     """What a ready engine says of itself. `max_model_len` in tokens, None where it does not say."""
 
     max_model_len: int | None
+    tasks: tuple[str, ...] = ()  # of `domain.tasks`; (): it does not say
 
 
 class Probe(Protocol):
@@ -89,7 +91,26 @@ class HttpProbe:
         if mine is None:
             return None
         length = mine.get("max_model_len")
-        return Ready(length if isinstance(length, int) else None)
+        return Ready(length if isinstance(length, int) else None, await self._tasks(place))
+
+    async def _tasks(self, place: Place) -> tuple[str, ...]:
+        """By which routes take no GET (405), and which are not there (404).
+
+        Not by its OpenAPI document: vLLM computes for seconds until it has that, and answers nobody meanwhile.
+        """
+        tasks: list[str] = []
+        try:
+            for task, (path, *_) in ROUTES.items():
+                async with answer_to(
+                    self._session, place.address, "GET", path, credential=place.credential, seconds=_SECONDS
+                ) as answer:
+                    if answer.status == HTTPStatus.METHOD_NOT_ALLOWED:
+                        tasks.append(task)
+                    elif answer.status != HTTPStatus.NOT_FOUND:
+                        return ()
+        except FAULTS:
+            return ()
+        return tuple(tasks)
 
 
 async def _counters(stream: aiohttp.StreamReader) -> str:

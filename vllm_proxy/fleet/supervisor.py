@@ -312,7 +312,7 @@ class Supervisor(Instance):
     ) -> Diagnosis | None:
         """Route requests to it until the engine ends or stalls; when stopped, drain. None: it is to sleep."""
         loop, place, registry = asyncio.get_running_loop(), engine.place, self._shared.registry
-        endpoint = Endpoint(self.name, place.address, place.credential, ready.max_model_len)
+        endpoint = Endpoint(self.name, place.address, place.credential, ready.max_model_len, ready.tasks)
         generation = self._life.generation
         await held.open(endpoint)
         self._note_ready(engine, claim.woke_seconds)

@@ -16,11 +16,14 @@ _SUSPECT_FAILURES = 3
 class Endpoint:
     """One ready engine, as requests see it."""
 
-    def __init__(self, instance: str, address: Address, credential: str, max_model_len: int | None) -> None:
+    def __init__(
+        self, instance: str, address: Address, credential: str, max_model_len: int | None, tasks: tuple[str, ...] = ()
+    ) -> None:
         self.instance = instance  # "chat/0"
         self.address = address
         self.credential = credential
         self.max_model_len = max_model_len  # tokens, as the engine says
+        self.tasks = tasks  # of `domain.tasks`, as the engine says; (): it does not
         self.adapters: frozenset[str] = frozenset()  # those that it holds, by their ids
         self.in_flight = 0
         self.bit = 0  # by which its model remembers what it was sent; 0: nothing is known

@@ -16,6 +16,7 @@ import struct
 import time
 from collections.abc import Callable
 from enum import Enum
+from http import HTTPStatus
 from typing import Any, Protocol
 
 import httptools
@@ -25,6 +26,8 @@ from vllm_proxy.traffic.sse import USUAL_END, Position
 from vllm_proxy.traffic.wire import EngineConnection
 
 _HEAD_LIMIT = 64 * 1024
+_NO_ROUTE = b'{"detail":"Not Found"}'
+_NO_ROUTE_LENGTH = b"\ncontent-length: %d\r" % len(_NO_ROUTE)
 _LAST_CHUNK = b"0\r\n\r\n"
 _NOT_BUFFERED = b"X-Accel-Buffering: no\r\n"  # nginx would collect events
 _RESET, _ORDERLY = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)  # for SO_LINGER
@@ -39,6 +42,7 @@ class Ending(Enum):
     BROKEN_HEAD = "broken head"  # bytes came, but no head that could be passed on
     BROKEN = "broken"  # the client has a part, and can see that
     DECLINED = "declined"  # a whole head came that the caller did not want
+    NO_ROUTE = "no route"  # FastAPI's bare 404: an engine without such a route; nothing of it was passed on
 
 
 class Client(Protocol):
@@ -225,6 +229,8 @@ class Exchange:
             return
         begin = 0 if not self._interim else self._buffer.rfind(b"\r\n\r\n", 0, end) + 4
         self._raw_head = self._buffer[begin : end + 2]
+        if self.status == HTTPStatus.NOT_FOUND and self._is_no_route(self._buffer[end + 4 :]):
+            return
         body, self._buffer = self._buffer[end + 4 :], b""
         is_json = self._complete and body.startswith(b"{")  # as most answers: no need to look closer
         if not is_json and self._raw_head.lower().find(b"text/event-stream") >= 0:  # `in` costs ten times as much
@@ -242,6 +248,15 @@ class Exchange:
             self.abandon()
             body = b""
         self._pass_on(head, body)
+
+    def _is_no_route(self, body: bytes) -> bool:
+        """Whether the answer is, or may become, that of an engine which has no such route; so it is not passed on."""
+        if self.no_body or not _NO_ROUTE.startswith(body) or _NO_ROUTE_LENGTH not in self._raw_head.lower():
+            return False
+        if self._complete:
+            self._give_back()
+            self._end(Ending.NO_ROUTE)
+        return True  # else it waits for the rest
 
     def _client_head(self) -> bytes | None:
         """The head for the client: the engine's with some lines added, taken apart only where it must be."""
@@ -305,13 +320,17 @@ class Exchange:
 
     def _finish(self) -> None:
         self.orderly = True
+        self._give_back()
+        self._end(Ending.WHOLE)
+
+    def _give_back(self) -> None:
+        """The engine's connection, behind a whole answer."""
         connection, self.connection = self.connection, None
         if connection is not None:
             if self._reusable and not self.sending:
                 connection.release()
             else:
                 connection.abort()
-        self._end(Ending.WHOLE)
 
     def _truncate(self) -> None:
         """The answer cannot become whole: append an error event where the stream allows it, else cut the connection."""

@@ -13,6 +13,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from vllm_proxy.domain.tasks import lacks
 from vllm_proxy.domain.tokens import KEPT
 from vllm_proxy.errors import EngineFailedError, RequestError
 from vllm_proxy.traffic.call import Call
@@ -102,12 +103,22 @@ async def _forward(call: Call, registry: Registry, route: Route, body: bytes | B
             ending, was_used = await _attempt(call, lease, exchange, body, fresh=tries is not None and tries.fresh)
             if ending is Ending.WHOLE or ending is Ending.BROKEN:
                 return _finished(call, lease, exchange, ending)
+            if ending is Ending.NO_ROUTE:
+                raise _no_route(call, lease)
             lease.endpoint.failed()
             tries = tries or _Retries()
             if not tries.next_target(lease, ending, was_used=was_used):
                 raise EngineFailedError(f"cannot get an answer from {call.instance}: {_WHY[ending]}")
             call.retries += 1
             call.engine_id = engine_id(call.request_id)  # the engine may still work on the previous attempt
+
+
+def _no_route(call: Call, lease: Lease) -> RequestError:
+    endpoint = lease.endpoint
+    endpoint.failures = 0
+    return RequestError(
+        "not_found", lacks(f"{call.request.method} {call.route}", call.model, endpoint.tasks), param="model"
+    )
 
 
 async def _wait(call: Call, registry: Registry, route: Route) -> Lease:
