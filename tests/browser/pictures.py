@@ -141,7 +141,8 @@ async def _status(page: Page, running: Daemon, folder: Path) -> None:
     text = html.escape(await asyncio.to_thread(_on_terminal, running, 110, "status"), quote=False)
     text = _STYLED.sub(lambda found: f'<span style="{_COLOURS[found[1]]}">{found[2]}</span>', text)
     await page.looks(*_TERMINAL)
-    style = "margin:0;padding:18px;background:#10151a;color:#d6dde3;font:14.5px/1.45 monospace;white-space:pre-wrap;overflow:hidden"
+    style = "margin:0;padding:18px;background:#10151a;color:#d6dde3;font:14.5px/1.45 monospace"
+    style += ";white-space:pre-wrap;overflow:hidden"
     await page.evaluate(f"document.body.style = {style!r}; document.body.innerHTML = {text!r}")
     await page.picture(folder / "status.png")
 
