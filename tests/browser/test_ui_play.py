@@ -160,6 +160,7 @@ async def test_a_wait_shows_how_far_the_model_is(page: Page, running: Daemon) ->
     (running.folder / "loaded").touch()
     await page.until(f"{ANSWERS}.join() === '{WHOLE}'")
     await page.until("document.querySelector('.waits').hidden")
+    await page.until(has(TOLD, "(queue "))
 
 
 async def test_texts_are_compared(page: Page) -> None:

@@ -109,7 +109,10 @@ function go() {
   main.className = name;
   const [shown, make] = SCREENS[name];
   title = shown ?? rest[0] ?? "";
-  for (const [to, link] of links) setAttribute(link, "aria-current", to === name && "page");
+  for (const [to, link] of links) {
+    setAttribute(link, "aria-current", to === name && "page");
+    if (to === name) link.scrollIntoView({ block: "nearest", inline: "center" }); // on a phone they are in one line
+  }
   screen = make(main, rest);
   render();
 }

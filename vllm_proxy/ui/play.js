@@ -5,7 +5,7 @@ import { copyButton } from "./copy.js";
 import { enable, h, keyed, plural, seconds, setAttribute, setText, show } from "./dom.js";
 import { models, store } from "./feed.js";
 import { phases, word } from "./fleet.js";
-import { chatOnce, embed, rank } from "./play_ask.js";
+import { chatOnce, embed, queuedFor, rank } from "./play_ask.js";
 
 const MOST_AT_ONCE = 32;
 const KINDS = {
@@ -76,7 +76,7 @@ const toRequest = (id) => h("a", { href: `#/requests/${encodeURIComponent(id)}` 
 const joined = (parts) => parts.filter(Boolean).flatMap((part, i) => (i ? [" · ", part] : [part]));
 
 // The figures of some answers to one question.
-function figures(done, spent) {
+function figures(done, spent, queued) {
   const ids = done.map((one) => one.id).filter(Boolean);
   const first = done.map((one) => one.first).filter((one) => one !== null);
   const rates = done.map((one) => one.rate).filter((one) => one !== null);
@@ -84,7 +84,8 @@ function figures(done, spent) {
   const together = done.length > 1 && spent > 0 ? `, ${(tokens / spent).toFixed(1)} together` : "";
   const exact = done.every((one) => one.exact);
   return [
-    first.length > 0 && `first token ${Math.round(mean(first))} ms`,
+    first.length > 0 &&
+      `first token ${Math.round(mean(first))} ms${queued === null ? "" : ` (queue ${seconds(queued)})`}`,
     rates.length > 0 && `${mean(rates).toFixed(1)} tokens/s${done.length > 1 ? " each" : ""}${together}`,
     `${plural(tokens, "token")}${exact ? "" : " or more"}`,
     seconds(spent),
@@ -310,8 +311,10 @@ class Playground {
     const failed = done.filter((one) => one.error).length;
     const bad = failed > 0 && done.length > 1 && `${failed} of ${done.length} failed`;
     const stopped = signal.aborted && "stopped";
-    if (some.length) show(this.told, joined([stopped, bad, ...figures(some, (performance.now() - begun) / 1000)]));
-    else show(this.told, stopped || "No answer.");
+    if (!some.length) return show(this.told, stopped || "No answer.");
+    const spent = (performance.now() - begun) / 1000;
+    const tell = (queued) => show(this.told, joined([stopped, bad, ...figures(some, spent, queued)]));
+    return tell(await queuedFor(some));
   }
 
   async whole(signal) {
