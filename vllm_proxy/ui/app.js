@@ -109,10 +109,8 @@ function go() {
   main.className = name;
   const [shown, make] = SCREENS[name];
   title = shown ?? rest[0] ?? "";
-  for (const [to, link] of links) {
-    setAttribute(link, "aria-current", to === name && "page");
-    if (to === name) link.scrollIntoView({ block: "nearest", inline: "center" }); // on a phone they are in one line
-  }
+  for (const [to, link] of links) setAttribute(link, "aria-current", to === name && "page");
+  document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
   screen = make(main, rest);
   render();
 }
