@@ -1,6 +1,6 @@
 // Playground: a chat (several at once, too), embeddings and rankings, each with where its time went.
 // What is written here stays in the tab. Texts and settings outlive the screen; requests end with it.
-import { Refused, address, hasKey } from "./api.js";
+import { Refused, address, call, hasKey } from "./api.js";
 import { copyButton } from "./copy.js";
 import { enable, h, keyed, plural, seconds, setAttribute, setText, show } from "./dom.js";
 import { models, store } from "./feed.js";
@@ -98,6 +98,7 @@ class Playground {
   constructor(main, [model]) {
     if (model) kept.model = model;
     this.stop = null;
+    this.named = [];
     this.pick = h("select", { id: "play-model", onchange: () => this.picked(this.pick.value) });
     this.kinds = Object.entries(KINDS).map(([kind, { name }]) =>
       h("button", { type: "button", "data-kind": kind, onclick: () => this.kind(kind) }, name),
@@ -165,6 +166,7 @@ class Playground {
     );
     for (const { role, content } of kept.messages) this.bubble(role).set(content);
     this.kind(kept.kind, false);
+    this.names();
   }
 
   numeric(name, least, most) {
@@ -181,23 +183,37 @@ class Playground {
     this.stop?.abort();
   }
 
+  // Names that the feed does not tell: aliases, adapters, and all models where the key may do nothing but use them.
+  async names() {
+    try {
+      const { data } = await call("GET", "v1/models", { quiet: true });
+      this.named = data.map((one) => ({ id: one.id }));
+    } catch {
+      // those of the feed are there
+    }
+    this.known = true;
+    this.update();
+  }
+
   update() {
-    const ready = models().filter((model) => model.enabled);
+    const choices = [...models().filter((model) => model.enabled), ...this.named];
+    const ids = new Set();
+    const once = choices.filter(({ id }) => !ids.has(id) && ids.add(id));
     keyed(
       this.pick,
-      ready,
+      once,
       (model) => model.id,
       () => {
         const node = h("option");
         node.update = (model) => {
           setAttribute(node, "value", model.id);
-          setText(node, `${model.id} (${word(model)[1]})`);
+          setText(node, model.state ? `${model.id} (${word(model)[1]})` : model.id);
         };
         return node;
       },
     );
-    if (!ready.length) return;
-    if (!ready.some((model) => model.id === kept.model)) kept.model = ready[0].id;
+    if (!once.length) return;
+    if (!ids.has(kept.model) && (this.known || !kept.model)) kept.model = once[0].id;
     this.pick.value = kept.model;
     this.wait();
   }
