@@ -191,6 +191,18 @@ async def test_a_file_that_nobody_may_write_is_shown_as_such_at_once(page: Page,
     assert await page.evaluate(f"{button('Copy the text')} && !{button('Apply')}") is True
 
 
+async def test_a_text_outlives_that_its_file_can_no_longer_be_written(page: Page, running: Daemon) -> None:
+    """It is shown, to be copied; to undo it shows the file."""
+    await edit(page, "# kept", "# mine")
+    await goes(page, "fleet")
+    running.file.chmod(0o444)
+    await goes(page, "config")
+    await page.until(has("main .problem", "Read-only."))
+    assert "# mine" in await value(page, FILE)
+    await click(page, "Undo")
+    assert "# mine" not in await value(page, FILE)
+
+
 async def test_a_new_model_is_typed_in_and_planned(page: Page) -> None:
     """#/config/new adds a table with the cursor in it; #/config/model/ID leads to one."""
     await goes(page, "config/new")

@@ -22,6 +22,7 @@ def models(folder: Path) -> str:
     return f"""
 [models.chat]
 model = "org/chat"
+aliases = ["gpt-4o-mini"]
 replicas = 2
 [models.slow]
 model = "org/slow"
@@ -138,6 +139,16 @@ async def test_several_at_once_are_counted_together(page: Page) -> None:
         assert part in told
 
 
+async def test_every_name_that_clients_may_send_can_be_chosen(page: Page) -> None:
+    """Models with their states, and the aliases."""
+    texts = "[...document.querySelectorAll('#play-model option')].map(it => it.innerText)"
+    await page.until(f"{texts}.includes('gpt-4o-mini')")
+    assert await page.evaluate(texts) == ["chat (ready)", "slow (loading)", "broken (error)", "gpt-4o-mini"]
+    await fill(page, "Model", "gpt-4o-mini")
+    await say(page, "hello")
+    await page.until(f"{ANSWERS}.join() === '{WHOLE}'")
+
+
 async def test_an_error_has_its_words_and_its_code(page: Page, running: Daemon) -> None:
     """The daemon's own; the message is there to be sent again; the code leads to its page."""
     await fill(page, "Model", "broken")
@@ -160,6 +171,7 @@ async def test_a_wait_shows_how_far_the_model_is(page: Page, running: Daemon) ->
     (running.folder / "loaded").touch()
     await page.until(f"{ANSWERS}.join() === '{WHOLE}'")
     await page.until("document.querySelector('.waits').hidden")
+    await page.until(has(TOLD, "(queue "))
 
 
 async def test_texts_are_compared(page: Page) -> None:

@@ -110,6 +110,7 @@ function go() {
   const [shown, make] = SCREENS[name];
   title = shown ?? rest[0] ?? "";
   for (const [to, link] of links) setAttribute(link, "aria-current", to === name && "page");
+  document.querySelector("nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
   screen = make(main, rest);
   render();
 }

@@ -130,7 +130,7 @@ class Configuration {
     this.wanted = {};
     try {
       const file = await read();
-      if (draft && draft.text !== draft.base && !file.readOnly) {
+      if (draft && draft.text !== draft.base) {
         this.take(draft.text, draft.base, draft.revision, file.crlf);
         if (file.revision !== draft.revision) this.conflict(file);
       } else this.take(file.text, file.text, file.revision, file.crlf);
@@ -161,7 +161,8 @@ class Configuration {
 
   readOnly(why) {
     this.text.readOnly();
-    this.apply.hidden = this.undo.hidden = true;
+    this.apply.hidden = true;
+    this.undo.hidden = this.text.value() === this.base;
     const text = h("p", {}, h("b", {}, "Read-only. "), why);
     show(
       this.above,

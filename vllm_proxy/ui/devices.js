@@ -70,7 +70,7 @@ function parts(device) {
   return [
     ...holds.map((one) => part(one.standing, link(one.instance), one.bytes, STANDING[one.standing])),
     ...foreign.map((one) => part("foreign", `${one.name} (${one.pid})`, one.bytes, "another program")),
-    part("reserve", "reserved", reserve, "engines are never given it"),
+    part("reserve", "reserved", reserve, "kept free"),
     part("free", "for one more engine", Math.max(0, total - reserve - held(device)), next ? `goes to ${next}` : ""),
     free !== null &&
       h("tr", {}, h("td", { class: "sub" }, "free, as measured"), h("td", { class: "n sub" }, bytes(free)), h("td")),

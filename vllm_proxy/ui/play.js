@@ -1,11 +1,11 @@
 // Playground: a chat (several at once, too), embeddings and rankings, each with where its time went.
 // What is written here stays in the tab. Texts and settings outlive the screen; requests end with it.
-import { Refused, address, hasKey } from "./api.js";
+import { Refused, address, call, hasKey } from "./api.js";
 import { copyButton } from "./copy.js";
 import { enable, h, keyed, plural, seconds, setAttribute, setText, show } from "./dom.js";
 import { models, store } from "./feed.js";
 import { phases, word } from "./fleet.js";
-import { chatOnce, embed, rank } from "./play_ask.js";
+import { chatOnce, embed, queuedFor, rank } from "./play_ask.js";
 
 const MOST_AT_ONCE = 32;
 const KINDS = {
@@ -76,7 +76,7 @@ const toRequest = (id) => h("a", { href: `#/requests/${encodeURIComponent(id)}` 
 const joined = (parts) => parts.filter(Boolean).flatMap((part, i) => (i ? [" · ", part] : [part]));
 
 // The figures of some answers to one question.
-function figures(done, spent) {
+function figures(done, spent, queued) {
   const ids = done.map((one) => one.id).filter(Boolean);
   const first = done.map((one) => one.first).filter((one) => one !== null);
   const rates = done.map((one) => one.rate).filter((one) => one !== null);
@@ -84,7 +84,8 @@ function figures(done, spent) {
   const together = done.length > 1 && spent > 0 ? `, ${(tokens / spent).toFixed(1)} together` : "";
   const exact = done.every((one) => one.exact);
   return [
-    first.length > 0 && `first token ${Math.round(mean(first))} ms`,
+    first.length > 0 &&
+      `first token ${Math.round(mean(first))} ms${queued === null ? "" : ` (queue ${seconds(queued)})`}`,
     rates.length > 0 && `${mean(rates).toFixed(1)} tokens/s${done.length > 1 ? " each" : ""}${together}`,
     `${plural(tokens, "token")}${exact ? "" : " or more"}`,
     seconds(spent),
@@ -97,6 +98,7 @@ class Playground {
   constructor(main, [model]) {
     if (model) kept.model = model;
     this.stop = null;
+    this.named = [];
     this.pick = h("select", { id: "play-model", onchange: () => this.picked(this.pick.value) });
     this.kinds = Object.entries(KINDS).map(([kind, { name }]) =>
       h("button", { type: "button", "data-kind": kind, onclick: () => this.kind(kind) }, name),
@@ -164,6 +166,7 @@ class Playground {
     );
     for (const { role, content } of kept.messages) this.bubble(role).set(content);
     this.kind(kept.kind, false);
+    this.names();
   }
 
   numeric(name, least, most) {
@@ -180,23 +183,37 @@ class Playground {
     this.stop?.abort();
   }
 
+  // Names that the feed does not tell: aliases, adapters, and all models where the key may do nothing but use them.
+  async names() {
+    try {
+      const { data } = await call("GET", "v1/models", { quiet: true });
+      this.named = data.map((one) => ({ id: one.id }));
+    } catch {
+      // those of the feed are there
+    }
+    this.known = true;
+    this.update();
+  }
+
   update() {
-    const ready = models().filter((model) => model.enabled);
+    const choices = [...models().filter((model) => model.enabled), ...this.named];
+    const ids = new Set();
+    const once = choices.filter(({ id }) => !ids.has(id) && ids.add(id));
     keyed(
       this.pick,
-      ready,
+      once,
       (model) => model.id,
       () => {
         const node = h("option");
         node.update = (model) => {
           setAttribute(node, "value", model.id);
-          setText(node, `${model.id} (${word(model)[1]})`);
+          setText(node, model.state ? `${model.id} (${word(model)[1]})` : model.id);
         };
         return node;
       },
     );
-    if (!ready.length) return;
-    if (!ready.some((model) => model.id === kept.model)) kept.model = ready[0].id;
+    if (!once.length) return;
+    if (!ids.has(kept.model) && (this.known || !kept.model)) kept.model = once[0].id;
     this.pick.value = kept.model;
     this.wait();
   }
@@ -310,8 +327,10 @@ class Playground {
     const failed = done.filter((one) => one.error).length;
     const bad = failed > 0 && done.length > 1 && `${failed} of ${done.length} failed`;
     const stopped = signal.aborted && "stopped";
-    if (some.length) show(this.told, joined([stopped, bad, ...figures(some, (performance.now() - begun) / 1000)]));
-    else show(this.told, stopped || "No answer.");
+    if (!some.length) return show(this.told, stopped || "No answer.");
+    const spent = (performance.now() - begun) / 1000;
+    const tell = (queued) => show(this.told, joined([stopped, bad, ...figures(some, spent, queued)]));
+    return tell(await queuedFor(some));
   }
 
   async whole(signal) {

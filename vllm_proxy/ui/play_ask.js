@@ -54,6 +54,18 @@ export async function chatOnce(body, signal, each) {
   return found;
 }
 
+// How long the first of some answers waited for an instance, in seconds; null where that is nothing, or not known.
+export async function queuedFor(answers) {
+  try {
+    const { queue_seconds: queued } = await call("GET", `requests/${encodeURIComponent(answers[0].id)}`, {
+      quiet: true,
+    });
+    return queued >= 0.001 ? queued : null;
+  } catch {
+    return null; // who may use models need not be one who may see requests
+  }
+}
+
 async function whole(path, body, signal) {
   const answer = await call("POST", path, { body, raw: true, signal });
   return { ...(await answer.json()), ...from(answer) };
