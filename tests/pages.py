@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from tests import completions, schema
 from tests.simulation import __main__ as simulation
-from tests.simulation import loads
+from tests.simulation import loads, replicas
 from vllm_proxy.api.metrics import FAMILIES
 from vllm_proxy.api.openapi_keys import KEYS, OF_A_KEY, OF_ADAPTERS_MAX, OF_AN_ADAPTER
 from vllm_proxy.api.openapi_operation import Operation
@@ -259,6 +259,12 @@ def _simulated() -> tuple[Sequence[str], Rows]:
     return simulation.HEAD, found
 
 
+@cache
+def _replicas() -> tuple[Sequence[str], Rows]:
+    """What `python -m tests.simulation --replicas` finds."""
+    return replicas.HEAD, replicas.rows()
+
+
 TABLES: Mapping[str, Callable[[], str | tuple[Sequence[str], Rows]]] = {
     "keys of the engine": lambda: _keys(EngineKeys, lambda _: "replaces"),
     "keys of the policy": lambda: _keys(Policy, _of_a_policy),
@@ -282,6 +288,7 @@ TABLES: Mapping[str, Callable[[], str | tuple[Sequence[str], Rows]]] = {
         for tag in ("Inference", "Models", "Keys", "Configuration", "Observation", "Daemon", "Documentation")
     },
     "simulation": _simulated,
+    "replicas": _replicas,
     "metrics": _metrics,
     "codes": _codes,
 }

@@ -121,14 +121,34 @@ def test_less_than_a_quarter_of_a_prompt_is_no_reason() -> None:
     assert memory.choose(Asked(text(1, 400) + text(2, 1201)), there, 0.0) == (there[0], 3, False)
 
 
-@pytest.mark.parametrize(("busy", "stays"), [(4, True), (5, False)])
-def test_who_is_much_busier_than_the_rest_is_passed_over(busy: int, *, stays: bool) -> None:
-    """At most 1.25 times the mean and two more, with the request that is to be sent: of 4, 1, 1, 1 that is 4.5."""
-    there = engines(busy, 1, 1, 1)
+@pytest.mark.parametrize(
+    ("flights", "stays"),
+    [([4, 1, 1, 1], True), ([5, 1, 1, 1], False), ([4, 1, 1, 1, 0], True), ([5, 1, 1, 1, 0], False)],
+)
+@pytest.mark.parametrize("there_is_another", [False, True])
+def test_who_is_much_busier_than_the_rest_is_passed_over(
+    flights: list[int], *, stays: bool, there_is_another: bool
+) -> None:
+    """At most 1.25 times the mean of those that are free, and two more, with the request that is to be sent.
+
+    Of 4, 1, 1, 1 that is 4.5, of 4, 1, 1, 1, 0 it is 4.
+    """
+    free = engines(*flights)
+    memory = memory_of([*free, *engines(*[9] * there_is_another)])
+    memory.learn(Asked(text(1, 1000)), free[0])
+    chosen, _, by_prefix = memory.choose(Asked(text(1, 1000)), free, 0.0)
+    assert ((chosen is free[0]), by_prefix) == (stays, stays)
+
+
+def test_of_several_that_know_it_the_least_loaded_gets_it() -> None:
+    """And of equals chance decides; others do not count."""
+    there = engines(0, 2, 1, 1)
     memory = memory_of(there)
-    memory.learn(Asked(text(1, 1000)), there[0])
-    chosen, _, by_prefix = memory.choose(Asked(text(1, 1000)), there, 0.0)
-    assert ((chosen is there[0]), by_prefix) == (stays, stays)
+    for one in there[1:]:
+        memory.learn(Asked(text(1, 1000)), one)
+    assert [memory.choose(Asked(text(1, 1000)), there, chance)[0] for chance in (0.0, 0.49, 0.5, 0.99)] == [
+        there[2], there[2], there[3], there[3],
+    ]  # fmt: skip
 
 
 def test_where_one_is_too_busy_another_that_knows_it_is_next() -> None:
@@ -184,7 +204,8 @@ def test_engines_may_come_and_go_for_ever() -> None:
         memory.learn(Asked(text(number, 300)), there[1])
         there[1].bit = 0
         memory.follow(there)
-        assert memory.known(marks_of(text(number, 300)), there[0].bit | there[1].bit) == (0, 0)
+        for gone in range(number + 1):
+            assert memory.known(marks_of(text(gone, 300)), there[0].bit | there[1].bit) == (0, 0)
         assert 0 < there[0].bit != there[1].bit < 2**64
         kept += memory.known(marks_of(b"kept" + text(1, 300)), there[0].bit)[0]
         memory.learn(Asked(b"kept" + text(1, 300)), there[0])

@@ -1,7 +1,8 @@
 """`python -m tests.simulation`: what a machine with too many models serves, by our rules and by those of others.
 
 Time is virtual and seeds are fixed, so the table is the same everywhere. `--recorded FILE` plays the arrivals of an
-access log of the daemon instead, as `--log-format json` writes it.
+access log of the daemon instead, as `--log-format json` writes it. `--replicas` shows what choosing between the
+replicas of one model is worth.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.simulation import loads
+from tests.simulation import loads, replicas
 from tests.simulation.loads import Load
 from tests.simulation.machine import GIB, Engine, Result
 from vllm_proxy.domain.eviction import Rules
@@ -44,11 +45,11 @@ def _cells(result: Result) -> tuple[str, ...]:
     )
 
 
-def table(found: Sequence[Sequence[str]]) -> str:
+def table(found: Sequence[Sequence[str]], head: Sequence[str] = HEAD) -> str:
     """As Markdown, columns aligned."""
-    lines = [HEAD, *found]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEAD))]
-    lines.insert(1, tuple("-" * width for width in widths))
+    lines = [head, *found]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
         f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines
     )
@@ -86,7 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", type=int, default=79, metavar="GIB", help="memory of the one GPU; default 79")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=GIB", help="its memory; default 40")
     parser.add_argument("--decisions", action="store_true", help="how long a decision takes, instead")
+    parser.add_argument("--replicas", action="store_true", help="which of several replicas gets a request, instead")
     flags = parser.parse_args(arguments)
+    if flags.replicas:
+        print(table(replicas.rows(), replicas.HEAD))
+        return 0
     if flags.decisions:
         print(decisions())
         return 0

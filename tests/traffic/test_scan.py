@@ -2,15 +2,22 @@
 
 import json
 import random
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_proxy.traffic.scan import find_member, find_members
+from vllm_proxy.traffic.scan import find_members
 
 MODEL = b"model"
 NOTHING = object()
+
+
+def find_member(text: bytes, name: bytes) -> Iterator[tuple[int, int] | None]:
+    """As `find_members`, of one; None: it is not there."""
+    for found in find_members(text, (name,)):
+        yield found.get(name)
 
 
 def found(text: bytes, name: bytes = MODEL) -> object:

@@ -49,15 +49,17 @@ class Prompt:
 
     __slots__ = ("_lines", "_members", "_salt", "known", "marks", "sessions", "size")
 
+    # There once it is marked.
+    marks: Sequence[int]
+    sessions: Sequence[int]
+    size: int
+    known: int  # so many of its marks the engine had before that was chosen last
+
     def __init__(self, members: Members, salt: bytes, lines: bytes) -> None:
         """`salt`: its caller's; `lines`: of its head."""
         self._members: Members | None = members  # None: its marks are made
         self._salt = salt
         self._lines = lines
-        self.marks: Sequence[int] = ()
-        self.sessions: Sequence[int] = ()
-        self.size = 0
-        self.known = 0  # so many of its marks the engine had before that was chosen last
 
     @property
     def is_marked(self) -> bool:
@@ -69,9 +71,10 @@ class Prompt:
         found = self._members
         if found is None:
             return
-        self._members = None  # the body may go
+        self._members, self.known = None, 0  # the body may go
         text = b"".join(astuple(found)[_TEXT])
         key = found.prompt_cache_key
+        self.sessions = ()
         if key is not NOTHING or self._lines.lower().find(_SESSION) >= 0:  # faster than `in`
             self.sessions = self._sessions(bytes(key), adapter)
         if adapter or self._salt:

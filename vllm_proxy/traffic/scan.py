@@ -19,15 +19,6 @@ _OPENING, _CLOSING = b"[{", b"]}"
 _BEGIN = b"[", b'["'  # what is no plain text at the begin of an array of texts or of arrays
 
 
-def find_member(text: bytes, name: bytes) -> Iterator[tuple[int, int] | None]:
-    """Yield often; the last yield is the span of the last value of member `name` of the outermost object, or None.
-
-    As `find_members`.
-    """
-    for found in find_members(text, (name,)):
-        yield found.get(name)
-
-
 def find_members(text: bytes, names: Collection[bytes]) -> Iterator[Spans]:  # noqa: C901 - one state machine
     """Yield often; the last yield is the spans of the last values of these members of the outermost object.
 
