@@ -60,9 +60,8 @@ async def test_each_event_comes_through_nginx_as_soon_as_it_is_there(tmp_path: P
     body = {"model": "chat", "stream": True, "fake": {"chunks": 3, "hold_at": 1, "hold": str(gate)}}
     async with daemon(fake_engines(port_start) + CHAT, tmp_path) as running, nginx(tmp_path, running.port) as url:
         await running.all_ready()
-        async with running.session.post(f"{url}/v1/chat/completions", json=body) as answer:
-            async with asyncio.timeout(60):
-                first = await answer.content.readuntil(b"\n\n")
+        async with asyncio.timeout(60), running.session.post(f"{url}/v1/chat/completions", json=body) as answer:
+            first = await answer.content.readuntil(b"\n\n")
             assert b"t0" in first
             gate.touch()
             rest = await answer.content.read()
