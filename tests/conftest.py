@@ -35,7 +35,7 @@ def port_start() -> int:
 
 
 # What most machines lack, and what takes a machine's memory or its processors.
-ALONE = ("browser", "nix", "prometheus", "systemd", "real", "gpu")
+ALONE = ("browser", "nginx", "nix", "prometheus", "systemd", "real", "gpu")
 PARTS = {"unit": ("slow", *ALONE), "beside": ALONE}  # and which markers they leave out
 
 

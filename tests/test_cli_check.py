@@ -328,6 +328,35 @@ def test_check_warns_of_what_this_machine_cannot_hold(folder: Path, capsys: pyte
     assert json.loads(capsys.readouterr().out)["warnings"] == [f"{file}:5: models.a.memory: on this machine: {why}"]
 
 
+def test_check_warns_of_what_will_not_do_what_is_meant(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Paths that no shell completes, or not there; commands, devices, shares: at their lines, and exit status 0."""
+    file = folder / "models.toml"
+    (folder / "here").mkdir()
+    file.write_text(
+        '[devices]\nsource = "none"\n'
+        '[models.a]\nmodel = "~/models/a"\nenv = { HF_HOME = "~/hf" }\n'
+        '[models.b]\nmodel = "/no/such/model"\ncommand = ["no-such-vllm"]\n'
+        '[models.c]\nmodel = "./here"\ntensor_parallel_size = 4\ndevices = [0, 1]\n'
+        '[models.d]\nmodel = "org/d"\ndevices = [2]\ngpu_memory_utilization = 0.5\nreplicas = 2\n'
+        '[models.e]\nmodel = "org/e"\ndevices = [2]\ngpu_memory_utilization = 0.1\n'
+        '[models.off]\nmodel = "~/off"\nenabled = false\n'
+        '[models.later]\nmodel = "org/later"\nstart = "on-demand"\ndevices = [2]\ngpu_memory_utilization = 0.9\n'
+    )
+    assert run(["check"]) == 0
+    lines = [line.removeprefix(f"vllm-proxy: warning: {file}:") for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "4: models.a.model: on this machine: no shell replaces the ~ of ~/models/a: write the whole path",
+        "5: models.a.env.HF_HOME: on this machine: no shell replaces the ~ of ~/hf: write the whole path",
+        "7: models.b.model: on this machine: there is no /no/such/model",
+        "8: models.b.command: on this machine: cannot run no-such-vllm: there is no such program; set engine.command",
+        "12: models.c.devices: on this machine: names 2, and the model's engine wants 4",
+        (
+            "21: models.e.gpu_memory_utilization: on this machine: "
+            "all that always run want 1.1 of device 2: together at most 1"
+        ),
+    ]
+
+
 def test_check_warns_where_it_cannot_know(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A source that cannot be read says nothing against the models."""
     misfit(folder)

@@ -1,6 +1,7 @@
 """What pyproject.toml, the lock and the change log say of the project: the same, and of this version."""
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -46,3 +47,17 @@ def test_every_python_that_is_claimed_is_locked_for_both_machines() -> None:
             machines = {one for one in ("x86_64", "aarch64") for wheel in fitting if one in wheel}
             universal = any(wheel.endswith("-none-any.whl") for wheel in wheels)
             assert universal or machines == {"x86_64", "aarch64"}, (package["name"], python)
+
+
+def test_uv_is_had_from_a_checkout_where_it_is_not_on_path(tmp_path: Path) -> None:
+    """`packaging/dev uv` looks where its installers put it, and passes on what it is told."""
+    uv = tmp_path / ".local/bin/uv"
+    uv.parent.mkdir(parents=True)
+    uv.write_text('#!/bin/sh\necho "uv was told: $*"\n')
+    uv.chmod(0o755)
+    env = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "UV_PYTHON": "3.13"}
+    done = subprocess.run(
+        ["sh", str(ROOT / "packaging/dev"), "uv", "sync", "--locked"],
+        env=env, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "uv was told: sync --locked\n"

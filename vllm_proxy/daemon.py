@@ -117,6 +117,9 @@ async def serve(
         reaping = keep_running(reap_orphans, "reaping of orphans")
         stack.callback(reaping.cancel)
         held = inherited(inherited_sockets(os.environ), config.server)
+        if held:
+            log.info("systemd holds the sockets: server.host, server.port and server.listen have no effect",
+                     listens=[one.listener.url for one in held])  # fmt: skip
         clients = held or listen(config.server, settings.config_file.parent)
         for one in clients:
             stack.callback(one.close)

@@ -4,9 +4,10 @@ import asyncio
 import json
 import signal
 import socket
+import sys
 from pathlib import Path
 
-from tests.harness import daemon, fake_engines
+from tests.harness import daemon, fake_engines, free_port
 
 TWO_MODELS = """
 [models.chat]
@@ -207,3 +208,28 @@ async def test_the_listen_backlog_takes_a_burst_of_clients(tmp_path: Path, port_
         for client in clients:
             assert client.recv(15) == b"HTTP/1.1 200 OK"
             client.close()
+
+
+SYSTEMD_HOLDS = """
+import os, socket, sys
+held = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+os.dup2(held.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ |= {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+async def test_that_systemd_holds_the_sockets_is_told(tmp_path: Path, port_start: int) -> None:
+    """Since host and port of the file then have no effect: in the log with the addresses, and in /health."""
+    port = free_port()
+    text = "[server]\nport = 1\n" + fake_engines(port_start)
+    below = [sys.executable, "-c", SYSTEMD_HOLDS, str(port)]
+    async with daemon(text, tmp_path, below=below, listens_on=port) as running:
+        config = (await running.get("/health"))["config"]
+        assert (config["sockets_are_given"], config["pending_restart"]) == (True, [])
+    log = (tmp_path / "daemon.log").read_text()
+    assert "systemd holds the sockets: server.host, server.port and server.listen have no effect" in log
+    assert f"http://127.0.0.1:{port}" in log
+    async with daemon(fake_engines(port_start), tmp_path) as running:
+        assert (await running.get("/health"))["config"]["sockets_are_given"] is False

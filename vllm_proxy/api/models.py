@@ -80,6 +80,7 @@ def health(
             "usage": {"error": ledger.problem},
             "config": {
                 "file": str(desired.file),
+                "sockets_are_given": desired.address_is_given,
                 "revision": reconciler.config.revision,
                 "error": _without_values(desired.rejected) if desired.rejected else None,
                 "certificate_error": certificate.error,

@@ -172,6 +172,10 @@ class ConfigHealth(TypedDict):
     """The file, as the daemon sees it."""
 
     file: Annotated[str, Field(description="Its path.")]
+    sockets_are_given: Annotated[
+        bool,
+        Field(description="Whether systemd holds the sockets: `server.host`, `port` and `listen` then have no effect."),
+    ]
     revision: Annotated[str, Field(description="Of the file that is in force.")]
     error: Annotated[str | None, Field(description="Why the file on disk was refused; null where it is in force.")]
     certificate_error: Annotated[

@@ -173,6 +173,7 @@ class Launcher:
         """Why no engine would start for a model; waits for its vLLM's options where they are being read."""
         try:
             self.programs.command(model.engine)
+            self.programs.check_model(model.engine)
             await self.check.names(model.engine)
             _refuse(await self.check.problems(model))
             await self.variables.read(model.engine)
@@ -195,6 +196,7 @@ class Launcher:
 
         """
         start = self.programs.command(model.engine)
+        self.programs.check_model(model.engine)
         _refuse(await self.check.problems(model))
         variables = await self.variables.read(model.engine)
         async with contextlib.AsyncExitStack() as stack:

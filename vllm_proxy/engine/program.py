@@ -48,6 +48,19 @@ class Programs:
             raise LaunchError(Reason.COMMAND_NOT_FOUND, msg)
         return start
 
+    def check_model(self, spec: EngineSpec) -> None:
+        """Look whether a model that is an absolute path is there: vLLM needs a quarter of a minute to say that.
+
+        Where the command is not known to be a vLLM of this machine, it may be elsewhere.
+
+        Raises:
+            LaunchError: when it is not there.
+
+        """
+        if spec.model.startswith("/") and self.python(spec) is not None and not os.path.lexists(spec.model):
+            msg = f"cannot find {spec.model}: there is no such folder or file; set model, or put it there"
+            raise LaunchError(Reason.MODEL_UNAVAILABLE, msg)
+
     def beside(self, spec: EngineSpec, name: str) -> Path | None:
         """Another program of the installation that the command is of; None: it has none, or there is no command."""
         start = spec.command or self.found_command

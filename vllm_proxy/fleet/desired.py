@@ -120,7 +120,7 @@ class Desired:
         self.offload = offload
         self._hide_secrets = hide_secrets
         self._started_with = reconciler.config.server
-        self._address_is_given = address_is_given
+        self.address_is_given = address_is_given
         self._turn = Exclusive("the configuration", _DISK_SECONDS)
         self._listeners: list[Callable[[Outcome | Written | ConfigError], None]] = []
 
@@ -156,7 +156,7 @@ class Desired:
     def pending_restart(self) -> list[str]:
         """Keys of `[server]` that the file has changed and only a restart of the daemon applies."""
         now = self.reconciler.config.server
-        return restart_needed(self._started_with, now, address_is_given=self._address_is_given)
+        return restart_needed(self._started_with, now, address_is_given=self.address_is_given)
 
     async def text(self) -> bytes:
         """The file as it is on disk.

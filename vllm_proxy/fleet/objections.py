@@ -20,6 +20,7 @@ from vllm_proxy.domain.placement import Machine
 from vllm_proxy.domain.plan import Action, Prospect
 from vllm_proxy.engine.devices import Inventory
 from vllm_proxy.errors import Problem
+from vllm_proxy.fleet.oversights import oversights
 from vllm_proxy.runtime.regular_file import read_regular_file
 from vllm_proxy.runtime.threads import Offload
 from vllm_proxy.runtime.turns import in_turns
@@ -115,8 +116,10 @@ async def misfits_here(config: Config, folder: Path, env: Mapping[str, str]) -> 
 
 async def warnings_here(config: Config, file: Path, env: Mapping[str, str]) -> list[str]:
     """As `check` says it: no problem of the file, which may be for another machine."""
-    found, unknown = await misfits_here(config, file.parent, env)
-    problems = problems_of(found, read_regular_file(file)) if found else []
+    misfits, unknown = await misfits_here(config, file.parent, env)
+    found = [(one.model, one.key, one.message) for one in misfits]
+    found += oversights(config, file.parent, env, shares=not misfits)  # else they are counted in bytes
+    problems = _problems(found, read_regular_file(file)) if found else []
     here = [f"{problem.place(str(file))}: on this machine: {problem.message}" for problem in problems]
     return here if unknown is None else [*here, unknown]
 
