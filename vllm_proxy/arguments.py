@@ -105,7 +105,11 @@ def _add_files(add: _Add, shared: _Parents) -> None:
     add("init", [shared.config, shared.as_json], "write a first configuration with comments")
     add("plan", [shared.config, shared.place, shared.as_json],
         "say what applying a file, else its own as it is on disk, would do to the running daemon")  # fmt: skip
-    add("reload", [shared.place, shared.as_json], "have the running daemon read its file again, and say what changed")
+    again = add("reload", [shared.place, shared.as_json],
+                "have the running daemon read its file again, and say what changed")  # fmt: skip
+    again.add_argument("--wait", action="store_true", help="until every model is as the file asks, or say why not")
+    again.add_argument("--timeout", type=_duration, metavar="TIME", default="30m",
+                       help="how long at most, such as 90s or 10m (default: 30m)")  # fmt: skip
 
 
 def _add_acting(add: _Add, shared: _Parents) -> None:
@@ -217,6 +221,14 @@ def _seconds(text: str) -> float:
     if text[-1:] == "d" and text[:-1].isascii() and text[:-1].isdigit():
         return float(int(text[:-1]) * _DAY_SECONDS)
     return parse_duration(text)
+
+
+def _duration(text: str) -> str:
+    """How long, as the daemon takes it."""
+    try:
+        return f"{round(parse_duration(int(text) if text.isdecimal() else text))}"
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _expiry(text: str) -> str:

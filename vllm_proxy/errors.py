@@ -242,6 +242,7 @@ STATUS = {
     "moderation_unavailable": 503,
     "shutting_down": 503,
     "queue_timeout": 504,
+    "not_rolled_out": 504,
     "request_timeout": 504,
     "config_not_written": 507,
     "storage_full": 507,

@@ -423,6 +423,31 @@ async def test_adapters_are_added_changed_and_removed_over_rest(tmp_path: Path, 
         assert none["effective"]["adapters_max"] == {"rank": None, "loras": None, "cpu_loras": None}
 
 
+async def test_who_waits_for_a_rollout_is_answered_at_its_end(tmp_path: Path, port_start: int) -> None:
+    """By REST and by the command; each instance tells what it was started with. What is behind is named, with why."""
+    async with serving(tmp_path, port_start) as running:
+        before = (await running.get("/models/chat"))["status"]
+        assert before["revision"] == before["instances"][0]["revision"]
+        changed = await running.write("PATCH", "/models/chat?wait=1&timeout=1m", {"max_model_len": 99})
+        (instance,) = changed["status"]["instances"]
+        assert (instance["state"], instance["revision"]) == ("ready", changed["status"]["revision"])
+        assert instance["revision"] != before["revision"]
+        code, out, _ = await vllm_proxy(
+            tmp_path, "reload", "--wait", "--timeout", "1m", "--state-dir", str(running.state_dir)
+        )
+        assert (code, out.strip()) == (0, "nothing to do")
+        failed = await running.write(
+            "PATCH", "/models/chat?wait=1&timeout=90", {"max_model_len": 98, "args": {"fake_exit_at": "weights"}}, 504
+        )
+        assert failed["error"]["code"] == "not_rolled_out"
+        assert "is in force: chat: the change failed and what was ready before is kept" in failed["error"]["message"]
+        code, _, err = await vllm_proxy(tmp_path, "reload", "--wait", "--state-dir", str(running.state_dir))
+        assert (code, "what was ready before is kept" in err) == (1, True)
+        assert (await running.instance("chat"))["revision"] != (await running.get("/models/chat"))["status"]["revision"]
+        await running.write("PATCH", "/models/chat?wait=1&timeout=soon", {}, 400)
+        await running.write("DELETE", "/models/chat?wait=1", None, 204)
+
+
 async def test_the_daemons_own_write_is_not_followed_a_second_time(tmp_path: Path, port_start: int) -> None:
     """The watch sees the file change, and its bytes are those that are followed already."""
     async with serving(tmp_path, port_start) as running:

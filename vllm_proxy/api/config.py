@@ -20,7 +20,9 @@ from vllm_proxy.domain.file import edit
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.domain.resources import changes_of, prospective
 from vllm_proxy.domain.toml import dotted
+from vllm_proxy.domain.units import parse_duration
 from vllm_proxy.errors import ConfigError, InvalidError, Problem, RequestError
+from vllm_proxy.fleet.arrival import Arrivals
 from vllm_proxy.fleet.desired import Desired, Outcome
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.tls import Certificate
@@ -30,6 +32,8 @@ _LOST = (
     f"{secrets.HIDDEN} keeps the value that the file has here, and it has none: send the value itself, or leave it out"
 )
 READ_ONLY = "X-Vllm-Proxy-Read-Only"
+_SHOWN = 20  # of what is behind
+_WAIT_SECONDS = 30 * 60.0  # where nobody says for how long
 _OF_A_MODEL = re.compile(r"models\b")
 
 
@@ -42,11 +46,13 @@ class Writes:
         self._reconciler = reconciler
         self._certificate = certificate
         self._bodies = bodies
+        self._arrivals = Arrivals(reconciler)
 
     # /models
 
     async def create(self, request: web.Request) -> Reply[resources.Model]:
         """`POST /models`."""
+        seconds = _wait_of(request)
         keys = await self._bodies.json_object(request, "a model's keys")
         model_id = keys.pop("id", None)
         if not isinstance(model_id, str):
@@ -59,6 +65,7 @@ class Writes:
             return edit.create(text, ("models", model_id), _restored(model_id, keys, {}))
 
         outcome = await self._write(request, change)
+        await self._arrive(model_id, outcome, seconds)
         return self._shown(model_id, outcome, status=201, headers={"Location": f"/models/{model_id}"})
 
     async def put(self, request: web.Request) -> Reply[resources.Model]:
@@ -71,13 +78,14 @@ class Writes:
 
     async def delete(self, request: web.Request) -> Reply[resources.Model] | web.Response:
         """`DELETE /models/{model_id}`: 202 while its engines drain, else 204."""
-        model_id = request.match_info["model_id"]
+        model_id, seconds = request.match_info["model_id"], _wait_of(request)
 
         def change(text: str) -> str:
             _must_exist(text, model_id)
             return edit.delete(text, ("models", model_id))
 
         outcome = await self._write(request, change)
+        await self._arrive(model_id, outcome, seconds)
         if self._reconciler.knows(model_id):
             return self._shown(model_id, outcome, status=202)
         return web.Response(status=204, headers=etag(outcome.revision))
@@ -85,7 +93,7 @@ class Writes:
     async def _change(
         self, request: web.Request, how: Callable[[str, edit.TableName, Mapping[str, Any]], str]
     ) -> Reply[resources.Model]:
-        model_id = request.match_info["model_id"]
+        model_id, seconds = request.match_info["model_id"], _wait_of(request)
         keys = await self._bodies.json_object(request, "a model's keys")
         if keys.pop("id", model_id) != model_id:
             raise _invalid("id", "an id cannot be changed: create a model with the other one, and delete this one")
@@ -95,7 +103,27 @@ class Writes:
             old = edit.tables_in(text, "models")[model_id]
             return how(text, ("models", model_id), _restored(model_id, keys, old))
 
-        return self._shown(model_id, await self._write(request, change))
+        outcome = await self._write(request, change)
+        await self._arrive(model_id, outcome, seconds)
+        return self._shown(model_id, outcome)
+
+    async def _arrive(self, model_id: str | None, outcome: Outcome, seconds: float | None) -> None:
+        """Wait until a change has arrived at every instance of a model, or of all; None: do not.
+
+        Raises:
+            RequestError: `not_rolled_out`, `shutting_down`.
+
+        """
+        if seconds is None:
+            return
+        if behind := await self._arrivals.wait(model_id, seconds):
+            why = "; ".join(str(one) for one in behind[:_SHOWN])
+            more = f"; and {len(behind) - _SHOWN} more" if len(behind) > _SHOWN else ""
+            late = f" within {seconds:g} s" if any(one.comes for one in behind) else ""
+            msg = (
+                f"cannot say that all runs as asked{late}, though revision {outcome.revision} is in force: {why}{more}"
+            )
+            raise RequestError("not_rolled_out", msg)
 
     async def _write(self, request: web.Request, change: Callable[[str], str]) -> Outcome:
         def changed(data: bytes) -> bytes:
@@ -132,11 +160,13 @@ class Writes:
 
     async def replace(self, request: web.Request) -> Reply[resources.Applied]:
         """`PUT /config`."""
+        seconds = _wait_of(request)
         data = await self._bodies.toml(request)
         try:
             outcome = await self._desired.write(lambda _: data, if_match(request), author_of(request), blind=True)
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None
+        await self._arrive(None, outcome, seconds)
         return _applied(outcome)
 
     async def plan(self, request: web.Request) -> Reply[resources.Plan]:
@@ -154,16 +184,17 @@ class Writes:
 
     async def reload(self, request: web.Request) -> Reply[resources.Applied]:
         """`POST /config/reload`."""
-        before, author = self._reconciler.config.revision, author_of(request)
+        before, author, seconds = self._reconciler.config.revision, author_of(request), _wait_of(request)
         author.commit()
         try:
             outcome = await self._desired.reload()
             self._desired.record(author, before, outcome.revision)
-            return _applied(outcome)
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None
         finally:
             await self._certificate.look()
+        await self._arrive(None, outcome, seconds)
+        return _applied(outcome)
 
     async def _text(self) -> bytes:
         try:
@@ -185,6 +216,17 @@ def routes(writes: Writes, model_path: str) -> list[Route]:
         Route("POST", "/config/plan", read, answered(writes.plan)),
         Route("POST", "/config/reload", operate, answered(writes.reload)),
     ]
+
+
+def _wait_of(request: web.Request) -> float | None:
+    """How many seconds the answer may wait for what follows from a change; None: it does not."""
+    asks = request.query.get("wait", "0").lower() not in {"", "0", "false"}
+    given = request.query.get("timeout")
+    try:
+        seconds = _WAIT_SECONDS if given is None else parse_duration(int(given) if given.isdecimal() else given)
+    except ValueError as error:
+        raise RequestError("bad_request", f"cannot read timeout: {error}") from None
+    return seconds if asks else None
 
 
 def _invalid(path: str, message: str) -> RequestError:

@@ -16,6 +16,8 @@ from vllm_proxy import __version__
 from vllm_proxy.api.guard import author_of
 from vllm_proxy.api.reply import Answers, Reply, etag
 from vllm_proxy.domain import resources, secrets
+from vllm_proxy.domain.command import fingerprint
+from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.devices import ANY_DEVICE
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.domain.lifecycle import State
@@ -202,6 +204,7 @@ def resource(model: Model, registry: Registry, held: Mapping[str, Mapping[str, i
         "effective": secrets.shown(model.spec.effective()),
         "status": {
             "state": model.state,
+            "revision": _revision(model.spec),
             "reason": model.diagnosis.reason if model.diagnosis else None,
             "message": model.message,
             "created_at": rfc3339(model.created_at),
@@ -247,6 +250,7 @@ def _instance(instance: Supervisor, takes: Mapping[str, int]) -> resources.Insta
         "message": _message(instance, diagnosis.message if diagnosis else problem),
         "pid": engine.pid if engine else None,
         "port": engine.place.address.port if engine else None,
+        "revision": _revision(instance.spec) if engine else None,
         "phase": instance.phase,
         "progress": 1.0 if instance.state is State.READY else instance.fraction,
         "ready_in_seconds": None if left is None else round(left, 1),
@@ -259,6 +263,10 @@ def _instance(instance: Supervisor, takes: Mapping[str, int]) -> resources.Insta
         "sleep": _sleep(instance),
         "last_exit": _last_exit(instance.last_exit),
     }
+
+
+def _revision(spec: ModelSpec) -> str:
+    return fingerprint(spec.engine, "")
 
 
 def _sleep(instance: Supervisor) -> str | None:

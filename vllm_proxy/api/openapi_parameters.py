@@ -22,6 +22,15 @@ PARAMETERS: dict[str, Schema] = {
         "name": "vllm", "in": "query", "schema": {"type": "string", "enum": ["0", "1"], "default": "0"},
         "description": "`1`: with the options of the vLLM that `[engine]` starts, for who may read.",
     },
+    "wait": {
+        "name": "wait", "in": "query", "schema": {"type": "string", "enum": ["0", "1"], "default": "0"},
+        "description": "`1`: answer once every instance that this concerns runs what the file asks for and is ready "
+        "(or sleeps, or has ended), or else with `not_rolled_out`; the change stays.",
+    },
+    "timeout": {
+        "name": "timeout", "in": "query", "schema": {"type": "string", "default": "30m", "examples": ["90", "5m"]},
+        "description": "With `wait`: for how long.",
+    },
     "lines": {
         "name": "lines", "in": "query", "schema": {"type": "integer", "minimum": 0, "default": 100},
         "description": "How many of the last lines; 10000 at most.",

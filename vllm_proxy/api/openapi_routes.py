@@ -35,6 +35,7 @@ def _keys(name: str) -> dict[str, Schema]:
 _NO_FILE = ("revision_mismatch", "config_read_only", "config_not_written")
 _BODY = ("unsupported_media_type", "request_too_large", "overloaded")
 _WRITE = (*HERE, *_BODY, "invalid_json", "invalid_model", "invalid_config", *_NO_FILE)
+_WAIT, _LATE = ("wait", "timeout"), ("bad_request", "not_rolled_out", "shutting_down")
 _ETAG = ("ETag",)
 _FINISH: Schema = {
     "type": "object",
@@ -75,9 +76,9 @@ _MODELS = {
         "Models",
         "Create a model",
         (_model(201, "Written to the file; it may still load.", "Location"),),
-        (*_WRITE, "model_exists"),
+        (*_WRITE, *_LATE, "model_exists"),
         _keys("NewModel"),
-        ("if_match",),
+        ("if_match", *_WAIT),
     ),
     "GET /models/{model_id}": Operation(
         "Models", "Show a model", (_model(200, "What is asked for, and what is."),), (*HERE, "model_not_found")
@@ -86,27 +87,27 @@ _MODELS = {
         "Models",
         "Replace all keys of a model",
         (_model(200, "Written to the file."),),
-        (*_WRITE, "model_not_found"),
+        (*_WRITE, *_LATE, "model_not_found"),
         _keys("ModelKeys"),
-        ("if_match",),
+        ("if_match", *_WAIT),
         "A key that is left out or null is gone.",
     ),
     "PATCH /models/{model_id}": Operation(
         "Models",
         "Change some keys of a model",
         (_model(200, "Written to the file."),),
-        (*_WRITE, "model_not_found"),
+        (*_WRITE, *_LATE, "model_not_found"),
         {"application/merge-patch+json": {"$ref": REF + "ModelKeys"}, **_keys("ModelKeys")},
-        ("if_match",),
+        ("if_match", *_WAIT),
         "A JSON merge patch (RFC 7396): null removes a key, tables are merged key by key, the rest stays.",
     ),
     "DELETE /models/{model_id}": Operation(
         "Models",
         "Delete a model",
         (_model(202, "Gone from the file; its engines drain."), Answer(204, "Gone.", {}, _ETAG)),
-        (*HERE, "model_not_found", "invalid_config", *_NO_FILE),
+        (*HERE, *_LATE, "model_not_found", "invalid_config", *_NO_FILE),
         None,
-        ("if_match",),
+        ("if_match", *_WAIT),
     ),
     "POST /models/{model_id}/start": _act("Start a model by hand"),
     "POST /models/{model_id}/stop": _act("Stop a model by hand"),
@@ -186,9 +187,9 @@ _CONFIGURATION = {
         "Configuration",
         "Replace the file",
         (Answer(200, "Written and adopted.", as_json(resources.Applied), _ETAG),),
-        (*HERE, *_BODY, "invalid_config", *_NO_FILE),
+        (*HERE, *_BODY, *_LATE, "invalid_config", *_NO_FILE),
         _TOML,
-        ("if_match",),
+        ("if_match", *_WAIT),
     ),
     "POST /config/plan": Operation(
         "Configuration",
@@ -205,7 +206,8 @@ _CONFIGURATION = {
         "Configuration",
         "Read the file again now",
         (Answer(200, "Adopted.", as_json(resources.Applied), _ETAG),),
-        (*HERE, "invalid_config"),
+        (*HERE, *_LATE, "invalid_config"),
+        parameters=_WAIT,
         description="The daemon also does so by itself when the file changes.",
     ),
 }

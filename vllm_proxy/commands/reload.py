@@ -1,4 +1,7 @@
-"""`reload`: has the running daemon read its file and its certificate again, and prints what changed or is wrong."""
+"""`reload`: has the running daemon read its file and its certificate again, and prints what changed or is wrong.
+
+With `--wait` it returns once every model is as the file asks, whether this or an earlier look at the file found that.
+"""
 
 import argparse
 import json
@@ -14,18 +17,20 @@ from vllm_proxy.errors import RefusedError
 
 
 def run(options: argparse.Namespace) -> int:
-    """Returns when the verdict is known."""
+    """Returns when the verdict is known; a `CommandError` says which models are not as asked, and why."""
     where = places.find(os.environ, vars(options))
     with connected(where) as daemon:
         try:
             done = daemon.request("POST", "/config/reload")
+            error = daemon.request("GET", "/health")["config"]["certificate_error"]
+            if error is not None:
+                complain(f"the certificate before stays in force: {error}")
+            if options.json:
+                write(json.dumps({"changes": done["changes"], "keys": done["keys"]}))
+            else:
+                write("\n".join(lines_of(done["changes"], Screen.of_stdout(), done["keys"])))
+            if options.wait:
+                daemon.request("POST", f"/config/reload?wait=1&timeout={options.timeout}")
         except RefusedError as refused:
             return refused_by_daemon(refused, options, file_of(daemon))
-        error = daemon.request("GET", "/health")["config"]["certificate_error"]
-    if error is not None:
-        complain(f"the certificate before stays in force: {error}")
-    if options.json:
-        write(json.dumps({"changes": done["changes"], "keys": done["keys"]}))
-    else:
-        write("\n".join(lines_of(done["changes"], Screen.of_stdout(), done["keys"])))
     return OK if error is None else CONFIG_INVALID

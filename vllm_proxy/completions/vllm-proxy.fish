@@ -51,7 +51,7 @@ function _shtab_vllm_proxy_using
 end
 
 set -g _shtab_vllm_proxy_commands serve check init plan reload start stop restart sleep wake status events requests logs keys 'keys new' 'keys add' 'keys list' 'keys rotate' 'keys revoke' usage help completion schema demo
-set -g _shtab_vllm_proxy_opts_with_value --by --config --expires --host --key --lines --log-format --log-level --models --output --port --rpm --scope --since --state-dir --tpm -c -n -o
+set -g _shtab_vllm_proxy_opts_with_value --by --config --expires --host --key --lines --log-format --log-level --models --output --port --rpm --scope --since --state-dir --timeout --tpm -c -n -o
 
 complete -c vllm-proxy -e
 complete -c vllm-proxy -f
@@ -83,6 +83,8 @@ complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using reload' -s h -l help -d 'show this help message and exit'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using reload' -l state-dir -xka "(__fish_complete_directories)" -d 'where logs and the record of engines are kept'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using reload' -l json -d 'print JSON'
+complete -c vllm-proxy -n '_shtab_vllm_proxy_using reload' -l wait -d 'until every model is as the file asks, or say why not'
+complete -c vllm-proxy -n '_shtab_vllm_proxy_using reload' -l timeout -x -d 'how long at most, such as 90s or 10m (default: 30m)'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_npos -eq 0' -a start -d 'start a model of the running daemon, and wait until it is ready'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using start' -s h -l help -d 'show this help message and exit'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using start' -l state-dir -xka "(__fish_complete_directories)" -d 'where logs and the record of engines are kept'

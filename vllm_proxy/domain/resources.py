@@ -40,6 +40,9 @@ class Instance(TypedDict):
     message: Annotated[str | None, Field(description="Why; of a ready one also where its output is not kept on disk.")]
     pid: int | None
     port: Annotated[int | None, Field(description="On 127.0.0.1; null where it listens at a Unix socket.")]
+    revision: Annotated[
+        str | None, Field(description="Of what its engine was started with: compare it with the model's. Null without.")
+    ]
     phase: Annotated[Phase | None, Field(description="How far it is within its state.")]
     progress: Annotated[float | None, Field(ge=0, le=1, description="Within the phase.")]
     ready_in_seconds: Annotated[float | None, Field(description="A guess, from earlier starts.")]
@@ -100,6 +103,9 @@ class Status(TypedDict):
     """What is. A model is as good as its best instance."""
 
     state: State
+    revision: Annotated[
+        str, Field(description="Of the keys that engines are started with, as the file has them. Others are live.")
+    ]
     reason: Reason | None
     message: str | None
     created_at: Time

@@ -163,6 +163,10 @@ class Model(ModelStatus):
         self._changed(self)
         self._shared.loop.changed(self)
 
+    def is_renewed(self, instance: Supervisor) -> bool:
+        """Whether it is about to be started anew."""
+        return instance in self._renew
+
     # Snapshots and effects: for the loop
 
     def now(self) -> ModelNow:

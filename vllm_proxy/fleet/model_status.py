@@ -92,6 +92,16 @@ class ModelStatus:
         return self._wanted is Wanted.END
 
     @property
+    def is_to_run(self) -> bool:
+        """Whether its instances are to run without a request."""
+        return self._wanted is Wanted.RUN and self.spec.policy.enabled
+
+    @property
+    def refusal(self) -> Diagnosis | None:
+        """Why it runs what was good before, and not what the file asks for."""
+        return self._rollback.refusal
+
+    @property
     def runs_nothing(self) -> bool:
         """Whether no instance runs, tries to, or is on its way out."""
         return all(one.state in {State.STOPPED, State.ERROR} for one in self.instances)
