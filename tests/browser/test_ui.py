@@ -303,6 +303,16 @@ async def test_devices_show_who_has_their_memory(page: Page, fleet: Daemon) -> N
             assert holder["instance"] in shown
 
 
+async def test_a_fault_of_its_own_is_told(page: Page, fleet: Daemon) -> None:
+    """Nothing fails in silence, and one event that is not understood does not end the others."""
+    await page.evaluate("import('./feed.js').then(feed => { feed.onChange(() => { throw new Error('planted') }) })")
+    await fleet.write("POST", "/models/later/start", status=202)
+    await page.until(has("#said .bad", "planted"))
+    await page.until(f"{row('later')}.innerText.includes('ready')")
+    await fleet.write("POST", "/models/later/stop", status=202)
+    await page.until(f"{row('later')}.querySelector('.state').innerText === 'on demand'")
+
+
 async def test_focus_and_a_click_that_has_begun_survive_an_update(page: Page, fleet: Daemon) -> None:
     """A row that changes and moves is the same one."""
     await page.evaluate(f"{button('Start later')}.focus()")

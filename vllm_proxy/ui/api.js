@@ -114,7 +114,7 @@ export async function follow(path, each, told, { signal, quiet = false } = {}) {
       told(true, null);
       silent = quiet;
       wait = 250;
-      for await (const event of events(answer, beat)) each(event);
+      for await (const event of events(answer, beat)) delivered(each, event);
     } catch (error) {
       if (error instanceof Refused) {
         why = error;
@@ -131,6 +131,15 @@ export async function follow(path, each, told, { signal, quiet = false } = {}) {
       told(false, why);
       await pause(wait, signal);
     }
+  }
+}
+
+// A fault in what takes an event is told (app.js does, of all of them), and ends no stream.
+function delivered(each, event) {
+  try {
+    each(event);
+  } catch (error) {
+    reportError(error);
   }
 }
 

@@ -135,6 +135,7 @@ addEventListener("hashchange", () => {
 addEventListener("unhandledrejection", ({ reason }) => {
   if (reason?.name !== "AbortError") say(reason?.message ?? String(reason), true);
 });
+addEventListener("error", ({ message }) => message && say(message, true));
 document.querySelector(".skip").onclick = (event) => {
   event.preventDefault(); // its address would be taken for a screen's
   main.focus();
