@@ -28,6 +28,7 @@ from vllm_proxy.engine.proc import look_up
 from vllm_proxy.traffic.routes import is_inference
 
 FAKE = Path(__file__).parent / "fakes" / "fake_vllm.py"
+WAYS = {"direct": b"", "by the parser": b"\r\n"}  # of requests through the daemon, and what a connection begins with
 WATCHED = (sys.executable, slow_turns.__file__)  # the command line, its event loop watched
 PLAIN = (sys.executable, "-m", "vllm_proxy")  # as users run it
 FORKED = (WATCHED, PLAIN)
@@ -138,6 +139,7 @@ class Daemon:
         self.process = process
         self.tls = tls
         self.unix: Path | None = None  # a socket for clients, where `connected` is to go there
+        self.first = b""  # what `connected` sends at first
         self.port = port
         self.folder = folder
         self.notes = notes
@@ -568,6 +570,8 @@ async def connected(
     reader, writer = await asyncio.open_connection(
         sock=connection, limit=limit, ssl=tls, server_hostname="localhost" if tls else None
     )
+    if isinstance(place, Daemon):
+        writer.write(place.first)
     try:
         yield Client(reader, writer)
     finally:

@@ -92,6 +92,8 @@ def test_modules_and_functions_stay_small(module: Path) -> None:
 CALLBACKS = {
     ("traffic/fan_out.py", "add_done_callback"),  # a lease is released
     ("traffic/client.py", "call_later"),  # a connection too many: its client ends it, or the next one takes its place
+    ("traffic/direct_connection.py", "call_at"),  # as aiohttp's own: the end of an idle connection
+    ("traffic/direct_connection.py", "call_soon"),  # what came behind a request: its client waits for an answer
     ("traffic/handshake.py", "call_soon"),  # the handshake that it begins has a deadline
     ("api/readers.py", "add_done_callback"),  # an open stream, which ends with its connection at the latest
     ("traffic/front.py", "call_later"),  # the next sweep is set first

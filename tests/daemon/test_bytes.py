@@ -11,20 +11,33 @@ from typing import Any
 import pytest
 
 from tests import certificates
-from tests.harness import Answer, Client, Daemon, connected, daemon, fake_engines, memory, port_block, request, until
+from tests.harness import (
+    WAYS,
+    Answer,
+    Client,
+    Daemon,
+    connected,
+    daemon,
+    fake_engines,
+    memory,
+    port_block,
+    request,
+    until,
+)
 
 PATH = "/v1/chat/completions"
 ECHO = b'{"model": "chat", "fake": {"echo": true}}'
 
 
-@pytest.fixture(scope="module", params=["tcp", "tls"])
+@pytest.fixture(scope="module", params=[*WAYS, "tls"])
 async def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> AsyncIterator[Daemon]:
-    """One daemon for all of them, and one that speaks TLS."""
+    """One daemon for all of them, whose requests go one way, and then the other; and one that speaks TLS."""
     config = fake_engines(port_block()) + '[models.chat]\nmodel = "org/chat"\naliases = ["short"]\n'
     folder = tmp_path_factory.mktemp("bytes")
     pair = certificates.make(folder) if request.param == "tls" else None
     async with daemon(config, folder, pair=pair) as running:
         await running.until("1 of 1 models ready")
+        running.first = WAYS.get(request.param, b"")
         yield running
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Answer, Client, Daemon, connected, daemon, fake_engines, port_block, request, until
+from tests.harness import WAYS, Answer, Client, Daemon, connected, daemon, fake_engines, port_block, request, until
 
 PATH = "/v1/chat/completions"
 MODELS = """
@@ -40,11 +40,12 @@ STREAM = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\nt
 JSON_HEAD = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 
 
-@pytest.fixture(scope="module")
-async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
-    """One daemon for all of them; at its end no request is counted anywhere."""
+@pytest.fixture(scope="module", params=WAYS)
+async def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> AsyncIterator[Daemon]:
+    """One daemon for all of them, whose requests go one way, then the other; at its end none is counted anywhere."""
     async with daemon(fake_engines(port_block()) + MODELS, tmp_path_factory.mktemp("failure")) as running:
         await running.all_ready()
+        running.first = WAYS[request.param]
         yield running
         await nothing_in_flight(running)
 
@@ -75,7 +76,7 @@ def body(model: str = "chat", *, stream: bool = False, **fault: Any) -> bytes:  
 async def ask(running: Daemon, data: bytes, path: str = PATH) -> tuple[Answer, str]:
     """The answer to one request on a connection of its own, and the request's id."""
     request_id = uuid.uuid4().hex
-    async with connected(running.port) as client:
+    async with connected(running) as client:
         await client.send(request(path, data, f"X-Request-Id: {request_id}"))
         return await client.answer(), request_id
 
@@ -239,7 +240,7 @@ async def test_a_killed_engine_is_a_retry_for_who_waits_and_an_error_event_for_w
     async with daemon(fake_engines(port_start) + config, tmp_path) as running:
         await running.all_ready()
         waiting = uuid.uuid4().hex
-        async with connected(running.port) as stream, connected(running.port) as client:
+        async with connected(running) as stream, connected(running) as client:
             await stream.send(request(PATH, body(stream=True, chunks=3, hang=1)))
             await stream.reader.readuntil(b"\n\n")
             await client.send(request(PATH, body(hold=str(tmp_path / "go")), f"X-Request-Id: {waiting}"))
@@ -273,7 +274,7 @@ async def test_a_stream_that_breaks_at_an_events_boundary_says_so_in_a_last_even
     shared: Daemon, events: list[str], end: str
 ) -> None:
     """One error event in the envelope, no [DONE], a proper end, and the connection closed."""
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(request(PATH, body(raw=[STREAM + chunk(*events)], end=end)))
         answer = await client.answer()
         assert answer.whole
@@ -321,7 +322,7 @@ async def test_on_messages_the_last_event_is_anthropics(shared: Daemon) -> None:
 async def test_any_other_answer_that_breaks_is_cut(shared: Daemon, tmp_path: Path, pieces: tuple[str, ...]) -> None:
     """The client has a part and sees that it is one: neither an error event nor a proper end is added."""
     told = [pieces[0], None, *pieces[1:]]
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(request(PATH, body(raw=told, hold=str(tmp_path / "go"), end="close")))
         await client.peek(b"\r\n\r\n")
         (tmp_path / "go").touch()
@@ -333,7 +334,7 @@ async def test_any_other_answer_that_breaks_is_cut(shared: Daemon, tmp_path: Pat
 
 async def test_an_answer_framed_by_the_connections_end_is_cut_when_that_was_no_orderly_end(shared: Daemon) -> None:
     """A reset is passed on as one: to such a client an orderly end would mean that it has all of it."""
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(request(PATH, body(raw=["HTTP/1.1 200 OK\r\nx: y\r\n\r\npart"], end="reset")))
         with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
             await client.reader.readuntil(b"never")
@@ -351,7 +352,7 @@ async def test_after_done_nothing_is_added(shared: Daemon, path: str) -> None:
 async def test_bytes_behind_a_whole_answer_are_nobodys(shared: Daemon) -> None:
     """They reach neither the client nor the next one on that connection: there is no answer in front of them."""
     both = JSON_HEAD + "content-length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil"
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(request(PATH, body("alone", raw=[both], end="keep")))
         assert is_engine_failed(await client.answer())
         for _ in range(5):
@@ -402,7 +403,7 @@ async def test_the_engine_of_a_client_that_left_is_told_at_once(shared: Daemon, 
         "silent stream": body(stream=True, chunks=3, hang=1),
         "blocked writer": body(raw=[STREAM], flood=2**28, end="keep"),
     }[where]
-    async with connected(shared.port, receive_buffer=4096, limit=4096) as client:
+    async with connected(shared, receive_buffer=4096, limit=4096) as client:
         await client.send(request(path, told, f"X-Request-Id: {request_id}"))
         await becomes(shared, request_id, "open")
         if where != "before the first byte":
@@ -428,7 +429,7 @@ async def stalled(running: Daemon, request_id: str) -> None:
 async def test_a_client_that_left_while_its_request_waited_is_never_sent_on(shared: Daemon) -> None:
     """Its place in the queue is free at once."""
     waiting = uuid.uuid4().hex
-    async with connected(shared.port) as holder, connected(shared.port) as client:
+    async with connected(shared) as holder, connected(shared) as client:
         await hold(shared, holder, "narrow")
         await client.send(request(PATH, body("narrow"), f"X-Request-Id: {waiting}"))
         await counts(shared, "narrow", (1, 1))
@@ -458,7 +459,7 @@ async def counts(running: Daemon, model: str, wanted: tuple[int, int]) -> None:
 
 async def test_a_full_queue_is_503_with_a_time_to_come_back(shared: Daemon) -> None:
     """`queue_full` and Retry-After; those that run and wait go on."""
-    async with connected(shared.port) as holder, connected(shared.port) as waiting:
+    async with connected(shared) as holder, connected(shared) as waiting:
         await hold(shared, holder, "narrow")
         await waiting.send(request(PATH, body("narrow")))
         await counts(shared, "narrow", (1, 1))
@@ -472,7 +473,7 @@ async def test_a_full_queue_is_503_with_a_time_to_come_back(shared: Daemon) -> N
 async def test_a_permit_lives_until_the_last_byte_of_an_answer(shared: Daemon, tmp_path: Path) -> None:
     """The next request starts when the answer before it has ended, not when it has begun."""
     whole = [STREAM + chunk(EVENT), None, chunk("data: [DONE]\n\n") + "0\r\n\r\n"]
-    async with connected(shared.port) as first, connected(shared.port) as second:
+    async with connected(shared) as first, connected(shared) as second:
         await first.send(request(PATH, body("narrow", raw=whole, hold=str(tmp_path / "go"), end="keep")))
         await first.reader.readuntil(b"\r\n\r\n")
         request_id = uuid.uuid4().hex
@@ -486,7 +487,7 @@ async def test_a_permit_lives_until_the_last_byte_of_an_answer(shared: Daemon, t
 
 async def test_too_long_a_wait_is_504(shared: Daemon) -> None:
     """`queue_timeout`, and the request never reaches the engine."""
-    async with connected(shared.port) as holder:
+    async with connected(shared) as holder:
         await hold(shared, holder, "impatient")
         answer, request_id = await ask(shared, body("impatient"))
         assert (answer.status, json.loads(answer.body)["error"]["code"]) == (504, "queue_timeout")
@@ -525,7 +526,7 @@ async def test_no_mixture_of_fates_leaves_a_count_behind(shared: Daemon, tmp_pat
     async def one(number: int) -> None:
         model = ("chat", "alone", "hasty", "narrow", "impatient", "chat")[number % 6]
         fate = fates[number % len(fates)]
-        async with connected(shared.port) as client:
+        async with connected(shared) as client:
             await client.send(request(PATH, body(model, **fate)))
             if number % 4 == 0 or (fate == {"hang": "before"} and model != "hasty"):
                 client.leave()

@@ -6,19 +6,20 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.harness import Daemon, connected, daemon, fake_engines, port_block, request
+from tests.harness import WAYS, Daemon, connected, daemon, fake_engines, port_block, request
 
 PATH = "/v1/chat/completions"
 BODY = b'{"model": "chat", "fake": {"echo": true}}'
 HIDDEN = b'POST /v1/completions HTTP/1.1\r\nX-Request-Id: %s\r\nContent-Length: 17\r\n\r\n{"model": "chat"}'
 
 
-@pytest.fixture(scope="module")
-async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
-    """One daemon for all of them."""
+@pytest.fixture(scope="module", params=WAYS)
+async def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> AsyncIterator[Daemon]:
+    """One daemon for all of them, whose requests go one way, and then the other."""
     config = '[server]\nmax_body_size = "2KiB"\n' + fake_engines(port_block()) + '[models.chat]\nmodel = "org/chat"\n'
     async with daemon(config, tmp_path_factory.mktemp("framing")) as running:
         await running.until("1 of 1 models ready")
+        running.first = WAYS[request.param]
         yield running
 
 
@@ -26,7 +27,7 @@ async def refused(running: Daemon, data: bytes, status: int = 400, code: str = "
     """The first answer is this refusal, the last of its connection; no request of it, nor one hidden, is passed on."""
     visible, hidden = uuid.uuid4().hex, uuid.uuid4().hex
     data = data.replace(b"\r\n", b"\r\nX-Request-Id: %s\r\n" % visible.encode(), 1) if b"\r\n" in data else data
-    async with connected(running.port) as client:
+    async with connected(running) as client:
         await client.send(data + HIDDEN % hidden.encode())
         answer = await client.answer()
         assert answer.status == status, answer
@@ -121,7 +122,7 @@ async def test_a_first_line_is_a_known_method_a_target_and_a_known_version(share
     data = start.encode("latin-1") + b"\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
     if start.startswith(("FETCH",)):
         data = data.replace(b"localhost", b"localhost\r\nConnection: close")
-        async with connected(shared.port) as client:
+        async with connected(shared) as client:
             await client.send(data)
             assert (await client.answer()).status in {400, 405}
             assert await client.closed()
@@ -134,7 +135,7 @@ async def test_a_method_that_no_route_takes_reaches_no_engine(shared: Daemon, me
     """405, 404 or 400 in the envelope."""
     request_id = uuid.uuid4().hex
     target = "localhost:80" if method == "CONNECT" else PATH
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(request(target, b"", f"X-Request-Id: {request_id}", "Connection: close", method=method))
         answer = await client.answer()
         assert answer.status in {400, 404, 405}
@@ -178,7 +179,7 @@ async def test_a_chunked_body_over_the_limit_is_413(shared: Daemon, path: str, p
     size = -(-len(text) // pieces)
     parts = [text[start : start + size] for start in range(0, len(text), size)]
     data = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(request(path, data, "Transfer-Encoding: chunked", f"X-Request-Id: {request_id}"))
         answer = await client.answer()
         assert (answer.status, json.loads(answer.body)["error"]["code"]) == (413, "request_too_large")
@@ -199,7 +200,7 @@ async def test_an_oversized_head_is_431(shared: Daemon, path: str, large: str) -
     }[large]
     data = request(path + ("?" + "t" * 30_000 if large == "target" else ""), BODY, *lines)
     if large == "drip":  # the head never ends
-        async with connected(shared.port) as client:
+        async with connected(shared) as client:
             start = data.index(b"vvv")
             await client.send(data[: start + 8_000])
             await client.send(data[start + 8_000 : start + 9_000])
@@ -213,7 +214,7 @@ async def test_an_oversized_head_is_431(shared: Daemon, path: str, large: str) -
 async def test_a_request_behind_a_refused_one_is_never_executed(shared: Daemon) -> None:
     """A good request before the bad one is answered; what follows the bad one is not."""
     first, last = uuid.uuid4().hex, uuid.uuid4().hex
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(request(PATH, BODY, f"X-Request-Id: {first}"))
         assert (await client.answer()).status == 200
         await client.send(
@@ -240,7 +241,7 @@ async def test_a_hidden_request_in_a_body_stays_a_body(shared: Daemon) -> None:
         request(PATH, inside, "Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: x"),
         request("/v1/realtime", inside, method="GET"),
     ):
-        async with connected(shared.port) as client:
+        async with connected(shared) as client:
             await client.send(data)
             await client.answer(head=data.startswith(b"HEAD"))
             client.leave()
@@ -255,9 +256,9 @@ async def test_a_body_that_never_ends_is_no_request(shared: Daemon) -> None:
         request(PATH, b"29\r\n" + BODY, f"X-Request-Id: {request_id}", "Transfer-Encoding: chunked"),
         request(PATH, BODY, f"X-Request-Id: {request_id}")[:60],
     ):
-        async with connected(shared.port) as client:
+        async with connected(shared) as client:
             await client.send(data)
-    async with connected(shared.port) as client:
+    async with connected(shared) as client:
         await client.send(request(PATH, BODY))
         assert (await client.answer()).status == 200
     assert await shared.seen(request_id) == []

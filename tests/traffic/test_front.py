@@ -6,7 +6,7 @@ import inspect
 from aiohttp import StreamReader, base_protocol, web, web_protocol, web_request
 from aiohttp.http_exceptions import LineTooLong
 
-from vllm_proxy.traffic import front
+from vllm_proxy.traffic import direct
 
 
 def test_the_aiohttp_is_one_that_the_seam_was_written_for() -> None:
@@ -42,8 +42,8 @@ def test_a_written_answer_has_what_the_server_asks_of_a_response() -> None:
     assert "resp.write_eof()" in source
     start = inspect.getsource(web_protocol.RequestHandler.start)
     assert "resp.keep_alive" in start
-    assert front.Sent(keep_alive=True).keep_alive is True
-    assert front.Sent(keep_alive=False).keep_alive is False
+    assert direct.Sent(keep_alive=True).keep_alive is True
+    assert direct.Sent(keep_alive=False).keep_alive is False
 
 
 def test_a_request_shows_what_the_relay_reads_of_it() -> None:
@@ -63,3 +63,27 @@ def test_a_connection_has_what_the_looks_at_it_read() -> None:
     assert "self._lingering_time" in inspect.getsource(web_protocol.RequestHandler.start)
     assert "self._connections" in inspect.getsource(web.Server)
     assert hasattr(StreamReader, "set_exception")
+
+
+def test_a_connection_has_what_is_answered_past_the_servers_loop() -> None:
+    """`direct_connection` does what `start` and `_handle_request` do, with what they keep under these names."""
+    handler = web_protocol.RequestHandler
+    assert {*handler.__slots__, *base_protocol.BaseProtocol.__slots__} >= {
+        "_buffer_paused", "_close", "_force_close", "_handler_waiter", "_keepalive", "_keepalive_timeout", "_loop",
+        "_next_keepalive_close_time", "_read_bufsize", "_request_in_progress", "_task_handler",
+    }  # fmt: skip
+    for name in ("_pause_reading_for_buffer", "_resume_reading_for_buffer", "_pause_transport_reading"):
+        assert list(inspect.signature(getattr(handler, name)).parameters) == ["self"]
+    assert list(inspect.signature(handler.finish_response).parameters) == ["self", "request", "resp", "start_time"]
+    assert list(inspect.signature(handler.shutdown).parameters) == ["self", "timeout"]
+    source = inspect.getsource(handler.connection_lost)
+    assert "self._task_handler.cancel()" in source
+
+
+def test_a_request_keeps_its_parts_under_the_names_that_are_made_when_asked_for() -> None:
+    """What `direct.ReadRequest` does not set, nor makes, is no part of aiohttp's request."""
+    parts = {name for name in web_request.BaseRequest.ATTRS if name.startswith("_")}
+    never = {"_post", "_read_bytes", "_client_max_fields", "_task"}  # defaults of the class, and what no handler reads
+    given = {"_message", "_payload", "_protocol", "_method", "_version", "_transport_peername", "_loop"}
+    inherited = {name for name in parts if name.startswith(("_content_", "_stored_", "_parsed_"))}
+    assert parts - never - given - inherited == set(direct._MADE)

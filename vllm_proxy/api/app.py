@@ -50,8 +50,9 @@ from vllm_proxy.traffic.access_log import AccessLog
 from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call, Work, observed
 from vllm_proxy.traffic.cors import Cors
+from vllm_proxy.traffic.direct import Direct
 from vllm_proxy.traffic.envelope import envelope, identify
-from vllm_proxy.traffic.front import Direct, FrontRunner
+from vllm_proxy.traffic.front import FrontRunner
 from vllm_proxy.traffic.metering import Metering
 from vllm_proxy.traffic.moderation import Moderator
 from vllm_proxy.traffic.realtime import Sessions, realtime

@@ -19,6 +19,7 @@ from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.access import Head
 from vllm_proxy.traffic.client import ClientConnection
 from vllm_proxy.traffic.cors import Cors
+from vllm_proxy.traffic.direct import ReadRequest
 from vllm_proxy.traffic.envelope import as_request_error, error_response
 from vllm_proxy.traffic.front import client_of, withdraw_cancellation
 from vllm_proxy.traffic.head import engine_id, read_head, request_id
@@ -83,7 +84,11 @@ class Call:
         self.request = request
         self.route = route
         self.start_line = start_line if request.raw_path == route else _start_line(request)
-        self.head, self.forwarded = read_head(request.raw_headers)
+        if type(request) is ReadRequest:
+            self.head: Mapping[bytes, bytes] = request.head.mine()
+            self.forwarded = request.head.kept.forwarded
+        else:
+            self.head, self.forwarded = read_head(request.raw_headers)
         given = self.head.get(b"x-request-id")
         self.request_id = request_id(given)  # the client's
         self.engine_id = engine_id(given) if self.request_id is given else self.request_id

@@ -19,6 +19,8 @@ from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.domain.listener import Kind, Listener
 from vllm_proxy.errors import LateRequestError, RequestError
+from vllm_proxy.traffic.direct import Heads
+from vllm_proxy.traffic.direct_connection import DirectConnection
 from vllm_proxy.traffic.envelope import error_event, error_response, refusal
 from vllm_proxy.traffic.exchange import Exchange, end_in_reset, ends_in_reset
 from vllm_proxy.traffic.head import request_id
@@ -50,6 +52,8 @@ class Admitted(Protocol):
 class Manager(Protocol):
     """The server of a connection, as the connection sees it."""
 
+    heads: Heads
+
     def has_room(self, listener: Listener) -> bool:
         """Whether one more connection of this listener may be taken in."""
 
@@ -57,11 +61,11 @@ class Manager(Protocol):
         """Answer that there is no room, and close."""
 
 
-class ClientConnection(RequestHandler):
+class ClientConnection(DirectConnection):
     """One client's connection. `exchange` is the answer that is being written to it."""
 
-    __slots__ = ("_mark", "_resumed", "_since", "admission", "end_orderly", "exchange", "head_bytes", "held", "in_head",
-                 "listener", "on_message_bytes", "wire")  # fmt: skip
+    __slots__ = ("_mark", "_resumed", "_since", "admission", "end_orderly", "exchange", "held", "listener",
+                 "on_message_bytes", "wire")  # fmt: skip
 
     def __init__(
         self,
@@ -73,14 +77,12 @@ class ClientConnection(RequestHandler):
         **kwargs: Any,  # noqa: ANN401 - aiohttp's options
     ) -> None:
         """`listener`: where it was accepted; `wire`: what its bytes go through, below TLS where there is TLS."""
-        super().__init__(cast("web.Server", manager), loop=loop, **kwargs)
+        super().__init__(cast("web.Server", manager), manager.heads, loop=loop, **kwargs)
         self.listener = listener
         self.wire = wire
         self.exchange: Exchange | None = None
         self.admission: Admitted | None = None  # of the last request that was let in
         self.end_orderly: asyncio.Transport | None = None  # its own, once an answer that its end frames is whole
-        self.in_head = True  # a request's head is still to come: the first one, or the rest of another
-        self.head_bytes = 0  # of a head that is not complete
         self.held = 0  # bytes of a body that are counted in the budget, where no call holds them
         self.on_message_bytes: Callable[[int], None] | None = (
             None  # called with the size of what a WebSocket session receives
@@ -92,7 +94,7 @@ class ClientConnection(RequestHandler):
     @property
     def is_idle(self) -> bool:
         """Whether it waits for another request. Closed in the middle of one, it would drop the rest of its body."""
-        return not self.in_head and self._waiter is not None and not self._messages
+        return not self.in_head and self._waiter is not None and not self._messages and not self.is_direct
 
     @property
     def is_receiving(self) -> bool:
@@ -111,6 +113,8 @@ class ClientConnection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the client. aiohttp bounds each line of a head and their number; here the head as a whole."""
+        if self.take(data):
+            return
         _received(self, data)  # not by `super()`, which is looked up anew for each read
         if self._messages:
             return
@@ -132,7 +136,7 @@ class ClientConnection(RequestHandler):
 
         A stream that has begun ends with the error as its last event; where nothing was sent, it is the answer.
         """
-        request, task = self._current_request, self._task_handler
+        request, task = self._current_request, self.task
         if request is None or admission.revoked is not None or task is None:
             return
         admission.revoked = error
@@ -203,7 +207,7 @@ class ClientConnection(RequestHandler):
 
     def _process_keepalive(self) -> None:
         """The time of an idle connection is over; that of a head has a bound of its own."""
-        if self.in_head:
+        if self.in_head or self.is_direct:
             self._keepalive_handle = None
         else:
             super()._process_keepalive()

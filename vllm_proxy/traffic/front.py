@@ -9,7 +9,7 @@ import asyncio
 import resource
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from vllm_proxy.errors import RequestError
 from vllm_proxy.listen import BACKLOG
 from vllm_proxy.traffic import framing
 from vllm_proxy.traffic.client import Admitted, ClientConnection, Refused, as_bytes
+from vllm_proxy.traffic.direct import Direct, DirectRequest, Heads, Target
 from vllm_proxy.traffic.envelope import refusal
 from vllm_proxy.traffic.handshake import Handshake
 from vllm_proxy.traffic.keyring import Caller
@@ -50,7 +51,6 @@ _TOO_MANY = as_bytes(
 _UNKNOWN = Listener()  # where nobody says: nothing is taken for local
 
 type Refusal = Callable[[Admitted, ClientConnection], RequestError | None]
-type Direct = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 def most_connections(open_files: int) -> int:
@@ -68,10 +68,15 @@ class Front(web.Server):
         handler: Any,  # noqa: ANN401 - aiohttp's options
         settings: Callable[[], Server],
         refusal_of: Refusal,
+        targets: Iterable[Target] = (),
         **kwargs: Any,  # noqa: ANN401 - as above
     ) -> None:
-        """`settings`: the `[server]` table now; `refusal_of`: why a request that was let in may not go on."""
+        """`settings`: the `[server]` table now; `refusal_of`: why a request that was let in may not go on.
+
+        `targets`: whose requests are read past aiohttp's parser.
+        """
         super().__init__(handler, **kwargs)
+        self.heads = Heads({target.line: target for target in targets})
         self._settings = settings
         self._refusal_of = refusal_of
         self._most = most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
@@ -259,6 +264,7 @@ class FrontRunner(web.AppRunner):
             handle,
             self._settings,
             self._refusal_of,
+            [Target(method, path, route) for (method, path), route in routes.items()],
             request_factory=make_request,
             handler_cancellation=True,
             loop=loop,
@@ -281,12 +287,6 @@ class _ListenerSite(web.SockSite):
         self._server = await asyncio.get_running_loop().create_server(self._protocol, sock=self._sock, backlog=BACKLOG)
 
 
-class DirectRequest(web.BaseRequest):
-    """A request for a direct route."""
-
-    route: Direct
-
-
 async def _checked(
     request: web.BaseRequest, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
@@ -299,37 +299,9 @@ async def _checked(
     return await handler(request)
 
 
-class _Done:
-    """What can be awaited and is done already, without a coroutine for it."""
-
-    def __await__(self) -> Iterator[None]:
-        return iter(())
-
-
-_DONE = _Done()
-
-
-class Sent(web.StreamResponse):
-    """Stands for an answer whose bytes are on the wire already: it has what the server reads of a response."""
-
-    def __init__(self, *, keep_alive: bool) -> None:  # not aiohttp's: headers and cookies would be made for nobody
-        self._keep_alive = keep_alive
-
-    def prepare(self, request: web.BaseRequest) -> "_Done":  # type: ignore[override]  # noqa: ARG002 - aiohttp's signature
-        """Nothing is left to send."""
-        return _DONE
-
-    def write_eof(self, data: bytes = b"") -> "_Done":  # type: ignore[override]  # noqa: ARG002 - as above
-        """Nothing is left to send."""
-        return _DONE
-
-
-SENT_KEEP_ALIVE, SENT_CLOSE = Sent(keep_alive=True), Sent(keep_alive=False)  # the connection goes on, or ends
-
-
 def client_of(request: web.BaseRequest) -> ClientConnection:
     """The connection that a request came on."""
-    return cast("ClientConnection", request.protocol)
+    return request.protocol  # type: ignore[return-value] # `cast` takes as long as the rest
 
 
 def withdraw_cancellation() -> bool:

@@ -16,9 +16,10 @@ from aiohttp import web
 from vllm_proxy.domain.tokens import KEPT
 from vllm_proxy.errors import EngineFailedError, RequestError
 from vllm_proxy.traffic.call import Call
+from vllm_proxy.traffic.direct import SENT_CLOSE, SENT_KEEP_ALIVE
 from vllm_proxy.traffic.endpoint import Endpoint
 from vllm_proxy.traffic.exchange import Ending, Exchange
-from vllm_proxy.traffic.front import SENT_CLOSE, SENT_KEEP_ALIVE, client_is_slow, client_of
+from vllm_proxy.traffic.front import client_is_slow, client_of
 from vllm_proxy.traffic.head import engine_id
 from vllm_proxy.traffic.lease import Lease
 from vllm_proxy.traffic.registry import Registry
