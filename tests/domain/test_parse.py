@@ -93,6 +93,7 @@ def test_a_model_needs_no_more_than_its_model() -> None:
         "aliases": [],
         "enabled": True,
         "replicas": 1,
+        "balance": "prefix",
         "start": "always",
         "priority": 0,
         "yield_timeout": 300.0,
