@@ -70,7 +70,7 @@ def routes() -> Iterator[tuple[str, str, Scope | None]]:
 ROUTES = list(routes())
 # The contract's own words, not the table's: what each route needs.
 NEEDS = [
-    (r"GET /(|ready|health|docs|redoc|(openapi|schema)\.json|docs/assets/.*|help(/.*)?)", None),
+    (r"GET /(|ready|health|docs|redoc|(openapi|schema)\.json|docs/assets/.*|ui(/.*)?|help(/.*)?)", None),
     (r"GET /metrics(/engines)?", Scope.METRICS),
     (r"GET /(models(/nobody)?|devices|events|usage|stats|requests(/nobody)?)", Scope.READ),
     (r"POST /config/plan", Scope.READ),
@@ -82,6 +82,7 @@ NEEDS = [
     (r"(GET|PUT) /config", Scope.ADMIN),
     (r"(GET|POST|PATCH|DELETE) /keys.*", Scope.ADMIN),
     (r".* /(v1|v2)/.*", Scope.INFERENCE),
+    (r"GET /(version|tokenizer_info)", Scope.INFERENCE),
     (r"POST /(rerank|score|generative_scoring|classify|pooling|tokenize|detokenize)", Scope.INFERENCE),
 ]
 

@@ -1,6 +1,7 @@
 """Which requests reach an engine, and which never do: contract section 4, through a real daemon and fake engines."""
 
 import io
+import textwrap
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from urllib.parse import unquote
 import pytest
 
 from tests.harness import Daemon, connected, daemon, fake_engines, memory, port_block, request
+from vllm_proxy import __version__
 from vllm_proxy.traffic import routes
 
 MODELS = """
@@ -37,7 +39,7 @@ FORM_ROUTES = ("/v1/audio/transcriptions", "/v1/audio/translations")
 # Every other path of vLLM 0.32, its development and SageMaker routes included.
 ENGINE_ONLY = (
     "/sleep /wake_up /is_sleeping /collective_rpc /v1/load_lora_adapter /v1/unload_lora_adapter /invocations /ping "
-    "/tokenizer_info /server_info /version /load /secret /abort_requests /pause /resume /is_paused /start_profile "
+    "/server_info /load /secret /abort_requests /pause /resume /is_paused /start_profile "
     "/stop_profile /reset_prefix_cache /reset_mm_cache /reset_encoder_cache /get_world_size /update_weights "
     "/init_weight_transfer_engine /scale_elastic_ep /is_scaling_elastic_ep /fault_tolerance/apply "
     "/fault_tolerance/status /inference/v1/generate /cohere/v2/chat /v1/systemone "
@@ -275,6 +277,32 @@ async def test_a_response_that_no_instance_knows_is_404(shared: Daemon, method: 
     asked = await shared.seen(request_id) + await shared.seen(request_id, "other")
     assert sorted(seen["pid"] for seen in asked) == sorted(await shared.pids("chat") + await shared.pids("other"))
     assert {(seen["method"], seen["path"]) for seen in asked} == {(method, path)}
+
+
+async def test_a_tokenizer_is_shown_by_an_engine_that_offers_it(tmp_path: Path) -> None:
+    """Of the model in the query, under any name of it; 404 says how another engine would, and which model there is."""
+    models = """
+    [models.open]
+    model = "org/open"
+    aliases = ["also"]
+    args = { enable-tokenizer-info-endpoint = true }
+    [models.closed]
+    model = "org/closed"
+    """
+    async with daemon(fake_engines(port_block()) + textwrap.dedent(models), tmp_path) as running:
+        await running.all_ready()
+        for name in ("open", "also"):
+            assert await running.get(f"/tokenizer_info?model={name}") == {"tokenizer_class": "FakeTokenizer"}
+        refused = (await running.get("/tokenizer_info?model=closed", 404))["error"]
+        assert (refused["code"], refused["param"]) == ("not_found", "model")
+        assert "args.enable-tokenizer-info-endpoint = true" in refused["message"]
+        assert (await running.get("/tokenizer_info?model=nobody", 404))["error"]["code"] == "model_not_found"
+        assert (await running.get("/tokenizer_info", 400))["error"]["code"] == "missing_model"
+
+
+async def test_the_version_is_vllms_and_the_daemons(shared: Daemon) -> None:
+    """`version` as vLLM has it, of the engines' program where that is known; the daemon's own stands beside it."""
+    assert await shared.get("/version") == {"version": "", "vllm_proxy": __version__}, "a fake has none"
 
 
 @pytest.mark.parametrize("path", UNSUPPORTED)

@@ -83,6 +83,7 @@ def parse() -> argparse.Namespace:
 
 
 def _lora(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--enable-tokenizer-info-endpoint", action=argparse.BooleanOptionalAction)
     parser.add_argument("--enable-lora", action=argparse.BooleanOptionalAction)
     parser.add_argument("--max-lora-rank", type=int, choices=RANKS, default=16)
     parser.add_argument("--max-loras", type=int, default=1)

@@ -208,6 +208,10 @@ class Fake:
             return await self.json(writer, 200, {"object": "list", "data": cards})
         if path in fake_lora.ROUTES:
             return await self.adapt(writer, path, body)
+        if path.partition("?")[0] == "/tokenizer_info":
+            known = self.options.enable_tokenizer_info_endpoint
+            answer = {"tokenizer_class": "FakeTokenizer"} if known else {"detail": "Not Found"}
+            return await self.json(writer, 200 if known else 404, answer)
         if path == "/secret":
             return await self.json(writer, 200, {"secret": True})
         if method == "HEAD":  # FastAPI gives its GET routes none

@@ -166,6 +166,7 @@ def _inference(
     work: dict[NamesModel, Work] = {
         "json": openai.by_json_model(registry, server, budget, parts.metering, moderator),
         "form": openai.by_form_model(registry, server, budget, parts.metering),
+        "query": openai.by_query_model(registry, parts.metering),
         "nowhere": openai.by_asking(registry, server, budget, parts.metering),
         "guard": moderations.by_guard(moderator, registry, server, budget, parts.metering),
         "session": realtime(Sessions(registry, parts.engines, server, budget, parts.metering)),
@@ -219,6 +220,7 @@ def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
             "GET", "/health", None, answered(models.health(reconciler, parts.desired, parts.certificate, parts.ledger))
         ),
         Route("GET", "/ready", None, answered(models.ready(reconciler))),
+        Route("GET", "/version", Scope.INFERENCE, answered(models.version(parts.desired))),
         Route("GET", "/schema.json", None, schema.schema(parts.desired.objections.options)),
         *scrapes.routes(metrics, EngineMetrics(reconciler)),
     ]

@@ -129,6 +129,15 @@ def ready(reconciler: Reconciler) -> Answers[resources.Ready]:
     return handle
 
 
+def version(desired: Desired) -> Answers[resources.Version]:
+    """`GET /version`, as vLLM has it."""
+
+    async def handle(_request: web.Request) -> Reply[resources.Version]:
+        return Reply({"version": desired.vllm, "vllm_proxy": __version__})
+
+    return handle
+
+
 def list_models(reconciler: Reconciler, registry: Registry) -> Answers[resources.Models]:
     """`GET /models`."""
 

@@ -127,6 +127,18 @@ def by_form_model(registry: Registry, settings: Settings, budget: Budget, meteri
     return work
 
 
+def by_query_model(registry: Registry, metering: Metering) -> Work:
+    """The routes whose query names the model, and that have no body."""
+
+    async def work(call: Call) -> web.StreamResponse:
+        route = found(call, usable(call.request.query.get("model")), registry)
+        if metering.is_on:
+            metering.admit(call, route.spec)
+        return await forward(call, registry, route, b"")
+
+    return work
+
+
 def by_asking(registry: Registry, settings: Settings, budget: Budget, metering: Metering) -> Work:
     """The routes of a stored response, which lives in the memory of one instance."""
 

@@ -38,7 +38,7 @@ Errors are `{"error": {"message", "type", "param", "code"}}`; `Retry-After` come
 _ANSWERS: tuple[Any, ...] = (
     resources.Models, key_resources.Keys, key_resources.NewKey,
     resources.Plan, resources.Applied, device_resources.Devices, usage_resources.Usage, resources.Health,
-    resources.Ready, resources.Root,
+    resources.Ready, resources.Root, resources.Version,
     resources.Cards, resources.Error, resources.AnthropicError, resources.ModelEvent, resources.ConfigAccepted,
     resources.ConfigRejected, resources.PlanEvent, resources.WriteEvent,
     moderation_resources.Moderations, moderation_resources.ModerationRequest,

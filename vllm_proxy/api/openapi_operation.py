@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from vllm_proxy.api.openapi_keys import REF, Schema
 
+BODY = ("unsupported_media_type", "request_too_large", "overloaded")  # where one is read
 HERE = ("host_not_allowed", "origin_not_allowed")  # where callers without a key are looked at closely
 
 

@@ -85,6 +85,10 @@ PARAMETERS: dict[str, Schema] = {
         "name": "Last-Event-ID", "in": "header", "schema": {"type": "string"},
         "description": "As `since`, from clients that connect anew by themselves.",
     },
+    "of_one": {
+        "name": "model", "in": "query", "schema": {"type": "string", "examples": ["chat"]},
+        "description": "The model, by its id or an alias.",
+    },
     "model": {
         "name": "model", "in": "query", "schema": {"type": "string"},
         "description": "The model; without it the first `session.update` names it.",

@@ -5,13 +5,12 @@ A route without a description here is an error, which tests/api/test_openapi.py 
 
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
 
+from vllm_proxy.api.openapi_inference import INFERENCE_ROUTES
 from vllm_proxy.api.openapi_keys import REF, Schema
 from vllm_proxy.api.openapi_observation import OBSERVATION
-from vllm_proxy.api.openapi_operation import HERE, Answer, Operation, as_json, as_text
-from vllm_proxy.domain import device_resources, key_resources, moderation_resources, resources, usage_resources
-from vllm_proxy.traffic.routes import INFERENCE, InferenceRoute
+from vllm_proxy.api.openapi_operation import BODY, HERE, Answer, Operation, as_json, as_text
+from vllm_proxy.domain import device_resources, key_resources, resources, usage_resources
 
 TAGS = {
     "Models": "What is declared and what runs. A write goes to the file first, then to the engines, and is answered "
@@ -33,8 +32,7 @@ def _keys(name: str) -> dict[str, Schema]:
 
 
 _NO_FILE = ("revision_mismatch", "config_read_only", "config_not_written")
-_BODY = ("unsupported_media_type", "request_too_large", "overloaded")
-_WRITE = (*HERE, *_BODY, "invalid_json", "invalid_model", "invalid_config", *_NO_FILE)
+_WRITE = (*HERE, *BODY, "invalid_json", "invalid_model", "invalid_config", *_NO_FILE)
 _WAIT, _LATE = ("wait", "timeout"), ("bad_request", "not_rolled_out", "shutting_down")
 _ETAG = ("ETag",)
 _FINISH: Schema = {
@@ -43,14 +41,6 @@ _FINISH: Schema = {
     "additionalProperties": False,
 }
 _TOML = {"text/toml": {"type": "string"}, "application/toml": {"type": "string"}}
-_INFERENCE = (
-    *_BODY, "isolation_unavailable", "invalid_json", "missing_model", "invalid_max_tokens", "model_not_found",
-    "not_found",
-    "rate_limit_exceeded", "insufficient_quota", "engine_failed", "model_error", "model_disabled", "model_stopped",
-    "no_room", "queue_full", "shutting_down", "queue_timeout", "request_timeout", "request_cancelled", "content_filter",
-    "moderation_unavailable",
-)  # fmt: skip
-_CHECKED = frozenset({"content_filter", "moderation_unavailable"})  # of models with `moderate = true`
 
 
 def _model(status: int, description: str, *headers: str) -> Answer:
@@ -126,7 +116,7 @@ _MODELS = {
         "Lines of a model with several instances begin with `ID/INDEX | `.",
     ),
 }
-_WRITE_KEY = (*HERE, *_BODY, "invalid_json", "invalid_key", "invalid_config", *_NO_FILE)
+_WRITE_KEY = (*HERE, *BODY, "invalid_json", "invalid_key", "invalid_config", *_NO_FILE)
 _ONE_KEY = ("key_not_found", "key_conflict")
 _KEYS = {
     "GET /keys": Operation(
@@ -187,7 +177,7 @@ _CONFIGURATION = {
         "Configuration",
         "Replace the file",
         (Answer(200, "Written and adopted.", as_json(resources.Applied), _ETAG),),
-        (*HERE, *_BODY, *_LATE, "invalid_config", *_NO_FILE),
+        (*HERE, *BODY, *_LATE, "invalid_config", *_NO_FILE),
         _TOML,
         ("if_match", *_WAIT),
     ),
@@ -195,7 +185,7 @@ _CONFIGURATION = {
         "Configuration",
         "What would a file change?",
         (Answer(200, "Nothing is applied.", as_json(resources.Plan)),),
-        (*HERE, *_BODY, "invalid_config"),
+        (*HERE, *BODY, "invalid_config"),
         _TOML,
         description="Without a body: what would the file as it is on disk change? A text may name files "
         "(`server.keys_file`, `file` of a key): without the scope `admin` only those are looked at that the "
@@ -250,6 +240,9 @@ _DAEMON = {
         ("from", "to", "by"),
         "A key without the scope `read` sees itself alone. `Accept: text/csv` gives the rows as CSV. Only callers that "
         "are metered are counted: where there are keys, or with `server.usage = true`.",
+    ),
+    "GET /version": Operation(
+        "Daemon", "Which vLLM is this?", (Answer(200, "As vLLM answers it.", as_json(resources.Version)),), HERE
     ),
     "GET /ready": Operation(
         "Daemon",
@@ -326,64 +319,6 @@ _DOCUMENTATION = {
         "Documentation", "What these pages are made of", (Answer(200, "A file.", {"*/*": {}}),), (*HERE, "not_found")
     ),
 }
-_NAMES_MODEL: Schema = {
-    "type": "object",
-    "properties": {"model": {"type": "string", "description": "A model's id or an alias.", "examples": ["chat"]}},
-    "required": ["model"],
-}
-_FORM: Schema = {
-    "type": "object",
-    "properties": {**_NAMES_MODEL["properties"], "file": {"type": "string", "contentMediaType": "audio/*"}},
-    "required": ["model", "file"],
-}
-_ENGINES: Mapping[str, Schema] = {"application/json": {"type": "object"}, "text/event-stream": {"type": "string"}}
-
-
-def _infer(summary: str, body: Schema = _NAMES_MODEL, kind: str = "application/json", **more: Any) -> Operation:  # noqa: ANN401 - what Operation takes
-    errors = _INFERENCE if kind == "application/json" else (*_INFERENCE, "storage_full")
-    answers = (Answer(200, "The engine's.", _ENGINES),)
-    return Operation("Inference", summary, answers, errors, {kind: body}, passes_on=True, **more)
-
-
-_ASKED = (
-    "request_too_large", "overloaded", "not_found", "engine_failed", "shutting_down", "request_timeout",
-    "request_cancelled",
-)  # fmt: skip
-_MODERATION = (
-    *(code for code in _INFERENCE if code not in {"missing_model", "invalid_max_tokens", *_CHECKED}), "bad_request",
-    "unsupported_endpoint",
-)  # fmt: skip
-_GUARDED = "Each text is one request to the guard that `[moderation]` names. 501 where it names none."
-_ANTHROPIC = "Errors come in Anthropic's envelope."
-
-
-def _inference(route: InferenceRoute) -> Operation:
-    if route.names_model == "nowhere":
-        answers = (Answer(200, "The engine's.", _ENGINES),)
-        return Operation("Inference", route.summary, answers, _ASKED, passes_on=True)
-    if route.names_model == "session":
-        answer = Answer(101, "A WebSocket.", {})
-        return Operation("Inference", route.summary, (answer,), ("bad_request",), None, ("model",))
-    if route.names_model == "guard":
-        answer = Answer(200, "A verdict on each text.", as_json(moderation_resources.Moderations))
-        body = as_json(moderation_resources.ModerationRequest)
-        return Operation("Inference", route.summary, (answer,), _MODERATION, body, description=_GUARDED)
-    if route.names_model == "form":
-        return _infer(route.summary, _FORM, "multipart/form-data")
-    return _infer(route.summary, description=_ANTHROPIC if route.anthropic else "")
-
-
-_INFERENCE_ROUTES = {
-    **{f"{route.method} {route.path}": _inference(route) for route in INFERENCE},
-    "GET /v1/models": Operation(
-        "Inference",
-        "List models and aliases",
-        (Answer(200, "Whatever their states; `tasks` says what a ready one can.", as_json(resources.Cards)),),
-    ),
-    "GET /v1/models/{model_id}": Operation(
-        "Inference", "Show a model or alias", (Answer(200, "Its card.", as_json(resources.Card)),), ("model_not_found",)
-    ),
-}
 
 OPERATIONS: Mapping[str, Operation] = {
     **_MODELS,
@@ -391,6 +326,6 @@ OPERATIONS: Mapping[str, Operation] = {
     **_CONFIGURATION,
     **OBSERVATION,
     **_DAEMON,
-    **_INFERENCE_ROUTES,
+    **INFERENCE_ROUTES,
     **_DOCUMENTATION,
 }

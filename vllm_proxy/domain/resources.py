@@ -220,6 +220,13 @@ class Ready(TypedDict):
     not_ready: Annotated[dict[str, State], Field(description="The models that are not, with their states.")]
 
 
+class Version(TypedDict):
+    """Of vLLM, under the name that it has there; and of this daemon."""
+
+    version: Annotated[str, Field(description="Of the vLLM that models run, several with commas; empty: not known.")]
+    vllm_proxy: str
+
+
 class Root(TypedDict):
     """What this is."""
 

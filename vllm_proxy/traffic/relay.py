@@ -24,12 +24,14 @@ from vllm_proxy.traffic.front import client_is_slow, client_of
 from vllm_proxy.traffic.head import engine_id
 from vllm_proxy.traffic.lease import Lease
 from vllm_proxy.traffic.registry import Registry
+from vllm_proxy.traffic.routes import TOKENIZER_INFO
 from vllm_proxy.traffic.routing import Route
 from vllm_proxy.traffic.sieve import MeteredExchange
 from vllm_proxy.traffic.wire import EngineConnection
 
 log = structlog.get_logger()
 
+_TOKENIZER_OPTION = "enable-tokenizer-info-endpoint"
 _PIECE = 256 * 1024
 _ONE_WRITE = 64 * 1024
 _USAGE = b'"usage":'  # not in a text, whose quotes are escaped
@@ -116,9 +118,12 @@ async def _forward(call: Call, registry: Registry, route: Route, body: bytes | B
 def _no_route(call: Call, lease: Lease) -> RequestError:
     endpoint = lease.endpoint
     endpoint.failures = 0
-    return RequestError(
-        "not_found", lacks(f"{call.request.method} {call.route}", call.model, endpoint.tasks), param="model"
-    )
+    what = f"{call.request.method} {call.route}"
+    if call.route == TOKENIZER_INFO:
+        msg = f"cannot {what}: the engine of {call.model} does not offer it; args.{_TOKENIZER_OPTION} = true does"
+    else:
+        msg = lacks(what, call.model, endpoint.tasks)
+    return RequestError("not_found", msg, param="model")
 
 
 async def _wait(call: Call, registry: Registry, route: Route) -> Lease:

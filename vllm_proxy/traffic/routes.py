@@ -9,7 +9,7 @@ from typing import Literal
 from vllm_proxy.domain.keys import Scope
 
 # Where a request says which model it is for; nowhere: it goes to every instance; guard: that of `[moderation]`.
-type NamesModel = Literal["json", "form", "nowhere", "session", "guard"]
+type NamesModel = Literal["json", "form", "query", "nowhere", "session", "guard"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class InferenceRoute:
 def _json(path: str, summary: str, *, anthropic: bool = False, salted: bool | None = True) -> InferenceRoute:
     return InferenceRoute("POST", path, "json", summary, anthropic, salted)
 
+
+TOKENIZER_INFO = "/tokenizer_info"  # engines have it where their `args` say so
 
 INFERENCE = (
     _json("/v1/chat/completions", "Chat"),
@@ -53,6 +55,7 @@ INFERENCE = (
     InferenceRoute("POST", "/v1/audio/translations", "form", "Translate speech", salted=False),
     InferenceRoute("GET", "/v1/responses/{id}", "nowhere", "Show a stored response"),
     InferenceRoute("POST", "/v1/responses/{id}/cancel", "nowhere", "Cancel a response"),
+    InferenceRoute("GET", TOKENIZER_INFO, "query", "Show a model's tokenizer"),
     InferenceRoute("GET", "/v1/realtime", "session", "A realtime session", salted=False),
 )
 
