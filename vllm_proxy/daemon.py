@@ -23,6 +23,7 @@ from vllm_proxy.api import app
 from vllm_proxy.domain.config import Config
 from vllm_proxy.domain.file.parse import problems_at
 from vllm_proxy.domain.listener import Kind
+from vllm_proxy.engine import scratch
 from vllm_proxy.engine.adapter_source import AdapterSources
 from vllm_proxy.engine.adapter_store import AdapterStore
 from vllm_proxy.engine.adapters import HttpAdapters
@@ -114,6 +115,7 @@ async def serve(
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(clock.Pulse())
         state = stack.enter_context(StateDirectory(settings.state_dir, settings.scratch))
+        await asyncio.to_thread(scratch.sweep, settings.scratch, settings.state_dir)
         reaping = keep_running(reap_orphans, "reaping of orphans")
         stack.callback(reaping.cancel)
         held = inherited(inherited_sockets(os.environ), config.server)

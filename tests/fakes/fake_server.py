@@ -209,9 +209,9 @@ class Fake:
         if path in fake_lora.ROUTES:
             return await self.adapt(writer, path, body)
         if path.partition("?")[0] == "/tokenizer_info":
-            known = self.options.enable_tokenizer_info_endpoint
-            answer = {"tokenizer_class": "FakeTokenizer"} if known else {"detail": "Not Found"}
-            return await self.json(writer, 200 if known else 404, answer)
+            if self.options.enable_tokenizer_info_endpoint:
+                return await self.json(writer, 200, {"tokenizer_class": "FakeTokenizer"})
+            return await self.json(writer, 404, {"detail": "Not Found"})
         if path == "/secret":
             return await self.json(writer, 200, {"secret": True})
         if method == "HEAD":  # FastAPI gives its GET routes none

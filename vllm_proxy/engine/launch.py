@@ -24,7 +24,7 @@ from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.devices import NO_DEVICES, Allocation, allocation_for
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason
-from vllm_proxy.engine import cgroup, logs, vitals
+from vllm_proxy.engine import cgroup, logs, scratch, vitals
 from vllm_proxy.engine.cgroup import Cgroups
 from vllm_proxy.engine.check import OptionCheck
 from vllm_proxy.engine.ending import End, Owner, end_engine, until_ended
@@ -277,6 +277,7 @@ class Launcher:
         port = None if may_sleep else await self._allocate_port(owner, taken)
         try:
             folder = tempfile.mkdtemp(prefix="vp-", dir=self.scratch)  # of mode 0700
+            scratch.sign(Path(folder), self.state.path)
         except OSError as error:
             raise LaunchError(Reason.CRASHED, f"cannot make a temporary folder for an engine: {error}") from error
         taken.callback(files.remove_tree, Path(folder))
