@@ -4,7 +4,9 @@ Both are driven with the same bytes in the same pieces; the server without targe
 """
 
 import asyncio
+import gc
 import itertools
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -226,6 +228,8 @@ ODD = st.sampled_from([
     b"GET /other HTTP/1.1\r\nHost: a\r\n\r\n",
     b"GET /other HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n" + post()[:50],
     b"GET /other HTTP/1.1\r\nHost: a\r\n\r\nPOST /oth",
+    b"CONNECT a:443 HTTP/1.1\r\nHost: a\r\nContent-Length: 27\r\n\r\nPOST /other HTTP/1.1\r\nX-A: ",
+    b"CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n",
     b"POST " + PATH.encode() + b" HTTP/1.1\r\nX-A: ",
 ])  # fmt: skip
 STREAMS = st.lists(PLAIN | DO | ODD, min_size=1, max_size=4).map(b"".join)
@@ -323,6 +327,39 @@ async def test_a_body_that_nobody_reads_pauses_its_client() -> None:
         assert found.wire.written.startswith(b"HTTP/1.1 403")
 
 
+@pytest.mark.parametrize("cut", [2, 0])
+async def test_a_client_that_left_is_forgotten_at_once_with_its_request(cut: int) -> None:
+    """Neither its connection nor the collector's next turn keeps that, in the middle of its body or behind it."""
+    never = asyncio.Event()
+
+    async def wait() -> None:
+        await never.wait()
+
+    async with served(direct=True, wait=wait) as found:
+        whole = post(b"12345", b"X-Do: wait")
+        await found.send(whole[: len(whole) - cut])
+        left = weakref.ref(cast("Any", found.connection._current_request))
+        gc.disable()
+        try:
+            found.connection.connection_lost(None)
+            await turns()
+            assert left() is None
+        finally:
+            gc.enable()
+
+
+async def test_a_client_that_leaves_is_seen_to_although_it_has_sent_more() -> None:
+    """Small pieces behind its request do not stop its connection from being read."""
+    never = asyncio.Event()
+
+    async def wait() -> None:
+        await never.wait()
+
+    async with served(direct=True, wait=wait) as found:
+        await found.send(post(b"{}", b"X-Do: wait"), *[b"P"] * 100, b"x" * 20_000)
+        assert found.wire.reads
+
+
 async def test_what_comes_behind_a_request_waits_bounded() -> None:
     """More than a few requests in advance pause the client, until the first one has its answer."""
     go = asyncio.Event()
@@ -332,7 +369,7 @@ async def test_what_comes_behind_a_request_waits_bounded() -> None:
 
     async with served(direct=True, wait=wait) as found:
         await found.send(post(b"{}", b"X-Do: wait"))
-        behind = post(b"x" * 1000) * 80
+        behind = post(b"x" * 10_000) * 80
         found.connection.data_received(behind)
         assert not found.wire.reads
         go.set()

@@ -120,12 +120,17 @@ class Heads:
             return None
         if by_name.get(b"connection", b"keep-alive").lower() != b"keep-alive":
             return None
-        kept = _Kept(self._targets.get(text[:start]), fields, *read_head(fields))
+        target = self._targets.get(text[:start])
+        kept = _Kept(None, [], {}, b"") if target is None else _Kept(target, fields, *read_head(fields))
         if len(text) <= _MOST_KEPT and _UNLIKE_OTHERS.isdisjoint(by_name):
             if len(self._kept) >= _KEPT:
                 self._kept.clear()
             self._kept[text] = kept
         return kept
+
+    def clear(self) -> None:
+        """Keep none: what is allowed has changed, and there are keys in them."""
+        self._kept.clear()
 
 
 class Whole:

@@ -17,8 +17,9 @@ from vllm_proxy.traffic.direct import Heads, ReadRequest, Sent, Whole
 
 log = structlog.get_logger()
 
-_BEHIND_BYTES = 16 * 1024  # in one read, of requests behind the one that is being answered: more pauses the client
-_MOST_BEHIND = 16  # reads
+_MOST_BEHIND_BYTES = 512 * 1024  # of requests behind the one that is being answered: more pauses the client
+_MOST_BEHIND = 4096  # reads
+_CONNECT = b"CONNECT "  # whose head is the whole message for aiohttp's parser, whatever length it gives
 
 
 class DirectConnection(RequestHandler):
@@ -27,6 +28,7 @@ class DirectConnection(RequestHandler):
     __slots__ = (
         "_arriving",
         "_behind",
+        "_behind_bytes",
         "_between",
         "_heads",
         "_missing",
@@ -55,6 +57,7 @@ class DirectConnection(RequestHandler):
         self._arriving: StreamReader | None = None  # the body of that, where it is not whole yet
         self._missing = 0  # bytes of it
         self._behind: list[bytes] = []  # what came behind that request
+        self._behind_bytes = 0
 
     def take(self, data: bytes) -> bool:
         """Bytes of the client; False where they are for aiohttp's parser."""
@@ -76,7 +79,7 @@ class DirectConnection(RequestHandler):
             return False
         missing, target = head.end - len(data), head.kept.target
         if target is None or missing < 0:
-            self._between = missing == 0
+            self._between = missing == 0 and not data.startswith(_CONNECT)
             return False
         self.is_direct, self._task = True, None
         payload: Whole | StreamReader
@@ -89,7 +92,9 @@ class DirectConnection(RequestHandler):
         self.in_head, self.head_bytes = False, 0
         self._request_count += 1
         request = ReadRequest(target, head, payload, self, self._loop)
-        self._task = asyncio.Task(self._answer(request), loop=self._loop, eager_start=True)
+        task = asyncio.Task(self._answer(request), loop=self._loop, eager_start=True)
+        if not task.done():
+            self._task = task
         return True
 
     def _receive_more(self, data: bytes) -> None:
@@ -103,7 +108,11 @@ class DirectConnection(RequestHandler):
                 body.feed_eof()
         if data:
             self._behind.append(data)  # apart, as aiohttp's parser would have been given it
-            if not self._buffer_paused and (len(self._behind) > _MOST_BEHIND or len(data) > _BEHIND_BYTES):
+            self._behind_bytes += len(data)
+            # As late as aiohttp does it: whoever is not read from is not seen to leave.
+            if not self._buffer_paused and (
+                self._behind_bytes > _MOST_BEHIND_BYTES or len(self._behind) > _MOST_BEHIND
+            ):
                 self._pause_reading_for_buffer()
 
     async def _answer(self, request: ReadRequest) -> None:
@@ -132,8 +141,11 @@ class DirectConnection(RequestHandler):
             self.force_close()
         finally:
             self._request_in_progress = False
-            if self._handler_waiter is not None:
-                self._handler_waiter.set_result(None)
+            # Both refer back to this connection, the task by the traceback of what it ended with: without the cycle a
+            # request that was cancelled goes at once, with its body.
+            self._task = self._arriving = None
+            if (waiter := self._handler_waiter) is not None and not waiter.done():
+                waiter.set_result(None)
         self._go_on()
 
     async def _linger(self, body: StreamReader) -> bool:
@@ -162,7 +174,7 @@ class DirectConnection(RequestHandler):
             self.is_direct = False
 
     def _read_behind(self) -> None:
-        pieces, self._behind, self.is_direct = self._behind, [], False
+        pieces, self._behind, self._behind_bytes, self.is_direct = self._behind, [], 0, False
         if self._buffer_paused:
             self._resume_reading_for_buffer()
         for data in pieces:

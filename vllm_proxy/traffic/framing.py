@@ -30,6 +30,8 @@ def check(request: web.BaseRequest) -> None:
         RequestError: as `check_codings` and `check_expectation`.
 
     """
+    if request.method == "CONNECT":  # aiohttp's parser reads a body of it as requests
+        raise RequestError("bad_request", "cannot CONNECT: this is no proxy of that kind")
     head = request.headers
     check_codings(head.get("Transfer-Encoding", "chunked"), head.get("Content-Encoding", "identity"))
     if EXPECTATION in request:

@@ -122,6 +122,7 @@ class Front(web.Server):
 
     def revoke(self) -> None:
         """End what may not go on, since a key has changed or expired."""
+        self.heads.clear()
         for connection in cast("list[ClientConnection]", self.connections):
             self._check_again(connection)
 
