@@ -226,9 +226,10 @@ def _seconds(text: str) -> float:
 def _duration(text: str) -> str:
     """How long, as the daemon takes it."""
     try:
-        return f"{round(parse_duration(int(text) if text.isdecimal() else text))}"
+        parse_duration(int(text) if text.isdecimal() else text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _expiry(text: str) -> str:

@@ -45,8 +45,12 @@ async def typed(running: Daemon, line: str) -> str:
 async def test_models_change_as_the_page_types_it(running: Daemon) -> None:
     """The blocks of docs/changes.md, line by line: a model comes, changes and goes, and a file is put back whole."""
     before = (running.folder / "models.toml").read_bytes()
-    over_rest, whole_file = [block.splitlines() for block in blocks(pages.DOCS / "changes.md") if "curl" in block]
+    shown = [block.splitlines() for block in blocks(pages.DOCS / "changes.md") if "curl" in block]
+    over_rest, whole_file, rollout = shown
     await typed(running, over_rest[0])
+    await typed(running, rollout[1])  # answered once the engine that runs it is ready
+    status = (await running.get("/models/small"))["status"]
+    assert [(one["state"], one["revision"]) for one in status["instances"]] == [("ready", status["revision"])]
     await typed(running, over_rest[1])
     changed = (await running.get("/models/small"))["spec"]
     assert changed == {"model": "Qwen/Qwen3-0.6B", "max_model_len": 4096, "args": {"seed": 1}}

@@ -1,6 +1,7 @@
 """Temporary folders of engines whose record is lost."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -132,6 +133,30 @@ def test_an_engine_that_nobody_knows_is_reported_and_keeps_its_folder(place: Pla
             assert place.sweep() == ["vp-lost"]
         assert [(entry["log_level"], entry["pid"]) for entry in logs] == [("warning", engine.pid)]
         engine.communicate(b"\n")
+    assert place.sweep() == []
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "VLLM_RPC_BASE_PATH", "ANY"])
+def test_whatever_variable_leads_to_a_folder_it_is_in_use(place: Place, variable: str) -> None:
+    """The `env` of a model may set TMPDIR to another folder; what lies beside it with a longer name is another one."""
+    folder = place.folder("vp-used")
+    place.folder("vp-use")
+    command = [sys.executable, "-c", "print(flush=True); input()"]
+    with subprocess.Popen(
+        command, env={variable: f"{folder}/deep"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as engine:
+        assert engine.stdout is not None
+        engine.stdout.readline()
+        assert place.sweep() == ["vp-used"]
+        engine.communicate(b"\n")
+
+
+def test_a_folder_with_a_socket_that_is_open_is_in_use(place: Place) -> None:
+    """Also of a process whose environment nobody may read."""
+    folder = place.folder("vp-lost")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "rpc"))
+        assert place.sweep() == ["vp-lost"]
     assert place.sweep() == []
 
 

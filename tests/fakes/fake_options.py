@@ -6,8 +6,7 @@ import json
 import os
 import sys
 
-import fake_answers  # type: ignore[import-not-found] # beside this script
-import fake_guard  # type: ignore[import-not-found] # as above
+import fake_guard  # type: ignore[import-not-found] # beside this script
 import fake_ledger  # type: ignore[import-not-found] # as above
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -131,7 +130,7 @@ def _faults_while_it_runs(parser: argparse.ArgumentParser) -> None:
     add("--fake-unhealthy", action="store_true", help="/health answers 503")
     add("--fake-foreign", action="store_true", help="lists other names than asked for")
     add("--fake-ignore-sigterm", action="store_true")
-    add("--fake-tasks", nargs="+", choices=fake_answers.TASKS, help="it has the routes of these alone, and says so")
+    add("--fake-tasks", nargs="+", choices=("generate", "embed"), help="it has the routes of these alone, and says so")
     add("--fake-guard", choices=fake_guard.KINDS, help="its answers are verdicts on what it is asked about")
     add("--fake-no-metrics", action="store_true", help="/metrics holds nothing of vLLM's")
     add("--fake-flood", type=int, default=0, metavar="BYTES", help="log so much as soon as it listens")

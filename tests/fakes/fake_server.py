@@ -208,15 +208,15 @@ class Fake:
             return await self.json(writer, 200, {"object": "list", "data": cards})
         if path in fake_lora.ROUTES:
             return await self.adapt(writer, path, body)
-        if path.partition("?")[0] == "/tokenizer_info":
-            if self.options.enable_tokenizer_info_endpoint:
-                return await self.json(writer, 200, {"tokenizer_class": "FakeTokenizer"})
-            return await self.json(writer, 404, {"detail": "Not Found"})
         if path == "/secret":
             return await self.json(writer, 200, {"secret": True})
         if method == "HEAD":  # FastAPI gives its GET routes none
             writer.write(b"HTTP/1.1 405 X\r\nserver: uvicorn\r\nallow: GET\r\ncontent-length: 31\r\n\r\n")
             return await writer.drain()
+        if path.partition("?")[0] == "/tokenizer_info":
+            if self.options.enable_tokenizer_info_endpoint:
+                return await self.json(writer, 200, {"tokenizer_class": "FakeTokenizer"})
+            return await self.json(writer, 404, {"detail": "Not Found"})
         if stored := re.fullmatch(r"/v1/responses/([^/]+)(/cancel)?", path):
             known = stored[1] in self.work.responses
             answer = {"id": stored[1], "status": "cancelled" if stored[2] else "completed", "pid": os.getpid()}

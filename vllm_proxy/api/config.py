@@ -32,6 +32,7 @@ _LOST = (
     f"{secrets.HIDDEN} keeps the value that the file has here, and it has none: send the value itself, or leave it out"
 )
 READ_ONLY = "X-Vllm-Proxy-Read-Only"
+_YES, _NO = frozenset({"1", "true"}), frozenset({"", "0", "false"})
 _SHOWN = 20  # of what is behind
 _WAIT_SECONDS = 30 * 60.0  # where nobody says for how long
 _OF_A_MODEL = re.compile(r"models\b")
@@ -141,6 +142,9 @@ class Writes:
     def _shown(
         self, model_id: str, outcome: Outcome, *, status: int = 200, headers: Mapping[str, str] | None = None
     ) -> Reply[resources.Model]:
+        if not self._reconciler.knows(model_id):  # somebody else's change has come while this one was waited for
+            msg = f"cannot show {model_id}: it was deleted again; revision {outcome.revision} was in force"
+            raise RequestError("not_rolled_out", msg)
         model = self._reconciler.model(model_id)
         answer = resource(model, self._reconciler.registry, self._reconciler.room.held())
         return Reply(answer, status, {**etag(outcome.revision), **(headers or {})})
@@ -220,13 +224,14 @@ def routes(writes: Writes, model_path: str) -> list[Route]:
 
 def _wait_of(request: web.Request) -> float | None:
     """How many seconds the answer may wait for what follows from a change; None: it does not."""
-    asks = request.query.get("wait", "0").lower() not in {"", "0", "false"}
-    given = request.query.get("timeout")
+    asks, given = request.query.get("wait", "0").lower(), request.query.get("timeout")
+    if asks not in _YES | _NO:
+        raise RequestError("bad_request", "cannot read wait: expected 1 or 0")
     try:
         seconds = _WAIT_SECONDS if given is None else parse_duration(int(given) if given.isdecimal() else given)
     except ValueError as error:
         raise RequestError("bad_request", f"cannot read timeout: {error}") from None
-    return seconds if asks else None
+    return seconds if asks in _YES else None
 
 
 def _invalid(path: str, message: str) -> RequestError:

@@ -46,6 +46,8 @@ from vllm_proxy.domain.value_types import (
     Text,
 )
 
+_NOTHING = object()
+
 type TomlTable = Mapping[str, Any]  # a table as tomllib reads it: str, int, float, bool, dates, lists, tables
 
 
@@ -56,7 +58,13 @@ class Table(BaseModel):
 
     def __eq__(self, other: object) -> bool:
         """Whether both mean the same."""
-        return type(self) is type(other) and all(same(value, getattr(other, name)) for name, value in self)
+        if type(self) is not type(other):
+            return False
+        theirs = other.__dict__  # not by pydantic's iterator: a change of the defaults compares hundreds at once
+        return all(
+            value is theirs.get(name, _NOTHING) or same(value, getattr(other, name))
+            for name, value in self.__dict__.items()
+        )
 
     __hash__ = None  # type: ignore[assignment]  # tables hold dicts
 

@@ -3,6 +3,7 @@
 Reads the file system only: nothing is imported and nothing is run.
 """
 
+import contextlib
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -22,8 +23,9 @@ def find_vllm(env: Mapping[str, str], interpreter: str = sys.executable) -> tupl
     beside = Path(interpreter).parent / "vllm"
     on_path = shutil.which("vllm", path=env.get("PATH"))
     for script in [beside, *([Path(on_path)] if on_path else [])]:
-        if command := _command_of(script):
-            return command
+        with contextlib.suppress(PermissionError):  # an installation that this user may not look at runs nothing
+            if command := _command_of(script):
+                return command
     return None
 
 

@@ -105,14 +105,16 @@ def _signature(folder: Path) -> _Signature | None:
 
 
 def _users(folders: Collection[str]) -> dict[str, int]:
-    """A process that uses it, by folder. One whose environment cannot be read is not of this user."""
+    """Who uses a folder, by folder: a process that has it in its environment; 0 for who has a socket in it."""
     kernel = Kernel()
-    wanted = {b"TMPDIR=" + os.fsencode(folder): folder for folder in folders}
-    found: dict[str, int] = {}
+    sockets = Path("/proc/net/unix").read_bytes()
+    found = {folder: 0 for folder in folders if os.fsencode(f" {folder}/") in sockets}
+    # Whatever the variable: a model's `env` may set TMPDIR, but no other that leads there.
+    wanted = {folder: re.compile(rb"=%s[/\0]" % re.escape(os.fsencode(folder))) for folder in folders}
     for process in kernel.processes():
         try:
-            variables = kernel.environment(process.pid).split(b"\0")
+            variables = kernel.environment(process.pid)
         except OSError:
             continue  # it has ended
-        found |= {wanted[variable]: process.pid for variable in variables if variable in wanted}
+        found |= {folder: process.pid for folder, variable in wanted.items() if variable.search(variables)}
     return found

@@ -56,11 +56,11 @@ class Arrivals:
         try:
             async with asyncio.timeout(seconds):
                 while any(one.comes for one in self.behind(model_id)):
-                    await moved.wait()
-                    moved.clear()
-                    if self._reconciler.stopping.is_set():
+                    if self._reconciler.stopping.is_set():  # there may be no other move
                         msg = "cannot wait for this change any longer: the daemon stops; the file has it"
                         raise RequestError("shutting_down", msg)
+                    await moved.wait()
+                    moved.clear()
         except TimeoutError:
             pass
         finally:

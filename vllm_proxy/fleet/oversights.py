@@ -38,8 +38,16 @@ def _of_paths(model: ModelSpec, folder: Path) -> Iterator[Found]:
     for key, value in texts.items():
         if isinstance(value, str) and value.startswith("~/"):
             yield model.id, key, f"no shell replaces the ~ of {value}: write the whole path"
-    if spec.model.startswith(("/", "./", "../")) and not (folder / spec.model).exists():
+    if spec.model.startswith(("/", "./", "../")) and _is_missing(folder / spec.model):
         yield model.id, "model", f"there is no {spec.model}"
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether that is certain: engines may see what this user does not."""
+    try:
+        return not path.exists()
+    except OSError:
+        return False
 
 
 def _of_command(model: ModelSpec, programs: Programs) -> Iterator[Found]:
