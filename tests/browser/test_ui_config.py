@@ -180,6 +180,25 @@ async def test_a_text_that_is_not_applied_outlives_its_screen(page: Page, runnin
     await page.until(has(VERDICT, "In force"))
 
 
+async def test_nothing_can_be_typed_before_the_file_is_there(page: Page, running: Daemon) -> None:
+    """A text that is not applied is not lost, though its screen comes up without a connection."""
+    await edit(page, "# kept", "# mine")
+    await goes(page, "fleet")
+    await page.evaluate(
+        "((real) => { window.real = real; window.fetch = (url, options) =>"
+        " String(url).endsWith('/config') ? Promise.reject(new TypeError('lost')) : real(url, options) })(window.fetch)"
+    )
+    await goes(page, "config")
+    await page.until(has("main .problem", "The file cannot be shown"))
+    assert await page.evaluate("document.querySelector('.editor textarea').readOnly")
+    await page.evaluate("window.fetch = window.real")
+    await click(page, "Try again")
+    await page.until("document.querySelector('.editor textarea').value.includes('# mine')")
+    assert not await page.evaluate("document.querySelector('.editor textarea').readOnly")
+    await click(page, "Undo")
+    assert await value(page, FILE) == running.file.read_text()
+
+
 async def test_a_file_that_nobody_may_write_is_shown_as_such_at_once(page: Page, running: Daemon) -> None:
     """The field takes no text; it is said why; the text can be copied; there is nothing to apply."""
     running.file.chmod(0o444)

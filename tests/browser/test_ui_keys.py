@@ -57,8 +57,8 @@ def shows(name: str, text: str) -> str:
 
 async def told_once(page: Page) -> str:
     """The key that is shown."""
-    await page.until("document.querySelector('#new-key')")
-    return str(await page.evaluate("document.querySelector('#new-key').value"))
+    await page.until("document.querySelector('.once input')")
+    return str(await page.evaluate("document.querySelector('.once input').value"))
 
 
 async def make(page: Page, name: str) -> str:
@@ -79,7 +79,7 @@ async def is_good(running: Daemon, key: str) -> bool:
 async def put_away(page: Page) -> None:
     """What is shown once is no longer shown."""
     await click(page, "I have it, put it away")
-    await page.until("!document.querySelector('#new-key')")
+    await page.until("!document.querySelector('.once input')")
 
 
 async def test_a_key_is_made_with_what_the_form_says_and_shown_once(page: Page, running: Daemon) -> None:
@@ -137,6 +137,33 @@ async def test_a_key_is_disabled_and_deleted(page: Page, running: Daemon) -> Non
     await click(page, "Delete")
     await page.until(f"!{row('going')}")
     assert not await is_good(running, key)
+
+
+async def test_a_key_that_is_not_put_away_outlives_the_next_one(page: Page, running: Daemon) -> None:
+    """Both are shown, the newest first; to put one away leaves the other."""
+    first = await make(page, "first")
+    await click(page, "Rotate first")
+    shown = "[...document.querySelectorAll('.once input')].map(it => it.value)"
+    await page.until(f"{shown}.length === 2")
+    newest, older = await page.evaluate(shown)
+    assert older == first
+    assert await is_good(running, newest)
+    await click(page, "I have it, put it away")
+    assert await page.evaluate(shown) == [first]
+    await put_away(page)
+
+
+async def test_what_is_confirmed_is_what_was_seen(page: Page, running: Daemon) -> None:
+    """Keys that change while it is asked whether to delete one: nothing is deleted, they are to be looked at."""
+    await make(page, "asked")
+    await put_away(page)
+    await click(page, "Delete asked")
+    await page.until("document.querySelector('dialog')")
+    await running.write("PATCH", "/keys/asked", {"description": "in use again"})
+    await page.until(shows("asked", "in use again"))
+    await click(page, "Delete")
+    await page.until(has("main .problem", "Somebody else has changed the keys meanwhile"))
+    assert (await running.get("/keys/asked"))["description"] == "in use again"
 
 
 async def test_what_cannot_be_done_with_a_key_here_is_said_and_not_offered(page: Page) -> None:

@@ -112,6 +112,22 @@ async def test_the_next_message_goes_with_what_was_said(page: Page) -> None:
     ]  # fmt: skip
 
 
+async def test_a_conversation_outlives_a_look_at_another_kind(page: Page) -> None:
+    """The pressed tab does nothing, an answer that comes goes on; another kind and back: it is there."""
+    await sends(page, {"fake": {"hang": 2}})
+    await say(page, "hello")
+    await page.until(f"{ANSWERS}.join() === 't0 t1'")
+    await click(page, "Chat")
+    assert await page.evaluate(f"{ANSWERS}.join()") == "t0 t1"
+    assert not await page.evaluate(f"{button('Stop')}.hasAttribute('aria-disabled')")
+    await click(page, "Stop")
+    await page.until(has(TOLD, "stopped"))
+    await click(page, "Embeddings")
+    assert await page.evaluate(f"{ANSWERS}.length") == 0
+    await click(page, "Chat")
+    assert await page.evaluate(f"{ANSWERS}.join()") == "t0 t1"
+
+
 async def test_a_chat_can_be_stopped(page: Page, running: Daemon) -> None:
     """What came so far stays, its engine stops, and another message can be sent."""
     await sends(page, {"fake": {"hang": 2}})

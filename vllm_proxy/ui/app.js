@@ -48,6 +48,7 @@ const banner = problem("", why, h("button", { class: "main", onclick: () => ente
 let screen = null;
 let title = "";
 let due = false;
+let current = "";
 
 function head() {
   document.querySelector("header").append(
@@ -115,15 +116,28 @@ function go() {
   render();
 }
 
+function keptTheme() {
+  try {
+    return localStorage.getItem(THEME) ?? "";
+  } catch {
+    return "";
+  }
+}
+
 function setTheme(name) {
+  current = name;
   document.documentElement.style.colorScheme = THEMES[name];
   setText(theme, `Theme: ${name || "auto"}`);
 }
 
 function nextTheme() {
   const names = Object.keys(THEMES);
-  const name = names[(names.indexOf(localStorage.getItem(THEME) ?? "") + 1) % names.length];
-  localStorage.setItem(THEME, name);
+  const name = names[(names.indexOf(current) + 1) % names.length];
+  try {
+    localStorage.setItem(THEME, name);
+  } catch {
+    // a browser that keeps nothing of sites: it holds until the tab is closed
+  }
   setTheme(name);
 }
 
@@ -142,7 +156,7 @@ document.querySelector(".skip").onclick = (event) => {
 };
 head();
 aboveAll();
-const kept = localStorage.getItem(THEME) ?? "";
+const kept = keptTheme();
 setTheme(Object.hasOwn(THEMES, kept) ? kept : "");
 onChange(render);
 go();

@@ -70,6 +70,7 @@ class Configuration {
     this.seen = "";
     this.wanted = { what, id };
     this.text = editor("models.toml", () => this.changed());
+    this.text.readOnly(true); // until the file is there: what is typed before it would be a draft of nothing
     this.verdict = h("div", { id: "verdict", role: "status" });
     this.difference = h("div");
     this.above = h("div");
@@ -101,6 +102,7 @@ class Configuration {
   }
 
   leave() {
+    this.left = true;
     clearTimeout(this.timer);
     this.asked++;
     document.removeEventListener("keydown", this.keys);
@@ -110,6 +112,9 @@ class Configuration {
   update() {
     setText(this.touched, touched(this.changes ?? []));
     this.touched.hidden = !this.touched.textContent;
+    const heals = store.live && !this.live;
+    this.live = store.live;
+    if (heals && this.unanswered) this.plan();
     const { revision, problems } = store.config;
     const now = JSON.stringify([revision, problems]);
     if (now === this.seen) return;
@@ -130,12 +135,16 @@ class Configuration {
     this.wanted = {};
     try {
       const file = await read();
+      if (this.left) return;
       if (draft && draft.text !== draft.base) {
-        this.take(draft.text, draft.base, draft.revision, file.crlf);
-        if (file.revision !== draft.revision) this.conflict(file);
-      } else this.take(file.text, file.text, file.revision, file.crlf);
-      if (file.readOnly) this.readOnly(file.readOnly);
-      else if (what === "new") this.text.append(this.newTable());
+        const { revision } = draft;
+        this.take(draft.text, draft.base, { ...file, revision });
+        if (file.revision !== revision && !file.readOnly) this.conflict(file);
+      } else this.take(file.text, file.text, file);
+      if (what === "new" && !file.readOnly) {
+        this.text.append(this.newTable());
+        history.replaceState(null, "", "#/config"); // to come back here adds no other one
+      }
       if (what === "model") this.text.go(tableLine(this.text.value(), id));
       this.busy = false;
     } catch (error) {
@@ -152,15 +161,18 @@ class Configuration {
   }
 
   // Show a text; `base` is the file that it is made from.
-  take(text, base, revision, crlf) {
+  take(text, base, { revision, crlf, readOnly }) {
     [this.base, this.revision, this.crlf] = [base, revision, crlf];
     show(this.above);
     this.text.set(text);
+    this.text.readOnly(false);
+    this.apply.hidden = this.undo.hidden = false;
+    if (readOnly) this.readOnly(readOnly);
     this.changed(0);
   }
 
   readOnly(why) {
-    this.text.readOnly();
+    this.text.readOnly(true);
     this.apply.hidden = true;
     this.undo.hidden = this.text.value() === this.base;
     const text = h("p", {}, h("b", {}, "Read-only. "), why);
@@ -207,6 +219,7 @@ class Configuration {
     if (mine !== this.asked) return;
     this.changes = found?.changes ?? null;
     enable(this.apply, found !== null && sent !== this.base && !this.busy);
+    this.unanswered = refused !== null && !refused.status;
     this.text.mark(refused?.problems ?? []);
     show(this.verdict, refused ? this.refused(refused) : this.planned(found.changes, sent === this.base));
     if (sent === this.base) show(this.difference);
@@ -229,7 +242,7 @@ class Configuration {
   }
 
   refused(error) {
-    if (!error.problems.length) return [h("h2", {}, "No plan"), problem("", h("p", {}, error.message))];
+    if (!error.problems?.length) return [h("h2", {}, "No plan"), problem("", h("p", {}, error.message))];
     const one = ({ path, message, line, file }) => {
       const to = line && !file ? h("button", { onclick: () => this.text.go(line) }, `Line ${line}`) : null;
       const where = file ? ` (${file}${line ? `, line ${line}` : ""})` : "";
@@ -247,10 +260,15 @@ class Configuration {
       const body = this.crlf ? sent.replaceAll("\n", "\r\n") : sent;
       const headers = this.revision ? { "If-Match": this.revision } : {};
       const answer = await call("PUT", "config", { body, type: TOML, headers, raw: true });
-      this.revision = answer.headers.get("ETag");
+      say(applied(await answer.json()));
+      const revision = answer.headers.get("ETag");
+      if (this.left) {
+        if (draft?.text === sent) draft = { text: sent, base: sent, revision };
+        return;
+      }
+      this.revision = revision;
       this.base = sent;
       show(this.above);
-      say(applied(await answer.json()));
       this.changed(0);
     } catch (error) {
       await this.failed(error);
@@ -260,10 +278,14 @@ class Configuration {
   }
 
   async failed(error) {
+    const known = error.status < 500; // without an answer, or by one of a proxy on the way, it may be written
+    const lead = known ? "Nothing was written. " : "It is not known whether it was written. ";
+    if (this.left) return say(lead + error.message, true);
     if (error.status === 412) return this.look(true);
     if (error.code === "config_read_only") this.readOnly(error.message);
-    else show(this.above, problem("", h("p", {}, h("b", {}, "Nothing was written. "), error.message)));
+    else show(this.above, problem("", h("p", {}, h("b", {}, lead), error.message)));
     this.changed(0);
+    if (!known) await this.look();
   }
 
   // Look at the file on disk: follow it, or show that it is another one than the text was made from.
@@ -272,27 +294,30 @@ class Configuration {
     try {
       file = await read();
     } catch (error) {
-      say(error.message, true);
+      if (!this.left) say(error.message, true);
       return;
     }
+    if (this.left) return;
+    const text = this.text.value();
+    const isSafe = text === this.base || text === file.text; // nothing is lost
     if (file.revision === this.revision) {
       if (isSure) say("Nothing was written: the file was another one for a moment. Look at the plan again.", true);
       this.plan();
-    } else if (this.text.value() === this.base && !isSure) this.take(file.text, file.text, file.revision, file.crlf);
+    } else if (isSafe && !isSure) this.take(file.text, file.text, file);
     else this.conflict(file);
   }
 
   conflict(file) {
-    const { text: theirs, revision, crlf } = file;
+    const theirs = file.text;
     const words = h(
       "p",
       {},
       h("b", {}, "The file changed meanwhile."),
       " Nothing was written. What the other one changed:",
     );
-    const mine = () => this.take(this.text.value(), theirs, revision, crlf);
+    const mine = () => this.take(this.text.value(), theirs, file);
     const keep = h("button", { class: "main", onclick: mine }, "Keep my text, over theirs");
-    const take = h("button", { onclick: () => this.take(theirs, theirs, revision, crlf) }, "Take theirs");
+    const take = h("button", { onclick: () => this.take(theirs, theirs, file) }, "Take theirs");
     const box = problem("", words, h("div", { class: "acts" }, keep, take));
     setAttribute(box, "role", "alert");
     show(this.above, h("div", { class: "conflict" }, box, showDiff(this.base, theirs, "What the other one changed")));

@@ -78,8 +78,8 @@ export function editor(label, changed) {
       setAttribute(field, "aria-invalid", problems.length ? "true" : null);
       draw();
     },
-    readOnly() {
-      field.readOnly = true;
+    readOnly(is) {
+      field.readOnly = is;
     },
   };
 }

@@ -93,7 +93,7 @@ export function begin() {
     },
     (live, refused) => {
       store.live = live;
-      store.refused = refused;
+      store.refused = refused?.status === 401 || refused?.status === 403 ? refused : null;
       changed();
     },
   );

@@ -23,7 +23,10 @@ const LIMITS = {
 };
 const ASKED = ["requests_per_minute", "tokens_per_minute", "tokens_per_day", "max_in_flight"]; // in the form
 
-let shownOnce = null; // {name, key, rotated}
+let shownOnce = []; // {name, key, rotated}, the newest first: each until it is put away
+addEventListener("beforeunload", (event) => {
+  if (shownOnce.length) event.preventDefault();
+});
 
 const at = (name, more = "") => `keys/${encodeURIComponent(name)}${more}`;
 const VARIABLES = { env: "VLLM_PROXY_API_KEY", "env-admin": "VLLM_PROXY_ADMIN_KEY" };
@@ -229,10 +232,11 @@ class Keys {
   }
 
   // A write: what it answers, or null where it was refused, which is shown then.
-  async write(method, path, body) {
+  // `revision`: of what its user saw when it was asked for, which a dialogue may be older than.
+  async write(method, path, body, revision = this.revision) {
     show(this.wrong);
     try {
-      const headers = this.revision ? { "If-Match": `"${this.revision}"` } : {};
+      const headers = revision ? { "If-Match": `"${revision}"` } : {};
       const answer = await call(method, path, { body, headers });
       await this.load();
       return answer ?? true;
@@ -241,15 +245,14 @@ class Keys {
       const lead = changed
         ? "Somebody else has changed the keys meanwhile. Look at them, and try again."
         : error.message;
-      const list = error.problems.filter((one) => !lead.includes(one.message));
+      const known = error.status < 500; // without an answer, or by one of a proxy on the way, it may be written
+      const sure = known ? "Nothing was written. " : "It is not known whether it was written. ";
+      const list = (error.problems ?? []).filter((one) => !lead.includes(one.message));
       const more = list.map((one) => h("li", {}, one.path && h("code", {}, one.path), " ", one.message));
       const code =
         error.code && h("a", { class: "code", href: `../help/${encodeURIComponent(error.code)}` }, error.code);
-      show(
-        this.wrong,
-        problem("", h("p", {}, h("b", {}, "Nothing was written. "), lead), code, more.length > 0 && h("ul", {}, more)),
-      );
-      if (changed) await this.load();
+      show(this.wrong, problem("", h("p", {}, h("b", {}, sure), lead), code, more.length > 0 && h("ul", {}, more)));
+      if (changed || !known) await this.load();
       return null;
     }
   }
@@ -267,8 +270,10 @@ class Keys {
 
   async finish(key) {
     const more = `Only the newest, ${key.id}…, stays good. Clients that still send an older one are refused at once.`;
+    const { revision } = this;
     if (!(await ask(`Finish the rotation of ${key.name}?`, "Finish", more))) return;
-    if (await this.write("POST", at(key.name, "/rotate"), { finish: true })) say(`${key.name} is rotated`);
+    const done = await this.write("POST", at(key.name, "/rotate"), { finish: true }, revision);
+    if (done) say(`${key.name} is rotated`);
   }
 
   async enable(name, enabled) {
@@ -277,43 +282,50 @@ class Keys {
 
   async remove(key) {
     const more = "Who sends it is refused at once. Its name can be given to another key.";
+    const { revision } = this;
     if (!(await ask(`Delete the key ${key.name}?`, "Delete", more))) return;
-    if (await this.write("DELETE", at(key.name))) say(`${key.name} is deleted`);
+    if (await this.write("DELETE", at(key.name), undefined, revision)) say(`${key.name} is deleted`);
   }
 
   tell({ name, key }, rotated) {
     if (!key) return;
-    shownOnce = { name, key, rotated };
+    shownOnce = [{ name, key, rotated }, ...shownOnce];
     this.showOnce();
     this.once.querySelector("button").focus();
   }
 
   showOnce() {
-    if (!shownOnce) return show(this.once);
-    const { name, key, rotated } = shownOnce;
+    show(
+      this.once,
+      shownOnce.map((one) => this.card(one)),
+    );
+  }
+
+  card(one) {
+    const { name, key, rotated } = one;
+    const id = `new-key-${key.slice(-12)}`;
     const field = h("input", {
       class: "mono",
       readonly: true,
       value: key,
-      id: "new-key",
+      id,
       onfocus: () => field.select(),
     });
     const words = rotated
       ? "The old key stays good until you finish the rotation: give clients this one first."
       : "It is shown this once: the daemon keeps only its hash.";
     const away = () => {
-      shownOnce = null;
-      show(this.once);
+      shownOnce = shownOnce.filter((it) => it !== one);
+      this.showOnce();
       this.more.querySelector("summary").focus();
     };
     const copied = copyButton("Copy", () => key, "main");
-    const card = h(
+    return h(
       "section",
       { class: "card once", "aria-label": `The new key of ${name}` },
-      h("p", {}, h("label", { for: "new-key" }, `The new key of ${name}. `), words),
+      h("p", {}, h("label", { for: id }, `The new key of ${name}. `), words),
       h("div", { class: "bar" }, field, copied, h("button", { onclick: away }, "I have it, put it away")),
     );
-    return show(this.once, card);
   }
 }
 

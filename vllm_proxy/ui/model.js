@@ -80,6 +80,7 @@ export function model(main, [id = ""]) {
     async (signal) => {
       const at = `requests?limit=${REQUESTS}&model=${encodeURIComponent(id)}`;
       recent.update((await call("GET", at, { signal, quiet: true })).recent);
+      update(); // how long engines are up is told by no event
     },
     REQUESTS_MS,
     stop.signal,
@@ -91,12 +92,12 @@ export function model(main, [id = ""]) {
     setText(none, one || !store.told ? "" : "There is no such model in the configuration.");
     none.hidden = !none.textContent;
     is.hidden = !one;
+    wrong.update((problem) => problem.id === id);
     if (!one) return;
     if (!acts) first(one);
     is.set(...word(one));
     setText(about, [one.source, ...one.aliases, one.description].filter(Boolean).join(" · "));
     acts.update(one);
-    wrong.update((problem) => problem.id === id);
     keyed(
       replicas,
       one.replicas,
@@ -157,7 +158,8 @@ function lastExit(instances) {
   const exits = instances.map((one) => one.last_exit).filter(Boolean);
   const exit = exits.sort((one, other) => (one.at < other.at ? 1 : -1))[0];
   if (!exit) return null;
-  const how = exit.signal ? `signal ${exit.signal}` : `exit status ${exit.code}`;
+  let how = exit.signal ? `signal ${exit.signal}` : `exit status ${exit.code}`;
+  if (!exit.signal && exit.code === null) how = "how it ended is not known";
   return h(
     "details",
     { class: "card exit" },

@@ -5,7 +5,7 @@ import { h, say, setAttribute, setText } from "./dom.js";
 const LINES = 500; // of before
 const MOST = 5000;
 const NEAR = 40; // pixels from its end
-const BAD = /\b(ERROR|CRITICAL)\b|Traceback|^\S*(Error|Exception):/;
+const BAD = /\b(ERROR|CRITICAL)\b|Traceback|(^|[|)] )\S*(Error|Exception):/;
 const WARNING = /\bWARNING\b/;
 
 const kind = (line) => (BAD.test(line) ? "bad" : WARNING.test(line) ? "warn" : "");

@@ -67,7 +67,7 @@ function failure(error) {
   const stopped = error.name === "AbortError";
   if (stopped) return h("p", { class: "sub" }, "Stopped.");
   const text = error instanceof TypeError ? "The connection was lost." : error.message;
-  const code = error instanceof Refused && error.code;
+  const code = error instanceof Refused && typeof error.code === "string" && error.code; // an engine's is a number
   const link = code && h("a", { class: "code", href: `../help/${encodeURIComponent(code)}` }, code);
   return h("p", { class: "failed" }, h("b", {}, error.status ? `${error.status} ` : ""), link, link && " ", text);
 }
@@ -101,7 +101,7 @@ class Playground {
     this.named = [];
     this.pick = h("select", { id: "play-model", onchange: () => this.picked(this.pick.value) });
     this.kinds = Object.entries(KINDS).map(([kind, { name }]) =>
-      h("button", { type: "button", "data-kind": kind, onclick: () => this.kind(kind) }, name),
+      h("button", { type: "button", "data-kind": kind, onclick: () => this.other(kind) }, name),
     );
     this.most = this.numeric("most", 1, 1_000_000);
     this.many = this.numeric("many", 1, MOST_AT_ONCE);
@@ -164,8 +164,7 @@ class Playground {
         copyButton("Copy as Python", () => asPython(kept.kind, body())),
       ),
     );
-    for (const { role, content } of kept.messages) this.bubble(role).set(content);
-    this.kind(kept.kind, false);
+    this.kind(kept.kind);
     this.names();
   }
 
@@ -237,7 +236,16 @@ class Playground {
     show(this.waits);
   }
 
-  kind(kind, isNew = true) {
+  // Another kind of question; what was said stays.
+  other(kind) {
+    if (kind === kept.kind) return;
+    this.stop?.abort();
+    show(this.talk);
+    show(this.told);
+    this.kind(kind);
+  }
+
+  kind(kind) {
     kept.kind = kind;
     for (const button of this.kinds)
       setAttribute(button, "aria-pressed", button.dataset.kind === kind ? "true" : "false");
@@ -245,7 +253,7 @@ class Playground {
     setAttribute(this.text, "placeholder", hint);
     setAttribute(this.text, "aria-label", label);
     this.chatOnly.hidden = this.systemBox.hidden = this.fresh.hidden = kind !== "chat";
-    if (isNew) this.anew();
+    if (kind === "chat") for (const { role, content } of kept.messages) this.bubble(role).set(content);
     this.typed();
   }
 
@@ -323,6 +331,7 @@ class Playground {
       kept.messages.pop(); // nothing answers it: it is to be sent again
       if (!this.text.value) this.text.value = said;
     }
+    if (kept.kind !== "chat") return null; // its figures are not those of what is shown
     const some = done.filter((one) => one.id !== null);
     const failed = done.filter((one) => one.error).length;
     const bad = failed > 0 && done.length > 1 && `${failed} of ${done.length} failed`;

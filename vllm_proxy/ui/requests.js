@@ -5,6 +5,7 @@ import { bytes, clock, enable, h, keyed, s, say, seconds, setAttribute, setText,
 
 const SHOWN = 200;
 const PAUSE_MS = 2000;
+const AT_ONCE = 0.02; // seconds in which nothing streams
 
 const place = (one) => (one.model === null ? "–" : `${one.model}${one.replica === null ? "" : `/${one.replica}`}`);
 const toModel = (one) =>
@@ -15,8 +16,11 @@ const text = (one) =>
     .join(" ")
     .toLowerCase();
 const bySpeed = (one) => {
-  const span = one.first_byte === null ? 0 : one.seconds - one.first_byte;
-  return one.completion_tokens > 1 && span > 0 ? ((one.completion_tokens - 1) / span).toFixed(1) : "–";
+  if (one.first_byte === null || !(one.completion_tokens > 1)) return "–";
+  const span = one.seconds - one.first_byte;
+  if (span >= AT_ONCE) return ((one.completion_tokens - 1) / span).toFixed(1);
+  const whole = one.seconds - one.queue_seconds; // it was not streamed: its first byte is its last
+  return whole > 0 ? (one.completion_tokens / whole).toFixed(1) : "–";
 };
 
 // Where the time of a request went: in the queue, until the first byte, until the last.
