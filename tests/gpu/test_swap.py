@@ -82,7 +82,7 @@ async def test_no_request_fails_through_swaps(two: Daemon) -> None:
 async def test_vllm_refuses_what_has_no_room_in_the_numbers_of_the_daemon(two: Daemon) -> None:
     """Beside the CUDA context, which is made before vLLM looks at what is free."""
     total = next(device["total"] for device in (await two.get("/devices"))["devices"] if device["index"] == 0)
-    said, counted = await refused_without_room(two, Device(total))
+    said, counted = await refused_without_room(two, lambda: Device(total))
     assert abs(said - counted) <= 0.01
 
 

@@ -1,6 +1,7 @@
 """What is asked of two real models that do not fit together, wherever their memory is."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from tests import mixed_load
@@ -21,10 +22,11 @@ async def one_serves(running: Daemon) -> tuple[Any, str]:
     return await running.instance(name), "b" if name == "a" else "a"
 
 
-async def refused_without_room(running: Daemon, device: Device) -> tuple[float, float]:
+async def refused_without_room(running: Daemon, device_now: Callable[[], Device]) -> tuple[float, float]:
     """What vLLM wants where nobody made room for it, as it says itself and as `fit` has it, in GiB.
 
-    It looks at what is free after the CUDA context was made, which the need of a GPU includes.
+    It looks at what is free after the CUDA context was made, which the need of a GPU includes. The device is asked for
+    when it has: a virtual machine's memory may grow and shrink.
     """
     _, other = await one_serves(running)
     text = running.file.read_text(encoding="utf-8")
@@ -36,6 +38,7 @@ async def refused_without_room(running: Daemon, device: Device) -> tuple[float, 
     assert ended["reason"] == "insufficient_memory"
     said = re.search(r" asks for ([\d.]+) GiB", ended["message"])
     assert said, ended
+    device = device_now()
     model = parse_config(text.encode(), "models.toml").models[other]
     (need,) = needs(demand_of(model), {"0": device}).values()
     return float(said[1]), (need - (CUDA_CONTEXT_BYTES if device.kind is Kind.GPU else 0)) / GIB

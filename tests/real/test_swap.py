@@ -95,5 +95,5 @@ async def test_no_request_fails_through_swaps(two: Daemon) -> None:
 
 async def test_vllm_refuses_what_has_no_room_in_the_numbers_of_the_daemon(two: Daemon) -> None:
     """Nothing makes room where nothing is managed: vLLM says what it wants, and that is what the daemon counts with."""
-    said, counted = await refused_without_room(two, Device(MEMORY.total, kind=Kind.MEMORY))
+    said, counted = await refused_without_room(two, lambda: Device(node_memory().total, kind=Kind.MEMORY))
     assert abs(said - counted) <= 0.01
