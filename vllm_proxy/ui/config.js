@@ -143,7 +143,8 @@ class Configuration {
       } else this.take(file.text, file.text, file);
       if (what === "new" && !file.readOnly) {
         this.text.append(this.newTable());
-        history.replaceState(null, "", "#/config"); // to come back here adds no other one
+        // To come back here adds no other one. Whoever is on the way to another screen is not called back.
+        if (location.hash === "#/config/new") history.replaceState(null, "", "#/config");
       }
       if (what === "model") this.text.go(tableLine(this.text.value(), id));
       this.busy = false;
