@@ -20,8 +20,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from tests import certificates
+from tests.browser import screens
 from tests.browser.chromium import Browser, Page
 from tests.browser.conftest import CHAT, configured, forwarded
+from tests.browser.screens import button, click, has
 from tests.fakes.ledger import GIB, Devices
 from tests.harness import NO_LIMIT, OPEN, Daemon, daemon, fake_engines, free_port, port_block, running_command
 from vllm_proxy.domain.keys import hash_of, new_key
@@ -94,11 +96,6 @@ async def page(fleet: Daemon, chromium: Browser) -> AsyncIterator[Page]:
     await found.close()
 
 
-def has(selector: str, text: str) -> str:
-    """An expression: whether an element shows a text."""
-    return f"document.querySelector({json.dumps(selector)})?.innerText.includes({json.dumps(text)})"
-
-
 def row(model: str) -> str:
     """An expression: the row of a model in the fleet."""
     name = json.dumps(model)
@@ -107,31 +104,14 @@ def row(model: str) -> str:
     )
 
 
-def button(label: str) -> str:
-    """An expression: a button by what a screen reader says of it."""
-    wanted = json.dumps(label)
-    return (
-        "[...document.querySelectorAll('button')]"
-        f".find(it => (it.getAttribute('aria-label') ?? it.innerText) === {wanted})"
-    )
-
-
-async def click(page: Page, label: str) -> None:
-    """Click a button, once it is there and acts."""
-    await page.until(f"{button(label)} && !{button(label)}.disabled")
-    await page.evaluate(f"{button(label)}.click()")
-
-
 async def goes(page: Page, screen: str) -> None:
-    """Another screen."""
-    await page.evaluate(f"location.hash = {json.dumps('#/' + screen)}")
-    await page.until(f"document.querySelector('main').className === {json.dumps(screen.partition('/')[0])}")
-    await page.until(SHOWN.get(screen, "document.querySelector('main h1')"))
+    """Another screen, once it shows what it has to."""
+    await screens.goes(page, screen)
+    await page.until(SHOWN.get(screen, "true"))
 
 
-async def busy(page: Page, daemon: Daemon, model: str = "chat") -> None:
+async def busy(page: Page, model: str = "chat") -> None:
     """Wait until the page knows of a request in flight."""
-    del daemon
     await page.until(f"Number({row(model)}.querySelector('[data-l=running]').innerText) > 0")
 
 
@@ -203,7 +183,7 @@ async def test_a_model_is_started_and_stopped_from_the_page(page: Page, fleet: D
 async def test_stopping_a_busy_model_asks_once(page: Page, fleet: Daemon) -> None:
     """With the number of requests; Cancel changes nothing, Stop ends it."""
     async with streaming(fleet):
-        await busy(page, fleet)
+        await busy(page)
         await click(page, "Restart chat")
         await page.until(has("dialog", "1 request in flight"))
         await click(page, "Cancel")
@@ -568,7 +548,7 @@ async def test_axe_finds_nothing_in_the_dialogues(page: Page, fleet: Daemon, axe
     await page.press("Escape")
     await page.until("!document.querySelector('dialog')")
     async with streaming(fleet):
-        await busy(page, fleet)
+        await busy(page)
         await click(page, "Stop chat")
         await page.until("document.querySelector('dialog[open]')")
         assert await violations(page, axe) == []

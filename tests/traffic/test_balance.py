@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -18,6 +19,7 @@ from vllm_proxy.traffic.body import members, members_of_large
 from vllm_proxy.traffic.endpoint import Endpoint
 from vllm_proxy.traffic.prompt import NAMES, Members, Prompt, members_at, runs_one
 from vllm_proxy.traffic.registry import Registry
+from vllm_proxy.traffic.requests import Requests
 from vllm_proxy.traffic.routing import Routed
 
 LONG = "You are a helpful assistant. " * 40
@@ -321,3 +323,20 @@ def test_members_of_nothing_are_no_prompt() -> None:
     """A request without one has neither marks nor a size."""
     found = marked(Prompt(Members("chat"), b"", b""))
     assert (list(found.marks), found.size, found.sessions) == ([], 0, ())
+
+
+def test_a_request_that_is_over_has_no_prompt() -> None:
+    """It is kept among the last thousand, and a prompt that was never compared is a part of its body."""
+
+    class Ended:
+        request = SimpleNamespace(_transport_peername=None)
+        head = forwarded = b""
+
+        def __init__(self) -> None:
+            self.prompt: Prompt | None = prompt()
+
+    kept, call = Requests(), cast("Any", Ended())
+    kept.active[call] = None
+    kept.end(call)
+    assert list(kept.recent) == [call]
+    assert call.prompt is None

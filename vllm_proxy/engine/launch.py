@@ -7,7 +7,6 @@ that a stopping daemon could not end. When an engine starts is decided in `fleet
 import asyncio
 import contextlib
 import secrets
-import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -276,8 +275,7 @@ class Launcher:
         may_sleep = command.may_sleep(spec, allocation)
         port = None if may_sleep else await self._allocate_port(owner, taken)
         try:
-            folder = tempfile.mkdtemp(prefix="vp-", dir=self.scratch)  # of mode 0700
-            scratch.sign(Path(folder), self.state.path)
+            folder = scratch.make(self.scratch, self.state.path)
         except OSError as error:
             raise LaunchError(Reason.CRASHED, f"cannot make a temporary folder for an engine: {error}") from error
         taken.callback(files.remove_tree, Path(folder))

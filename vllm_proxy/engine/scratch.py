@@ -9,6 +9,7 @@ is: a folder without a signature, of another state directory, of another user, o
 import os
 import re
 import stat
+import tempfile
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -21,7 +22,8 @@ from vllm_proxy.runtime import files
 
 log = structlog.get_logger()
 
-NAME = re.compile(r"vp-\w+")  # of a folder
+_PREFIX = "vp-"  # short: the path of a socket is
+NAME = re.compile(rf"{_PREFIX}\w+")  # of a folder
 _SIGNATURE = ".vllm-proxy"
 _MOST_BYTES = 8192  # of a signature
 _LEAST_SECONDS = 60.0  # a younger folder may be of an engine whose process is still to come
@@ -33,6 +35,18 @@ class _Signature(msgspec.Struct):
     state: str  # the state directory
     boot: str
     namespace: str  # of the process ids
+
+
+def make(scratch: Path, state_dir: Path) -> str:
+    """A folder of its own for an engine, of mode 0700.
+
+    Raises:
+        OSError: there can be none.
+
+    """
+    folder = tempfile.mkdtemp(prefix=_PREFIX, dir=scratch)
+    sign(Path(folder), state_dir)
+    return folder
 
 
 def sign(folder: Path, state_dir: Path) -> None:
@@ -116,5 +130,7 @@ def _users(folders: Collection[str]) -> dict[str, int]:
             variables = kernel.environment(process.pid)
         except OSError:
             continue  # it has ended
-        found |= {folder: process.pid for folder, variable in wanted.items() if variable.search(variables)}
+        for folder, variable in wanted.items():
+            if not found.get(folder) and variable.search(variables):  # the first of them is the one to end
+                found[folder] = process.pid
     return found

@@ -28,6 +28,7 @@ from vllm_proxy.domain.canary import parse_canary
 from vllm_proxy.domain.command import Place, mark
 from vllm_proxy.domain.devices import ANY_DEVICE, Allocation
 from vllm_proxy.engine import cgroup, vitals
+from vllm_proxy.engine import scratch as scratch_folders
 from vllm_proxy.engine.learned import Learned
 from vllm_proxy.engine.ownership import Identity
 from vllm_proxy.engine.ports import HOST
@@ -46,7 +47,6 @@ _NAMESPACE = "pid_namespace"
 _PORT = "port"  # of an older daemon's records, which have no address; still written, so that one may go back to it
 _INSTANCE = re.compile(r"[A-Za-z0-9._:@/-]{1,200}/[0-9]{1,6}")
 _WORD = re.compile(r"[!-~]{1,200}")
-_FOLDER = re.compile(r"vp-\w+")  # as `launch` makes them
 _SEGMENT = re.compile(rf"{vitals.SHARED_MEMORY}.+")
 
 
@@ -390,7 +390,7 @@ def _is_engines_folder(folder: Path, scratch: Path) -> bool:
     """Whether it lies where some daemon makes engines' folders: in RUNTIME_DIRECTORY, which is below /run, or /tmp."""
     place = folder.parent
     is_there = place in {scratch, SCRATCH} or place.parts[:2] == ("/", "run")
-    return is_there and ".." not in place.parts and _FOLDER.fullmatch(folder.name) is not None
+    return is_there and ".." not in place.parts and scratch_folders.NAME.fullmatch(folder.name) is not None
 
 
 def _is_cgroup_of(record: EngineRecord) -> bool:

@@ -22,10 +22,11 @@ class Requests:
         self.recent: deque[Call] = deque(maxlen=KEPT)  # the last one to end comes last
 
     def end(self, call: Call) -> None:
-        """It is over, and its outcome is known. It has no request and no head from here on."""
+        """It is over, and its outcome is known. It has no request, no head and no prompt from here on."""
         del self.active[call]
         call.peer = call.request._transport_peername  # noqa: SLF001 - what `remote` is made of, without making it
         call.request = call.head = call.forwarded = None  # type: ignore[assignment] # `del` takes ten times as long
+        call.prompt = None  # which may be a part of its body
         self.recent.append(call)
 
     def in_progress(self, request_id: str) -> list[Call]:
