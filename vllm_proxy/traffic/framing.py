@@ -30,9 +30,9 @@ def check(request: web.BaseRequest) -> None:
         RequestError: as `check_codings` and `check_expectation`.
 
     """
-    if request.method == "CONNECT":  # aiohttp's parser reads a body of it as requests
-        raise RequestError("bad_request", "cannot CONNECT: this is no proxy of that kind")
     head = request.headers
+    if request.method == "CONNECT" and ("Content-Length" in head or "Transfer-Encoding" in head):
+        raise RequestError("bad_request", "cannot read a CONNECT with a body")  # aiohttp's parser takes it for requests
     check_codings(head.get("Transfer-Encoding", "chunked"), head.get("Content-Encoding", "identity"))
     if EXPECTATION in request:
         check_expectation(request, request[EXPECTATION])
