@@ -63,7 +63,11 @@ class Word:
 
     def __init__(self, name: str, what: Callable[[], None]) -> None:
         self.name = name
-        self.apply = what
+        self._what = what
+
+    async def apply(self) -> None:
+        """Do it."""
+        self._what()
 
 
 def begun() -> FleetLoop:

@@ -484,6 +484,42 @@ async def test_a_model_that_is_gone_and_back_begins_anew_when_the_old_one_has_en
 
 
 @virtual
+async def test_requests_run_while_hundreds_of_models_follow_a_file_which_is_adopted_when_all_do(tmp_path: Path) -> None:
+    """Who sees its revision sees no model of before it."""
+    stage = Stage()
+    reconciler = reconciler_of(stage, tmp_path, *[model(f"m{number}", start="on-demand") for number in range(200)])
+    await settle()
+    changed = [model(f"m{number}", start="on-demand", description="new") for number in range(150)]
+    before, seen = reconciler.config, []
+    with capture_logs():
+        adopting = asyncio.create_task(adopts(reconciler, *changed, model("new", start="on-demand")))
+        while reconciler.config is before:
+            seen.append({found.spec.policy.description for found in reconciler.models()})
+            await asyncio.sleep(0)
+        assert {found.spec.policy.description for found in reconciler.models() if not found.ends} == {"new", ""}
+        await adopting
+    assert {"new", ""} in seen, "it is done in several steps"
+    assert [found.spec.id for found in reconciler.models()] == [*(f"m{number}" for number in range(150)), "new"]
+
+
+@virtual
+async def test_nothing_begins_when_the_daemon_stops_in_the_middle_of_a_change_of_many_models(tmp_path: Path) -> None:
+    """Else what has just begun would be left behind."""
+    stage = Stage()
+    reconciler = reconciler_of(stage, tmp_path, *[model(f"m{number}", start="on-demand") for number in range(200)])
+    await settle()
+    with capture_logs():
+        many = [model(f"n{number}") for number in range(200)]
+        adopting = asyncio.create_task(adopts(reconciler, *many))
+        while not reconciler.knows("n0"):
+            await asyncio.sleep(0)
+        await reconciler.stop()
+        await asyncio.wait({adopting})
+    assert stage.launcher.engines == []
+    assert not reconciler.knows("n199")
+
+
+@virtual
 async def test_a_bug_in_what_follows_a_file_is_told_to_who_adopts_it(tmp_path: Path) -> None:
     """It is no success; and the loop goes on."""
     stage = Stage()

@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine.virtual import passes, virtual
 from vllm_proxy.runtime import turns
-from vllm_proxy.runtime.turns import LoopLag, in_turns
+from vllm_proxy.runtime.turns import LoopLag, in_batches, in_turns
 
 
 def compute(seconds: float) -> None:
@@ -49,6 +49,19 @@ async def test_little_is_done_at_once() -> None:
     assert [item async for item in in_turns("ab")] == ["a", "b"]
     assert len(seen) == turns_before
     other.cancel()
+
+
+@pytest.mark.parametrize("count", [0, 1, 50, 51, 500])
+async def test_batches_yield_between_each_other_however_quick_they_are(count: int) -> None:
+    """By their number and not by a clock: what is decided in them is the same in every run."""
+    seen: list[int] = []
+    other = asyncio.create_task(others(seen))
+    await asyncio.sleep(0)
+    turns_before = len(seen)
+    batches = [some async for some in in_batches(range(count))]
+    other.cancel()
+    assert [item for some in batches for item in some] == list(range(count))
+    assert len(seen) - turns_before == max(0, len(batches) - 1) == max(0, (count - 1) // 50)
 
 
 def test_the_largest_lag_is_shown_for_a_minute_at_least() -> None:

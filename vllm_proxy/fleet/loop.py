@@ -13,7 +13,6 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import batched
 from typing import Protocol
 
 from vllm_proxy.domain.config import Restart
@@ -23,8 +22,8 @@ from vllm_proxy.fleet.faults import Faults
 from vllm_proxy.fleet.managed import Machines, Unmanaged
 from vllm_proxy.fleet.room import Room
 from vllm_proxy.runtime.background import keep_running, notify
+from vllm_proxy.runtime.turns import in_batches
 
-_BATCH = 50  # models that are decided about at once
 _AFTER_FAULT_SECONDS = 1.0  # until what could not be decided or done is tried again
 _SHORTEST_WAIT_SECONDS = 0.01  # the loop does not spin, whatever `recheck_in` a decision has
 _NEVER = math.inf
@@ -37,8 +36,8 @@ class Event(Protocol):
     def name(self) -> str:
         """As the log has it: "start of chat"."""
 
-    def apply(self) -> None:
-        """Change it. Called by the loop, one event after another."""
+    async def apply(self) -> None:
+        """Change it. Called by the loop, one event after another; it awaits nothing but its turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class Command:
     name: str
     what: Callable[[], None]
 
-    def apply(self) -> None:
+    async def apply(self) -> None:
         """Change what is wanted."""
         self.what()
 
@@ -205,7 +204,7 @@ class FleetLoop:
         mailbox, self._mailbox = self._mailbox, []
         try:
             for event, decided in mailbox:
-                self._apply(event, decided)
+                await self._apply(event, decided)
             await self._decide_about_models()
             self._decide_about_starts()
         finally:
@@ -213,9 +212,9 @@ class FleetLoop:
                 if not decided.done():
                     decided.set_result(None)
 
-    def _apply(self, event: Event, decided: asyncio.Future[None]) -> None:
+    async def _apply(self, event: Event, decided: asyncio.Future[None]) -> None:
         with self._faults.contained("an event could not be applied", happened=event.name) as applied:
-            event.apply()
+            await event.apply()
         if applied.error is not None and not decided.done():
             decided.set_exception(applied.error)
             decided.exception()  # it need not be retrieved
@@ -225,10 +224,8 @@ class FleetLoop:
         due = (member for member, at in self._due_at.items() if at <= time)
         members = list(dict.fromkeys((*self._changed, *due)))
         self._changed = {}
-        for some in batched(members, _BATCH, strict=False):
+        async for some in in_batches(members):
             self._decide_and_carry_out([member for member in some if member in self._due_at])
-            if len(members) > _BATCH:
-                await asyncio.sleep(0)  # yield to requests
 
     def _decide_and_carry_out(self, members: Sequence[Member]) -> None:
         time = asyncio.get_running_loop().time()

@@ -25,6 +25,7 @@ from vllm_proxy.fleet.model import Model
 from vllm_proxy.fleet.orphans import Orphan, classify, loras
 from vllm_proxy.fleet.supervisor import Supervisor
 from vllm_proxy.runtime.background import notify, run_once
+from vllm_proxy.runtime.turns import in_batches
 
 log = structlog.get_logger()
 
@@ -45,9 +46,9 @@ class _Adopted:
         """As the log has it."""
         return "adoption of the file"
 
-    def apply(self) -> None:
+    async def apply(self) -> None:
         """Apply to each model what the file says of it."""
-        self.reconciler.follow(self.config, self.actions)
+        await self.reconciler.follow(self.config, self.actions)
 
 
 class Reconciler:
@@ -56,7 +57,7 @@ class Reconciler:
     def __init__(
         self, config: Config, shared: Dependencies, state: StateDirectory, fingerprint: Callable[[EngineSpec], str]
     ) -> None:
-        self.config = config
+        self.config = self._followed = config  # what all models are, and what they are about to be
         self.registry = shared.registry
         self._shared = shared
         self.room = shared.loop.room
@@ -78,7 +79,7 @@ class Reconciler:
     def start(self) -> None:
         """Run every enabled model, on engines of an earlier daemon where they fit. Returns at once."""
         records = self._state.orphans()
-        self.config = self.config.with_loras(loras(records, self.config.models, self._fingerprint))
+        self.config = self._followed = self.config.with_loras(loras(records, self.config.models, self._fingerprint))
         adoptable, others = classify(records, self.config.models, self._fingerprint)
         self._orphans = [self._end_orphan(record) for record in others]
         for record in (one for records in adoptable.values() for one in records.values()):
@@ -103,27 +104,31 @@ class Reconciler:
         if ends := [end for end, at_once in self._ends.items() if at_once]:
             await asyncio.wait(ends, timeout=_AT_ONCE_SECONDS)
 
-    def follow(self, config: Config, actions: Sequence[Action]) -> None:
-        """Have each model be what this configuration says. For the fleet loop."""
-        self.config = config
+    async def follow(self, config: Config, actions: Sequence[Action]) -> None:
+        """Have each model be what this configuration says. For the fleet loop; with many, requests run meanwhile."""
+        self._followed = config
         if self.stopping.is_set():
             return
         self.room.machines.use(config.devices)
         self.registry.update(config.models)
-        for action in actions:
-            log.info("plan", model=action.model, action=action.kind, reason=action.reason)
-        # In the order of the plan: an engine that leaves a GPU has its claim before one that is to start there.
-        in_order = list(reversed(dict.fromkeys(action.model for action in reversed(actions))))
-        for model_id in dict.fromkeys(
-            (*in_order, *config.models)
-        ):  # a model without an action may still be written differently
-            self._follow_model(model_id)
+        async for planned in in_batches(actions):
+            for action in planned:
+                log.info("plan", model=action.model, action=action.kind, reason=action.reason)
+        # In the order of the plan: an engine that leaves a GPU has its claim before one that is to start there. What
+        # has no action may still be written differently, or have come since the plan was made.
+        in_order = reversed(dict.fromkeys(action.model for action in reversed(actions)))
+        async for some in in_batches(dict.fromkeys((*in_order, *self._models, *config.models))):
+            for model_id in some:
+                if not self.stopping.is_set():
+                    self._follow_model(model_id)
+        self.config = config
         self._sort()
 
     def _sort(self) -> None:
         """The file's order, here and for requests; what ends comes last."""
-        self.registry.update(self.config.models)
-        present = [model for model_id in self.config.models if not (model := self._models[model_id]).ends]
+        self.registry.update(self._followed.models)
+        there = [self._models[model_id] for model_id in self._followed.models if model_id in self._models]
+        present = [model for model in there if not model.ends]
         ending = [model for model in self._models.values() if model.ends]
         self._models = {model.spec.id: model for model in (*present, *ending)}
 
@@ -197,11 +202,11 @@ class Reconciler:
 
     def _follow_model(self, model_id: str) -> None:
         """Have one model be what the file says now."""
-        spec, model = self.config.models.get(model_id), self._models.get(model_id)
+        spec, model = self._followed.models.get(model_id), self._models.get(model_id)
         if model is None:
-            assert spec is not None, "whatever has an action is in the file, or runs"
-            self._declare(spec)
-            self._models[model_id].begin({})
+            if spec is not None:
+                self._declare(spec)
+                self._models[model_id].begin({})
         elif model.ends:
             return  # what the file says of it now begins when it has ended
         elif spec is not None:
@@ -222,7 +227,7 @@ class Reconciler:
         self._shared.loop.forget(model)
         self.registry.forget(model_id)
         notify(self._listeners, model)
-        if model_id in self.config.models and not self.stopping.is_set():
+        if model_id in self._followed.models and not self.stopping.is_set():
             self._follow_model(model_id)
             self._sort()
 

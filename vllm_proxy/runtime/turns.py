@@ -1,16 +1,19 @@
 """Cooperative scheduling: long work on the event loop is done in slices, and the lag of the loop is measured.
 
 Whoever loops over all models or readers does so with `in_turns`, so that a request waits for a slice of 2 ms and not
-for all of the work. `LoopLag` is what `/metrics` shows of it.
+for all of the work; the fleet loop with `in_batches`, whose slices are the same in every run. `LoopLag` is what
+`/metrics` shows of it.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
+from itertools import batched
 
 from vllm_proxy.domain.histogram import Histogram
 
 _PIECE_SECONDS = 0.002
+_BATCH = 50  # models, with each of which is done what takes 0.1 ms
 _BEAT_SECONDS = 0.1
 _BOUNDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SHOWN_SECONDS = 60.0  # a maximum is shown for at least so long, so that no scrape misses it
@@ -24,6 +27,16 @@ async def in_turns[T](items: Iterable[T]) -> AsyncIterator[T]:
         if time.monotonic() - began > _PIECE_SECONDS:
             await asyncio.sleep(0)
             began = time.monotonic()
+
+
+async def in_batches[T](items: Iterable[T]) -> AsyncIterator[tuple[T, ...]]:
+    """Some of the items at a time; yields to the event loop between two batches."""
+    first = True
+    for some in batched(items, _BATCH, strict=False):
+        if not first:
+            await asyncio.sleep(0)
+        first = False
+        yield some
 
 
 class LoopLag:
