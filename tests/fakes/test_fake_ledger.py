@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.fake_ledger import Ledger
 from tests.fakes.ledger import GIB, Devices
 from tests.fakes.running import LISTENS, Engine, core_of, engine, meanwhile
 from tests.harness import PAUSE_SECONDS
@@ -232,11 +233,11 @@ def test_an_engine_that_sees_no_device_uses_none(devices: Devices) -> None:
 
 def test_what_was_not_free_at_first_is_somebody_else_s(tmp_path: Path) -> None:
     """The file is written by hand, or by whoever has the devices."""
-    with Devices(tmp_path / "devices.toml", {"0": TOTAL}) as devices:
-        devices.file.write_text('"0" = {total = 1000, free = 400}')
-        (tmp_path / "devices.toml.holders").unlink(missing_ok=True)
-        assert devices.free() == {"0": 400}
-        assert devices.holders() == [("others", {"0": {"other": 600}})]
+    file = tmp_path / "devices.toml"
+    file.write_text('"0" = {total = 1000, free = 400}')
+    with Ledger(str(file)).changed(wakes=False) as state:
+        assert state.free("0") == 400
+        assert [(one["model"], one["has"]) for one in state.holders.values()] == [("others", {"0": {"other": 600}})]
 
 
 def test_the_file_is_whole_whenever_it_is_read(devices: Devices) -> None:
