@@ -192,6 +192,8 @@ async def nothing_is_wrong(fleet: Fleet) -> None:
 
     """
     daemon = fleet.daemon
+    # The last of the trouble is over when they serve, which may take longer than a request waits on a busy machine.
+    await daemon.eventually("/models", lambda found: all(_serves(model) for model in found["models"]))
     await daemon.post("/models/rare/start", {}, 202)
     for name in MODELS_SERVED:
         await daemon.post("/v1/chat/completions", {"model": name, "messages": [{"role": "user", "content": "hi"}]})
@@ -208,6 +210,11 @@ async def nothing_is_wrong(fleet: Fleet) -> None:
     log = re.sub(r"^\w+/\d+ \| .*$", "", daemon.log(), flags=re.MULTILINE)  # what engines say is theirs
     for fault in ("Traceback", "fault of the daemon"):
         assert fault not in log, log[max(0, log.index(fault) - 500) : log.index(fault) + 3000]
+
+
+def _serves(model: dict[str, Any]) -> bool:
+    state: str = model["status"]["state"]
+    return model["id"] == "rare" or state == "ready"
 
 
 def _rests(model: dict[str, Any]) -> bool:

@@ -170,6 +170,10 @@ async def test_engines_are_adopted_with_their_adapters(folder: Path) -> None:
     async with under(folder) as running:
         await ready(running, one="ready", two="ready")
         assert await running.pids("chat") == pids
+        async with asyncio.timeout(60):  # until then it serves with what it holds, and says so
+            while "adapter loaded" not in running.log().rpartition("engine adopted")[2]:
+                await asyncio.sleep(0.1)
+        await ready(running, one="ready", two="ready")
         assert running.log().rpartition("engine adopted")[2].count("adapter loaded") == 1
         after = {name: await says(running, name) for name in ("chat", "one", "two")}
         assert [name for name in before if before[name] != after[name]] == ["one"]
