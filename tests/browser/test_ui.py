@@ -255,8 +255,13 @@ async def test_the_screen_of_a_model_shows_its_output_as_it_comes(page: Page, fl
     await page.until(has(".log", "Loading safetensors"))
     await page.until(has("main table[aria-label=Keys]", "fake-phase-until"))
     lines = await page.evaluate("document.querySelectorAll('.log div').length")
+    await page.evaluate("(window.kept = document.querySelector('.others')).open = true")
+    process = "document.querySelector('[data-l=process]').innerText"
+    pid = await page.evaluate(process)
     await fleet.write("POST", "/models/org%2Fslow/restart", status=202)
     await page.until(f"document.querySelectorAll('.log div').length > {lines}")
+    await page.until(f"/^[0-9]+$/.test({process}) && {process} !== {json.dumps(pid)}")
+    assert await page.evaluate("kept.isConnected && kept.open"), "what did not change stays as its reader has it"
     assert page.complaints == []
 
 
@@ -579,6 +584,32 @@ async def typed(page: Page, key: str) -> None:
     await page.until("document.querySelector('dialog[open] input')?.value === ''")
     await page.evaluate(f"document.querySelector('dialog input').value = {json.dumps(key)}")
     await page.evaluate("document.querySelector('dialog button[type=submit]').click()")
+
+
+async def test_another_key_counts_at_once_and_of_a_forgotten_one_nothing_is_left(
+    shared: Daemon, chromium: Browser
+) -> None:
+    """Streams that run are made anew for it: who may not look hears nothing more."""
+    other = new_key(b"o" * 32)
+    text = f'[keys.reader]\nhash = "{hash_of(KEY)}"\nscopes = ["read"]\n[keys.app]\nhash = "{hash_of(other)}"\n'
+    async with configured(shared, text):
+        page = await chromium.page(f"{shared.url}/ui/")
+        await page.front()
+        await typed(page, KEY)
+        await page.until(f"{row('chat')}?.innerText.includes('ready')")
+        await click(page, "Key")
+        await typed(page, other)
+        await page.until("!document.querySelector('.banner').hidden")
+        await page.until(has(".connection", "not let in"))
+        await click(page, "Key")
+        await typed(page, KEY)
+        await page.until("document.querySelector('.banner').hidden")
+        await page.evaluate("window.before = true")
+        await click(page, "Key")
+        await click(page, "Forget it")
+        await page.until("window.before === undefined && document.querySelector('dialog[open]')")
+        assert not await page.evaluate("document.querySelector('main tbody tr')")
+        await page.close()
 
 
 async def test_who_may_not_look_is_told_how_to(shared: Daemon, chromium: Browser) -> None:

@@ -123,8 +123,10 @@ async def test_a_key_is_disabled_and_deleted(page: Page, running: Daemon) -> Non
     """Disabled it is refused, enabled good again; to delete it asks."""
     key = await make(page, "going")
     await put_away(page)
+    await page.evaluate(f"{button('Disable going')}.focus()")
     await click(page, "Disable going")
     await page.until(shows("going", "disabled"))
+    assert await page.evaluate("document.activeElement.innerText") == "Rotate", "what goes takes no focus with it"
     assert not await is_good(running, key)
     await click(page, "Enable going")
     await page.until(shows("going", "enabled"))
@@ -231,6 +233,35 @@ async def test_without_metering_it_is_said_how_to_turn_it_on(chromium: Browser, 
     page = await chromium.page(f"{shared.url}/ui/#/usage")
     await page.until(has("main .card", "usage = true"))
     await page.until(has("main .card", "Nothing is counted where there are no keys"))
+    await page.close()
+
+
+@pytest.fixture
+async def elsewhere(tmp_path: Path) -> AsyncIterator[Daemon]:
+    """A daemon whose keys are in a file of their own, and in the environment."""
+    (tmp_path / "keys.toml").write_text('[keys.anonymous]\nscopes = ["admin"]\n')
+    text = '[server]\nkeys_file = "keys.toml"\n' + fake_engines(port_block())
+    async with daemon(text, tmp_path, env={"VLLM_PROXY_API_KEY": ENV_KEY}) as found:
+        yield found
+
+
+async def test_what_somebody_else_writes_into_the_file_of_keys_is_shown(elsewhere: Daemon, chromium: Browser) -> None:
+    """No event tells of it: it is looked at again and again."""
+    page = await chromium.page(f"{elsewhere.url}/ui/#/keys")
+    await page.front()
+    await page.until(has("main tbody", "anonymous"))
+    file = elsewhere.folder / "keys.toml"
+    file.write_text(file.read_text() + f'[keys.late]\nhash = "{hash_of("l" * 40)}"\n')
+    await page.until(row("late"))
+    await page.close()
+
+
+async def test_keys_of_the_environment_are_known_to_be_metered(elsewhere: Daemon, chromium: Browser) -> None:
+    """Nobody is told to turn on what is on."""
+    page = await chromium.page(f"{elsewhere.url}/ui/#/usage")
+    await page.front()
+    await page.until(has("main .card", "Nothing was used in that time."))
+    assert not await page.evaluate(has("main .card", "usage = true"))
     await page.close()
 
 

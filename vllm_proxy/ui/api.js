@@ -33,7 +33,8 @@ export function enterKey(why = "") {
     .then((given) => {
       if (given === null) return false;
       useKey(given);
-      return true;
+      if (!given) location.reload(); // what was shown for it goes as well
+      return given !== "";
     })
     .finally(() => {
       asking = null;
@@ -99,6 +100,11 @@ export async function follow(path, each, told, { signal, quiet = false } = {}) {
     await seen(signal);
     const stop = new AbortController();
     const end = () => stop.abort();
+    let anew = false; // there is another key: what follows is for its holder
+    const change = () => {
+      anew = true;
+      end();
+    };
     const hide = () => document.hidden && end();
     let alive = setTimeout(end, SILENT_MS);
     const beat = () => {
@@ -111,6 +117,7 @@ export async function follow(path, each, told, { signal, quiet = false } = {}) {
     try {
       if (signal?.aborted) return;
       const answer = await call("GET", path(), { raw: true, signal: stop.signal, quiet: silent });
+      listeners.add(change);
       told(true, null);
       silent = quiet;
       wait = 250;
@@ -123,11 +130,12 @@ export async function follow(path, each, told, { signal, quiet = false } = {}) {
       } else if (error.name !== "AbortError" && !(error instanceof TypeError)) throw error;
     } finally {
       clearTimeout(alive);
+      listeners.delete(change);
       document.removeEventListener("visibilitychange", hide);
       signal?.removeEventListener("abort", end);
     }
     if (signal?.aborted) return;
-    if (!document.hidden) {
+    if (!document.hidden && !anew) {
       told(false, why);
       await pause(wait, signal);
     }

@@ -34,6 +34,13 @@ export function enable(button, can) {
 }
 export const acts = (button) => button.getAttribute("aria-disabled") !== "true";
 
+// Show some of the buttons of a group. Where the one that has the focus is to go, the next one gets it.
+export function offer(buttons) {
+  const focused = document.activeElement;
+  for (const [button, is] of buttons) button.hidden = !is;
+  if (buttons.some(([button, is]) => button === focused && !is)) buttons.find(([, is]) => is)?.[0].focus();
+}
+
 // Keep the children of `parent` in step with `items`. A node is made once for each key, by `make(item)`, and kept:
 // focus, hover and a click that has begun stay. `node.update(item)` is called with the item from then on.
 export function keyed(parent, items, key, make) {

@@ -1,9 +1,9 @@
 // Keys: who may do what; a key is made, rotated in two steps, disabled, deleted. The key itself is shown once: it stays
 // in this tab, above the list, until it is put away.
-import { call } from "./api.js";
+import { call, repeat } from "./api.js";
 import { copyButton } from "./copy.js";
 import { ask } from "./dialogs.js";
-import { clock, h, keyed, problem, say, setAttribute, setText, show, table } from "./dom.js";
+import { clock, h, keyed, offer, problem, say, setAttribute, setText, show, table } from "./dom.js";
 import { store } from "./feed.js";
 
 const SCOPES = {
@@ -28,6 +28,7 @@ addEventListener("beforeunload", (event) => {
   if (shownOnce.length) event.preventDefault();
 });
 
+const LOOK_MS = 10_000; // no event tells of a change of server.keys_file
 const at = (name, more = "") => `keys/${encodeURIComponent(name)}${more}`;
 const VARIABLES = { env: "VLLM_PROXY_API_KEY", "env-admin": "VLLM_PROXY_ADMIN_KEY" };
 const isFixed = (key) => key.source === "environment";
@@ -121,6 +122,7 @@ class Keys {
     this.seen = null;
     this.once = h("div");
     this.wrong = h("div", { role: "alert" });
+    this.unknown = h("div", { role: "alert" });
     this.body = h("tbody");
     const columns = [["Name"], ["May"], ["Models"], ["Limits"], ["Expires"], ["State"], [""]];
     this.rows = table("Keys", columns, this.body);
@@ -137,17 +139,24 @@ class Keys {
         h("a", { href: "../help/security" }, "Scopes and rules"),
       ),
       this.once,
+      this.unknown,
       this.wrong,
       this.rows,
       this.none,
       this.more,
     );
     this.showOnce();
-    this.load();
+    this.left = new AbortController();
+    let quiet = false; // who is asked for a key is asked once
+    const look = async () => {
+      await this.load(quiet);
+      quiet = true;
+    };
+    repeat(look, LOOK_MS, this.left.signal);
   }
 
   leave() {
-    this.left = true;
+    this.left.abort();
   }
 
   update() {
@@ -157,10 +166,11 @@ class Keys {
     if (before && before !== now) this.load();
   }
 
-  async load() {
+  async load(quiet = false) {
     try {
-      const { revision, keys } = await call("GET", "keys");
-      if (this.left) return;
+      const { revision, keys } = await call("GET", "keys", { quiet });
+      if (this.left.signal.aborted) return;
+      show(this.unknown);
       this.revision = revision;
       this.rows.hidden = !keys.length;
       this.none.hidden = Boolean(keys.length);
@@ -172,12 +182,12 @@ class Keys {
       );
     } catch (error) {
       const again = h("button", { onclick: () => this.again() }, "Try again");
-      show(this.wrong, problem("", h("p", {}, `Keys cannot be shown: ${error.message}`), again));
+      show(this.unknown, problem("", h("p", {}, `Keys cannot be shown: ${error.message}`), again));
     }
   }
 
   again() {
-    show(this.wrong);
+    show(this.unknown);
     this.load();
   }
 
@@ -222,11 +232,14 @@ class Keys {
       setAttribute(state, "class", `key-${kind}`);
       setText(state, word);
       const fixed = isFixed(key);
-      rotate.hidden = fixed || key.file !== null || key.name === "anonymous" || (key.enabled && key.hashes > 1);
-      finish.hidden = fixed || key.hashes < 2;
-      off.hidden = fixed || !key.enabled;
-      on.hidden = fixed || key.enabled;
-      gone.hidden = fixed;
+      const turns = key.file === null && key.name !== "anonymous" && !(key.enabled && key.hashes > 1);
+      offer([
+        [rotate, !fixed && turns],
+        [finish, !fixed && key.hashes > 1],
+        [off, !fixed && key.enabled],
+        [on, !fixed && !key.enabled],
+        [gone, !fixed],
+      ]);
     };
     return node;
   }

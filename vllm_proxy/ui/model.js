@@ -49,6 +49,12 @@ export function model(main, [id = ""]) {
   );
   let acts = null;
   let seen = "";
+  const shown = new Map(); // of a part: what it was made of
+  const renew = (node, from, make) => {
+    const text = JSON.stringify(from);
+    if (shown.get(node) !== text) show(node, make());
+    shown.set(node, text); // what is the same stays as its reader has it: opened, selected
+  };
 
   function first(one) {
     acts = buttons(one);
@@ -65,9 +71,11 @@ export function model(main, [id = ""]) {
       call("GET", path, { signal: stop.signal, quiet: true }),
       call("GET", "schema.json", { signal: stop.signal, quiet: true }),
     ]);
-    show(last, lastExit(whole.status.instances));
-    show(adapters, whole.status.adapters.length > 0 && adapterTable(whole.status.adapters));
-    show(spec, keys(whole, schema));
+    const { instances, adapters: held } = whole.status;
+    const exits = instances.map((one) => one.last_exit);
+    renew(last, exits, () => lastExit(exits));
+    renew(adapters, held, () => held.length > 0 && adapterTable(held));
+    renew(spec, [whole.spec, whole.effective], () => keys(whole, schema));
     if (whole.effective.sleep && !does.querySelector(".sleep")) {
       const sleep = () => act(id, "sleep");
       acts?.append(h("button", { class: "sleep", onclick: sleep, "aria-label": `Sleep ${id}` }, "Sleep"));
@@ -108,7 +116,8 @@ export function model(main, [id = ""]) {
     if (now === seen) return;
     seen = now;
     look().catch((error) => {
-      if (error.name !== "AbortError" && error.status !== 404) show(last, h("p", { class: "sub" }, error.message));
+      if (error.name !== "AbortError" && error.status !== 404)
+        renew(last, error.message, () => h("p", { class: "sub" }, error.message));
     });
   }
   return { update, leave: () => stop.abort() };
@@ -154,9 +163,8 @@ function replicaRow(id) {
 }
 
 // Why an engine ended last, with the end of its log.
-function lastExit(instances) {
-  const exits = instances.map((one) => one.last_exit).filter(Boolean);
-  const exit = exits.sort((one, other) => (one.at < other.at ? 1 : -1))[0];
+function lastExit(exits) {
+  const exit = exits.filter(Boolean).sort((one, other) => (one.at < other.at ? 1 : -1))[0];
   if (!exit) return null;
   let how = exit.signal ? `signal ${exit.signal}` : `exit status ${exit.code}`;
   if (!exit.signal && exit.code === null) how = "how it ended is not known";

@@ -71,10 +71,13 @@ async function whole(path, body, signal) {
   return { ...(await answer.json()), ...from(answer) };
 }
 
+const COMPARED = 40; // texts; each with each is a cell
+
 // Cosines of all pairs, as a table whose cells are coloured by value.
 export async function embed(body, signal) {
   const { data, usage, instance, id } = await whole("v1/embeddings", body, signal);
-  const vectors = data.toSorted((one, other) => one.index - other.index).map((one) => one.embedding);
+  const all = data.toSorted((one, other) => one.index - other.index).map((one) => one.embedding);
+  const vectors = all.slice(0, COMPARED);
   const dot = (a, b) => a.reduce((sum, x, i) => sum + x * b[i], 0);
   const sizes = vectors.map((one) => Math.sqrt(dot(one, one)));
   const cell = (i, j) => {
@@ -106,6 +109,7 @@ export async function embed(body, signal) {
   const facts = [
     plural(vectors[0]?.length ?? 0, "dimension"),
     usage?.prompt_tokens && plural(usage.prompt_tokens, "token"),
+    all.length > COMPARED && `the first ${COMPARED} of ${all.length} are compared`,
   ];
   return { node, facts, instance, id };
 }

@@ -4,6 +4,7 @@ import { ask } from "./dialogs.js";
 import { bytes, clock, enable, h, keyed, s, say, seconds, setAttribute, setText, show, table } from "./dom.js";
 
 const SHOWN = 200;
+const ALL = 1000; // that the daemon keeps: those are filtered
 const PAUSE_MS = 2000;
 const AT_ONCE = 0.02; // seconds in which nothing streams
 
@@ -88,7 +89,7 @@ export function ended(none) {
   const rows = table("Requests that have ended", columns, body);
   const empty = h("p", { class: "sub" }, none);
   const node = h("div", { class: "requests" }, rows, empty);
-  rows.hidden = true;
+  rows.hidden = empty.hidden = true; // it is not known yet
   node.update = (them) => {
     rows.hidden = !them.length;
     empty.hidden = Boolean(them.length);
@@ -209,7 +210,8 @@ export function requests(main, [id]) {
   repeat(
     async (signal) => {
       if (id) await lookAtIt(signal);
-      known = await call("GET", `requests?limit=${SHOWN}`, { signal, quiet: true });
+      const limit = search.value || bad.checked ? ALL : SHOWN;
+      known = await call("GET", `requests?limit=${limit}`, { signal, quiet: true });
       setText(told, "");
       told.hidden = true;
       draw();

@@ -55,7 +55,8 @@ async function whyNone() {
   let isOn = null;
   try {
     const text = await (await call("GET", "config", { raw: true, quiet: true })).text();
-    isOn = /^\s*usage\s*=\s*true/m.test(text) || /^\s*\[keys\b/m.test(text) || /^\s*keys_file\s*=/m.test(text);
+    const { keys } = await call("GET", "keys", { quiet: true }); // those of the environment, too
+    isOn = keys.length > 0 || /^\s*usage\s*=\s*true/m.test(text) || /^\s*keys_file\s*=/m.test(text);
   } catch {
     // who may not see the file is told both
   }
