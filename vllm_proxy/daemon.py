@@ -62,6 +62,7 @@ from vllm_proxy.runtime.turns import LoopLag
 from vllm_proxy.settings import Settings
 from vllm_proxy.status import StatusLine, sentence
 from vllm_proxy.systemd import Systemd, inherited_sockets, watchdog_seconds
+from vllm_proxy.traffic import traces
 from vllm_proxy.traffic.access import Access
 from vllm_proxy.traffic.access_log import AccessLog
 from vllm_proxy.traffic.front import FrontRunner
@@ -198,7 +199,7 @@ async def _run(
     metering.adopt(reconciler.config)
     desired.keyring.listen(lambda: metering.adopt(desired.keyring.config))
     parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines, lag, output.writer,
-                      output.masking.mask, certificate, metering, ledger)  # fmt: skip
+                      output.masking.mask, certificate, metering, ledger, _traces(stack))  # fmt: skip
     runner = app.build(parts, _HANDLER_SECONDS)
     following: asyncio.Task[None] | None = None
     for misfit in await desired.objections.standing():
@@ -222,6 +223,13 @@ async def _run(
     finally:
         await _stop(desired, runner, systemd, following)
         log.info("stopped")
+
+
+def _traces(stack: contextlib.AsyncExitStack) -> traces.Traces | None:
+    found = traces.from_environment(os.environ)
+    if found is not None:
+        stack.push_async_callback(found.close)
+    return found
 
 
 async def _stop(desired: Desired, runner: FrontRunner, systemd: Systemd, following: asyncio.Task[None] | None) -> None:

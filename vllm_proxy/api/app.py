@@ -60,6 +60,7 @@ from vllm_proxy.traffic.realtime import Sessions, realtime
 from vllm_proxy.traffic.registry import Registry
 from vllm_proxy.traffic.requests import Requests
 from vllm_proxy.traffic.routes import INFERENCE, UNSUPPORTED, NamesModel
+from vllm_proxy.traffic.traces import Traces
 
 ROUTES = web.AppKey("routes", tuple[Route, ...])  # of an application: its table
 _ENDLESS = {"/v1/realtime", "/events"}  # a HEAD has no length to answer
@@ -83,6 +84,7 @@ class Parts:
     certificate: Certificate
     metering: Metering
     ledger: UsageLedger
+    traces: Traces | None = None
     budget: Budget = field(default_factory=Budget)
     requests: Requests = field(default_factory=Requests)
 
@@ -113,6 +115,8 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
         if parts.access_log is not None:
             parts.access_log.write(call)
         parts.requests.end(call)
+        if call.trace is not None:
+            call.trace.end(call)
 
     rates = Rates(parts.reconciler, metrics.ended)
     happenings = Happenings(parts.reconciler.knows)
@@ -175,7 +179,8 @@ def _inference(
     table: list[Route] = []
     for route in INFERENCE:
         admit = access.of_session if route.names_model == "session" else access.caller
-        handler = observed(route, work[route.names_model], admit, observe, cors, active=parts.requests.active)
+        active, begin = parts.requests.active, parts.traces.begin if parts.traces else None
+        handler = observed(route, work[route.names_model], admit, observe, cors, active=active, begin=begin)
         table.append(Observed(route.method, route.path, route.scope, handler))
         if route.names_model in {"json", "form", "guard"}:
             direct |= dict.fromkeys([(route.method, path) for path in _spellings(route.path)], handler)

@@ -50,6 +50,13 @@ class Metered(Turn, Protocol):
         """It is over, and the status of its call is known."""
 
 
+class Trace(Protocol):
+    """The span of a request that is traced, as `traces` has it."""
+
+    def end(self, call: "Call", /) -> None:
+        """It is over."""
+
+
 class Call:
     """A request for inference. `route` is the path of the route table, never what the client sent."""
 
@@ -78,6 +85,7 @@ class Call:
     ended_at = 0.0
     usage = b""  # of the answer of one that is not metered: the bytes that say what it took, where they were at hand
     tokens: Tokens | None = None  # what it took, of one that is metered
+    trace: Trace | None = None  # where requests are traced, and this one is sampled
     peer: object = None  # the client's address, once it has ended: what the socket says
 
     def __init__(self, request: web.BaseRequest, route: str, start_line: bytes) -> None:
@@ -117,10 +125,11 @@ def observed(
     cors: Cors,
     *,
     active: MutableMapping[Call, None],
+    begin: Observer | None = None,
 ) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
     """A handler for callers that `admit` lets in: it does `work`, and answers its errors in the envelope of the route.
 
-    It is in `active` until its end, which, whatever it is, is reported to `observe`.
+    It is in `active` until its end, which, whatever it is, is reported to `observe`. `begin` is called with it first.
     """
     path = route.path
     start_line = f"{route.method} {path} HTTP/1.1\r\n".encode()
@@ -133,7 +142,7 @@ def observed(
         if b"origin" in call.head:
             call.cors = cors.headers(call.head[b"origin"].decode("latin-1"), path)
         try:
-            _let_in(call, route, admit)
+            _let_in(call, route, admit, begin)
             return await work(call)
         except RequestError as error:
             return _refuse(call, error)
@@ -157,7 +166,9 @@ def observed(
     return handle
 
 
-def _let_in(call: Call, route: InferenceRoute, admit: Admit) -> None:
+def _let_in(call: Call, route: InferenceRoute, admit: Admit, begin: Observer | None) -> None:
+    if begin is not None:
+        begin(call)
     client = client_of(call.request)
     call.caller = caller = admit(call.head, client, route.scope)
     client.admission = call

@@ -144,9 +144,8 @@ class _Questions:
         self._route = route
         self._asker = asker
         self._path = guards.path(moderation.kind)
-        self._trace = b"".join(
-            b"%s: %s\r\n" % (name, value) for name, value in call.request.raw_headers if name.lower() in _TRACE
-        )
+        lines = call.forwarded.splitlines(keepends=True)
+        self._trace = b"".join(line for line in lines if line.partition(b":")[0].lower() in _TRACE)
 
     async def ask(self, texts: Sequence[str]) -> list[Verdict]:
         """The verdicts, in the order of the texts."""
