@@ -182,7 +182,7 @@ async def test_what_is_no_trace_begins_one(traced: Daemon, collector: Collector,
     ],
 )  # fmt: skip
 async def test_a_failure_is_named(
-    traced: Daemon, collector: Collector, body: bytes, status: int, code: Status.StatusCode
+    traced: Daemon, collector: Collector, body: bytes, status: int, code: Status.StatusCode.ValueType
 ) -> None:
     """By the daemon's own code, else by the status; a mistake of the client is no error of the server."""
     request_id, answered = await ask(traced, body)
