@@ -121,8 +121,9 @@ async def serve(
         stack.callback(reaping.cancel)
         held = inherited(inherited_sockets(os.environ), config.server)
         if held:
-            log.info("systemd holds the sockets: server.host, server.port and server.listen have no effect",
-                     listens=[one.listener.url for one in held])  # fmt: skip
+            note = log.warning if {"host", "port", "listen"} & config.server.model_fields_set else log.info
+            note("systemd holds the sockets: server.host, server.port and server.listen have no effect",
+                 listens=[one.listener.url for one in held])  # fmt: skip
         clients = held or listen(config.server, settings.config_file.parent)
         for one in clients:
             stack.callback(one.close)

@@ -19,6 +19,7 @@ from tests.engine.virtual import KeptNumbers
 from vllm_proxy import __version__
 from vllm_proxy.api.metrics import FAMILIES, Metrics
 from vllm_proxy.api.usage_metrics import UsageMetrics
+from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.exposition import Family, number
 from vllm_proxy.domain.histogram import Histogram
 from vllm_proxy.domain.lifecycle import Reason, State
@@ -70,6 +71,7 @@ class Fleet:
             ),
             history=history_of(name),
             stopped_by_hand=False,
+            diagnosis=None,
             awaits_request=False,
             instances=[
                 SimpleNamespace(
@@ -341,6 +343,10 @@ async def test_what_has_changed_is_shown_in_the_next_text() -> None:
         (lambda: setattr(instance.endpoint, "ejected", True), 'vllm_proxy_engine_up{model="chat",replica="0"}', 0),
         (lambda: setattr(instance.engine, "memory_bytes", 5),
          'vllm_proxy_instance_memory_bytes{model="chat",replica="0"}', 5),
+        (lambda: setattr(model, "diagnosis", Diagnosis(Reason.REPLACEMENT_FAILED, "x")),
+         'vllm_proxy_model_change_failed{model="chat"}', 1),
+        (lambda: setattr(model, "diagnosis", Diagnosis(Reason.CRASHED, "x")),
+         'vllm_proxy_model_change_failed{model="chat"}', 0),
         (lambda: setattr(model, "stopped_by_hand", True), 'vllm_proxy_model_wanted{model="chat"}', 0),
         (lambda: setattr(instance, "state", State.ERROR), 'vllm_proxy_model_ready{model="chat"}', 0),
         (lambda: history.failed("chat/0", Reason.CRASHED),

@@ -43,6 +43,7 @@ def health(**config: object) -> Health:
     """Of a daemon whose file is good."""
     known: dict[str, object] = {
         "revision": "3f2a9c1b00000000", "error": None, "certificate_error": None, "pending_restart": [],
+        "file": "/etc/vllm-proxy/models.toml",
     }  # fmt: skip
     return cast("Health", {"config": known | config, "not_ended": []})
 
@@ -65,7 +66,7 @@ FLEET = (
 def test_problems_come_first_then_what_moves_then_the_order_of_the_file() -> None:
     """With what each does, and in one line how many are ready."""
     lines = shown(*FLEET)
-    assert lines[0] == "1 of 3 models ready · 3 in flight · 1 waiting · revision 3f2a9c1b"
+    assert lines[0] == "1 of 3 models ready · 1 on demand · 3 in flight · 1 waiting · revision 3f2a9c1b"
     rows = [line.split() for line in lines[2:8]]
     assert rows[0] == ["MODEL", "STATE", "READY", "RUN", "WAIT", "REQ/S", "TOK/S", "MEMORY", "UP"]
     assert [row[1] for row in rows[1:]] == ["vision", "coder", "chat", "spare", "off"]
@@ -93,10 +94,10 @@ def test_the_table_fits_the_terminal(width: int) -> None:
 
 def test_what_concerns_no_model_is_told_too() -> None:
     """With the command that says more."""
-    about = health(error="the configuration is rejected, 1 problem: models.toml:3", pending_restart=["server.port"])
+    error = "the configuration is rejected, 1 problem: models.toml:3"
+    about = health(error=error, pending_restart=["server.port"], file="/etc/x y/models.toml")
     lines = shown(brief("chat"), about=about)
-    assert "the configuration is rejected, 1 problem: models.toml:3" in lines
-    assert lines[lines.index("the configuration is rejected, 1 problem: models.toml:3") + 1] == "  vllm-proxy check"
+    assert lines[lines.index(error) + 1] == "  vllm-proxy check -c '/etc/x y/models.toml'"
     assert "waits for a restart of the daemon: server.port" in lines
 
 

@@ -548,6 +548,25 @@ async def test_plan_says_what_would_happen_and_does_nothing(shared: Daemon) -> N
     assert shared.file.read_text() == text
 
 
+async def test_what_waits_for_a_restart_is_no_nothing_to_do(shared: Daemon) -> None:
+    """Who opens the daemon to others is told that nothing is open yet: before the save and at it."""
+    text = shared.file.read_text()
+    wanted = text.replace("[engine]", '[server]\nhost = "0.0.0.0"\n[engine]', 1)
+    assert wanted != text
+    assert (await shared.write("POST", "/config/plan", wanted))["pending_restart"] == ["server.host"]
+    file = shared.folder / "open.toml"
+    file.write_text(wanted)
+    said = "with the next start of the daemon: server.host\n"
+    assert (await vllm_proxy(shared.folder, "plan", "-c", str(file)))[:2] == (2, said)
+    try:
+        shared.save(wanted)
+        assert (await vllm_proxy(shared.folder, "reload"))[:2] == (0, said)
+    finally:
+        shared.save(text)
+        await shared.adopts()
+    assert (await shared.write("POST", "/config/plan", text))["pending_restart"] == []
+
+
 async def test_plan_without_a_file_is_of_the_daemons_own(shared: Daemon, tmp_path: Path) -> None:
     """As it is on disk, wherever the command runs; a file that is named counts, and its problems have its name."""
     (tmp_path / "models.toml").write_text("not the daemon's")

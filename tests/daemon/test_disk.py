@@ -12,7 +12,7 @@ import pytest
 
 from tests.daemon.test_faults import ASK, QUICK
 from tests.engine.test_ports import kernel_tells
-from tests.harness import daemon, fake_engines, free_port
+from tests.harness import daemon, fake_engines, free_port, session_of, vllm_proxy
 
 CHAT = '[models.chat]\nmodel = "org/chat"\n'
 
@@ -65,6 +65,29 @@ async def test_an_engine_starts_and_serves_though_the_disk_of_its_log_is_full(tm
             async with running.admin.get("/models/chat/logs") as answer:
                 assert "Application startup complete" in await answer.text()
             assert await running.stop() == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+@pytest.mark.parametrize("is_full_at_first", [True, False])
+async def test_an_engine_is_kept_only_where_the_next_daemon_would_find_it(
+    tmp_path: Path, port_start: int, *, is_full_at_first: bool
+) -> None:
+    """One that could never be put on record is ended, and the log says so; one on record is kept all the same."""
+    state = tmp_path / "state"
+    state.mkdir()
+    text = '[server]\non_exit = "keep"\n' + fake_engines(port_start) + QUICK + CHAT
+    with mounted("-t", "tmpfs", "-o", "size=2m,mode=700", "tmpfs", at=state):
+        if is_full_at_first:
+            fill(state)
+        async with daemon(text, tmp_path) as running:
+            pid = (await running.once("chat", ready))["pid"]
+            fill(state)
+            assert await running.stop() == 0
+            assert bool(session_of(pid)) != is_full_at_first
+            assert ("no daemon would find it again" in running.log()) == is_full_at_first
+        (state / "ballast").unlink()
+        assert (await vllm_proxy(tmp_path, "stop", "--all"))[0] == 0
+        assert not session_of(pid)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")

@@ -137,7 +137,7 @@ async def test_engines_with_enough_room_stay_and_others_are_replaced(tmp_path: P
     change = {"adapters": {"y": {"path": "large"}}}
     text = edit.patch(it.file.read_text(), ("models", "chat"), change)
     why = "adapters.y new, adapters.y: its rank 64 is more than the 8 that engines hold"
-    actions, _ = await it.desired.plan(text.encode(), trusted=True)
+    actions, *_ = await it.desired.plan(text.encode(), trusted=True)
     assert [(action.kind, action.reason) for action in actions] == [("replace", why)]
     assert await it.patch("chat", change) == [("replace", "chat", why)]
     assert it.reconciler.model("chat").spec.lora == Lora(64, 2, 16)

@@ -145,12 +145,7 @@ def build(parts: Parts, shutdown_seconds: float) -> FrontRunner:
         app.router.add_route("*", path, openai.unsupported)
         app.router.add_route("*", path + "/{rest:.*}", openai.unsupported)
     runner = FrontRunner(
-        app,
-        direct,
-        parts.server,
-        parts.access.refusal_of,
-        keepalive_timeout=75,
-        shutdown_timeout=shutdown_seconds,
+        app, direct, parts.server, parts.access.refusal_of, keepalive_timeout=75, shutdown_timeout=shutdown_seconds
     )
     parts.access.listen(runner.revoke)
     return runner

@@ -181,10 +181,10 @@ class Writes:
         data = await self._bodies.toml(request)
         trusted = not data or Scope.ADMIN in caller_of(request).scopes
         try:
-            actions, prospects = await self._desired.plan(data or await self._text(), trusted=trusted)
+            actions, prospects, restart = await self._desired.plan(data or await self._text(), trusted=trusted)
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None
-        return Reply({"changes": prospective(actions, prospects)})
+        return Reply({"changes": prospective(actions, prospects), "pending_restart": restart})
 
     async def reload(self, request: web.Request) -> Reply[resources.Applied]:
         """`POST /config/reload`."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from vllm_proxy.api.by_model import ByModel, Lines
 from vllm_proxy.api.models import is_wanted
 from vllm_proxy.domain.exposition import Family
-from vllm_proxy.domain.lifecycle import State
+from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.fleet.model import Model
 from vllm_proxy.traffic.registry import Registry
 
@@ -20,6 +20,12 @@ WANTED = Family(
     "vllm_proxy_model_wanted",
     "gauge",
     "1 where `/ready` waits for the model: it is always to run, and nobody stopped it or put it to sleep by hand.",
+    ("model",),
+)
+CHANGE_FAILED = Family(
+    "vllm_proxy_model_change_failed",
+    "gauge",
+    "1 where the model runs what it ran before: what the file asks for could not be loaded.",
     ("model",),
 )
 STATE = Family(
@@ -49,7 +55,7 @@ RESTARTS = Family(
 STARTUP = Family(
     "vllm_proxy_instance_startup_seconds", "histogram", "From an engine's start to its readiness.", ("model",)
 )
-FAMILIES = (IN_FLIGHT, QUEUED, READY, WANTED, STATE, UP, MEMORY, RESTARTS, STARTUP)
+FAMILIES = (IN_FLIGHT, QUEUED, READY, WANTED, CHANGE_FAILED, STATE, UP, MEMORY, RESTARTS, STARTUP)
 
 
 class _Instance(NamedTuple):
@@ -64,6 +70,7 @@ class _Now(NamedTuple):
     queued: int
     ready: bool
     wanted: bool
+    change_failed: bool
     instances: tuple[_Instance, ...]
 
 
@@ -82,7 +89,9 @@ def now_by_model(registry: Registry) -> ByModel[Model, _Now]:
             for one in model.instances
         ])  # fmt: skip
         ready = any(one.state is State.READY for one in instances)
-        return _Now(registry.counts(model.spec.id)[1], ready, is_wanted(model), instances)
+        why = model.diagnosis
+        failed = why is not None and why.reason is Reason.REPLACEMENT_FAILED
+        return _Now(registry.counts(model.spec.id)[1], ready, is_wanted(model), failed, instances)
 
     return ByModel(mark, _now)
 
@@ -91,6 +100,7 @@ def _now(model: str, _: Model, now: _Now) -> Lines:
     yield QUEUED, QUEUED.line(now.queued, model)
     yield READY, READY.line(now.ready, model)
     yield WANTED, WANTED.line(now.wanted, model)
+    yield CHANGE_FAILED, CHANGE_FAILED.line(now.change_failed, model)
     for one in now.instances:
         yield IN_FLIGHT, IN_FLIGHT.line(one.in_flight, model, one.replica)
         states = [STATE.line(one.state is state, model, one.replica, state) for state in State]

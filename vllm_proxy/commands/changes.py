@@ -14,11 +14,17 @@ if TYPE_CHECKING:
 _COLOURS = {"start": GREEN, "replace": YELLOW, "update": CYAN, "scale": CYAN, "stop": RED}
 
 
-def lines_of(changes: "Sequence[Change]", screen: Screen, keys: KeyChanges | None = None) -> list[str]:
-    """One of each change, and one of the keys where they change. None is cut: all of it matters."""
+def lines_of(
+    changes: "Sequence[Change]", screen: Screen, keys: KeyChanges | None = None, restart: Sequence[str] = ()
+) -> list[str]:
+    """One of each change, and one of the keys where they change. None is cut: all of it matters.
+
+    `restart`: keys that wait for a restart of the daemon.
+    """
     whole = replace(screen, width=None)
     lines = [whole.line(*_parts(change)) for change in changes]
     lines += [f"keys: {told(keys)}"] if keys and told(keys) else []
+    lines += [f"with the next start of the daemon: {', '.join(restart)}"] if restart else []
     return lines or ["nothing to do"]
 
 

@@ -3,6 +3,7 @@
 Made of what the daemon tells, by values alone: `status` asks and prints.
 """
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -71,7 +72,7 @@ def row_of(model: "Brief") -> Row:
         tokens=model["tps"],
         memory=sum(memory) if memory else None,
         since=min(map(datetime.fromisoformat, since), default=None),
-        note=_note(replicas) or (str(reason) if reason and not problem else ""),
+        note=_note(replicas) or (str(reason) if reason and not problem else "") or _unasked(replicas),
         reason=str(reason or "error") if problem else None,
         message=model["message"] or next((each["message"] for each in replicas if each["message"]), None),
     )
@@ -84,6 +85,11 @@ def _word(model: "Brief") -> str:
         return "disabled"
     by_hand = model["reason"] == "stopped_by_hand"
     return "on demand" if model["start"] == "on-demand" and not by_hand else "stopped"
+
+
+def _unasked(replicas: "Sequence[Replica]") -> str:
+    """What one says of itself though nothing is wrong with it, as that its output cannot be kept."""
+    return next((each["message"] for each in replicas if each["message"] and not each["reason"]), "")
 
 
 def _note(replicas: "Sequence[Replica]") -> str:
@@ -104,7 +110,9 @@ def lines_of(rows: Iterable[Row], health: "Health", screen: Screen, now: datetim
     wanted = sum(1 for row in shown if row.state not in {"disabled", "on demand"})
     ready = sum(1 for row in shown if row.state == "ready")
     config = health.get("config")
+    waiting = sum(1 for row in shown if row.state == "on demand")
     facts = [
+        *([f"{waiting} on demand"] if waiting else []),
         f"{sum(row.running for row in shown)} in flight",
         f"{sum(row.waiting for row in shown)} waiting",
         *([f"revision {config['revision'][:8]}"] if config else []),
@@ -169,7 +177,7 @@ def _of_the_daemon(health: "Health") -> Iterable[tuple[str, str]]:
     """What concerns no single model, and what to type next."""
     config = health.get("config")
     if config and config["error"]:
-        yield config["error"], "vllm-proxy check"
+        yield config["error"], f"vllm-proxy check -c {shlex.quote(config['file'])}"
     if config and config["certificate_error"]:
         yield f"the certificate is rejected: {config['certificate_error']}", "vllm-proxy reload"
     if config and config["pending_restart"]:

@@ -44,7 +44,7 @@ def end(where: Places, report: Callable[[str], None]) -> Outcome:
 
 async def _end(where: Places, report: Callable[[str], None]) -> Outcome:
     if not _is_there(where.state_dir):
-        report("no daemon runs, and none has left engines here")
+        report(f"no daemon runs, and none has left engines in {where.state_dir}; --state-dir names another")
         return {"models": [], "engines": [], "ended": True}
     with StateDirectory(where.state_dir, where.scratch) as state:
         left = state.orphans()
@@ -56,9 +56,8 @@ async def _end(where: Places, report: Callable[[str], None]) -> Outcome:
     if unusable:
         report(f"{unusable} of its records cannot be used, so that engines may be left: see the messages above")
         ended = False
-    report(
-        f"no daemon runs; engines that one had left: {len(left)}{'' if ended else ', not all of them could be ended'}"
-    )
+    rest = "" if ended else ", not all of them could be ended"
+    report(f"no daemon runs; engines that one had left in {where.state_dir}: {len(left)}{rest}")
     engines: list[Engine] = [{"instance": record.instance, "pid": record.pid} for record in left]
     return {"models": [], "engines": engines, "ended": ended}
 

@@ -9,36 +9,38 @@ from typing import TYPE_CHECKING
 from vllm_proxy import places
 from vllm_proxy.commands.changes import lines_of
 from vllm_proxy.commands.outcome import CHANGES, OK
-from vllm_proxy.commands.output import write
+from vllm_proxy.commands.output import complain, write
 from vllm_proxy.commands.screen import Screen
 from vllm_proxy.connection import Connection, connected, file_of
 from vllm_proxy.errors import ConfigError, NoDaemonError, RefusedError
 
 if TYPE_CHECKING:
-    from vllm_proxy.domain.resources import Change
+    from vllm_proxy.domain.resources import Plan
 
 
 def run(options: argparse.Namespace) -> int:
     """The daemon is asked, which knows what runs; nothing is applied. Of its own file, where no other one is named."""
     where = places.find(os.environ, vars(options))
     is_named = options.config is not None or places.NAMES_FILE in where.environment
-    changes: list[Change]
+    found: Plan
     try:
         toml = places.read_config_file(where.config_file) if is_named else None
         with connected(where) as daemon:
-            changes = _asked(daemon, toml, where.config_file)
+            found = _asked(daemon, toml, where.config_file)
     except NoDaemonError:
         from vllm_proxy.commands import plan_alone  # noqa: PLC0415 - imports all that checks a file
 
-        changes = plan_alone.changes(options)
-    write(json.dumps({"changes": changes}) if options.json else "\n".join(lines_of(changes, Screen.of_stdout())))
-    return CHANGES if changes else OK
+        complain("no daemon runs: this is what its start would do")
+        found = {"changes": plan_alone.changes(options), "pending_restart": []}
+    changes, restart = found["changes"], found["pending_restart"]
+    write(json.dumps(found) if options.json else "\n".join(lines_of(changes, Screen.of_stdout(), restart=restart)))
+    return CHANGES if changes or restart else OK
 
 
-def _asked(daemon: Connection, toml: bytes | None, file: Path) -> "list[Change]":
+def _asked(daemon: Connection, toml: bytes | None, file: Path) -> "Plan":
     """`toml`: the text of `file`; None: what the daemon's own has on disk."""
     try:
-        changes: list[Change] = daemon.request("POST", "/config/plan", toml)["changes"]
+        found: Plan = daemon.request("POST", "/config/plan", toml)
     except RefusedError as error:
         raise ConfigError(str(file) if toml is not None else file_of(daemon), error.problems) from None
-    return changes
+    return found

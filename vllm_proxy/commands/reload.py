@@ -22,13 +22,15 @@ def run(options: argparse.Namespace) -> int:
     with connected(where) as daemon:
         try:
             done = daemon.request("POST", "/config/reload")
-            error = daemon.request("GET", "/health")["config"]["certificate_error"]
+            now = daemon.request("GET", "/health")["config"]
+            error = now["certificate_error"]
             if error is not None:
                 complain(f"the certificate before stays in force: {error}")
             if options.json:
                 write(json.dumps({"changes": done["changes"], "keys": done["keys"]}))
             else:
-                write("\n".join(lines_of(done["changes"], Screen.of_stdout(), done["keys"])))
+                lines = lines_of(done["changes"], Screen.of_stdout(), done["keys"], now["pending_restart"])
+                write("\n".join(lines))
             if options.wait:
                 daemon.request("POST", f"/config/reload?wait=1&timeout={options.timeout}")
         except RefusedError as refused:

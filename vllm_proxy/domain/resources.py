@@ -164,6 +164,7 @@ class Plan(TypedDict):
     """What applying a file would do."""
 
     changes: list[Change]
+    pending_restart: Annotated[list[str], Field(description="Keys that would wait for a restart of the daemon.")]
 
 
 class Applied(TypedDict):

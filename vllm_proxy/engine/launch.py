@@ -338,7 +338,7 @@ class Launcher:
         finally:
             monitoring.cancel()
             self.running_now.pop(name, None)
-            if engine.kept and not engine.exited.done():
+            if engine.kept and not engine.exited.done() and _is_found(self.state, engine.record):
                 process.detach()
                 taken.pop_all()  # address and folder stay its own
                 owner.ended()
@@ -366,6 +366,25 @@ def save_record(state: StateDirectory, record: EngineRecord) -> None:
     except OSError as error:
         log.error("an engine is not on record: a later daemon would not know of it",
                   instance=record.instance, error=str(error))  # fmt: skip
+
+
+def _is_found(state: StateDirectory, record: EngineRecord) -> bool:
+    """Whether the next daemon would find an engine that is kept; what could not be written is tried once more."""
+    if _is_on_disk(state, record):
+        return True
+    save_record(state, record)
+    if _is_on_disk(state, record):
+        return True
+    log.error("an engine is ended and not kept: no daemon would find it again", instance=record.instance,
+              file=str(state.file))  # fmt: skip
+    return False
+
+
+def _is_on_disk(state: StateDirectory, record: EngineRecord) -> bool:
+    try:
+        return record.own_name.encode() in files.read_file(state.file)
+    except OSError:
+        return False
 
 
 def _refuse(problems: Sequence[tuple[str, str]]) -> None:

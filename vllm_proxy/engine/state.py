@@ -146,7 +146,7 @@ class StateDirectory:
         self.path = path
         self._scratch = scratch
         self.unusable = 0  # records of an earlier daemon that `orphans` could not use
-        self._file = path / "engines.toml"
+        self.file = path / "engines.toml"  # the records
         self._records: dict[str, EngineRecord] = {}
         self._kept: list[object] = []  # entries that are not acted on, as they were read
         self._starts = Learned(path / "starts.toml", "seconds", _STARTS_KEPT, self._replace)
@@ -170,7 +170,7 @@ class StateDirectory:
             os.close(self._lock)
             msg = f"cannot use the state directory {self.path}: another daemon does; choose another with --state-dir"
             raise StartupError(msg) from None
-        for file in (self._file, self._starts.file, self._memory.file, self._residues.file):
+        for file in (self.file, self._starts.file, self._memory.file, self._residues.file):
             files.remove_temporaries(file)
         return self
 
@@ -196,13 +196,13 @@ class StateDirectory:
             self.unusable += 1
             aside = None if isinstance(error, OSError) else self._set_aside()
             log.error("the record of engines cannot be read; engines of an earlier daemon may be left",
-                      file=str(self._file), error=str(error) or repr(error), kept_as=aside)  # fmt: skip
+                      file=str(self.file), error=str(error) or repr(error), kept_as=aside)  # fmt: skip
             return []
         here = pid_namespace()
         elsewhere = [entry for entry in entries if _text_of(entry, _NAMESPACE) not in {"", here}]
         if elsewhere:
             log.warning("engines on record are of another pid namespace (a container) and are left alone: "
-                        "where they run, `vllm-proxy stop --all` ends them", file=str(self._file),
+                        "where they run, `vllm-proxy stop --all` ends them", file=str(self.file),
                         instances=[_text_of(entry, "instance") for entry in elsewhere])  # fmt: skip
         records: dict[str, EngineRecord] = {}
         faulty = []
@@ -212,7 +212,7 @@ class StateDirectory:
             except ValueError as error:  # msgspec's are, too
                 self.unusable += 1
                 log.error("a record of an engine cannot be used and is left alone; the engine may be left",
-                          file=str(self._file), entry=_shown(entry), error=str(error))  # fmt: skip
+                          file=str(self.file), entry=_shown(entry), error=str(error))  # fmt: skip
                 faulty.append(entry)
             else:
                 records[record.own_name] = record
@@ -221,7 +221,7 @@ class StateDirectory:
         return list(records.values())
 
     def _entries(self) -> list[object]:
-        document = tomllib.loads(files.read_file(self._file).decode())
+        document = tomllib.loads(files.read_file(self.file).decode())
         if document["boot_id"] != boot_id():
             return []
         return msgspec.convert(document["engines"], list[object])
@@ -250,9 +250,9 @@ class StateDirectory:
 
     def _set_aside(self) -> str | None:
         """Keep a file that is none of ours for who wants to know what it was; its new name."""
-        aside = self._file.with_name(f"{self._file.name}.unreadable")
+        aside = self.file.with_name(f"{self.file.name}.unreadable")
         try:
-            self._file.rename(aside)
+            self.file.rename(aside)
         except OSError:
             return None
         return aside.name
@@ -296,7 +296,7 @@ class StateDirectory:
     def _write(self) -> None:
         here = pid_namespace()
         engines = [_written(record) | {_NAMESPACE: here} for record in self._records.values()]
-        self._replace(self._file, {"boot_id": boot_id(), "engines": [*engines, *self._kept]})
+        self._replace(self.file, {"boot_id": boot_id(), "engines": [*engines, *self._kept]})
 
     def _replace(self, file: Path, document: Mapping[str, object]) -> None:
         try:

@@ -176,8 +176,8 @@ class Desired:
         """
         return await self._in_time(self._store.read_only)
 
-    async def plan(self, data: bytes, *, trusted: bool) -> tuple[tuple[Action, ...], list[Prospect]]:
-        """What adopting a file with these bytes would change, and what would become of each step.
+    async def plan(self, data: bytes, *, trusted: bool) -> tuple[tuple[Action, ...], list[Prospect], list[str]]:
+        """What adopting a file with these bytes would change, what would become of each step, what waits for a restart.
 
         `trusted`: they may name any file of this machine, which is read, and of which a problem may tell. Else those
         alone that the configuration names already.
@@ -190,7 +190,8 @@ class Desired:
         config = await self._in_time(self._parse_with, data, files)
         config = config.with_ranks(self.reconciler.specs()).with_loras(self.reconciler.loras())
         actions = await self.offload(plan, config.models, self.reconciler.specs())
-        return actions, await self.objections.prospects(config, actions)
+        restart = restart_needed(self._started_with, config.server, address_is_given=self.address_is_given)
+        return actions, await self.objections.prospects(config, actions), restart
 
     async def settle(self) -> None:
         """Debounce: wait until the file does not change any more.

@@ -30,6 +30,7 @@ from vllm_proxy.runtime.turns import in_batches
 log = structlog.get_logger()
 
 _AT_ONCE_SECONDS = 1.0  # in which a model has ended that ran nothing, unless a bug is in the way
+_NAMED = 10  # models in the answer to a name that is none
 _ENDING_SECONDS = 40.0 + LAST_TRIES_SECONDS  # until what ignores SIGTERM is killed, reaped and tidied up behind
 
 
@@ -176,7 +177,9 @@ class Reconciler:
 
         """
         if model_id not in self._models:
-            raise RequestError("model_not_found", f"cannot find model {model_id!r}: GET /models lists them")
+            some = ", ".join([*list(self._models)[:_NAMED], *(["..."] if len(self._models) > _NAMED else [])])
+            there = f"there is {some}" if some else "there are none"
+            raise RequestError("model_not_found", f"cannot find model {model_id!r}: {there}; GET /models lists them")
         return self._models[model_id]
 
     def log_files(self, model_id: str) -> list[tuple[str, Path]]:

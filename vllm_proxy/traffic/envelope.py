@@ -6,6 +6,7 @@ it is logged, and answered as `internal_error` without its text.
 """
 
 import math
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 
@@ -22,6 +23,7 @@ log = structlog.get_logger()
 
 type Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+_OLLAMA = re.compile(r"/api/(tags|version|ps|chat|generate|embed|embeddings|show|pull)/?$")
 _WORTH_WAITING_SECONDS = 60  # for longer a client should tell its user
 # Source: Anthropic's API reference, "Errors". Other statuses: by their first digit.
 _ANTHROPIC_TYPES = {
@@ -152,6 +154,8 @@ def as_request_error(request: web.BaseRequest, error: web.HTTPException) -> Requ
     if isinstance(error, web.HTTPNotFound):
         meant = without_version(request.path.rstrip("/"))
         see = "see GET / for what there is" if meant is None else f"there is {meant}; clients need a base URL with /v1"
+        if _OLLAMA.match(request.path):
+            see = "this is not Ollama's API: use an OpenAI connection, whose base URL ends in /v1"
         return RequestError("not_found", f"cannot find {request.path}: {see}")
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))

@@ -286,7 +286,9 @@ class Registry:
         if base.state is State.ERROR:
             raise RequestError("model_error", f"cannot serve {name}: {base.message}")
         if base.stopped_by_hand:
-            raise RequestError("model_stopped", f"cannot serve {name}: it was stopped by hand")
+            raise RequestError(
+                "model_stopped", f"cannot serve {name}: it was stopped by hand, until somebody starts it"
+            )
         if base.no_room is not None:
             raise RequestError("no_room", base.no_room)
         if route.problem is not None and not route.endpoints:
