@@ -162,7 +162,25 @@ async def test_what_is_not_sampled_is_not_sent_and_goes_on_as_it_came(traced: Da
     assert first not in [attributes(span).get("vllm_proxy.request_id") for span in collector.spans]
 
 
-@pytest.mark.parametrize("line", ["traceparent: x", "traceparent: 00-0-0-01", "TraceParent: \xff", "traceparent: "])
+async def test_a_sampler_that_asks_no_client_decides_alone(collector: Collector, tmp_path: Path) -> None:
+    """What its variable names: here, everything."""
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": str(collector.server.make_url("/")), "OTEL_BSP_SCHEDULE_DELAY": "50",
+           "OTEL_TRACES_SAMPLER": "always_on"}  # fmt: skip
+    async with daemon(fake_engines(port_block()) + MODELS, tmp_path, env=env) as running:
+        request_id, _ = await ask(running, b'{"model": "nobody"}', SAMPLED.removesuffix("1") + "0")
+        assert (await collector.of(request_id)).trace_id.hex() in SAMPLED
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "traceparent: x",
+        "traceparent: 00-" + "0" * 32 + "-" + "0" * 16 + "-00",
+        "traceparent: 00-0-0-01",
+        "TraceParent: \xff",
+        "traceparent: ",
+    ],
+)
 async def test_what_is_no_trace_begins_one(traced: Daemon, collector: Collector, line: str) -> None:
     """The engine gets what counts, once."""
     request_id, status = await ask(traced, ECHO, line)
