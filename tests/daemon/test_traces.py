@@ -1,19 +1,15 @@
 """Traces: spans of requests, as a collector gets them by OTLP over HTTP."""
 
 import asyncio
-import gzip
 import re
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from tests.collector import Collector, attributes
 from tests.harness import WAIT_SECONDS, Daemon, connected, daemon, fake_engines, port_block, request
 from vllm_proxy.traffic.traces import from_environment
 
@@ -27,44 +23,6 @@ model = "org/guard"
 start = "on-demand"
 """
 SAMPLED = "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-
-
-class Collector:
-    """A collector of OTLP over HTTP."""
-
-    def __init__(self) -> None:
-        self.spans: list[Span] = []
-        self.service = ""
-        self._more = asyncio.Event()
-        app = web.Application()
-        app.router.add_post("/v1/traces", self._take)
-        self.server = TestServer(app)
-
-    async def _take(self, asked: web.Request) -> web.Response:
-        data = await asked.read()
-        found = ExportTraceServiceRequest.FromString(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
-        for resource in found.resource_spans:
-            self.service = next(
-                one.value.string_value for one in resource.resource.attributes if one.key == "service.name"
-            )
-            self.spans += [span for scope in resource.scope_spans for span in scope.spans]
-        self._more.set()
-        return web.Response(content_type="application/x-protobuf")
-
-    async def of(self, request_id: str) -> Span:
-        """The span of a request, once it is there."""
-        async with asyncio.timeout(WAIT_SECONDS):
-            while True:
-                for span in self.spans:
-                    if attributes(span).get("vllm_proxy.request_id") == request_id:
-                        return span
-                self._more.clear()
-                await self._more.wait()
-
-
-def attributes(span: Span) -> dict[str, Any]:
-    """Those of a span, as Python has them."""
-    return {one.key: getattr(one.value, one.value.WhichOneof("value") or "") for one in span.attributes}
 
 
 @pytest.fixture(scope="module")
