@@ -357,6 +357,24 @@ def test_check_warns_of_what_will_not_do_what_is_meant(folder: Path, capsys: pyt
     ]
 
 
+def test_check_warns_of_what_has_no_effect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At its line, and not as a matter of this machine; of an adapter's folder that is not there as such."""
+    file = folder / "models.toml"
+    file.write_text(
+        '[models.chat]\nmodel = "llama3.2:latest"\nidle_timeout = "5m"\n[models.chat.adapters.sql]\npath = "./none"\n'
+    )
+    assert run(["check"]) == 0
+    lines = [line.removeprefix(f"vllm-proxy: warning: {file}:") for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "5: models.chat.adapters.sql.path: on this machine: there is no folder ./none",
+        '3: models.chat.idle_timeout: does nothing: start is "always"; write start = "on-demand"',
+        (
+            '2: models.chat.model: "llama3.2:latest" is no Hugging Face id and no folder; '
+            'names of Ollama are not known here: write one such as "Qwen/Qwen3-8B"'
+        ),
+    ]
+
+
 def test_check_warns_where_it_cannot_know(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A source that cannot be read says nothing against the models."""
     misfit(folder)

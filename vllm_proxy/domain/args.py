@@ -101,6 +101,18 @@ def misplaced(key: str, value: object) -> str | None:
     return refusal(name, value)
 
 
+def instead(name: str, *, is_short: bool) -> str | None:
+    """What is written in the place of an option of a command line, without its dashes; None: it may stand there."""
+    if full := SHORT.get(name) if is_short else name.removeprefix("no-"):
+        if full in OWN_KEYS:
+            return f"write {OWN_KEYS[full]}"
+        if full != name and is_short:
+            return f"write args.{full.replace('-', '_')}"
+        if full in _INSTEAD or full == "lora-modules" or full in VARIABLES or full.startswith(OWNED_PREFIX):
+            return refusal(full)
+    return None
+
+
 def _adapter_of(modules: object) -> str:
     """The table of the first adapter of `lora_modules`, whose items are "NAME=PATH", or tables, or such in JSON."""
     first = modules[0] if isinstance(modules, list) and modules else modules

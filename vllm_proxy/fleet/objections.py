@@ -18,9 +18,10 @@ from vllm_proxy.domain.ledger import Device, Where
 from vllm_proxy.domain.options import OptionTable
 from vllm_proxy.domain.placement import Machine
 from vllm_proxy.domain.plan import Action, Prospect
+from vllm_proxy.domain.toml import KeyPath
 from vllm_proxy.engine.devices import Inventory
 from vllm_proxy.errors import Problem
-from vllm_proxy.fleet.oversights import oversights
+from vllm_proxy.fleet.oversights import ineffective, oversights
 from vllm_proxy.runtime.regular_file import read_regular_file
 from vllm_proxy.runtime.threads import Offload
 from vllm_proxy.runtime.turns import in_turns
@@ -117,11 +118,13 @@ async def misfits_here(config: Config, folder: Path, env: Mapping[str, str]) -> 
 async def warnings_here(config: Config, file: Path, env: Mapping[str, str]) -> list[str]:
     """As `check` says it: no problem of the file, which may be for another machine."""
     misfits, unknown = await misfits_here(config, file.parent, env)
-    found = [(one.model, one.key, one.message) for one in misfits]
-    found += oversights(config, file.parent, env, shares=not misfits)  # else they are counted in bytes
-    problems = _problems(found, read_regular_file(file)) if found else []
-    here = [f"{problem.place(str(file))}: on this machine: {problem.message}" for problem in problems]
-    return here if unknown is None else [*here, unknown]
+    found = [(_path(one.model, one.key), f"on this machine: {one.message}") for one in misfits]
+    here = oversights(config, file.parent, env, shares=not misfits)  # else they are counted in bytes
+    found += [(path, f"on this machine: {message}") for path, message in here]
+    found += ineffective(config, file.parent)
+    text = read_regular_file(file).decode(errors="replace") if found else ""
+    told = [f"{problem.place(str(file))}: {problem.message}" for problem in problems_at(found, text, {})]
+    return told if unknown is None else [*told, unknown]
 
 
 def _blamed(misfit: Misfit, changed: Sequence[str]) -> Misfit:
@@ -143,8 +146,12 @@ def problems_of(misfits: Iterable[Misfit], text: bytes) -> list[Problem]:
 
 def _problems(found: Iterable[tuple[str, str, str]], text: bytes) -> list[Problem]:
     """Of a model, at a path below it."""
-    paths = [(("models", model, *path.split(".", 1)), message) for model, path, message in found]
+    paths = [(_path(model, path), message) for model, path, message in found]
     return problems_at(paths, text.decode(errors="replace"), {})
+
+
+def _path(model: str, path: str) -> KeyPath:
+    return ("models", model, *path.split(".", 1))
 
 
 class Objections:
