@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from vllm_proxy.domain import args, secrets, units
 from vllm_proxy.domain.config import ModelTable, TomlTable
+from vllm_proxy.domain.file import hints
 from vllm_proxy.domain.toml import KeyPath
 
 type Found = tuple[KeyPath, str]  # where, what
@@ -67,7 +68,8 @@ def _message(table: type[BaseModel], path: KeyPath, detail: ErrorDetails) -> str
     context = dict(detail.get("ctx", {}))
     if kind == "literal_error":
         context["expected"] = context["expected"].replace("'", '"').replace(" or ", ", ")
-    return f"expected {_EXPECTED[kind].format(**context)}, got {shown}"
+    how = hints.of_value(path, value)
+    return f"expected {_EXPECTED[kind].format(**context)}, got {shown}{f': write {how}' if how else ''}"
 
 
 def _unknown(table: type[BaseModel], detail: ErrorDetails) -> str:
