@@ -176,6 +176,9 @@ def test_a_bad_id_is_refused_and_so_is_such_an_alias(model_id: str, message: str
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("tp = 2", "1: tp: unknown key; did you mean tensor_parallel_size?"),
+        ("enable_sleep_mode = true",
+         "1: enable_sleep_mode: --enable-sleep-mode belongs to the daemon: write sleep = 1 in the model's table"),
         ("sever.port = 1", "1: sever: unknown key; did you mean server?"),
         ("\nx = 1", "2: x: unknown key; expected one of server, engine, devices, defaults, models, keys, moderation"),
         ("[server]\nprot = 1", "2: server.prot: unknown key; did you mean port?"),

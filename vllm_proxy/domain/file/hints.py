@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 
-from vllm_proxy.domain import secrets
+from vllm_proxy.domain import args, secrets
 from vllm_proxy.domain.config import ModelTable, TomlTable
 from vllm_proxy.domain.toml import KeyPath, dotted
 from vllm_proxy.domain.units import show
@@ -93,7 +93,7 @@ def of_unknown_table(key: str, value: object) -> str:
         return ""
     if key in ModelTable.model_fields:
         return f"unknown key; {key} belongs into the table of a model, such as [models.chat], or into [defaults]"
-    return ""
+    return args.misplaced(key, value) or ""
 
 
 def of_value(path: KeyPath, value: object) -> str:
