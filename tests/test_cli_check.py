@@ -357,6 +357,43 @@ def test_check_warns_of_what_will_not_do_what_is_meant(folder: Path, capsys: pyt
     ]
 
 
+def test_check_warns_of_what_has_no_room_beside_what_always_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the sentence that its requests would fail with."""
+    file = folder / "models.toml"
+    (folder / "gpus.toml").write_text("".join(f'[{gpu}]\ntotal = "80GiB"\nfree = "80GiB"\n' for gpu in (0, 1)))
+    file.write_text(
+        '[devices]\nsource = "gpus.toml"\n'
+        '[models.chat]\nmodel = "org/chat"\ndevices = [0]\ngpu_memory_utilization = 0.5\n'
+        '[models.embed]\nmodel = "org/embed"\ndevices = [1]\ngpu_memory_utilization = 0.2\n'
+        '[models.big]\nmodel = "org/big"\nstart = "on-demand"\ntensor_parallel_size = 2\ngpu_memory_utilization = 0.9\n'
+    )
+    assert run(["check"]) == 0
+    assert capsys.readouterr().err == (
+        f"vllm-proxy: warning: {file}:15: models.big.gpu_memory_utilization: on this machine: cannot serve big: "
+        "it needs 72.6 GiB on each of 2 GPUs and 38.9 can be had of GPU 0: chat (always) has 40.6 of 80.0\n"
+    )
+
+
+def test_check_warns_of_what_has_no_effect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At its line, and not as a matter of this machine; of an adapter's folder that is not there as such."""
+    file = folder / "models.toml"
+    file.write_text(
+        '[models.chat]\nmodel = "llama3.2:latest"\nidle_timeout = "5m"\n[models.chat.adapters.sql]\npath = "./none"\n'
+    )
+    assert run(["check"]) == 0
+    lines = [line.removeprefix(f"vllm-proxy: warning: {file}:") for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "5: models.chat.adapters.sql.path: on this machine: there is no folder ./none",
+        '3: models.chat.idle_timeout: does nothing: start is "always"; write start = "on-demand"',
+        (
+            '2: models.chat.model: "llama3.2:latest" is no Hugging Face id and no folder; '
+            'names of Ollama are not known here: write one such as "Qwen/Qwen3-8B"'
+        ),
+    ]
+
+
 def test_check_warns_where_it_cannot_know(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A source that cannot be read says nothing against the models."""
     misfit(folder)

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_proxy.domain.args import option_name, problems_of, repeated, tokens
+from vllm_proxy.domain.args import misplaced, option_name, problems_of, repeated, tokens
 
 OWNED = (
     "served-model-name host port uds api-key config root-path ssl-keyfile ssl-anything headless grpc middleware "
-    "shutdown-timeout allowed-origins enable-sleep-mode data-parallel-multi-port-external-lb"
+    "shutdown-timeout allowed-origins enable-sleep-mode data-parallel-multi-port-external-lb lora-modules"
 ).split()
 OWN_KEYS = (
     "model tensor_parallel_size pipeline_parallel_size max_model_len dtype quantization trust_remote_code "
@@ -35,7 +35,67 @@ def problem(key: str, value: object = True) -> str:  # noqa: FBT002 - a TOML val
 def test_an_option_of_the_daemon_is_refused_in_every_spelling(name: str, spelling: str, separator: str) -> None:
     """Snake case, kebab case, negation and a part of it: each would take over what the daemon decides."""
     message = problem(spelling.format(name).replace("-", separator))
-    assert message == f"--{name} belongs to the daemon and cannot be set"
+    told = "clients could not ask for these: " if name == "lora-modules" else f"--{name} belongs to the daemon"
+    assert message.startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("api-key", ": `vllm-proxy keys add` writes one"),
+        ("host", ": write host in [server], where clients come in; engines listen on 127.0.0.1"),
+        ("port", ": write port in [server], where clients come in; engines get ports of their own"),
+        ("uds", ': write listen = ["unix:PATH"] in [server], where clients come in'),
+        ("ssl-keyfile", ": write server.tls_cert and server.tls_key"),
+        ("served-model-name", ": clients send the id of its table, or one of its aliases"),
+        ("enable-sleep-mode", ": write sleep = 1 in the model's table"),
+        ("headless", " and cannot be set"),
+    ],
+)
+def test_an_option_of_the_daemon_is_told_with_what_to_write_instead(name: str, instead: str) -> None:
+    """The same in `args` and as a key of a model, since the one leads to the other."""
+    assert problem(name) == misplaced(name.replace("-", "_"), "x") == f"--{name} belongs to the daemon{instead}"
+
+
+@pytest.mark.parametrize(
+    ("value", "table"),
+    [
+        (["sql=/srv/lora/sql", "b=/b"], '[models.ID.adapters.sql] with path = "/srv/lora/sql"'),
+        ("sql=/srv/lora/sql", '[models.ID.adapters.sql] with path = "/srv/lora/sql"'),
+        ([{"name": "v1.5", "path": "org/sql"}], '[models.ID.adapters."v1.5"] with path = "org/sql"'),
+        (['{"name": "sql", "path": "/sql"}'], '[models.ID.adapters.sql] with path = "/sql"'),
+        (["{not json"], '[models.ID.adapters.NAME] with path = "a folder, or a hub id"'),
+        ([], '[models.ID.adapters.NAME] with path = "a folder, or a hub id"'),
+        (True, '[models.ID.adapters.NAME] with path = "a folder, or a hub id"'),
+        ([{"path": [1]}], '[models.ID.adapters.NAME] with path = "a folder, or a hub id"'),
+    ],
+)
+def test_adapters_in_an_option_are_told_with_their_table(value: object, table: str) -> None:
+    """Engines would have them, and nobody could ask for one; the first one is shown as the file would have it."""
+    message = f"clients could not ask for these: write {table} instead"
+    assert problem("lora_modules", value) == misplaced("lora_modules", value) == message
+
+
+@pytest.mark.parametrize(
+    ("key", "in_args", "outside"),
+    [
+        ("tp", "tensor_parallel_size, which is written outside args", "tensor_parallel_size"),
+        ("-tp", "tensor_parallel_size, which is written outside args", "tensor_parallel_size"),
+        ("pp", "pipeline_parallel_size, which is written outside args", "pipeline_parallel_size"),
+        ("q", "quantization, which is written outside args", "quantization"),
+        ("-dp", "data_parallel_size", "args.data_parallel_size"),
+    ],
+)
+def test_a_short_name_is_told_with_the_full_one(key: str, in_args: str, outside: str) -> None:
+    """Known without vLLM's own table."""
+    assert problem(key, 2) == f"unknown option; did you mean {in_args}?"
+    assert misplaced(key, 2) == f"unknown key; did you mean {outside}?"
+
+
+@pytest.mark.parametrize("name", ["zzz", "enable_prefix_caching", "data_parallel_size", "tensor"])
+def test_of_another_key_nothing_is_known(name: str) -> None:
+    """It may be an option that goes into `args`, or a misspelt key."""
+    assert misplaced(name, 1) is None
 
 
 @pytest.mark.parametrize("name", OWN_KEYS)
@@ -101,13 +161,13 @@ def test_a_negated_option_can_only_be_true(value: object) -> None:
 
 def test_an_empty_list_is_refused() -> None:
     """An option that takes several values takes at least one."""
-    assert problem("lora_modules", []) == "expected at least one item"
+    assert problem("allowed_local_domains", []) == "expected at least one item"
 
 
 @pytest.mark.parametrize("item", ["-x", "--host=0.0.0.0", "-", -0.5])
 def test_a_list_item_that_vllm_would_take_for_an_option_is_refused(item: object) -> None:
     """List items are tokens of their own: nothing may slip an option in."""
-    assert "vLLM would take it for an option" in problem("lora_modules", ["ok", item])
+    assert "vLLM would take it for an option" in problem("allowed_local_domains", ["ok", item])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_proxy.domain import fit
+from vllm_proxy.domain import packing
 from vllm_proxy.domain.config import EngineSpec, ModelSpec, Policy
 from vllm_proxy.domain.fit import CUDA_CONTEXT_BYTES, Demand, demand_of, held, misfits, needs, requested, share_of
 from vllm_proxy.domain.ledger import Device, Kind
@@ -199,7 +199,7 @@ def test_what_was_measured_counts_for_an_engine_without_kv_cache() -> None:
 def test_in_doubt_everything_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search that takes too long, engines on several machines, devices that are named elsewhere."""
     thirds = [demand(name, 30) for name in "abcde"]
-    monkeypatch.setattr(fit, "_MOST_NODES", 4)
+    monkeypatch.setattr(packing, "MOST_STEPS", 4)
     assert not messages(gpus(80, 80), *thirds)
     assert not messages(gpus(80), demand(gib=10, tensor_parallel_size=8, args={"nnodes": 4}))
     ray = {"distributed-executor-backend": "ray"}

@@ -107,6 +107,10 @@ def test_what_was_read_counts_in_the_fingerprint(folder: Path) -> None:
         (SUPPORT + "enabled = 1", "models.chat.adapters.support.enabled", "true or false"),
         (CHAT + "adapters = 1", "models.chat.adapters", "expected a table"),
         (CHAT + "adapters.x = 1", "models.chat.adapters.x", "expected a table"),
+        (CHAT + 'adapters.x = "org/x"', "models.chat.adapters.x",
+         'expected a table, got "org/x": write { path = "org/x" }'),
+        (CHAT + 'adapters.args = "org/x"', "models.chat.adapters.args",
+         'expected a table, got "org/x": write { path = "org/x" }'),
         (CHAT + '[models.chat.adapters."a b"]\npath = "org/x"', 'models.chat.adapters."a b"', "expected an id"),
         (CHAT + '[models.chat.adapters.a.b]\npath = "org/x"', "models.chat.adapters.a.b",
          'write [models.chat.adapters."a.b"]'),
@@ -120,9 +124,11 @@ def test_what_was_read_counts_in_the_fingerprint(folder: Path) -> None:
         (SUPPORT + "[models.chat.adapters_max]\nloras = 0", "models.chat.adapters_max.loras", "at least 1"),
         (SUPPORT + "[models.chat.adapters_max]\nloras = 4\ncpu_loras = 2", "models.chat.adapters_max.cpu_loras",
          "at least loras (4)"),
+        (SUPPORT + '[models.chat.args]\nlora_modules = ["a=b"]', "models.chat.args.lora_modules",
+         'write [models.ID.adapters.a] with path = "b" instead'),
         *((SUPPORT + f"[models.chat.args]\n{key} = {value}", f"models.chat.args.{key}", "beside adapters")
           for key, value in {"enable_lora": "true", "enable-lora": "false", "no-enable-lora": "true",
-                             "lora_modules": '["a=b"]', "max_lora_rank": "8", "max-loras": "1", "max_cpu_loras": "4",
+                             "max_lora_rank": "8", "max-loras": "1", "max_cpu_loras": "4",
                              "data_parallel_size": "2", "api-server-count": "2"}.items()),
     ],
 )  # fmt: skip

@@ -145,6 +145,18 @@ async def test_what_was_adopted_and_cannot_run_is_known() -> None:
     assert (one.model, one.key) == ("code", "memory")
 
 
+async def test_what_has_no_room_beside_what_always_runs_is_warned_of_and_refused_nowhere() -> None:
+    """Its requests fail, and the others serve: that may be meant so for a while."""
+    chat, code = "chat 50GiB always", "code 40GiB"
+    running = parse_config(text(chat, code), "")
+    (one,) = await Objections(NoCheck(), hardware(80), lambda: running, at_once).standing()
+    assert (one.model, one.key) == ("code", "memory")
+    assert one.message == (
+        "cannot serve code: it needs 40.6 GiB on a GPU and 29.4 can be had: chat (always) has 50.6 of 80.0"
+    )
+    assert await paths(text(chat), text(chat, code)) == set()
+
+
 # Files
 
 

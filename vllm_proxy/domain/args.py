@@ -9,23 +9,48 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from vllm_proxy.domain.config import EngineKeys
 from vllm_proxy.domain.secrets import show, shown_name
+from vllm_proxy.domain.toml import dotted
+from vllm_proxy.domain.value_types import id_problem
 
 # Options that the daemon decides, since it listens, routes and stops through them.
 OWNED = frozenset(
     "help model served-model-name host port uds api-key config root-path headless grpc middleware shutdown-timeout "
-    "allowed-origins enable-sleep-mode data-parallel-multi-port-external-lb".split()
+    "allowed-origins enable-sleep-mode data-parallel-multi-port-external-lb lora-modules".split()
 )
 OWNED_PREFIX = "ssl-"
+# What is written in the place of some of them.
+_INSTEAD = {
+    "api-key": "`vllm-proxy keys add` writes one",
+    "host": "write host in [server], where clients come in; engines listen on 127.0.0.1",
+    "port": "write port in [server], where clients come in; engines get ports of their own",
+    "uds": 'write listen = ["unix:PATH"] in [server], where clients come in',
+    OWNED_PREFIX: "write server.tls_cert and server.tls_key",
+    "allowed-origins": "write server.cors_origins",
+    "served-model-name": "clients send the id of its table, or one of its aliases",
+    "enable-sleep-mode": "write sleep = 1 in the model's table",
+}
 # Options that have a key of their own outside `args`, with vLLM's second name for one of them.
 OWN_KEYS = {
     name.replace("_", "-"): name
     for name in EngineKeys.model_fields
     if name not in {"command", "env", "args", "devices", "memory", "sleep"}
 } | {"device-memory-utilization": "gpu_memory_utilization"}
+# vLLM's short names, and what other servers call keys of ours.
+SHORT = {
+    "tp": "tensor-parallel-size",
+    "pp": "pipeline-parallel-size",
+    "dp": "data-parallel-size",
+    "q": "quantization",
+}
+_OF_OTHERS = {
+    **dict.fromkeys(("keep-alive", "ttl"), "idle_timeout"),
+    **dict.fromkeys(("context-length", "n-ctx", "num-ctx", "ctx-size"), "max_model_len"),
+}
 # Engines whose KV cache others have a part in do not wake up right: nothing that puts it there goes with `sleep`.
 NOT_WITH_SLEEP = ("kv-transfer-config", "kv-offloading-")
 # Options whose value is a secret, with the variable that says the same: every user may read a command line.
@@ -47,8 +72,61 @@ def problems_of(args: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(key, message) for each option that cannot be passed on. The keys are as written."""
     for key, value in args.items():
         name = option_name(key)
-        if message := _name_problem(name) or _negation_problem(name, value) or _value_problem(name, value):
+        if message := _name_problem(name, value) or _negation_problem(name, value) or _value_problem(name, value):
             yield key, message
+
+
+def refusal(name: str, value: object = None) -> str | None:
+    """Why an option cannot be given, wherever it is written, with what is written in its place; None: it can be."""
+    if variable := VARIABLES.get(name):
+        return f'`ps` would show it: write env.{variable} = {{ file = "..." }} in the model\'s table'
+    if name == "lora-modules":
+        return f"clients could not ask for these: write {_adapter_of(value)} instead"
+    if name in OWNED or name.startswith(OWNED_PREFIX):
+        place = _INSTEAD.get(OWNED_PREFIX if name.startswith(OWNED_PREFIX) else name)
+        return f"--{name} belongs to the daemon{f': {place}' if place else ' and cannot be set'}"
+    return None
+
+
+def misplaced(key: str, value: object) -> str | None:
+    """What is said of a key of a model's table that is none, where it names an option or is what others call a key."""
+    name = option_name(key).lstrip("-")
+    full = SHORT.get(name, name)
+    if meant := _OF_OTHERS.get(name) or OWN_KEYS.get(full):
+        return f"unknown key; did you mean {meant}?"
+    if full != name:
+        return f"unknown key; did you mean args.{full.replace('-', '_')}?"
+    if name == "enable-lora":
+        return f"the daemon gives it to models that have adapters: write {_adapter_of(None)}"
+    return refusal(name, value)
+
+
+def instead(name: str, *, is_short: bool) -> str | None:
+    """What is written in the place of an option of a command line, without its dashes; None: it may stand there."""
+    if full := SHORT.get(name) if is_short else name.removeprefix("no-"):
+        if full in OWN_KEYS:
+            return f"write {OWN_KEYS[full]}"
+        if full != name and is_short:
+            return f"write args.{full.replace('-', '_')}"
+        if full in _INSTEAD or full == "lora-modules" or full in VARIABLES or full.startswith(OWNED_PREFIX):
+            return refusal(full)
+    return None
+
+
+def _adapter_of(modules: object) -> str:
+    """The table of the first adapter of `lora_modules`, whose items are "NAME=PATH", or tables, or such in JSON."""
+    first = modules[0] if isinstance(modules, list) and modules else modules
+    if isinstance(first, str) and first.startswith("{"):
+        with suppress(ValueError, RecursionError):
+            first = json.loads(first)
+    name, path = "", ""
+    if isinstance(first, Mapping):
+        name, path = (str(first.get(key, "")) for key in ("name", "path"))
+    elif isinstance(first, str):
+        name, _, path = first.partition("=")
+    if not path or id_problem(name):
+        return '[models.ID.adapters.NAME] with path = "a folder, or a hub id"'
+    return f"[{dotted(('models', 'ID', 'adapters', name))}] with path = {show(path)}"
 
 
 def not_with_sleep(args: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -98,16 +176,17 @@ def _scalar(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _name_problem(name: str) -> str | None:
+def _name_problem(name: str, value: object) -> str | None:
+    if full := SHORT.get(name.lstrip("-")):
+        own = f"{OWN_KEYS[full]}, which is written outside args" if full in OWN_KEYS else full.replace("-", "_")
+        return f"unknown option; did you mean {own}?"
     if not _NAME.fullmatch(name):
         return f"expected the name of a vLLM option without its dashes, got {show(shown_name(name))}"
     base = name.partition(".")[0].removeprefix("no-")
     if base in OWN_KEYS:
         return f"has a key of its own: write {OWN_KEYS[base]} outside args"
-    if variable := VARIABLES.get(base):
-        return f'`ps` would show it: write env.{variable} = {{ file = "..." }} outside args'
-    if base in OWNED or base.startswith(OWNED_PREFIX):
-        return f"--{base} belongs to the daemon and cannot be set"
+    if message := refusal(base, value):
+        return message
     for full in sorted([*OWNED, *OWN_KEYS, *VARIABLES, OWNED_PREFIX]):
         if full.startswith(base):  # argparse would take it for the full name
             return f"vLLM would read this as an abbreviation of --{full}, which cannot be set here"

@@ -8,17 +8,16 @@ import math
 from bisect import bisect_left
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 from vllm_proxy.domain import args
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.ledger import Device, Kind
+from vllm_proxy.domain.packing import Part, placed
 
 DEFAULT_SHARE = 0.92  # vLLM's own, where its option table does not say
 CUDA_CONTEXT_BYTES = int(0.6 * 2**30)  # of each GPU, before vLLM looks at what is free; until it was learned
 _NO_KV_CACHE = 0.6  # of what it needs: an engine that has less of it has no KV cache
 _MORE, _MORE_BYTES = 1.25, 512 * 2**20  # than was measured: what such an engine may come to
-_MOST_NODES = 10_000  # of the search whether models fit together
 _MOST_SHOWN = 6
 ONE = {Kind.GPU: "a GPU", Kind.MIG: "a MIG device", Kind.MEMORY: "the machine's memory"}
 TOGETHER = "start"  # the key of a misfit of all that are always to run
@@ -264,23 +263,12 @@ def gib(size: float) -> str:
 # All that are always to run
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One instance that is to run for good."""
-
-    needs: Mapping[str, int]
-    count: int
-    named: tuple[str, ...] | None
-
-
 def _together(demands: Sequence[Demand], devices: Mapping[str, Device], measured: Mapping[str, int]) -> Misfit | None:
     resident = [one for one in demands if one.always]
     sizes = [_kept(one, devices, measured.get(one.model)) for one in resident]
 
     def too_many(number: int) -> bool:
-        pairs = zip(resident[:number], sizes[:number], strict=True)
-        parts = [_Part(size, one.count, one.named) for one, size in pairs for _ in range(one.replicas)]
-        return not _fit(parts, devices)
+        return placed(parts_of(resident[:number], devices, measured), devices) is None
 
     first = bisect_left(range(len(resident) + 1), x=True, key=too_many)
     if first > len(resident):
@@ -290,6 +278,15 @@ def _together(demands: Sequence[Demand], devices: Mapping[str, Device], measured
     shown = len(resident) if lacks > 0 else first
     message = _sum(resident[:shown], sizes[:shown], devices)
     return Misfit(resident[first - 1].model, TOGETHER, message, lacks)
+
+
+def parts_of(demands: Iterable[Demand], devices: Mapping[str, Device], measured: Mapping[str, int]) -> list[Part]:
+    """Every instance of these models, with what it counts for once it is ready."""
+    return [
+        Part(_kept(one, devices, measured.get(one.model)), one.count, one.named)
+        for one in demands
+        for _ in range(one.replicas)
+    ]
 
 
 def _kept(one: Demand, devices: Mapping[str, Device], measured: int | None) -> dict[str, int]:
@@ -312,52 +309,3 @@ def _sum(resident: Sequence[Demand], sizes: Sequence[Mapping[str, int]], devices
         f"what is always to run needs {' + '.join([*before, *shown])} = {gib(total)} GiB, and engines may have "
         f'{there}{divided}: give less memory, or start = "warm" or "on-demand"'
     )
-
-
-def _fit(parts: Sequence[_Part], devices: Mapping[str, Device]) -> bool:
-    """Whether all can stand together: an exact search, the largest first, that gives up after so many steps."""
-    room = {name: device.room for name, device in devices.items()}
-    if sum(min(part.needs.values()) * part.count for part in parts) > sum(room.values()):
-        return False
-    order = sorted(parts, key=lambda part: -min(part.needs.values()) * part.count)
-    named = {name for part in parts for name in part.named or ()}
-    open_: list[tuple[Iterator[tuple[str, ...]], tuple[str, ...]]] = []  # where each may be, and where it is
-    nodes = 0
-    while len(open_) < len(order):
-        open_.append((_places(order[len(open_)], room, devices, named), ()))
-        while (where := next(open_[-1][0], None)) is None:
-            open_.pop()
-            if not open_:
-                return False
-            choices, there = open_.pop()
-            _take(room, order[len(open_)], there, -1)
-            open_.append((choices, ()))
-        nodes += 1
-        if nodes > _MOST_NODES:
-            return True
-        open_[-1] = (open_[-1][0], where)
-        _take(room, order[len(open_) - 1], where, 1)
-    return True
-
-
-def _take(room: dict[str, float], part: _Part, where: Sequence[str], sign: int) -> None:
-    for name in where:
-        room[name] -= sign * part.needs[name]
-
-
-def _places(
-    part: _Part, room: Mapping[str, float], devices: Mapping[str, Device], named: set[str]
-) -> Iterator[tuple[str, ...]]:
-    """Where it fits; of sets that nobody can tell apart, one."""
-    able = [name for name, need in part.needs.items() if need <= room[name]]
-    if part.named is not None:
-        yield from [part.named] if len(able) == len(part.named) else []
-        return
-    seen = set()
-    for where in combinations(able, part.count):
-        if len({devices[name].total for name in where}) > 1:
-            continue
-        looks = tuple(sorted((devices[name].total, room[name], name if name in named else "") for name in where))
-        if looks not in seen:
-            seen.add(looks)
-            yield where

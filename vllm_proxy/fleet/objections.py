@@ -15,12 +15,14 @@ from vllm_proxy.domain.config import Config, Devices, EngineDefaults, EngineSpec
 from vllm_proxy.domain.file.parse import problems_at
 from vllm_proxy.domain.fit import Demand, Misfit
 from vllm_proxy.domain.ledger import Device, Where
+from vllm_proxy.domain.leftover import crowded_out
 from vllm_proxy.domain.options import OptionTable
 from vllm_proxy.domain.placement import Machine
 from vllm_proxy.domain.plan import Action, Prospect
+from vllm_proxy.domain.toml import KeyPath
 from vllm_proxy.engine.devices import Inventory
 from vllm_proxy.errors import Problem
-from vllm_proxy.fleet.oversights import oversights
+from vllm_proxy.fleet.oversights import ineffective, oversights
 from vllm_proxy.runtime.regular_file import read_regular_file
 from vllm_proxy.runtime.threads import Offload
 from vllm_proxy.runtime.turns import in_turns
@@ -89,6 +91,11 @@ class Wants:
             return fit.unsized(self.demands.values())
         return fit.misfits([*self.demands.values()], self.devices, self.measured)
 
+    def warnings(self) -> list[Misfit]:
+        """What can never run, with what comes and goes and never has room beside what always runs."""
+        found = self.misfits()
+        return [*found, *crowded_out([*self.demands.values()], self.devices, self.measured, found)]
+
     def worse_than(self, before: "Wants") -> list[Misfit]:
         """What can never run, and could before, or was not changed and lacked less."""
         if not (found := self.misfits()):
@@ -103,25 +110,32 @@ async def misfits_here(config: Config, folder: Path, env: Mapping[str, str]) -> 
 
     `folder`: of the file. `env`: what engines would inherit.
     """
+    wants, unknown = await _wants_here(config, folder, env)
+    return wants.misfits(), unknown
+
+
+async def _wants_here(config: Config, folder: Path, env: Mapping[str, str]) -> tuple[Wants, str | None]:
     inventory = Inventory(config.devices.source, folder, env, dict)
     try:
         await inventory.look()
         if inventory.problem is not None and not inventory.managed:
-            return [], inventory.problem
+            return Wants({}, {}), inventory.problem
         machine = Machine(inventory.devices, inventory.usable, config.devices)
-        return Hardware(lambda _: machine).wants(config).misfits(), inventory.problem
+        return Hardware(lambda _: machine).wants(config), inventory.problem
     finally:
         inventory.close()
 
 
 async def warnings_here(config: Config, file: Path, env: Mapping[str, str]) -> list[str]:
     """As `check` says it: no problem of the file, which may be for another machine."""
-    misfits, unknown = await misfits_here(config, file.parent, env)
-    found = [(one.model, one.key, one.message) for one in misfits]
-    found += oversights(config, file.parent, env, shares=not misfits)  # else they are counted in bytes
-    problems = _problems(found, read_regular_file(file)) if found else []
-    here = [f"{problem.place(str(file))}: on this machine: {problem.message}" for problem in problems]
-    return here if unknown is None else [*here, unknown]
+    wants, unknown = await _wants_here(config, file.parent, env)
+    found = [(_path(one.model, one.key), f"on this machine: {one.message}") for one in wants.warnings()]
+    here = oversights(config, file.parent, env, shares=not found)  # else they are counted in bytes
+    found += [(path, f"on this machine: {message}") for path, message in here]
+    found += ineffective(config, file.parent)
+    text = read_regular_file(file).decode(errors="replace") if found else ""
+    told = [f"{problem.place(str(file))}: {problem.message}" for problem in problems_at(found, text, {})]
+    return told if unknown is None else [*told, unknown]
 
 
 def _blamed(misfit: Misfit, changed: Sequence[str]) -> Misfit:
@@ -143,8 +157,12 @@ def problems_of(misfits: Iterable[Misfit], text: bytes) -> list[Problem]:
 
 def _problems(found: Iterable[tuple[str, str, str]], text: bytes) -> list[Problem]:
     """Of a model, at a path below it."""
-    paths = [(("models", model, *path.split(".", 1)), message) for model, path, message in found]
+    paths = [(_path(model, path), message) for model, path, message in found]
     return problems_at(paths, text.decode(errors="replace"), {})
+
+
+def _path(model: str, path: str) -> KeyPath:
+    return ("models", model, *path.split(".", 1))
 
 
 class Objections:
@@ -179,8 +197,8 @@ class Objections:
         return await self._check.of_engine(self._running().engine)
 
     async def standing(self) -> list[Misfit]:
-        """What this machine cannot hold of what was adopted."""
-        return await self._offload(self._hardware.wants(self._running()).misfits)
+        """What this machine cannot hold of what was adopted, or has no room for beside what always runs."""
+        return await self._offload(self._hardware.wants(self._running()).warnings)
 
     async def prospects(self, config: Config, actions: Sequence[Action]) -> list[Prospect]:
         """What becomes of each step: where its engine would run, or why it never can."""

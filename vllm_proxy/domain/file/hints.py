@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 
+from vllm_proxy.domain import args, secrets
 from vllm_proxy.domain.config import ModelTable, TomlTable
 from vllm_proxy.domain.toml import KeyPath, dotted
 from vllm_proxy.domain.units import show
@@ -18,6 +19,7 @@ _HEADER = re.compile(r"\s*\[\s*models\.([^\"'\\\]]+?)((?:\.(?:args|env|metadata|
 _ASSIGNMENT = re.compile(r"\s*([^\s=#\"'\[\]{}:][^=#\"'\[\]{}]*?)\s*=\s*([^\s].*?)\s*")
 _YAML = re.compile(r"\s*([A-Za-z0-9_-]+):(?:\s+(.*?))?\s*")
 _BARE_WORD = re.compile(r"[\[,]\s*(?!true\b|false\b|nan\b|inf\b)([A-Za-z][^\s,\]\"']*)\s*[,\]]")
+_INDEX = re.compile(r"[0-9]{1,4}")
 _SPELT = {"true": "true", "false": "false", "yes": "true", "no": "false", "on": "true", "off": "false"}
 
 
@@ -91,6 +93,23 @@ def of_unknown_table(key: str, value: object) -> str:
         return ""
     if key in ModelTable.model_fields:
         return f"unknown key; {key} belongs into the table of a model, such as [models.chat], or into [defaults]"
+    return args.misplaced(key, value) or ""
+
+
+def of_value(path: KeyPath, value: object) -> str:
+    """How to write a value that has another type than its key wants, "" where that cannot be guessed."""
+    match path, value:
+        case ("models", _, "args"), str() | list():
+            return 'args = { kv_cache_dtype = "fp8", max_num_batched_tokens = 8192 }'
+        case ((("models", _, "command") | ("engine", "command")), str()):
+            return secrets.show(value.split(), path)
+        case ("models", _, "devices"), bool():
+            return ""
+        case ("models", _, "devices"), int() | str():
+            names = [name.strip() for name in str(value).split(",") if name.strip()]
+            return show([int(name) if _INDEX.fullmatch(name) else name for name in names]) if names else ""
+        case ("models", _, "adapters", _), str():
+            return f"{{ path = {secrets.show(value, path)} }}"
     return ""
 
 

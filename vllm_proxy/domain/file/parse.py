@@ -141,7 +141,8 @@ def _table(document: TomlTable, name: str, found: list[Found]) -> TomlTable:
     value = document.get(name, {})
     if isinstance(value, Mapping):
         return value
-    found.append(((name,), f"expected a table, got {secrets.show(value, (name,))}"))
+    how = ": write [models.NAME]" if name == "models" and isinstance(value, list) else ""
+    found.append(((name,), f"expected a table, got {secrets.show(value, (name,))}{how}"))
     return {}
 
 

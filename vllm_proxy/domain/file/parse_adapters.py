@@ -17,7 +17,6 @@ from vllm_proxy.domain.units import show
 from vllm_proxy.domain.value_types import id_problem
 
 _ARGS = {  # that say what `adapters` does, and where to say it
-    "lora-modules": "adapters",
     "enable-lora": "adapters",
     "max-lora-rank": "adapters_max.rank",
     "max-loras": "adapters_max.loras",

@@ -10,12 +10,14 @@ from typing import get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from vllm_proxy.domain import secrets, units
+from vllm_proxy.domain import args, secrets, units
 from vllm_proxy.domain.config import ModelTable, TomlTable
+from vllm_proxy.domain.file import hints
 from vllm_proxy.domain.toml import KeyPath
 
 type Found = tuple[KeyPath, str]  # where, what
 
+_LIKE, _WORD_LIKE = 0.7, 0.5  # difflib's ratio of a key and the one that was meant, and of each word of theirs
 _KEY = "[key]"  # pydantic's mark of a wrong key
 _EXPECTED = {
     "int_type": "a whole number",
@@ -52,8 +54,7 @@ def _message(table: type[BaseModel], path: KeyPath, detail: ErrorDetails) -> str
     kind, value = detail["type"], detail["input"]
     shown = secrets.show(value, path)
     if kind == "extra_forbidden":
-        in_model = table is ModelTable and len(detail["loc"]) == 1
-        return unknown(str(detail["loc"][-1]), _known_keys(table, detail["loc"]), in_model=in_model)
+        return _unknown(table, detail)
     if kind == "missing":
         if detail["loc"][0] == "adapters":
             return 'missing: every adapter needs path = "a folder as PEFT writes it, or a hub id"'
@@ -67,7 +68,15 @@ def _message(table: type[BaseModel], path: KeyPath, detail: ErrorDetails) -> str
     context = dict(detail.get("ctx", {}))
     if kind == "literal_error":
         context["expected"] = context["expected"].replace("'", '"').replace(" or ", ", ")
-    return f"expected {_EXPECTED[kind].format(**context)}, got {shown}"
+    how = hints.of_value(path, value)
+    return f"expected {_EXPECTED[kind].format(**context)}, got {shown}{f': write {how}' if how else ''}"
+
+
+def _unknown(table: type[BaseModel], detail: ErrorDetails) -> str:
+    key, in_model = str(detail["loc"][-1]), table is ModelTable and len(detail["loc"]) == 1
+    if in_model and (message := args.misplaced(key, detail["input"])):
+        return message
+    return unknown(key, _known_keys(table, detail["loc"]), in_model=in_model)
 
 
 def _known_keys(table: type[BaseModel], location: tuple[int | str, ...]) -> Iterable[str]:
@@ -86,9 +95,19 @@ def _known_keys(table: type[BaseModel], location: tuple[int | str, ...]) -> Iter
 
 def unknown(key: str, known: Iterable[str], *, in_model: bool = False) -> str:
     """What is said of a key that is not known."""
-    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
-    if near:
-        return f"unknown key; did you mean {near[0]}?"
+    if near := _misspelt(key.replace("-", "_"), known):
+        return f"unknown key; did you mean {near}?"
     if in_model:
         return "unknown key; an option of vLLM itself goes into args"
     return f"unknown key; expected one of {', '.join(known)}"
+
+
+def _misspelt(key: str, known: Iterable[str]) -> str | None:
+    """The key that was meant: not one that has another word in the place of one."""
+    for name in difflib.get_close_matches(key, known, n=3, cutoff=_LIKE):
+        words = key.split("_"), name.split("_")
+        if len(words[0]) != len(words[1]) or all(
+            difflib.SequenceMatcher(None, one, other).ratio() >= _WORD_LIKE for one, other in zip(*words, strict=True)
+        ):
+            return name
+    return None
