@@ -11,7 +11,7 @@ import pytest
 
 from tests import pages
 from tests.fakes.ledger import GIB, Devices
-from tests.harness import Daemon, daemon, fake_engines, vllm_proxy
+from tests.harness import Daemon, daemon, fake_engines, lives, vllm_proxy
 from tests.test_pages import blocks
 from vllm_proxy.api.metrics import FAMILIES
 from vllm_proxy.domain.keys import hash_of, new_key
@@ -151,3 +151,22 @@ async def test_a_change_is_planned_in_a_copy_and_adopted_with_its_name(running: 
     await running.eventually("/models", lambda found: [model["id"] for model in found["models"]] == ["chat", "more"])
     code, _, _ = await vllm_proxy(running.folder, "plan")
     assert code == 0
+
+
+async def test_what_a_failed_change_has_left_serving_ends_with_the_daemon(tmp_path: Path, port_start: int) -> None:
+    """As docs/operating.md warns, where engines are kept too: the next daemon starts what the file says."""
+    kept = f'{fake_engines(port_start)}[server]\non_exit = "keep"\n{CHAT}'
+    async with daemon(kept, tmp_path) as first:
+        await first.all_ready()
+        first.save(kept + 'args = { fake_exit_at = "load" }\n[models.chat.restart]\nmax_failures = 1\n')
+        await first.eventually(
+            "/models/chat",
+            lambda found: (found["status"]["state"], found["status"]["reason"]) == ("ready", "replacement_failed"),
+        )
+        left = (await first.instance("chat"))["pid"]
+        assert await first.stop() == 0
+    assert lives(left)
+    async with daemon(first.file.read_text(), tmp_path) as second:
+        found = await second.eventually("/models/chat", lambda found: found["status"]["state"] == "error")
+        assert found["status"]["reason"] == "crashed"
+        assert not lives(left)
