@@ -11,7 +11,7 @@ import pytest
 
 from tests import pages
 from tests.fakes.ledger import GIB, Devices
-from tests.harness import Daemon, daemon, fake_engines
+from tests.harness import Daemon, daemon, fake_engines, lives, vllm_proxy
 from tests.test_pages import blocks
 from vllm_proxy.api.metrics import FAMILIES
 from vllm_proxy.domain.keys import hash_of, new_key
@@ -114,3 +114,59 @@ async def test_two_models_on_one_gpu_take_turns_as_the_page_has_it(tmp_path: Pat
             filtered = re.search(r"grep -E '(.*)'", line)
             assert filtered is not None
             assert len(re.findall(filtered[1], await typed(running, line), re.MULTILINE)) >= 8
+
+
+async def test_chat_and_embeddings_share_one_gpu_as_the_page_has_it(tmp_path: Path, port_start: int) -> None:
+    """The second file of docs/start.md on a GPU of 24 GiB: each loads with its first request, and both stay."""
+    _, both, *_ = blocks(pages.DOCS / "start.md", "toml")
+    both = both.replace('args = { runner = "pooling" }\n', "")  # the fake has no such option
+    with Devices(tmp_path / "gpus.toml", {"0": 24 * GIB}) as devices:
+        both = both.replace('start = "on-demand"', f'start = "on-demand"\nargs = {{ fake_ledger = "{devices.file}" }}')
+        async with daemon(f"{fake_engines(port_start)}{KEYS}{devices.config}{both}", tmp_path) as running:
+            headers = {"Authorization": f"Bearer {KEY}"}
+            for model, path in (("chat", "chat/completions"), ("embed", "embeddings")):
+                assert (await running.get(f"/models/{model}"))["status"]["state"] == "stopped"
+                body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "input": "hi"}
+                async with running.session.post(f"/v1/{path}", json=body, headers=headers) as answer:
+                    assert answer.status == 200
+            states = [model["status"]["state"] for model in (await running.get("/models"))["models"]]
+            assert states == ["ready", "ready"]
+
+
+async def test_a_change_is_planned_in_a_copy_and_adopted_with_its_name(running: Daemon) -> None:
+    """The first block of docs/changes.md: the copy changes nothing, and its new name does what the plan said."""
+    copy, plan, move = [line.partition("  #")[0].split() for line in blocks(pages.DOCS / "changes.md")[0].splitlines()]
+
+    async def done(command: list[str]) -> bool:
+        process = await asyncio.create_subprocess_exec(*command, cwd=running.folder)
+        return await process.wait() == 0
+
+    assert await done(copy)
+    with (running.folder / copy[-1]).open("a") as file:
+        file.write('[models.more]\nmodel = "org/more"\n')
+    code, out, _ = await vllm_proxy(running.folder, *plan[1:])
+    assert (code, "start more" in out) == (2, True)
+    assert [model["id"] for model in (await running.get("/models"))["models"]] == ["chat"]
+    assert await done(move)
+    await running.eventually("/models", lambda found: [model["id"] for model in found["models"]] == ["chat", "more"])
+    code, _, _ = await vllm_proxy(running.folder, "plan")
+    assert code == 0
+
+
+async def test_what_a_failed_change_has_left_serving_ends_with_the_daemon(tmp_path: Path, port_start: int) -> None:
+    """As docs/operating.md warns, where engines are kept too: the next daemon starts what the file says."""
+    kept = f'{fake_engines(port_start)}[server]\non_exit = "keep"\n{CHAT}'
+    async with daemon(kept, tmp_path) as first:
+        await first.all_ready()
+        first.save(kept + 'args = { fake_exit_at = "load" }\n[models.chat.restart]\nmax_failures = 1\n')
+        await first.eventually(
+            "/models/chat",
+            lambda found: (found["status"]["state"], found["status"]["reason"]) == ("ready", "replacement_failed"),
+        )
+        left = (await first.instance("chat"))["pid"]
+        assert await first.stop() == 0
+    assert lives(left)
+    async with daemon(first.file.read_text(), tmp_path) as second:
+        found = await second.eventually("/models/chat", lambda found: found["status"]["state"] == "error")
+        assert found["status"]["reason"] == "crashed"
+        assert not lives(left)
