@@ -248,6 +248,18 @@ def test_no_problem_repeats_a_secret(text: str) -> None:
     assert PLANTED not in repr([*found.value.lines(), *found.value.places(), str(found.value)])
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['args = "--hf-token hf_mine --x 1"', 'args = ["--hf-token", "hf_mine"]', 'command = "HF_TOKEN=hf_mine vllm serve"',
+     "args = \"--auth-token 'of hf_mine'\""],
+)  # fmt: skip
+def test_a_command_line_in_the_wrong_form_is_not_repeated_where_it_may_hold_a_secret(text: str) -> None:
+    """One is known there by the word before it."""
+    with pytest.raises(ConfigError) as found:
+        parse_config(f'[models.chat]\nmodel = "x"\n{text}'.encode(), "f")
+    assert "hf_mine" not in repr([*found.value.lines(), *found.value.places(), str(found.value)])
+
+
 def test_a_line_that_holds_no_secret_is_told_how_to_write_it() -> None:
     """Of one that may, only its key is repeated."""
     with pytest.raises(ConfigError, match="1 problem") as found:

@@ -81,6 +81,8 @@ def show(value: object, path: Sequence[str | int] = ()) -> str:
     """A value in a message, short. `path`: where it stands, from the root of the file, or from a model's table."""
     if hides(path) and not isinstance(value, bool | int | float if path[0] != "keys" else bool):
         return kind_of(value)
+    if {"args", "command"} & set(path) and isinstance(value, str | list) and is_secret_name(str(value)):
+        return kind_of(value)  # a command line, in which a secret is known by the word before it
     return units.show(_form(value, "open"))
 
 
