@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Daemon, daemon, port_block, real_engines
+from tests.harness import Daemon, daemon
+from tests.real.cpu import engines_on_cpu
 from tests.real.lora import make_adapter
 from vllm_proxy.demo.prepare import chat_model
-from vllm_proxy.demo.threads import openmp
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
@@ -28,16 +28,10 @@ PROMPT = "The capital of France is"
 
 def configuration(model: Path) -> str:
     """One model with two adapters."""
-    environment = "\n".join(f'{name} = "{value}"' for name, value in openmp(1).items())
     return f"""
 [server]
 on_exit = "keep"
-{real_engines(port_block())}
-[engine.env]
-{environment}
-HF_HUB_OFFLINE = "1"
-VLLM_CPU_OMP_THREADS_BIND = "nobind"
-VLLM_CPU_KVCACHE_SPACE = "1"
+{engines_on_cpu(1)}
 [models.chat]
 model = "{model}"
 max_model_len = 512

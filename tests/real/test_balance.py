@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Daemon, daemon, port_block, real_engines
+from tests.harness import Daemon, daemon
+from tests.real.cpu import engines_on_cpu
 from vllm_proxy.demo.prepare import chat_model
-from vllm_proxy.demo.threads import openmp
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
 
@@ -24,14 +24,8 @@ WORDS = "apple river stone cloud maple tiger lemon ocean paper candle garden sil
 
 def configuration() -> str:
     """One model with two replicas."""
-    environment = "\n".join(f'{name} = "{value}"' for name, value in openmp(2).items())
     return f"""
-{real_engines(port_block())}
-[engine.env]
-{environment}
-HF_HUB_OFFLINE = "1"
-VLLM_CPU_OMP_THREADS_BIND = "nobind"
-VLLM_CPU_KVCACHE_SPACE = "1"
+{engines_on_cpu(2)}
 [models.chat]
 model = "{chat_model(os.environ)}"
 max_model_len = 2048

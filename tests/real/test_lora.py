@@ -18,10 +18,10 @@ import aiohttp
 import pytest
 
 from tests.fakes import running as fake
-from tests.harness import Daemon, daemon, port_block, real_engines
+from tests.harness import Daemon, daemon
+from tests.real.cpu import engines_on_cpu
 from tests.real.lora import make_adapter
 from vllm_proxy.demo.prepare import chat_model
-from vllm_proxy.demo.threads import openmp
 from vllm_proxy.domain.address import parse_address
 from vllm_proxy.domain.command import Place
 from vllm_proxy.domain.config import EngineSpec
@@ -40,15 +40,8 @@ SPEC = EngineSpec(model="chat")
 
 def configuration(model: Path) -> str:
     """One model that takes adapters, by hand."""
-    environment = "\n".join(f'{name} = "{value}"' for name, value in openmp(1).items())
     return f"""
-{real_engines(port_block())}
-[engine.env]
-{environment}
-HF_HUB_OFFLINE = "1"
-VLLM_CPU_OMP_THREADS_BIND = "nobind"
-VLLM_CPU_KVCACHE_SPACE = "1"
-VLLM_ALLOW_RUNTIME_LORA_UPDATING = "1"
+{engines_on_cpu(1, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1")}
 [models.chat]
 model = "{model}"
 max_model_len = 512

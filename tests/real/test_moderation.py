@@ -12,10 +12,10 @@ from typing import Any
 import openai
 import pytest
 
-from tests.harness import Daemon, daemon, port_block, real_engines
+from tests.harness import Daemon, daemon
 from tests.real import classifier
+from tests.real.cpu import engines_on_cpu
 from vllm_proxy.demo.prepare import chat_model
-from vllm_proxy.demo.threads import openmp
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
@@ -49,16 +49,10 @@ async def guarded(new_place: Callable[[str], Path]) -> AsyncIterator[Guarded]:
     folder = new_place("moderation")
     command = [sys.executable, classifier.__file__, str(folder / "guard-model")]
     await asyncio.to_thread(subprocess.run, command, check=True, timeout=300)
-    environment = "\n".join(f'{name} = "{value}"' for name, value in openmp(1).items())
     rest = f"""
 [server]
 usage = true
-{real_engines(port_block())}
-[engine.env]
-{environment}
-HF_HUB_OFFLINE = "1"
-VLLM_CPU_KVCACHE_SPACE = "1"
-VLLM_CPU_OMP_THREADS_BIND = "nobind"
+{engines_on_cpu(1)}
 [models.guard]
 model = "guard-model"
 args = {{ enforce_eager = true, runner = "pooling" }}

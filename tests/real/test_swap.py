@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests import mixed_load
-from tests.harness import Daemon, daemon, port_block, real_engines, session_of
+from tests.harness import Daemon, daemon, session_of
+from tests.real.cpu import engines_on_cpu
 from tests.real.swapping import GIB, one_serves, refused_without_room
 from vllm_proxy.demo.prepare import chat_model
-from vllm_proxy.demo.threads import openmp
 from vllm_proxy.domain.ledger import Device, Kind
 from vllm_proxy.engine.machine_memory import node_memory
 
@@ -35,13 +35,8 @@ pytestmark = [
 
 def configuration(model: Path, share: float, devices: str = "") -> str:
     """The same weights under two names. `devices`: more of that table."""
-    environment = "\n".join(f'{name} = "{value}"' for name, value in openmp(1).items())
     return f"""
-{real_engines(port_block())}
-[engine.env]
-{environment}
-HF_HUB_OFFLINE = "1"
-VLLM_CPU_OMP_THREADS_BIND = "nobind"
+{engines_on_cpu(1, by_share=True)}
 [devices]
 source = "cpu"
 min_residency = "1s"

@@ -8,9 +8,9 @@ import openai
 import pytest
 
 from tests.collector import Collector, attributes
-from tests.harness import daemon, port_block, real_engines
+from tests.harness import daemon
+from tests.real.cpu import engines_on_cpu
 from vllm_proxy.demo.prepare import chat_model
-from vllm_proxy.demo.threads import openmp
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
@@ -20,15 +20,8 @@ TRACE, CLIENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 def configuration(endpoint: str) -> str:
     """One model, whose engine sends its spans as the daemon does."""
-    environment = "\n".join(f'{name} = "{value}"' for name, value in openmp(1).items())
     return f"""
-{real_engines(port_block())}
-[engine.env]
-{environment}
-HF_HUB_OFFLINE = "1"
-VLLM_CPU_OMP_THREADS_BIND = "nobind"
-VLLM_CPU_KVCACHE_SPACE = "1"
-OTEL_EXPORTER_OTLP_TRACES_PROTOCOL = "http/protobuf"
+{engines_on_cpu(1, OTEL_EXPORTER_OTLP_TRACES_PROTOCOL="http/protobuf")}
 [models.chat]
 model = "{chat_model(os.environ)}"
 max_model_len = 512
