@@ -67,11 +67,11 @@ class Watch:
 
 def _outermost(frame: FrameType) -> FrameType:
     """The frame that the event loop has called."""
-    at: FrameType | None = frame
-    while at is not None and at.f_back is not None:
-        if at.f_back.f_code is asyncio.Runner.run.__code__:
+    at = frame
+    while (before := at.f_back) is not None:  # read once: that thread runs on
+        if before.f_code is asyncio.Runner.run.__code__:
             return at
-        at = at.f_back
+        at = before
     return frame
 
 
