@@ -39,7 +39,7 @@ def turn_read_only(folder: Path) -> None:
 
 def fill(folder: Path) -> None:
     """Write until nothing more goes there."""
-    with contextlib.suppress(OSError), (folder / "ballast").open("wb", buffering=0) as file:
+    with contextlib.suppress(OSError), (folder / "ballast").open("ab", buffering=0) as file:
         while True:
             file.write(bytes(4096))
 
