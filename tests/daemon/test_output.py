@@ -25,17 +25,27 @@ PIPE_BYTES = 64 * 1024
 
 
 @contextlib.asynccontextmanager
-async def writing_to(stderr: int, folder: Path, config: str, *flags: str) -> AsyncIterator[Daemon]:
-    """The daemon with this stderr, ready; it ends with exit status 0 when the block does."""
-    (folder / "models.toml").write_text(config)
-    port, slow = free_port(), folder / "slow_turns.txt"
+async def noted() -> AsyncIterator[tuple[Notes, str]]:
+    """What a daemon tells systemd, and the path of the socket that takes it."""
     with tempfile.TemporaryDirectory() as short:
         notes = Notes()
         transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
             lambda: notes, family=socket.AF_UNIX, local_addr=f"{short}/notify"
         )
+        try:
+            yield notes, f"{short}/notify"
+        finally:
+            transport.close()
+
+
+@contextlib.asynccontextmanager
+async def writing_to(stderr: int, folder: Path, config: str, *flags: str) -> AsyncIterator[Daemon]:
+    """The daemon with this stderr, ready; it ends with exit status 0 when the block does."""
+    (folder / "models.toml").write_text(config)
+    port, slow = free_port(), folder / "slow_turns.txt"
+    async with noted() as (notes, socket_path):
         arguments = ("serve", "--port", str(port), "--state-dir", str(folder / "state"), *flags)
-        env = {**clean_environment(), "NOTIFY_SOCKET": f"{short}/notify", slow_turns.FILE: str(slow)}
+        env = {**clean_environment(), "NOTIFY_SOCKET": socket_path, slow_turns.FILE: str(slow)}
         nowhere = os.open(os.devnull, os.O_WRONLY)
         process = shared().start(Run(arguments, str(folder), env, watched=True), nowhere, stderr)
         os.close(nowhere)
@@ -49,7 +59,6 @@ async def writing_to(stderr: int, folder: Path, config: str, *flags: str) -> Asy
                 process.send_signal(signal.SIGKILL)
                 await process.wait()
             await running.close()
-            transport.close()
     assert not slow.exists(), slow.read_text()
 
 
@@ -132,33 +141,21 @@ async def test_a_reader_that_goes_away_harms_nobody(tmp_path: Path, port_start: 
 async def test_a_closed_stderr_is_never_taken_for_another_file(tmp_path: Path, port_start: int) -> None:
     """No socket gets its number, so nobody is sent the log; and the daemon serves."""
     (tmp_path / "models.toml").write_text(fake_engines(port_start) + MODEL)
-    port = free_port()
-    process = await asyncio.create_subprocess_exec(
-        "sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh", *WATCHED, "serve", "--port", str(port),
-        "--state-dir", str(tmp_path / "state"), env={**clean_environment(), slow_turns.FILE: str(tmp_path / "slow")},
-        cwd=tmp_path,
-    )  # fmt: skip
-    running = Daemon(process, port, tmp_path, Notes())
-    try:
-        while not (tmp_path / "state/control.sock").exists() or not await listens(port):
-            assert process.returncode is None
-            await asyncio.sleep(0)
-        await serves(running)
-        taken = {str(Path(f"/proc/{process.pid}/fd/{number}").readlink()) for number in (0, 1, 2)}
-        assert taken == {"/dev/null"}
-    finally:
-        await running.close()
-        assert await running.stop() == 0
-
-
-async def listens(port: int) -> bool:
-    """Whether somebody does."""
-    try:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
-        return False
-    writer.close()
-    return True
+    port, env = free_port(), {**clean_environment(), slow_turns.FILE: str(tmp_path / "slow")}
+    async with noted() as (notes, socket_path):
+        process = await asyncio.create_subprocess_exec(
+            "sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh", *WATCHED, "serve", "--port", str(port),
+            "--state-dir", str(tmp_path / "state"), env=env | {"NOTIFY_SOCKET": socket_path}, cwd=tmp_path,
+        )  # fmt: skip
+        running = Daemon(process, port, tmp_path, notes)
+        try:
+            await running.until("READY=1")
+            await serves(running)
+            taken = {str(Path(f"/proc/{process.pid}/fd/{number}").readlink()) for number in (0, 1, 2)}
+            assert taken == {"/dev/null"}
+        finally:
+            await running.close()
+            assert await running.stop() == 0
 
 
 @pytest.mark.parametrize(("config", "status"), [("[models.chat]\n", 78), (MODEL, 1)], ids=["invalid", "port taken"])
