@@ -31,7 +31,7 @@ is_supported() {
 pythons() {
     for version in 3.13 3.14; do
         managed=$("$uv" python find --managed-python --no-python-downloads --no-project $version 2>/dev/null || true)
-        for candidate in $managed "python$version" "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$version"*"/bin/python$version"; do
+        for candidate in $managed "python$version" "/usr/bin/python$version" "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$version"*"/bin/python$version"; do
             if is_supported "$candidate"; then
                 "$candidate" -c 'import sys; print(sys.executable)'
             fi

@@ -1,4 +1,7 @@
-"""The cases that look at one proxy: memory, clients that leave, that read nothing, that send 50 MB; many models."""
+"""The cases that look at one proxy.
+
+Memory; clients that leave, that read nothing, that send 50 MB; many models; scrapes beside streams.
+"""
 
 import contextlib
 import statistics
@@ -42,6 +45,18 @@ class BigBody:
     stall_ms: float
     stall_without_ms: float
     cpu_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scrapes:
+    """Delays of events in ms while `/metrics` is asked again and again, and in the same window without."""
+
+    models: int
+    asked: int
+    p99_ms: float
+    most_ms: float
+    p99_without_ms: float
+    most_without_ms: float
 
 
 @dataclass(slots=True)
@@ -154,6 +169,33 @@ def _post(port: int, request: bytes) -> tuple[int, float]:
             connection.sendall(request)
         head = connection.recv(4096)
     return int(head.split(b" ")[1]) if head else 0, time.monotonic() - begin
+
+
+def scrapes(programs: build.Programs, folder: Path, models: int, seconds: float) -> Scrapes:
+    """Ask `/metrics` of a daemon with so many models ten times a second while 256 streams have an event each 50 ms."""
+    with peers.ours(programs, folder, models=models) as peer:
+        text = cases.CASES["sse256"].text
+        with client.Load(programs.load, "stream", peer.port, 256, seconds, text) as load:
+            quiet = load.measure(peer.pids)
+        asked, ended = [0], threading.Event()
+        scraper = threading.Thread(target=_scrape, args=(peer.port, asked, ended))
+        with client.Load(programs.load, "stream", peer.port, 256, seconds, text) as load:
+            scraper.start()
+            loud = load.measure(peer.pids)
+            ended.set()
+        scraper.join()
+    delays = (figure / 1000 for one in (loud, quiet) for figure in (one.p99_us, one.max_us))
+    return Scrapes(models, asked[0], *delays)
+
+
+def _scrape(port: int, asked: list[int], ended: threading.Event) -> None:
+    request = f"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode()
+    while not ended.wait(0.1):
+        with client.connect(port) as connection:
+            connection.sendall(request)
+            while connection.recv(2**16):
+                pass
+        asked[0] += 1
 
 
 def many_models(

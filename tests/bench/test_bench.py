@@ -17,7 +17,7 @@ PROXY = (peers.OURS, peers.DIRECT)
 def test_a_short_run_gives_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without peers and with windows of a fraction of a second each asked figure is there, and nothing failed."""
     file = tmp_path / "result.json"
-    wanted = "json32,sse256,departed,keys"
+    wanted = "json32,sse256,departed,scrape,keys"
     assert bench.main(["--quick", "--seconds", "1", "--only", wanted, "--peers", "none", "--json", str(file)]) == 0
     found = json.loads(file.read_text())
     for case in ("json32", "sse256"):
@@ -28,6 +28,8 @@ def test_a_short_run_gives_figures(tmp_path: Path, capsys: pytest.CaptureFixture
             assert figures["errors"] == 0
             assert 0 < figures["p50_us"] <= figures["p99_us"] <= figures["max_us"]
             assert (figures["cpu_us"] > 0) == (name == peers.OURS)
+    assert found["scrapes"]["asked"] > 0
+    assert found["scrapes"]["most_ms"] > 0
     assert {refused["status"] for refused in found["keys"]["refused"]} == {401}
     assert all(figures["errors"] == 0 for (figures,) in found["keys"]["compared"]["rounds"]["json32"].values())
     assert all(len(tries) == 1 for tries in found["departures"][peers.OURS]["found"].values())
