@@ -36,7 +36,7 @@ def port_start() -> int:
 
 # What most machines lack, and what takes a machine's memory or its processors.
 ALONE = ("browser", "nginx", "nix", "prometheus", "systemd", "real", "gpu")
-PARTS = {"unit": ("slow", *ALONE), "beside": ALONE}  # and which markers they leave out
+PARTS = {"unit": ("slow", "thorough", *ALONE), "beside": ("thorough", *ALONE)}  # and which markers they leave out
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
     for item in items:
-        if _is_marked(item, "slow"):
+        if _is_marked(item, "slow", "thorough"):
             item.add_marker("no_cover")  # it would take twice as long, on lines to which quick ones come too
         if _is_marked(item, *ALONE) and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(BESIDE_VLLM_SECONDS))

@@ -65,7 +65,7 @@ async def test_no_request_fails_through_a_swap(tmp_path: Path, port_start: int, 
         await swaps_without_a_failure(tmp_path, port_start, devices, models, 200)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
 async def test_no_request_of_ten_thousand_fails_through_swaps(tmp_path: Path, port_start: int) -> None:
     """As above, for minutes."""

@@ -167,8 +167,12 @@ def test_no_request_waits_longer_than_the_bound(seed: int) -> None:
     _waits_within_the_bound(REGRESSIONS[seed])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("first", range(0, 600, 50))
+MACHINES = [
+    pytest.param(first, marks=pytest.mark.slow if first < 100 else pytest.mark.thorough) for first in range(0, 600, 50)
+]
+
+
+@pytest.mark.parametrize("first", MACHINES)
 def test_no_request_waits_longer_than_the_bound_on_600_machines(first: int) -> None:
     """As above."""
     for seed in range(first, first + 50):
