@@ -42,7 +42,15 @@ def _of(shell: str) -> str:
                 action.choices = TOPICS
             elif completed := _COMPLETED.get(str(action.metavar)):
                 action.complete = completed  # type: ignore[attr-defined]
-    return str(shtab.complete(whole, shell, preamble=_PREAMBLE))
+    text = str(shtab.complete(whole, shell, preamble=_PREAMBLE))
+    return _sourced(text) if shell == "zsh" else text
+
+
+def _sourced(text: str) -> str:
+    """What registers itself where it is evaluated does so too where a file is read: `source <(vllm-proxy …)`."""
+    before = "[[ $zsh_eval_context[-1] == eval ]]"
+    assert before in text
+    return text.replace(before, "[[ $zsh_eval_context[-1] == (eval|file) ]]")
 
 
 def _commands(outer: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
