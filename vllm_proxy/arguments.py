@@ -13,6 +13,21 @@ from vllm_proxy.domain.units import parse_duration, parse_time, show, show_time
 SCOPES = ("inference", "metrics", "read", "operate", "admin")  # `domain.keys.Scope`, which takes a while to import
 SHELLS = ("bash", "zsh", "fish")
 _DAY_SECONDS = 24 * 3600
+_BEFORE_THE_COMMAND = ("-h", "--help", "--version")
+_TABLE = (
+    "a model is a table of models.toml, as `vllm-proxy init` writes a first one; the running daemon follows the file"
+)
+# Commands of other servers, by what is done here instead.
+_OTHERS_WORDS = {
+    **dict.fromkeys(("ps", "list", "ls"), "`vllm-proxy status` shows every model and what it does"),
+    "show": "`vllm-proxy status ID` shows one model, `vllm-proxy plan` what the file would change",
+    **dict.fromkeys(("pull", "run", "create", "add"), _TABLE),
+    **dict.fromkeys(
+        ("rm", "remove", "delete"), "take its table out of models.toml; the running daemon follows the file"
+    ),
+    **dict.fromkeys(("unload", "load"), '`vllm-proxy stop ID` and `start ID`, or `start = "on-demand"` in its table'),
+    "version": "it is `vllm-proxy --version`",
+}
 _BY = "key,model"  # what usage is told by
 
 
@@ -59,6 +74,17 @@ class _Parents:
             choices=["auto", "text", "json", "journal"],
             help="auto: journal where stderr is the journal, else text (default: auto)",
         )
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line, as `parser` leaves them; one that cannot be parsed exits with status 2."""
+    whole = parser()
+    first = arguments[0].partition("=")[0] if arguments else ""
+    if hint := _OTHERS_WORDS.get(first):
+        whole.error(f"there is no command {first}: {hint}")
+    if first.startswith("-") and first.strip("-") and not any(known.startswith(first) for known in _BEFORE_THE_COMMAND):
+        whole.error(f"options follow the command: vllm-proxy COMMAND {first} ...")
+    return whole.parse_args(arguments)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,11 +7,11 @@ a command that only asks the daemon is not to wait for what the daemon is made o
 import importlib
 from collections.abc import Sequence
 
-from vllm_proxy.arguments import parser
+from vllm_proxy.arguments import parse
 from vllm_proxy.commands.outcome import outcome_of
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit status, as docs/commands.md lists them."""
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     return outcome_of(importlib.import_module(f"vllm_proxy.commands.{options.command}").run, options)
