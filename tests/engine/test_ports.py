@@ -28,6 +28,28 @@ def test_a_port_given_back_is_handed_out_again(port_start: int) -> None:
     assert ports.take() == first
 
 
+def test_a_port_that_another_daemon_has_handed_out_is_not_free(port_start: int) -> None:
+    """Though nobody has bound it yet: the engine imports for a minute, and would share the port with another one."""
+    theirs, ours = Ports(port_start, port_start + 100, []), Ports(port_start, port_start + 100, [])
+    assert theirs.take() == port_start
+    assert ours.take() == port_start + 1
+    theirs.reserve(port_start + 2)
+    assert ours.take() == port_start + 3
+    theirs.release(port_start)
+    assert ours.take() == port_start
+    with pytest.raises(NoPortError, match="cannot find a free port"):
+        Ports(port_start, port_start + 3, []).take()
+
+
+def test_a_port_of_an_adopted_engine_is_held_though_another_daemon_claims_it(port_start: int) -> None:
+    """The engine is there; whose it is says the record."""
+    theirs, ours = Ports(port_start, port_start + 100, []), Ports(port_start, port_start + 100, [])
+    assert theirs.take() == port_start
+    ours.reserve(port_start)
+    ours.release(port_start)
+    assert ours.take() == port_start + 1
+
+
 def test_the_daemons_own_ports_are_never_handed_out(port_start: int) -> None:
     """A reserved port inside the range is passed over though nobody is bound to it."""
     ports = Ports(port_start, port_start + 100, [port_start, port_start + 1])

@@ -1,15 +1,19 @@
 """Allocates ports for engines. A port is handed out only when nothing else holds it.
 
 Closed connections of an earlier engine (TIME_WAIT) do not hinder vLLM, which binds with SO_REUSEADDR. A bind cannot
-tell them from another vLLM that loads, bound but not listening; so the kernel is asked for such sockets. Between this
-and vLLM's own bind remains a race, which vLLM reports (`port_in_use`).
+tell them from another vLLM that loads, bound but not listening; so the kernel is asked for such sockets.
+
+An engine imports for a minute before it binds, and two that bind the same port with SO_REUSEADDR both succeed: who
+listens second stays alive and says nothing. So a daemon claims each port that it has handed out, for other daemons of
+this network namespace. Of other programs remains a race, which vLLM reports (`port_in_use`).
 """
 
 import asyncio
 import errno
 import socket
 import struct
-from collections.abc import Callable, Collection
+import weakref
+from collections.abc import Callable, Collection, Mapping
 from enum import Enum
 
 from vllm_proxy.engine.sock_diag import BOUND_ALONE, tcp_sockets
@@ -36,6 +40,8 @@ class Use(Enum):
 HOST = "127.0.0.1"  # where engines of this machine listen
 _SOON_SECONDS = 90.0  # the kernel remembers closed connections for 60
 _POLL_SECONDS = 0.5
+# An abstract socket: it belongs to the network namespace, as ports do, and is gone with the process that holds it.
+_CLAIM = "\0vllm-proxy/engine-port/{}"
 
 
 class Ports:
@@ -44,7 +50,8 @@ class Ports:
     def __init__(self, first: int, last: int, reserved: Collection[int]) -> None:
         self._range = range(first, last + 1)
         self._reserved = frozenset(reserved)  # the daemon's own
-        self._held: set[int] = set()
+        self._held: dict[int, socket.socket | None] = {}  # with the claim, where there is one
+        weakref.finalize(self, _close, self._held)
 
     def set_range(self, first: int, last: int) -> None:
         """Another range, for engines that are started from now on."""
@@ -59,15 +66,19 @@ class Ports:
 
         """
         ours = [port for port in self._range if port not in self._held and port not in self._reserved]
-        free = next((port for port in ours if is_free(port)), None)
-        uses: dict[Use, int] = {}  # the lowest port of each
-        for port in ours if free is None else ():
-            uses.setdefault(use_of(port), port)
-        if (taken := free or uses.get(Use.FREE, uses.get(Use.CLOSING))) is not None:
-            self._held.add(taken)
-            return taken
+        for port in ours:
+            if is_free(port) and self._claimed(port):
+                return port
+        uses: dict[Use, list[int]] = {}
+        for port in ours:
+            uses.setdefault(use_of(port), []).append(port)
+        for port in [*uses.get(Use.FREE, ()), *uses.get(Use.CLOSING, ())]:
+            if self._claimed(port):
+                return port
         if Use.UNKNOWN in uses:
-            raise ClosingError(f"port {uses[Use.UNKNOWN]} is taken, perhaps by closed connections alone, for a minute")
+            raise ClosingError(
+                f"port {uses[Use.UNKNOWN][0]} is taken, perhaps by closed connections alone, for a minute"
+            )
         msg = f"cannot find a free port in {self._range.start} to {self._range.stop - 1}: set engine.port_end"
         raise NoPortError(msg)
 
@@ -97,11 +108,33 @@ class Ports:
 
     def reserve(self, port: int) -> None:
         """Mark a port as allocated: an engine of an earlier daemon has it."""
-        self._held.add(port)
+        if not self._claimed(port):
+            self._held[port] = None
 
     def release(self, port: int) -> None:
         """The engine is gone: its port may be allocated again."""
-        self._held.discard(port)
+        if claim := self._held.pop(port, None):
+            claim.close()
+
+    def _claimed(self, port: int) -> bool:
+        """Whether it is ours now: no other daemon of ours has handed it out."""
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(_CLAIM.format(port))
+        except OSError as error:
+            claim.close()
+            if error.errno == errno.EADDRINUSE:
+                return False
+            self._held[port] = None  # no such sockets on this system
+        else:
+            self._held[port] = claim
+        return True
+
+
+def _close(held: Mapping[int, socket.socket | None]) -> None:
+    for claim in held.values():
+        if claim:
+            claim.close()
 
 
 def is_free(port: int) -> bool:
