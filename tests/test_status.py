@@ -45,6 +45,17 @@ async def test_a_model_that_falls_asleep_is_told_so(tmp_path: Path) -> None:
 
 
 @virtual
+async def test_a_daemon_that_ends_says_of_no_model_that_it_loads(tmp_path: Path) -> None:
+    """What has ended stays so."""
+    stage = Stage()
+    reconciler = reconciler_of(stage, tmp_path, model("chat"))
+    (await stage.engine()).listens = True
+    await stage.until(lambda: sentence(reconciler) == "1 of 1 models ready")
+    await reconciler.stop()
+    assert sentence(reconciler) == "0 of 1 models ready; stopped: chat"
+
+
+@virtual
 async def test_the_sentence_has_a_longest_length_and_the_rejection_is_in_it(tmp_path: Path) -> None:
     """systemd drops a message that is too long as a whole."""
 

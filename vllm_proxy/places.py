@@ -36,6 +36,7 @@ class Places:
     scratch: Path  # for the engines' temporary folders: short, since sockets lie there
     control_socket: Path  # where the daemon listens for commands
     sockets: tuple[Path, ...]  # where commands look for one, in this order
+    state_dirs: tuple[Path, ...]  # of daemons whose engines a command may end where none of them runs
     environment: Mapping[str, str]  # `.env` merged in
     from_dotenv: Mapping[str, str]
 
@@ -54,12 +55,17 @@ def find(environ: Mapping[str, str], flags: Flags, dotenv_file: Path = Path(".en
     control_socket = Path(runtime or state_dir, "control.sock")
     chosen = flags.get("state_dir") or env.get(PREFIX + "STATE_DIR")
     of_system = [_SYSTEM_SOCKET] if not chosen or state_dir == _SYSTEM_STATE else []  # not by mistake
-    of_demo = [] if chosen else [demo_state_dir(env) / "control.sock"]
+    of_demo = [] if chosen else [demo_state_dir(env)]
     return Places(
         config_file=_config_file(flags.get("config"), env),
         state_dir=state_dir,
         control_socket=control_socket,
-        sockets=tuple(dict.fromkeys([control_socket, state_dir / "control.sock", *of_system, *of_demo])),
+        sockets=tuple(
+            dict.fromkeys(
+                [control_socket, state_dir / "control.sock", *of_system, *(demo / "control.sock" for demo in of_demo)]
+            )
+        ),
+        state_dirs=tuple(dict.fromkeys([state_dir, *of_demo])),
         scratch=Path(runtime or "/tmp"),  # noqa: S108 - TMPDIR may be too long for a socket's path
         environment=env,
         from_dotenv=from_dotenv,

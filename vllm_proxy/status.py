@@ -65,8 +65,8 @@ def sentence(reconciler: Reconciler, desired: Desired | None = None, certificate
             by_state[state].append(model)
         elif model.awaits_request:
             on_demand.append(model)
-        else:  # between two engines: it starts soon
-            by_state[State.LOADING].append(model)
+        else:  # between two engines: it starts soon, unless the daemon ends
+            by_state[State.STOPPED if reconciler.stopping.is_set() else State.LOADING].append(model)
     text = f"{ready} of {ready + sum(map(len, by_state.values()))} models ready"
     for state in _ORDER:
         if state in by_state:

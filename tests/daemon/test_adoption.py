@@ -14,7 +14,17 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Daemon, daemon, fake_engines, loading_until, session_of, until, vllm_proxy
+from tests.harness import (
+    PLAIN,
+    Daemon,
+    clean_environment,
+    daemon,
+    fake_engines,
+    loading_until,
+    session_of,
+    until,
+    vllm_proxy,
+)
 from vllm_proxy.domain.command import marked
 from vllm_proxy.engine.proc import look_up
 from vllm_proxy.engine.state import EngineRecord, StateDirectory
@@ -189,6 +199,26 @@ async def test_stop_all_ends_kept_engines_without_a_daemon(tmp_path: Path, port_
     assert not any(session_of(pid) for pid, _ in before.values())
     status, out, _ = await vllm_proxy(tmp_path, "stop", "--all")
     assert (status, out) == (0, f"no daemon runs; engines that one had left in {tmp_path / 'state'}: 0\n")
+
+
+async def test_stop_all_ends_what_a_demo_has_left_where_no_other_place_is_named(
+    tmp_path: Path, port_start: int
+) -> None:
+    """As every other command finds its daemon by itself."""
+    home = {**clean_environment(), "HOME": str(tmp_path)}
+    place = tmp_path / ".local/state/vllm-proxy-demo"
+    place.parent.mkdir(parents=True)
+    async with daemon(KEEP + fake_engines(port_start) + CHAT, tmp_path) as running:
+        before = await fleet(running)
+        assert await running.stop() == 0
+    (tmp_path / "state").rename(place)
+    ended = await asyncio.create_subprocess_exec(
+        *PLAIN, "stop", "--all", env=home, cwd=tmp_path, stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await ended.communicate()
+    assert ended.returncode == 0
+    assert f"engines that one had left in {place}: 2" in out.decode()
+    assert not any(session_of(pid) for pid, _ in before.values())
 
 
 async def test_a_daemon_killed_again_and_again_leaves_one_set_of_engines(tmp_path: Path, port_start: int) -> None:

@@ -145,6 +145,10 @@ def _rotate(options: argparse.Namespace) -> Done:
     return Done(found, str(found["key"]), f"{_described(found)}: {where}. The key is told this once; {until}")
 
 
+# What surprises who wants to be without keys again.
+_STAYS = "its table stays in the file; while one does, loopback needs a key too (see `vllm-proxy help security`)"
+
+
 def _revoke(options: argparse.Namespace) -> Done:
     change = {"enabled": False}
     found: Key
@@ -153,7 +157,7 @@ def _revoke(options: argparse.Namespace) -> Done:
             found, where = daemon.request("PATCH", _path(options.name), body=change), _IN_FORCE
     except NoDaemonError:
         found, where = _without_daemon().patch(options, change)
-    return Done(found, f"{_described(found)}: {where}")
+    return Done(found, f"{_described(found)}: {where}\n{_STAYS}")
 
 
 def _without_daemon() -> ModuleType:

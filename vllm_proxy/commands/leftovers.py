@@ -43,23 +43,26 @@ def end(where: Places, report: Callable[[str], None]) -> Outcome:
 
 
 async def _end(where: Places, report: Callable[[str], None]) -> Outcome:
-    if not _is_there(where.state_dir):
+    engines, all_ended = list[Engine](), True
+    there = [folder for folder in where.state_dirs if _is_there(folder)]
+    if not there:
         report(f"no daemon runs, and none has left engines in {where.state_dir}; --state-dir names another")
-        return {"models": [], "engines": [], "ended": True}
-    with StateDirectory(where.state_dir, where.scratch) as state:
-        left = state.orphans()
-        become_subreaper()
-        for record in left:
-            report(f"ending {record.instance}, process {record.pid}")
-        ended = await end_orphans(left, state)
-        unusable = state.unusable
-    if unusable:
-        report(f"{unusable} of its records cannot be used, so that engines may be left: see the messages above")
-        ended = False
-    rest = "" if ended else ", not all of them could be ended"
-    report(f"no daemon runs; engines that one had left in {where.state_dir}: {len(left)}{rest}")
-    engines: list[Engine] = [{"instance": record.instance, "pid": record.pid} for record in left]
-    return {"models": [], "engines": engines, "ended": ended}
+    for folder in there:
+        with StateDirectory(folder, where.scratch) as state:
+            left = state.orphans()
+            become_subreaper()
+            for record in left:
+                report(f"ending {record.instance}, process {record.pid}")
+            ended = await end_orphans(left, state)
+            unusable = state.unusable
+        if unusable:
+            report(f"{unusable} of its records cannot be used, so that engines may be left: see the messages above")
+            ended = False
+        rest = "" if ended else ", not all of them could be ended"
+        report(f"no daemon runs; engines that one had left in {folder}: {len(left)}{rest}")
+        engines += [{"instance": record.instance, "pid": record.pid} for record in left]
+        all_ended = all_ended and ended
+    return {"models": [], "engines": engines, "ended": all_ended}
 
 
 def _is_there(state_dir: Path) -> bool:

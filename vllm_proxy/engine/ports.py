@@ -13,6 +13,7 @@ import errno
 import socket
 import struct
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from enum import Enum
 
@@ -69,16 +70,14 @@ class Ports:
         for port in ours:
             if is_free(port) and self._claimed(port):
                 return port
-        uses: dict[Use, list[int]] = {}
+        uses = defaultdict[Use, list[int]](list)
         for port in ours:
-            uses.setdefault(use_of(port), []).append(port)
-        for port in [*uses.get(Use.FREE, ()), *uses.get(Use.CLOSING, ())]:
+            uses[use_of(port)].append(port)
+        for port in uses[Use.FREE] + uses[Use.CLOSING]:
             if self._claimed(port):
                 return port
-        if Use.UNKNOWN in uses:
-            raise ClosingError(
-                f"port {uses[Use.UNKNOWN][0]} is taken, perhaps by closed connections alone, for a minute"
-            )
+        if unknown := uses[Use.UNKNOWN]:
+            raise ClosingError(f"port {unknown[0]} is taken, perhaps by closed connections alone, for a minute")
         msg = f"cannot find a free port in {self._range.start} to {self._range.stop - 1}: set engine.port_end"
         raise NoPortError(msg)
 

@@ -51,7 +51,7 @@ export async function askForKey(why, has) {
       { class: "sub" },
       "It stays in this tab. ",
       h("code", {}, "vllm-proxy keys new me --scope admin"),
-      " makes one on the server; by ",
+      " makes one on the server, and from the first one on every client needs one; by ",
       h("code", {}, "ssh -NL 8000:/run/vllm-proxy/control.sock SERVER"),
       " the page at localhost:8000/ui/ needs none.",
     ),
