@@ -1,6 +1,7 @@
 """The screen Configuration of the page in a real browser: the plan before anything is written, problems, conflicts."""
 
 import json
+import tomllib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ max_model_len = 4096     # as the card says
 """
 VERDICT = "#verdict"
 CONFLICT = "main .conflict"
+SELECTED = "(it => it.value?.slice(it.selectionStart, it.selectionEnd))(document.activeElement)"
 LINES = "document.querySelector('.editor pre').innerText"
 
 
@@ -93,8 +95,7 @@ async def test_a_problem_stands_at_its_line_while_one_types(page: Page, running:
     await page.until(has(VERDICT, "models.chat.max_model_len"))
     await page.until(has(VERDICT, "1 problem"))
     await click(page, f"Line {line}")
-    chosen = "((it) => it.value.slice(it.selectionStart, it.selectionEnd))(document.activeElement)"
-    assert str(await page.evaluate(chosen)).startswith("max_model_len = 0")
+    assert str(await page.evaluate(SELECTED)).startswith("max_model_len = 0")
     assert not await page.evaluate(f"!{button('Apply')}.disabled && !{button('Apply')}.hasAttribute('aria-disabled')")
     await page.press("s", "Control")
     await click(page, "Undo")
@@ -206,6 +207,10 @@ async def test_a_file_that_nobody_may_write_is_shown_as_such_at_once(page: Page,
     await goes(page, "config")
     await page.until(has("main .problem", "Read-only."))
     await page.until(has("main .problem", "it has no write bit"))
+    await goes(page, "config/copy/chat")
+    await page.until(has("main .problem", "it has no write bit"))
+    await page.until(f"{SELECTED}?.startsWith('[models.chat]')")
+    assert "chat-copy" not in await value(page, FILE)
     assert await page.evaluate("document.querySelector('.editor textarea').readOnly")
     assert await page.evaluate(f"{button('Copy the text')} && !{button('Apply')}") is True
 
@@ -234,6 +239,74 @@ async def test_a_new_model_is_typed_in_and_planned(page: Page) -> None:
     await page.until(
         "document.activeElement.value?.slice(document.activeElement.selectionStart).startsWith('[models.chat]')"
     )
+
+
+async def test_a_model_is_copied_beside_itself_and_nothing_is_written(page: Page, running: Daemon) -> None:
+    """Its tables and comments follow it under a new id, which is selected, without what no two models may have."""
+    more = 'aliases = ["gpt"]\n[models.chat.args]\nfake_x = 1 # an option\n\n# Last.\n[models.last]\nmodel = "l"\n'
+    running.save(running.file.read_text() + more)
+    await running.write("POST", "/config/reload")
+    await running.all_ready()
+    before = running.file.read_text()
+    await goes(page, "model/chat")
+    await page.until("document.querySelector('main .push a[href=\"#/config/copy/chat\"]')?.innerText === 'Copy'")
+    await page.evaluate("document.querySelector('main .push a[href=\"#/config/copy/chat\"]').click()")
+    await page.until(has(VERDICT, "chat-copy"))
+    copy = MODELS.strip().replace("models.chat", "models.chat-copy")
+    copy += "\n[models.chat-copy.args]\nfake_x = 1 # an option\n"
+    assert await value(page, FILE) == before.replace("\n# Last.", f"\n{copy}\n# Last.")
+    assert await page.evaluate(SELECTED) == "chat-copy"
+    steps = await page.evaluate(
+        "[...document.querySelectorAll('.step')].map(it => it.innerText.split(/\\s+/, 2).join())"
+    )
+    assert steps == ["start,chat-copy"]
+    assert running.file.read_text() == before
+    await goes(page, "fleet")
+    await goes(page, "config")
+    await page.until(has(VERDICT, "chat-copy"))
+    assert (await value(page, FILE)).count("[models.chat-copy]") == 1, "to come back adds no other one"
+    await goes(page, "config/copy/chat")
+    await page.until(f"{SELECTED} === 'chat-copy-2'")
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize(
+    ("text", "copied"),
+    [
+        ("[models.a]\nmodel = 'x' # it's\n[models.b]\nmodel = 'b'", "a"),
+        ('[models]\n[models . "a.x"] # "\nmodel = "x"\n\n[models.\'a.x\'.restart]\nmax_failures = 1', "a.x"),
+        ('[models.a]\naliases = [ # "\n "b]", # c\n]\nargs.s = """\n[models.b]\n"""\n# below\n\n# far', "a"),
+        ('[models.a.adapters.s]\np="p" # "\n[o]\n[models.a.env]\nX="1"\n[[models.a.metadata.l]]', "a"),
+        ('[models.a]\nadapters.s.path = "p"\nadapters_max = {rank = 8}\n[models.a-copy]\nmodel="y"', "a"),
+        ('[models."\\u00e9\\U0001F600\\""]\nmodel="x"\n', 'é😀"'),
+    ],
+)  # fmt: skip
+async def test_a_copy_means_the_same_however_its_tables_are_laid_out(page: Page, text: str, copied: str) -> None:
+    """Beside it everything stays, line by line."""
+    call = f"withCopy({json.dumps(text)}, {json.dumps(copied)}, ['b'])"
+    made = await page.evaluate(f"import('./toml.js').then(toml => toml.{call})")
+    before, after = tomllib.loads(text), tomllib.loads(made["text"])
+    name = f"{copied}-copy" if f"{copied}-copy" not in before["models"] else f"{copied}-copy-2"
+    copy = after["models"].pop(name)
+    assert after == before
+    assert copy == {key: it for key, it in before["models"][copied].items() if key not in {"aliases", "adapters"}}
+    chosen = made["text"].encode("utf-16-le")[2 * made["from"] : 2 * made["to"]].decode("utf-16-le")
+    assert tomllib.loads(f"{chosen} = 1") == {name: 1}
+    rest = iter(made["text"].splitlines())
+    assert all(line in rest for line in text.splitlines())
+
+
+async def test_what_cannot_be_copied_as_text_says_so(page: Page, running: Daemon) -> None:
+    """A model in one line, within another table: its line is shown, and nothing is typed."""
+    text = (running.folder / "first.toml").read_text().replace("[models.chat] ", "[models]\n[models.chat] ")
+    text = text.replace("[models]\n", '[models]\none = { model = "org/one" }\n')
+    running.save(text)
+    await running.write("POST", "/config/reload")
+    await running.all_ready()
+    await goes(page, "config/copy/one")
+    await page.until(has("main .problem", "one has no table [models.ID] of its own"))
+    assert await page.evaluate(SELECTED) == 'one = { model = "org/one" }'
+    assert await value(page, FILE) == text
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
