@@ -296,6 +296,50 @@ async def test_a_copy_means_the_same_however_its_tables_are_laid_out(page: Page,
     assert all(line in rest for line in text.splitlines())
 
 
+async def test_a_change_that_would_do_is_typed_in_and_planned(page: Page, running: Daemon) -> None:
+    """From the problem on the fleet: the value alone, its comment stays; nothing is written before Apply."""
+    said = (
+        "max seq len (8192), (1.0 GiB KV cache is needed, which is larger than the available KV cache memory (0.5 GiB)."
+        " Based on the available memory, the estimated maximum model length is 2048. Try"
+    )
+    model = "[models.long]\nmodel = 'org/long'\nmax_model_len = 8192 # wide\nrestart.max_failures = 1\n"
+    fails = f"{model}args = {{ fake_exit_at = 'profile', fake_exit_text = \"{said}\" }}\n"
+    running.save(text := running.file.read_text() + fails)
+    await running.write("POST", "/config/reload")
+    await running.once("long", lambda one: one["state"] == "error")
+    await goes(page, "fleet")
+    change = "document.querySelector('main .problem a[href=\"#/config/change/long\"]')"
+    await page.until(f"{change}?.innerText === 'Change…' && {change}.title.startsWith('max_model_len = 2048')")
+    await page.evaluate(f"{change}.click()")
+    await page.until(has(VERDICT, "max_model_len 8192 -> 2048"))
+    wanted = text.replace("max_model_len = 8192", "max_model_len = 2048")
+    assert (await value(page, FILE), await page.evaluate(SELECTED)) == (wanted, "2048")
+    assert running.file.read_text() == text
+    await click(page, "Apply")
+    await page.until(has("#said", "applied"))
+    assert running.file.read_text() == wanted
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ("[models.a]\nmodel = 'x' # y\n# z\n\n[models.b]", "[models.a]\nmodel = 'x' # y\nk = 5\n# z\n\n[models.b]"),
+        ("[models.a]", "[models.a]\nk = 5\n"),
+        ("[models.a]\n  k='#'#c\n[models.b]\nk = 1", "[models.a]\n  k=5#c\n[models.b]\nk = 1"),
+        ("[models.a]\n\tb = 2\n[models.a.l]\nk = 1\n", "[models.a]\n\tb = 2\n\tk = 5\n[models.a.l]\nk = 1\n"),
+        ("[models]\na.k = 0.25\n", "[models]\na.k = 5\n"),
+        ("models.a = {k = 1}\n", None),
+        ("[models.a]\nk = [\n1]\n", None),
+    ],
+)  # fmt: skip
+async def test_a_key_is_set_where_it_stands_or_behind_the_others(page: Page, text: str, changed: str | None) -> None:
+    """Nothing else is touched; where there is no place for it nothing is typed in."""
+    made = await page.evaluate(f"import('./toml.js').then(toml => toml.withKey({json.dumps(text)}, 'a', 'k', 5))")
+    assert (made and made["text"]) == changed
+    assert made is None or made["text"][made["from"] : made["to"]] == "5"
+
+
 async def test_what_cannot_be_copied_as_text_says_so(page: Page, running: Daemon) -> None:
     """A model in one line, within another table: its line is shown, and nothing is typed."""
     text = (running.folder / "first.toml").read_text().replace("[models.chat] ", "[models]\n[models.chat] ")

@@ -6,7 +6,7 @@ import { showDiff } from "./diff.js";
 import { acts, enable, h, plural, problem, say, setAttribute, setText, show } from "./dom.js";
 import { editor } from "./editor.js";
 import { store } from "./feed.js";
-import { tableLine, withCopy, withModel } from "./toml.js";
+import { tableLine, withCopy, withKey, withModel } from "./toml.js";
 
 const PAUSE_MS = 250;
 const WORDS = { start: "start", replace: "replace", update: "live", scale: "scale", stop: "stop" };
@@ -154,7 +154,12 @@ class Configuration {
     this.wanted = {};
     const there = this.text.value();
     const names = [...store.models.values()].flatMap((model) => [model.id, ...model.aliases]);
-    const types = { new: () => withModel(there, names), copy: () => withCopy(there, id, names) };
+    const change = store.models.get(id)?.change;
+    const types = {
+      new: () => withModel(there, names),
+      copy: () => withCopy(there, id, names),
+      ...(change && { change: () => withKey(there, id, change.key, change.value) }),
+    };
     const line = id ? tableLine(there, id) : 0;
     if (!Object.hasOwn(types, what ?? "") || readOnly) return this.text.go(line);
     // To come back here adds no other one. Whoever is on the way to another screen is not called back.
@@ -162,7 +167,7 @@ class Configuration {
     const typed = types[what]();
     if (typed) return this.text.type(typed);
     this.text.go(line);
-    const why = " has no table [models.ID] of its own in this file. Its lines can be copied by hand.";
+    const why = " has no table [models.ID] of its own in this file, so nothing was typed in: edit its lines by hand.";
     this.above.append(problem("mild", h("p", {}, h("b", {}, id), why)));
   }
 

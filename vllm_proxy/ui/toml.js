@@ -8,6 +8,7 @@ const HEADER = new RegExp(String.raw`[ \t]*\[(\[?)[ \t]*(${KEY})[ \t]*\]`, "y");
 const ASSIGNMENT = new RegExp(String.raw`[ \t]*(${KEY})[ \t]*=`, "y");
 const STRING = String.raw`"""(?:[^\\]|\\.)*?"{3,5}|'''.*?'{3,5}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'`;
 const TOKEN = new RegExp(String.raw`${STRING}|#[^\n]*|[\[\]{},\n]|[^\[\]{},"'#\n]+|.`, "sy");
+const SCALAR = new RegExp(String.raw`([ \t]*)(?:${STRING}|[^\s#"'\[{]+)`, "sy");
 const DEEPER = { "[": 1, "{": 1, "]": -1, "}": -1 };
 
 function unquoted(part) {
@@ -79,8 +80,16 @@ function tables(all, id) {
   return found;
 }
 
+const same = (one, other) => one.length === other.length && one.every((part, i) => part === other[i]);
 const joined = (all) => all.map((piece) => piece.text).join("");
 const closed = (text) => (!text || text.endsWith("\n") ? text : `${text}\n`);
+
+// A value between two texts, which is selected; behind them come the pieces after `at`.
+function typed(before, value, behind, all, at) {
+  const shown = JSON.stringify(value);
+  const text = before + shown + behind + joined(all.slice(at + 1));
+  return { text, from: before.length, to: before.length + shown.length };
+}
 
 function unused(name, all, taken) {
   const there = new Set(taken);
@@ -111,6 +120,32 @@ export function withModel(text, taken) {
   const before = text.replace(/\n*$/, "");
   const head = `${before}${before && "\n\n"}[models.${unused("new", pieces(text), taken)}]\n`;
   return { text: `${head}model = ""\n`, from: head.length, to: head.length + 'model = ""'.length };
+}
+
+// With a key of a model's own table in the place of the one that it has, or behind its others.
+export function withKey(text, id, key, value) {
+  const all = pieces(text);
+  const there = all.findIndex(({ kind, path }) => kind === "key" && same(path, ["models", id, key]));
+  if (there >= 0) {
+    const own = all[there].text;
+    const start = matched(ASSIGNMENT, own, 0)[0].length;
+    const old = matched(SCALAR, own, start);
+    if (!old) return null;
+    return typed(
+      joined(all.slice(0, there)) + own.slice(0, start) + old[1],
+      value,
+      own.slice(SCALAR.lastIndex),
+      all,
+      there,
+    );
+  }
+  const table = tables(all, id).find(({ path }) => path.length === 2);
+  if (!table) return null;
+  let last = table.end - 1;
+  while (all[last].kind !== "key" && all[last].kind !== "header") last--;
+  const before = closed(joined(all.slice(0, last + 1)));
+  const indent = all[last].kind === "key" ? /^[ \t]*/.exec(all[last].text)[0] : "";
+  return typed(`${before}${indent}${key} = `, value, "\n", all, last);
 }
 
 // With a copy of a model directly behind it, without what no two models may have: aliases, and adapters, whose ids are
