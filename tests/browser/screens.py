@@ -54,6 +54,15 @@ async def goes(page: Page, screen: str) -> None:
     await page.until("document.querySelector('main h1')")
 
 
+async def sends(page: Page, more: dict[str, object]) -> None:
+    """What the page sends to engines from now on has more keys in it."""
+    await page.evaluate(
+        "((real) => { window.fetch = (url, options) => real(url, options?.body && String(url).includes('/v1/') ?"
+        f" {{...options, body: JSON.stringify({{...JSON.parse(options.body), ...{json.dumps(more)}}})}} : options)"
+        " })(window.fetch)"
+    )
+
+
 async def fits(page: Page) -> bool:
     """Whether nothing is wider than the page."""
     return bool(await page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"))

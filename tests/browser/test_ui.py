@@ -4,28 +4,22 @@ The daemon of most of these needs no key (`fleet`); the one of the package does 
 file are in test_ui_config.py.
 """
 
-import asyncio
 import contextlib
 import json
 import signal
-import ssl
 from collections.abc import AsyncIterator
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
 
-from tests import certificates
 from tests.browser import screens
 from tests.browser.chromium import Browser, Page
 from tests.browser.conftest import CHAT, configured, forwarded
 from tests.browser.screens import button, click, has
 from tests.fakes.ledger import GIB, Devices
-from tests.harness import NO_LIMIT, OPEN, Daemon, daemon, fake_engines, free_port, port_block, running_command
+from tests.harness import OPEN, Daemon, daemon, fake_engines, free_port, port_block, running_command
 from vllm_proxy.domain.keys import hash_of, new_key
 
 pytestmark = pytest.mark.browser
@@ -350,57 +344,6 @@ async def test_it_heals_after_the_daemon_was_killed(chromium: Browser, tmp_path:
         await page.until(has("main tbody", "new/0"))
         assert await page.evaluate("window.kept")
     await page.close()
-
-
-@contextlib.asynccontextmanager
-async def behind_a_prefix(running: Daemon, folder: Path) -> AsyncIterator[str]:
-    """The address of a proxy that speaks TLS and has the daemon below `/llm/`, by another name than it knows."""
-    left = asyncio.Event()
-
-    async def pass_on(request: web.Request) -> web.StreamResponse:
-        url = f"{running.url}{request.raw_path.removeprefix('/llm')}"
-        headers = {name: value for name, value in request.headers.items() if name != "Host"}
-        async with client.request(request.method, url, headers=headers, data=await request.read()) as answer:
-            kept = {name: value for name, value in answer.headers.items() if name != "Transfer-Encoding"}
-            response = web.StreamResponse(status=answer.status, headers=kept)
-            await response.prepare(request)
-            async for data in answer.content.iter_any():
-                await response.write(data)
-                if left.is_set():
-                    break
-            return response
-
-    app = web.Application()
-    app.router.add_route("*", "/llm/{rest:.*}", pass_on)
-    pair = certificates.make(folder)
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(pair.certificate, pair.key)
-    async with aiohttp.ClientSession(auto_decompress=False, timeout=NO_LIMIT) as client:
-        server = TestServer(app, scheme="https")
-        await server.start_server(ssl=context)
-        try:
-            yield f"https://127.0.0.1:{server.port}/llm/"
-        finally:
-            left.set()
-            await server.close()
-
-
-async def test_it_works_behind_tls_and_a_path_prefix(fleet: Daemon, chromium: Browser, tmp_path: Path) -> None:
-    """Every address is relative to the page, and the daemon takes it for its own though its scheme is another."""
-    async with behind_a_prefix(fleet, tmp_path) as base:
-        page = await chromium.page()
-        await page.call("Security.setIgnoreCertificateErrors", ignore=True)
-        await page.open(f"{base}ui/")
-        await page.front()
-        await page.until(has("tbody", "chat"))
-        await click(page, "Start later")
-        await page.until(f"{row('later')}.innerText.includes('ready')")
-        await click(page, "Stop later")
-        await page.until(f"{row('later')}.querySelector('.state').innerText === 'on demand'")
-        await goes(page, "model/chat")
-        assert all(url.startswith(base) for url in page.requests), page.requests
-        assert page.complaints == []
-        await page.close()
 
 
 async def test_a_forwarded_control_socket_needs_no_key(shared: Daemon, chromium: Browser) -> None:

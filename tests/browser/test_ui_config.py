@@ -1,6 +1,7 @@
 """The screen Configuration of the page in a real browser: the plan before anything is written, problems, conflicts."""
 
 import json
+import tomllib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ max_model_len = 4096     # as the card says
 """
 VERDICT = "#verdict"
 CONFLICT = "main .conflict"
+SELECTED = "(it => it.value?.slice(it.selectionStart, it.selectionEnd))(document.activeElement)"
 LINES = "document.querySelector('.editor pre').innerText"
 
 
@@ -93,8 +95,7 @@ async def test_a_problem_stands_at_its_line_while_one_types(page: Page, running:
     await page.until(has(VERDICT, "models.chat.max_model_len"))
     await page.until(has(VERDICT, "1 problem"))
     await click(page, f"Line {line}")
-    chosen = "((it) => it.value.slice(it.selectionStart, it.selectionEnd))(document.activeElement)"
-    assert str(await page.evaluate(chosen)).startswith("max_model_len = 0")
+    assert str(await page.evaluate(SELECTED)).startswith("max_model_len = 0")
     assert not await page.evaluate(f"!{button('Apply')}.disabled && !{button('Apply')}.hasAttribute('aria-disabled')")
     await page.press("s", "Control")
     await click(page, "Undo")
@@ -206,6 +207,10 @@ async def test_a_file_that_nobody_may_write_is_shown_as_such_at_once(page: Page,
     await goes(page, "config")
     await page.until(has("main .problem", "Read-only."))
     await page.until(has("main .problem", "it has no write bit"))
+    await goes(page, "config/copy/chat")
+    await page.until(has("main .problem", "it has no write bit"))
+    await page.until(f"{SELECTED}?.startsWith('[models.chat]')")
+    assert "chat-copy" not in await value(page, FILE)
     assert await page.evaluate("document.querySelector('.editor textarea').readOnly")
     assert await page.evaluate(f"{button('Copy the text')} && !{button('Apply')}") is True
 
@@ -234,6 +239,118 @@ async def test_a_new_model_is_typed_in_and_planned(page: Page) -> None:
     await page.until(
         "document.activeElement.value?.slice(document.activeElement.selectionStart).startsWith('[models.chat]')"
     )
+
+
+async def test_a_model_is_copied_beside_itself_and_nothing_is_written(page: Page, running: Daemon) -> None:
+    """Its tables and comments follow it under a new id, which is selected, without what no two models may have."""
+    more = 'aliases = ["gpt"]\n[models.chat.args]\nfake_x = 1 # an option\n\n# Last.\n[models.last]\nmodel = "l"\n'
+    running.save(running.file.read_text() + more)
+    await running.write("POST", "/config/reload")
+    await running.all_ready()
+    before = running.file.read_text()
+    await goes(page, "model/chat")
+    await page.until("document.querySelector('main .push a[href=\"#/config/copy/chat\"]')?.innerText === 'Copy'")
+    await page.evaluate("document.querySelector('main .push a[href=\"#/config/copy/chat\"]').click()")
+    await page.until(has(VERDICT, "chat-copy"))
+    copy = MODELS.strip().replace("models.chat", "models.chat-copy")
+    copy += "\n[models.chat-copy.args]\nfake_x = 1 # an option\n"
+    assert await value(page, FILE) == before.replace("\n# Last.", f"\n{copy}\n# Last.")
+    assert await page.evaluate(SELECTED) == "chat-copy"
+    steps = await page.evaluate(
+        "[...document.querySelectorAll('.step')].map(it => it.innerText.split(/\\s+/, 2).join())"
+    )
+    assert steps == ["start,chat-copy"]
+    assert running.file.read_text() == before
+    await goes(page, "fleet")
+    await goes(page, "config")
+    await page.until(has(VERDICT, "chat-copy"))
+    assert (await value(page, FILE)).count("[models.chat-copy]") == 1, "to come back adds no other one"
+    await goes(page, "config/copy/chat")
+    await page.until(f"{SELECTED} === 'chat-copy-2'")
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize(
+    ("text", "copied"),
+    [
+        ("[models.a]\nmodel = 'x' # it's\n[models.b]\nmodel = 'b'", "a"),
+        ('[models]\n[models . "a.x"] # "\nmodel = "x"\n\n[models.\'a.x\'.restart]\nmax_failures = 1', "a.x"),
+        ('[models.a]\naliases = [ # "\n "b]", # c\n]\nargs.s = """\n[models.b]\n"""\n# below\n\n# far', "a"),
+        ('[models.a.adapters.s]\np="p" # "\n[o]\n[models.a.env]\nX="1"\n[[models.a.metadata.l]]', "a"),
+        ('[models.a]\nadapters.s.path = "p"\nadapters_max = {rank = 8}\n[models.a-copy]\nmodel="y"', "a"),
+        ('[models."\\u00e9\\U0001F600\\""]\nmodel="x"\n', 'é😀"'),
+    ],
+)  # fmt: skip
+async def test_a_copy_means_the_same_however_its_tables_are_laid_out(page: Page, text: str, copied: str) -> None:
+    """Beside it everything stays, line by line."""
+    call = f"withCopy({json.dumps(text)}, {json.dumps(copied)}, ['b'])"
+    made = await page.evaluate(f"import('./toml.js').then(toml => toml.{call})")
+    before, after = tomllib.loads(text), tomllib.loads(made["text"])
+    name = f"{copied}-copy" if f"{copied}-copy" not in before["models"] else f"{copied}-copy-2"
+    copy = after["models"].pop(name)
+    assert after == before
+    assert copy == {key: it for key, it in before["models"][copied].items() if key not in {"aliases", "adapters"}}
+    chosen = made["text"].encode("utf-16-le")[2 * made["from"] : 2 * made["to"]].decode("utf-16-le")
+    assert tomllib.loads(f"{chosen} = 1") == {name: 1}
+    rest = iter(made["text"].splitlines())
+    assert all(line in rest for line in text.splitlines())
+
+
+async def test_a_change_that_would_do_is_typed_in_and_planned(page: Page, running: Daemon) -> None:
+    """From the problem on the fleet: the value alone, its comment stays; nothing is written before Apply."""
+    said = (
+        "max seq len (8192), (1.0 GiB KV cache is needed, which is larger than the available KV cache memory (0.5 GiB)."
+        " Based on the available memory, the estimated maximum model length is 2048. Try"
+    )
+    model = "[models.long]\nmodel = 'org/long'\nmax_model_len = 8192 # wide\nrestart.max_failures = 1\n"
+    fails = f"{model}args = {{ fake_exit_at = 'profile', fake_exit_text = \"{said}\" }}\n"
+    running.save(text := running.file.read_text() + fails)
+    await running.write("POST", "/config/reload")
+    await running.once("long", lambda one: one["state"] == "error")
+    await goes(page, "fleet")
+    change = "document.querySelector('main .problem a[href=\"#/config/change/long\"]')"
+    await page.until(f"{change}?.innerText === 'Change…' && {change}.title.startsWith('max_model_len = 2048')")
+    await page.evaluate(f"{change}.click()")
+    await page.until(has(VERDICT, "max_model_len 8192 -> 2048"))
+    wanted = text.replace("max_model_len = 8192", "max_model_len = 2048")
+    assert (await value(page, FILE), await page.evaluate(SELECTED)) == (wanted, "2048")
+    assert running.file.read_text() == text
+    await click(page, "Apply")
+    await page.until(has("#said", "applied"))
+    assert running.file.read_text() == wanted
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ("[models.a]\nmodel = 'x' # y\n# z\n\n[models.b]", "[models.a]\nmodel = 'x' # y\nk = 5\n# z\n\n[models.b]"),
+        ("[models.a]", "[models.a]\nk = 5\n"),
+        ("[models.a]\n  k='#'#c\n[models.b]\nk = 1", "[models.a]\n  k=5#c\n[models.b]\nk = 1"),
+        ("[models.a]\n\tb = 2\n[models.a.l]\nk = 1\n", "[models.a]\n\tb = 2\n\tk = 5\n[models.a.l]\nk = 1\n"),
+        ("[models]\na.k = 0.25\n", "[models]\na.k = 5\n"),
+        ("models.a = {k = 1}\n", None),
+        ("[models.a]\nk = [\n1]\n", None),
+    ],
+)  # fmt: skip
+async def test_a_key_is_set_where_it_stands_or_behind_the_others(page: Page, text: str, changed: str | None) -> None:
+    """Nothing else is touched; where there is no place for it nothing is typed in."""
+    made = await page.evaluate(f"import('./toml.js').then(toml => toml.withKey({json.dumps(text)}, 'a', 'k', 5))")
+    assert (made and made["text"]) == changed
+    assert made is None or made["text"][made["from"] : made["to"]] == "5"
+
+
+async def test_what_cannot_be_copied_as_text_says_so(page: Page, running: Daemon) -> None:
+    """A model in one line, within another table: its line is shown, and nothing is typed."""
+    text = (running.folder / "first.toml").read_text().replace("[models.chat] ", "[models]\n[models.chat] ")
+    text = text.replace("[models]\n", '[models]\none = { model = "org/one" }\n')
+    running.save(text)
+    await running.write("POST", "/config/reload")
+    await running.all_ready()
+    await goes(page, "config/copy/one")
+    await page.until(has("main .problem", "one has no table [models.ID] of its own"))
+    assert await page.evaluate(SELECTED) == 'one = { model = "org/one" }'
+    assert await value(page, FILE) == text
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -1,13 +1,12 @@
 """The screen Playground of the page in a real browser: chats, embeddings, rankings, with their figures."""
 
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from tests.browser.chromium import Browser, Page
-from tests.browser.screens import button, click, fill, fits, goes, has
+from tests.browser.screens import button, click, fill, fits, goes, has, sends
 from tests.harness import OPEN, Daemon, daemon, fake_engines, port_block
 
 pytestmark = pytest.mark.browser
@@ -55,15 +54,6 @@ async def page(running: Daemon, chromium: Browser) -> AsyncIterator[Page]:
     await found.until("document.querySelector('#play-model').value === 'chat'")
     yield found
     await found.close()
-
-
-async def sends(page: Page, more: dict[str, object]) -> None:
-    """What the page sends to engines from now on has more keys in it."""
-    await page.evaluate(
-        "((real) => { window.fetch = (url, options) => real(url, options?.body && String(url).includes('/v1/') ?"
-        f" {{...options, body: JSON.stringify({{...JSON.parse(options.body), ...{json.dumps(more)}}})}} : options)"
-        " })(window.fetch)"
-    )
 
 
 async def say(page: Page, text: str, label: str = MESSAGE) -> None:

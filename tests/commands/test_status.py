@@ -82,6 +82,14 @@ def test_a_problem_has_its_sentence_and_the_next_commands() -> None:
     assert lines[at + 1] == "  vllm-proxy logs vision · vllm-proxy help out_of_memory"
 
 
+def test_a_change_that_would_do_is_named_as_the_file_has_it() -> None:
+    """Below the sentence."""
+    change = {"key": "memory", "value": "31.1GiB"}
+    lines = shown(brief("vision", "error", reason="insufficient_memory", message="lower it", change=change))
+    at = lines.index("vision: insufficient_memory  lower it")
+    assert lines[at + 1] == '  memory = "31.1GiB" would do'
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_the_table_fits_the_terminal(width: int) -> None:
     """Columns that matter less are left out, and what is last is cut."""

@@ -17,6 +17,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from tests.fakes.ledger import GIB, Devices
 from tests.harness import FAKE, Daemon, daemon, fake_engines, session_of, until
 from vllm_proxy.engine.proc import Process, look_up
 
@@ -64,6 +65,32 @@ def exits(found: Any, reason: str) -> bool:  # noqa: ANN401 - JSON
 
 
 # While it starts
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("gpu_memory_utilization = 0.92", {"key": "gpu_memory_utilization", "value": 0.39}),
+        ('memory = "72GiB"', {"key": "memory", "value": "31.1GiB"}),
+    ],
+)
+async def test_what_would_have_done_is_told_by_the_key_that_the_model_has(
+    tmp_path: Path, port_start: int, key: str, change: dict[str, object]
+) -> None:
+    """Where vLLM has said how much is free, and no longer once it runs."""
+    text = (
+        "ValueError: Free memory on device cuda:0 (31.2/79.11 GiB) on startup is less than desired GPU memory "
+        "utilization (0.92, 72.78 GiB)."
+    )
+    table = chat(key, "restart.max_failures = 1", fake_exit_at="weights", fake_exit_text=text)
+    with Devices(tmp_path / "devices.toml", {"0": 80 * GIB}) as devices:
+        async with daemon(fake_engines(port_start) + devices.config + table, tmp_path) as running:
+            await running.once("chat", lambda one: one["state"] == "error")
+            status = (await running.get("/models/chat"))["status"]
+            assert (status["reason"], status["change"]) == ("insufficient_memory", change)
+            running.edit("fake_exit_at", "fake_exit_code = 1 #")
+            await running.all_ready()
+            assert (await running.get("/models/chat"))["status"]["change"] is None
 
 
 @pytest.mark.parametrize("phase", ["import", "bind", "weights", "profile", "capture", "listen"])

@@ -77,8 +77,9 @@ async def test_it_begins_with_all_models_and_the_file(running: Daemon) -> None:
     }  # fmt: skip
     assert one["since"].endswith("Z")
     assert chat | {"rps": 0, "tps": 0} == {
-        "id": "chat", "state": "ready", "reason": None, "message": None, "description": "talks", "aliases": ["gpt"],
-        "source": "org/chat", "start": "always", "enabled": True, "in_flight": 0, "queued": 0, "rps": 0, "tps": 0,
+        "id": "chat", "state": "ready", "reason": None, "message": None, "change": None, "description": "talks",
+        "aliases": ["gpt"], "source": "org/chat", "start": "always", "enabled": True,
+        "in_flight": 0, "queued": 0, "rps": 0, "tps": 0,
     }  # fmt: skip
     assert state == {"revision": await running.revision(), "problems": [], "pending_restart": []}
 

@@ -7,6 +7,8 @@ import pytest
 
 from vllm_proxy.domain.causes import CAUSES, Cause
 from vllm_proxy.domain.diagnose import Exit, diagnose
+from vllm_proxy.domain.fit import requested
+from vllm_proxy.domain.units import parse_size
 
 TAILS = Path(__file__).parent / "tails"
 LOGS = Path(__file__).parent / "logs"
@@ -224,6 +226,56 @@ def test_a_known_line_is_understood_above_its_echo(line: str, reason: str, words
     ]
     found = diagnose(Exit(1, None), tail, was_ready=False)
     assert (found.reason, words in found.message) == (reason, True), found.message
+
+
+_FREE = (
+    "ValueError: Free memory on device cuda:0 ({}/{} GiB) on startup is less than desired GPU memory utilization "
+    "(0.92, 72.78 GiB). Decrease GPU memory utilization or"
+)
+_FITS = (
+    "ValueError: To serve at least one request with the model's max seq len (8192), (1.0 GiB KV cache is needed, which "
+    "is larger than the available KV cache memory (0.5 GiB). Based on the available memory, the estimated maximum "
+    "model length is {}. Try increasing"
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "changes"),
+    [
+        (_FITS.format(4096), {"max_model_len": 4096}),
+        (_FITS.format(0), {}),
+        (_FREE.format("31.20", "79.11"), {"gpu_memory_utilization": 0.39, "memory": "31.1GiB"}),
+        (_FREE.format("0.02", "79.11"), {}),
+        (_FREE.format("0.0", "0.0"), {}),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total", {}),
+        ("ValueError: No available memory for the cache blocks. Try increasing", {}),
+    ],
+)
+def test_a_change_that_would_do_is_told_where_vllm_says_what_would(line: str, changes: dict[str, object]) -> None:
+    """A length that it names, the memory that it found free; elsewhere none is guessed."""
+    found = diagnose(Exit(1, None), [line], was_ready=False)
+    assert {one.key: one.value for one in found.changes} == changes
+
+
+def test_a_real_vllm_has_named_a_length_and_what_was_free() -> None:
+    """In what it wrote, with its memory in decimals that are rounded: what is told is less."""
+    tails = {name: (TAILS / f"{name}.txt").read_text().splitlines()[1:] for name in ("too_long", "insufficient_memory")}
+    found = {name: diagnose(Exit(1, None), tail, was_ready=False).changes for name, tail in tails.items()}
+    assert [(one.key, one.value) for one in found["too_long"]] == [("max_model_len", 256)]
+    share, memory = found["insufficient_memory"]
+    assert (share.key, share.value) == ("gpu_memory_utilization", 0.64)
+    assert (memory.key, memory.value) == ("memory", "6.8GiB")
+
+
+@pytest.mark.parametrize("free", [2.0, 6.87, 31.2, 79.1, 140.03])
+@pytest.mark.parametrize("total", [10.71, 79.11, 140.04])
+def test_the_share_that_is_told_is_within_what_was_free_however_vllm_has_rounded(free: float, total: float) -> None:
+    """Its figures may be off by half a hundredth; it wants the share of the whole, rounded up to a byte."""
+    changes = {it.key: it.value for it in diagnose(Exit(1, None), [_FREE.format(free, total)], was_ready=False).changes}
+    share, memory = float(changes["gpu_memory_utilization"]), parse_size(changes["memory"])
+    assert memory <= (free - 0.005) * 2**30
+    if free <= total:
+        assert requested(int((total + 0.005) * 2**30), share) <= (free - 0.005) * 2**30
 
 
 @pytest.mark.parametrize("file", sorted(LOGS.glob("*.txt")), ids=lambda file: file.stem)

@@ -1,9 +1,12 @@
 """Which spec the instances of a model run, as facts about values."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_proxy.domain.causes import Change
 from vllm_proxy.domain.config import EngineSpec
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason, State
@@ -59,6 +62,14 @@ def test_a_check_that_finds_something_keeps_the_good_one() -> None:
     assert found.refusal is not None
     assert found.refusal.reason is Reason.REPLACEMENT_FAILED
     assert found.refusal.message.endswith("the next edit tries again: no such option")
+
+
+def test_what_would_have_done_for_the_refused_spec_is_told_with_the_refusal() -> None:
+    """It is the file that is to be changed."""
+    would = (Change("max_model_len", 4096),)
+    found = changed().check_ended(replace(REFUSED, changes=would))
+    assert found.refusal is not None
+    assert found.refusal.changes == would
 
 
 def test_a_failure_with_the_new_spec_goes_back_to_the_good_one() -> None:

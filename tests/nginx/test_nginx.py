@@ -1,67 +1,25 @@
 """Behind a real nginx: that has nothing configured but where to pass requests, and as docs/security.md has it."""
 
 import asyncio
-import contextlib
 import io
 import json
-import os
-import shutil
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
 import pytest
 
 from tests import pages
-from tests.harness import daemon, fake_engines, free_port, until
+from tests.harness import daemon, fake_engines, free_port
+from tests.nginx.server import nginx
 from tests.test_pages import blocks
 from vllm_proxy.api.openapi_inference import INFERENCE_ROUTES
 from vllm_proxy.domain.keys import hash_of, new_key
 
 pytestmark = pytest.mark.nginx
 CHAT = '[models.chat]\nmodel = "org/chat"\n'
-CONFIGURATION = """
-daemon off; pid {folder}/pid; error_log {folder}/error.log; {user}
-events {{ }}
-http {{
-  access_log off;
-  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
-  uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
-  {server}
-}}
-"""
 PLAIN = "server {{ listen 80; location / {{ proxy_pass http://127.0.0.1:{behind}; }} }}"
 KEY = new_key(b"k" * 32)
 JSON = {"Content-Type": "application/json"}
-
-
-@contextlib.asynccontextmanager
-async def nginx(folder: Path, server: str) -> AsyncIterator[str]:
-    """The URL of one with this `server`, at a port of its own in the place of 80."""
-    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-    assert program, "no nginx here: `apt-get install nginx`, or leave these tests out with -m 'not nginx'"
-    port = free_port()
-    user = "user root;" if os.geteuid() == 0 else ""
-    file = folder / "nginx.conf"
-    server = server.replace("listen 80;", f"listen 127.0.0.1:{port};")
-    file.write_text(CONFIGURATION.format(folder=folder, server=server, user=user))
-    process = await asyncio.create_subprocess_exec(program, "-p", str(folder), "-c", str(file), "-e", "stderr")
-    url = f"http://127.0.0.1:{port}"
-    try:
-        async with aiohttp.ClientSession() as session:
-
-            async def answers() -> bool:
-                assert process.returncode is None, "nginx has ended"
-                with contextlib.suppress(aiohttp.ClientConnectionError):
-                    async with session.get(f"{url}/health"):
-                        return True
-                return False
-
-            await until(answers, bool)
-        yield url
-    finally:
-        process.terminate()
-        await process.wait()
 
 
 async def test_each_event_comes_through_nginx_as_soon_as_it_is_there(tmp_path: Path, port_start: int) -> None:

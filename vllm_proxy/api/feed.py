@@ -12,7 +12,7 @@ import msgspec
 from aiohttp import web
 
 from vllm_proxy.api.happenings import Entry, Happenings, event
-from vllm_proxy.api.models import rfc3339
+from vllm_proxy.api.models import change_of, rfc3339
 from vllm_proxy.api.rates import Rates
 from vllm_proxy.api.readers import Reader, Readers, new_reader, relay
 from vllm_proxy.domain.feed_resources import Brief, ConfigState, Replica
@@ -185,6 +185,7 @@ def _brief(model: Model, watched: _Watched) -> Brief:
         "state": model.state,
         "reason": diagnosis.reason if diagnosis else None,
         "message": model.message,
+        "change": change_of(model),
         "description": spec.policy.description,
         "aliases": spec.policy.aliases,
         "source": spec.engine.model,

@@ -216,6 +216,7 @@ def resource(model: Model, registry: Registry, held: Mapping[str, Mapping[str, i
             "revision": _revision(model.spec),
             "reason": model.diagnosis.reason if model.diagnosis else None,
             "message": model.message,
+            "change": change_of(model),
             "created_at": rfc3339(model.created_at),
             "updated_at": rfc3339(model.updated_at),
             "in_flight": in_flight,
@@ -233,6 +234,12 @@ def adapters(model: Model) -> list[resources.AdapterStatus]:
         {"id": one.id, "state": one.state, "message": one.message, "instances": list(one.instances)}
         for one in model.adapters_now()
     ]
+
+
+def change_of(model: Model) -> resources.KeyChange | None:
+    """What would mend one, where that is known."""
+    change = model.change
+    return None if change is None else {"key": change.key, "value": change.value}
 
 
 def _room(waits: Waits | None) -> resources.Room | None:

@@ -3,6 +3,7 @@
 Made of what the daemon tells, by values alone: `status` asks and prints.
 """
 
+import json
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Row:
     note: str
     reason: str | None  # of a problem
     message: str | None
+    change: str | None = None  # what of its table would do
 
 
 def row_of(model: "Brief") -> Row:
@@ -75,6 +77,7 @@ def row_of(model: "Brief") -> Row:
         note=_note(replicas) or (str(reason) if reason and not problem else "") or _unasked(replicas),
         reason=str(reason or "error") if problem else None,
         message=model["message"] or next((each["message"] for each in replicas if each["message"]), None),
+        change=f"{change['key']} = {json.dumps(change['value'])}" if (change := model.get("change")) else None,
     )
 
 
@@ -169,6 +172,7 @@ def _problem(row: Row, screen: Screen) -> list[str]:
     whole = Screen(None, screen.colours, screen.shapes)
     return [
         whole.line((f"{row.id}: {row.reason}", RED), about),
+        *([whole.line((f"  {row.change} would do", DIM))] if row.change else []),
         whole.line((f"  vllm-proxy logs {row.id}", DIM), (f"{screen.dot}vllm-proxy help {row.reason}", DIM)),
     ]
 

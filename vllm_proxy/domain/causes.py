@@ -5,17 +5,31 @@ logs). It is tried only on lines that contain one of its `marks`, plain text tha
 vLLM 0.32, PyTorch 2, huggingface_hub; tests/domain/tails has the failures that were seen for real.
 """
 
+import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vllm_proxy.domain.lifecycle import Reason
 
+_NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
 _MOST_TRIES = 100  # lines that contain a mark and do not match
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """A key of a model, and a value of it that this failure would not have been with."""
+
+    key: str
+    value: int | float | str
+
+
+@dataclass(frozen=True, slots=True)
 class Cause:
-    """`message` may name the pattern's groups. `while_serving`: it also ends engines that were ready."""
+    """`message` may name the pattern's groups. `while_serving`: it also ends engines that were ready.
+
+    `changes`: from those groups, where vLLM says the value or it follows from what it says; each would do.
+    """
 
     marks: tuple[str, ...]
     pattern: re.Pattern[str]
@@ -23,6 +37,7 @@ class Cause:
     message: str
     while_serving: bool
     lines: int
+    changes: Callable[[Mapping[str, str]], tuple[Change, ...]]
 
     def find(self, text: str) -> re.Match[str] | None:
         """The first place in a text where it is said."""
@@ -57,29 +72,46 @@ def _cause(
     *,
     while_serving: bool = False,
     lines: int = 1,
+    changes: Callable[[Mapping[str, str]], tuple[Change, ...]] = lambda _: (),
 ) -> Cause:
     """`marks`: each match holds one of them, in its first line; `lines`: so many a match may span."""
     marks = (marks,) if isinstance(marks, str) else marks
-    return Cause(marks, re.compile(pattern, re.MULTILINE), reason, message, while_serving, lines)
+    return Cause(marks, re.compile(pattern, re.MULTILINE), reason, message, while_serving, lines, changes)
+
+
+def _of_what_is_free(said: Mapping[str, str]) -> tuple[Change, ...]:
+    """The most that vLLM would have found free, whichever key says how much it gets; its figures are rounded."""
+    free, total = float(said["free"]) - 0.01, float(said["total"])
+    share, size = math.floor(100 * free / max(total, free, 0.01)) / 100, math.floor(10 * free) / 10
+    shares = (Change("gpu_memory_utilization", share),) if share > 0 else ()
+    return (*shares, Change("memory", f"{size}GiB")) if size > 0 else shares
+
+
+def _of_what_fits(said: Mapping[str, str]) -> tuple[Change, ...]:
+    """The longest length that vLLM names."""
+    most = int(said["most"])
+    return (Change("max_model_len", most),) if most else ()
 
 
 _MEMORY = (
     _cause(
         " memory on ",
-        r"(?:Free|Available) memory on (?P<where>(?:device|node) \S+) \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) on "
-        r"startup is less than desired \w+ memory utilization \((?P<share>[\d.]+), (?P<wanted>[\d.]+) GiB\)",
+        rf"(?:Free|Available) memory on (?P<where>(?:device|node) \S+) \((?P<free>{_NUMBER})/(?P<total>{_NUMBER}) GiB"
+        r"\) on startup is less than desired \w+ memory utilization \((?P<share>[\d.]+), (?P<wanted>[\d.]+) GiB\)",
         Reason.INSUFFICIENT_MEMORY,
         "{free} of {total} GiB are free on {where}, and gpu_memory_utilization {share} asks for {wanted} GiB: "
         "lower it, or stop what else uses that memory",
+        changes=_of_what_is_free,
     ),
     _cause(
         "max seq len (",
         r"max seq len \((?P<length>\d+)\), \((?P<needed>[\d.]+) GiB KV cache is needed, which is larger than the "
         r"available KV cache memory \((?P<left>-?[\d.]+) GiB\)\. Based on the available memory, the estimated maximum "
-        r"model length is (?P<fits>\d+)",
+        r"model length is (?P<most>\d{1,12})",
         Reason.INSUFFICIENT_MEMORY,
         "max_model_len {length} needs {needed} GiB of KV cache and {left} GiB are left: "
-        "set max_model_len to at most {fits}, or raise gpu_memory_utilization or memory",
+        "set max_model_len to at most {most}, or raise gpu_memory_utilization or memory",
+        changes=_of_what_fits,
     ),
     _cause(
         "max seq len (",
@@ -275,9 +307,10 @@ _SPEC = (
     _cause(
         "User-specified max_model_len (",
         r"User-specified max_model_len \((?P<length>\d+)\) is greater than the derived max_model_len "
-        r"\([^\n]*?=(?P<most>[\d.]+)",
+        r"\([^\n]*?=(?P<most>\d{1,12})",
         Reason.INVALID_ARGUMENTS,
         "max_model_len {length} is more than the model can: set at most {most}",
+        changes=_of_what_fits,
     ),
     _cause(
         "Unknown quantization method: ",

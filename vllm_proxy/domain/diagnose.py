@@ -9,9 +9,9 @@ import difflib
 import re
 import signal
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from vllm_proxy.domain.causes import CAUSES, Cause
+from vllm_proxy.domain.causes import CAUSES, Change
 from vllm_proxy.domain.lifecycle import Reason
 
 _ARGPARSE_EXIT = 2
@@ -34,14 +34,18 @@ _ARGPARSE = re.compile(r"^[^\n]*?: error: (?P<what>[^\n]*)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Why an engine is not there. `message` is for people."""
+    """Why an engine is not there. `message` is for people.
+
+    `changes`: of its model, each of which would mend it as far as vLLM has said; of two keys that say the same, both.
+    """
 
     reason: Reason
     message: str
+    changes: tuple[Change, ...] = ()
 
     def masked(self, mask: Callable[[str], str]) -> "Diagnosis":
         """With the secrets in its message hidden."""
-        return Diagnosis(self.reason, mask(self.message))
+        return replace(self, message=mask(self.message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ def diagnose(
     )
     when = "while it slept" if asleep else "while it served" if was_ready else "before it was ready"
     found = (found or _of_the_exit(ended, lines, when)).masked(mask)
-    return Diagnosis(found.reason, _short(found.message))
+    return replace(found, message=_short(found.message))
 
 
 def _bounded(tail: Sequence[str]) -> list[str]:
@@ -126,13 +130,9 @@ def _of_a_known_cause(ended: Exit, lines: Sequence[str], *, was_ready: bool) -> 
     text = "\n".join(lines)
     for cause in CAUSES:
         if (cause.while_serving or not was_ready) and (found := cause.find(text)):
-            return Diagnosis(cause.reason, _filled(cause, found))
+            said = {name: " ".join((value or "").split()) for name, value in found.groupdict().items()}
+            return Diagnosis(cause.reason, cause.message.format(**said), cause.changes(said))
     return None
-
-
-def _filled(cause: Cause, found: re.Match[str]) -> str:
-    parts = {name: " ".join((value or "").split()) for name, value in found.groupdict().items()}
-    return cause.message.format(**parts)
 
 
 def _of_the_exit(ended: Exit, lines: Sequence[str], when: str) -> Diagnosis:

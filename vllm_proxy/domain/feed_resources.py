@@ -10,7 +10,7 @@ from pydantic import Field
 
 from vllm_proxy.domain import keys
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
-from vllm_proxy.domain.resources import Change, Problem, Time
+from vllm_proxy.domain.resources import Change, KeyChange, Problem, Time
 
 type RequestState = Literal["queued", "waiting", "streaming", "ended"]
 
@@ -98,6 +98,7 @@ class Brief(TypedDict):
     state: State
     reason: Reason | None
     message: str | None
+    change: Annotated[KeyChange | None, Field(description="As in `Status`.")]
     description: str
     aliases: Sequence[str]
     source: Annotated[str, Field(description="The key `model`.", examples=["Qwen/Qwen3-0.6B"])]

@@ -99,6 +99,13 @@ class AdapterStatus(TypedDict):
     instances: Annotated[list[int], Field(description="Those that hold it, and serve its requests.")]
 
 
+class KeyChange(TypedDict):
+    """A key of a model, and a value that vLLM itself names, or that follows from what it said."""
+
+    key: Annotated[str, Field(examples=["max_model_len"])]
+    value: Annotated[int | float | str, Field(examples=[4096])]
+
+
 class Status(TypedDict):
     """What is. A model is as good as its best instance."""
 
@@ -108,6 +115,10 @@ class Status(TypedDict):
     ]
     reason: Reason | None
     message: str | None
+    change: Annotated[
+        KeyChange | None,
+        Field(description="What would mend it, where that is known: its last start would not have failed so."),
+    ]
     created_at: Time
     updated_at: Time
     in_flight: int

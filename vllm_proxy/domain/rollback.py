@@ -49,7 +49,7 @@ class Rollback:
         if self.failed is None:
             return None
         kept = "the change failed and what was ready before is kept; the next edit tries again"
-        return Diagnosis(Reason.REPLACEMENT_FAILED, f"{kept}: {self.failed.message}")
+        return Diagnosis(Reason.REPLACEMENT_FAILED, f"{kept}: {self.failed.message}", self.failed.changes)
 
     @property
     def needs_check(self) -> bool:

@@ -4,6 +4,7 @@ The part of a supervisor that is shown. States change by the table of `domain/li
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import structlog
@@ -136,7 +137,7 @@ class Instance(Tenancy):
         self.last_exit = last
         self._history.failed(self.name, why.reason)
         if self.state is State.SLEEPING:
-            self.diagnosis = Diagnosis(why.reason, f"{why.message}; its next request starts another")
+            self.diagnosis = replace(why, message=f"{why.message}; its next request starts another")
         log.warning("an engine ended by itself", instance=self.name, reason=why.reason, message=why.message)
 
     def _note_ready(self, engine: Engine, woke_seconds: float | None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from vllm_proxy.domain import lifecycle
+from vllm_proxy.domain.causes import Change
 from vllm_proxy.domain.config import EngineSpec, ModelSpec
 from vllm_proxy.domain.decide import Wanted
 from vllm_proxy.domain.diagnose import Diagnosis
@@ -75,6 +76,13 @@ class ModelStatus:
         """What is said of it: why it is not what the file asks for, or for what it waits."""
         diagnosis, waits = self.diagnosis, self.waits
         return diagnosis.message if diagnosis is not None else waits.because if waits is not None else None
+
+    @property
+    def change(self) -> Change | None:
+        """What of its keys would mend that, by the one of two that says how much memory it gets."""
+        other = "memory" if self.spec.engine.memory is None else "gpu_memory_utilization"
+        diagnosis = self.diagnosis
+        return None if diagnosis is None else next((one for one in diagnosis.changes if one.key != other), None)
 
     @property
     def stopped_by_hand(self) -> bool:

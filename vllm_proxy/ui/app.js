@@ -7,8 +7,8 @@
 //   leave()   called when another screen, or the same one with another `rest`, takes its place: abort what is under way
 // It asks the daemon through `call` (api.js) alone; a 401 opens the dialogue for a key there. Elements are made by `h`
 // (dom.js), never from markup; styles are classes of the screen's own css file, named in index.html.
-// Addresses: #/fleet, #/model/ID, #/requests[/REQUEST_ID], #/events, #/devices, #/config[/new | /model/ID], #/play[/ID],
-// #/keys, #/usage.
+// Addresses: #/fleet, #/model/ID, #/requests[/REQUEST_ID], #/events, #/devices, #/config[/new | /model/ID | /copy/ID |
+// /change/ID], #/play[/ID], #/keys, #/usage.
 import { enterKey } from "./api.js";
 import { configuration } from "./config.js";
 import { devices } from "./devices.js";

@@ -4,8 +4,9 @@ import { call } from "./api.js";
 import { copyButton } from "./copy.js";
 import { showDiff } from "./diff.js";
 import { acts, enable, h, plural, problem, say, setAttribute, setText, show } from "./dom.js";
-import { editor, tableLine } from "./editor.js";
+import { editor } from "./editor.js";
 import { store } from "./feed.js";
+import { tableLine, withCopy, withKey, withModel } from "./toml.js";
 
 const PAUSE_MS = 250;
 const WORDS = { start: "start", replace: "replace", update: "live", scale: "scale", stop: "stop" };
@@ -68,7 +69,7 @@ class Configuration {
     this.asked = 0;
     this.busy = true;
     this.seen = "";
-    this.wanted = { what, id };
+    this.wanted = { what, id, address: location.hash };
     this.text = editor("models.toml", () => this.changed());
     this.text.readOnly(true); // until the file is there: what is typed before it would be a draft of nothing
     this.verdict = h("div", { id: "verdict", role: "status" });
@@ -131,8 +132,6 @@ class Configuration {
   }
 
   async load() {
-    const { what, id } = this.wanted;
-    this.wanted = {};
     try {
       const file = await read();
       if (this.left) return;
@@ -141,12 +140,7 @@ class Configuration {
         this.take(draft.text, draft.base, { ...file, revision });
         if (file.revision !== revision && !file.readOnly) this.conflict(file);
       } else this.take(file.text, file.text, file);
-      if (what === "new" && !file.readOnly) {
-        this.text.append(this.newTable());
-        // To come back here adds no other one. Whoever is on the way to another screen is not called back.
-        if (location.hash === "#/config/new") history.replaceState(null, "", "#/config");
-      }
-      if (what === "model") this.text.go(tableLine(this.text.value(), id));
+      this.begin(file.readOnly);
       this.busy = false;
     } catch (error) {
       const again = h("button", { onclick: () => this.load() }, "Try again");
@@ -154,11 +148,27 @@ class Configuration {
     }
   }
 
-  newTable() {
+  // Type in what the address asks for, or show it.
+  begin(readOnly) {
+    const { what, id, address } = this.wanted;
+    this.wanted = {};
     const there = this.text.value();
-    let name = "new";
-    for (let i = 2; tableLine(there, name); i++) name = `new-${i}`;
-    return [`[models.${name}]`, 'model = ""'];
+    const names = [...store.models.values()].flatMap((model) => [model.id, ...model.aliases]);
+    const change = store.models.get(id)?.change;
+    const types = {
+      new: () => withModel(there, names),
+      copy: () => withCopy(there, id, names),
+      ...(change && { change: () => withKey(there, id, change.key, change.value) }),
+    };
+    const line = id ? tableLine(there, id) : 0;
+    if (!Object.hasOwn(types, what ?? "") || readOnly) return this.text.go(line);
+    // To come back here adds no other one. Whoever is on the way to another screen is not called back.
+    if (location.hash === address) history.replaceState(null, "", "#/config");
+    const typed = types[what]();
+    if (typed) return this.text.type(typed);
+    this.text.go(line);
+    const why = " has no table [models.ID] of its own in this file, so nothing was typed in: edit its lines by hand.";
+    this.above.append(problem("mild", h("p", {}, h("b", {}, id), why)));
   }
 
   // Show a text; `base` is the file that it is made from.

@@ -42,17 +42,23 @@ export function editor(label, changed) {
   }
   field.onscroll = draw;
 
-  // Select a line and show it, if it is one.
+  // Select a part of the text and show it.
+  function select(from, to) {
+    const all = field.value.split("\n").length;
+    const before = field.value.slice(0, from).split("\n").length - 1;
+    field.focus();
+    field.setSelectionRange(from, to);
+    field.scrollTop = Math.max(0, ((before - 5) * field.scrollHeight) / all);
+    field.scrollLeft = 0;
+    draw();
+  }
+
+  // Select a line, if it is one.
   function go(line) {
     if (!line) return;
     const lines = field.value.split("\n");
-    const start = lines.slice(0, line - 1).reduce((sum, one) => sum + one.length + 1, 0);
-    field.focus();
-    field.setSelectionRange(start, start + (lines[line - 1] ?? "").length);
-    const height = field.scrollHeight / Math.max(lines.length, 1);
-    field.scrollTop = Math.max(0, (line - 6) * height);
-    field.scrollLeft = 0;
-    draw();
+    const from = lines.slice(0, line - 1).reduce((sum, one) => sum + one.length + 1, 0);
+    select(from, from + (lines[line - 1] ?? "").length);
   }
 
   return {
@@ -66,12 +72,11 @@ export function editor(label, changed) {
       bad = [];
       draw();
     },
-    // Add lines at the end, as if typed, and select the last one.
-    append(lines) {
-      const before = field.value.replace(/\n*$/, "");
-      field.value = `${before}${before && "\n\n"}${lines.join("\n")}\n`;
+    // Another text, as if typed, with what is selected of it.
+    type({ text, from, to }) {
+      field.value = text;
       oninput();
-      go(field.value.split("\n").length - 1);
+      select(from, to);
     },
     mark(problems) {
       bad = problems.filter((one) => one.line && !one.file).map((one) => one.line);
@@ -82,10 +87,4 @@ export function editor(label, changed) {
       field.readOnly = is;
     },
   };
-}
-
-// The line of a model's table, 0 where there is none.
-export function tableLine(text, id) {
-  const heads = [`[models.${id}]`, `[models.${JSON.stringify(id)}]`, `[models.'${id}']`];
-  return text.split("\n").findIndex((line) => heads.some((head) => line.trim().startsWith(head))) + 1;
 }

@@ -47,6 +47,7 @@ export function problemList(here = false) {
   const one = (found) => {
     const text = h("span");
     const help = h("a", { class: "code" });
+    const change = h("a", { class: "button" }, "Change…");
     const { model } = found;
     const box = problem(
       found.mild ? "mild" : "",
@@ -56,7 +57,7 @@ export function problemList(here = false) {
         { class: "acts" },
         help,
         !here && h("a", { class: "button", href: found.to }, model ? "Show" : "Configuration"),
-        model && h("a", { class: "button", href: `#/config/model/${encodeURIComponent(model.id)}` }, "Change…"),
+        model && change,
         model &&
           h("button", { onclick: () => act(model.id, "start"), "aria-label": `Try again: ${model.id}` }, "Try again"),
       ),
@@ -66,6 +67,10 @@ export function problemList(here = false) {
       setText(help, now.code ?? "");
       help.hidden = !now.code;
       setAttribute(help, "href", now.code ? `../help/${now.code}` : null);
+      if (!now.model) return;
+      const { key, value } = now.model.change ?? {};
+      setAttribute(change, "href", `#/config/${key ? "change" : "model"}/${encodeURIComponent(now.id)}`);
+      setAttribute(change, "title", key ? `${key} = ${JSON.stringify(value)}, and what it would do` : null);
     };
     return box;
   };

@@ -62,6 +62,7 @@ export function model(main, [id = ""]) {
     does.append(
       acts,
       h("a", { class: "button", href: `#/config/model/${name}` }, "Edit"),
+      h("a", { class: "button", href: `#/config/copy/${name}` }, "Copy"),
       h("a", { class: "button", href: `#/play/${name}` }, "Try it"),
     );
   }
