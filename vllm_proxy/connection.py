@@ -247,7 +247,8 @@ def connected(places: Reachable) -> Iterator[Connection]:
             " which its own user alone may; run it with sudo, or name another daemon's --state-dir"
         )
         raise CommandError(msg)
-    msg = f"cannot reach a daemon: none listens on {places.control_socket}; is --state-dir the daemon's?"
+    looked = " nor on ".join(map(str, places.sockets))
+    msg = f"cannot reach a daemon: none listens on {looked}; is it running, or does --state-dir name another?"
     raise NoDaemonError(msg)
 
 

@@ -1,7 +1,8 @@
 """`python -m tests.browser.pictures [FOLDER]`: the pictures in the README, of the page and of `status`.
 
-Taken in the real headless Chromium, of a daemon with fake engines on two devices that everything happens to at once:
-one model is ready and busy, one loads, one failed, one waits to be asked, one is disabled.
+Taken in the real headless Chromium. `chat` is of `vllm-proxy demo`, with real vLLM; the others are of a daemon with
+fake engines on two devices that everything happens to at once: one model is ready and busy, one loads, one failed, one
+waits to be asked, one is disabled.
 """
 
 import asyncio
@@ -17,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.browser.chromium import Page, browser
+from tests.browser.screens import click, fill
 from tests.fakes.ledger import GIB, Devices
-from tests.harness import OPEN, PLAIN, Daemon, daemon, fake_engines, port_block
+from tests.harness import OPEN, PLAIN, Daemon, daemon, fake_engines, port_block, running_command
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 _SIZES = ((1280, 800), (390, 844))
@@ -76,6 +78,7 @@ restart.max_failures = 1
 """
 _COLOURS = {"1": "font-weight:bold", "2": "opacity:.65", "31": "color:#ff8272", "32": "color:#5fd7a0",
             "33": "color:#e5b454", "36": "color:#6fc3df"}  # fmt: skip
+_QUESTIONS = ("What is the capital of France?", "And of Italy?")
 # Past what makes the engines fakes.
 _TO_THE_MODELS = """(box => {
   const above = box.value.slice(0, box.value.indexOf("# The one for everybody")).split("\\n").length - 1;
@@ -99,6 +102,10 @@ SHOTS = (
     *(Picture(f"plan-{width}-{theme}", width, height) for width, height in _SIZES for theme in ("light", "dark")),
     Picture("status", *_TERMINAL),
 )
+OF_DEMO = tuple(
+    Picture(f"chat-{width}-{theme}", width, height) for width, height in _SIZES for theme in ("light", "dark")
+)
+_LOAD_SECONDS = 900.0  # two vLLM starts side by side on two slow cores
 
 
 @contextlib.asynccontextmanager
@@ -183,11 +190,36 @@ async def take(folder: Path) -> None:
             await _status(await chromium.page("about:blank"), running, folder)
 
 
+async def of_demo(running: Daemon, folder: Path) -> None:
+    """Make each of `OF_DEMO`: its chat model has answered two questions in the Playground."""
+    with tempfile.TemporaryDirectory() as scratch:
+        async with browser(Path(scratch) / "profile") as chromium:
+            page = await chromium.page(f"{running.url}/ui/#/play/chat")
+            await page.front()
+            await page.until("document.querySelector('#play-model').value === 'chat'")
+            await fill(page, "temperature", "0")
+            await fill(page, "max tokens", "48")
+            for number, question in enumerate(_QUESTIONS, 1):
+                await fill(page, "Message", question)
+                await click(page, "Send")
+                told = "[...document.querySelectorAll('.told')].filter(one => one.innerText.includes('first token'))"
+                await page.until(f"{told}.length === {number}")
+            await _themes(page, "chat", folder)
+
+
+async def _all(folder: Path) -> None:
+    await take(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        async with running_command(Path(scratch), "demo", seconds=_LOAD_SECONDS) as running:
+            await running.until("2 of 2 models ready", _LOAD_SECONDS)
+            await of_demo(running, folder)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Into the folder that the README shows, or another one."""
     folder = Path(arguments[0]) if arguments else PICTURES
     folder.mkdir(parents=True, exist_ok=True)
-    asyncio.run(take(folder))
+    asyncio.run(_all(folder))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.pictures import PICTURES, SHOTS, take
+from tests.browser.pictures import OF_DEMO, PICTURES, SHOTS, take
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,4 +33,4 @@ def test_the_readme_shows_pictures_that_are_there() -> None:
     """Each picture of the README is made by the command, and each that is committed too."""
     shown = set(re.findall(r"examples/pictures/([\w-]+)\.png", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert shown
-    assert shown <= {shot.name for shot in SHOTS} == {file.stem for file in PICTURES.iterdir()}
+    assert shown <= {shot.name for shot in (*SHOTS, *OF_DEMO)} == {file.stem for file in PICTURES.iterdir()}

@@ -82,6 +82,15 @@ def test_a_problem_has_its_sentence_and_the_next_commands() -> None:
     assert lines[at + 1] == "  vllm-proxy logs vision · vllm-proxy help out_of_memory"
 
 
+def test_what_waits_says_for_what() -> None:
+    """Below the table, whole: the note has no room for it."""
+    waits = "waits for 17.0 GiB of the machine's memory, behind chat: embed loads there"
+    queued = replica("loading", phase="queued", message=waits)
+    lines = shown(brief("chat3", "loading", queued), screen=Screen(60, colours=False, shapes=True))
+    assert f"chat3:  {waits}" in lines
+    assert not any("chat" in line for line in shown(brief("chat"))[4:])
+
+
 def test_a_change_that_would_do_is_named_as_the_file_has_it() -> None:
     """Below the sentence."""
     change = {"key": "memory", "value": "31.1GiB"}

@@ -27,7 +27,10 @@ async def test_stop_start_and_restart_act_and_tell_what_became_of_it(tmp_path: P
         await running.all_ready()
         (pid,) = await running.pids("chat")
         status, out, _ = await vllm_proxy(tmp_path, "stop", "chat")
-        assert (status, out.splitlines()[-1]) == (0, "chat: stopped: stopped by hand; start it by hand, or change it")
+        assert (status, out.splitlines()[-1]) == (
+            0,
+            "chat: stopped: stopped by hand; `vllm-proxy start` lets it serve again, and so does a change of it",
+        )
         assert session_of(pid) == set()
         assert (await running.post("/v1/chat/completions", ASK, 503))["error"]["code"] == "model_stopped"
         status, out, _ = await vllm_proxy(tmp_path, "start", "chat")
@@ -74,7 +77,10 @@ async def test_who_waits_for_a_model_is_told_that_somebody_else_wants_it_otherwi
         quick = await vllm_proxy(tmp_path, "start", "quick")
         assert quick[0] == 0
         status, out, _ = await starting
-        assert (status, out.splitlines()[-1]) == (1, "chat: stopped: stopped by hand; start it by hand, or change it")
+        assert (status, out.splitlines()[-1]) == (
+            1,
+            "chat: stopped: stopped by hand; `vllm-proxy start` lets it serve again, and so does a change of it",
+        )
 
 
 async def test_what_the_daemon_does_not_know_or_allow_is_1(tmp_path: Path, port_start: int) -> None:

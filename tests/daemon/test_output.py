@@ -177,7 +177,7 @@ def test_a_daemon_that_cannot_start_says_so_or_not_and_ends(
 
 @pytest.mark.parametrize("form", ["text", "json", "journal"])
 def test_a_daemon_that_cannot_start_says_why(tmp_path: Path, form: str) -> None:
-    """Though it ends in the next moment."""
+    """Though it ends in the next moment; in the journal as an error, where `-p err` looks for it."""
     (tmp_path / "models.toml").write_text("[models.chat]\n")
     done = subprocess.run(
         [*WATCHED, "serve", "--state-dir", str(tmp_path / "state"), "--log-format", form],
@@ -185,4 +185,5 @@ def test_a_daemon_that_cannot_start_says_why(tmp_path: Path, form: str) -> None:
         cwd=tmp_path, check=False, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 78
-    assert re.fullmatch(r".*models.toml:1: models.chat.model: missing: .*\n", done.stderr)
+    mark = "<3>" if form == "journal" else ""
+    assert re.fullmatch(rf"{mark}/.*models.toml:1: models.chat.model: missing: .*\n", done.stderr)

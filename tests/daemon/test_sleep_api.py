@@ -81,7 +81,10 @@ async def test_the_commands_sleep_and_wake_wait_and_tell_what_became_of_it(tmp_p
         assert error["code"] == "sleep_not_enabled"
         assert (await vllm_proxy(tmp_path, "sleep", "chat"))[0] == 0
         status, out, _ = await vllm_proxy(tmp_path, "stop", "chat")
-        assert (status, out.splitlines()[-1]) == (0, "chat: stopped: stopped by hand; start it by hand, or change it")
+        assert (status, out.splitlines()[-1]) == (
+            0,
+            "chat: stopped: stopped by hand; `vllm-proxy start` lets it serve again, and so does a change of it",
+        )
 
 
 async def test_a_sleep_that_fails_is_told_and_counted_and_the_next_request_is_answered(tmp_path: Path) -> None:

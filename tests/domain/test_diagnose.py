@@ -77,6 +77,15 @@ def test_any_other_end_is_a_crash(ended: Exit, shown: str) -> None:
     assert (found.reason, found.message) == ("crashed", f"the engine ended while it served ({shown})")
 
 
+def test_a_crash_does_not_quote_a_success() -> None:
+    """The last line of an engine that was killed is often of a request that it answered."""
+    tail = ["what is this", 'INFO:     127.0.0.1:41522 - "POST /v1/chat/completions HTTP/1.1" 200 OK']
+    assert diagnose(Exit(None, None), tail[1:], was_ready=True).message == (
+        "the engine ended while it served (exit code unknown)"
+    )
+    assert diagnose(Exit(None, None), tail, was_ready=True).message.endswith("(exit code unknown): what is this")
+
+
 def test_a_crash_names_its_last_error() -> None:
     """The cause is the last line that speaks of an error, not merely the last line."""
     found = diagnose(Exit(1, None), [*TRACEBACK[:2], "bye"], was_ready=False)

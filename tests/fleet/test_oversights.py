@@ -24,6 +24,15 @@ def lacking(text: str, folder: Path) -> dict[str, str]:
     return {dotted(path): message for path, message in oversights(config, folder, {}, shares=True)}
 
 
+def test_a_model_without_any_device_is_told_where_the_processors_memory_is_managed(tmp_path: Path) -> None:
+    """An empty CUDA_VISIBLE_DEVICES is usual for vLLM on a CPU, and takes it out of the plan."""
+    none = '[devices]\nsource = "cpu"\n[models.chat]\nmodel = "org/chat"\nenv = { CUDA_VISIBLE_DEVICES = "" }\n'
+    place = "models.chat.env.CUDA_VISIBLE_DEVICES"
+    assert 'remove it where [devices] has source = "cpu"' in lacking(none, tmp_path)[place]
+    assert place not in lacking(none.replace('"cpu"', '"auto"'), tmp_path)
+    assert place not in lacking(none.replace('= ""', '= "0"'), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

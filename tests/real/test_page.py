@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from tests.browser.chromium import Browser, Page, browser
+from tests.browser.pictures import OF_DEMO, of_demo
 from tests.browser.screens import button, click, fill, has, sends
 from tests.harness import Daemon
 
@@ -56,6 +58,12 @@ async def test_the_model_says_in_the_page_what_the_capital_of_france_is(page: Pa
     request_id = await page.evaluate(f"document.querySelector('{TOLD} a').innerText")
     assert (await demo.get(f"/requests/{request_id}"))["completion_tokens"] == int(found[1])
     assert page.complaints == []
+
+
+async def test_the_command_still_makes_each_picture_of_the_demo(demo: Daemon, tmp_path: Path) -> None:
+    """What they show is for people to look at."""
+    await of_demo(demo, tmp_path)
+    assert {file.stem for file in tmp_path.iterdir()} == {shot.name for shot in OF_DEMO}
 
 
 async def test_stop_ends_a_long_answer_of_the_model(page: Page, demo: Daemon) -> None:

@@ -524,7 +524,7 @@ def test_what_is_being_done_is_done_and_what_waits_for_its_turn_is_not() -> None
 def test_a_request_of_nobody_ends_when_nobody_may_have_it_any_more() -> None:
     """[keys.anonymous] is narrowed as any other."""
     assert refusal(ANYBODY, ANYBODY, key="") is None
-    assert refusal(ANYBODY, KEYS, key="") == "missing_scope"
+    assert refusal(ANYBODY, KEYS, key="") == "missing_api_key"  # as the next one; nobody has a key called anonymous
     everything = "[server]\nallow_remote_admin = true\n"
     assert refusal(everything, "", key="") == "missing_scope"
     assert refusal(everything, ANYBODY, key="") is None

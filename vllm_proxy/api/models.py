@@ -195,7 +195,7 @@ def sleep(model: Model) -> asyncio.Future[None]:
         RequestError: `sleep_not_enabled`: its engines may not sleep.
 
     """
-    why: str | None = "its keys have no `sleep`"
+    why: str | None = "its keys have no `sleep`, which may be 1 or 2 (`vllm-proxy help sleep_not_enabled`)"
     if model.spec.engine.sleep is not None:
         reasons = [one.why_awake for one in model.instances]
         why = None if None in reasons else next(iter(reasons), None)

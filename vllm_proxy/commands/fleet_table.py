@@ -126,6 +126,8 @@ def lines_of(rows: Iterable[Row], health: "Health", screen: Screen, now: datetim
     for row in shown:
         if row.reason is not None:
             lines += ["", *_problem(row, screen)]
+        elif row.rank == _MOVING and row.message:
+            lines += ["", Screen(None, screen.colours, screen.shapes).line((f"{row.id}:", YELLOW), f"  {row.message}")]
     for text, remedy in _of_the_daemon(health):
         lines += ["", screen.line((text, RED)) if screen.width is None else screen.paint(text, RED)]
         lines.append(screen.line((f"  {remedy}", DIM)))

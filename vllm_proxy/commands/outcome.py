@@ -23,15 +23,24 @@ def outcome_of(run: Callable[[argparse.Namespace], int], options: argparse.Names
         complain(str(error))
         return NO_DAEMON
     except VllmProxyError as error:
-        complain(str(error))
+        complain(str(error), _mark(options))
         return FAILED
     except (KeyboardInterrupt, BrokenPipeError):
         return FAILED
     except (OSError, UnicodeError) as error:  # no better message exists
         if getattr(options, "log_level", "") == "debug":
             raise
-        complain(f"cannot {options.action}: {_why(error)}")
+        complain(f"cannot {options.action}: {_why(error)}", _mark(options))
         return FAILED
+
+
+def _mark(options: argparse.Namespace) -> str:
+    """What begins a line of a daemon that cannot start: the journal's priority `err`, where its log has one."""
+    if not hasattr(options, "log_format"):
+        return ""
+    from vllm_proxy.logsetup import resolve  # noqa: PLC0415 - only the daemon has it imported already
+
+    return "<3>" if resolve(options.log_format, os.environ) == "journal" else ""
 
 
 def _why(error: Exception) -> str:
@@ -49,7 +58,7 @@ def _refused(error: ConfigError, options: argparse.Namespace) -> int:
     elif options.action == "check":
         write("\n".join(error.lines()))
     else:
-        complain_lines(error.lines())
+        complain_lines([_mark(options) + line for line in error.lines()])
     return CONFIG_INVALID if options.action in _ABOUT_A_FILE else FAILED
 
 

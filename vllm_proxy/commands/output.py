@@ -30,10 +30,10 @@ def discard(_text: str) -> None:
     """With --json the result alone is printed."""
 
 
-def complain(text: str) -> None:
-    """Report why a command failed; where stderr cannot be written, the exit status has to do."""
+def complain(text: str, mark: str = "") -> None:
+    """Report why a command failed, behind `mark`; where stderr cannot be written, the exit status has to do."""
     with contextlib.suppress(OSError):
-        print(f"vllm-proxy: {text}", file=sys.stderr, flush=True)
+        print(f"{mark}vllm-proxy: {text}", file=sys.stderr, flush=True)
 
 
 def complain_lines(lines: Sequence[str]) -> None:

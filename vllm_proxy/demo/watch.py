@@ -47,9 +47,7 @@ def watch(reconciler: Reconciler, address: str, file: Path, place: str = "") -> 
             say()
             loop.call_later(_STILL_SECONDS, still)
 
-    print(
-        "Starting vLLM twice; on two cores this takes one to three minutes. Ctrl-C stops everything.", file=sys.stderr
-    )
+    print("Starting vLLM twice; on two cores this takes one to four minutes. Ctrl-C stops everything.", file=sys.stderr)
     reconciler.listen(changed)
     changed()
     loop.call_later(_STILL_SECONDS, still)

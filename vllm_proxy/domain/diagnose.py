@@ -28,6 +28,7 @@ _ERROR = re.compile(r"^(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrup
 _FOLLOW_UP = re.compile(
     r"Engine core initialization failed|EngineDeadError|See root cause above|WorkerProc initialization"
 )
+_SUCCESS = re.compile(r"(?:INFO|DEBUG)\b")  # as of the requests that it answered
 _UNKNOWN = re.compile(r"unrecognized arguments: (?P<options>.*)")
 _ARGPARSE = re.compile(r"^[^\n]*?: error: (?P<what>[^\n]*)", re.MULTILINE)
 
@@ -144,10 +145,10 @@ def _of_the_exit(ended: Exit, lines: Sequence[str], when: str) -> Diagnosis:
 
 
 def _last_error(lines: Sequence[str]) -> str:
-    """The last line that names an error which does not follow from another one; else the last line at all."""
+    """The last line that names an error which does not follow from another one; else the last that is no success."""
     error = last = ""
     for line in map(str.strip, reversed(lines)):
-        last = last or line
+        last = last or ("" if _SUCCESS.match(line) else line)
         if _ERROR.search(line):
             error = error or line
             if not _FOLLOW_UP.search(line):

@@ -18,7 +18,9 @@ from vllm_proxy.fleet.claims import Waits
 from vllm_proxy.fleet.history import History
 from vllm_proxy.fleet.supervisor import Supervisor
 
-_STOPPED_BY_HAND = Diagnosis(Reason.STOPPED_BY_HAND, "stopped by hand; start it by hand, or change it")
+_STOPPED_BY_HAND = Diagnosis(
+    Reason.STOPPED_BY_HAND, "stopped by hand; `vllm-proxy start` lets it serve again, and so does a change of it"
+)
 
 
 class ModelStatus:

@@ -35,6 +35,7 @@ def oversights(config: Config, folder: Path, env: Mapping[str, str], *, shares: 
             *_of_adapters(model, folder),
             *_of_command(model, programs),
             *_of_devices(model),
+            *_of_no_device(model, config),
         ):
             yield ("models", model.id, *key), message
     if shares:
@@ -102,6 +103,14 @@ def _of_command(model: ModelSpec, programs: Programs) -> Iterator[Found]:
         programs.command(model.engine)
     except LaunchError as error:
         yield ("command",), error.diagnosis.message
+
+
+def _of_no_device(model: ModelSpec, config: Config) -> Iterator[Found]:
+    """Usual for vLLM on a CPU, and meant for GPUs."""
+    names_none = model.engine.variables.get("CUDA_VISIBLE_DEVICES", "0").strip() == ""
+    if config.devices.source == "cpu" and names_none and model.engine.devices is None:
+        what = "with an empty CUDA_VISIBLE_DEVICES it has no device, so that its memory is not managed"
+        yield ("env", "CUDA_VISIBLE_DEVICES"), f'{what}: remove it where [devices] has source = "cpu"'
 
 
 def _of_devices(model: ModelSpec) -> Iterator[Found]:

@@ -165,7 +165,7 @@ class Access:
         admission.caller = now  # it may expire at another time
         narrowed = now.key != before.key
         if narrowed and admission.scope is not None and admission.scope not in now.scopes:
-            return _too_narrow(now, admission.scope)
+            return _without_any(admission.scope) if now.is_anonymous else _too_narrow(now, admission.scope)
         if narrowed and admission.model and not self._keyring.may_go_on(now, admission.model):
             return model_not_found(admission.model)
         return None
@@ -268,14 +268,22 @@ def _tokens(head: Head) -> Iterator[bytes]:
 
 def _without_key(head: Head, scope: Scope) -> RequestError:
     token = next(_tokens(head), None)
-    way = f"`vllm-proxy keys new NAME --scope {scope}` makes one"
     if token is None:
-        msg = f"cannot do this without a key: send one as Authorization: Bearer KEY; {way}"
-        return AccessError("missing_api_key", msg, _REALM)
+        return _without_any(scope)
+    way = _way(scope)
     if is_mistyped(token.decode("latin-1")):
         msg = "cannot take this key: it is mistyped, a character is missing or wrong; paste it once more"
         return AccessError("invalid_api_key", msg, _INVALID)
     return AccessError("invalid_api_key", f"cannot take this key: it is unknown or revoked; {way}", _INVALID)
+
+
+def _without_any(scope: Scope) -> RequestError:
+    msg = f"cannot do this without a key: send one as Authorization: Bearer KEY; {_way(scope)}"
+    return AccessError("missing_api_key", msg, _REALM)
+
+
+def _way(scope: Scope) -> str:
+    return f"`vllm-proxy keys new NAME --scope {scope}` makes one"
 
 
 def _check_time(caller: Caller) -> None:
