@@ -80,10 +80,21 @@ async def test_an_edit_is_planned_then_applied_and_the_comments_stay(page: Page,
 async def test_the_keyboard_applies_what_the_plan_has_shown(page: Page, running: Daemon) -> None:
     """Ctrl+S, from the text field; nothing is saved by the browser."""
     await edit(page, "# kept", "# kept, and more")
-    await page.until(has(VERDICT, "Nothing changes for any model"))
+    await page.until(has(VERDICT, "Nothing changes"))
     await page.press("s", "Control")
     await page.until(has("#said", "applied"))
     assert "# kept, and more" in running.file.read_text()
+
+
+async def test_what_changes_outside_of_models_is_planned_too(page: Page) -> None:
+    """Keys by name, settings with their values, what waits for a restart, and what is to be warned of."""
+    server = "[server]\nusage = true\nhost = '127.0.0.2'\nallow_remote_admin = true\n"
+    await edit(page, "[keys.anonymous]", f"{server}[keys.anonymous]")
+    await edit(page, 'scopes = ["admin"]', 'scopes = ["read"]')
+    await page.until(has(VERDICT, "key changed: anonymous"))
+    for said in ("server.usage false -> true", "server.host, with the next start", "whoever can connect may change"):
+        await page.until(has(VERDICT, said))
+    assert page.complaints == []
 
 
 async def test_a_problem_stands_at_its_line_while_one_types(page: Page, running: Daemon) -> None:

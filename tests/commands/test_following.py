@@ -11,10 +11,15 @@ from vllm_proxy.commands.changes import lines_of
 from vllm_proxy.commands.events import line_of
 from vllm_proxy.commands.screen import Screen
 from vllm_proxy.domain.feed_resources import Happening
-from vllm_proxy.domain.resources import Change
+from vllm_proxy.domain.plan import Kind
+from vllm_proxy.domain.resources import Plan
 
 CHAT = '[models.chat]\nmodel = "org/chat"\n'
 ASK = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
+NOTHING: Plan = {
+    "changes": [], "pending_restart": [], "keys": {"added": [], "changed": [], "removed": []}, "settings": [],
+    "warnings": [],
+}  # fmt: skip
 PIPE = Screen(None, colours=False, shapes=True)
 COLOURED = Screen(80, colours=True, shapes=True)
 
@@ -45,12 +50,28 @@ def test_each_kind_of_event_is_a_line() -> None:
 
 def test_a_plan_is_coloured_by_what_it_costs() -> None:
     """On a terminal; nothing of it is cut, and elsewhere it reads as it did."""
-    changes = [cast("Change", {"action": "replace", "model": "chat", "reason": "x" * 200, "place": ["0"]})]
-    assert lines_of(changes, PIPE) == [f"replace chat: {'x' * 200}; on device 0"]
-    (line,) = lines_of(changes, COLOURED)
+    found: Plan = {
+        **NOTHING,
+        "changes": [{"action": Kind.REPLACE, "model": "chat", "reason": "x" * 200, "place": ["0"]}],
+    }
+    assert lines_of(found, PIPE) == [f"replace chat: {'x' * 200}; on device 0"]
+    (line,) = lines_of(found, COLOURED)
     assert line.startswith("\x1b[33mreplace\x1b[0m \x1b[1mchat\x1b[0m: ")
     assert "x" * 200 in line
-    assert lines_of([], COLOURED) == ["nothing to do"]
+    assert lines_of(NOTHING, COLOURED) == ["nothing to do"]
+
+
+def test_a_plan_tells_what_changes_outside_of_models() -> None:
+    """Keys by their names, settings with their values, and what is to be warned of."""
+    found: Plan = {
+        **NOTHING,
+        "keys": {"added": ["ci"], "changed": [], "removed": ["old"]},
+        "settings": ["server.usage false -> true"],
+        "warnings": ["careful"],
+    }
+    assert lines_of(found, PIPE) == [
+        "keys: added ci; removed old", "live: server.usage false -> true", "warning: careful",
+    ]  # fmt: skip
 
 
 async def test_events_tell_what_has_happened_and_what_comes(tmp_path: Path, port_start: int) -> None:

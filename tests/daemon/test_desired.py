@@ -14,6 +14,7 @@ import pytest
 
 from tests.harness import Daemon, daemon, fake_engines, port_block, session_of, vllm_proxy
 from vllm_proxy.domain.file.parse import parse_config
+from vllm_proxy.domain.keys import hash_of
 
 ASK = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
 CHAT = '# Chat.\n[models.chat]\nmodel = "org/chat"  # the small one\nmax_model_len = 4096\n'
@@ -544,7 +545,8 @@ async def test_plan_says_what_would_happen_and_does_nothing(shared: Daemon) -> N
     status, out, _ = await vllm_proxy(shared.folder, "plan", "-c", str(shared.file))
     assert (status, out) == (0, "nothing to do\n")
     status, out, _ = await vllm_proxy(shared.folder, "reload", "--json")
-    assert (status, json.loads(out)) == (0, {"changes": [], "keys": {"added": [], "changed": [], "removed": []}})
+    keys: dict[str, list[str]] = {"added": [], "changed": [], "removed": []}
+    assert (status, json.loads(out)) == (0, {"changes": [], "keys": keys, "settings": [], "warnings": []})
     assert shared.file.read_text() == text
 
 
@@ -565,6 +567,30 @@ async def test_what_waits_for_a_restart_is_no_nothing_to_do(shared: Daemon) -> N
         shared.save(text)
         await shared.adopts()
     assert (await shared.write("POST", "/config/plan", text))["pending_restart"] == []
+
+
+async def test_what_opens_the_daemon_is_no_nothing_to_do(shared: Daemon) -> None:
+    """Keys and what is live: by exit status 2 and when it is written, with what it means that no key is left."""
+    text = shared.file.read_text()
+    file = shared.folder / "open.toml"
+    file.write_text(text.replace("[engine]", '[server]\ncors_origins = ["*"]\n[engine]', 1))
+    try:
+        shared.save(text + f'[keys.ci]\nhash = "{hash_of("k" * 32)}"\nscopes = ["read"]\n')
+        await shared.adopts()
+        status, out, _ = await vllm_proxy(shared.folder, "plan", "-c", str(file))
+        keys, setting, warning = out.splitlines()
+        assert (status, keys) == (2, "keys: removed ci")
+        assert setting == 'live: server.cors_origins [] -> ["*"]'
+        assert warning.startswith("warning: no key is left: on loopback whoever can connect may use the models")
+        status, out, _ = await vllm_proxy(shared.folder, "plan", "-c", str(file), "--json")
+        planned = json.loads(out)
+        assert (status, planned.pop("changes"), planned.pop("pending_restart")) == (2, [], [])
+        written = await shared.write("PUT", "/config", file.read_text())
+        assert {key: written[key] for key in planned} == planned
+    finally:
+        shared.save(text)
+        await shared.adopts()
+    assert (await vllm_proxy(shared.folder, "plan"))[:2] == (0, "nothing to do\n")
 
 
 async def test_plan_without_a_file_is_of_the_daemons_own(shared: Daemon, tmp_path: Path) -> None:

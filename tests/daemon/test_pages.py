@@ -59,7 +59,8 @@ async def test_models_change_as_the_page_types_it(running: Daemon) -> None:
     assert (running.folder / "models.toml").read_bytes() == before
     await typed(running, whole_file[0])
     assert (running.folder / "models.toml.good").read_bytes() == before
-    assert await typed(running, whole_file[1]) == '{"changes":[],"pending_restart":[]}'
+    planned = json.loads(await typed(running, whole_file[1]))
+    assert not any((*planned.pop("keys").values(), *planned.values()))
     (running.folder / "models.toml").write_bytes(before + b"description = 'bad'\n")
     await running.eventually("/models/chat", lambda found: found["spec"].get("description") == "bad")
     await typed(running, whole_file[2])

@@ -349,7 +349,7 @@ def of_keys(text: str) -> Config:
 
 def test_the_way_to_engines_that_take_turns_and_back_names_its_cause() -> None:
     """The first key with limits, a revoked one too, or `server.fair`; a second one changes nothing."""
-    none, fair = of_keys('[keys.a]\nfile = "k"\n'), of_keys("[server]\nfair = true\n")
+    none, fair = (of_keys(f'{text}[keys.a]\nfile = "k"\n') for text in ("", "[server]\nfair = true\n"))
     one = of_keys('[keys.a]\nfile = "k"\n[keys.b]\nfile = "l"\nenabled = false\npriority = 1\n')
     two = of_keys('[keys.a]\nfile = "k"\nweight = 2\n[keys.b]\nfile = "l"\npriority = 1\n')
     cost = ": all whose args have no scheduling-policy are replaced"
@@ -385,13 +385,18 @@ _OF_KEYS = st.dictionaries(
 
 @given(_OF_KEYS, _OF_KEYS)
 def test_changes_tell_of_each_key_once(before: Mapping[str, Key], after: Mapping[str, Key]) -> None:
-    """Added, changed or removed; what means the same is not told, and there and back is nothing."""
+    """Added, changed or removed; what says the same is not told, and there and back is nothing."""
+
+    def says(key: Key) -> tuple[Key, str]:
+        return key, key.description
+
     found = changes(before, after)
     told = [*found["added"], *found["changed"], *found["removed"]]
     assert len(told) == len(set(told))
     assert set(found["added"]) == after.keys() - before.keys()
     assert set(found["removed"]) == before.keys() - after.keys()
-    assert set(found["changed"]) == {name for name in before.keys() & after.keys() if before[name] != after[name]}
+    both = before.keys() & after.keys()
+    assert set(found["changed"]) == {name for name in both if says(before[name]) != says(after[name])}
     assert changes(before, before) == {"added": [], "changed": [], "removed": []}
     back = changes(after, before)
     assert (back["added"], back["removed"], set(back["changed"])) == (

@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 
 from tests.engine.virtual import Stage, virtual
 from tests.fleet.test_desired import ME, NoCheck, at_once
-from vllm_proxy.domain.config import Config, Devices
+from vllm_proxy.domain.config import Config, Devices, ModelSpec
 from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.domain.inventory import Seen
 from vllm_proxy.domain.ledger import Kind
@@ -160,7 +160,7 @@ async def test_what_has_no_room_beside_what_always_runs_is_warned_of_and_refused
 # Files
 
 
-def following(folder: Path, before: bytes, machine: Hardware) -> Desired:
+def following(folder: Path, before: bytes, machine: Hardware, check: NoCheck | None = None) -> Desired:
     """A file that is followed on such a machine."""
     file = folder / "models.toml"
     file.write_bytes(before)
@@ -173,7 +173,7 @@ def following(folder: Path, before: bytes, machine: Hardware) -> Desired:
     reconciler = Reconciler(config, Stage().shared, StateDirectory(folder), lambda spec: spec.model)
     reconciler.start()
     return Desired(
-        store, parse, reconciler, NoCheck(), Ports(9000, 9999, []),
+        store, parse, reconciler, check or NoCheck(), Ports(9000, 9999, []),
         files=files, key_files=KeyFiles(store, parse, files), keyring=Keyring(config), offload=at_once,
         hardware=machine,
     )  # fmt: skip
@@ -231,3 +231,38 @@ async def test_each_step_of_a_plan_has_its_place_or_why_there_is_none() -> None:
         "start new": (("0",), True),
         "start later": (None, True),
     }
+
+
+ADOPTED = b'[models.chat]\nmodel = "m"\n'
+
+
+class Checked(NoCheck):
+    """vLLM takes no option `sed`; `asked` says of which models that was looked at."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def problems(self, model: ModelSpec) -> list[tuple[str, str]]:
+        """As the parser of vLLM has it."""
+        self.asked.append(model.id)
+        return [("args.sed", "unknown option; did you mean seed?")] if "sed" in model.engine.args else []
+
+
+@virtual
+async def test_a_plan_refuses_the_options_that_a_write_refuses(tmp_path: Path) -> None:
+    """With their paths and lines; of who may not name programs no other is looked at, nor in another environment."""
+    check = Checked()
+    desired = following(tmp_path, ADOPTED, hardware(80), check)
+    wrong = ADOPTED + b"args = { sed = 1 }\n"
+    for trusted in (True, False):
+        with pytest.raises(ConfigError) as refused:
+            await desired.plan(wrong, trusted=trusted)
+        assert refused.value.problems == (Problem(3, "models.chat.args.sed", "unknown option; did you mean seed?"),)
+    check.asked.clear()
+    for more in (b'command = ["/tmp/mine"]', b'env = { PYTHONPATH = "/tmp/mine" }'):
+        planned = await desired.plan(wrong + more, trusted=False)
+        assert [one.model for one in planned.actions] == ["chat"]
+    assert check.asked == []
+    with pytest.raises(ConfigError):
+        await desired.plan(wrong + b'command = ["/tmp/mine"]', trusted=True)
+    await desired.reconciler.stop()

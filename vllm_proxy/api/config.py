@@ -181,10 +181,15 @@ class Writes:
         data = await self._bodies.toml(request)
         trusted = not data or Scope.ADMIN in caller_of(request).scopes
         try:
-            actions, prospects, restart = await self._desired.plan(data or await self._text(), trusted=trusted)
+            found = await self._desired.plan(data or await self._text(), trusted=trusted)
         except ConfigError as error:
             raise InvalidError("invalid_config", error.problems) from None
-        return Reply({"changes": prospective(actions, prospects), "pending_restart": restart})
+        changes = prospective(found.actions, found.prospects)
+        answer: resources.Plan = {
+            "changes": changes, "pending_restart": found.restart, "keys": found.keys, "settings": found.settings,
+            "warnings": found.warnings,
+        }  # fmt: skip
+        return Reply(answer)
 
     async def reload(self, request: web.Request) -> Reply[resources.Applied]:
         """`POST /config/reload`."""
@@ -254,5 +259,8 @@ def _must_exist(text: str, model_id: str) -> None:
 
 def _applied(outcome: Outcome) -> Reply[resources.Applied]:
     changes = changes_of(outcome.changes)
-    answer: resources.Applied = {"revision": outcome.revision, "changes": changes, "keys": outcome.keys}
+    answer: resources.Applied = {
+        "revision": outcome.revision, "changes": changes, "keys": outcome.keys, "settings": outcome.settings,
+        "warnings": outcome.warnings,
+    }  # fmt: skip
     return Reply(answer, headers=etag(outcome.revision))

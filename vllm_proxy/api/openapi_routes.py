@@ -187,9 +187,11 @@ _CONFIGURATION = {
         (Answer(200, "Nothing is applied.", as_json(resources.Plan)),),
         (*HERE, *BODY, "invalid_config"),
         _TOML,
-        description="Without a body: what would the file as it is on disk change? A text may name files "
-        "(`server.keys_file`, `file` of a key): without the scope `admin` only those are looked at that the "
-        "configuration names already.",
+        description="Beside the steps for models: which `keys` are new, changed or gone, other `settings` that are "
+        "live, with their values, what waits for a restart, and `warnings`. Options that vLLM would refuse are "
+        "`invalid_config`, as in a write. Without a body: what would the file as it is on disk change? A text may name "
+        "files (`server.keys_file`, `file` of a key) and programs (`command`, `env`): without the scope `admin` only "
+        "those are looked at that the configuration names already.",
         body_required=False,
     ),
     "POST /config/reload": Operation(

@@ -5,26 +5,27 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_proxy.commands.screen import BOLD, CYAN, DIM, GREEN, PLAIN, RED, YELLOW, Cell, Screen
-from vllm_proxy.domain.keys import KeyChanges, told
+from vllm_proxy.domain.keys import told
 
 if TYPE_CHECKING:
-    from vllm_proxy.domain.resources import Change
+    from vllm_proxy.domain.resources import Applied, Change, Plan
 
 
 _COLOURS = {"start": GREEN, "replace": YELLOW, "update": CYAN, "scale": CYAN, "stop": RED}
 
 
-def lines_of(
-    changes: "Sequence[Change]", screen: Screen, keys: KeyChanges | None = None, restart: Sequence[str] = ()
-) -> list[str]:
-    """One of each change, and one of the keys where they change. None is cut: all of it matters.
+def lines_of(found: "Applied | Plan", screen: Screen, restart: Sequence[str] = ()) -> list[str]:
+    """One of each change, one of the keys where they change, and what is to be warned of. None is cut: all matters.
 
     `restart`: keys that wait for a restart of the daemon.
     """
+    keys = told(found["keys"])
     whole = replace(screen, width=None)
-    lines = [whole.line(*_parts(change)) for change in changes]
-    lines += [f"keys: {told(keys)}"] if keys and told(keys) else []
+    lines = [whole.line(*_parts(change)) for change in found["changes"]]
+    lines += [f"keys: {keys}"] if keys else []
+    lines += [f"live: {setting}" for setting in found["settings"]]
     lines += [f"with the next start of the daemon: {', '.join(restart)}"] if restart else []
+    lines += [f"warning: {warning}" for warning in found["warnings"]]
     return lines or ["nothing to do"]
 
 

@@ -31,10 +31,10 @@ def run(options: argparse.Namespace) -> int:
         from vllm_proxy.commands import plan_alone  # noqa: PLC0415 - imports all that checks a file
 
         complain("no daemon runs: this is what its start would do")
-        found = {"changes": plan_alone.changes(options), "pending_restart": []}
-    changes, restart = found["changes"], found["pending_restart"]
-    write(json.dumps(found) if options.json else "\n".join(lines_of(changes, Screen.of_stdout(), restart=restart)))
-    return CHANGES if changes or restart else OK
+        found = plan_alone.plan_of(options)
+    restart = found["pending_restart"]
+    write(json.dumps(found) if options.json else "\n".join(lines_of(found, Screen.of_stdout(), restart)))
+    return CHANGES if any((found["changes"], restart, *found["keys"].values(), found["settings"])) else OK
 
 
 def _asked(daemon: Connection, toml: bytes | None, file: Path) -> "Plan":

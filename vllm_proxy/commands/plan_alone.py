@@ -7,13 +7,14 @@ import uvloop
 
 from vllm_proxy import daemon, logsetup
 from vllm_proxy.commands.check import load_outside_service
+from vllm_proxy.domain.keys import changes
 from vllm_proxy.domain.plan import plan
-from vllm_proxy.domain.resources import Change, changes_of
+from vllm_proxy.domain.resources import Plan, changes_of
 from vllm_proxy.fleet.objections import misfits_here, reasons
 
 
-def changes(options: argparse.Namespace) -> list[Change]:
-    """From nothing.
+def plan_of(options: argparse.Namespace) -> Plan:
+    """From nothing, and of `[server]` and its like nothing: they change for nobody.
 
     Raises:
         ConfigError: the file cannot be used.
@@ -24,4 +25,7 @@ def changes(options: argparse.Namespace) -> list[Change]:
     logsetup.set_up("error", logsetup.resolve("auto", os.environ))
     actions = plan(config.models, {})
     misfits, _ = uvloop.run(misfits_here(config, loaded.config_file.parent, loaded.engine_environment))
-    return changes_of(actions, reasons(misfits, actions))
+    return {
+        "changes": changes_of(actions, reasons(misfits, actions)), "pending_restart": [],
+        "keys": changes({}, config.keys), "settings": [], "warnings": config.warnings(),
+    }  # fmt: skip

@@ -27,10 +27,9 @@ def run(options: argparse.Namespace) -> int:
             if error is not None:
                 complain(f"the certificate before stays in force: {error}")
             if options.json:
-                write(json.dumps({"changes": done["changes"], "keys": done["keys"]}))
+                write(json.dumps({key: done[key] for key in ("changes", "keys", "settings", "warnings")}))
             else:
-                lines = lines_of(done["changes"], Screen.of_stdout(), done["keys"], now["pending_restart"])
-                write("\n".join(lines))
+                write("\n".join(lines_of(done, Screen.of_stdout(), now["pending_restart"])))
             if options.wait:
                 daemon.request("POST", f"/config/reload?wait=1&timeout={options.timeout}")
         except RefusedError as refused:

@@ -342,7 +342,7 @@ class Config:
         if since is None:
             return found
         before = since.warnings()
-        return [*(one for one in found if one not in before), *self._other_order(since)]
+        return [*(one for one in found if one not in before), *self._other_order(since), *self._open_again(since)]
 
     def _other_order(self, since: "Config") -> list[str]:
         """What it costs that engines take requests in another order than they did."""
@@ -354,6 +354,13 @@ class Config:
             else f"engines take requests as they come from now on, as {since.fair_by} asks for no order any more"
         )
         return [f"{what}: all whose args have no scheduling-policy are replaced"]
+
+    def _open_again(self, since: "Config") -> list[str]:
+        """What it means that there were keys and are none."""
+        if self.keys or not since.keys or self.server.allow_remote_admin:
+            return []
+        open_now = "on loopback whoever can connect may use the models and look (inference, read) without one"
+        return [f"no key is left: {open_now}; every other address answers nobody"]
 
     @property
     def keys_revision(self) -> str:

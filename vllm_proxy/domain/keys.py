@@ -166,12 +166,16 @@ class KeyChanges(TypedDict):
 
 
 def changes(before: Mapping[str, Key], after: Mapping[str, Key]) -> KeyChanges:
-    """Which keys are new, mean something else, or are gone."""
+    """Which keys are new, mean something else or are described otherwise, or are gone."""
     return {
         "added": [name for name in after if name not in before],
-        "changed": [name for name, key in after.items() if name in before and before[name] != key],
+        "changed": [name for name, key in after.items() if name in before and _differ(before[name], key)],
         "removed": [name for name in before if name not in after],
     }
+
+
+def _differ(one: Key, other: Key) -> bool:
+    return one != other or one.description != other.description
 
 
 def told(found: KeyChanges) -> str:

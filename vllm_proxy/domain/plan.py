@@ -5,16 +5,16 @@ replaced only where its command line or environment changes (tests/domain/test_p
 the plan. Also generates the table in docs/changes.md.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BeforeValidator
-from pydantic.fields import FieldInfo
 
 from vllm_proxy.domain import adapters, secrets
-from vllm_proxy.domain.config import Devices, EngineKeys, EngineSpec, ModelSpec, Policy, Restart, Server
+from vllm_proxy.domain.config import Config, Devices, EngineKeys, ModelSpec, Policy, Restart, Server, Table
+from vllm_proxy.domain.moderation import Moderation
 from vllm_proxy.domain.secrets import show
 from vllm_proxy.domain.toml import KeyPath, same
 from vllm_proxy.domain.units import parse_duration, parse_size, show_duration, show_size
@@ -28,6 +28,7 @@ _OF_THEIR_OWN = {  # of the policy keys
     "replicas": "adds or removes instances at the end; the others stay",
     "start": "live; one that waits for a request is started by `always`, one that runs stays until its `idle_timeout`",
 }
+_OF_A_KIND = {"classes", "categories"}  # of [moderation]: what another kind makes others without a word in the file
 
 
 class Kind(StrEnum):
@@ -84,6 +85,29 @@ def restart_needed(before: Server, after: Server, *, address_is_given: bool = Fa
     return [f"server.{key}" for key in (*changed, *switched)]
 
 
+def settings(before: Config, after: Config, waiting: Collection[str] = ()) -> list[str]:
+    """Each key outside models and `[keys]` whose change is followed at once, as "server.usage false -> true".
+
+    `waiting`: keys whose change waits for a restart, as `restart_needed` has them.
+    """
+    later = {*RESTART_KEYS, *(key.removeprefix("server.") for key in waiting)}
+    return [
+        *_changes(before.server, after.server, ("server",), later),
+        *_changes(before.engine, after.engine, ("engine",)),
+        *_changes(before.devices, after.devices, ("devices",)),
+        *_of_moderation(before.moderation, after.moderation),
+    ]
+
+
+def _of_moderation(before: Moderation | None, after: Moderation | None) -> Iterator[str]:
+    is_another = before is None or after is None or before.kind != after.kind
+    for key in (field.name for field in fields(Moderation)):
+        if is_another and key in _OF_A_KIND:
+            continue
+        old, new = getattr(before, key, None), getattr(after, key, None)
+        yield from _of_a_value(("moderation", key), old, new)
+
+
 def _of_one(old: ModelSpec | None, new: ModelSpec) -> Iterator[Action]:
     if old is None:
         yield _first(new)
@@ -138,22 +162,32 @@ def _rank(action: Action, running: Mapping[str, ModelSpec]) -> int:
     return {Kind.UPDATE: 0, Kind.STOP: 1, Kind.SCALE: 2, Kind.REPLACE: 3, Kind.START: 5}[action.kind]
 
 
-def _changes(old: EngineSpec | Policy | Restart, new: EngineSpec | Policy | Restart) -> Iterator[str]:
-    """Each key that differs, as "max_model_len 4096 -> 8192"."""
-    for key in type(new).model_fields:
-        if key == "lora":  # it follows from others
-            continue
+def _changes(old: Table, new: Table, at: KeyPath = (), but: Collection[str] = ("lora",)) -> Iterator[str]:
+    """Each key that differs, as "max_model_len 4096 -> 8192".
+
+    `at`: where the table stands; `but`: keys that are told otherwise (`lora` follows from others).
+    """
+    for key, field in type(new).model_fields.items():
         before, after = getattr(old, key), getattr(new, key)
-        if same(before, after):
+        if key in but:
             continue
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            for name in dict.fromkeys([*before, *after]):
-                if not same(before.get(name), after.get(name)):
-                    yield _change((key, name), before.get(name), after.get(name))
-        elif isinstance(before, Restart) and isinstance(after, Restart):
-            yield from (f"{key}.{change}" for change in _changes(before, after))
+        if isinstance(before, Restart) and isinstance(after, Restart):
+            yield from _changes(before, after, (*at, key))
         else:
-            yield _change((key,), before, after, _shown_as(type(new).model_fields[key]))
+            inner = getattr(get_args(field.annotation)[-1], "__metadata__", ()) if isinstance(after, Mapping) else ()
+            yield from _of_a_value((*at, key), before, after, _shown_as([*field.metadata, *inner]))
+
+
+def _of_a_value(path: KeyPath, before: object, after: object, shown: Callable[[Any], str] = show) -> Iterator[str]:
+    """Of one key, or of each in it, where it is a table."""
+    if same(before, after):
+        return
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for name in dict.fromkeys([*before, *after]):
+            if not same(before.get(name), after.get(name)):
+                yield _change((*path, name), before.get(name), after.get(name), shown)
+    else:
+        yield _change(path, before, after, shown)
 
 
 def _change(path: KeyPath, before: object, after: object, shown: Callable[[Any], str] = show) -> str:
@@ -165,9 +199,9 @@ def _change(path: KeyPath, before: object, after: object, shown: Callable[[Any],
     return f"{key} {_short(old, shown)} -> {_short(new, shown)}"
 
 
-def _shown_as(field: FieldInfo) -> Callable[[Any], str]:
-    """How people write the values of a key."""
-    read = (mark.func for mark in field.metadata if isinstance(mark, BeforeValidator))
+def _shown_as(marks: Iterable[object]) -> Callable[[Any], str]:
+    """How people write the values of a key with these marks at its type."""
+    read = (mark.func for mark in marks if isinstance(mark, BeforeValidator))
     return next((_UNITS[function] for function in read if function in _UNITS), show)
 
 

@@ -171,19 +171,23 @@ class Change(TypedDict):
     ]
 
 
-class Plan(TypedDict):
+class _Changes(TypedDict):
+    changes: list[Change]
+    keys: keys.KeyChanges
+    settings: Annotated[list[str], Field(description="Other live keys that change, with their values: no secrets.")]
+    warnings: Annotated[list[str], Field(description="What of it is dangerous or useless, and what else it costs.")]
+
+
+class Plan(_Changes):
     """What applying a file would do."""
 
-    changes: list[Change]
     pending_restart: Annotated[list[str], Field(description="Keys that would wait for a restart of the daemon.")]
 
 
-class Applied(TypedDict):
+class Applied(_Changes):
     """What adopting a file does."""
 
     revision: str
-    changes: list[Change]
-    keys: keys.KeyChanges
 
 
 class ConfigHealth(TypedDict):

@@ -12,12 +12,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 
 from vllm_proxy.domain.config import Config, revision_of
 from vllm_proxy.domain.keys import KeyChanges, changes, told
-from vllm_proxy.domain.plan import Action, Prospect, plan, restart_needed
+from vllm_proxy.domain.plan import Action, Prospect, plan, restart_needed, settings
 from vllm_proxy.domain.references import Files
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.errors import ConfigError, Problem, RequestError
@@ -55,6 +56,19 @@ class Outcome:
     revision: str
     changes: tuple[Action, ...]
     keys: KeyChanges = field(default_factory=lambda: changes({}, {}))
+    settings: list[str] = field(default_factory=list)  # as `plan.settings` has them
+    warnings: list[str] = field(default_factory=list)  # of what was not so before
+
+
+class Plan(NamedTuple):
+    """What adopting a file would change."""
+
+    actions: tuple[Action, ...]
+    prospects: list[Prospect]  # what would become of each
+    restart: list[str]  # keys that would wait for a restart
+    keys: KeyChanges
+    settings: list[str]
+    warnings: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,22 +190,26 @@ class Desired:
         """
         return await self._in_time(self._store.read_only)
 
-    async def plan(self, data: bytes, *, trusted: bool) -> tuple[tuple[Action, ...], list[Prospect], list[str]]:
-        """What adopting a file with these bytes would change, what would become of each step, what waits for a restart.
+    async def plan(self, data: bytes, *, trusted: bool) -> Plan:
+        """What adopting a file with these bytes would change.
 
-        `trusted`: they may name any file of this machine, which is read, and of which a problem may tell. Else those
-        alone that the configuration names already.
+        `trusted`: they may name any file of this machine, which is read or asked for its options, and of which a
+        problem may tell. Else those alone that the configuration names already.
 
         Raises:
-            ConfigError: with every problem in it.
+            ConfigError: with every problem in it, and each option that an engine would refuse, as a write does.
 
         """
         files = self._files if trusted else self._files.limited_to(self._attached)
         config = await self._in_time(self._parse_with, data, files)
         config = config.with_ranks(self.reconciler.specs()).with_loras(self.reconciler.loras())
+        if found := await self.objections.to_options(config, data, only_known=not trusted):
+            raise ConfigError(self._file, found)
         actions = await self.offload(plan, config.models, self.reconciler.specs())
         restart = restart_needed(self._started_with, config.server, address_is_given=self.address_is_given)
-        return actions, await self.objections.prospects(config, actions), restart
+        prospects, now = await self.objections.prospects(config, actions), self.reconciler.config
+        new = changes(now.keys, config.keys), settings(now, config, restart), config.warnings(since=now)
+        return Plan(actions, prospects, restart, *new)
 
     async def settle(self) -> None:
         """Debounce: wait until the file does not change any more.
@@ -354,13 +372,15 @@ class Desired:
         await self._hide_secrets(config)
         self.rejected = None
         self._attached = config.attached
-        changed = changes(self.reconciler.config.keys, config.keys)
+        before = self.reconciler.config
+        changed, warnings = changes(before.keys, config.keys), config.warnings(since=before)
+        restart = restart_needed(self._started_with, config.server, address_is_given=self.address_is_given)
         self.keyring.adopt(config)  # first: what a key may not do any more is refused from here on
         self._ports.set_range(config.engine.port_start, config.engine.port_end)
-        for warning in config.warnings(since=self.reconciler.config):
+        for warning in warnings:
             log.warning(warning)
         await self.reconciler.adopt(config, actions)
-        outcome = Outcome(config.revision, actions, changed)
+        outcome = Outcome(config.revision, actions, changed, settings(before, config, restart), warnings)
         self._check.prefetch(model.engine for model in config.models.values())
         of_keys = {"keys": text} if (text := told(changed)) else {}
         log.info("the configuration is adopted", revision=config.revision, changes=len(outcome.changes), **of_keys)

@@ -165,6 +165,11 @@ def _path(model: str, path: str) -> KeyPath:
     return ("models", model, *path.split(".", 1))
 
 
+def _program(engine: EngineDefaults | EngineSpec) -> tuple[tuple[str, ...] | None, str]:
+    """What is run to learn the options: a program, and what it is given."""
+    return engine.command, repr(sorted(engine.env.items()))
+
+
 class Objections:
     """To what follows `running`, the configuration that was adopted last. Texts are those that were parsed."""
 
@@ -176,14 +181,21 @@ class Objections:
         self._running = running
         self._offload = offload
 
-    async def to_options(self, config: Config, text: bytes) -> list[Problem]:
-        """What the vLLM of each model that is new or changed would not take, where it is known."""
+    async def to_options(self, config: Config, text: bytes, *, only_known: bool = False) -> list[Problem]:
+        """What the vLLM of each model that is new or changed would not take, where it is known.
+
+        `only_known`: of programs that the configuration starts already, in an environment that it gives them: others
+        are not looked at, still less run, since who wrote the text may not have them run.
+        """
         running = self._running().models
         changed = [
             model
             for model in config.models.values()
             if model.id not in running or running[model.id].engine != model.engine
         ]
+        if only_known and changed:
+            known = {_program(self._running().engine), *(_program(one.engine) for one in running.values())}
+            changed = [model for model in changed if _program(model.engine) in known]
         found = [(one.id, path, message) for one in changed for path, message in await self._check.problems(one)]
         return _problems(found, text)
 

@@ -41,6 +41,18 @@ function step({ model, action, reason, place, misfit }) {
   );
 }
 
+// What changes outside of models: keys, settings, and what waits for a restart.
+function others({ keys, settings, pending_restart: waits }) {
+  const line = (word, text) =>
+    h("li", { class: `step ${word}` }, h("span", { class: "word" }, word), h("span", { class: "sub" }, text));
+  const some = Object.entries(keys).filter(([, names]) => names.length);
+  return [
+    ...some.map(([what, names]) => line("live", `${names.length > 1 ? "keys" : "key"} ${what}: ${names.join(", ")}`)),
+    ...settings.map((text) => line("live", text)),
+    ...waits.map((key) => line("restart", `${key}, with the next start of the daemon`)),
+  ];
+}
+
 // Who would notice: the requests of the models whose engines end.
 function touched(changes) {
   const ids = new Set(
@@ -232,7 +244,7 @@ class Configuration {
     enable(this.apply, found !== null && sent !== this.base && !this.busy);
     this.unanswered = refused !== null && !refused.status;
     this.text.mark(refused?.problems ?? []);
-    show(this.verdict, refused ? this.refused(refused) : this.planned(found.changes, sent === this.base));
+    show(this.verdict, refused ? this.refused(refused) : this.planned(found, sent === this.base));
     if (sent === this.base) show(this.difference);
     else
       show(
@@ -243,12 +255,14 @@ class Configuration {
     this.update();
   }
 
-  planned(changes, same) {
-    if (changes.length) return [h("h2", {}, "Plan"), h("ul", { class: "plan card" }, changes.map(step))];
+  planned(found, same) {
+    const steps = [...found.changes.map(step), ...others(same ? { ...found, pending_restart: [] } : found)];
+    const warned = found.warnings.map((text) => problem("mild", h("p", {}, text)));
+    if (steps.length) return [h("h2", {}, "Plan"), h("ul", { class: "plan card" }, steps), warned];
     const waits = store.config.pending_restart;
     const more = waits.length ? `A change of ${waits.join(", ")} waits for a restart of the daemon.` : "";
     const known = `${plural(store.order.length, "model")}, revision ${(this.revision ?? "").replaceAll('"', "").slice(0, 12)}.`;
-    const text = same ? `${known} ${more}` : "Nothing changes for any model.";
+    const text = same ? `${known} ${more}` : "Nothing changes: not for any model, nor for keys and settings.";
     return [h("h2", {}, same ? "In force" : "Plan"), h("p", { class: "sub" }, text)];
   }
 
