@@ -526,9 +526,9 @@ def test_a_request_of_nobody_ends_when_nobody_may_have_it_any_more() -> None:
     assert refusal(ANYBODY, ANYBODY, key="") is None
     assert refusal(ANYBODY, KEYS, key="") == "missing_api_key"  # as the next one; nobody has a key called anonymous
     everything = "[server]\nallow_remote_admin = true\n"
-    assert refusal(everything, "", key="") == "missing_scope"
+    assert refusal(everything, "", key="") == "missing_api_key"
     assert refusal(everything, ANYBODY, key="") is None
-    assert refusal(everything, ANYBODY, key="", scope=Scope.ADMIN) == "missing_scope"
+    assert refusal(everything, ANYBODY, key="", scope=Scope.ADMIN) == "missing_api_key"
     assert refusal(ANYBODY, everything, key="") is None
 
 
