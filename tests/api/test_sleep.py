@@ -133,7 +133,7 @@ async def test_a_model_whose_keys_or_machine_do_not_let_it_sleep_refuses_a_hand(
     stage = Stage(gpus)
     chat, code = begun(stage, model("chat", 3)), begun(stage, model("code", 3, LEVEL_1))
     whys = {
-        "chat": "its keys have no `sleep`",
+        "chat": "its keys have no `sleep`, which may be 1 or 2 (`vllm-proxy help sleep_not_enabled`)",
         "code": "`devices.host_memory` is less than what level 1 would move there",
     }
     for one in (chat, code):

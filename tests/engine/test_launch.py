@@ -80,7 +80,9 @@ class Place:
 def place(folder: Path, port_start: int) -> Iterator[Place]:
     """What one daemon has; one after another in the same folder."""
     with StateDirectory(folder / "state", folder) as state:
-        yield Place(folder, state, Ports(port_start, port_start + 100, []))
+        ports = Ports(port_start, port_start + 100, [])
+        yield Place(folder, state, ports)
+        ports.close()
 
 
 class Event:

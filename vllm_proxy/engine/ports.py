@@ -52,7 +52,7 @@ class Ports:
         self._range = range(first, last + 1)
         self._reserved = frozenset(reserved)  # the daemon's own
         self._held: dict[int, socket.socket | None] = {}  # with the claim, where there is one
-        weakref.finalize(self, _close, self._held)
+        self.close = weakref.finalize(self, _close, self._held)  # gives up every claim, as the end of the process does
 
     def set_range(self, first: int, last: int) -> None:
         """Another range, for engines that are started from now on."""
