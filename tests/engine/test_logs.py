@@ -362,3 +362,22 @@ def test_an_engine_takes_64_mib_of_disk_at_most(tmp_path: Path) -> None:
     os.truncate(file, 64 * MIB + 1)
     assert cut(file) == 63 * MIB + 1
     assert size_of(file) == MIB
+
+
+def test_a_path_that_is_something_else_for_a_moment_holds_nothing_up(tmp_path: Path) -> None:
+    """As /proc/PID/fd/1 of a shell that has it in a pipe: nobody waits for that, and nothing is read twice."""
+    pipe, file, path = tmp_path / "pipe", written(tmp_path, b"one\ntwo\n"), tmp_path / "1"
+    os.mkfifo(pipe)
+    writer = os.open(pipe, os.O_RDWR)  # a read would wait for what it writes
+    path.symlink_to(file)
+    reader = LogReader(path, 0)
+    assert reader.read() == ["one", "two"]
+    path.unlink()
+    path.symlink_to(pipe)
+    assert reader.read() == []
+    assert (size_of(path), last_lines(path, 5), cut(path, 1, 1)) == (0, (), 0)
+    path.unlink()
+    path.symlink_to(file)
+    append(file, b"three\n")
+    assert reader.read() == ["three"]
+    os.close(writer)

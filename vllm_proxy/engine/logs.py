@@ -1,14 +1,17 @@
 """Reads the output of engines on disk: follows it, finds the last lines, truncates files that grow too long.
 
 Engines append (O_APPEND) and do not coordinate with anybody, so a file is truncated in place and never replaced.
-Nothing here raises for a file that is gone or cannot be read.
+Nothing here raises for a file that is gone or cannot be read, and nothing waits: a path may be an engine's own output
+in /proc, which a shell in front of it has somewhere else for a moment, in a pipe maybe.
 """
 
 import contextlib
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 _CHUNK = 16 * 1024  # is read at a time: little enough for a turn of the event loop
 _COPY = 256 * 1024
@@ -31,10 +34,30 @@ _CONTROL = re.compile(
 
 def size_of(log_file: Path) -> int:
     """Bytes written so far; 0 where there is no file yet."""
+    return _size(log_file) or 0
+
+
+def _size(path: Path) -> int | None:
+    """As `size_of`; None where there is something else."""
     try:
-        return log_file.stat().st_size
+        found = path.stat()
     except OSError:
         return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The file, to be read.
+
+    Raises:
+        OSError: it cannot be read, or is none.
+
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is no file")
+    return os.fdopen(descriptor, "rb")
 
 
 class LogReader:
@@ -51,7 +74,10 @@ class LogReader:
 
     def read(self) -> list[str]:
         """The lines that ended since, from at most 16 KiB; far behind, the next of the newest ones."""
-        size = size_of(self._path)
+        size = _size(self._path)
+        if size is None:
+            self.more = False
+            return []
         lines = self._find_place() if size < self._position else []
         skips = size - self._position > _MOST_BEHIND
         if skips:
@@ -86,7 +112,7 @@ class LogReader:
 
     def _next(self) -> bytes:
         try:
-            with self._path.open("rb") as file:
+            with _opened(self._path) as file:
                 file.seek(self._position)
                 data = file.read(_CHUNK)
         except OSError:
@@ -98,7 +124,7 @@ class LogReader:
     def _find_place(self) -> list[str]:
         """The file is shorter than it was: cut for another reader, or another one, which is read from its start."""
         self._position, head = 0, b""
-        with contextlib.suppress(OSError), self._path.open("rb") as file:
+        with contextlib.suppress(OSError), _opened(self._path) as file:
             head = file.read(_MOST_BEHIND)
         found = head.find(self._seen) if self._seen else -1
         if found >= 0:
@@ -149,7 +175,7 @@ def last_lines(log_file: Path, count: int, since: int = 0, most_bytes: int = _MO
     found: list[str] = []
     count = min(count, _MOST_LINES)
     try:
-        with log_file.open("rb") as file:
+        with _opened(log_file) as file:
             size = os.fstat(file.fileno()).st_size
             begin = since if since <= size else 0
             floor = max(begin, size - most_bytes)
