@@ -181,7 +181,10 @@ async def left_running(
 async def test_a_stop_while_a_crashed_engine_is_cleaned_up_leaves_no_process(
     tmp_path: Path, port_start: int, event: Event
 ) -> None:
-    """The launcher's block ends to the last process, cancelled in the middle or not, and takes it off the record."""
+    """The launcher's block ends to the last process, cancelled in the middle or not, and takes it off the record.
+
+    Nobody follows its output any more: the number of its descriptor is soon another file's.
+    """
     leaving = asyncio.Event()
     running: asyncio.Future[Engine] = asyncio.get_running_loop().create_future()
     spec = model(tmp_path, f"trap '' TERM\necho up > {event.path}\nexec sleep 1000")
@@ -202,6 +205,7 @@ async def test_a_stop_while_a_crashed_engine_is_cleaned_up_leaves_no_process(
         task.cancel()
         await asyncio.wait({task})
         assert task.cancelled()
+        assert not [one for one in asyncio.all_tasks() if one.get_name() == "output of chat/0"]
         assert look_up(engine.pid) is None
         assert here.state.orphans() == []
         assert not Path(engine.place.folder).exists()

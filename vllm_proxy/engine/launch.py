@@ -7,6 +7,7 @@ that a stopping daemon could not end. When an engine starts is decided in `fleet
 import asyncio
 import contextlib
 import secrets
+from asyncio import Task
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -338,17 +339,23 @@ class Launcher:
         finally:
             monitoring.cancel()
             self.running_now.pop(name, None)
+            # Shielded: a cancellation must leak neither processes nor who follows their output by a number soon reused.
+            await run_shielded(self._leave, engine, pump, owner, taken)
+
+    async def _leave(self, engine: LaunchedEngine, pump: Task[None], owner: Owner, taken: contextlib.ExitStack) -> None:
+        """End it, or let it live on where it is kept; its last lines are passed on."""
+        try:
             if engine.kept and not engine.exited.done() and _is_found(self.state, engine.record):
-                process.detach()
+                engine.process.detach()
                 taken.pop_all()  # address and folder stay its own
                 owner.ended()
-                log.info("engine kept", instance=name, pid=engine.pid, address=str(engine.place.address))
+                log.info("engine kept", instance=engine.place.instance, pid=engine.pid, address=engine.record.address)
             else:
-                # Shielded: a cancellation while the engine is ended must not leak the rest of its processes.
-                await run_shielded(self._end, engine.record, process.end, owner, taken)
+                await self._end(engine.record, engine.process.end, owner, taken)
+        finally:
             pump.cancel()
             await asyncio.wait({pump})
-            await output.finish()
+            await engine.output.finish()
 
     async def _end(self, record: EngineRecord, end: End, owner: Owner, taken: contextlib.ExitStack) -> None:
         """End an engine; where that was given up, what was taken for it stays taken."""
