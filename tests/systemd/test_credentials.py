@@ -132,7 +132,7 @@ def test_a_model_gets_its_secret_and_nobody_sees_it(machine: Machine) -> None:
 def test_the_page_about_secrets_is_a_service(machine: Machine) -> None:
     """docs/install.md, word for word: its drop-in and its file give HTTPS, keys and a token, all from root's files."""
     text = (UNIT.parents[2] / "vllm_proxy/docs/install.md").read_text(encoding="utf-8")
-    (drop_ins,) = re.findall(r"^```ini\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (drop_ins,) = re.findall(r"^```ini\n(\[Service\].*?)^```$", text, re.DOTALL | re.MULTILINE)
     (configuration,) = re.findall(r"^```toml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     machine.shell(
         "cd /tmp; openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 "
