@@ -1,6 +1,7 @@
 """Which engine has which port."""
 
 import asyncio
+import errno
 import socket
 
 import pytest
@@ -48,6 +49,24 @@ def test_a_port_of_an_adopted_engine_is_held_though_another_daemon_claims_it(por
     ours.reserve(port_start)
     ours.release(port_start)
     assert ours.take() == port_start + 1
+
+
+def test_a_port_is_held_though_no_claim_can_be_made(port_start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no descriptor is left: an engine of an earlier daemon is adopted all the same."""
+    ports = Ports(port_start, port_start + 100, [])
+    with monkeypatch.context() as patched:
+        patched.setattr("vllm_proxy.engine.ports._CLAIM", "/nowhere/{}")
+        ports.reserve(port_start)
+        assert ports.take() == port_start + 1
+
+        def none_left(*_: object) -> None:
+            raise OSError(errno.EMFILE, "no descriptor left")
+
+        patched.setattr("vllm_proxy.engine.ports.socket.socket", none_left)
+        ports.reserve(port_start + 2)
+    assert ports.take() == port_start + 3
+    ports.release(port_start + 2)
+    assert ports.take() == port_start + 2
 
 
 def test_the_daemons_own_ports_are_never_handed_out(port_start: int) -> None:

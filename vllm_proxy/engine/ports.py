@@ -117,16 +117,17 @@ class Ports:
 
     def _claimed(self, port: int) -> bool:
         """Whether it is ours now: no other daemon of ours has handed it out."""
-        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        claim = None
         try:
+            claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             claim.bind(_CLAIM.format(port))
         except OSError as error:
-            claim.close()
+            if claim:
+                claim.close()
             if error.errno == errno.EADDRINUSE:
                 return False
-            self._held[port] = None  # no such sockets on this system
-        else:
-            self._held[port] = claim
+            claim = None  # no such sockets on this system, or no descriptor left: an adoption does not fail for that
+        self._held[port] = claim
         return True
 
 
