@@ -21,6 +21,12 @@ def test_what_one_takes_that_has_not_slept_is_a_third_more_than_it_has() -> None
     assert (fits(260, 260), fits(261, 260)) == (True, False)
 
 
+def test_of_one_that_has_named_its_weights_only_they_count() -> None:
+    """Of each of its devices, and never more than it has there: nothing else is moved at level 1."""
+    assert estimate({"0": 100, "1": 100}, weights=10) == 26
+    assert estimate({"0": 100, "1": 5}, weights=10) == 19
+
+
 SLEEPERS = st.dictionaries(
     st.text("abc", min_size=1, max_size=2), st.builds(Sleeper, st.integers(0, 100), st.none() | st.floats(0, 100))
 )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from vllm_proxy.domain.lifecycle import Phase
-from vllm_proxy.domain.progress import START, Progress, after_line, estimate
+from vllm_proxy.domain.progress import START, Progress, after_line, estimate, weights_bytes
 
 LOGS = Path(__file__).parent / "logs"
 PREFIX = "(EngineCore pid=123) INFO 11-24 03:10:00 [file.py:123] "
@@ -108,6 +108,14 @@ SAID = {
 def test_each_known_line_tells_its_phase(prefix: str, line: str, told: tuple[Phase, float | None]) -> None:
     """Whatever process it comes from."""
     assert after_line(START, line.format(prefix)) == Progress(*told)
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX, "(Worker_TP0 pid=9) INFO 11-24 03:10:00 [v1/x.py:1] "])
+def test_the_weights_of_a_model_are_as_large_as_its_engine_says(prefix: str) -> None:
+    """In GiB, in the words of vLLM 0.32 and of earlier ones; other lines with sizes name none."""
+    assert weights_bytes(f"{prefix}Model loading took 15.5 GiB memory and 12.345678 seconds") == int(15.5 * 2**30)
+    assert weights_bytes(f"{prefix}Model loading took 8 GiB and 12.345678 seconds") == 8 * 2**30
+    assert weights_bytes(f"{prefix}Available KV cache memory: 52.10 GiB") == 0
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from vllm_proxy.engine.proc import look_up
 from vllm_proxy.engine.vitals import Work, work
 
 
-def output(folder: Path, text: str = "") -> Output:
+def output(folder: Path, text: str = "", weights_bytes: int = 0) -> Output:
     """Of an engine that has written this so far."""
     file = folder / "engine.log"
     file.write_text(text)
-    return Output("chat/0", file, 0, 0, lambda *_: None)
+    return Output("chat/0", file, 0, 0, lambda *_: None, weights_bytes=weights_bytes)
 
 
 async def pumped(of: Output, look: Callable[[], Work], holds: Callable[[], bool]) -> None:
@@ -42,6 +42,15 @@ def work_of(process: subprocess.Popen[str]) -> Work:
     found = look_up(process.pid)
     assert found is not None
     return work(Owned(Identity(found.pid, found.started)))
+
+
+def test_the_largest_weights_that_it_named_stay_known(tmp_path: Path) -> None:
+    """Each process of several names its own; what an earlier daemon has read, the next one does not find in the log."""
+    lines = "".join(f"Model loading took {size} GiB memory and 2.5 seconds\n" for size in (1.5, 2, 1.75))
+    for text, before, known in ((lines, 0, 2 * 2**30), ("", 2**30, 2**30)):
+        of = output(tmp_path, text, weights_bytes=before)
+        asyncio.run(of.finish())
+        assert of.weights_bytes == known
 
 
 def test_a_file_that_is_not_fetched_whole_yet_is_a_download(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def change_file(folder: Path, /, **fields: object) -> None:
         ("cgroup", "/sys/fs/cgroup/x/embed%2F0.01234567"),
         ("asleep", -1), ("asleep", 3), ("asleep", True), ("canary", "{}"), ("canary", "["), ("canary", 5),
         ("gpus", 1), ("unified", "no"), ("visible", "0"), ("visible", ["a\0b"]),
-        ("before_sleep", -1), ("before_sleep", 2**63),
+        ("weights", -1), ("weights", 2**63), ("before_sleep", -1), ("before_sleep", 2**63),
     ],
 )  # fmt: skip
 def test_a_record_that_no_daemon_writes_is_reported_and_left_alone(tmp_path: Path, field: str, value: object) -> None:

@@ -110,6 +110,7 @@ class FakeOutput:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.progress: Progress = START
+        self.weights_bytes = 0
 
     @property
     def activity(self) -> int:

@@ -238,6 +238,22 @@ async def test_sleepers_have_no_more_of_the_machines_memory_than_they_may() -> N
     assert big.state is State.STOPPED
 
 
+@virtual
+async def test_a_model_sleeps_whose_weights_fit_in_the_machines_memory_though_its_share_of_the_devices_does_not() -> (
+    None
+):
+    """Its KV cache, which has most of them, is not moved; as on an H200 beside 125 GiB of memory."""
+    gpus = Gpus()
+    gpus.host_bytes = 4 * GIB
+    stage = Stage(gpus)
+    models = {name: begun(stage, model(name, keys={"sleep": 1}, idle_timeout=100)) for name in ("large", "small")}
+    for name, gib in (("large", 4), ("small", 3)):
+        with await answered(stage, name):
+            engine_of(stage, name).output.weights_bytes = gib * GIB
+        await passes(200)
+    assert [one.state for one in models.values()] == [State.STOPPED, State.SLEEPING]
+
+
 def record(asleep: int, before_sleep: int | None = 0) -> EngineRecord:
     """An engine of an earlier daemon that was to sleep."""
     return EngineRecord(

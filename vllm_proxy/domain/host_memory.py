@@ -6,7 +6,7 @@ vLLM moves weights there at level 1 and keeps it after the wake, so engines coun
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-GROWTH = 1.3  # times what it has of its devices: what an engine takes that has not slept yet
+GROWTH = 1.3  # times what an engine has that has not slept yet: what it takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +17,9 @@ class Sleeper:
     asleep_since: float | None = None
 
 
-def estimate(takes: Mapping[str, int]) -> int:
-    """What an engine takes that has so much of each device."""
-    return int(sum(takes.values()) * GROWTH)
+def estimate(takes: Mapping[str, int], weights: int = 0) -> int:
+    """What an engine takes that has so much of each device, of which `weights` are moved; 0: nobody knows how much."""
+    return int(sum(min(size, weights or size) for size in takes.values()) * GROWTH)
 
 
 def fits(more: int, budget: int) -> bool:

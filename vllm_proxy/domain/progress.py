@@ -84,6 +84,7 @@ _ORDER = {phase: place for place, phase in enumerate(_LINES)}
 # Without groups, which would make it four times slower; which phase it was is then asked for the few lines it finds.
 _KNOWN = re.compile("|".join(pattern for patterns in _LINES.values() for pattern in patterns))
 _OF_PHASE = [(phase, re.compile("|".join(patterns))) for phase, patterns in _LINES.items() if patterns]
+_WEIGHTS = re.compile(r"Model loading took (\d+(?:\.\d+)?) GiB")
 _DONE = re.compile(r"\d+(?=%$)")
 # A draft model, or another part of the checkpoint, is downloaded when the first is loaded.
 _TAKE_TURNS = {Phase.DOWNLOADING, Phase.LOADING_WEIGHTS}
@@ -102,6 +103,12 @@ def after_line(progress: Progress, line: str) -> Progress:
     if phase is progress.phase and fraction in {None, progress.fraction}:
         return progress
     return Progress(phase, fraction)
+
+
+def weights_bytes(line: str) -> int:
+    """What the weights of a model have of each device, from the line of vLLM's log that says so; 0: another line."""
+    found = _WEIGHTS.search(line)
+    return int(float(found[1]) * 2**30) if found else 0
 
 
 def estimate(past_seconds: Sequence[float], elapsed: float) -> float | None:

@@ -26,6 +26,10 @@ class EngineOutput(Protocol):
     def progress(self) -> Progress:
         """How far its start is."""
 
+    @property
+    def weights_bytes(self) -> int:
+        """Of each device, as it says; 0: it has not said so."""
+
     def tail(self, lines: int) -> tuple[str, ...]:
         """The last lines that it wrote. For a thread."""
 

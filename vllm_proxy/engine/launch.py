@@ -113,7 +113,7 @@ class LaunchedEngine:
         """Once it serves, record that, with the shared memory a kill would leak; then monitor its memory."""
         await self._serving.wait()
         found = await asyncio.to_thread(vitals.shared_segments, self.process.owned)
-        self.record = replace(self.record, ready=True, segments=tuple(sorted(found)))
+        self.record = replace(self.record, ready=True, segments=tuple(sorted(found)), weights=self.output.weights_bytes)
         save_record(self._state, self.record)
         noted = 0
         while True:
@@ -254,7 +254,7 @@ class Launcher:
             raise
         stack.callback(log_file.close)
         start = (record.instance, log_file.path, record.log_start, logs.size_of(log_file.path))
-        output = Output(*start, self.pass_on, most_bytes=log_file.most_bytes)
+        output = Output(*start, self.pass_on, most_bytes=log_file.most_bytes, weights_bytes=record.weights)
         return LaunchedEngine(process, record, output, log_file, self.state)
 
     async def end_orphan(self, record: EngineRecord, owner: Owner) -> None:

@@ -41,12 +41,14 @@ class Output:
         pass_on: PassOn,
         *,
         most_bytes: int = MOST_BYTES,
+        weights_bytes: int = 0,
     ) -> None:
         """`start`: where this engine's output begins in the file; `read_from`: from where it is new to us, bytes.
 
-        `most_bytes`: a larger file is cut.
+        `most_bytes`: a larger file is cut. `weights_bytes`: as an earlier daemon read it.
         """
         self.progress = progress.START
+        self.weights_bytes = weights_bytes  # of each device, the largest that it named; 0: it has named none
         self.activity = 0
         self.loading = True  # while it does, each line is looked at
         self._instance = instance
@@ -116,6 +118,8 @@ class Output:
     def _note_progress(self, line: str) -> None:
         if not self.loading:
             return
-        self.progress = progress.after_line(self.progress, line[:_MOST_LOOKED_AT])
-        if not _NO_PROGRESS.search(line, 0, _MOST_LOOKED_AT):
+        line = line[:_MOST_LOOKED_AT]
+        self.progress = progress.after_line(self.progress, line)
+        self.weights_bytes = max(self.weights_bytes, progress.weights_bytes(line))
+        if not _NO_PROGRESS.search(line):
             self.activity += 1

@@ -79,6 +79,7 @@ class EngineRecord:
     unified: bool = False  # whether one of them has its memory in common with the machine
     asleep: int = 0  # the level that it was to sleep at last; 0: it was to serve
     before_sleep: int | None = None  # bytes of its processes before it first slept at level 1; None: it never has
+    weights: int = 0  # bytes of each device that its weights have, as it said; 0: not known
     canary: str = ""  # what it answered before it slept, as `parse_canary` reads it; "": it has no route to be asked on
     lora: Lora | None = None  # what it can hold of adapters; None: it takes none
     launched: Literal["process"] = "process"  # how it was; what another daemon launched in another way is not touched
@@ -343,9 +344,7 @@ def _text_of(entry: object, key: str) -> str:
 
 def _shown(entry: object) -> str:
     """An entry without its secret."""
-    return repr(
-        {key: value for key, value in entry.items() if key != "credential"} if isinstance(entry, dict) else entry
-    )
+    return repr({key: one for key, one in entry.items() if key != "credential"} if isinstance(entry, dict) else entry)
 
 
 def _invariants(record: EngineRecord) -> list[tuple[str, bool]]:
@@ -365,6 +364,7 @@ def _invariants(record: EngineRecord) -> list[tuple[str, bool]]:
         ("share", 0 <= record.share <= 1),
         ("visible", record.visible is None or not any("\0" in name for name in record.visible)),
         ("asleep", 0 <= record.asleep <= 2),
+        ("weights", 0 <= record.weights < 2**63),
         ("before_sleep", 0 <= (record.before_sleep or 0) < 2**63),
         ("lora", record.lora is None or min(astuple(record.lora)) > 0),
         ("canary", not record.canary or _is_canary(record.canary)),

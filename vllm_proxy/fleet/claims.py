@@ -193,7 +193,12 @@ class Claim:
         `before`: bytes of its processes before it first did; 0: not known.
         """
         if self._host is None:
-            self._host = host_memory.estimate(takes), before
+            self._host = self.host_estimate(takes), before
+
+    def host_estimate(self, takes: Mapping[str, int]) -> int:
+        """What it would have there, as far as that is known before it has slept."""
+        engine = self.tenant.engine
+        return host_memory.estimate(takes, 0 if engine is None else engine.output.weights_bytes)
 
     def host_bytes(self) -> int:
         """What it has of the machine's memory by sleeping, then or now: as measured, once it was."""

@@ -108,7 +108,7 @@ class Room:
         budget, allocation = self.machines.host_budget(), claim.allocation
         if budget is None or allocation is None or not allocation.gpus or claim.tenant.spec.engine.sleep != 1:
             return True
-        return host_memory.fits(claim.host_bytes() or host_memory.estimate(allocation.takes), budget)
+        return host_memory.fits(claim.host_bytes() or claim.host_estimate(allocation.takes), budget)
 
     def is_asked(self) -> bool:
         """Whether anybody waits for room, or to be measured."""
