@@ -97,6 +97,15 @@ async def test_what_is_not_known_to_be_vllm_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", [("no-such-program",), ("./no-such-program",), None])
 def test_a_command_that_is_not_there_is_told(command: tuple[str, ...] | None, tmp_path: Path) -> None:
     """Before anything is started."""
-    with pytest.raises(LaunchError, match=r"no such program|cannot find vLLM") as error:
-        Programs(tmp_path, os.environ, None).command(EngineSpec(model="m", command=command))
+    with pytest.raises(LaunchError, match=r"no such program|cannot find vLLM: install it") as error:
+        Programs(tmp_path, {"PATH": str(tmp_path)}, None).command(EngineSpec(model="m", command=command))
     assert error.value.diagnosis.reason == "command_not_found"
+
+
+def test_a_wrapper_of_vllm_on_path_is_told_with_what_runs_it(tmp_path: Path) -> None:
+    """What it is nobody knows, so it is not taken for vLLM; who put it there finds out what to write."""
+    wrapper = tmp_path / "vllm"
+    wrapper.touch(mode=0o755)
+    with pytest.raises(LaunchError) as error:
+        Programs(tmp_path, {"PATH": str(tmp_path)}, None).command(EngineSpec(model="m"))
+    assert f'set engine.command = ["{wrapper}", "serve"]' in str(error.value)

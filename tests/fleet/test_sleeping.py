@@ -247,7 +247,7 @@ async def test_a_model_sleeps_whose_weights_fit_in_the_machines_memory_though_it
     gpus.host_bytes = 4 * GIB
     stage = Stage(gpus)
     models = {name: begun(stage, model(name, keys={"sleep": 1}, idle_timeout=100)) for name in ("large", "small")}
-    for name, gib in (("large", 4), ("small", 3)):
+    for name, gib in (("large", 3), ("small", 2)):
         with await answered(stage, name):
             engine_of(stage, name).output.weights_bytes = gib * GIB
         await passes(200)

@@ -31,18 +31,36 @@ def sleepers() -> str:
     return configuration(chat_model(os.environ), MODELS).replace(', load_format = "dummy"', "")
 
 
-@pytest.fixture(scope="module")
-async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
-    """A daemon with both."""
-    async with daemon(sleepers(), tmp_path_factory.mktemp("sleep")) as running:
-        yield running
-
-
 async def asleep(running: Daemon, *models: str) -> None:
     """Put these to sleep by hand."""
     for name in models:
         await running.post(f"/models/{name}/sleep", {}, 202)
         await running.once(name, lambda one: one["state"] == "sleeping")
+
+
+async def test_sleepers_sleep_on_under_the_next_daemon(tmp_path: Path) -> None:
+    """After a kill too; no weights are moved until somebody asks. First of all: it needs the GPU for itself."""
+    config = sleepers()
+    async with daemon(KEEP + config, tmp_path) as running:
+        before = {}
+        for name in LEVELS:
+            before[name] = await answer(running, name)
+            await asleep(running, name)
+        pids = {name: await running.pids(name) for name in LEVELS}
+        await running.stop(signal.SIGKILL)
+    async with daemon(config, tmp_path) as running:
+        for name in LEVELS:
+            await running.once(name, lambda one: one["state"] == "sleeping")
+        assert {name: await running.pids(name) for name in LEVELS} == pids
+        for name in LEVELS:
+            assert await answer(running, name) == before[name]
+
+
+@pytest.fixture(scope="module")
+async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
+    """A daemon with both."""
+    async with daemon(sleepers(), tmp_path_factory.mktemp("sleep")) as running:
+        yield running
 
 
 async def test_models_take_turns_asleep_and_no_request_fails(two: Daemon) -> None:
@@ -84,21 +102,3 @@ async def test_models_say_the_same_after_twenty_naps(two: Daemon) -> None:
         for name in LEVELS:
             await asleep(two, name)
             assert await answer(two, name) == before[name]
-
-
-async def test_sleepers_sleep_on_under_the_next_daemon(tmp_path: Path) -> None:
-    """After a kill too; no weights are moved until somebody asks."""
-    config = sleepers()
-    async with daemon(KEEP + config, tmp_path) as running:
-        before = {}
-        for name in LEVELS:
-            before[name] = await answer(running, name)
-            await asleep(running, name)
-        pids = {name: await running.pids(name) for name in LEVELS}
-        await running.stop(signal.SIGKILL)
-    async with daemon(config, tmp_path) as running:
-        for name in LEVELS:
-            await running.once(name, lambda one: one["state"] == "sleeping")
-        assert {name: await running.pids(name) for name in LEVELS} == pids
-        for name in LEVELS:
-            assert await answer(running, name) == before[name]

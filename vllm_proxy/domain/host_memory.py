@@ -3,10 +3,12 @@
 vLLM moves weights there at level 1 and keeps it after the wake, so engines count from their first sleep to their end.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 GROWTH = 1.3  # times what an engine has that has not slept yet: what it takes
+POOL_BYTES = 2**29  # of each device: what PyTorch's pool has beside the weights, and moves with them
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,8 @@ class Sleeper:
 
 def estimate(takes: Mapping[str, int], weights: int = 0) -> int:
     """What an engine takes that has so much of each device, of which `weights` are moved; 0: nobody knows how much."""
-    return int(sum(min(size, weights or size) for size in takes.values()) * GROWTH)
+    moved = weights + POOL_BYTES if weights else math.inf
+    return int(sum(min(size, moved) for size in takes.values()) * GROWTH)
 
 
 def fits(more: int, budget: int) -> bool:

@@ -42,11 +42,19 @@ class Programs:
         """
         start = spec.command or self.found_command
         if start is None:
-            raise LaunchError(Reason.COMMAND_NOT_FOUND, "cannot find vLLM: install it, or set engine.command")
+            raise LaunchError(Reason.COMMAND_NOT_FOUND, f"cannot find vLLM: {self._what_to_do()}")
         if shutil.which(self._program(start), path=self._path(spec)) is None:
             msg = f"cannot run {start[0]}: there is no such program; set engine.command"
             raise LaunchError(Reason.COMMAND_NOT_FOUND, msg)
         return start
+
+    def _what_to_do(self) -> str:
+        other = shutil.which("vllm", path=self.inherited.get("PATH"))  # a wrapper, say: what it runs is not known
+        if other is None:
+            return "install it, or set engine.command"
+        return (
+            f'{other} is in no installation of it; set engine.command = ["{other}", "serve"] to run that all the same'
+        )
 
     def check_model(self, spec: EngineSpec) -> None:
         """Look whether a model that is an absolute path is there: vLLM needs a quarter of a minute to say that.
