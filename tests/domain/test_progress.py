@@ -118,6 +118,12 @@ def test_the_weights_of_a_model_are_as_large_as_its_engine_says(prefix: str) -> 
     assert weights_bytes(f"{prefix}Available KV cache memory: 52.10 GiB") == 0
 
 
+@pytest.mark.parametrize("size", ["9" * 12, "9" * 400, "1." + "9" * 400, "-1", "nan", "inf", "1e9", ""])
+def test_a_size_that_no_machine_has_names_no_weights(size: str) -> None:
+    """Neither does reading it fail, nor would a record hold what the next daemon refuses to read."""
+    assert weights_bytes(f"Model loading took {size} GiB memory and 2.5 seconds") == 0
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -84,7 +84,8 @@ _ORDER = {phase: place for place, phase in enumerate(_LINES)}
 # Without groups, which would make it four times slower; which phase it was is then asked for the few lines it finds.
 _KNOWN = re.compile("|".join(pattern for patterns in _LINES.values() for pattern in patterns))
 _OF_PHASE = [(phase, re.compile("|".join(patterns))) for phase, patterns in _LINES.items() if patterns]
-_WEIGHTS = re.compile(r"Model loading took (\d+(?:\.\d+)?) GiB")
+# No more digits than any machine has: a line may say anything, and its number goes on record.
+_WEIGHTS = re.compile(r"Model loading took (\d{1,6}(?:\.\d{1,9})?) GiB")
 _DONE = re.compile(r"\d+(?=%$)")
 # A draft model, or another part of the checkpoint, is downloaded when the first is loaded.
 _TAKE_TURNS = {Phase.DOWNLOADING, Phase.LOADING_WEIGHTS}
