@@ -272,6 +272,28 @@ async def test_sleepers_sleep_on_under_the_next_daemon(tmp_path: Path, end: sign
         assert not devices.events()
 
 
+async def test_a_sleeper_takes_its_weights_of_the_machines_memory_under_the_next_daemon_too(tmp_path: Path) -> None:
+    """As its log named them, 0.25 GiB, and names them no more; for what it had of its GPU it would be ended."""
+    rules = RULES_OF_SLEEP.replace("1TiB", "2GiB")
+    with Devices(tmp_path / "gpus.toml", {"0": 10 * GIB}) as devices:
+        config = KEEP + fleet_config(devices, sleepers(chat="", code=""), rules)
+        async with daemon(config, tmp_path) as running:
+            for name in ("chat", "code"):
+                await says(running, name)
+            await asleep(running, "chat")
+            await running.stop(signal.SIGKILL)
+        os.truncate(running.state_dir / "logs" / "chat%2F0.log", 0)
+        async with daemon(config, tmp_path) as running:
+            for name in ("chat", "code", "chat"):
+                await says(running, name)
+            assert devices.starts() == {"chat": 1, "code": 1}
+            counted = (await running.metrics())['vllm_proxy_host_memory_bytes{model="chat"}']
+            assert counted == pytest.approx(1.3 * 0.75 * GIB)
+            running.save(config.removeprefix(KEEP))
+            await running.adopts()
+        assert not devices.events()
+
+
 async def test_a_daemon_that_was_killed_amid_a_nap_or_a_wake_leaves_nothing_half_done(tmp_path: Path) -> None:
     """The next one has the engine answer, or ends it; whatever it was, the next request is served."""
     with Devices(tmp_path / "gpus.toml", {"0": 10 * GIB}) as devices:
