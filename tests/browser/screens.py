@@ -15,7 +15,7 @@ def button(label: str) -> str:
     wanted = json.dumps(label)
     return (
         "[...document.querySelectorAll('button')]"
-        f".find(it => !it.hidden && (it.getAttribute('aria-label') ?? it.innerText) === {wanted})"
+        f".find(it => it.checkVisibility() && (it.getAttribute('aria-label') ?? it.innerText) === {wanted})"
     )
 
 

@@ -210,6 +210,30 @@ async def test_keys_that_somebody_else_changed_are_looked_at_first(page: Page, r
     await running.write("DELETE", "/keys/other", status=204)
 
 
+async def test_a_list_that_comes_late_is_not_shown_over_a_newer_one(page: Page, running: Daemon) -> None:
+    """Two are asked for, the first is answered last: the second stays, and its revision is the one of a write."""
+    await page.evaluate(
+        "((real) => { window.fetch = async (url, options) => { const answer = await real(url, options);"
+        " if (!String(url).endsWith('keys') || window.held) return answer;"
+        " window.held = true; await new Promise(go => { window.release = go }); window.late = true; return answer }"
+        " })(window.fetch)"
+    )
+    await running.write("POST", "/keys", {"name": "before"}, 201)
+    await page.until("window.release")
+    await running.write("POST", "/keys", {"name": "after"}, 201)
+    await page.until(shows("after", "enabled"))
+    await page.evaluate(
+        f"new MutationObserver(() => {{ window.lost ||= !{row('after')} }}).observe("
+        "document.querySelector('main tbody'), {childList: true}); window.release()"
+    )
+    await page.until("window.late")
+    await click(page, "Disable after")
+    await page.until(shows("after", "disabled"))
+    assert not await page.evaluate("window.lost")
+    for name in ("before", "after"):
+        await running.write("DELETE", f"/keys/{name}", status=204)
+
+
 async def test_usage_is_shown_by_key_and_model(page: Page, running: Daemon) -> None:
     """Sums, rows, other groups, CSV."""
     await running.post("/v1/chat/completions", CHAT)

@@ -120,6 +120,7 @@ class Keys {
   constructor(main) {
     this.revision = null;
     this.seen = null;
+    this.asked = this.answered = 0; // what was asked earlier than what is shown is older
     this.once = h("div");
     this.wrong = h("div", { role: "alert" });
     this.unknown = h("div", { role: "alert" });
@@ -167,9 +168,11 @@ class Keys {
   }
 
   async load(quiet = false) {
+    const mine = ++this.asked;
     try {
       const { revision, keys } = await call("GET", "keys", { quiet });
-      if (this.left.signal.aborted) return;
+      if (this.left.signal.aborted || mine < this.answered) return;
+      this.answered = mine;
       show(this.unknown);
       this.revision = revision;
       this.rows.hidden = !keys.length;
@@ -181,6 +184,7 @@ class Keys {
         (key) => this.row(key),
       );
     } catch (error) {
+      if (mine < this.answered) return;
       const again = h("button", { onclick: () => this.again() }, "Try again");
       show(this.unknown, problem("", h("p", {}, `Keys cannot be shown: ${error.message}`), again));
     }
