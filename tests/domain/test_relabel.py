@@ -27,9 +27,9 @@ def series(text: bytes) -> Series:
 
 def merged(*texts: bytes, prefix: str = "vllm:") -> bytes:
     """Those of the replicas of one model."""
-    result = Merged(prefix)
+    result = Merged(prefix, "model", "replica")
     for number, text in enumerate(texts):
-        result.add(text, model="chat", replica=str(number))
+        result.add(text, "chat", str(number))
     return result.text()
 
 

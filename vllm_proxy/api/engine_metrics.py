@@ -29,14 +29,14 @@ class EngineMetrics:
         """The exposition, with what has come after so long. `everything`: what is not vLLM's own, too."""
         asked = [one for model in self._reconciler.models() for one in model.instances if _is_ready(one)]
         texts = await asyncio.gather(*(_text_of(one, seconds) for one in asked))
-        merged, up = Merged("" if everything else _VLLM), Exposition()
+        merged, up = Merged("" if everything else _VLLM, "model", "replica"), Exposition()
 
         def add() -> Iterator[None]:
             for one, text in zip(asked, texts, strict=True):
                 if _is_ready(one):  # still
                     model, _, replica = one.name.rpartition("/")
                     up.add(UP, UP.line(text is not None, model, replica))
-                    merged.add(text or b"", model=model, replica=replica)
+                    merged.add(text or b"", model, replica)
                 yield
 
         async for _ in in_turns(add()):

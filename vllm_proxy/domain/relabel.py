@@ -6,13 +6,13 @@ series. What does not look like samples is left out, so that no engine makes the
 """
 
 import re
+from functools import cache
 
 _HELP = b"# HELP "
+_AFTER = b"\n# HELP "
 _NAME = rb"[a-zA-Z_:][a-zA-Z0-9_:]*+"
 _NUMBER = rb"[-+]?+(?:[0-9]++(?:\.[0-9]*+)?+(?:[eE][-+]?+[0-9]++)?+|Inf|NaN)"
 _LABEL = rb"[a-zA-Z_][a-zA-Z0-9_]*+="
-# Of a simple one each line has labels, and no value of these has a brace or needs escapes: nearly all are.
-_SIMPLE = re.compile(rb"(?:" + _NAME + rb"\{(?:" + _LABEL + rb'"[^"\\\n{}]*+",?+)++\} ' + _NUMBER + rb"\n)*+")
 _VALUE = rb'"[^"\\\n]*+(?:\\[\\"n][^"\\\n]*+)*+"'
 _SAMPLES = re.compile(
     rb"(?:" + _NAME + rb"(?:\{(?:" + _LABEL + _VALUE + rb",?+)*+\})?+ " + _NUMBER + rb"(?: [0-9]++)?+\n)*+"
@@ -24,39 +24,48 @@ _SERIES = re.compile(rb"^(" + _NAME + rb")(?:\{\}|(\{))?", re.MULTILINE)
 
 
 class Merged:
-    """What several engines say of themselves. `prefix`: of the families that are kept."""
+    """What several engines say of themselves. `prefix`: of the families that are kept; `names`: of the labels given."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, *names: str) -> None:
         self._prefix = prefix.encode()
+        self._names = [name.encode() + b'="' for name in names]
+        self._is_simple = _simple(*names).fullmatch
         self._families: dict[bytes, list[bytes]] = {}  # by name: two lines that explain it, and samples
 
-    def add(self, text: bytes, **labels: str) -> None:
-        """One engine's exposition. The labels come first; their values hold no quotes and no backslashes.
+    def add(self, text: bytes, *values: str) -> None:
+        """One engine's exposition. Its labels come first; their values hold no quotes and no backslashes.
 
         A family that another engine explains as of another type is left out, and so is when a series was made.
         """
         if not _is_text(text):
             return
-        for label in labels:
-            written = label.encode() + b'="'
-            if written in text:
-                for mark in (b"{", b","):
-                    text = text.replace(mark + written, mark + b"exported_" + written)
-        own = ",".join(f'{label}="{value}"' for label, value in labels.items()).encode()
-        prefix, without_created = self._prefix, bool(self._prefix)
-        for block in text.split(_HELP)[1:]:
-            if block.startswith(prefix):
-                name = block[: block.find(b" ")]
-                if not (without_created and name.endswith(b"_created")):
-                    self._add_family(name, block, own)
+        own = b",".join(name + value.encode() + b'"' for name, value in zip(self._names, values, strict=True))
+        prefix, families, is_simple, lead = self._prefix, self._families, self._is_simple, b"{" + own + b","
+        for block in self._kept(text).split(_HELP)[1:]:
+            if not block.startswith(prefix):
+                continue
+            name = block[: block.find(b" ")]
+            parts = families.get(name)
+            # As nearly always: the same words as another engine's, and nothing that must be looked at closely.
+            if parts is not None and block.startswith(parts[0]) and is_simple(block, len(parts[0])):
+                parts.append(block[len(parts[0]) :].replace(b"{", lead))
+            elif not (prefix and name.endswith(b"_created")):
+                self._add_family(name, block, own)
 
     def text(self) -> bytes:
         """All of them."""
         return b"".join(part for parts in self._families.values() for part in (_HELP, *parts))
 
+    def _kept(self, text: bytes) -> bytes:
+        """From its first family with the prefix to its last: half of what vLLM says is of others."""
+        wanted = _HELP + self._prefix
+        first, last = text.find(wanted), text.rfind(wanted)
+        after = text.find(_AFTER, last)
+        return b"" if first < 0 else text[first : after + 1] if after >= 0 else text[first:]
+
     def _add_family(self, name: bytes, block: bytes, own: bytes) -> None:
         parts = self._families.get(name)
-        if parts is not None and block.startswith(parts[0]):  # as nearly always
+        if parts is not None and block.startswith(parts[0]):
             explained = len(parts[0])
         else:
             explanation = _EXPLANATION.match(block)
@@ -65,11 +74,28 @@ class Merged:
             if parts is not None and not parts[0].endswith(explanation[2]):
                 return
             explained = explanation.end()
-        samples = _relabelled(block, explained, own)
+        samples = self._relabelled(block[explained:], own)
         if samples is not None and parts is not None:
             parts.append(samples)
         elif samples is not None:
             self._families[name] = [block[:explained], samples]
+
+    def _relabelled(self, samples: bytes, own: bytes) -> bytes | None:
+        """They, with labels put in front of those that are there; None: these are no samples."""
+        for name in self._names:
+            if name in samples:
+                for mark in (b"{", b","):
+                    samples = samples.replace(mark + name, mark + b"exported_" + name)
+        if _SAMPLES.fullmatch(samples) is None:
+            return None
+        return _SERIES.sub(lambda found: found[1] + b"{" + own + (b"," if found[2] else b"}"), samples)
+
+
+@cache
+def _simple(*names: str) -> re.Pattern[bytes]:
+    """Samples that all have labels, none of these names, and no value with a brace or an escape: nearly all have."""
+    label = rb"(?!(?:" + b"|".join(map(re.escape, map(str.encode, names))) + rb")=)" + _LABEL
+    return re.compile(rb"(?:" + _NAME + rb"\{(?:" + label + rb'"[^"\\\n{}]*+",?+)++\} ' + _NUMBER + rb"\n)*+")
 
 
 def _is_text(text: bytes) -> bool:
@@ -80,13 +106,3 @@ def _is_text(text: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _relabelled(block: bytes, at: int, own: bytes) -> bytes | None:
-    """The samples from there on, with labels put in front of those that are there; None: these are no samples."""
-    samples = block[at:]
-    if _SIMPLE.fullmatch(samples):
-        return samples.replace(b"{", b"{" + own + b",")
-    if _SAMPLES.fullmatch(samples) is None:
-        return None
-    return _SERIES.sub(lambda found: found[1] + b"{" + own + (b"," if found[2] else b"}"), samples)
