@@ -3,12 +3,16 @@
 Tracing is on where `OTEL_EXPORTER_OTLP_ENDPOINT` or `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT` is set and the packages of the
 extra `otel` are there; OpenTelemetry's standard variables say all the rest. Spans carry no `gen_ai.*` attributes:
 vLLM's own have them, and whoever counts generations by them would count each twice.
+
+The SDK's sampler decides and its processor sends; a span itself is made whole when its request has ended, of what the
+call knows then, for a third of what one costs that is begun, added to and ended under locks.
 """
 
 import asyncio
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -16,8 +20,9 @@ import structlog
 from vllm_proxy.traffic.call import CLIENT_GONE, Call
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.trace import Span
+    from opentelemetry.context import Context
+    from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+    from opentelemetry.trace import SpanContext
 
 log = structlog.get_logger()
 
@@ -28,49 +33,87 @@ _PARENT = re.compile(rb"(?im)^traceparent: *([^\r\n]*)\r\n")
 _STATE = re.compile(rb"(?im)^tracestate: *([^\r\n]*)\r\n")
 _NOT_SAMPLED = re.compile(rb"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f][02468ace]")
 _NANOSECONDS = 10**9
+type _Value = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
+
 _LAST_SECONDS = 3.0  # that the end of the daemon waits for a collector
 
 
 class Traced:
     """The span of one request, from its head to its end."""
 
-    def __init__(self, span: "Span", began: int) -> None:
-        self._span = span
-        self._began = began
+    def __init__(
+        self,
+        traces: "Traces",
+        name: str,
+        context: "SpanContext",
+        parent: "SpanContext | None",
+        attributes: Mapping[str, _Value],
+    ) -> None:
+        """`context`: its ids. `attributes`: what is known at its beginning."""
+        self._traces = traces
+        self._name = name
+        self._context = context
+        self._parent = parent
+        self._attributes = attributes
+        self._began = time.time_ns()
+
+    @property
+    def trace_id(self) -> str:
+        """Of its trace, 32 hexadecimal digits."""
+        return f"{self._context.trace_id:032x}"
 
     def end(self, call: Call) -> None:
         """Say what came of it."""
-        from opentelemetry.trace import StatusCode  # noqa: PLC0415 - of the extra
+        traces = self._traces
 
         def at(moment: float) -> int:
             return self._began + int((moment - call.started_at) * _NANOSECONDS)
 
-        span = self._span
-        if call.sent_at:
-            span.add_event("leased", timestamp=at(call.sent_at))
-        if call.first_byte_at:
-            span.add_event("first_byte", timestamp=at(call.first_byte_at))
-        span.set_attributes(_attributes(call))
-        if call.status >= 500 or (call.code is not None and call.status < 400):
-            span.set_status(StatusCode.ERROR, call.code)
-        span.end(at(call.ended_at))
+        moments = (("leased", call.sent_at), ("first_byte", call.first_byte_at))
+        is_error = call.status >= 500 or (call.code is not None and call.status < 400)
+        span = traces.sdk.ReadableSpan(
+            self._name,
+            self._context,
+            self._parent,
+            traces.resource,
+            {**self._attributes, **_attributes(call)},
+            [traces.sdk.Event(name, timestamp=at(moment)) for name, moment in moments if moment],
+            kind=traces.kind,
+            status=traces.status(call.code) if is_error else traces.unset,
+            start_time=self._began,
+            end_time=at(call.ended_at),
+            instrumentation_scope=traces.scope,
+        )
+        traces.processor.on_end(span)
 
 
 class Traces:
     """Makes the spans of requests, which are sent in batches by a thread of OpenTelemetry's own."""
 
-    def __init__(self, provider: "TracerProvider") -> None:
-        from opentelemetry.context import Context  # noqa: PLC0415 - of the extra
-        from opentelemetry.trace import SpanKind  # noqa: PLC0415 - as above
+    def __init__(self, provider: "TracerProvider", processor: "SpanProcessor") -> None:
+        """`provider`: its sampler decides, and its ids are given; `processor`: of it, gets the spans."""
+        from opentelemetry import trace  # noqa: PLC0415 - of the extra
+        from opentelemetry.context import Context  # noqa: PLC0415 - as above
+        from opentelemetry.sdk import trace as sdk  # noqa: PLC0415 - as above
+        from opentelemetry.sdk.trace.sampling import Decision  # noqa: PLC0415 - as above
+        from opentelemetry.sdk.util.instrumentation import InstrumentationScope  # noqa: PLC0415 - as above
         from opentelemetry.trace.propagation.tracecontext import (  # noqa: PLC0415 - as above
             TraceContextTextMapPropagator,
         )
 
+        self.sdk = sdk
+        self.processor = processor
+        self.resource = provider.resource
+        self.scope = InstrumentationScope("vllm_proxy")
+        self.kind = trace.SpanKind.SERVER
+        self.unset = trace.Status(trace.StatusCode.UNSET)
+        self.status = partial(trace.Status, trace.StatusCode.ERROR)
+        self._api = trace
         self._provider = provider
-        self._tracer = provider.get_tracer("vllm_proxy")
+        self._yes = Decision.RECORD_AND_SAMPLE
+        self._sampled = trace.TraceFlags(trace.TraceFlags.SAMPLED)
         self._parent = TraceContextTextMapPropagator()
         self._root = Context()
-        self._kind = SpanKind.SERVER
         sampled = provider.sampler.get_description()
         self._follows_parents = (
             sampled.startswith("ParentBased{") and "remoteParentNotSampled:AlwaysOffSampler" in sampled
@@ -78,30 +121,34 @@ class Traces:
 
     def begin(self, call: Call) -> None:
         """Begin the span of a request, below that of its client; its engine gets it for a parent, if it is sampled."""
-        began = time.time_ns()
         found = _PARENT.search(call.forwarded)
-        if found is not None and self._follows_parents and _NOT_SAMPLED.fullmatch(found[1]):
-            return  # as the sampler would decide, in a tenth of the time
-        context = self._root
+        context, parent = self._root, None
         if found is not None:
-            carrier = {"traceparent": found[1].decode("latin-1")}
-            if (state := _STATE.search(call.forwarded)) is not None:
-                carrier["tracestate"] = state[1].decode("latin-1")
-            context = self._parent.extract(carrier, self._root)
+            if self._follows_parents and _NOT_SAMPLED.fullmatch(found[1]):
+                return  # as the sampler would decide, in a tenth of the time
+            context = self._context_of(found[1], call)
+            parent = self._api.get_current_span(context).get_span_context()
+            if not parent.is_valid:
+                parent = None
+        ids = self._provider.id_generator
+        trace_id = ids.generate_trace_id() if parent is None else parent.trace_id
         method = call.request.method
-        span = self._tracer.start_span(
-            f"{method} {call.route}",
-            context,
-            self._kind,
-            {"http.request.method": method, "http.route": call.route, **_server(call)},
-            start_time=began,
-        )
-        if not span.is_recording():
+        known = {"http.request.method": method, "http.route": call.route, **_server(call)}
+        name = f"{method} {call.route}"
+        decided = self._provider.sampler.should_sample(context, trace_id, name, self.kind, known)
+        if decided.decision is not self._yes:
             return
-        ids = span.get_span_context()
+        span_id = ids.generate_span_id()
+        own = self._api.SpanContext(trace_id, span_id, False, self._sampled, decided.trace_state)  # noqa: FBT003 - its order
         rest = call.forwarded if found is None else _PARENT.sub(b"", call.forwarded)
-        call.forwarded = b"%straceparent: 00-%032x-%016x-01\r\n" % (rest, ids.trace_id, ids.span_id)
-        call.trace = Traced(span, began)
+        call.forwarded = b"%straceparent: 00-%032x-%016x-01\r\n" % (rest, trace_id, span_id)
+        call.trace = Traced(self, name, own, parent, known if decided.attributes is None else decided.attributes)
+
+    def _context_of(self, parent: bytes, call: Call) -> "Context":
+        carrier = {"traceparent": parent.decode("latin-1")}
+        if (state := _STATE.search(call.forwarded)) is not None:
+            carrier["tracestate"] = state[1].decode("latin-1")
+        return self._parent.extract(carrier, self._root)
 
     async def close(self) -> None:
         """Send what is left, as far as the collector takes it soon."""
@@ -134,9 +181,10 @@ def from_environment(environ: Mapping[str, str]) -> Traces | None:
     named = "OTEL_SERVICE_NAME" in environ or "service.name=" in environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
     resource = Resource.create({} if named else {"service.name": "vllm-proxy"})
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    processor = BatchSpanProcessor(OTLPSpanExporter())
+    provider.add_span_processor(processor)
     log.info("requests are traced", variable=where)
-    return Traces(provider)
+    return Traces(provider, processor)
 
 
 def _server(call: Call) -> dict[str, str | int]:
