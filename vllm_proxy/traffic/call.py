@@ -53,6 +53,10 @@ class Metered(Turn, Protocol):
 class Trace(Protocol):
     """The span of a request that is traced, as `traces` has it."""
 
+    @property
+    def trace_id(self) -> str:
+        """32 hex digits."""
+
     def end(self, call: "Call", /) -> None:
         """It is over."""
 

@@ -38,6 +38,11 @@ class Traced:
         self._span = span
         self._began = began
 
+    @property
+    def trace_id(self) -> str:
+        """32 hex digits."""
+        return f"{self._span.get_span_context().trace_id:032x}"
+
     def end(self, call: Call) -> None:
         """Say what came of it."""
         from opentelemetry.trace import StatusCode  # noqa: PLC0415 - of the extra
