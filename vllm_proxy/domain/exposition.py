@@ -59,6 +59,8 @@ class Family:
 class Exposition:
     """A text, of samples that come in any order: each family once, with its head; `known` ones without samples, too."""
 
+    _END = b""
+
     def __init__(self, known: Iterable[Family] = ()) -> None:
         self._families = {family.name: [self._head(family)] for family in known}
 
@@ -78,7 +80,7 @@ class Exposition:
 
     def text(self) -> bytes:
         """All of it."""
-        return b"".join(part for parts in self._families.values() for part in parts)
+        return b"".join(part for parts in (*self._families.values(), (self._END,)) for part in parts)
 
     def _head(self, family: Family) -> bytes:
         """The lines that explain a family."""

@@ -30,14 +30,12 @@ class Exemplar(NamedTuple):
 class OpenMetrics(Exposition):
     """A text in this format, whose samples may have exemplars."""
 
+    _END = b"# EOF\n"
+
     @override
     def _head(self, family: Family) -> bytes:
         name, meaning = family.name.removesuffix("_total"), family.meaning.translate(_ESCAPES)
         return f"# HELP {name} {meaning}\n# TYPE {name} {family.kind}\n".encode()
-
-    @override
-    def text(self) -> bytes:
-        return super().text() + b"# EOF\n"
 
 
 def with_exemplars(lines: str, exemplars: Mapping[int, Exemplar]) -> str:
