@@ -139,7 +139,7 @@ def call(model: str = "chat", status: int = 200, **times: float) -> Call:
         retries=int(times.get("retries", 0)),
         first_byte_at=began + times["first"] if "first" in times else 0.0,
         sent_at=began + times["sent"] if "sent" in times else 0.0, queue_seconds=times.get("queued", 0.0),
-        check_seconds=0.0,
+        check_seconds=0.0, trace=None,
     )  # fmt: skip
     return cast("Call", ended)
 

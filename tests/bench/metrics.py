@@ -31,6 +31,7 @@ from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.fleet.reconciler import Reconciler
 
 _TIMES = 9
+_TRACE = SimpleNamespace(trace_id="4bf92f3577b34da6a3ce929d0e0e4736")
 _TELLS = ("counter", "gauge")
 _SERVER = """
 import asyncio, sys
@@ -98,10 +99,12 @@ def fleet_of(models: int) -> tuple[Fleet, Metrics]:
     return fleet, metrics
 
 
-def ask(metrics: Metrics, models: Iterable[str]) -> None:
+def ask(metrics: Metrics, models: Iterable[str], *, traced: bool = False) -> None:
     """One request to each of these."""
     for model in models:
-        metrics.count(call(model, first=0.5, sent=0.1))
+        ended: Any = call(model, first=0.5, sent=0.1)
+        ended.trace = _TRACE if traced else None
+        metrics.count(ended)
 
 
 async def cost(work: Callable[[], Awaitable[bytes]], before: Callable[[], None] = lambda: None) -> tuple[float, float]:
@@ -148,6 +151,8 @@ async def own(models: int) -> None:
         ("none has changed", []),
     ):
         rows.append((f"ours, {what}", *await cost(metrics.text, lambda changed=changed: ask(metrics, changed))))  # type: ignore[misc]
+    exemplified = functools.partial(metrics.text, openmetrics=True)
+    rows.append(("ours, all, with exemplars", *await cost(exemplified, lambda: ask(metrics, names, traced=True))))
     for what, took, longest in rows:
         print(f"  {what:32} {took:8.2f} ms, longest turn {longest:8.2f} ms, {rows[0][1] / took:5.1f} times less")
 

@@ -113,6 +113,15 @@ async def test_a_scraper_that_accepts_gzip_gets_it(shared: Daemon, path: str) ->
     assert names[0] == names[1] == names[2]
 
 
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/engines"])
+async def test_without_traces_it_is_the_plain_text_whatever_is_asked_for(shared: Daemon, path: str) -> None:
+    """As there are no exemplars."""
+    async with shared.session.get(path, headers={"Accept": "application/openmetrics-text;version=1.0.0"}) as answer:
+        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        assert answer.headers["Vary"] == "Accept-Encoding"
+        assert "# EOF" not in await answer.text()
+
+
 @pytest.mark.parametrize(
     ("header", "accepted"),
     [("gzip", True), ("deflate, GZIP;q=0.5", True), ("*", True), ("gzip; q=0.0", False), ("gzip;q=0", False),

@@ -10,6 +10,7 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from tests.collector import Collector, attributes
+from tests.domain.test_openmetrics import PROMETHEUS, families
 from tests.harness import WAIT_SECONDS, Daemon, connected, daemon, fake_engines, port_block, request
 from vllm_proxy.traffic.traces import from_environment
 
@@ -97,6 +98,30 @@ async def test_the_server_is_where_the_client_believes_it(
         await client.answer()
     found = attributes(await collector.of(request_id))
     assert (found["server.address"], found.get("server.port")) == (address, port)
+
+
+async def test_metrics_name_the_trace_of_a_request(traced: Daemon, collector: Collector) -> None:
+    """At the bucket that it was in, for who asks as Prometheus does; who asks for text gets no exemplar."""
+    trace_id = uuid.uuid4().hex
+    request_id, _ = await ask(traced, ECHO, f"traceparent: 00-{trace_id}-00f067aa0ba902b7-01")
+    await collector.of(request_id)  # ended, and counted
+    found = {}
+    for accept in (PROMETHEUS, "text/plain"):
+        async with traced.admin.get("/metrics", headers={"Accept": accept}) as answer:
+            assert answer.headers["Vary"] == "Accept, Accept-Encoding"
+            found[answer.headers["Content-Type"]] = await answer.read()
+    text = found.pop("application/openmetrics-text; version=1.0.0; charset=utf-8")
+    assert b"trace_id" not in found["text/plain; version=0.0.4; charset=utf-8"]
+    at = [(family.name, one) for family in families(text) for one in family.samples
+          if one.exemplar and one.exemplar.labels == {"trace_id": trace_id}]  # fmt: skip
+    assert [name for name, _ in at] == [
+        "vllm_proxy_request_duration_seconds",
+        "vllm_proxy_time_to_first_byte_seconds",
+    ]
+    for _, one in at:
+        assert (one.labels["model"], one.labels["route"]) == ("chat", PATH)
+        assert one.exemplar is not None
+        assert one.exemplar.value <= float(one.labels["le"])
 
 
 async def test_its_times_are_those_of_the_request(traced: Daemon, collector: Collector) -> None:

@@ -6,6 +6,7 @@ import http
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,16 @@ class Prometheus:
             assert found["status"] == "success", found
             return [one["metric"] for one in found["data"]["result"]]
 
+    async def traces(self, query: str) -> dict[str, set[str]]:
+        """Of the exemplars of a query: the traces, by the route of their series."""
+        now = time.time()
+        asked = {"query": query, "start": str(now - 3600), "end": str(now + 3600)}
+        async with self._session.get("/api/v1/query_exemplars", params=asked) as answer:
+            found: Any = await answer.json()
+        assert found["status"] == "success", found
+        return {one["seriesLabels"]["route"]: {it["labels"]["trace_id"] for it in one["exemplars"]}
+                for one in found["data"]}  # fmt: skip
+
     async def series(self, query: str) -> list[dict[str, str]]:
         """As `ask`, once there are some: rates need two scrapes."""
         return await until(lambda: self.ask(query), bool)
@@ -112,23 +123,32 @@ async def prometheus(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
         for index in (0, 1):
             await running.once("chat", lambda one: one["state"] == "ready", index)
         await running.once("broken", lambda one: one["state"] == "error")
-        (folder / "prometheus.yml").write_text(configuration(running.port), encoding="utf-8")
-        port = free_port()
-        process = await asyncio.create_subprocess_exec(
-            program("prometheus"), f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
-            f"--web.listen-address=127.0.0.1:{port}", stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-        )  # fmt: skip
         following = asyncio.create_task(followed(running))
         try:
-            async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
-                await until(lambda: _is_ready(session), bool)
-                yield Prometheus(running, session)
+            async with scraping(running, folder) as found:
+                yield found
         finally:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
-            process.kill()
-            await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def scraping(running: Daemon, folder: Path, *options: str) -> AsyncIterator[Prometheus]:
+    """One that does so for as long as the block runs."""
+    (folder / "prometheus.yml").write_text(configuration(running.port), encoding="utf-8")
+    port = free_port()
+    process = await asyncio.create_subprocess_exec(
+        program("prometheus"), f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
+        f"--web.listen-address=127.0.0.1:{port}", *options, stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+            await until(lambda: _is_ready(session), bool)
+            yield Prometheus(running, session)
+    finally:
+        process.kill()
+        await process.wait()
 
 
 async def _is_ready(session: aiohttp.ClientSession) -> bool:
@@ -167,3 +187,23 @@ async def test_the_text_has_nothing_that_promtool_would_complain_of(prometheus: 
         status, said = promtool("check", "metrics", told=await answer.read())
     assert "error while linting" not in said
     assert status in {0, 3}
+
+
+async def test_the_trace_of_a_request_is_found_at_its_duration(tmp_path: Path) -> None:
+    """By a Prometheus that keeps exemplars, of a daemon that sends traces; their collector may be gone."""
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_EXPORTER_OTLP_TIMEOUT": "1"}
+    async with (
+        daemon(fake_engines(port_block()) + '[models.chat]\nmodel = "org/chat"\n', tmp_path, env=env) as running,
+        scraping(running, tmp_path, "--enable-feature=exemplar-storage") as prometheus,
+    ):
+        await running.once("chat", lambda one: one["state"] == "ready")
+        sampled = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"}
+        async with running.session.post(PATH, json={"model": "chat"}, headers=sampled) as answer:
+            assert answer.status == http.HTTPStatus.OK
+        for name in ("request_duration", "time_to_first_byte"):
+            query = f'vllm_proxy_{name}_seconds_bucket{{model="chat"}}'
+            found = await until(lambda query=query: prometheus.traces(query), bool)  # type: ignore[misc]
+            assert found == {PATH: {trace_id}}
+        assert await prometheus.series('vllm_proxy_requests_total{model="chat",status="200"} == 1')
+        assert await prometheus.series('up{job="vllm-proxy"} == 1')

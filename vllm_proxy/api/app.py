@@ -222,7 +222,7 @@ def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
         Route("GET", "/ready", None, answered(models.ready(reconciler))),
         Route("GET", "/version", Scope.INFERENCE, answered(models.version(parts.desired))),
         Route("GET", "/schema.json", None, schema.schema(parts.desired.objections.options)),
-        *scrapes.routes(metrics, EngineMetrics(reconciler)),
+        *scrapes.routes(metrics, EngineMetrics(reconciler), traced=parts.traces is not None),
     ]
 
 

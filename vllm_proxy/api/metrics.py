@@ -18,11 +18,13 @@ from vllm_proxy.api import (
     token_metrics,
     usage_metrics,
 )
+from vllm_proxy.api.by_model import ByModel
 from vllm_proxy.api.daemon_metrics import Daemon, File
 from vllm_proxy.api.request_metrics import Counts
 from vllm_proxy.api.usage_metrics import UsageMetrics
 from vllm_proxy.domain.exposition import Exposition
 from vllm_proxy.domain.histogram import Histogram
+from vllm_proxy.domain.openmetrics import OpenMetrics
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.runtime.logwriter import LogWriter
 from vllm_proxy.runtime.own_process import own_process
@@ -64,6 +66,7 @@ class Metrics:
         self._usage = usage
         self._charged = token_metrics.Charged()
         self._requests = request_metrics.by_model()
+        self._requests_with_exemplars = request_metrics.by_model(exemplars=True)
         self._of_models = (
             model_metrics.now_by_model(registry),
             model_metrics.engines_by_model(),
@@ -81,9 +84,13 @@ class Metrics:
         key = (call.route, call.status)
         numbers.requests[key] = numbers.requests.get(key, 0) + 1
         times = numbers.times.get(call.route) or numbers.of_route(call.route)
-        times[0].add(now - call.started_at)
+        whole, to_first = now - call.started_at, None
+        times[0].add(whole)
         if call.first_byte_at:
-            times[1].add(call.first_byte_at - call.started_at)
+            to_first = call.first_byte_at - call.started_at
+            times[1].add(to_first)
+        if call.trace is not None:
+            numbers.traced(call.route, call.trace.trace_id, whole, to_first)
         if call.sent_at:
             self._overhead.add(max(call.sent_at - call.started_at - call.queue_seconds - call.check_seconds, 0.0))
             numbers.queue.add(call.queue_seconds)
@@ -93,23 +100,24 @@ class Metrics:
         """How many requests have ended, by model."""
         return {name: sum(counts.requests.values()) for name, counts in self._models.items() if name}
 
-    async def text(self) -> bytes:
-        """The exposition."""
-        exposition = Exposition(FAMILIES)
+    async def text(self, *, openmetrics: bool = False) -> bytes:
+        """The exposition, in Prometheus' own format or in OpenMetrics, with exemplars of requests that were traced."""
+        exposition = OpenMetrics(FAMILIES) if openmetrics else Exposition(FAMILIES)
+        requests = self._requests_with_exemplars if openmetrics else self._requests
         tasks, process = len(asyncio.all_tasks()), await self._offload(own_process)
         for lines in (daemon_metrics.of_clients(*self._front(), tasks), daemon_metrics.of_process(process)):
             for family, line in lines:
                 exposition.add(family, line)
-        async for _ in in_turns(self._add_all(exposition, asyncio.get_running_loop().time())):
+        async for _ in in_turns(self._add_all(exposition, requests, asyncio.get_running_loop().time())):
             pass
         return exposition.text()
 
-    def _add_all(self, exposition: Exposition, now: float) -> Iterator[None]:
+    def _add_all(self, exposition: Exposition, requests: ByModel[Counts, int], now: float) -> Iterator[None]:
         """In pieces. `now`: of the loop's clock."""
         config = self._reconciler.config
         self._forget(config.ids)
         for model_id, numbers in list(self._models.items()):
-            self._requests.add_to(exposition, model_id, numbers)
+            requests.add_to(exposition, model_id, numbers)
             yield
         self._charged.by_model = self._usage.usage.charged()
         for model in self._reconciler.models():
@@ -132,7 +140,8 @@ class Metrics:
         """The series of removed models disappear."""
         for name in [name for name in self._models if name and name not in models]:
             del self._models[name]
-        self._requests.forget(self._models)
+        for requests in (self._requests, self._requests_with_exemplars):
+            requests.forget(self._models)
         names = {model.spec.id for model in self._reconciler.models()}
         for part in self._of_models:
             part.forget(names)

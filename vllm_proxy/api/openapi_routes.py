@@ -260,7 +260,11 @@ _DAEMON = {
         HERE,
     ),
     "GET /metrics": Operation(
-        "Daemon", "Metrics for Prometheus", (Answer(200, "Its text format.", as_text("text/plain")),), HERE
+        "Daemon",
+        "Metrics for Prometheus",
+        (Answer(200, "Its text format.", as_text("text/plain") | as_text("application/openmetrics-text")),),
+        HERE,
+        description="Where requests are traced, who asks for OpenMetrics gets that, with exemplars.",
     ),
     "GET /metrics/engines": Operation(
         "Daemon",

@@ -1,7 +1,7 @@
 """The routes for Prometheus, `/metrics` and `/metrics/engines`: what a scraper asks for beside the text itself.
 
-Its deadline counts for the engines that are asked, and what it accepts decides on compression, which is done in a
-thread.
+Its deadline counts for the engines that are asked, and what it accepts decides on the format and on compression, which
+is done in a thread.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from aiohttp import web
 from vllm_proxy.api.engine_metrics import EngineMetrics
 from vllm_proxy.api.guard import Route
 from vllm_proxy.api.metrics import Metrics
-from vllm_proxy.domain.exposition import CONTENT_TYPE
+from vllm_proxy.domain import exposition, openmetrics
 from vllm_proxy.domain.keys import Scope
 
 _TIMEOUT = "X-Prometheus-Scrape-Timeout-Seconds"
@@ -24,12 +24,16 @@ _WORTH_BYTES = 1024
 _LEVEL = 1  # a text of these shrinks to a twentieth; more effort takes ten times longer for little
 
 
-def routes(metrics: Metrics, engines: EngineMetrics) -> list[Route]:
-    """All of them."""
+def routes(metrics: Metrics, engines: EngineMetrics, *, traced: bool) -> list[Route]:
+    """All of them. `traced`: requests are, so OpenMetrics with exemplars is there for who asks for it."""
 
     async def own(request: web.Request) -> web.Response:
         """`GET /metrics`."""
-        return await _answer(request, await metrics.text())
+        if not traced:
+            return await _answer(request, await metrics.text())
+        chosen = openmetrics.is_preferred(",".join(request.headers.getall("Accept", ())))
+        kind = openmetrics.CONTENT_TYPE if chosen else exposition.CONTENT_TYPE
+        return await _answer(request, await metrics.text(openmetrics=chosen), kind, "Accept, Accept-Encoding")
 
     async def of_engines(request: web.Request) -> web.Response:
         """`GET /metrics/engines`."""
@@ -42,8 +46,10 @@ def routes(metrics: Metrics, engines: EngineMetrics) -> list[Route]:
     ]
 
 
-async def _answer(request: web.Request, text: bytes) -> web.Response:
-    headers = {"Content-Type": CONTENT_TYPE, "Vary": "Accept-Encoding"}
+async def _answer(
+    request: web.Request, text: bytes, kind: str = exposition.CONTENT_TYPE, vary: str = "Accept-Encoding"
+) -> web.Response:
+    headers = {"Content-Type": kind, "Vary": vary}
     if len(text) >= _WORTH_BYTES and accepts_gzip(request.headers.get("Accept-Encoding", "")):
         text = await asyncio.to_thread(gzip.compress, text, _LEVEL)
         headers["Content-Encoding"] = "gzip"

@@ -59,8 +59,10 @@ class Family:
 class Exposition:
     """A text, of samples that come in any order: each family once, with its head; `known` ones without samples, too."""
 
+    _END = b""
+
     def __init__(self, known: Iterable[Family] = ()) -> None:
-        self._families = {family.name: [family.head] for family in known}
+        self._families = {family.name: [self._head(family)] for family in known}
 
     def add(self, family: Family, lines: str) -> None:
         """Some samples of a family."""
@@ -74,11 +76,15 @@ class Exposition:
             if name in families:
                 families[name].append(lines)
             else:
-                families[name] = [family.head, lines]
+                families[name] = [self._head(family), lines]
 
     def text(self) -> bytes:
         """All of it."""
-        return b"".join(part for parts in self._families.values() for part in parts)
+        return b"".join(part for parts in (*self._families.values(), (self._END,)) for part in parts)
+
+    def _head(self, family: Family) -> bytes:
+        """The lines that explain a family."""
+        return family.head
 
 
 def number(value: float) -> str:
