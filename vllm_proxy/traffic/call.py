@@ -31,6 +31,8 @@ from vllm_proxy.traffic.sieve import MeteredExchange
 
 log = structlog.get_logger()
 
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+_SCOPE = Scope.INFERENCE
 CLIENT_GONE = 499  # nginx's status for a client that left before an answer began; logged and counted, never sent
 
 
@@ -62,35 +64,17 @@ class Trace(Protocol):
 
 
 class Call:
-    """A request for inference. `route` is the path of the route table, never what the client sent."""
+    """A request for inference. `route` is the path of the route table, never what the client sent.
 
-    # Defaults stand on the class: a call is made for every request, and sets only what differs.
-    sent_at = 0.0  # when the engine was sent the request
-    first_byte_at = 0.0
-    queue_seconds = 0.0
-    check_seconds = 0.0  # its guard took, where the model is moderated
-    is_anthropic = False  # whether the client speaks Anthropic's API, which has an envelope of its own
-    model = ""  # the configured id, once it is known
-    instance = ""
-    cors: Mapping[str, str] = MappingProxyType({})  # headers for the web page that sent it
-    status = 0
-    bytes_out = 0
-    held = 0  # bytes of its body that are counted in the budget
-    retries = 0
-    caller = NOBODY  # who sent it, once that is known
-    scope: Scope | None = Scope.INFERENCE
-    committed = False
-    salt = b""  # the `cache_salt` that its prompt gets
-    prompt: Prompt | None = None  # where there may be a choice between engines, by what they were sent
-    revoked: RequestError | None = None  # why it ends before its time
-    metered: Metered | None = None  # what it holds of its key's limits, where requests are metered
-    limit_lines = b""  # header lines of the answer: what its key's limits leave
-    code: str | None = None  # of the daemon's own error, where it ended in one
-    ended_at = 0.0
-    usage = b""  # of the answer of one that is not metered: the bytes that say what it took, where they were at hand
-    tokens: Tokens | None = None  # what it took, of one that is metered
-    trace: Trace | None = None  # where requests are traced, and this one is sampled
-    peer: object = None  # the client's address, once it has ended: what the socket says
+    Made for every request, and read all along its way: with a default on the class Python would find an attribute of an
+    object by its name each time, in a table that is cold by then. So all are slots.
+    """
+
+    __slots__ = ("bytes_out", "caller", "check_seconds", "code", "committed", "cors", "ended_at", "engine_id",
+                 "first_byte_at", "forwarded", "head", "held", "instance", "is_anthropic", "limit_lines", "metered",
+                 "model", "peer", "prompt", "queue_seconds", "request", "request_id", "retries", "revoked", "route",
+                 "salt", "scope", "sent_at", "start_line", "started_at", "status", "tokens", "trace",
+                 "usage")  # fmt: skip
 
     def __init__(self, request: web.BaseRequest, route: str, start_line: bytes) -> None:
         self.request = request
@@ -105,6 +89,37 @@ class Call:
         self.request_id = request_id(given)  # the client's
         self.engine_id = engine_id(given) if self.request_id is given else self.request_id
         self.started_at = time.monotonic()
+        self.sent_at = 0.0  # when the engine was sent the request
+        self.first_byte_at = 0.0
+        self.queue_seconds = 0.0
+        self.check_seconds = 0.0  # its guard took, where the model is moderated
+        self.is_anthropic = False  # whether the client speaks Anthropic's API, which has an envelope of its own
+        self.model = ""  # the configured id, once it is known
+        self.instance = ""
+        self.cors = _NO_HEADERS  # headers for the web page that sent it
+        self.status = 0
+        self.bytes_out = 0
+        self.held = 0  # bytes of its body that are counted in the budget
+        self.retries = 0
+        self.caller = NOBODY  # who sent it, once that is known
+        self.scope: Scope | None = _SCOPE
+        self.committed = False
+        self.salt = b""  # the `cache_salt` that its prompt gets
+        self.prompt: Prompt | None = None  # where there may be a choice between engines, by what they were sent
+        self.revoked: RequestError | None = None  # why it ends before its time
+        self.metered: Metered | None = None  # what it holds of its key's limits, where requests are metered
+        self.limit_lines = b""  # header lines of the answer: what its key's limits leave
+        self.code: str | None = None  # of the daemon's own error, where it ended in one
+        self.ended_at = 0.0
+        self.usage = b""  # of the answer of one that is not metered: what says what it took, where that was at hand
+        self.tokens: Tokens | None = None  # what it took, of one that is metered
+        self.trace: Trace | None = None  # where requests are traced, and this one is sampled
+        self.peer: object = None  # the client's address, once it has ended: what the socket says
+
+    def become(self, copied: "Call") -> None:
+        """Take over what became of a copy of it."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(copied, name))
 
     def own_lines(self) -> bytes:
         """Header lines of the answer that this request alone has."""

@@ -80,24 +80,11 @@ def ends_in_reset(client: Client) -> bool:
 class Exchange:
     """One request's answer. `ended` is its result; a slow client's connection calls `pause` and `resume`."""
 
-    # Defaults stand on the class: an exchange is made for every request, and sets only what differs.
-    connection: EngineConnection | None = None
-    status = 0
-    first_byte_at = 0.0  # time.monotonic()
-    sending = False  # whether some of the request is still to be sent
-    body_bytes = 0  # on the wire, chunk framing included
-    decoded = b""  # the body without its chunks, for a client that knows none
-    ending: Ending | None = None  # None while it has not ended, and where nobody waits for its end any more
-    _raw_head = b""
-    _buffer = b""
-    by_closing = False  # whether only the connection's end marks the end of the answer for the client
-    ended_early = False  # whether the daemon ended it, and not the engine
-    last = b""  # the last read of the body, which may say what it took
-    before = b""  # what came in front of that at the end of a stream of events
-    orderly = False  # whether the client has all that there will be, and may see an orderly end
-    _position: Position | None = None  # in an event stream, from the first read on that ends in an unusual place
-    _interim = 0  # 1xx answers in front of the real one
-    _started = _complete = _garbage = _in_chunk = _reusable = _dechunk = _is_events = _inside = False
+    __slots__ = ("_buffer", "_client", "_complete", "_dechunk", "_event_error", "_extra", "_garbage", "_in_chunk",
+                 "_inside", "_interim", "_is_events", "_on_head", "_parser", "_position", "_raw_head", "_reusable",
+                 "_started", "before", "body_bytes", "by_closing", "close", "connection", "decoded", "ended",
+                 "ended_early", "ending", "first_byte_at", "http10", "last", "no_body", "orderly", "sending",
+                 "status")  # fmt: skip
 
     def __init__(
         self,
@@ -125,6 +112,26 @@ class Exchange:
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(
             _Decoding(self) if http10 else self
         )
+        self.connection: EngineConnection | None = None
+        self.status = 0
+        self.first_byte_at = 0.0  # time.monotonic()
+        self.sending = False  # whether some of the request is still to be sent
+        self.body_bytes = 0  # on the wire, chunk framing included
+        self.decoded = b""  # the body without its chunks, for a client that knows none
+        self.ending: Ending | None = None  # None while it has not ended, and where nobody waits for its end any more
+        self._raw_head = b""
+        self._buffer = b""
+        self.by_closing = False  # whether only the connection's end marks the end of the answer for the client
+        self.ended_early = False  # whether the daemon ended it, and not the engine
+        self.last = b""  # the last read of the body, which may say what it took
+        self.before = b""  # what came in front of that at the end of a stream of events
+        self.orderly = False  # whether the client has all that there will be, and may see an orderly end
+        self._position: Position | None = (
+            None  # in an event stream, from the first read on that ends in an unusual place
+        )
+        self._interim = 0  # 1xx answers in front of the real one
+        self._started = self._complete = self._garbage = self._in_chunk = False
+        self._reusable = self._dechunk = self._is_events = self._inside = False
 
     @property
     def passed_status(self) -> int:

@@ -84,7 +84,7 @@ class _Race:
             task.cancel()
         await asyncio.gather(*self._asked, return_exceptions=True)
         if not self._won.cancelled():
-            vars(self._call).update(vars(self._won.result()))
+            self._call.become(self._won.result())
 
     async def _ask(self, mine: Call, lease: Lease) -> web.StreamResponse | None:
         seen = 0

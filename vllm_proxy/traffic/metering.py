@@ -171,28 +171,30 @@ class Metering:
 class _Request:
     """One that is metered; it is its own turn in the queue."""
 
-    # Defaults stand on the class: one is made for every request, and sets only what differs.
-    number = 0
-    prompt = output = 0  # tokens, as estimated, or at most
-    bounded = True  # the answer has no more than `output`
-    size = 0  # bytes of the body
-    generates = False  # it has an answer of tokens
-    strip = False  # the client did not ask for what it used
-    binary = False  # the body holds a file
-    estimate: Estimate | None = None  # what it is guessed by, and which learns from it
-    granted: Granted | None = None
-    budgets: Budgets | None = None  # what it meets
-    share: FairShare | None = None  # where its number is from
-    claim = (0, 1.0, 0)  # what it was made of: priority, weight, tokens
-    went = waits = False
-    made: MeteredExchange | None = None
-    told: Tokens | None = None  # what engines said of its parts, where the daemon makes the answer itself
+    __slots__ = ("_metering", "binary", "bounded", "budgets", "call", "claim", "estimate", "generates", "granted",
+                 "made", "model", "number", "output", "prompt", "share", "size", "strip", "told", "user", "waits",
+                 "went")  # fmt: skip
 
     def __init__(self, metering: Metering, user: User, call: Call) -> None:
         self._metering = metering
         self.user = user
         self.call = call
         self.model = call.model
+        self.number = 0
+        self.prompt = self.output = 0  # tokens, as estimated, or at most
+        self.bounded = True  # the answer has no more than `output`
+        self.size = 0  # bytes of the body
+        self.generates = False  # it has an answer of tokens
+        self.strip = False  # the client did not ask for what it used
+        self.binary = False  # the body holds a file
+        self.estimate: Estimate | None = None  # what it is guessed by, and which learns from it
+        self.granted: Granted | None = None
+        self.budgets: Budgets | None = None  # what it meets
+        self.share: FairShare | None = None  # where its number is from
+        self.claim = (0, 1.0, 0)  # what it was made of: priority, weight, tokens
+        self.went = self.waits = False
+        self.made: MeteredExchange | None = None
+        self.told: Tokens | None = None  # what engines said of its parts, where the daemon makes the answer itself
 
     def ask(self, asked: Asked, body: bytes, spec: ModelSpec) -> bytes:
         """Take in what the body wants; returns it as the engine gets it.

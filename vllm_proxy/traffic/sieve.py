@@ -12,7 +12,7 @@ from collections.abc import Callable
 import httptools
 
 from vllm_proxy.domain.tokens import KEPT, Tokens, asks_for_usage, mark, of_head, of_json, of_stream
-from vllm_proxy.traffic.exchange import Exchange
+from vllm_proxy.traffic.exchange import Client, Exchange
 from vllm_proxy.traffic.sse import USUAL_END
 
 _CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -27,15 +27,31 @@ _MOST_HELD = 16 * 1024  # bytes of an event that has not shown usage: so far fro
 class MeteredExchange(Exchange):
     """An exchange whose tokens are known when it has ended."""
 
-    # As of an exchange, these stand on the class.
-    path = ""  # of the route
-    strip = False  # whether the event with the usage is not for the client
-    on_body: Callable[[], None] | None = None  # called once, with the first bytes of the body: the head of a stream
-    # comes before the engine begins
-    _whole = b""  # a body of JSON that came at once and without chunks, as most do
-    _reading: "_Reading | None" = None  # of any other body
-    _chunks = _chunks_seen = 0
-    _is_clear = False  # in a stream of chunks: whether the next read begins with a chunk and with an event
+    __slots__ = ("_chunks", "_chunks_seen", "_is_clear", "_reading", "_whole", "on_body", "path", "strip")  # fmt: skip
+
+    def __init__(
+        self,
+        client: Client,
+        extra_headers: bytes,
+        event_error: bytes,
+        *,
+        http10: bool,
+        no_body: bool,
+        close: bool,
+        on_head: Callable[[int], bool] | None = None,
+    ) -> None:
+        """As of an exchange."""
+        super().__init__(
+            client, extra_headers, event_error, http10=http10, no_body=no_body, close=close, on_head=on_head
+        )
+        self.path = ""  # of the route
+        self.strip = False  # whether the event with the usage is not for the client
+        # Called once, with the first bytes of the body: the head of a stream comes before the engine begins.
+        self.on_body: Callable[[], None] | None = None
+        self._whole = b""  # a body of JSON that came at once and without chunks, as most do
+        self._reading: _Reading | None = None  # of any other body
+        self._chunks = self._chunks_seen = 0
+        self._is_clear = False  # in a stream of chunks: whether the next read begins with a chunk and with an event
 
     @property
     def tokens(self) -> Tokens | None:
@@ -91,7 +107,6 @@ class MeteredExchange(Exchange):
         """The next piece of the body; what of it the client gets."""
         reading = self._reading
         if reading is None:
-            # In an object of its own: Python is slower with the attributes of one that has thirty.
             reading = self._reading = _Reading(self.path, self._raw_head, strip=self.strip, dechunk=self._dechunk)
         if self._dechunk:
             self.decoded = reading.feed(self.decoded, is_last=self._complete)
