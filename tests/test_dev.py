@@ -13,14 +13,17 @@ case "$*" in
 *--last-failed*) called=again ;;
 *--part=beside*) called=beside ;;
 *--part=alone*) called=alone ;;
+*coverage*report*) called=coverage ;;
 *mypy) called=mypy ;;
 *) exit 0 ;;
 esac
-if [ -e "fails-$called" ] && [ $called != again ]; then
+if [ $called = again ] && [ ! -e never-again ]; then
+    echo '{}' >.pytest_cache/v/cache/lastfailed
+elif [ -e "fails-$called" ]; then
     mkdir -p .pytest_cache/v/cache
     printf '{\\n  "tests/test_a.py::test_b": true\\n}\\n' >.pytest_cache/v/cache/lastfailed
 fi
-echo "$called"
+[ $called = mypy ] || echo "$called" >>calls
 [ ! -e "fails-$called" ]
 """
 
@@ -34,7 +37,7 @@ def _checkout(folder: Path, fails: list[str]) -> dict[str, str]:
         (folder / name).touch()
     programs = folder / "bin"
     programs.mkdir()
-    for name in ("sh", "cat", "cksum", "sed", "rm", "mktemp", "dirname", "head", "id", "mkdir", "python3.13"):
+    for name in ("sh", "cat", "cksum", "sed", "rm", "mktemp", "dirname", "head", "id", "mkdir", "grep", "python3.13"):
         found = shutil.which(name) or shutil.which("python3")
         assert found is not None
         (programs / name).symlink_to(found)
@@ -54,14 +57,16 @@ def _checkout(folder: Path, fails: list[str]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("fails", "code", "ran"),
     [
-        ([], 0, ["beside", "alone"]),
-        (["beside"], 0, ["beside", "again", "alone"]),
+        ([], 0, ["beside", "coverage", "alone"]),
+        (["beside"], 0, ["beside", "again", "coverage", "alone"]),
         (["beside", "again"], 1, ["beside", "again"]),
-        (["alone"], 0, ["beside", "alone", "again"]),
-        (["beside", "alone"], 0, ["beside", "again", "alone", "again"]),
-        (["alone", "again"], 1, ["beside", "alone", "again"]),
-        (["mypy"], 1, ["beside", "alone"]),
-        (["beside", "mypy"], 1, ["beside", "again", "alone"]),
+        (["alone"], 0, ["beside", "coverage", "alone", "again"]),
+        (["beside", "alone"], 0, ["beside", "again", "coverage", "alone", "again"]),
+        (["alone", "again"], 1, ["beside", "coverage", "alone", "again"]),
+        (["mypy"], 1, ["beside", "coverage", "alone"]),
+        (["beside", "mypy"], 1, ["beside", "again", "coverage", "alone"]),
+        (["coverage"], 1, ["beside", "coverage"]),
+        (["beside", "coverage"], 1, ["beside", "again", "coverage"]),
     ],
 )
 def test_what_fails_once_passes_the_run_and_what_fails_twice_ends_it(
@@ -74,7 +79,7 @@ def test_what_fails_once_passes_the_run_and_what_fails_twice_ends_it(
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == code, said
-    assert [line for line in done.stdout.splitlines() if line not in {"mypy", ""}] == ran
+    assert (tmp_path / "calls").read_text().split() == ran, said
     assert ("flaky, passed when tried again" in said) == (
         {"beside", "alone"} & {*fails} != set() and "again" not in fails
     )
