@@ -73,7 +73,8 @@ def test_labels_of_an_engine_with_our_names_are_renamed_as_prometheus_does() -> 
 @pytest.mark.parametrize(
     "line",
     [b'vllm:a{x="{}"} 1', b'vllm:a{x="a\\"} 2,b="} 1', b'vllm:a{x="model=\\"y\\""} +Inf', b"vllm:a 1", b"vllm:a{} NaN",
-     b'vllm:a{x="y"} 1 1700000000000', b'vllm:a{x="y",} 1'],
+     b'vllm:a{x="y"} 1 1700000000000', b'vllm:a{x="y",} 1', b'vllm:a{x="y"} 1.5e+299', b'vllm:a{x="y"} -2e-308',
+     b'vllm:a{x="y"} 18446744073709551616.0', b"vllm:a -Inf"],
 )  # fmt: skip
 def test_what_is_unusual_and_valid_is_kept(line: bytes) -> None:
     """Braces and quotes in labels, no labels, times, a last comma."""
@@ -84,12 +85,19 @@ def test_what_is_unusual_and_valid_is_kept(line: bytes) -> None:
 @pytest.mark.parametrize(
     "line",
     [b"vllm:a{x} 1", b'vllm:a{x="y} 1', b"vllm:a{x=y} 1", b'vllm:a{x="y"}', b'vllm:a{x="y"} one two', b"<html>",
-     b'vllm:a{x="y"} 1 # {} 2', b'vllm:a{x="y"} 1\r', b"\xff"],
+     b'vllm:a{x="y"} 1 # {} 2', b'vllm:a{x="y"} 1\r', b"\xff", b'vllm:a{x="y"model="w"} 1', b'vllm:a{__name__="b"} 1',
+     b'vllm:a{x="y"} 1 99999999999999999999999', b'vllm:a{x="y"} 1e999', b'vllm:a{x="y"} 10e299', b"vllm:a 1e999",
+     b'vllm:a{x="y"} +NaN', b'vllm:a{x="y"} -NaN', b'vllm:a{model="y",exported_model="z"} 1'],
 )  # fmt: skip
 def test_what_is_no_sample_harms_no_other_engine(line: bytes) -> None:
     """Its family is left out, of that engine alone."""
     found = series(merged(GAUGE + b'vllm:a{x="y"} 2\n' + line + b"\n", GAUGE + b'vllm:a{x="y"} 3\n'))
     assert [*found.values()] == [3.0]
+
+
+def test_a_family_of_the_daemon_s_own_names_is_left_out() -> None:
+    """The daemon explains those itself, and twice is an error."""
+    assert merged(GAUGE.replace(b"vllm:a", b"vllm_proxy_a") + b"vllm_proxy_a 1\n", prefix="") == b""
 
 
 def test_engines_that_differ_about_a_type_are_not_mixed() -> None:
