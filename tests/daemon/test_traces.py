@@ -154,6 +154,27 @@ async def test_a_sampler_that_asks_no_client_decides_alone(collector: Collector,
         assert (await collector.of(request_id)).trace_id.hex() in SAMPLED
 
 
+async def test_a_span_has_no_more_than_opentelemetry_s_variables_allow(collector: Collector, tmp_path: Path) -> None:
+    """Attributes, their length, events; what is dropped is counted."""
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": str(collector.server.make_url("/")), "OTEL_BSP_SCHEDULE_DELAY": "50",
+           "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT": "32", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "8",
+           "OTEL_SPAN_EVENT_COUNT_LIMIT": "1"}  # fmt: skip
+    name = "a" * 40
+    text = f'[server]\nallowed_hosts = ["{name}"]\n{fake_engines(port_block())}{MODELS}'
+    async with daemon(text, tmp_path, env=env) as running:
+        await running.once("chat", lambda it: it["state"] == "ready")
+        request_id = uuid.uuid4().hex
+        async with connected(running.port) as client:
+            head = request(PATH, ECHO, f"X-Request-Id: {request_id}").replace(b"localhost", f"{name}:80".encode())
+            await client.send(head)
+            await client.answer()
+        span = await collector.of(request_id)
+    found = attributes(span)
+    assert (len(found), span.dropped_attributes_count) == (8, 2)
+    assert all(len(str(value)) <= 32 for value in found.values())
+    assert ([event.name for event in span.events], span.dropped_events_count) == (["first_byte"], 1)
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -216,7 +237,7 @@ async def test_a_collector_that_is_not_there_costs_no_request_and_no_minute_at_t
         assert await running.stop() == 0
 
 
-@pytest.mark.parametrize("more", [{}, {"OTEL_SDK_DISABLED": "true"}, {"OTEL_TRACES_EXPORTER": "none"}])
+@pytest.mark.parametrize("more", [{}, {"OTEL_SDK_DISABLED": " true "}, {"OTEL_TRACES_EXPORTER": "none"}])
 def test_without_an_address_or_turned_off_nothing_is_traced(more: dict[str, str]) -> None:
     """OpenTelemetry's packages are not even imported then."""
     where = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"} if more else {}

@@ -11,9 +11,9 @@ call knows then, for a third of what one costs that is begun, added to and ended
 import asyncio
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import structlog
 
@@ -21,7 +21,7 @@ from vllm_proxy.traffic.call import CLIENT_GONE, Call
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
-    from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+    from opentelemetry.sdk.trace import Event, SpanProcessor, TracerProvider
     from opentelemetry.trace import SpanContext
 
 log = structlog.get_logger()
@@ -33,6 +33,13 @@ _PARENT = re.compile(rb"(?im)^traceparent: *([^\r\n]*)\r\n")
 _STATE = re.compile(rb"(?im)^tracestate: *([^\r\n]*)\r\n")
 _NOT_SAMPLED = re.compile(rb"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f][02468ace]")
 _NANOSECONDS = 10**9
+_LIMITS = frozenset(
+    f"OTEL_{what}_LIMIT"
+    for what in ("ATTRIBUTE_COUNT", "ATTRIBUTE_VALUE_LENGTH", "SPAN_ATTRIBUTE_COUNT", "SPAN_ATTRIBUTE_VALUE_LENGTH",
+                 "SPAN_EVENT_COUNT")
+)  # fmt: skip
+
+type _Limited = Callable[[Mapping[str, _Value], Sequence[Event]], tuple[Mapping[str, _Value], Sequence[Event]]]
 type _Value = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
 
 _LAST_SECONDS = 3.0  # that the end of the daemon waits for a collector
@@ -71,13 +78,17 @@ class Traced:
 
         moments = (("leased", call.sent_at), ("first_byte", call.first_byte_at))
         is_error = call.status >= 500 or (call.code is not None and call.status < 400)
+        attributes: Mapping[str, _Value] = {**self._attributes, **_attributes(call)}
+        events: Sequence[Event] = [traces.sdk.Event(name, timestamp=at(moment)) for name, moment in moments if moment]
+        if traces.limited is not None:
+            attributes, events = traces.limited(attributes, events)
         span = traces.sdk.ReadableSpan(
             self._name,
             self._context,
             self._parent,
             traces.resource,
-            {**self._attributes, **_attributes(call)},
-            [traces.sdk.Event(name, timestamp=at(moment)) for name, moment in moments if moment],
+            attributes,
+            events,
             kind=traces.kind,
             status=traces.status(call.code) if is_error else traces.unset,
             start_time=self._began,
@@ -90,8 +101,13 @@ class Traced:
 class Traces:
     """Makes the spans of requests, which are sent in batches by a thread of OpenTelemetry's own."""
 
-    def __init__(self, provider: "TracerProvider", processor: "SpanProcessor") -> None:
-        """`provider`: its sampler decides, and its ids are given; `processor`: of it, gets the spans."""
+    def __init__(
+        self, provider: "TracerProvider", processor: "SpanProcessor", limited: "_Limited | None" = None
+    ) -> None:
+        """`provider`: its sampler decides, and its ids are given; `processor`: of it, gets the spans.
+
+        `limited`: cuts what a span has to what OpenTelemetry's variables allow.
+        """
         from opentelemetry import trace  # noqa: PLC0415 - of the extra
         from opentelemetry.context import Context  # noqa: PLC0415 - as above
         from opentelemetry.sdk import trace as sdk  # noqa: PLC0415 - as above
@@ -103,6 +119,7 @@ class Traces:
 
         self.sdk = sdk
         self.processor = processor
+        self.limited = limited
         self.resource = provider.resource
         self.scope = InstrumentationScope("vllm_proxy")
         self.kind = trace.SpanKind.SERVER
@@ -162,7 +179,9 @@ class Traces:
 def from_environment(environ: Mapping[str, str]) -> Traces | None:
     """As OpenTelemetry's variables have it; None where traces go nowhere."""
     where = next((name for name in _ENDPOINTS if environ.get(name)), None)
-    off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none"
+    off = (
+        environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none"
+    )
     if where is None or off:
         return None
     try:
@@ -184,7 +203,24 @@ def from_environment(environ: Mapping[str, str]) -> Traces | None:
     processor = BatchSpanProcessor(OTLPSpanExporter())
     provider.add_span_processor(processor)
     log.info("requests are traced", variable=where)
-    return Traces(provider, processor)
+    return Traces(provider, processor, _limits() if _LIMITS.intersection(environ) else None)
+
+
+def _limits() -> "_Limited":
+    """What the variables allow, dropped attributes and events being counted as the SDK does."""
+    from opentelemetry.attributes import BoundedAttributes  # noqa: PLC0415 - of the extra
+    from opentelemetry.sdk.trace import SpanLimits  # noqa: PLC0415 - as above
+    from opentelemetry.sdk.util import BoundedList  # noqa: PLC0415 - as above
+
+    most = SpanLimits()
+
+    def limited(
+        attributes: Mapping[str, _Value], events: "Sequence[Event]"
+    ) -> "tuple[Mapping[str, _Value], Sequence[Event]]":
+        cut = BoundedAttributes(most.max_span_attributes, attributes, max_value_len=most.max_span_attribute_length)
+        return cast("Mapping[str, _Value]", cut), BoundedList.from_seq(most.max_events, events)
+
+    return limited
 
 
 def _server(call: Call) -> dict[str, str | int]:
