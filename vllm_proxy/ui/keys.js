@@ -185,6 +185,7 @@ class Keys {
       );
     } catch (error) {
       if (mine < this.answered) return;
+      this.answered = mine;
       const again = h("button", { onclick: () => this.again() }, "Try again");
       show(this.unknown, problem("", h("p", {}, `Keys cannot be shown: ${error.message}`), again));
     }
