@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.fakes.fake_metrics import RECORDED
+from vllm_proxy.domain import relabel
 from vllm_proxy.domain.relabel import Merged
 
 VLLM = RECORDED.read_bytes()
@@ -31,6 +32,17 @@ def merged(*texts: bytes, prefix: str = "vllm:") -> bytes:
     for number, text in enumerate(texts):
         result.add(text, "chat", str(number))
     return result.text()
+
+
+def scraped(*texts: bytes, prefix: str = "vllm:") -> bytes:
+    """The last of several scrapes of one engine, each with what is known of the one before."""
+    before = None
+    for text in texts:
+        result = Merged(prefix, "model", "replica", before=before)
+        result.add(text, "chat", "0")
+        found, before = result.text(), result
+        result.forget()
+    return found
 
 
 def of_replica(found: Series, number: int) -> Series:
@@ -70,25 +82,27 @@ def test_labels_of_an_engine_with_our_names_are_renamed_as_prometheus_does() -> 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "line",
-    [b'vllm:a{x="{}"} 1', b'vllm:a{x="a\\"} 2,b="} 1', b'vllm:a{x="model=\\"y\\""} +Inf', b"vllm:a 1", b"vllm:a{} NaN",
-     b'vllm:a{x="y"} 1 1700000000000', b'vllm:a{x="y",} 1', b'vllm:a{x="y"} 1.5e+299', b'vllm:a{x="y"} -2e-308',
-     b'vllm:a{x="y"} 18446744073709551616.0', b"vllm:a -Inf"],
-)  # fmt: skip
+UNUSUAL = [
+    b'vllm:a{x="{}"} 1', b'vllm:a{x="a\\"} 2,b="} 1', b'vllm:a{x="model=\\"y\\""} +Inf', b"vllm:a 1", b"vllm:a{} NaN",
+    b'vllm:a{x="y"} 1 1700000000000', b'vllm:a{x="y",} 1', b'vllm:a{x="y"} 1.5e+299', b'vllm:a{x="y"} -2e-308',
+    b'vllm:a{x="y"} 18446744073709551616.0', b"vllm:a -Inf",
+]  # fmt: skip
+NO_SAMPLES = [
+    b"vllm:a{x} 1", b'vllm:a{x="y} 1', b"vllm:a{x=y} 1", b'vllm:a{x="y"}', b'vllm:a{x="y"} one two', b"<html>",
+    b'vllm:a{x="y"} 1 # {} 2', b'vllm:a{x="y"} 1\r', b"\xff", b'vllm:a{x="y"model="w"} 1', b'vllm:a{__name__="b"} 1',
+    b'vllm:a{x="y"} 1 99999999999999999999999', b'vllm:a{x="y"} 1e999', b'vllm:a{x="y"} 10e299', b"vllm:a 1e999",
+    b'vllm:a{x="y"} +NaN', b'vllm:a{x="y"} -NaN', b'vllm:a{model="y",exported_model="z"} 1',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", UNUSUAL)
 def test_what_is_unusual_and_valid_is_kept(line: bytes) -> None:
     """Braces and quotes in labels, no labels, times, a last comma."""
     (((_, labels), _),) = series(merged(GAUGE + line + b"\n")).items()
     assert {("model", "chat"), ("replica", "0")} <= labels
 
 
-@pytest.mark.parametrize(
-    "line",
-    [b"vllm:a{x} 1", b'vllm:a{x="y} 1', b"vllm:a{x=y} 1", b'vllm:a{x="y"}', b'vllm:a{x="y"} one two', b"<html>",
-     b'vllm:a{x="y"} 1 # {} 2', b'vllm:a{x="y"} 1\r', b"\xff", b'vllm:a{x="y"model="w"} 1', b'vllm:a{__name__="b"} 1',
-     b'vllm:a{x="y"} 1 99999999999999999999999', b'vllm:a{x="y"} 1e999', b'vllm:a{x="y"} 10e299', b"vllm:a 1e999",
-     b'vllm:a{x="y"} +NaN', b'vllm:a{x="y"} -NaN', b'vllm:a{model="y",exported_model="z"} 1'],
-)  # fmt: skip
+@pytest.mark.parametrize("line", NO_SAMPLES)
 def test_what_is_no_sample_harms_no_other_engine(line: bytes) -> None:
     """Its family is left out, of that engine alone."""
     found = series(merged(GAUGE + b'vllm:a{x="y"} 2\n' + line + b"\n", GAUGE + b'vllm:a{x="y"} 3\n'))
@@ -113,3 +127,39 @@ def test_whatever_an_engine_answers_the_others_can_be_read(garbage: bytes, at: i
         result = merged(text, GAUGE + b'vllm:a{x="y"} 3\n')
         assert b'vllm:a{model="chat",replica="1",x="y"} 3\n' in result
         list(text_string_to_metric_families(result.decode()))
+
+
+@pytest.mark.parametrize(
+    "line", [*UNUSUAL, *NO_SAMPLES, b"", b'vllm:a{x="y"} ', b'vllm:a{x="z"} 1', b"# HELP vllm:b B."]
+)
+def test_what_is_known_of_a_scrape_changes_nothing_in_the_next(line: bytes) -> None:
+    """Whatever stands where a sample stood before, and the other way round: it is as if no scrape had been before."""
+    plain = GAUGE + b'vllm:a{x="y"} 2\n'
+    for prefix in ("vllm:", ""):
+        for second in (GAUGE + line + b"\n", plain + line + b"\n", line, GAUGE.replace(b"A.", line) + plain[-16:]):
+            for texts in ((plain, second), (second, plain), (second, second), (plain, second, plain)):
+                assert scraped(*texts, prefix=prefix) == merged(texts[-1], prefix=prefix)
+
+
+@given(st.data())
+def test_scrapes_of_a_vllm_that_works_are_those_of_one_that_is_not_known(data: st.DataObject) -> None:
+    """Other numbers, other series, a family that is gone, and bytes that no vLLM writes."""
+    lines, texts = VLLM.splitlines(keepends=True), [VLLM]
+    for _ in range(3):
+        at = data.draw(st.integers(0, len(lines) - 1))
+        change = data.draw(st.sampled_from(["number", "twice", "gone", "mixed", "garbage"]))
+        if change == "number":
+            other = data.draw(st.floats(allow_nan=True))
+            lines[at] = lines[at].rpartition(b" ")[0] + b" " + repr(other).encode() + b"\n"
+        elif change == "garbage":
+            lines[at] = data.draw(st.binary(max_size=9)) + lines[at][data.draw(st.integers(0, 9)) :]
+        else:
+            lines[at : at + 1] = {"twice": [lines[at]] * 2, "gone": [], "mixed": [lines[at], lines[0]]}[change]
+        texts.append(b"".join(lines))
+        assert scraped(*texts) == merged(texts[-1])
+
+
+def test_nothing_is_remembered_of_an_engine_that_says_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held for the next scrape has a bound."""
+    monkeypatch.setattr(relabel, "_MOST_REMEMBERED", 10)
+    assert scraped(VLLM, VLLM) == merged(VLLM)

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from vllm_proxy.domain.address import TcpAddress, UnixAddress
+from vllm_proxy.domain.address import Address, TcpAddress, UnixAddress
 from vllm_proxy.engine import scrape
-from vllm_proxy.engine.scrape import scraped
 
 OK = b"HTTP/1.1 200 OK\r\n"
+
+
+async def scraped(address: Address, seconds: float) -> bytes | None:
+    """Of one engine."""
+    (found,) = await scrape.scraped([address], seconds)
+    return found
 
 
 @contextlib.asynccontextmanager
@@ -82,3 +87,10 @@ async def test_engines_at_unix_sockets_are_asked_too(tmp_path: Path) -> None:
 
     async with await asyncio.start_unix_server(answered, tmp_path / "socket"):
         assert await scraped(UnixAddress(str(tmp_path / "socket")), 30.0) == b"a 1"
+
+
+async def test_one_that_does_not_answer_keeps_the_others_answers_from_nobody() -> None:
+    """The deadline is one for all, and ends only what is still open then."""
+    async with answering(OK, hangs=True) as silent, answering(OK + b"Content-Length: 3\r\n\r\na 1") as talking:
+        assert await scrape.scraped([silent, talking, silent], 0.5) == [None, b"a 1", None]
+    assert await scrape.scraped([], 0.5) == []

@@ -4,7 +4,6 @@ Nobody is woken or started for that. An engine that does not answer in time is t
 none of its series.
 """
 
-import asyncio
 from collections.abc import Iterator
 
 from vllm_proxy.api.model_metrics import UP
@@ -24,15 +23,18 @@ class EngineMetrics:
 
     def __init__(self, reconciler: Reconciler) -> None:
         self._reconciler = reconciler
+        self._before: dict[str, Merged] = {}  # by prefix
 
     async def text(self, seconds: float, *, everything: bool) -> bytes:
         """The exposition, with what has come after so long. `everything`: what is not vLLM's own, too."""
-        asked = [one for model in self._reconciler.models() for one in model.instances if _is_ready(one)]
-        texts = await asyncio.gather(*(_text_of(one, seconds) for one in asked))
-        merged, up = Merged("" if everything else _VLLM, "model", "replica"), Exposition()
+        ready = [one for model in self._reconciler.models() for one in model.instances if _is_ready(one)]
+        asked = [(one, one.endpoint.address) for one in ready if one.endpoint is not None]
+        texts = await scraped([address for _, address in asked], seconds)
+        prefix = "" if everything else _VLLM
+        merged, up = Merged(prefix, "model", "replica", before=self._before.get(prefix)), Exposition()
 
         def add() -> Iterator[None]:
-            for one, text in zip(asked, texts, strict=True):
+            for (one, _), text in zip(asked, texts, strict=True):
                 if _is_ready(one):  # still
                     model, _, replica = one.name.rpartition("/")
                     up.add(UP, UP.line(text is not None, model, replica))
@@ -41,13 +43,11 @@ class EngineMetrics:
 
         async for _ in in_turns(add()):
             pass
-        return up.text() + merged.text()
+        text = merged.text(up.text())
+        merged.forget()
+        self._before[prefix] = merged
+        return text
 
 
 def _is_ready(instance: Supervisor) -> bool:
     return instance.state is State.READY and instance.endpoint is not None
-
-
-async def _text_of(instance: Supervisor, seconds: float) -> bytes | None:
-    endpoint = instance.endpoint
-    return None if endpoint is None else await scraped(endpoint.address, seconds)

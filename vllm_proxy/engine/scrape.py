@@ -1,10 +1,12 @@
-"""Fetches an engine's whole `/metrics`, for `/metrics/engines`. What is looked at by itself goes through `probe`.
+"""Fetches the whole `/metrics` of engines, for `/metrics/engines`. What is looked at by itself goes through `probe`.
 
 An answer is not trusted: it is read up to a limit and a deadline, and no credential is sent. aiohttp's client would
 take more processor time for twenty engines than everything else that a scrape of them does.
 """
 
 import asyncio
+import contextlib
+from collections.abc import Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import cast
@@ -17,20 +19,31 @@ from vllm_proxy.traffic.dial import connector
 _MOST_BYTES = 4 * 2**20  # vLLM 0.32 has 56 KB
 
 
-async def scraped(address: Address, seconds: float) -> bytes | None:
-    """What an engine says of itself, as text for Prometheus; None where it does not answer so soon."""
+async def scraped(addresses: Sequence[Address], seconds: float) -> list[bytes | None]:
+    """What each engine says of itself, as text for Prometheus; None where it does not answer so soon."""
+    found: list[bytes | None] = [None] * len(addresses)
+
+    async def ask(number: int, address: Address) -> None:
+        found[number] = await _answer_of(address)
+
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await asyncio.gather(*(ask(number, address) for number, address in enumerate(addresses)))
+    return found
+
+
+async def _answer_of(address: Address) -> bytes | None:
     request = (
         f"GET /metrics HTTP/1.1\r\nHost: {address.authority}\r\nAccept: text/plain\r\n"
         "Accept-Encoding: identity\r\nConnection: close\r\n\r\n"
     )
     try:
-        async with asyncio.timeout(seconds):
-            transport, answer = await connector(address, partial(_Answer, request.encode()))()
-            try:
-                return await answer.body
-            finally:
-                transport.abort()
-    except (OSError, TimeoutError, _NoAnswerError):
+        transport, answer = await connector(address, partial(_Answer, request.encode()))()
+        try:
+            return await answer.body
+        finally:
+            transport.abort()
+    except (OSError, _NoAnswerError):
         return None
 
 
