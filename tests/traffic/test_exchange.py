@@ -7,7 +7,7 @@ import asyncio
 import itertools
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import ClassVar, cast
 
 import pytest
@@ -72,14 +72,15 @@ class Engine:
 class Run:
     """An exchange with both ends."""
 
-    kind: ClassVar[Callable[..., Exchange]] = Exchange  # what it is of
+    kind: ClassVar[type[Exchange]] = Exchange
+    strips: ClassVar[bool] = False  # where it is metered, whether the usage is taken out
 
     def __init__(self, *, http10: bool = False, no_body: bool = False, close: bool = False, declined: int = 0) -> None:
         self.loop = asyncio.new_event_loop()
         self.client, self.engine = Client(), Engine()
 
         async def make() -> Exchange:
-            return type(self).kind(
+            made = Run.kind(
                 self.client,
                 b"X-Extra: 1\r\n",
                 EVENT_ERROR,
@@ -88,6 +89,9 @@ class Run:
                 close=close,
                 on_head=(lambda status: status != declined) if declined else None,
             )
+            if isinstance(made, MeteredExchange):
+                made.meter("/v1/chat/completions", strip=self.strips, on_body=None)
+            return made
 
         self.exchange = self.loop.run_until_complete(make())
         self.exchange.connection = cast("EngineConnection", self.engine)
@@ -125,9 +129,7 @@ class Run:
 def kind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each fact holds of all three."""
     if request.param != "exchange":
-        Run.kind = type("Metered", (MeteredExchange,), {
-            "strip": request.param == "usage taken out", "path": "/v1/chat/completions",
-        })  # fmt: skip
+        Run.kind, Run.strips = MeteredExchange, request.param == "usage taken out"
     yield
     Run.kind = Exchange
 

@@ -93,7 +93,7 @@ class Run:
 
         async def make() -> MeteredExchange:
             made = MeteredExchange(self.client, b"", EVENT_ERROR, http10=http10, no_body=False, close=False)
-            made.path, made.strip = path, strip
+            made.meter(path, strip=strip, on_body=None)
             return made
 
         self.exchange = loop.run_until_complete(make())

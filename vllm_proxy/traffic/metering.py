@@ -294,11 +294,7 @@ class _Request:
     def follow(self, exchange: MeteredExchange) -> None:
         """Count what this one passes on; the last one that was made is what the client gets."""
         self.made = exchange
-        exchange.path = self.call.route
-        if self.strip:
-            exchange.strip = True
-        if self.share is not None:
-            exchange.on_body = self._began
+        exchange.meter(self.call.route, strip=self.strip, on_body=None if self.share is None else self._began)
 
     def _began(self) -> None:
         """The engine works on it: what it refuses had no turn."""

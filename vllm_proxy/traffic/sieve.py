@@ -12,7 +12,7 @@ from collections.abc import Callable
 import httptools
 
 from vllm_proxy.domain.tokens import KEPT, Tokens, asks_for_usage, mark, of_head, of_json, of_stream
-from vllm_proxy.traffic.exchange import Client, Exchange
+from vllm_proxy.traffic.exchange import Exchange
 from vllm_proxy.traffic.sse import USUAL_END
 
 _CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -27,27 +27,16 @@ _MOST_HELD = 16 * 1024  # bytes of an event that has not shown usage: so far fro
 class MeteredExchange(Exchange):
     """An exchange whose tokens are known when it has ended."""
 
-    __slots__ = ("_chunks", "_chunks_seen", "_is_clear", "_reading", "_whole", "on_body", "path", "strip")  # fmt: skip
+    __slots__ = ("_chunks", "_chunks_seen", "_is_clear", "_on_body", "_path", "_reading", "_strip", "_whole")
 
-    def __init__(
-        self,
-        client: Client,
-        extra_headers: bytes,
-        event_error: bytes,
-        *,
-        http10: bool,
-        no_body: bool,
-        close: bool,
-        on_head: Callable[[int], bool] | None = None,
-    ) -> None:
-        """As of an exchange."""
-        super().__init__(
-            client, extra_headers, event_error, http10=http10, no_body=no_body, close=close, on_head=on_head
-        )
-        self.path = ""  # of the route
-        self.strip = False  # whether the event with the usage is not for the client
-        # Called once, with the first bytes of the body: the head of a stream comes before the engine begins.
-        self.on_body: Callable[[], None] | None = None
+    def meter(self, path: str, *, strip: bool, on_body: Callable[[], None] | None) -> None:
+        """Once, before it is used. `path`: of the route. `strip`: the event with the usage is not for the client.
+
+        `on_body` is called once, with the first bytes of the body: the head of a stream comes before the engine begins.
+        """
+        self._path = path
+        self._strip = strip
+        self._on_body = on_body
         self._whole = b""  # a body of JSON that came at once and without chunks, as most do
         self._reading: _Reading | None = None  # of any other body
         self._chunks = self._chunks_seen = 0
@@ -59,7 +48,7 @@ class MeteredExchange(Exchange):
         if not self._started:
             return None
         reading, whole = self._reading, self._whole
-        return (of_json(self.path, whole, whole) if reading is None else reading.tokens) or of_head(self._raw_head)
+        return (of_json(self._path, whole, whole) if reading is None else reading.tokens) or of_head(self._raw_head)
 
     @property
     def events(self) -> int:
@@ -90,8 +79,8 @@ class MeteredExchange(Exchange):
                 self._client.write(data)
                 return
         payload = data if body is None else body
-        if payload and self.on_body is not None:
-            on_body, self.on_body = self.on_body, None
+        if payload and self._on_body is not None:
+            on_body, self._on_body = self._on_body, None
             on_body()
         if reading is None and self._complete and payload.endswith(b"}"):
             self._whole = payload
@@ -107,7 +96,7 @@ class MeteredExchange(Exchange):
         """The next piece of the body; what of it the client gets."""
         reading = self._reading
         if reading is None:
-            reading = self._reading = _Reading(self.path, self._raw_head, strip=self.strip, dechunk=self._dechunk)
+            reading = self._reading = _Reading(self._path, self._raw_head, strip=self._strip, dechunk=self._dechunk)
         if self._dechunk:
             self.decoded = reading.feed(self.decoded, is_last=self._complete)
             return payload
