@@ -83,7 +83,8 @@ def test_labels_of_an_engine_with_our_names_are_renamed_as_prometheus_does() -> 
 
 
 UNUSUAL = [
-    b'vllm:a{x="{}"} 1', b'vllm:a{x="a\\"} 2,b="} 1', b'vllm:a{x="model=\\"y\\""} +Inf', b"vllm:a 1", b"vllm:a{} NaN",
+    b'vllm:a{x="{}"} 1', b'vllm:a{x=",y=\\"z\\",",y="{x="} 1', b'vllm:a{x="a\\"} 2,b="} 1',
+    b'vllm:a{x="model=\\"y\\""} +Inf', b"vllm:a 1", b"vllm:a{} NaN",
     b'vllm:a{x="y"} 1 1700000000000', b'vllm:a{x="y",} 1', b'vllm:a{x="y"} 1.5e+299', b'vllm:a{x="y"} -2e-308',
     b'vllm:a{x="y"} 18446744073709551616.0', b"vllm:a -Inf",
 ]  # fmt: skip
@@ -91,7 +92,8 @@ NO_SAMPLES = [
     b"vllm:a{x} 1", b'vllm:a{x="y} 1', b"vllm:a{x=y} 1", b'vllm:a{x="y"}', b'vllm:a{x="y"} one two', b"<html>",
     b'vllm:a{x="y"} 1 # {} 2', b'vllm:a{x="y"} 1\r', b"\xff", b'vllm:a{x="y"model="w"} 1', b'vllm:a{__name__="b"} 1',
     b'vllm:a{x="y"} 1 99999999999999999999999', b'vllm:a{x="y"} 1e999', b'vllm:a{x="y"} 10e299', b"vllm:a 1e999",
-    b'vllm:a{x="y"} +NaN', b'vllm:a{x="y"} -NaN', b'vllm:a{model="y",exported_model="z"} 1',
+    b'vllm:a{x="y",z="",x="y"} 1', b'vllm:a{x="y"} +NaN', b'vllm:a{x="y"} -NaN',
+    b'vllm:a{model="y",exported_model="z"} 1',
 ]  # fmt: skip
 
 

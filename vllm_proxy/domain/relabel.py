@@ -2,8 +2,7 @@
 
 Texts are not parsed but rewritten: twenty engines have 6,500 series. From one scrape to the next nearly always numbers
 alone change, so the words between them are looked at once, and then only compared. What Prometheus would not read is
-left out, so that no engine makes the others' series unreadable (tests/domain/test_relabel.py): all but a label of its
-own that is there twice, which no library for metrics writes.
+left out, so that no engine makes the others' series unreadable (tests/domain/test_relabel.py).
 """
 
 import re
@@ -43,6 +42,7 @@ _NUMBERS = re.compile(rb"(?:[0-9]{1,20}+\.[0-9]++\n|" + _NUMBER + rb"\n)*+")  # 
 _EXPLANATION = re.compile(
     rb"(" + _NAME + rb") [^\n]*+\n# TYPE (" + _NAME + rb") (?:counter|gauge|histogram|summary|untyped)(?=\n|\Z)"
 )
+_LABEL_NAMES = re.compile(rb"[{,]([a-zA-Z_][a-zA-Z0-9_]*+)=" + _VALUE)
 _SERIES = re.compile(rb"^(" + _NAME + rb")(?:\{\}|(\{))?", re.MULTILINE)
 
 
@@ -128,7 +128,7 @@ class Merged:
                 if mark + b"exported_" + name + b"=" in samples:
                     return None
                 samples = samples.replace(mark + name + b"=", mark + b"exported_" + name + b"=")
-        if _SAMPLES.fullmatch(samples) is None:
+        if _SAMPLES.fullmatch(samples) is None or any(map(_has_twice, samples.split(b"\n"))):
             return None
         return _SERIES.sub(lambda found: found[1] + b"{" + own + (b"," if found[2] else b"}"), samples)
 
@@ -177,9 +177,10 @@ def _template(blocks: list[tuple[bytes, bool, _Family | None]]) -> _Template | N
             return None
         lines = (_HELP + block).split(b"\n")
         compared = 1 if family is None else _EXPLAINING
-        made.has_words.extend(number < compared for number, _ in enumerate(lines))
+        others = len(lines) - compared
+        made.has_words.extend([True] * compared + [False] * others)
         made.explanations.extend(lines[:compared])
-        made.has_number.extend(family is not None and number >= compared for number, _ in enumerate(lines))
+        made.has_number.extend([False] * compared + [family is not None] * others)
         if family is None:
             continue
         name, explanation, samples = family
@@ -197,6 +198,12 @@ def _template(blocks: list[tuple[bytes, bool, _Family | None]]) -> _Template | N
 def _blocks(kept: bytes) -> list[bytes]:
     """One for each family, which starts with its name."""
     return (b"\n" + kept).split(_AFTER)[1:]
+
+
+def _has_twice(sample: bytes) -> bool:
+    """Whether a label is there twice."""
+    names = _LABEL_NAMES.findall(sample)
+    return len(names) != len(set(names))
 
 
 def _is_text(text: bytes) -> bool:
