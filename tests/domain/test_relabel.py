@@ -132,7 +132,7 @@ def test_whatever_an_engine_answers_the_others_can_be_read(garbage: bytes, at: i
 
 
 @pytest.mark.parametrize(
-    "line", [*UNUSUAL, *NO_SAMPLES, b"", b'vllm:a{x="y"} ', b'vllm:a{x="z"} 1', b"# HELP vllm:b B."]
+    "line", [*UNUSUAL, *NO_SAMPLES, b"", b'vllm:a{x="y"} ', b'vllm:a{x="z"} 1', b"# HELP vllm:b B.", b"5"]
 )
 def test_what_is_known_of_a_scrape_changes_nothing_in_the_next(line: bytes) -> None:
     """Whatever stands where a sample stood before, and the other way round: it is as if no scrape had been before."""

@@ -58,8 +58,9 @@ async def test_a_whole_answer_is_read_and_not_waited_behind(answer: bytes) -> No
         OK + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n2\r\n 1\r\n",
         OK + b"Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\na 1",
         b"what?\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
     ],
-    ids=["nothing", "no", "cut", "cut chunks", "encoded", "no HTTP"],
+    ids=["nothing", "no", "cut", "cut chunks", "encoded", "no HTTP", "another protocol"],
 )
 async def test_what_is_no_whole_answer_is_none(answer: bytes) -> None:
     """Another status, one that breaks off, one that is compressed unasked, one that is no HTTP."""

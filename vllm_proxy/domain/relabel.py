@@ -6,7 +6,7 @@ left out, so that no engine makes the others' series unreadable (tests/domain/te
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import NamedTuple
 
@@ -146,6 +146,7 @@ class _Template:
     """What an engine says of itself but for its numbers: where they are in it, and what is written around them."""
 
     count: int  # of families
+    size: int  # bytes of the words before numbers
     has_words: list[bool]  # by line: whether it is compared, as it explains a family that is kept, or starts one
     explanations: list[bytes]  # those
     has_number: list[bool]  # by line: whether it is a sample of a family that is kept
@@ -161,8 +162,11 @@ class _Template:
         if [*compress(lines, self.has_words)] != self.explanations:
             return None
         samples = [*compress(lines, self.has_number)]
-        numbers = [*map(bytes.removeprefix, samples, self.words)]  # with other words in front, it is no number
-        if _NUMBERS.fullmatch(b"\n".join([*numbers, b""])) is None:
+        numbers = [*map(bytes.removeprefix, samples, self.words)]
+        written = b"\n".join([*numbers, b""])
+        if _NUMBERS.fullmatch(written) is None:
+            return None
+        if sum(map(len, samples)) - len(written) + len(numbers) != self.size:  # of a line nothing was taken off
             return None
         pieces = self.pieces.copy()
         pieces[1::2] = numbers
@@ -171,7 +175,7 @@ class _Template:
 
 def _template(blocks: list[tuple[bytes, bool, _Family | None]]) -> _Template | None:
     """Of blocks, whether they are wanted, and what was made of them; None: not all, or a sample has a time."""
-    made = _Template(len(blocks), [], [], [], [], [], [])
+    made = _Template(len(blocks), 0, [], [], [], [], [], [])
     for block, is_wanted, family in blocks:
         if is_wanted and family is None:
             return None
@@ -192,7 +196,7 @@ def _template(blocks: list[tuple[bytes, bool, _Family | None]]) -> _Template | N
             made.words.append(before.removesuffix(number))
             made.pieces.extend((b"\n" + words + b" ", number))
         made.families.append((name, explanation, slice(first, len(made.pieces))))
-    return made
+    return replace(made, size=sum(map(len, made.words)))
 
 
 def _blocks(kept: bytes) -> list[bytes]:

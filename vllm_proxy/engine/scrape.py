@@ -69,7 +69,7 @@ class _Answer(asyncio.Protocol):
         """A part of the answer."""
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(str(error))
 
     def connection_lost(self, exc: Exception | None) -> None:
