@@ -32,6 +32,9 @@ is_ours() { [ "$(readlink /usr/local/bin/vllm-proxy)" = "$prefix/venv/bin/vllm-p
 
 find_python() {
     if [ -n "${UV_PYTHON:-}" ]; then
+        case $UV_PYTHON in
+        3.*) UV_PYTHON=$("$uv" python find --no-python-downloads --no-project "$UV_PYTHON") || die "there is no Python $UV_PYTHON" ;;
+        esac
         is_supported "$UV_PYTHON" || die "UV_PYTHON is no Python 3.13 or 3.14: $UV_PYTHON"
         if is_hidden "$UV_PYTHON"; then
             die "UV_PYTHON is where the service cannot see it: $UV_PYTHON"
@@ -73,11 +76,16 @@ install_environment() {
 install_configuration() {
     systemd-sysusers "$root/packaging/systemd/sysusers.conf"
     # The daemon writes what the REST API is told, beside the file and then in its place: the folder is its own.
-    install -d -m 755 -o vllm-proxy -g vllm-proxy "$config"
+    if [ ! -d "$config" ]; then
+        install -d -m 755 -o vllm-proxy -g vllm-proxy "$config"
+    fi
     if [ ! -e "$config/models.toml" ]; then
         runuser -u vllm-proxy -- "$prefix/venv/bin/vllm-proxy" init --config "$config/models.toml" >&2
     fi
 }
+
+# As the daemon will read it, which would not start with a file that it refuses.
+is_usable() { runuser -u vllm-proxy -- "$prefix/venv/bin/vllm-proxy" check --config "$config/models.toml" >&2; }
 
 install_units() {
     version=$(systemctl --version | sed -n '1s/^systemd \([0-9]*\).*/\1/p')
@@ -116,10 +124,10 @@ uninstall() {
     say "uninstalled; left here: $config, /var/lib/vllm-proxy, /var/cache/vllm-proxy, the user vllm-proxy"
 }
 
-case ${1:-} in
-'') ;;
---vllm) vllm='--extra vllm' ;;
---uninstall) ;;
+case $#${1:-} in
+0) ;;
+1--vllm) vllm='--extra vllm' ;;
+1--uninstall) ;;
 *)
     sed -n '2,5s/^# \{0,1\}//p' "$0" >&2
     exit 2
@@ -139,6 +147,10 @@ install_units
 say "who may do what: on loopback whoever can connect may use the models and look at them, without a key;"
 say "  what changes something needs a key ('sudo vllm-proxy keys new NAME --scope admin') or the control socket, by which"
 say "  'sudo vllm-proxy ...' asks. On another address nothing is open without keys or [keys.anonymous] in the file"
+if ! is_usable; then
+    say "installed; the daemon of this version refuses $config/models.toml, as said above: correct it before it is started"
+    exit 78
+fi
 if [ -d /run/systemd/system ] && systemctl --quiet is-active vllm-proxy.service; then
     say "installed; the daemon that runs is the old one until 'systemctl restart vllm-proxy'"
 else

@@ -49,7 +49,7 @@ def _checkout(folder: Path, fails: list[str]) -> dict[str, str]:
     for file in programs.iterdir():
         if not file.is_symlink():
             file.chmod(0o755)
-    environment = folder / ".venv"
+    environment = folder / ".venv-demo"
     environment.mkdir()
     return {"PATH": str(programs), "HOME": str(folder), "TMPDIR": str(folder), "UV_PYTHON": "3.13"}
 
