@@ -265,3 +265,12 @@ def test_an_unknown_variable_is_a_warning_with_the_nearest_name(tmp_path: Path, 
     value = "a value of more than thirty-two characters"
     assert load({name: value}).warnings == expected
     assert load({}, dotenv(tmp_path, f"{name}={value}")).warnings == expected
+
+
+def test_a_nul_in_the_dotenv_is_a_problem_of_it(tmp_path: Path) -> None:
+    """No environment of an engine can hold it."""
+    with pytest.raises(ConfigError) as error:
+        load(dotenv=dotenv(tmp_path, "A=x\0y"))
+    assert error.value.lines() == [
+        f"{tmp_path / '.env'}: cannot use 'A': it has a NUL in it, which no environment can hold"
+    ]

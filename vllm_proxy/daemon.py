@@ -138,6 +138,7 @@ async def serve(
         reconciler = Reconciler(config, shared, state, launcher.fingerprint)
         keyring = Keyring(config)
         store = Store(settings.config_file)
+        store.tidy()
         key_files = KeyFiles(store, settings.parse, settings.files, settings.keys_file)
         disk = Disk("the configuration's file")
         stack.callback(disk.close)

@@ -112,6 +112,10 @@ def _dotenv(file: Path) -> dict[str, str]:
     import dotenv  # noqa: PLC0415 - few have such a file, and most commands are quicker than this
 
     values = dotenv.dotenv_values(stream=StringIO(text, newline=None))
+    for name, value in values.items():
+        if "\0" in f"{name}{value}":
+            msg = f"cannot use {name!a}: it has a NUL in it, which no environment can hold"
+            raise ConfigError(str(file), [Problem(0, "", msg)])
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,12 +51,12 @@ def fill(file: Path) -> None:
             pass
 
 
-def refused(file: Path, store: Store | None = None, data: bytes = NEW) -> RequestError:
-    """How a write is refused; nothing has changed, and nothing is left over."""
-    before, beside = file.read_bytes(), set(file.resolve().parent.iterdir())
+def refused(file: Path, store: Store | None = None, data: bytes = NEW, *, before: bytes | None = None) -> RequestError:
+    """How a write is refused; nothing has changed, and nothing is left over. `before`: what its writer has read."""
+    text, beside = file.read_bytes(), set(file.resolve().parent.iterdir())
     with pytest.raises(RequestError) as error:
-        (store or Store(file)).replace(data)
-    assert file.read_bytes() == before
+        (store or Store(file)).replace(data, text if before is None else before)
+    assert file.read_bytes() == text
     assert set(file.resolve().parent.iterdir()) == beside
     assert str(file) in error.value.message
     if store is None:
@@ -71,7 +72,7 @@ def test_a_file_is_replaced_with_its_mode_and_owner(file: Path) -> None:
     os.chown(file, 12345, 23456)
     before = file.stat()
     assert Store(file).read_only() is None
-    Store(file).replace(NEW)
+    Store(file).replace(NEW, OLD)
     after = file.stat()
     assert file.read_bytes() == NEW
     assert (stat.S_IMODE(after.st_mode), after.st_uid, after.st_gid) == (0o640, 12345, 23456)
@@ -82,7 +83,7 @@ def test_a_file_is_replaced_with_its_mode_and_owner(file: Path) -> None:
 def test_attributes_are_kept(file: Path) -> None:
     """Access control lists and labels are such."""
     os.setxattr(file, "user.note", b"kept")
-    Store(file).replace(NEW)
+    Store(file).replace(NEW, OLD)
     assert os.getxattr(file, "user.note") == b"kept"
 
 
@@ -91,7 +92,7 @@ def test_a_chain_of_links_stays_and_its_target_is_written(file: Path, tmp_path: 
     (tmp_path / "one").symlink_to("conf/models.toml")
     (tmp_path / "two").symlink_to(tmp_path / "one")
     assert Store(tmp_path / "two").read_only() is None
-    Store(tmp_path / "two").replace(NEW)
+    Store(tmp_path / "two").replace(NEW, OLD)
     assert (tmp_path / "two").is_symlink()
     assert (tmp_path / "one").is_symlink()
     assert file.read_bytes() == NEW
@@ -100,7 +101,7 @@ def test_a_chain_of_links_stays_and_its_target_is_written(file: Path, tmp_path: 
 def test_a_file_that_is_missing_is_made(tmp_path: Path) -> None:
     """Not readable by all: it may come to hold keys."""
     assert Store(tmp_path / "models.toml").read_only() is None
-    Store(tmp_path / "models.toml").replace(NEW)
+    Store(tmp_path / "models.toml").replace(NEW, b"")
     assert (tmp_path / "models.toml").read_bytes() == NEW
     assert stat.S_IMODE((tmp_path / "models.toml").stat().st_mode) == 0o640
 
@@ -111,7 +112,7 @@ def test_the_umask_may_narrow_the_mode_of_a_new_file(tmp_path: Path) -> None:
         file = tmp_path / f"{umask}.toml"
         before = os.umask(umask)
         try:
-            Store(file).replace(NEW)
+            Store(file).replace(NEW, b"")
         finally:
             os.umask(before)
         assert stat.S_IMODE(file.stat().st_mode) == mode
@@ -129,7 +130,7 @@ def test_the_nix_store_is_read_only(tmp_path: Path) -> None:
     """Whatever its modes say; the message says where to change it."""
     (tmp_path / "models.toml").symlink_to("/nix/store/abc-models.toml")
     with pytest.raises(RequestError) as error:
-        Store(tmp_path / "models.toml").replace(NEW)
+        Store(tmp_path / "models.toml").replace(NEW, OLD)
     assert error.value.code == "config_read_only"
     assert "Nix" in error.value.message
     assert Store(tmp_path / "models.toml").read_only() == error.value.message
@@ -242,7 +243,7 @@ def test_a_full_disk_leaves_the_old_file(file: Path, mounts: list[Path]) -> None
     assert error.code == "config_not_written"
     assert "room" in error.message
     hog.unlink()
-    Store(file).replace(NEW)
+    Store(file).replace(NEW, OLD)
     assert file.read_bytes() == NEW
 
 
@@ -262,7 +263,7 @@ def test_a_folder_that_cannot_be_synced_has_the_new_file_all_the_same(file: Path
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "Invalid argument")
 
-    Store(file, only_files).replace(NEW)
+    Store(file, only_files).replace(NEW, OLD)
     assert file.read_bytes() == NEW
 
 
@@ -271,7 +272,7 @@ def test_a_rename_that_fails_leaves_no_temporary_file(tmp_path: Path) -> None:
     target = tmp_path / "models.toml"
     target.mkdir()
     with pytest.raises(RequestError) as error:
-        Store(target).replace(NEW)
+        Store(target).replace(NEW, OLD)
     assert error.value.code == "config_not_written"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -279,7 +280,7 @@ def test_a_rename_that_fails_leaves_no_temporary_file(tmp_path: Path) -> None:
 def test_a_folder_that_is_missing_is_told(tmp_path: Path) -> None:
     """It is not made: a volume may be missing."""
     with pytest.raises(RequestError, match="No such file") as error:
-        Store(tmp_path / "none" / "models.toml").replace(NEW)
+        Store(tmp_path / "none" / "models.toml").replace(NEW, OLD)
     assert error.value.code == "config_not_written"
 
 
@@ -287,7 +288,7 @@ def test_what_is_no_regular_file_is_not_written_over(tmp_path: Path) -> None:
     """A FIFO stays one, and nobody waits at it."""
     os.mkfifo(tmp_path / "models.toml")
     with pytest.raises(RequestError, match="no regular file") as error:
-        Store(tmp_path / "models.toml").replace(NEW)
+        Store(tmp_path / "models.toml").replace(NEW, OLD)
     assert error.value.code == "config_not_written"
     assert stat.S_ISFIFO((tmp_path / "models.toml").stat().st_mode)
 
@@ -295,3 +296,38 @@ def test_what_is_no_regular_file_is_not_written_over(tmp_path: Path) -> None:
 def test_nothing_is_written_that_could_not_be_read(file: Path) -> None:
     """More than the bound of what is read."""
     assert refused(file, data=b"#" * (MOST_BYTES + 1)).code == "config_not_written"
+
+
+def test_what_another_program_has_just_written_is_not_written_over(file: Path) -> None:
+    """Two daemons may have one file: who comes second is told, and loses nobody's change."""
+    Store(file).replace(NEW, OLD)
+    error = refused(file, before=OLD, data=b"# another\n")
+    assert error.code == "revision_mismatch"
+
+
+def test_writers_take_turns(file: Path) -> None:
+    """Of many that write what they have read with a line more, each that is told that it has written did."""
+
+    def add(number: int) -> bool:
+        before = file.read_bytes()
+        try:
+            Store(file).replace(before + b"# %d\n" % number, before)
+        except RequestError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as writers:
+        done = [number for number, wrote in enumerate(writers.map(add, range(200))) if wrote]
+    assert done
+    assert sorted(file.read_bytes().removeprefix(OLD).splitlines()) == sorted(b"# %d" % number for number in done)
+
+
+def test_what_a_killed_writer_has_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    """By its exact name, also of a file whose name looks like a pattern."""
+    file = tmp_path / "models[1].toml"
+    file.write_bytes(OLD)
+    kept = [file, tmp_path / ".models[1].toml.mydraft.new", tmp_path / ".models1.toml.0123456789abcdef.new"]
+    for name in (*kept[1:], tmp_path / ".models[1].toml.0123456789abcdef.new"):
+        name.touch()
+    Store(file).tidy()
+    assert sorted(tmp_path.iterdir()) == sorted(kept)

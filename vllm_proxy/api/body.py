@@ -71,9 +71,16 @@ class Bodies:
 
 
 def if_match(request: web.Request) -> str | None:
-    """The revision that a write insists on; None for any."""
+    """The revision that a write insists on; None for any.
+
+    Raises:
+        RequestError: `bad_request`, where it names several.
+
+    """
     header = request.headers.get("If-Match", "*").strip()
     if header == "*":
         return None
     found = _ETAG.fullmatch(header)
+    if found is None and len(_ETAG.findall(header)) > 1:
+        raise RequestError("bad_request", "cannot read If-Match: name one revision, or * for any")
     return found[1] if found else header

@@ -98,8 +98,12 @@ def _managed(machine: Machine | None) -> int:
 
 
 def _without_values(rejected: ConfigError) -> str:
-    """Everybody may read it: so it names the places of problems, and no value of the file."""
-    places = [item.place(Path(rejected.file).name) for item in rejected.problems]
+    """Everybody may read it: so it names the places of problems, and no value of the file.
+
+    Why the file as a whole cannot be read is none of its values, and nobody but the daemon may find out otherwise.
+    """
+    name = Path(rejected.file).name
+    places = [item.place(name) if item.path or item.line else item.render(name) for item in rejected.problems]
     more = f"; and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
     count = f"{len(places)} problem{'' if len(places) == 1 else 's'}"
     return f"the configuration is rejected, {count}: {'; '.join(places[:_SHOWN])}{more}"

@@ -36,11 +36,11 @@ class Change:
         """Have it on disk.
 
         Raises:
-            RequestError: `config_read_only` or `config_not_written`; nothing has changed then.
+            RequestError: `config_read_only`, `config_not_written` or `revision_mismatch`; nothing has changed then.
 
         """
         if self.after != self.before:
-            self.store.replace(self.after)
+            self.store.replace(self.after, self.before or b"")
 
 
 def read(store: Store) -> bytes:
@@ -53,7 +53,8 @@ def read(store: Store) -> bytes:
     try:
         return store.read()
     except OSError as error:
-        raise ConfigError(str(store.file), [Problem(0, "", f"cannot read it: {error.strerror}")]) from None
+        hint = "; let the user of the daemon read it" if isinstance(error, PermissionError) else ""
+        raise ConfigError(str(store.file), [Problem(0, "", f"cannot read it: {error.strerror}{hint}")]) from None
 
 
 def edited(

@@ -6,15 +6,24 @@ attributes stay as they are. Everything here blocks: callers run it in a thread.
 
 import contextlib
 import errno
+import fcntl
 import os
 import shlex
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 from vllm_proxy.errors import RequestError
-from vllm_proxy.runtime.files import group_name, is_immutable, is_mounted, may_give_away, replace_file, user_name
+from vllm_proxy.runtime.files import (
+    group_name,
+    is_immutable,
+    is_mounted,
+    may_give_away,
+    remove_temporaries,
+    replace_file,
+    user_name,
+)
 from vllm_proxy.runtime.regular_file import MOST_BYTES, read_regular_file
 
 _NIX_STORE = Path("/nix/store")
@@ -44,11 +53,13 @@ class Store:
         """
         return read_regular_file(self.file)
 
-    def replace(self, data: bytes) -> None:
+    def replace(self, data: bytes, expected: bytes) -> None:
         """Write it anew: symbolic links stay and their target is written, with its mode, owner and attributes.
 
+        `expected`: what is there; b"" also where nothing is. Another daemon or command may have written meanwhile.
+
         Raises:
-            RequestError: `config_read_only` or `config_not_written`; nothing has changed then.
+            RequestError: `config_read_only`, `config_not_written` or `revision_mismatch`; nothing has changed then.
 
         """
         target = Path(os.path.realpath(self.file))
@@ -61,9 +72,19 @@ class Store:
         if before is not None:
             mode, finish = 0o600, partial(_take_over, target, before)
         try:
-            replace_file(target, data, mode, finish=finish, fsync=self._fsync)
+            with _locked(target.parent):
+                if (b"" if before is None else read_regular_file(target)) != expected:
+                    msg = f"cannot write {self.file}: another program has just done so; try again"
+                    raise RequestError("revision_mismatch", msg)
+                replace_file(target, data, mode, finish=finish, fsync=self._fsync)
         except OSError as error:
             raise self._refusal(error) from error
+
+    def tidy(self) -> None:
+        """Remove what a daemon that was killed while it wrote has left beside the file."""
+        target = Path(os.path.realpath(self.file))
+        with contextlib.suppress(OSError), _locked(target.parent):  # so nobody is writing
+            remove_temporaries(target)
 
     def read_only(self) -> str | None:
         """Why `replace` would raise `config_read_only`: its message, without writing anything; None: it would not."""
@@ -161,3 +182,15 @@ def _take_over(old: Path, before: os.stat_result, new: int) -> None:
         for name in os.listxattr(old):
             with contextlib.suppress(OSError):
                 os.setxattr(new, name, os.getxattr(old, name))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """For what is read and then written: each daemon and each command takes this turn, and editors do not."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -11,6 +11,7 @@ import errno
 import grp
 import os
 import pwd
+import re
 import secrets
 import shutil
 import stat
@@ -215,9 +216,11 @@ def _statx(folder: int, name: str | Path, mask: int) -> ctypes.Array[ctypes.c_ch
 
 def remove_temporaries(path: Path) -> None:
     """Remove what a daemon that was killed while it replaced a file has left beside it."""
-    for left in path.parent.glob(f".{path.name}.*{_TEMPORARY}"):
-        with contextlib.suppress(OSError):
-            left.unlink()
+    temporary = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}{re.escape(_TEMPORARY)}")
+    for left in path.parent.iterdir():
+        if temporary.fullmatch(left.name):
+            with contextlib.suppress(OSError):
+                left.unlink()
 
 
 def remove_tree(folder: Path) -> None:
