@@ -30,6 +30,7 @@ LIMITS = {
     "first": "priority = 2",
     "free": "",
     "narrow": '[keys.narrow.limits."cha*"]\nrequests_per_minute = 1',
+    "counted": "requests_per_minute = 100",
 }
 KEYS = {name: new_key(bytes([number]) * 32) for number, name in enumerate(LIMITS)}
 TABLES = "".join(f'[keys.{name}]\nhash = "{hash_of(KEYS[name])}"\n{limits}\n' for name, limits in LIMITS.items())
@@ -260,3 +261,29 @@ async def test_what_nobody_tells_the_tokens_of_is_charged_what_it_held(running: 
         assert answer.status == 200
     charged = (await used(running, "small"))["estimated_tokens"] - before["estimated_tokens"]
     assert 300 < charged < 400
+
+
+async def test_what_a_client_may_have_written_itself_is_no_usage(running: Daemon) -> None:
+    """With its messages behind the usage, an answer quotes the tools of the client, and the last one is none."""
+    before = await used(running, "free") or {"estimated_tokens": 0, "prompt_tokens": 0}
+    for quoted in (True, False):
+        body = {"input": "hi", "max_output_tokens": 300, "enable_response_messages": quoted}
+        said = '{"usage":{"input_tokens":5,"output_tokens":7}}'
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(said)}\r\n\r\n"
+        async with ask(running, "free", "/v1/responses", fake={"raw": [head + said]}, **body) as answer:
+            assert await answer.text() == said
+        found = await used(running, "free")
+        assert found["estimated_tokens"] - before["estimated_tokens"] > 300
+        assert found["prompt_tokens"] - before["prompt_tokens"] == (0 if quoted else 5)
+
+
+async def test_absurd_amounts_are_held_and_charged_within_bounds(running: Daemon) -> None:
+    """Nobody's usage is lost to them, nobody waits behind them for ever, and a limit of requests alone is not met."""
+    absurd = {"input": "hi", "max_output_tokens": 2**53, "n": 2**53}
+    for key in ("free", "counted"):
+        before = await used(running, key) or {"estimated_tokens": 0}
+        async with ask(running, key, "/v1/responses", **absurd) as answer:
+            assert answer.status == 200, await answer.text()
+        charged = (await used(running, key))["estimated_tokens"] - before["estimated_tokens"]
+        assert 0 < charged <= 2**22
+    assert (await running.get("/health"))["usage"]["error"] is None

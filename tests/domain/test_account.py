@@ -97,3 +97,11 @@ def test_nothing_is_held_when_nothing_is_in_flight(steps: list[Limits | tuple[st
     for grant in flying:
         settle(grant, 1, 1.0, EPOCH)
     assert all(use.held == 0 for use in one.all().uses(1.0, EPOCH))
+
+
+def test_a_request_without_a_model_meets_the_limits_of_its_key_once() -> None:
+    """As one for a stored response, which an id alone names."""
+    one = account(Limits(Rate(2, 0)))
+    for _ in range(2):
+        assert isinstance(admit(one.of("", 1.0), 0, 0, 1.0, EPOCH, bounded=True), Granted)
+    assert isinstance(admit(one.of("", 1.0), 0, 0, 1.0, EPOCH, bounded=True), Refused)

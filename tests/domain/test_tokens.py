@@ -25,6 +25,9 @@ CHAT = "/v1/chat/completions"
         (b'{"usage":{"type":"duration","seconds":3}}', None),
         (b'{"usage":{"prompt_tokens":"many"}}', None),
         (b'{"usage":{"prompt_tokens":4', None),
+        (b'{"usage":{"a":{"b":{"c":1}', None),
+        (b'{"usage":{"prompt_tokens":-4,"completion_tokens":2}}', None),
+        (b'{"usage":{"prompt_tokens":4,"completion_tokens":%d}}' % 10**30, None),
         (b'{"tools":[{"usage":{"prompt_tokens":4}}],"usage":null}', None),
         (b'{"text":"\\"usage\\":{\\"prompt_tokens\\":4}"}', None),
         (b"", None),
@@ -48,7 +51,7 @@ def test_a_route_without_tokens_takes_none_whatever_it_answers(path: str) -> Non
     assert of_json(path, text, text) == of_stream(path, text) == Tokens()
 
 
-@given(st.binary(max_size=200))
+@given(st.binary(max_size=200) | st.text('{}"a:,', max_size=30).map(str.encode))
 def test_no_bytes_are_an_error(text: bytes) -> None:
     """Whatever stands behind a mark, it is tokens or nothing."""
     for mark in (b'"usage":', b'"billed_units":', b'"choices":[],"usage":', b'},"usage":'):

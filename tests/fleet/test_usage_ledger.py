@@ -357,7 +357,7 @@ KILLED = """
 import asyncio, os, sys
 from pathlib import Path
 from vllm_proxy.domain.usage import Counts
-from vllm_proxy.fleet import usage_ledger
+from vllm_proxy.fleet import usage_file, usage_ledger
 from vllm_proxy.runtime.threads import DaemonThreads, Disk
 from vllm_proxy.traffic.usage import Usage
 
@@ -416,3 +416,20 @@ async def test_sums_on_disk_are_those_in_memory(tmp_path: Path, by: tuple[str, .
         assert sum(counts.prompt for counts in on_disk.values()) == sum(range(49))
         one = await here.ledger.report(Query(asked.first, asked.last, asked.by, "k1"))
         assert sum(counts.requests for counts in one.values()) == 16
+
+
+async def test_quotas_begin_with_all_that_was_charged_however_long_a_report_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where keys and days are more than a report has rows; and what no column holds is a problem that is told."""
+    monkeypatch.setattr(usage_file, "MOST_ROWS", 1)
+    async with stage(tmp_path) as here:
+        for key in ("a", "b", "c", "d"):
+            here.used(7, key)
+        await here.ledger.flush()
+    async with stage(tmp_path) as later:
+        assert later.ledger.spent("d") == Spent(7, 7)
+        later.usage.counts("d", "chat").add(Counts(prompt=2**70))
+        await later.ledger.flush()
+        assert later.ledger.problem is not None
+        later.ledger._waiting.clear()

@@ -14,7 +14,7 @@ from vllm_proxy.domain.hosts import is_loopback
 from vllm_proxy.domain.keys import ALL, Key, Scope, closure, digest, hash_of, new_key
 from vllm_proxy.domain.listener import CONTROL as CONTROL_SOCKET
 from vllm_proxy.domain.listener import Listener
-from vllm_proxy.errors import AccessError, RequestError
+from vllm_proxy.errors import AccessError, ConfigError, RequestError
 from vllm_proxy.traffic.access import CONTROL, Access, Admission
 from vllm_proxy.traffic.envelope import error_response
 from vllm_proxy.traffic.head import read_head
@@ -274,12 +274,19 @@ def test_what_who_sends_no_key_may_do(text: str, listener: Listener, scopes: set
 
 
 @pytest.mark.parametrize("scope", [*Scope])
-@pytest.mark.parametrize("known_as", [*Scope, "control", "root", "keys"])
+@pytest.mark.parametrize("known_as", [*Scope, "root", "keys"])
 def test_the_name_of_a_key_gives_it_nothing(known_as: str, scope: Scope) -> None:
-    """Be it that of a scope, or of the control socket."""
+    """Be it that of a scope."""
     text = f'[keys.{known_as}]\nhash = "{hash_of(KEY)}"\nscopes = ["metrics"]\n'
     expected = known_as if scope is Scope.METRICS else "missing_scope"
     assert name(text, NETWORK, scope, Authorization=f"Bearer {KEY}") == expected
+
+
+def test_no_key_has_the_name_of_who_uses_the_control_socket() -> None:
+    """What is used is counted by name, and nothing limits the socket."""
+    with pytest.raises(ConfigError) as error:
+        parse_config(f'[keys.control]\nhash = "{hash_of(KEY)}"\n'.encode(), "models.toml")
+    assert "kept for who uses the control socket" in error.value.problems[0].message
 
 
 def test_a_key_is_good_until_the_clock_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,8 @@ class Account:
         """What a request for a model has to meet: the limits of the key, and those for the model."""
         found = self._by_model.get(model)
         if found is None:  # of models that there are, so there are not many
-            windows = [window for scope in ("", model) if (window := self._window(scope, now)) is not None]
+            scopes = dict.fromkeys(("", model))  # of a request without a model it is one
+            windows = [window for scope in scopes if (window := self._window(scope, now)) is not None]
             found = self._by_model[model] = Budgets(windows, list(self._quotas.values()))
         return found
 

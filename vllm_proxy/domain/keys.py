@@ -17,6 +17,7 @@ from typing import Literal, TypedDict
 
 from vllm_proxy.domain.limits import Limits
 
+CONTROL_SOCKET = "control"  # who uses the control socket
 ANONYMOUS = "anonymous"  # who sends no key
 HASH_PREFIX = "sha256:"
 LEAST_CHARACTERS = 32  # of a key that somebody brings along
@@ -111,6 +112,8 @@ def own_key_problem(key: str) -> str | None:
 
 def name_problem(name: str) -> str | None:
     """Why no key can be called so."""
+    if name == CONTROL_SOCKET:
+        return "this name is kept for who uses the control socket"
     if name in RESERVED:
         return f"this name is kept for the key that {RESERVED[name]} gives"
     if _HEX.fullmatch(name):

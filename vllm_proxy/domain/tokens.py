@@ -6,6 +6,7 @@ Counting never decodes an answer: where the usage stands in it is known for each
 
 from bisect import bisect_left, insort
 from collections import deque
+from typing import Annotated
 
 import msgspec
 
@@ -54,22 +55,26 @@ _WITHOUT_TOKENS = frozenset(
 )
 
 
+# More is no answer, and sums of it would fit into no column of the ledger.
+type _Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+
+
 class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: _Count | None = None
 
 
 class _Usage(msgspec.Struct):
     """All names that vLLM's APIs have for tokens."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
     prompt_tokens_details: _Details | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
+    input_tokens: _Count | None = None
+    output_tokens: _Count | None = None
     input_tokens_details: _Details | None = None
-    cache_read_input_tokens: int | None = None  # Anthropic's: beside the input, and not in it
-    cache_creation_input_tokens: int | None = None
-    image_tokens: int | None = None  # Cohere's
+    cache_read_input_tokens: _Count | None = None  # Anthropic's: beside the input, and not in it
+    cache_creation_input_tokens: _Count | None = None
+    image_tokens: _Count | None = None  # Cohere's
 
 
 _usage = msgspec.json.Decoder(_Usage)
@@ -122,6 +127,8 @@ def _behind(text: bytes, at: int, name: bytes) -> Tokens | None:
     depth = 0
     while True:  # to the brace that closes it: usage has no braces in strings
         close = text.find(b"}", end) + 1
+        if not close:  # it has been cut off
+            return None
         depth += text.count(b"{", end, close) - 1
         end = close
         if depth <= 0:

@@ -67,10 +67,10 @@ class UsageFile:
                 file.execute("DELETE FROM usage WHERE hour < ?", (int(now) // HOUR * HOUR - KEPT_DAYS * DAY,))
         self._pruned = int(now // DAY)
 
-    def sums(self, asked: Query) -> dict[tuple[str | int, ...], Counts]:
+    def sums(self, asked: Query, *, all_rows: bool = False) -> dict[tuple[str | int, ...], Counts]:
         """The sums of a report: by the values of `asked.by`, in the order of a report.
 
-        One more than the most that a report may have shows that.
+        One more than the most that a report may have shows that, unless `all_rows` are wanted.
 
         Raises:
             UsageFileError: it cannot be read.
@@ -79,7 +79,7 @@ class UsageFile:
         by = ", ".join(_OF[name] for name in asked.by)
         of_key = "" if asked.key is None else " AND key = :key"
         order = ", ".join(name for name in ("hour", "day", "key", "model") if name in asked.by)
-        groups = f" GROUP BY {by} ORDER BY {order} LIMIT {MOST_ROWS + 1}" if by else ""
+        groups = f" GROUP BY {by} ORDER BY {order} LIMIT {-1 if all_rows else MOST_ROWS + 1}" if by else ""
         names = "".join(f"{_OF[name]} AS {name}, " for name in asked.by)
         text = f"SELECT {names}{_SUMS} FROM usage WHERE hour >= :first AND hour < :last"  # noqa: S608 - names of ours
         values = {"first": asked.first, "last": asked.last, "key": asked.key}
@@ -117,6 +117,8 @@ class UsageFile:
             self.close()
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED:
                 self._set_aside(error)
+            raise UsageFileError(str(error)) from error
+        except OverflowError as error:  # a count that no column holds
             raise UsageFileError(str(error)) from error
         except OSError as error:
             self.close()

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -128,7 +129,8 @@ class UsageLedger:
 
     async def _load(self) -> None:
         first = month_start(self._now())
-        found = await self._offload(self._file.sums, Query(first, first + _LONGEST_MONTH, ("key", "day")))
+        month = Query(first, first + _LONGEST_MONTH, ("key", "day"))
+        found = await self._offload(partial(self._file.sums, month, all_rows=True))
         self._loaded, self._charged = True, {}
         for (key, day), counts in found.items():
             self._charge(str(key), int(day), counts.tokens)

@@ -18,7 +18,7 @@ from aiohttp import web
 
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.hosts import is_address, is_loopback
-from vllm_proxy.domain.keys import ALL, Key, Scope, is_mistyped
+from vllm_proxy.domain.keys import ALL, CONTROL_SOCKET, Key, Scope, is_mistyped
 from vllm_proxy.domain.listener import Kind
 from vllm_proxy.errors import AccessError, RequestError, model_not_found
 from vllm_proxy.traffic.client import Admitted, ClientConnection
@@ -26,7 +26,7 @@ from vllm_proxy.traffic.keyring import Caller, Keyring
 
 type Head = Mapping[bytes, bytes]  # as `head.read_head` has it
 
-CONTROL = Caller(Key("control", (), ALL), b"", None)  # who uses the control socket
+CONTROL = Caller(Key(CONTROL_SOCKET, (), ALL), b"", None)  # who uses the control socket
 _DECLARED = frozenset({"application/json", "application/merge-patch+json", "text/toml", "application/toml"})
 _BEARER = b"bearer "
 _SUBPROTOCOL = b"openai-insecure-api-key."  # how browsers send a key with a WebSocket

@@ -22,6 +22,7 @@ from vllm_proxy.traffic.scan import count_elements
 _BINARY = b";base64,"  # of a data URL
 _SLICE = 1024 * 1024
 _COMPLETIONS = "/v1/completions"
+_RESPONSES = "/v1/responses"
 _BATCH = "/v1/chat/completions/batch"
 _COMPLETIONS_DEFAULT = 16  # vLLM's `max_tokens` of /v1/completions
 _MANY = {_COMPLETIONS: ("prompt", "prompt_embeds"), _BATCH: ("messages",)}  # where several prompts may stand
@@ -35,7 +36,7 @@ _MOST = {  # in which members a route takes the most tokens of an answer, what c
     _BATCH: ("max_completion_tokens", "max_tokens"),
     _COMPLETIONS: ("max_tokens",),
     "/v1/messages": ("max_tokens",),
-    "/v1/responses": ("max_output_tokens",),
+    _RESPONSES: ("max_output_tokens",),
 }
 _OPEN = "/generative_scoring"  # generates too: a token for each item
 _TRUE = frozenset({"1", "true", "t", "yes", "y", "on"})
@@ -51,6 +52,7 @@ class _Body(msgspec.Struct):
     max_tokens: Any = None
     max_completion_tokens: Any = None
     max_output_tokens: Any = None
+    enable_response_messages: Any = None
     n: Any = None
 
 
@@ -62,6 +64,7 @@ class _Whole(Members):
     max_tokens: Any = None
     max_completion_tokens: Any = None
     max_output_tokens: Any = None
+    enable_response_messages: Any = None
     n: Any = None
     prompt_embeds: msgspec.Raw = NOTHING
 
@@ -88,6 +91,7 @@ class Asked(msgspec.Struct, frozen=True):
     )
     place: slice | None = None  # of the model's name in a large body
     members: Members | None = None  # of its prompt, where they were wanted
+    is_quoted: bool = False  # whether the answer has, behind its usage, texts of the client's that may look like one
 
 
 def read(body: bytes, path: str, *, whole: bool = False) -> Asked:
@@ -177,6 +181,7 @@ def _asked(
         _options(found.stream_options) if streams and asks_for_usage(path) else None,
         place,
         members,
+        path == _RESPONSES and _is_true(found.enable_response_messages),
     )
 
 

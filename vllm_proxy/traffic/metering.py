@@ -41,6 +41,8 @@ from vllm_proxy.traffic.usage import Outcome, Usage
 type Clock = Callable[[], float]
 
 _NO_LIMIT = 2**60
+_NO_LIMITS = Limits()
+_MOST_HELD = 2**40  # tokens: more than any limit, and small beside what stands for none
 _MOST_CLAIMED = 2**22  # tokens: more is no request that an engine takes, and would use up the numbers
 # vLLM 0.32 reads the header here, and on its other routes the body alone. Source: `_get_priority` of its serving.py.
 _HEADER_COUNTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
@@ -98,10 +100,11 @@ class Metering:
         """Follow a configuration."""
         self.is_on = bool(config.keys) or config.server.usage
         self.is_fair = config.is_fair
-        for name, key in config.keys.items():
-            if (user := self.users.get(name)) is not None:
-                user.follow(key.limits)
-                user.account.change(key.limits, partial(self._spent, name), self.epoch())
+        for name, user in self.users.items():
+            key = config.keys.get(name)
+            limits = _NO_LIMITS if key is None else key.limits  # who sends no key, say, may go on without a table
+            user.follow(limits)
+            user.account.change(limits, partial(self._spent, name), self.epoch())
         for name in [name for name in self._shares if name not in config.models]:
             del self._shares[name]
 
@@ -172,8 +175,8 @@ class _Request:
     """One that is metered; it is its own turn in the queue."""
 
     __slots__ = ("_metering", "binary", "bounded", "budgets", "call", "claim", "estimate", "generates", "granted",
-                 "made", "model", "number", "output", "prompt", "share", "size", "strip", "told", "user", "waits",
-                 "went")  # fmt: skip
+                 "is_told", "made", "model", "number", "output", "prompt", "share", "size", "strip", "told", "user",
+                 "waits", "went")  # fmt: skip
 
     def __init__(self, metering: Metering, user: User, call: Call) -> None:
         self._metering = metering
@@ -187,6 +190,7 @@ class _Request:
         self.generates = False  # it has an answer of tokens
         self.strip = False  # the client did not ask for what it used
         self.binary = False  # the body holds a file
+        self.is_told = True  # what the answer says of its tokens is the engine's own word
         self.estimate: Estimate | None = None  # what it is guessed by, and which learns from it
         self.granted: Granted | None = None
         self.budgets: Budgets | None = None  # what it meets
@@ -204,7 +208,7 @@ class _Request:
 
         """
         user = self.user
-        self.size, self.binary = len(body), asked.binary
+        self.size, self.binary, self.is_told = len(body), asked.binary, not asked.is_quoted
         output, most = asked.most, user.limits.max_output_tokens
         if most and output != 0 and (output is None or output > most):
             if asked.is_given:
@@ -217,7 +221,7 @@ class _Request:
             longest = spec.engine.max_model_len
             self.prompt = estimate.prompt(self.size, longest if type(longest) is int else None, binary=self.binary)
             self.bounded = output is not None
-            self.output = asked.samples * (estimate.output if output is None else output)
+            self.output = min(asked.samples * (estimate.output if output is None else output), _MOST_HELD)
         self.generates = output != 0
         if asked.options is not None:
             self.strip = True
@@ -322,7 +326,7 @@ class _Request:
         metering, user = self._metering, self.user
         outcome = self._outcome()
         made = self.made
-        tokens, estimated = self.told if made is None else made.tokens, 0
+        tokens, estimated = self.told if made is None else made.tokens if self.is_told else None, 0
         self.call.tokens = tokens
         if tokens is None:
             tokens, estimated = NO_TOKENS, self._estimated(outcome)
@@ -333,7 +337,7 @@ class _Request:
         if self.estimate is not None and tokens is not NO_TOKENS:
             self.estimate.learn(tokens, self.size, binary=self.binary)
         if self.share is not None:
-            self.share.ended(user.name, *self.claim, charged)
+            self.share.ended(user.name, *self.claim, min(charged, _MOST_CLAIMED))
         if self.waits:
             self._wait_no_more()
         if self.went:
@@ -367,8 +371,9 @@ class _Request:
         if made is None:
             return 0
         prompt = self.prompt or (0 if estimate is None else estimate.prompt(self.size, binary=self.binary))
-        if made.events or (outcome == "aborted" and self.size):
+        is_given_up = outcome == "aborted" or self.call.code == "request_timeout"
+        if made.events or (is_given_up and self.size):
             return made.events + prompt
         if outcome == "ok" and self.generates:  # in the background, say: nobody tells what comes of it
-            return prompt + (self.output or (0 if estimate is None else estimate.output))
+            return min(prompt + (self.output or (0 if estimate is None else estimate.output)), _MOST_CLAIMED)
         return 0

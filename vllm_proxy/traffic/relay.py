@@ -35,7 +35,7 @@ _TOKENIZER_OPTION = "enable-tokenizer-info-endpoint"
 _PIECE = 256 * 1024
 _ONE_WRITE = 64 * 1024
 _USAGE = b'"usage":'  # not in a text, whose quotes are escaped
-_MOST_USAGE = 256  # bytes of what says which tokens an answer took
+_MOST_USAGE = KEPT  # bytes of what says which tokens an answer took
 
 
 class Body(Protocol):
