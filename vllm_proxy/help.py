@@ -101,6 +101,8 @@ def about(words: str) -> str:
     topic, _, rest = words.partition(" ")
     if topic in TOPICS and (inside := [one.text for one in sections(topic) if one.name == anchor(rest)]):
         return inside[0]
+    if topic in TOPICS and rest:
+        words, wanted = rest, anchor(rest)
     known = _known()
     found = [known[wanted].text] if wanted in known else []
     found += [known[code].text for code, status in STATUS.items() if str(status) == wanted and not found]
@@ -110,7 +112,7 @@ def about(words: str) -> str:
         found = [known[near[0]].text]
     if found:
         return "\n".join(found)
-    near = near or difflib.get_close_matches(wanted, [*TOPICS, *known], n=_NEAR)
+    near = near or difflib.get_close_matches(wanted, dict.fromkeys([*TOPICS, *known]), n=_NEAR)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     msg = f"cannot find anything about {words!r}: {hint}`vllm-proxy help` lists the topics"
     raise UnknownTopicError(msg)

@@ -97,7 +97,9 @@ def _listen_at(address: Address, server: Server, folder: Path) -> Iterator[Liste
             bound = _bound(family, place)
             yield Listening(bound, _listener_of(bound, server))
     except OSError as error:
-        where = "in server.listen" if server.listen else "with --port, APP_PORT or server.port"
+        named = "host" if isinstance(error, socket.gaierror) else "port"
+        variable = "VLLM_PROXY_HOST" if named == "host" else "APP_PORT"
+        where = "in server.listen" if server.listen else f"with --{named}, {variable} or server.{named}"
         msg = f"cannot listen on {address.host} port {address.port}: {error.strerror or error}; choose another {where}"
         raise StartupError(msg) from error
 

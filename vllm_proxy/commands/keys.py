@@ -179,12 +179,15 @@ def _described(key: Key) -> str:
     return ", ".join(part for part in about if part)
 
 
+_WHEN = {"good": "until", "expired": "since"}  # of a revoked key it does not matter
+
+
 def _row(key: Key) -> tuple[str, ...]:
-    until = f" until {key['expires_at']}" if key["expires_at"] else ""
+    state = _state(key)
+    until = f" {_WHEN[state]} {key['expires_at']}" if key["expires_at"] and state in _WHEN else ""
     more = f", {key['hashes']} keys: being rotated" if key["hashes"] > 1 else ""
-    state = _state(key) + until + more
-    models = ",".join(key["models"])
-    return key["name"], key["id"] or "-", ",".join(key["scopes"]), models, ", ".join(_limits(key)) or "-", state
+    models, limits = ",".join(key["models"]), ", ".join(_limits(key)) or "-"
+    return key["name"], key["id"] or "-", ",".join(key["scopes"]), models, limits, state + until + more
 
 
 def _limits(key: Key) -> list[str]:

@@ -16,9 +16,10 @@ _ABOUT_A_FILE = {"serve", "check", "plan", "keys", "demo"}  # for others a file 
 def outcome_of(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     """Run a command; its own status, or that of the error that it ends with, which is told."""
     try:
-        return run(options)
-    except ConfigError as error:
-        return _refused(error, options)
+        try:
+            return run(options)
+        except ConfigError as error:
+            return _refused(error, options)
     except (NoDaemonError, LostError) as error:
         complain(str(error))
         return NO_DAEMON

@@ -59,7 +59,7 @@ def shown(found: "Usage", *, as_table: bool) -> str:
         return as_csv(found["by"], found["rows"]).rstrip("\r\n")
     since = f"since {found['from']}"
     if not found["rows"]:
-        return f"nothing was used {since}"
+        return f"nothing was counted {since}; without keys requests are counted with server.usage = true alone"
     names = [name for name in columns(found["by"]) if name not in _NAMES or name in found["by"]]
     table = [
         [_TITLES.get(name, name) for name in names],

@@ -30,8 +30,8 @@ def added(text: str, options: argparse.Namespace) -> str:
     table = uvloop.run(_options(settings.load(os.environ, vars(options))))
     if table is None:
         msg = (
-            "cannot read the options of vLLM: there is none, or it does not print them; install it, or set"
-            " engine.command in the configuration (-c FILE)"
+            "cannot read the options of vLLM: there is none, or it does not print them (`vllm serve --help=all` says"
+            " why); install it, or set engine.command in the configuration (-c FILE)"
         )
         raise CommandError(msg)
     return json.dumps(with_options(json.loads(text), table), indent=1, ensure_ascii=False) + "\n"

@@ -38,6 +38,7 @@ def oversights(config: Config, folder: Path, env: Mapping[str, str], *, shares: 
             *_of_no_device(model, config),
         ):
             yield ("models", model.id, *key), message
+    yield from _of_vllm(wanted, programs)
     if shares:
         yield from _of_shares(wanted)
 
@@ -97,12 +98,22 @@ def _is_missing(path: Path) -> bool:
 
 
 def _of_command(model: ModelSpec, programs: Programs) -> Iterator[Found]:
-    if model.engine.command is None:  # a file may be checked where no vLLM is installed
+    if model.engine.command is None:
         return
     try:
         programs.command(model.engine)
     except LaunchError as error:
         yield ("command",), error.diagnosis.message
+
+
+def _of_vllm(models: list[ModelSpec], programs: Programs) -> Iterator[Found]:
+    """Said once: a file may be checked where no vLLM is installed."""
+    try:
+        for model in models:
+            if model.engine.command is None:
+                programs.command(model.engine)
+    except LaunchError as error:
+        yield ("engine", "command"), error.diagnosis.message
 
 
 def _of_no_device(model: ModelSpec, config: Config) -> Iterator[Found]:
