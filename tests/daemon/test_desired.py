@@ -281,6 +281,18 @@ async def test_a_file_that_is_truncated_and_then_filled_unloads_nobody(tmp_path:
         assert await running.pids("chat") == before
 
 
+async def test_a_file_that_stays_empty_is_refused_and_a_comment_is_not(tmp_path: Path, port_start: int) -> None:
+    """A save that fails on a full disk leaves an empty one, and must not end all models."""
+    async with serving(tmp_path, port_start) as running:
+        before = await running.pids("chat")
+        running.file.write_text("")
+        health = await running.eventually("/health", lambda found: found["config"]["error"] is not None)
+        assert "it is empty, as a save that failed leaves it" in health["config"]["error"]
+        assert await running.pids("chat") == before
+        running.file.write_text("# no models\n")
+        await running.eventually("/models", lambda found: not found["models"])
+
+
 async def test_what_was_stopped_by_hand_is_started_by_a_change(tmp_path: Path, port_start: int) -> None:
     """A hand's word holds until the model is changed; other models' changes do not count."""
     async with serving(tmp_path, port_start) as running:

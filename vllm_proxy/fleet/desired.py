@@ -37,9 +37,10 @@ from vllm_proxy.traffic.keyring import Keyring
 log = structlog.get_logger()
 
 _SETTLED_SECONDS = 0.03  # debounce: unchanged for so long, whoever wrote it has finished
-_EMPTY_SECONDS = 1.0  # an empty file is taken for real after this long
+_EMPTY_SECONDS = 1.0  # an empty file is not waited for any longer
 _DISK_SECONDS = 30.0  # the deadline for a disk, and for those who are queued for it
 _NOTHING = revision_of(b"")
+_IS_EMPTY = "it is empty, as a save that failed leaves it; where no model shall run, write a comment into it"
 
 
 _UNKNOWN = Hardware()
@@ -349,6 +350,8 @@ class Desired:
         if revision_of(data) == now.revision and not now.attached:
             self._attached = {}
             return None, data
+        if not data and now.models:
+            raise ConfigError(self._file, [Problem(0, "", _IS_EMPTY)])
         try:
             config = self._parse(data)
         except ConfigError as error:
