@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import pwd
 import stat
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from vllm_proxy.errors import RequestError
+from vllm_proxy.fleet import store as store_module
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime.regular_file import MOST_BYTES
 
@@ -322,6 +324,16 @@ def test_writers_take_turns(file: Path) -> None:
     assert sorted(file.read_bytes().removeprefix(OLD).splitlines()) == sorted(b"# %d" % number for number in done)
 
 
+def test_a_stranger_who_holds_the_lock_holds_nobody_up(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may read the folder can have it for ever; what was read is compared all the same."""
+    monkeypatch.setattr(store_module, "_LOCK_SECONDS", 0.02)
+    folder = os.open(file.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    Store(file).replace(NEW, OLD)
+    assert refused(file, before=OLD, data=b"# another\n").code == "revision_mismatch"
+    os.close(folder)
+
+
 def test_what_a_killed_writer_has_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     """By its exact name, also of a file whose name looks like a pattern."""
     file = tmp_path / "models[1].toml"
@@ -329,5 +341,10 @@ def test_what_a_killed_writer_has_left_is_removed_and_nothing_else(tmp_path: Pat
     kept = [file, tmp_path / ".models[1].toml.mydraft.new", tmp_path / ".models1.toml.0123456789abcdef.new"]
     for name in (*kept[1:], tmp_path / ".models[1].toml.0123456789abcdef.new"):
         name.touch()
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # somebody writes
+    Store(file).tidy()
+    assert len([*tmp_path.iterdir()]) == 4
+    os.close(folder)
     Store(file).tidy()
     assert sorted(tmp_path.iterdir()) == sorted(kept)

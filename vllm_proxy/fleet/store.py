@@ -10,6 +10,7 @@ import fcntl
 import os
 import shlex
 import stat
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from vllm_proxy.runtime.files import (
 from vllm_proxy.runtime.regular_file import MOST_BYTES, read_regular_file
 
 _NIX_STORE = Path("/nix/store")
+_LOCK_SECONDS, _LOOK_SECONDS = 2.0, 0.01
 _NEW_MODE = 0o640  # it may hold keys; umask may narrow it
 _NOT_PERMITTED = {errno.EACCES, errno.EPERM}
 _READ_ONLY = {
@@ -81,9 +83,9 @@ class Store:
             raise self._refusal(error) from error
 
     def tidy(self) -> None:
-        """Remove what a daemon that was killed while it wrote has left beside the file."""
+        """Remove what a daemon that was killed while it wrote has left beside the file, unless somebody writes now."""
         target = Path(os.path.realpath(self.file))
-        with contextlib.suppress(OSError), _locked(target.parent):  # so nobody is writing
+        with contextlib.suppress(OSError), _locked(target.parent, wait=False):
             remove_temporaries(target)
 
     def read_only(self) -> str | None:
@@ -185,12 +187,30 @@ def _take_over(old: Path, before: os.stat_result, new: int) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """For what is read and then written: each daemon and each command takes this turn, and editors do not."""
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """For what is read and then written: each daemon and each command takes this turn, and editors do not.
+
+    Whoever may read the folder can hold it, so it is waited for no longer than a writer takes.
+
+    Raises:
+        BlockingIOError: where somebody else has it, and it is not waited for.
+
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    give_up = time.monotonic() + _LOCK_SECONDS
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                if time.monotonic() < give_up:
+                    time.sleep(_LOOK_SECONDS)
+                    continue
+            except OSError:  # a file system without locks
+                pass
+            break
         yield
     finally:
         os.close(descriptor)
