@@ -34,7 +34,8 @@ LIMITS = {
 }
 KEYS = {name: new_key(bytes([number]) * 32) for number, name in enumerate(LIMITS)}
 TABLES = "".join(f'[keys.{name}]\nhash = "{hash_of(KEYS[name])}"\n{limits}\n' for name, limits in LIMITS.items())
-MODELS = '[models.chat]\nmodel = "org/chat"\n[models.other]\nmodel = "org/other"\n'
+MODELS = "".join(f'[models.{name}]\nmodel = "org/{name}"\n' for name in ("chat", "other", "short"))
+MODELS += "request_timeout = 0.2\n"
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +262,14 @@ async def test_what_nobody_tells_the_tokens_of_is_charged_what_it_held(running: 
         assert answer.status == 200
     charged = (await used(running, "small"))["estimated_tokens"] - before["estimated_tokens"]
     assert 300 < charged < 400
+
+
+async def test_what_an_engine_was_given_too_little_time_for_is_charged_its_prompt(running: Daemon) -> None:
+    """It may have worked on that; as of a client that leaves."""
+    messages = [{"role": "user", "content": "word " * 1000}]
+    async with ask(running, "first", model="short", messages=messages, fake={"hang": "before"}) as answer:
+        assert answer.status == 504
+    assert 1000 < (await used(running, "first"))["estimated_tokens"] < 2000
 
 
 async def test_what_a_client_may_have_written_itself_is_no_usage(running: Daemon) -> None:

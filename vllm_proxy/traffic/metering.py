@@ -368,9 +368,9 @@ class _Request:
     def _estimated(self, outcome: Outcome) -> int:
         """Tokens that the engine did not report, and may have worked on."""
         made, estimate = self.made, self.estimate
-        if made is None:
-            return 0
         prompt = self.prompt or (0 if estimate is None else estimate.prompt(self.size, binary=self.binary))
+        if made is None:  # of what the daemon answers itself, by asking engines
+            return prompt if outcome == "aborted" and self.went else 0
         is_given_up = outcome == "aborted" or self.call.code == "request_timeout"
         if made.events or (is_given_up and self.size):
             return made.events + prompt
