@@ -37,6 +37,7 @@ class Variables:
         self._files = files
         self._inherited = [*_own_secrets(inherited)]
         self._offload = offload
+        self._public: set[str] = set()
         self._reading: asyncio.Task[None] | None = None
 
     async def follow(self, config: Config) -> None:
@@ -72,7 +73,7 @@ class Variables:
     @contextlib.asynccontextmanager
     async def hidden(self, variables: Mapping[str, str], credential: str) -> AsyncIterator[None]:
         """Nothing shows these values of an engine while the block lasts."""
-        holding = self.masking.held([*variables.values(), credential])
+        holding = self.masking.held([*self._not_public(variables.values()), credential])
         await asyncio.to_thread(holding.__enter__)
         try:
             yield
@@ -86,7 +87,12 @@ class Variables:
 
     def _configure(self, config: Config) -> None:
         found = {value for model in config.models.values() for value in _secrets_of(model)}
-        self.masking.configure([*found, *self._inherited])
+        self._public = {*config.ids, *(alias for aliases in config.ids.values() for alias in aliases)}
+        self.masking.configure([*self._not_public(found), *self._inherited])
+
+    def _not_public(self, values: Iterable[str]) -> list[str]:
+        """Everybody may see how models are called, and nobody could tell them apart without."""
+        return [value for value in values if value not in self._public]
 
     async def _note(self, references: Iterable[str]) -> None:
         """Old lines of a log may hold them, though no engine has been started by this daemon."""
