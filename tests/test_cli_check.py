@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import structlog
 from tests import certificates
 from vllm_proxy.cli import run
 from vllm_proxy.domain.config import Server
+from vllm_proxy.fleet import oversights
 
 EXAMPLES = Path(__file__).parents[1] / "examples/gitops"
 VALID = '[models.a]\nmodel = "x"\n[models.b]\nmodel = "y"\n'
@@ -29,7 +31,8 @@ def restored_logging() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory and no setting in the environment."""
+    """An empty working directory, no setting in the environment, and a vLLM."""
+    monkeypatch.setattr(oversights, "find_vllm", lambda _env: (sys.executable, "-m", "vllm"))
     monkeypatch.chdir(tmp_path)
     for name in ["VLLM_PROXY_CONFIG", "APP_PORT", *(f"VLLM_PROXY_{key.upper()}" for key in Server.model_fields)]:
         monkeypatch.delenv(name, raising=False)
@@ -42,6 +45,30 @@ def test_check_says_that_a_file_is_valid(folder: Path, capsys: pytest.CaptureFix
     file.write_text(VALID)
     assert run(["check"]) == 0
     assert capsys.readouterr() == (f"{file}: valid, 2 models\n", "")
+
+
+def test_check_warns_once_where_there_is_no_vllm(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is valid, as it may be for another machine; and so is one whose models have commands of their own."""
+    monkeypatch.setattr(oversights, "find_vllm", lambda _env: None)
+    file = folder / "models.toml"
+    file.write_text(VALID)
+    assert run(["check"]) == 0
+    assert capsys.readouterr().err.count("cannot find vLLM") == 1
+    file.write_text(f'[models.a]\nmodel = "x"\ncommand = ["{sys.executable}"]\n')
+    assert run(["check"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_check_warns_of_a_mistyped_variable(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a daemon does."""
+    (folder / "models.toml").write_text(VALID)
+    monkeypatch.setenv("VLLM_PROXY_HOTS", "::")
+    assert run(["check"]) == 0
+    assert "VLLM_PROXY_HOTS is unknown and ignored; did you mean VLLM_PROXY_HOST?" in capsys.readouterr().err
 
 
 def test_check_counts_one_model_in_the_singular(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -261,9 +261,12 @@ def _duration(text: str) -> str:
 def _expiry(text: str) -> str:
     """A moment as RFC 3339, from one, or from how long it is until then."""
     try:
-        if text[4:5] == "-":
-            return show_time(parse_time(text).timestamp())
-        return show_time((datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=_seconds(text))).timestamp())
+        now = datetime.now(UTC).replace(microsecond=0)
+        until = parse_time(text) if text[4:5] == "-" else now + timedelta(seconds=_seconds(text))
+        if until <= now:
+            msg = f"expected a time to come, got {show(text)}"
+            raise argparse.ArgumentTypeError(msg)
+        return show_time(until.timestamp())
     except (ValueError, OverflowError):
         msg = f"expected how long, such as 90d or 12h, or a time such as 2027-01-01T00:00:00Z, got {show(text)}"
         raise argparse.ArgumentTypeError(msg) from None

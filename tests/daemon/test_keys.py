@@ -485,6 +485,7 @@ async def test_a_command_that_cannot_do_it_says_why(tmp_path: Path, port_start: 
     await fails(1, "at least 32 characters", "add", "own", "--stdin", stdin="too-short-a-key")
     await fails(1, "mistyped", "add", "own", "--stdin", stdin="vp-" + "x" * 49)
     await fails(2, "expected how long", "new", "ci", "--expires", "soon")
+    await fails(2, "expected a time to come", "new", "ci", "--expires", "2020-01-01T00:00:00Z")
     await fails(2, "invalid choice", "new", "ci", "--scope", "root")
     await fails(2, "--stdin", "add", "ci")
 

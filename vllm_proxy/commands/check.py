@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
     file = str(loaded.config_file)
     logsetup.set_up("error", logsetup.resolve("auto", os.environ))  # warnings are printed
     here = uvloop.run(warnings_here(config, loaded.config_file, loaded.engine_environment))
-    warnings = [*config.warnings(), *here]
+    warnings = [*loaded.warnings, *config.warnings(), *here]
     if options.json:
         answer = {"file": file, "revision": config.revision, "models": [*config.models], "problems": []}
         write(json.dumps(answer | {"warnings": warnings}))
