@@ -10,7 +10,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
-from vllm_proxy.engine import logs
 from vllm_proxy.engine.logs import LogReader, cut, last_lines, size_of
 
 KIB, MIB = 2**10, 2**20
@@ -284,21 +283,6 @@ def test_a_full_disk_that_copies_on_write_is_no_hindrance(tmp_path: Path, monkey
     monkeypatch.setattr(os, "pwrite", no_space)
     assert cut(file, limit=10, keep=8) == 8
     assert file.read_bytes() == b"three\n"
-
-
-def test_who_writes_as_fast_as_it_is_moved_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So much is moved at most; what comes beyond that is lost."""
-    file = written(tmp_path, b"x" * 5000)
-    pwrite = os.pwrite
-
-    def writes_as_much(fd: int, data: bytes, offset: int) -> int:
-        append(file, b"y" * len(data))
-        return pwrite(fd, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", writes_as_much)
-    monkeypatch.setattr(logs, "_MOST_MOVED", 1000)
-    assert cut(file, limit=1000, keep=100) == 4900
-    assert file.read_bytes() == b"x" * 100 + b"y" * 900
 
 
 def test_what_is_appended_while_it_is_cut_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from typing import BinaryIO
 
 _CHUNK = 16 * 1024  # is read at a time: little enough for a turn of the event loop
 _COPY = 256 * 1024
-_MOST_MOVED = 8 * 2**20
 _LONGEST_LINE = 16 * 1024  # is held back until it ends
 _LONGEST_WORD = 1024  # of a longer one, in a line that is too long, the pieces are shown apart
 _MOST_BEHIND = 4 * 2**20
@@ -139,8 +138,7 @@ def cut(path: Path, limit: int = 64 * 2**20, keep: int = 2**20) -> int:
     """Shorten a file that is larger than `limit` to its last lines, `keep` bytes of them; by how much positions moved.
 
     It stays the same file, written over from its front, then truncated: on a full disk there is room for nothing else.
-    What an engine appends meanwhile is moved too; lost is what comes between the last look and the truncation, and
-    where one writes as fast as it is moved, what goes beyond 8 MiB: nobody waits longer for this.
+    What an engine appends meanwhile is moved too; lost is only what comes between the last look and the truncation.
     """
     size = size_of(path)
     if size <= max(limit, keep):
@@ -163,7 +161,7 @@ def cut(path: Path, limit: int = 64 * 2**20, keep: int = 2**20) -> int:
 
 def _move_to_front(file: int, start: int) -> None:
     end = 0
-    while end < _MOST_MOVED and (block := os.pread(file, _COPY, start + end)):
+    while block := os.pread(file, _COPY, start + end):
         end += os.pwrite(file, block, end)
     os.truncate(file, end)
 
