@@ -33,7 +33,10 @@ is_ours() { [ "$(readlink /usr/local/bin/vllm-proxy)" = "$prefix/venv/bin/vllm-p
 find_python() {
     if [ -n "${UV_PYTHON:-}" ]; then
         case $UV_PYTHON in
-        3.*) UV_PYTHON=$("$uv" python find --no-python-downloads --no-project "$UV_PYTHON") || die "there is no Python $UV_PYTHON" ;;
+        3.*)
+            found=$("$uv" python find --no-python-downloads --no-project "$UV_PYTHON") || die "there is no Python $UV_PYTHON"
+            UV_PYTHON=$found
+            ;;
         esac
         is_supported "$UV_PYTHON" || die "UV_PYTHON is no Python 3.13 or 3.14: $UV_PYTHON"
         if is_hidden "$UV_PYTHON"; then

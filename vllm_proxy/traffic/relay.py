@@ -35,7 +35,6 @@ _TOKENIZER_OPTION = "enable-tokenizer-info-endpoint"
 _PIECE = 256 * 1024
 _ONE_WRITE = 64 * 1024
 _USAGE = b'"usage":'  # not in a text, whose quotes are escaped
-_MOST_USAGE = KEPT  # bytes of what says which tokens an answer took
 
 
 class Body(Protocol):
@@ -192,7 +191,7 @@ def usage_of(exchange: Exchange) -> bytes:
     if at < 0 and exchange.before:
         text = exchange.before
         at = text.rfind(_USAGE, -KEPT)
-    return text[at : at + _MOST_USAGE] if at >= 0 else b""
+    return text[at : at + KEPT] if at >= 0 else b""
 
 
 async def forward_to_one(
