@@ -75,7 +75,7 @@ class Store:
             mode, finish = 0o600, partial(_take_over, target, before)
         try:
             with _locked(target.parent):
-                if (b"" if before is None else read_regular_file(target)) != expected:
+                if (read_regular_file(target) if target.exists() else b"") != expected:  # looked at in its turn
                     msg = f"cannot write {self.file}: another program has just done so; try again"
                     raise RequestError("revision_mismatch", msg)
                 replace_file(target, data, mode, finish=finish, fsync=self._fsync)
