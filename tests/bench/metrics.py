@@ -1,7 +1,8 @@
 """What a scrape costs: `python -m tests.bench.metrics` prints ours beside prometheus-client's, in the same run.
 
 All times are processor time of this process, the best of several: other programs on the machine do not count. The
-longest turn is what a request waits for at most while a scrape is made.
+longest turn is what a request waits for at most while a scrape is made. `--recorded` takes what was asked of a real
+engine under load, by `curl ADDRESS/metrics` every 15 s.
 """
 
 import argparse
@@ -170,10 +171,11 @@ async def own(models: int) -> None:
         print(f"  {what:32} {took:8.2f} ms, longest turn {longest:8.2f} ms, {rows[0][1] / took:5.1f} times less")
 
 
-async def engines(count: int) -> None:
+async def engines(count: int, recorded: Sequence[str]) -> None:
     """`/metrics/engines`, of engines that answer as a real vLLM 0.32 did."""
     took = {}
-    for what, texts in (("all numbers have changed", _CHANGING), ("none has changed", [_SAID])):
+    said = [("all numbers have changed", _CHANGING), ("none has changed", [_SAID])]
+    for what, texts in [*said, ("as recorded", recorded)] if recorded else said:
         with answering(count, texts) as ports:
             text = functools.partial(metrics_of_engines(ports).text, 30.0, everything=False)
             answer = await text()
@@ -232,10 +234,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=int, default=200)
     parser.add_argument("--engines", type=int, default=20)
+    parser.add_argument(
+        "--recorded", type=Path, nargs="+", default=[], help="what an engine under load said, one scrape after another"
+    )
     options = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(own(options.models))
-        runner.run(engines(options.engines))
+        runner.run(engines(options.engines, [file.read_text() for file in options.recorded]))
 
 
 if __name__ == "__main__":
