@@ -270,9 +270,7 @@ async def _follow_file(
             if by_signal:
                 systemd.reloading()
             try:
-                if not by_signal:
-                    await desired.settle()
-                await desired.reload()
+                await (desired.reload() if by_signal else desired.follow())
             except ConfigError:
                 pass  # logged by `desired`
             except Exception:  # later changes are followed all the same

@@ -366,21 +366,73 @@ async def test_a_read_that_hangs_is_a_rejection_until_the_disk_answers(tmp_path:
     assert desired.fingerprint == revision_of(b"# new\n")
 
 
-@pytest.mark.parametrize("hangs", ["_read", "_peek"])
-def test_who_only_reads_waits_no_longer_than_that_either(tmp_path: Path, hangs: str) -> None:
-    """`GET /config`, and the wait until nobody writes."""
+@virtual
+async def test_who_only_reads_waits_no_longer_than_that_either(tmp_path: Path) -> None:
+    """`GET /config`."""
+    desired = await following(tmp_path, Disk("_read"))
+    with pytest.raises(ConfigError, match="1 problem"):
+        await desired.text()
+    assert now() == pytest.approx(30)
+
+
+@virtual
+async def test_a_disk_that_hangs_while_it_is_waited_for_a_writer_is_a_rejection(tmp_path: Path) -> None:
+    """After the time for each of both looks, of which the second is that of any reload."""
+    desired = await following(tmp_path, Disk("_peek"))
+    desired.file.write_text("# new\n")
+    await desired.follow()
+    assert now() == pytest.approx(30)
+    assert desired.fingerprint == revision_of(b"# new\n")
+
+
+@pytest.mark.parametrize("rubbish", ["", "# a part\n", "[models.b\n"])
+def test_what_is_written_again_while_it_is_read_is_not_followed_before_that_has_ended(
+    tmp_path: Path, rubbish: str
+) -> None:
+    """Though it had been quiet until then; neither adopted nor rejected is what was there in between."""
+
+    class Writer(Disk):
+        """Truncates the file just before it is read for the first time, and goes on a moment later."""
+
+        async def __call__[**P, T](self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+            if function.__name__ == "_read_new" and not self.asked.is_set():
+                self.asked.set()
+                file.write_text(rubbish)
+                asyncio.get_running_loop().call_later(0.02, file.write_text, "# whole\n")
+            return function(*args, **kwargs)
+
+    file = tmp_path / "models.toml"
 
     @virtual
     async def run() -> None:
-        desired = await following(tmp_path, Disk(hangs))
-        if hangs == "_peek":
-            await desired.settle()
-        else:
-            with pytest.raises(ConfigError, match="1 problem"):
-                await desired.text()
-        assert now() == pytest.approx(30)
+        disk = Writer("")
+        desired = await following(tmp_path, disk)
+        told: list[object] = []
+        desired.listen(told.append)
+        desired.file.write_text("# first\n")
+        assert (await desired.follow()).revision == revision_of(b"# whole\n")
+        assert disk.asked.is_set()
+        assert [getattr(one, "revision", one) for one in told] == [revision_of(b"# whole\n")]
 
     run()
+
+
+@virtual
+async def test_who_never_ends_writing_is_not_waited_for(tmp_path: Path) -> None:
+    """What is there after a second is followed: a file that changes for ever must not hide every change."""
+
+    class Writer(Disk):
+        """Changes the file whenever somebody looks at it."""
+
+        async def __call__[**P, T](self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+            if function.__name__ == "_peek":
+                desired.file.write_text(desired.file.read_text() + "#\n")
+            return function(*args, **kwargs)
+
+    desired = await following(tmp_path, Writer(""))
+    outcome = await desired.follow()
+    assert outcome.revision == revision_of(desired.file.read_bytes())
+    assert now() == pytest.approx(1.0, abs=0.1)
 
 
 @virtual

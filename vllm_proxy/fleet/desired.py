@@ -21,11 +21,12 @@ from vllm_proxy.domain.keys import KeyChanges, changes, told
 from vllm_proxy.domain.plan import Action, Prospect, plan, restart_needed, settings
 from vllm_proxy.domain.references import Files
 from vllm_proxy.engine.ports import Ports
-from vllm_proxy.errors import ConfigError, Problem, RequestError
+from vllm_proxy.errors import ConfigError, Problem, RequestError, VllmProxyError
 from vllm_proxy.fleet.changes import Change, Edit, KeyEdit, KeyFiles, edited, read
 from vllm_proxy.fleet.objections import Check, Hardware, Objections
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
+from vllm_proxy.fleet.watch import settled
 from vllm_proxy.runtime import clock
 from vllm_proxy.runtime.background import notify, spawn
 from vllm_proxy.runtime.exclusive import Exclusive, NoAnswerError
@@ -36,18 +37,19 @@ from vllm_proxy.traffic.keyring import Keyring
 
 log = structlog.get_logger()
 
-_SETTLED_SECONDS = 0.03  # debounce: unchanged for so long, whoever wrote it has finished
-_EMPTY_SECONDS = 1.0  # an empty file is not waited for any longer
+_SETTLING_SECONDS = 1.0  # who writes to it for longer is not waited for
 _DISK_SECONDS = 30.0  # the deadline for a disk, and for those who are queued for it
 _NOTHING = revision_of(b"")
 _IS_EMPTY = "it is empty, as a save that failed leaves it; where no model shall run, write a comment into it"
-
-
 _UNKNOWN = Hardware()
 
 
 async def _nothing(_: Config) -> None:
     """There is no log from which secrets would have to be hidden."""
+
+
+class _ChangesError(VllmProxyError):
+    """Somebody writes to a file that was taken for settled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,30 +214,32 @@ class Desired:
         new = changes(now.keys, config.keys), settings(now, config, restart), config.warnings(since=now)
         return Plan(actions, prospects, restart, *new)
 
-    async def settle(self) -> None:
-        """Debounce: wait until the file does not change any more.
+    async def follow(self) -> Outcome:
+        """Debounce: reload once nobody writes to the file any more, and what was read is what was there before that.
 
-        Many programs truncate a file and then fill it, and a part of it, or nothing, may be a valid configuration.
+        Raises:
+            ConfigError: as `reload`.
+
         """
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        with contextlib.suppress(ConfigError):  # its disk does not answer: the next read reports that
-            seen = await self._in_time(self._peek)
-            while loop.time() - began < _EMPTY_SECONDS:
-                await asyncio.sleep(_SETTLED_SECONDS)
-                before, seen = seen, await self._in_time(self._peek)
-                if seen == before and _NOTHING not in seen:
-                    return
+        until = asyncio.get_running_loop().time() + _SETTLING_SECONDS
+        while True:
+            seen = None
+            with contextlib.suppress(ConfigError):  # its disk does not answer: the next read reports that
+                seen = await settled(partial(self._in_time, self._peek), until)
+            with contextlib.suppress(_ChangesError):
+                return await self.reload(seen)
 
-    async def reload(self) -> Outcome:
+    async def reload(self, seen: list[str] | None = None) -> Outcome:
         """Read the file and follow it; nothing happens when its bytes are the adopted ones.
+
+        `seen`: by `follow`, which looks again where that is out of date.
 
         Raises:
             ConfigError: when it is invalid, or its disk does not answer; what runs goes on.
 
         """
         try:
-            return await self._turn.run(self._reload)
+            return await self._turn.run(partial(self._reload, seen))
         except NoAnswerError as error:
             self._reject(self._unanswered())
             raise self._unanswered() from error
@@ -299,9 +303,9 @@ class Desired:
             log.error("the configuration is rejected, what runs goes on", problems=error.lines())
             notify(self._listeners, error)
 
-    async def _reload(self) -> Outcome:
+    async def _reload(self, seen: list[str] | None) -> Outcome:
         try:
-            config = await self._new()
+            config = await self._new(seen)
         except ConfigError as error:
             self._reject(error)
             raise
@@ -333,12 +337,16 @@ class Desired:
         return read(self._store)
 
     def _peek(self) -> list[str]:
-        """The revision of each file that is read."""
-        return [revision_at(file) or _NOTHING for file in self.files()]
+        """The revision of each file that is read, "" of one that is empty or cannot be read."""
+        return [revision_at(file).removeprefix(_NOTHING) for file in self.files()]
 
-    async def _new(self) -> Config | None:
+    async def _new(self, seen: list[str] | None) -> Config | None:
         """What is to be adopted; None where nothing is."""
-        config, text = await self.offload(self._read_new)
+        try:
+            config, text = await self.offload(self._read_new)
+        finally:
+            if seen is not None and seen != await self.offload(self._peek):
+                raise _ChangesError
         if config is not None and (found := await self.objections.to_sizes(config, text)):
             raise ConfigError(self._file, found, config.attached)
         return config

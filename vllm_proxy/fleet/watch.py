@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ with contextlib.suppress(
 _STEP_MS = 20  # a change is reported after so long without another event
 _DEBOUNCE_MS = 200  # a burst is reported after so long at the latest
 _THREADS = 8  # a few more than watching takes, since others may need some at the same time
+_SETTLED_SECONDS = 0.03  # unchanged for so long, whoever wrote it has finished
 _SLOW_SECONDS = 10.0  # a slower scan is logged
 _REWATCH_SECONDS = 60.0  # then watching is retried, though the path to the file is the same
 _MOST_LINKS = 40  # as Linux has it
@@ -140,6 +141,21 @@ async def watch(
         finally:
             watching.cancel()
             await asyncio.wait({watching})
+
+
+async def settled(peek: Callable[[], Awaitable[list[str]]], until: float) -> list[str] | None:
+    """Debounce: what `peek` says of the files once they do not change any more; None where they do until that time.
+
+    `peek`: the revision of each, "" of one that is empty: many programs truncate a file and then fill it, and a part of
+    it, or nothing, may be valid. `until`: on the loop's clock.
+    """
+    seen = await peek()
+    while asyncio.get_running_loop().time() < until:
+        await asyncio.sleep(_SETTLED_SECONDS)
+        before, seen = seen, await peek()
+        if seen == before and all(seen):
+            return seen
+    return None
 
 
 async def _scan_patiently(files: Sequence[Path], offload: Offload) -> "_Scan":
