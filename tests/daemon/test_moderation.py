@@ -262,23 +262,41 @@ async def test_a_key_needs_the_guard_to_ask_it_and_not_to_be_checked(running: Da
     assert error["code"] == "content_filter"
 
 
+async def used(running: Daemon) -> dict[str, int]:
+    """What the key that may use everything had of the guard."""
+    rows = (await running.get("/usage?by=key,model"))["rows"]
+    found = [one for one in rows if (one["key"], one["model"]) == ("all", "llama")]
+    names = ("requests", "prompt_tokens", "completion_tokens", "estimated_tokens")
+    return {name: found[0][name] if found else 0 for name in names}
+
+
 async def test_what_a_guard_used_counts_for_it_under_the_callers_key(running: Daemon) -> None:
     """One request for each of the clients', and the tokens of all questions: those of checks too."""
-
-    async def row() -> dict[str, int]:
-        rows = (await running.get("/usage?by=key,model"))["rows"]
-        found = [one for one in rows if (one["key"], one["model"]) == ("all", "llama")]
-        names = ("requests", "prompt_tokens", "completion_tokens", "estimated_tokens")
-        return {name: found[0][name] if found else 0 for name in names}
-
-    before = await row()
+    before = await used(running)
     await ask(running, MODERATIONS, {"input": ["fine", "bad", "fine"]}, key="all")
     await ask(running, CHAT, said("fine"), key="all")
     await ask(running, CHAT, said("bad"), 400, key="all")
-    after = await row()
+    after = await used(running)
     assert {name: after[name] - before[name] for name in after} == {
         "requests": 3, "prompt_tokens": 15, "completion_tokens": 10, "estimated_tokens": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [MODERATIONS, CHAT])
+async def test_who_leaves_while_the_guard_works_pays_for_the_question(
+    running: Daemon, tmp_path: Path, path: str
+) -> None:
+    """By its size (4,000 bytes), since the guard does not tell any more what it used."""
+    before, asked = await used(running), len(await seen(running, "llama"))
+    text = f"fault:hold={tmp_path / 'never'}" + " and so on" * 400
+    body = json.dumps({"input": text} if path == MODERATIONS else said(text)).encode()
+    async with connected(running.port) as leaving:
+        await leaving.send(request(path, body, f"Authorization: Bearer {KEYS['all']}"))
+        await until(lambda: seen(running, "llama"), lambda found: len(found) == asked + 1)
+    after = await until(lambda: used(running), lambda found: found["requests"] > before["requests"])
+    more = {name: after[name] - before[name] for name in after}
+    assert 300 < more.pop("estimated_tokens") < 2000
+    assert more == {"requests": 1, "prompt_tokens": 0, "completion_tokens": 0}
 
 
 async def test_limits_count_a_request_whatever_number_of_texts_it_has(running: Daemon) -> None:

@@ -53,7 +53,8 @@ class SharedTurn:
 class Check:
     """The questions that go before a metered request to a moderated model. As a context manager: until it has ended.
 
-    Nothing of it is refused by a limit, which the request itself meets; its tokens are charged.
+    Nothing of it is refused by a limit, which the request itself meets; its tokens are charged. Who gives up while the
+    guard works pays for what was asked, by its size.
     """
 
     number = 0
@@ -64,9 +65,11 @@ class Check:
         self._user = metering.user(call.caller)
         self._guard = guard.id
         self._tokens = NO_TOKENS
+        self._went = False
+        self._asked = size // _BYTES_PER_TOKEN + 1  # tokens, as estimated
         limits = self._user.limits
         self._share = metering.share(self._guard) if metering.is_fair else None
-        self._claim = limits.priority, limits.weight, size // _BYTES_PER_TOKEN + 1
+        self._claim = limits.priority, limits.weight, self._asked
         if self._share is not None:
             self.number = self._share.number(self._user.name, *self._claim)
 
@@ -76,6 +79,7 @@ class Check:
 
     def go(self) -> None:
         """One of its questions has an endpoint now."""
+        self._went = True
 
     def wait(self, queue_size: int) -> None:
         """One of its questions waits."""
@@ -93,10 +97,11 @@ class Check:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         metering, name, tokens = self._metering, self._user.name, self._tokens
-        used = tokens.prompt + tokens.completion
-        now, epoch = metering.now(), metering.epoch()
-        charge(self._user.account.of(self._guard, now), None, used, now, epoch)
         outcome: Outcome = "ok" if kind is None else "engine_error" if issubclass(kind, Exception) else "aborted"
-        metering.usage.settled(name, self._guard, outcome, tokens, 0)
+        used = tokens.prompt + tokens.completion
+        estimated = max(self._asked - used, 0) if outcome == "aborted" and self._went else 0
+        now, epoch = metering.now(), metering.epoch()
+        charge(self._user.account.of(self._guard, now), None, used + estimated, now, epoch)
+        metering.usage.settled(name, self._guard, outcome, tokens, estimated)
         if self._share is not None:
-            self._share.ended(name, *self._claim, used)
+            self._share.ended(name, *self._claim, used + estimated)
