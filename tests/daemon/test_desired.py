@@ -531,6 +531,29 @@ async def test_a_write_that_cannot_be_is_refused_with_every_problem(
     assert (shared.file.read_text(), await shared.revision()) == (text, revision)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body", "where", "words"),
+    [
+        ("POST", "/models", {"id": 1, "model": "x"}, "id", "expected a string, got 1"),
+        ("PATCH", "/models/chat", {"metadata": {"x": 2**63}}, "models.chat.metadata.x", "more than 64 bits"),
+        ("PATCH", "/models/chat", {"metadata": {"x": [None]}}, "models.chat.metadata.x[0]", "TOML has no null"),
+    ],
+)
+async def test_a_value_that_cannot_be_written_is_named(
+    shared: Daemon, method: str, path: str, body: object, where: str, words: str
+) -> None:
+    """So that a page can show the problem beside it."""
+    (problem,) = (await shared.write(method, path, body, 422))["error"]["problems"]
+    assert problem["path"] == where
+    assert words in problem["message"]
+
+
+async def test_half_of_a_surrogate_pair_is_told_as_what_it_is(shared: Daemon) -> None:
+    """As programs that cut text between UTF-16 units send it: no text, and the body is not too short."""
+    error = (await shared.write("PATCH", "/models/chat", {"description": "\ud83d"}, 400))["error"]
+    assert "half of a surrogate pair" in error["message"]
+
+
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Daemon]:
     """One daemon for what changes nothing."""

@@ -50,7 +50,10 @@ class Bodies:
         try:
             keys = msgspec.json.decode(await self.read(request))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise RequestError("invalid_json", f"cannot read this body as JSON: {error}") from None
+            why = str(error)
+            if "truncated" in why:  # what msgspec says of half a pair, too
+                why = "it ends in the middle, or a text in it has half of a surrogate pair, such as \\ud83d"
+            raise RequestError("invalid_json", f"cannot read this body as JSON: {why}") from None
         except RecursionError:
             raise RequestError("invalid_json", "cannot read this body as JSON: it is nested too deeply") from None
         if not isinstance(keys, dict):

@@ -56,8 +56,10 @@ class Writes:
         seconds = _wait_of(request)
         keys = await self._bodies.json_object(request, "a model's keys")
         model_id = keys.pop("id", None)
-        if not isinstance(model_id, str):
+        if model_id is None:
             raise _invalid("id", 'missing: every model needs "id", the name that clients send')
+        if not isinstance(model_id, str):
+            raise _invalid("id", f"expected a string, got {secrets.show(model_id, ('id',))}")
 
         def change(text: str) -> str:
             if model_id in edit.tables_in(text, "models") or self._reconciler.knows(model_id):
@@ -131,7 +133,7 @@ class Writes:
             try:
                 return change(data.decode()).encode()
             except edit.EditError as error:
-                raise _invalid("", str(error)) from None
+                raise _invalid(error.path, str(error)) from None
 
         try:
             return await self._desired.write(changed, if_match(request), author_of(request))

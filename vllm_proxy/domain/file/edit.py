@@ -32,7 +32,11 @@ _GONE = object()
 
 
 class EditError(VllmProxyError):
-    """A change that cannot be put into this file; the message says why."""
+    """A change that cannot be put into this file; the message says why. `path`: of the value, where it is one's."""
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
 
 
 def tables_in(text: str, kind: str) -> dict[str, Any]:
@@ -163,7 +167,7 @@ def _check_text(text: str, path: str) -> None:
 
 
 def _unwritable(path: str, reason: str) -> EditError:
-    return EditError(f"cannot write {path}: {reason}")
+    return EditError(f"cannot write {path}: {reason}", path)
 
 
 def _merged(target: object, change: object) -> Any:  # noqa: ANN401 - JSON
