@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     _add_showing(add, shared)
     keys = add("keys", [], "make, list, rotate and revoke API keys, with or without a running daemon")
     _add_keys(keys, [shared.config, shared.place, shared.as_json])
-    _add_usage(add("usage", [shared.place, shared.as_json], "print what keys have used"))
+    _add_usage(add("usage", [shared.place], "print what keys have used"))
     _add_offline(add, shared)
     add("demo", [shared.place, shared.running], "run the daemon with two small real models on this machine's CPU")
     return whole
@@ -232,7 +232,9 @@ def _add_usage(usage: argparse.ArgumentParser) -> None:
     usage.add_argument("--since", type=_since, metavar="WHEN", default="24h",
                        help="30d, 12h, …, or a time such as 2026-11-01T00:00:00Z (default: 24h)")  # fmt: skip
     usage.add_argument("--key", metavar="NAME", help="of this key alone")
-    usage.add_argument("--csv", action="store_true", help="print CSV")
+    form = usage.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="print CSV")
+    form.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _amount(text: str) -> int:
