@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import stat
 import tempfile
 from pathlib import Path
@@ -298,6 +299,44 @@ def test_what_is_appended_while_it_is_cut_stays(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "pwrite", writes_on)
     assert cut(file, limit=10, keep=8) == 8
     assert file.read_bytes() == b"three\nfour\nfive\nsix\n"
+
+
+def test_a_flood_loses_its_middle_and_not_its_end_when_it_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that writes faster than can be copied; the copy ends, soon."""
+    file = written(tmp_path, b"one\ntwo\nthree\n")
+    pwrite, writes = os.pwrite, [MIB, MIB, MIB, 0]
+
+    def floods(fd: int, data: bytes, offset: int) -> int:
+        if writes:
+            append(file, b"x" * writes.pop(0) + b"\nend %d\n" % len(writes))
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", floods)
+    assert cut(file, limit=10, keep=8) == 8
+    found = file.read_bytes()
+    assert found.startswith(b"three\n")
+    assert found.endswith(b"\nend 1\n\nend 0\n")
+    assert re.search(rb"\n\[\d+ bytes skipped\]\n", found)
+    assert len(found) < 2 * MIB
+
+
+def test_a_flood_that_does_not_end_is_cut_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop waits for a bounded number of copies, not for a moment in which the engine is silent."""
+    file = written(tmp_path, b"one\ntwo\nthree\n")
+    pwrite, copies = os.pwrite, 0
+
+    def floods(fd: int, data: bytes, offset: int) -> int:
+        nonlocal copies
+        copies += 1
+        append(file, b"more\n" * 1000)
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", floods)
+    assert cut(file, limit=10, keep=8) == 8
+    assert 10 < copies < 100
+    assert file.read_bytes().startswith(b"three\nmore\n")
 
 
 STEPS = some.lists(some.one_of(some.integers(1, 40), some.just("read"), some.just("cut")), max_size=40)

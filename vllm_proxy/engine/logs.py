@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 _CHUNK = 16 * 1024  # is read at a time: little enough for a turn of the event loop
 _COPY = 256 * 1024
+_MOST_COPIES = 50  # at once: some milliseconds, whatever an engine writes meanwhile
 _LONGEST_LINE = 16 * 1024  # is held back until it ends
 _LONGEST_WORD = 1024  # of a longer one, in a line that is too long, the pieces are shown apart
 _MOST_BEHIND = 4 * 2**20
@@ -138,7 +139,8 @@ def cut(path: Path, limit: int = 64 * 2**20, keep: int = 2**20) -> int:
     """Shorten a file that is larger than `limit` to its last lines, `keep` bytes of them; by how much positions moved.
 
     It stays the same file, written over from its front, then truncated: on a full disk there is room for nothing else.
-    What an engine appends meanwhile is moved too; lost is only what comes between the last look and the truncation.
+    What an engine appends meanwhile is moved too, of a flood its end; lost is what comes between the last look and the
+    truncation.
     """
     size = size_of(path)
     if size <= max(limit, keep):
@@ -160,9 +162,17 @@ def cut(path: Path, limit: int = 64 * 2**20, keep: int = 2**20) -> int:
 
 
 def _move_to_front(file: int, start: int) -> None:
-    end = 0
-    while block := os.pread(file, _COPY, start + end):
+    """Of an engine that writes faster than this copies, what is in between is left out, and its last words stay."""
+    end, kept = 0, os.fstat(file).st_size
+    for _ in range(_MOST_COPIES):
+        behind = os.fstat(file).st_size - start - _COPY
+        if start >= kept and behind > 0:
+            end += os.pwrite(file, b"\n[%d bytes skipped]\n" % behind, end)
+            start += behind
+        if not (block := os.pread(file, _COPY, start)):
+            break
         end += os.pwrite(file, block, end)
+        start += len(block)
     os.truncate(file, end)
 
 
