@@ -15,7 +15,7 @@ from tests.harness import clean_environment
 from vllm_proxy import terminal
 from vllm_proxy.cli import run
 from vllm_proxy.domain.lifecycle import Phase, State
-from vllm_proxy.help import TOPICS, about, contents, page, sections
+from vllm_proxy.help import TOPICS, UnknownTopicError, about, contents, page, sections
 
 TEXT = """<!-- generated: x -->
 # A title
@@ -115,9 +115,26 @@ def test_what_is_both_a_code_and_a_key_is_told_as_both() -> None:
     assert "| `queue_timeout` | duration |" in text
 
 
-@pytest.mark.parametrize(
-    ("words", "near"), [("out_of_memry", "out_of_memory"), ("operat", "operating"), ("gpu", "a-gpu-is-lost")]
-)
+def test_other_words_list_the_sections_that_have_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is most about them first; each line is a command that prints the section."""
+    assert run(["help", "two", "GPU", "models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "# Sections with two GPU models"
+    assert lines[2] == "- `vllm-proxy help scheduling two-models-on-one-gpu`: Two models on one GPU"
+    for line in lines[2:]:
+        found = re.fullmatch(r"- `vllm-proxy help (\S+ \S+)`: (.*)", line)
+        assert found is not None
+        assert all(word in about(found[1]).lower() for word in ("two", "gpu", "model"))
+
+
+def test_a_part_of_a_word_is_not_found() -> None:
+    """Each word is looked for as it is, or as its plural."""
+    assert "# Sections with" in about("gpu")
+    with pytest.raises(UnknownTopicError):
+        about("gp")
+
+
+@pytest.mark.parametrize(("words", "near"), [("out_of_memry", "out_of_memory"), ("operat", "operating")])
 def test_an_unknown_word_names_near_ones(words: str, near: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit status 2, one sentence on stderr and nothing on stdout."""
     assert run(["help", words]) == 2

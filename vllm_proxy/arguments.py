@@ -180,7 +180,11 @@ def _add_following(command: argparse.ArgumentParser, lines: int, explanation: st
 
 def _add_offline(add: _Add, shared: _Parents) -> None:
     """What needs no daemon."""
-    topic = add("help", [shared.as_json], "print a page of the manual, a section of one, or what an error code means")
+    topic = add(
+        "help",
+        [shared.as_json],
+        "print a page of the manual, a section of one, what an error code means, or which sections have some words",
+    )
     topic.add_argument("topic", nargs="*", metavar="TOPIC", help="a page, a heading, a code; default: lists the pages")
     completion = add("completion", [], "print what makes a shell complete commands, options and ids")
     completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))

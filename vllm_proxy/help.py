@@ -1,8 +1,9 @@
 """The manual pages of `vllm_proxy/docs`, for `vllm-proxy help`: lists them, and finds the text that a word refers to.
 
 A word is the name of a page, the heading of a section in one (which the name of its page may precede), or a number
-that such a heading ends with ("Exit status 78", "Clients get 503"), or what a row of a table begins with. Needs no
-daemon, no configuration and no network. How a page is printed is in `terminal`.
+that such a heading ends with ("Exit status 78", "Clients get 503"), or what a row of a table begins with. Of other words
+the sections are listed that have them all. Needs no daemon, no configuration and no network. How a page is printed is
+in `terminal`.
 """
 
 import difflib
@@ -22,6 +23,8 @@ _FIRST = ("errors", "operating")  # whose sections are meant where several pages
 _HEADING = re.compile(r"^(#{2,6}) (.*)$")
 _NUMBER = re.compile(r".* (\d+)")
 _NEAR = 3
+_MOST_FOUND = 12  # sections, of a search
+_TITLE_COUNTS = 10  # as many words in the text
 
 
 class UnknownTopicError(VllmProxyError):
@@ -88,7 +91,7 @@ def anchor(title: str) -> str:
 
 
 def about(words: str) -> str:
-    """A page, a section, the row of a table, or the sections of all error codes with an HTTP status.
+    """A page, a section, the row of a table, the sections of all error codes with an HTTP status, or what has the words.
 
     Raises:
         UnknownTopicError: there is none; names near ones.
@@ -110,12 +113,28 @@ def about(words: str) -> str:
     near = [name for name in known if f"-{wanted}-" in f"-{name}-"] if wanted else []
     if not found and len(near) == 1:
         found = [known[near[0]].text]
+    if not found and (mentioning := _mentioning(words)):
+        found = [f"# Sections with {words}\n", "\n".join(mentioning) + "\n"]
     if found:
         return "\n".join(found)
     near = near or difflib.get_close_matches(wanted, dict.fromkeys([*TOPICS, *known]), n=_NEAR)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     msg = f"cannot find anything about {words!r}: {hint}`vllm-proxy help` lists the topics"
     raise UnknownTopicError(msg)
+
+
+def _mentioning(words: str) -> list[str]:
+    """How to print each section that has all of the words, those that are most about them first."""
+    wanted = [re.compile(rf"(?<!\w){re.escape(word)}s?(?!\w)", re.IGNORECASE) for word in words.split()]
+    found: list[tuple[int, str]] = []
+    for topic in TOPICS:
+        for section in sections(topic):
+            title, _, text = section.text.partition("\n")
+            own = re.split(r"\n#{2,6} ", text, maxsplit=1)[0]
+            counts = [_TITLE_COUNTS * len(word.findall(title)) + len(word.findall(own)) for word in wanted]
+            if all(counts):
+                found.append((-sum(counts), f"- `vllm-proxy help {topic} {section.name}`: {section.title}"))
+    return [line for _, line in sorted(found, key=lambda one: one[0])[:_MOST_FOUND]]
 
 
 @cache

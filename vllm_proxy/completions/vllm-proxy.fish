@@ -184,7 +184,7 @@ complete -c vllm-proxy -n '_shtab_vllm_proxy_using usage' -l since -x -d '30d, 1
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using usage' -l key -x -d 'of this key alone'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using usage' -l csv -d 'print CSV'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using usage' -l json -d 'print JSON'
-complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_npos -eq 0' -a help -d 'print a page of the manual, a section of one, or what an error code means'
+complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_npos -eq 0' -a help -d 'print a page of the manual, a section of one, what an error code means, or which sections have some words'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using help' -s h -l help -d 'show this help message and exit'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using help' -l json -d 'print JSON'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using help; and test $_shtab_vllm_proxy_npos -ge 0' -ka "start install nixos security limits adapters moderation configuration changes scheduling page commands api errors operating faults metrics performance" -d 'a page, a heading, a code; default: lists the pages'
