@@ -162,7 +162,7 @@ def cut(path: Path, limit: int = 64 * 2**20, keep: int = 2**20) -> int:
 
 
 def _move_to_front(file: int, start: int) -> None:
-    """Of an engine that writes faster than this copies, what is in between is left out, and its last words stay."""
+    """Of an engine that writes faster than this copies, what is in between is left out, and its last lines stay."""
     end, kept = 0, os.fstat(file).st_size
     for _ in range(_MOST_COPIES):
         behind = os.fstat(file).st_size - start - _COPY

@@ -53,8 +53,8 @@ class SharedTurn:
 class Check:
     """The questions that go before a metered request to a moderated model. As a context manager: until it has ended.
 
-    Nothing of it is refused by a limit, which the request itself meets; its tokens are charged. Who gives up while the
-    guard works pays for what was asked, by its size.
+    Nothing of it is refused by a limit, which the request itself meets; its tokens are charged. Where the
+    caller gives up while the guard works, what was asked is charged, by its size.
     """
 
     number = 0
