@@ -1,9 +1,9 @@
 """The manual pages of `vllm_proxy/docs`, for `vllm-proxy help`: lists them, and finds the text that a word refers to.
 
 A word is the name of a page, the heading of a section in one (which the name of its page may precede), or a number
-that such a heading ends with ("Exit status 78", "Clients get 503"), or what a row of a table begins with. Of others, the
-sections are listed that have all of them. Needs no daemon, no configuration and no network. How a page is printed is in
-`terminal`.
+that such a heading ends with ("Exit status 78", "Clients get 503"), or what a row of a table begins with. Of others
+the sections are listed that have all of them. Needs no daemon, no configuration and no network. How a page is printed
+is in `terminal`.
 """
 
 import difflib
