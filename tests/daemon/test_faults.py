@@ -479,3 +479,23 @@ async def test_a_disk_that_is_full_costs_the_record_and_no_engine(tmp_path: Path
     async with beside_a_neighbour(tmp_path, port_start, chat()) as running:
         assert (await running.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
         await running.logged("the state cannot be written")
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("engines.toml", "the record of engines cannot be read"),
+        ("engines.toml.unreadable", "temporary folders cannot be looked at"),
+        ("logs/chat%2F0.log", "an engine's output is passed on alone"),
+        ("usage.sqlite", "what keys have used cannot be written"),
+    ],
+)
+async def test_a_fifo_in_the_state_directory_holds_up_no_start(
+    tmp_path: Path, port_start: int, file: str, words: str
+) -> None:
+    """Nobody writes to it, so who opens it as a file waits for ever: it is told, and every model serves."""
+    (tmp_path / "state" / "logs").mkdir(parents=True)
+    os.mkfifo(tmp_path / "state" / file)
+    async with beside_a_neighbour(tmp_path, port_start, chat() + "[keys.anonymous]\nscopes = ['admin']\n") as running:
+        assert (await running.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
+        await running.logged(words)

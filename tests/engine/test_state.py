@@ -427,6 +427,13 @@ def test_a_state_directory_that_cannot_be_made_is_a_startup_error(tmp_path: Path
         pass
 
 
+def test_what_is_in_the_way_within_a_state_directory_is_named(tmp_path: Path) -> None:
+    """Where there should be a folder."""
+    (tmp_path / "logs").touch()
+    with pytest.raises(StartupError, match=f"{tmp_path / 'logs'}: File exists"), StateDirectory(tmp_path):
+        pass
+
+
 def test_the_record_is_for_its_owner_alone(tmp_path: Path) -> None:
     """It holds the engines' credentials; the lock is private too."""
     with StateDirectory(tmp_path) as state:

@@ -16,6 +16,7 @@ from vllm_proxy.engine.program import LaunchError, Programs
 from vllm_proxy.engine.program_output import output_of
 from vllm_proxy.engine.variables import Variables
 from vllm_proxy.errors import VllmProxyError
+from vllm_proxy.runtime.regular_file import read_regular_file
 from vllm_proxy.runtime.threads import Offload
 
 CONFIG = "adapter_config.json"
@@ -133,7 +134,7 @@ def _snapshots(repository: Path) -> Iterator[Path]:
     """The best first."""
     snapshots = repository / "snapshots"
     with contextlib.suppress(OSError, ValueError):
-        yield snapshots / (repository / "refs" / "main").read_text(encoding="utf-8")[:100].strip()
+        yield snapshots / read_regular_file(repository / "refs" / "main").decode()[:100].strip()
     try:
         yield from sorted(snapshots.iterdir(), key=lambda folder: folder.stat().st_mtime_ns, reverse=True)
     except OSError:

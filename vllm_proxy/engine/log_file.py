@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Self
 
+from vllm_proxy.runtime.regular_file import UnusableFileError, refuse_special
+
 _ROOM_BYTES = 2**20  # less than that is a full disk: an engine that cannot write its log dies of it
 MOST_BYTES = 64 * 2**20  # then it is cut
 MOST_BYTES_IN_MEMORY = 8 * 2**20
@@ -36,7 +38,7 @@ class LogFile:
         try:
             file.parent.mkdir(mode=0o700, exist_ok=True)
             fd = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            if (problem := _of_the_disk(fd)) is None:
+            if (problem := _of_the_file(fd) or _of_the_disk(fd)) is None:
                 return cls(fd, str(file), None, in_memory=False)
             os.close(fd)
         except OSError as error:
@@ -79,6 +81,15 @@ class LogFile:
     def close(self) -> None:
         """It is read no more."""
         os.close(self._fd)
+
+
+def _of_the_file(fd: int) -> str | None:
+    """What would block an engine that writes to it, such as a FIFO that nobody reads."""
+    try:
+        refuse_special(os.fstat(fd))
+    except UnusableFileError as error:
+        return error.strerror
+    return None
 
 
 def _of_the_disk(fd: int) -> str | None:

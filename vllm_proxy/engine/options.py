@@ -23,6 +23,7 @@ from vllm_proxy.engine.find import package_folders
 from vllm_proxy.engine.program_output import output_of
 from vllm_proxy.runtime.background import spawn
 from vllm_proxy.runtime.files import replace_file
+from vllm_proxy.runtime.regular_file import open_regular_file, read_regular_file
 from vllm_proxy.runtime.threads import Offload
 
 log = structlog.get_logger()
@@ -95,7 +96,7 @@ def _interpreter_of(script: Path, path: str) -> Path | None:
 def _head(script: Path) -> str:
     """The beginning of a script; empty where it is none."""
     try:
-        with script.open("rb") as file:
+        with open_regular_file(script) as file:
             head = file.read(_HEAD).decode("utf-8", "surrogateescape")
     except OSError:
         return ""
@@ -250,7 +251,7 @@ class OptionTables:
 
     def _cached(self, version: _Version) -> OptionTable | None:
         try:
-            return OptionTable.from_json((self._folder / version.name).read_bytes())
+            return OptionTable.from_json(read_regular_file(self._folder / version.name))
         except (OSError, ValueError):  # never read, or no longer whole: it is read anew
             return None
 

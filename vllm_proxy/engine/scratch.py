@@ -19,6 +19,7 @@ import structlog
 
 from vllm_proxy.engine.proc import Kernel, boot_id, pid_namespace
 from vllm_proxy.runtime import files
+from vllm_proxy.runtime.regular_file import read_regular_file
 
 log = structlog.get_logger()
 
@@ -67,7 +68,7 @@ def sweep(scratch: Path, state_dir: Path) -> None:
     ours = str(state_dir.resolve())
     try:
         # As text: what cannot be used of a record is on record all the same.
-        records = b"".join(file.read_bytes() for file in sorted(state_dir.glob("engines.toml*")))
+        records = b"".join(read_regular_file(file) for file in sorted(state_dir.glob("engines.toml*")))
         lost = [each for each in _folders(scratch) if each[1].state == ours and os.fsencode(each[0]) not in records]
         users = _users({str(folder) for folder, _ in lost}) if lost else {}
     except OSError as error:

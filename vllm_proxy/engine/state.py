@@ -163,7 +163,10 @@ class StateDirectory:
             (self.path / "logs").mkdir(exist_ok=True, mode=0o700)
             self._lock = os.open(self.path / "lock", flags, 0o600)
         except OSError as error:
-            msg = f"cannot use the state directory {self.path}: {error.strerror}; choose another with --state-dir"
+            where = "" if error.filename in {None, str(self.path)} else f"{error.filename}: "
+            msg = (
+                f"cannot use the state directory {self.path}: {where}{error.strerror}; choose another with --state-dir"
+            )
             raise StartupError(msg) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

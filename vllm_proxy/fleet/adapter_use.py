@@ -65,7 +65,8 @@ class AdapterUse:
         try:
             await self.store.open()
         except OSError as error:
-            msg = f"cannot keep adapters in the state directory: {error.strerror}; choose another with --state-dir"
+            where = error.filename or "the state directory"
+            msg = f"cannot keep adapters in {where}: {error.strerror}; choose another with --state-dir"
             raise StartupError(msg) from error
 
     def expect(self, own_name: str) -> None:
