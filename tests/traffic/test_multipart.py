@@ -13,6 +13,7 @@ from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
 from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call
+from vllm_proxy.traffic import multipart
 from vllm_proxy.traffic.multipart import Upload
 
 BOUNDARY = "----b0undary"
@@ -173,6 +174,31 @@ def test_a_form_over_the_limit_is_refused_as_soon_as_it_is() -> None:
     assert len(call.content.pieces) == 2
     with received([body], limit=len(body)) as upload:
         assert len(upload) == len(body)
+
+
+def test_a_form_of_very_many_parts_is_refused() -> None:
+    """As by engines: it would take them, and the event loop, far longer than its bytes."""
+    many = field("model", b"chat") + field("x", b"") * 1999
+    with received([many + END]) as upload:
+        assert upload.model == "chat"
+    assert refusal(many + field("x", b"") + END) == "bad_request"
+
+
+def test_others_have_their_turn_while_a_form_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much of it came at once, it is parsed in steps of 16 KiB."""
+    fed: list[int] = []
+    feed = multipart._Finder.feed
+
+    def counted(finder: multipart._Finder, data: bytes) -> None:
+        fed.append(len(data))
+        feed(finder, data)
+
+    monkeypatch.setattr(multipart._Finder, "feed", counted)
+    body = field("model", b"chat") + field("x", bytes(100_000)) + END
+    with received([body]) as upload:
+        assert upload.model == "chat"
+    assert sum(fed) == len(body)
+    assert max(fed) == 16 * 1024
 
 
 def test_a_large_form_lies_in_a_file_and_goes_with_it() -> None:

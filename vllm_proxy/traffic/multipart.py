@@ -16,12 +16,15 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
+from vllm_proxy.runtime.turns import in_turns
 from vllm_proxy.traffic.body import check_head
 from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call
 
 _IN_MEMORY = 1024 * 1024  # larger uploads go to a file
 _NAME_LIMIT = 1024
+_STEP = 16 * 1024  # bytes that are parsed in one: of tiny parts that takes some milliseconds
+_MOST_PARTS = 2000  # as what vLLM reads forms with: a thousand files and a thousand fields
 _BOUNDARY = re.compile(rb"[ -~]{0,69}[!-~]")  # RFC 2046, section 5.1.1, which allows fewer signs still
 
 
@@ -108,7 +111,8 @@ async def _spool(call: Call, file: IO[bytes], finder: "_Finder", server: Server,
         data = await content.readany()
         budget.take(call, len(data), server)
         size += len(data)
-        finder.feed(data)
+        async for start in in_turns(range(0, len(data), _STEP)):
+            finder.feed(data[start : start + _STEP])
         try:
             await asyncio.to_thread(file.write, data) if size > _IN_MEMORY else file.write(data)
         except OSError as error:
@@ -138,6 +142,7 @@ class _Finder:
             "on_part_begin": self._begin, "on_header_field": self._field, "on_header_value": self._value,
             "on_header_end": self._header, "on_part_data": self._data, "on_end": self._end,
         })  # fmt: skip
+        self._parts = 0
         self._offset = 0  # of the data that is being parsed
         self._header_name = self._header_value = b""
         self._is_model = self._complete = False
@@ -162,6 +167,9 @@ class _Finder:
         return self._name.decode("utf-8", errors="replace"), self._span
 
     def _begin(self) -> None:
+        self._parts += 1
+        if self._parts > _MOST_PARTS:
+            raise RequestError("bad_request", f"cannot read the form: it has more than {_MOST_PARTS} parts")
         self._is_model = False
         self._header_name = self._header_value = b""
 
