@@ -151,6 +151,18 @@ async def series(metrics: Metrics) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
+async def test_who_waits_and_gets_no_instance_has_waited_too() -> None:
+    """Else an alert on the wait would be silent where all time out in the queue; a refusal at once is no wait."""
+    metrics = metrics_of(Fleet("chat"))
+    metrics.count(call(status=504, queued=60.0))
+    metrics.count(call(status=499, queued=2.0))
+    metrics.count(call(status=503, queued=0.00002))
+    metrics.count(call(status=404))
+    found = await series(metrics)
+    assert found['vllm_proxy_queue_seconds_count{model="chat"}'] == 2
+    assert found['vllm_proxy_queue_seconds_sum{model="chat"}'] == pytest.approx(62)
+
+
 @given(values=st.lists(st.floats(0, 20)))
 def test_a_histogram_counts_each_value_once_and_cumulates(values: list[float]) -> None:
     """Each bucket holds what is at most its bound; the last one holds everything."""

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from vllm_proxy.domain.config import Server
 from vllm_proxy.errors import RequestError
+from vllm_proxy.traffic import multipart
 from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.call import Call
-from vllm_proxy.traffic import multipart
 from vllm_proxy.traffic.multipart import Upload
 
 BOUNDARY = "----b0undary"

@@ -38,6 +38,7 @@ FAMILIES = (
     *(*routing_metrics.FAMILIES, *sleep_metrics.FAMILIES, *token_metrics.FAMILIES, *usage_metrics.FAMILIES),
 )
 
+_AT_ONCE_SECONDS = 0.001  # what was refused so soon did not wait
 _SMALL_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0)
 
 
@@ -93,6 +94,8 @@ class Metrics:
             numbers.traced(call.route, call.trace.trace_id, whole, to_first)
         if call.sent_at:
             self._overhead.add(max(call.sent_at - call.started_at - call.queue_seconds - call.check_seconds, 0.0))
+            numbers.queue.add(call.queue_seconds)
+        elif call.queue_seconds > _AT_ONCE_SECONDS:  # until it was refused, or its client left
             numbers.queue.add(call.queue_seconds)
         numbers.retries += call.retries
 

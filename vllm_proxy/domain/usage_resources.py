@@ -25,7 +25,7 @@ class UsageRow(TypedDict):
         int,
         Field(description="Of requests whose engine reported none, as of streams that ended early; in no other sum."),
     ]
-    failed: Annotated[int, Field(description="Requests that an engine failed.")]
+    failed: Annotated[int, Field(description="Requests that were answered 5xx, or whose answer broke off.")]
     limited: Annotated[int, Field(description="Requests that a limit of the key refused; in no other sum.")]
 
 
