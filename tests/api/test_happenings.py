@@ -1,6 +1,7 @@
 """What has happened is kept, has ids, and is told to readers that connect anew. Without a daemon."""
 
 import json
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from vllm_proxy.fleet.model import Model
 def replica(index: int = 0, state: State = State.STOPPED, reason: Reason | None = None) -> Any:  # noqa: ANN401 - of a model
     """An instance of `chat`."""
     why = Diagnosis(reason, "that is why") if reason else None
-    return SimpleNamespace(index=index, name=f"chat/{index}", state=state, phase=None, diagnosis=why)
+    return SimpleNamespace(index=index, name=f"chat/{index}", state=state, phase=None, diagnosis=why, last_exit=None)
 
 
 def chat(*instances: Any, reason: Reason | None = None) -> Model:  # noqa: ANN401 - as above
@@ -49,6 +50,17 @@ def test_each_change_of_a_state_or_a_reason_is_one_and_a_phase_is_none() -> None
     ]  # fmt: skip
     assert found[1]["message"] == "that is why"
     assert [each["id"] for each in found] == [f"{kept.boot}-{number}" for number in (1, 2, 3, 4)]
+
+
+def test_each_end_of_an_engine_is_one_though_the_next_shows_the_same() -> None:
+    """Of a model whose engines die while they load, it is told how often."""
+    kept = Happenings(lambda _: True)
+    one = replica(state=State.LOADING, reason=Reason.CRASHED)
+    for minute in range(3):
+        one.last_exit = SimpleNamespace(at=datetime(2026, 11, 1, 0, minute, tzinfo=UTC))
+        assert kept.of_model(chat(one)) is not None
+        assert kept.of_model(chat(one)) is None
+    assert [(each["state"], each["reason"]) for each in told(kept.since("0")[1])] == [("loading", "crashed")] * 3
 
 
 def test_what_is_of_the_model_alone_is_told_once() -> None:

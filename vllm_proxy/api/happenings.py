@@ -26,7 +26,9 @@ KEPT = 1000
 _ALL = "0"  # as `since`: everything that is kept
 _ID = re.compile(r"([0-9a-f]{8})-(\d{1,18})")
 
-_NOTHING = State.STOPPED, None
+_NOTHING = State.STOPPED, None, None
+
+type _Shown = tuple[State, Reason | None, datetime | None]  # and when its engine last ended by itself
 
 
 class Entry:
@@ -70,7 +72,7 @@ class Happenings:
         self._knows = knows
         self._number = 0
         self._kept: deque[Entry] = deque(maxlen=KEPT)
-        self._shown: dict[str, tuple[State, Reason | None]] = {}  # as last told, by model and by instance
+        self._shown: dict[str, _Shown] = {}  # as last told, by model and by instance
         self._listeners: list[Callable[[Entry], None]] = []
 
     def listen(self, listener: Callable[[Entry], None]) -> None:
@@ -127,12 +129,12 @@ class Happenings:
         name, diagnosis = model.spec.id, model.diagnosis
         is_there = self._knows(name)
         state = model.state if is_there else State.STOPPED
-        of_model = state, diagnosis.reason if diagnosis else None
+        of_model = state, diagnosis.reason if diagnosis else None, None
         is_new = self._shown.get(name, _NOTHING) != of_model
         told = False
         for one in model.instances:
             reason = one.diagnosis.reason if one.diagnosis else None
-            shown = one.state, reason
+            shown = one.state, reason, one.last_exit.at if one.last_exit else None
             if self._shown.get(one.name, _NOTHING) != shown:
                 self._shown[one.name], told = shown, True
                 yield {
