@@ -548,6 +548,18 @@ async def test_a_value_that_cannot_be_written_is_named(
     assert words in problem["message"]
 
 
+@pytest.mark.parametrize(("begin", "end"), [("[", "]"), ('{"a":', "}")])
+@pytest.mark.parametrize("depth", [60, 499, 600, 5000, 100_000])
+async def test_values_that_are_nested_too_deeply_are_refused(shared: Daemon, begin: str, end: str, depth: int) -> None:
+    """However deeply, by every route that takes values: what recurses over them would give up."""
+    text = '{"id": "deep", "model": "m", "args": {"x": ' + begin * depth + "1" + end * depth + "}}"
+    for method, path in (("PATCH", "/models/chat"), ("PUT", "/models/chat"), ("POST", "/models"), ("POST", "/keys")):
+        async with shared.admin.request(method, path, data=text) as answer:
+            error = (await answer.json())["error"]
+            assert answer.status in {400, 422}, error
+            assert answer.status == 400 or depth < 500, error
+
+
 async def test_half_of_a_surrogate_pair_is_told_as_what_it_is(shared: Daemon) -> None:
     """As programs that cut text between UTF-16 units send it: no text, and the body is not too short."""
     error = (await shared.write("PATCH", "/models/chat", {"description": "\ud83d"}, 400))["error"]

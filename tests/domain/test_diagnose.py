@@ -77,9 +77,19 @@ def test_any_other_end_is_a_crash(ended: Exit, shown: str) -> None:
     assert (found.reason, found.message) == ("crashed", f"the engine ended while it served ({shown})")
 
 
-def test_a_crash_does_not_quote_a_success() -> None:
-    """The last line of an engine that was killed is often of a request that it answered."""
-    tail = ["what is this", 'INFO:     127.0.0.1:41522 - "POST /v1/chat/completions HTTP/1.1" 200 OK']
+@pytest.mark.parametrize(
+    "success",
+    [
+        'INFO:     127.0.0.1:41522 - "POST /v1/chat/completions HTTP/1.1" 200 OK',
+        "(APIServer pid=7) INFO 11-28 17:31:01 [loggers.py:271] Engine 000: Avg prompt throughput: 0.0 tokens/s",
+        "INFO 11-28 17:31:01 [launcher.py:46] Route: /v1/chat/completions, Methods: POST",
+        "DEBUG 11-28 17:31:01 [core.py:1] waiting",
+        "  INFO: indented",
+    ],
+)
+def test_a_crash_does_not_quote_a_success(success: str) -> None:
+    """The last line of an engine that was killed is often of a request that it answered, or of its statistics."""
+    tail = ["what is this", success]
     assert diagnose(Exit(None, None), tail[1:], was_ready=True).message == (
         "the engine ended while it served (exit code unknown)"
     )

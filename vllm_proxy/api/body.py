@@ -17,6 +17,7 @@ from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.framing import ask_for_body
 from vllm_proxy.traffic.front import client_of
 
+_DEEPEST = 500  # values inside each other, of which messages can still be made: what comes later may recurse
 _ETAG = re.compile(r'(?:W/)?"([^"]*)"')
 
 
@@ -47,15 +48,7 @@ class Bodies:
             RequestError: `invalid_json`, or as `read`.
 
         """
-        try:
-            keys = msgspec.json.decode(await self.read(request))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            why = str(error)
-            if "truncated" in why:  # what msgspec says of half a pair, too
-                why = "it ends in the middle, or a text in it has half of a surrogate pair, such as \\ud83d"
-            raise RequestError("invalid_json", f"cannot read this body as JSON: {why}") from None
-        except RecursionError:
-            raise RequestError("invalid_json", "cannot read this body as JSON: it is nested too deeply") from None
+        keys = _decoded(await self.read(request))
         if not isinstance(keys, dict):
             raise RequestError("invalid_json", f"cannot read this body: expected a JSON object of {of}")
         return keys
@@ -71,6 +64,30 @@ class Bodies:
             msg = f"cannot read a configuration of type {request.content_type}: send it as text/toml"
             raise RequestError("unsupported_media_type", msg)
         return await self.read(request)
+
+
+def _decoded(data: bytes) -> object:
+    why = "it is nested too deeply"
+    try:
+        if not _is_deep(value := msgspec.json.decode(data)):
+            return value
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        why = str(error)
+        if "truncated" in why:  # what msgspec says of half a pair, too
+            why = "it ends in the middle, or a text in it has half of a surrogate pair, such as \\ud83d"
+    except RecursionError:
+        pass
+    raise RequestError("invalid_json", f"cannot read this body as JSON: {why}")
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [each for values in inner for each in values]
+        if not level:
+            return False
+    return True
 
 
 def if_match(request: web.Request) -> str | None:

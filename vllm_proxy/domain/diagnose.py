@@ -8,7 +8,7 @@ tests/domain/tails has the logs of real failures.
 import difflib
 import re
 import signal
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass, replace
 
 from vllm_proxy.domain.causes import CAUSES, Change
@@ -21,7 +21,7 @@ _MOST_OF_A_LINE = 1000  # characters; vLLM dumps its state when it dies, in line
 _MOST_TEXT = 2**20  # characters
 _LINES_OF_A_DEATH = 300  # of an engine that served: earlier lines are of its healthy time
 _PREFIX = re.compile(
-    r"^(?:\([^()]*pid=\d+\) )?(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?)?"
+    r"^(?:\([^()]*pid=\d+\) )?(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?)?"
 )
 _ERROR = re.compile(r"^(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Failure)\b(?:: |$)|\b[Ff]atal\b")
 # Errors of processes that only noticed the death of another one.
@@ -83,25 +83,31 @@ def diagnose(
     `known_options`: the names of vLLM's options, kebab-case without dashes, where they are known. `mask` hides the
     secrets in a message, before it is shortened: what is looked for are the lines as they are.
     """
-    lines = _bounded(tail[-_LINES_OF_A_DEATH:] if was_ready else tail)
+    lines, successes = _bounded(tail[-_LINES_OF_A_DEATH:] if was_ready else tail)
     found = (_of_the_command(ended, lines, known_options) if not was_ready else None) or _of_a_known_cause(
         ended, lines, was_ready=was_ready
     )
     when = "while it slept" if asleep else "while it served" if was_ready else "before it was ready"
-    found = (found or _of_the_exit(ended, lines, when)).masked(mask)
+    found = (found or _of_the_exit(ended, lines, successes, when)).masked(mask)
     return replace(found, message=_short(found.message))
 
 
-def _bounded(tail: Sequence[str]) -> list[str]:
-    """The last lines, of each its beginning, without vLLM's prefix."""
+def _bounded(tail: Sequence[str]) -> tuple[list[str], set[str]]:
+    """The last lines, of each its beginning, without vLLM's prefix; and those of them whose level tells no failure."""
     lines: list[str] = []
+    successes: set[str] = set()
     size = 0
-    for line in reversed(tail):
-        lines.append(_PREFIX.sub("", line[: 2 * _MOST_OF_A_LINE])[:_MOST_OF_A_LINE].rstrip())
+    for whole in reversed(tail):
+        line = whole[: 2 * _MOST_OF_A_LINE]
+        prefix = _PREFIX.match(line)
+        assert prefix is not None  # it matches the empty string
+        lines.append(line[prefix.end() :][:_MOST_OF_A_LINE].rstrip())
+        if _SUCCESS.match(prefix["level"] or lines[-1].lstrip()):
+            successes.add(lines[-1])
         size += len(lines[-1])
         if size > _MOST_TEXT:
             break
-    return lines[::-1]
+    return lines[::-1], successes
 
 
 def _of_the_command(ended: Exit, lines: Sequence[str], known_options: Collection[str]) -> Diagnosis | None:
@@ -136,19 +142,20 @@ def _of_a_known_cause(ended: Exit, lines: Sequence[str], *, was_ready: bool) -> 
     return None
 
 
-def _of_the_exit(ended: Exit, lines: Sequence[str], when: str) -> Diagnosis:
+def _of_the_exit(ended: Exit, lines: Sequence[str], successes: Container[str], when: str) -> Diagnosis:
     if ended.signal == signal.SIGKILL:
         return Diagnosis(Reason.KILLED, f"killed {when}, perhaps by the kernel for want of memory: see dmesg")
-    cause = _last_error(lines)
+    cause = _last_error(lines, successes)
     hint = "; often /dev/shm is too small" if ended.signal == signal.SIGBUS else ""
     return Diagnosis(Reason.CRASHED, f"the engine ended {when} ({ended}){hint}{': ' if cause else ''}{cause}")
 
 
-def _last_error(lines: Sequence[str]) -> str:
+def _last_error(lines: Sequence[str], successes: Container[str]) -> str:
     """The last line that names an error which does not follow from another one; else the last that is no success."""
     error = last = ""
-    for line in map(str.strip, reversed(lines)):
-        last = last or ("" if _SUCCESS.match(line) else line)
+    for whole in reversed(lines):
+        line = whole.strip()
+        last = last or ("" if whole in successes else line)
         if _ERROR.search(line):
             error = error or line
             if not _FOLLOW_UP.search(line):

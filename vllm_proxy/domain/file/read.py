@@ -17,6 +17,9 @@ from vllm_proxy.errors import ConfigError, Problem
 _SYNTAX_PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 _DEEPEST = 64  # tables and lists inside each other: what comes later may recurse
 _LONGEST_INTEGER = 64  # bits, as TOML has it
+# A key of very many parts, wherever one may begin: reading it takes the square of their number, in time and memory.
+_PART = r"""(?:[A-Za-z0-9_-]++|"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|'[^'\n]*+')"""
+_ENDLESS_KEY = re.compile(rf"(?:^|[\[{{,])[ \t]*+{_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{48}}", re.MULTILINE)
 
 
 def read_toml(data: bytes, file: str, *, hides_values: bool = False) -> tuple[str, TomlTable]:
@@ -35,6 +38,9 @@ def read_toml(data: bytes, file: str, *, hides_values: bool = False) -> tuple[st
         raise ConfigError(file, [Problem(line, "", "expected UTF-8, got other bytes")]) from None
     if text.startswith("\N{BYTE ORDER MARK}"):
         raise ConfigError(file, [Problem(1, "", "expected UTF-8 without a byte order mark")])
+    if endless := _ENDLESS_KEY.search(text):
+        line = text.count("\n", 0, endless.end()) + 1
+        raise ConfigError(file, [Problem(line, "", "cannot read this TOML: a key has too many parts")])
     try:
         return text, tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
