@@ -140,10 +140,10 @@ async def serve(
         store = Store(settings.config_file)
         store.tidy()
         key_files = KeyFiles(store, settings.parse, settings.files, settings.keys_file)
-        disk = Disk("the configuration's file")
-        stack.callback(disk.close)
+        disk = stack.enter_context(contextlib.closing(Disk("the configuration's file")))
+        plans = stack.enter_context(contextlib.closing(Disk("plans", 1)))
         desired = Desired(store, settings.parse, reconciler, launcher.check, launcher.ports,
-                          files=settings.files, key_files=key_files, keyring=keyring, offload=disk,
+                          files=settings.files, key_files=key_files, keyring=keyring, offload=disk, plans=plans,
                           hide_secrets=launcher.variables.follow,
                           hardware=_hardware(managed, shared.loop, state, launcher),
                           address_is_given=bool(held))  # fmt: skip

@@ -9,8 +9,8 @@ from vllm_proxy.api.happenings import KEPT, Entry, Happenings
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.errors import ConfigError, Problem
-from vllm_proxy.fleet.desired import Author, Outcome, Written
 from vllm_proxy.fleet.model import Model
+from vllm_proxy.fleet.outcome import Author, Outcome, Written
 
 
 def replica(index: int = 0, state: State = State.STOPPED, reason: Reason | None = None) -> Any:  # noqa: ANN401 - of a model

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import json
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -558,6 +559,23 @@ async def test_values_that_are_nested_too_deeply_are_refused(shared: Daemon, beg
             error = (await answer.json())["error"]
             assert answer.status in {400, 422}, error
             assert answer.status == 400 or depth < 500, error
+
+
+async def test_a_configuration_that_is_larger_than_any_is_refused(shared: Daemon) -> None:
+    """Declared or not: reading a list of a few megabytes takes a processor for a minute."""
+    large = b"a = [" + b"1," * 2**21 + b"]"
+    toml = {"Content-Type": "application/toml"}
+    for method, path in (("POST", "/config/plan"), ("PUT", "/config")):
+        async with shared.admin.request(method, path, data=io.BytesIO(large), headers=toml) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (413, "request_too_large")
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(large), 2**16):
+            yield large[start : start + 2**16]
+
+    async with shared.admin.post("/config/plan", data=pieces(), headers=toml) as answer:
+        assert answer.status == 413
+        assert "at most 4 MiB" in (await answer.json())["error"]["message"]
 
 
 async def test_half_of_a_surrogate_pair_is_told_as_what_it_is(shared: Daemon) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.daemon.test_disk import fill, mounted
-from tests.harness import Daemon, clean_environment, daemon, fake_engines, port_block, vllm_proxy
+from tests.harness import Daemon, clean_environment, daemon, fake_engines, port_block, until, vllm_proxy
 from vllm_proxy.domain.keys import hash_of, is_mistyped
 
 OWN = "k" * 32  # a key that somebody brings along
@@ -320,6 +320,23 @@ async def test_a_full_disk_is_507_and_no_key_is_told(tmp_path: Path, port_start:
             (disk / "ballast").unlink()
             await running.write("POST", "/keys", {"name": "ci"}, 201)
             assert await running.stop() == 0
+
+
+async def test_a_file_that_stays_empty_is_refused_and_a_comment_is_not(tmp_path: Path, port_start: int) -> None:
+    """A save that fails on a full disk leaves an empty one: nobody's key goes with it, and loopback is not opened."""
+    config = SERVER + fake_engines(port_start)
+    (tmp_path / "keys.toml").write_text(THERE)
+    async with daemon(config, tmp_path) as running:
+        made = await running.write("POST", "/keys", {"name": "ci", "scopes": ["read"]}, 201)
+        (tmp_path / "keys.toml").write_text("")
+        health = await running.eventually("/health", lambda found: found["config"]["error"] is not None)
+        assert "keys.toml: it is empty, as a save that failed leaves it" in health["config"]["error"]
+        headers = {"Authorization": f"Bearer {made['key']}"}
+        async with running.session.get("/models", headers=headers) as answer:
+            assert answer.status == 200
+        (tmp_path / "keys.toml").write_text("# none\n")
+        await until(lambda: running.write("GET", "/keys"), lambda found: not found["keys"])
+        await running.eventually("/health", lambda found: found["config"]["error"] is None)
 
 
 async def test_a_file_that_is_missing_is_made_by_the_first_key(tmp_path: Path, port_start: int) -> None:

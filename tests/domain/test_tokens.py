@@ -26,6 +26,8 @@ CHAT = "/v1/chat/completions"
         (b'{"usage":{"prompt_tokens":"many"}}', None),
         (b'{"usage":{"prompt_tokens":4', None),
         (b'{"usage":{"a":{"b":{"c":1}', None),
+        (b'{"usage":{"prompt_tokens":4,"x":' + b"[" * 50_000 + b"]" * 50_000 + b"}}", None),
+        (b'{"usage":' + b'{"x":' * 150 + b"1" + b"}" * 151, None),
         (b'{"usage":{"prompt_tokens":-4,"completion_tokens":2}}', None),
         (b'{"usage":{"prompt_tokens":4,"completion_tokens":%d}}' % 10**30, None),
         (b'{"tools":[{"usage":{"prompt_tokens":4}}],"usage":null}', None),

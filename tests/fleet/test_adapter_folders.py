@@ -13,7 +13,7 @@ from vllm_proxy.domain.file import edit
 from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.errors import ConfigError
-from vllm_proxy.fleet.desired import Outcome
+from vllm_proxy.fleet.outcome import Outcome
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime.referenced import ReferencedFiles

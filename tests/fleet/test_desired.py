@@ -26,7 +26,8 @@ from vllm_proxy.engine.ports import Ports
 from vllm_proxy.engine.state import StateDirectory
 from vllm_proxy.errors import ConfigError, RequestError
 from vllm_proxy.fleet.changes import KeyEdit, KeyFiles
-from vllm_proxy.fleet.desired import Author, Desired
+from vllm_proxy.fleet.desired import Desired
+from vllm_proxy.fleet.outcome import Author
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime.referenced import ReferencedFiles
@@ -73,7 +74,7 @@ class NoCheck:
         """Nothing is learnt."""
 
 
-def desired_of(store: Store, reconciler: Reconciler, offload: Offload) -> Desired:
+def desired_of(store: Store, reconciler: Reconciler, offload: Offload, plans: Offload | None = None) -> Desired:
     """The desired state of a file, and of those that it names."""
     files = ReferencedFiles(store.file.parent, None)
 
@@ -85,7 +86,7 @@ def desired_of(store: Store, reconciler: Reconciler, offload: Offload) -> Desire
     key_files = KeyFiles(store, parse, files)
     return Desired(
         store, parse, reconciler, NoCheck(), ports,
-        files=files, key_files=key_files, keyring=keyring, offload=offload,
+        files=files, key_files=key_files, keyring=keyring, offload=offload, plans=plans or offload,
     )  # fmt: skip
 
 
@@ -309,14 +310,14 @@ class Disk:
         return function(*args, **kwargs)
 
 
-async def following(folder: Path, disk: Disk) -> Desired:
+async def following(folder: Path, disk: Disk, plans: Disk | None = None) -> Desired:
     """A file without models that is followed."""
     file = folder / "models.toml"
     file.write_text("# old\n")
     stage = Stage()
     reconciler = Reconciler(parse_config(b"# old\n", ""), stage.shared, StateDirectory(folder), lambda spec: spec.model)
     reconciler.start()
-    return desired_of(Store(file), reconciler, disk)
+    return desired_of(Store(file), reconciler, disk, plans)
 
 
 @virtual
@@ -433,6 +434,20 @@ async def test_who_never_ends_writing_is_not_waited_for(tmp_path: Path) -> None:
     outcome = await desired.follow()
     assert outcome.revision == revision_of(desired.file.read_bytes())
     assert now() == pytest.approx(1.0, abs=0.1)
+
+
+@virtual
+async def test_plans_that_take_long_hold_up_no_write(tmp_path: Path) -> None:
+    """Whoever may read can have them computed, and a revocation must not wait for that; they are told to come again."""
+    computing = Disk("parse")
+    desired = await following(tmp_path, Disk(""), plans=computing)
+    planning = asyncio.ensure_future(desired.plan(b"# plan\n", trusted=False))
+    await computing.asked.wait()
+    await desired.write(lambda _: b"# written\n", None, ME, blind=True)
+    assert desired.fingerprint == revision_of(b"# written\n")
+    with pytest.raises(RequestError) as refused:
+        await planning
+    assert (refused.value.code, refused.value.retry_after) == ("overloaded", 10)
 
 
 @virtual

@@ -205,6 +205,15 @@ def test_any_other_404_passes_unchanged(answer: bytes, places: list[int]) -> Non
     assert run.body == answer.partition(b"\r\n\r\n")[2]
 
 
+@pytest.mark.parametrize("coding", [b"gzip", b"identity", b"gzip, chunked"])
+@pytest.mark.parametrize("http10", [False, True])
+def test_a_body_in_another_transfer_coding_is_no_answer(coding: bytes, *, http10: bool) -> None:
+    """Passed on as one of chunks it could look whole, and be another one."""
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: %s\r\n\r\n5\r\nhello\r\n0\r\n\r\n" % coding
+    run = Run(http10=http10, close=True).feed(answer).lost()
+    assert (run.ending, run.client.got) == (Ending.BROKEN_HEAD, b"")
+
+
 def test_what_begins_as_that_answer_and_breaks_off_is_no_answer() -> None:
     """Nothing has been passed on."""
     run = Run().feed(NO_ROUTE[:-1]).lost()

@@ -242,6 +242,20 @@ def test_an_event_that_is_too_long_to_be_held_is_passed_on_before_its_end(*, htt
     assert (run.ending, run.exchange.tokens) == (Ending.WHOLE, Tokens(5, 7))
 
 
+@pytest.mark.parametrize("http10", [False, True])
+@pytest.mark.parametrize("chunks", [1, 100])
+def test_an_event_with_usage_that_does_not_end_is_not_held_for_ever(*, http10: bool, chunks: int) -> None:
+    """However its chunks are cut: some 64 KiB of it are, then it goes on as it is."""
+    piece = b"z" * 20_000
+    begin = USAGE[:-2] + piece
+    framed = chunk(begin) if chunks > 1 else b"%x\r\n%s" % (100_000_000, begin)
+    run = Run(http10=http10).feed(CHUNKED, framed)
+    for number in range(2, 100):
+        run.feed(chunk(piece) if chunks > 1 else piece)
+        assert len(run.body) > number * len(piece) - 100_000
+    assert run.exchange.tokens == Tokens(5, 7)
+
+
 @pytest.mark.parametrize("cut", range(1, len(chunk(USAGE))))
 def test_a_stream_that_breaks_inside_the_usage_is_cut(cut: int) -> None:
     """As any that breaks inside an event; it did not tell what it took."""

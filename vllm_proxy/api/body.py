@@ -17,6 +17,7 @@ from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.framing import ask_for_body
 from vllm_proxy.traffic.front import client_of
 
+_MOST_BYTES = 4 * 2**20  # a thousand models have a tenth of that
 _DEEPEST = 500  # values inside each other, of which messages can still be made: what comes later may recurse
 _ETAG = re.compile(r'(?:W/)?"([^"]*)"')
 
@@ -30,16 +31,22 @@ class Bodies:
         self._budget = budget
 
     async def read(self, request: web.Request) -> bytes:
-        """All of it.
+        """All of it, of a size that can be worked with in a moment.
 
         Raises:
             RequestError: `request_too_large`, `overloaded`, or what else `read_content` raises.
 
         """
         server = self._server()
-        self._budget.check_length(request.content_length or 0, server)
-        ask_for_body(request)
-        return await read_content(request.content, client_of(request), server, self._budget)
+        size = request.content_length or 0
+        self._budget.check_length(size, server)
+        if size <= _MOST_BYTES:
+            ask_for_body(request)
+            data = await read_content(request.content, client_of(request), server, self._budget)
+            if len(data) <= _MOST_BYTES:
+                return data
+        msg = f"cannot take this request: what changes a configuration has at most {_MOST_BYTES // 2**20} MiB"
+        raise RequestError("request_too_large", msg)
 
     async def json_object(self, request: web.Request, of: str) -> dict[str, Any]:
         """A JSON object. `of`: what it is, for the message.

@@ -23,7 +23,8 @@ from vllm_proxy.domain.toml import dotted
 from vllm_proxy.domain.units import parse_duration
 from vllm_proxy.errors import ConfigError, InvalidError, Problem, RequestError
 from vllm_proxy.fleet.arrival import Arrivals
-from vllm_proxy.fleet.desired import Desired, Outcome
+from vllm_proxy.fleet.desired import Desired
+from vllm_proxy.fleet.outcome import Outcome
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.tls import Certificate
 from vllm_proxy.traffic.front import caller_of

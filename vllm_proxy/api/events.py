@@ -14,8 +14,9 @@ from vllm_proxy.api.readers import Reader, Readers, new_reader, relay
 from vllm_proxy.domain import device_resources, resources
 from vllm_proxy.domain.lifecycle import State
 from vllm_proxy.errors import ConfigError
-from vllm_proxy.fleet.desired import Desired, Outcome, Written
+from vllm_proxy.fleet.desired import Desired
 from vllm_proxy.fleet.model import Model
+from vllm_proxy.fleet.outcome import Outcome, Written
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.supervisor import Supervisor
 

@@ -14,7 +14,7 @@ from aiohttp import web
 from vllm_proxy.api.reply import STREAM
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.errors import RequestError, model_not_found
-from vllm_proxy.fleet.desired import Author
+from vllm_proxy.fleet.outcome import Author
 from vllm_proxy.traffic.access import CONTROL, Access, Admission, check_body_type, who
 from vllm_proxy.traffic.budget import Budget
 from vllm_proxy.traffic.envelope import Handler, error_event

@@ -18,8 +18,8 @@ from vllm_proxy.domain import resources
 from vllm_proxy.domain.feed_resources import Happening, ResetEvent
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.errors import ConfigError
-from vllm_proxy.fleet.desired import Outcome, Written
 from vllm_proxy.fleet.model import Model
+from vllm_proxy.fleet.outcome import Outcome, Written
 from vllm_proxy.runtime.background import notify
 
 KEPT = 1000

@@ -126,8 +126,8 @@ def _behind(text: bytes, at: int, name: bytes) -> Tokens | None:
     begin = end = at + len(name)
     depth = 0
     while True:  # to the brace that closes it: usage has no braces in strings
-        close = text.find(b"}", end) + 1
-        if not close:  # it has been cut off
+        close = text.find(b"}", end, at + KEPT) + 1
+        if not close:  # it has been cut off, or is none
             return None
         depth += text.count(b"{", end, close) - 1
         end = close
@@ -135,7 +135,7 @@ def _behind(text: bytes, at: int, name: bytes) -> Tokens | None:
             break
     try:
         usage = _usage.decode(text[begin:end])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return None
     return _of_usage(usage)
 

@@ -163,11 +163,8 @@ class StateDirectory:
             (self.path / "logs").mkdir(exist_ok=True, mode=0o700)
             self._lock = os.open(self.path / "lock", flags, 0o600)
         except OSError as error:
-            where = "" if error.filename in {None, str(self.path)} else f"{error.filename}: "
-            msg = (
-                f"cannot use the state directory {self.path}: {where}{error.strerror}; choose another with --state-dir"
-            )
-            raise StartupError(msg) from error
+            why = f"{error.filename or self.path}: {error.strerror}"
+            raise StartupError(f"cannot use the state directory {why}; choose another with --state-dir") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -9,21 +9,20 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import structlog
 
 from vllm_proxy.domain.config import Config, revision_of
-from vllm_proxy.domain.keys import KeyChanges, changes, told
-from vllm_proxy.domain.plan import Action, Prospect, plan, restart_needed, settings
+from vllm_proxy.domain.keys import changes, told
+from vllm_proxy.domain.plan import plan, restart_needed, settings
 from vllm_proxy.domain.references import Files
 from vllm_proxy.engine.ports import Ports
 from vllm_proxy.errors import ConfigError, Problem, RequestError, VllmProxyError
 from vllm_proxy.fleet.changes import Change, Edit, KeyEdit, KeyFiles, edited, read
 from vllm_proxy.fleet.objections import Check, Hardware, Objections
+from vllm_proxy.fleet.outcome import Author, Outcome, Plan, Written
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.fleet.watch import settled
@@ -39,8 +38,10 @@ log = structlog.get_logger()
 
 _SETTLING_SECONDS = 1.0  # who writes to it for longer is not waited for
 _DISK_SECONDS = 30.0  # the deadline for a disk, and for those who are queued for it
+_AGAIN_SECONDS = 10
+_TRIES = 3  # of a write, while others save the file
 _NOTHING = revision_of(b"")
-_IS_EMPTY = "it is empty, as a save that failed leaves it; where no model shall run, write a comment into it"
+_IS_EMPTY = "it is empty, as a save that failed leaves it; where no {} shall {}, write a comment into it"
 _UNKNOWN = Hardware()
 
 
@@ -50,46 +51,6 @@ async def _nothing(_: Config) -> None:
 
 class _ChangesError(VllmProxyError):
     """Somebody writes to a file that was taken for settled."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a reload or a write."""
-
-    revision: str
-    changes: tuple[Action, ...]
-    keys: KeyChanges = field(default_factory=lambda: changes({}, {}))
-    settings: list[str] = field(default_factory=list)  # as `plan.settings` has them
-    warnings: list[str] = field(default_factory=list)  # of what was not so before
-
-
-class Plan(NamedTuple):
-    """What adopting a file would change."""
-
-    actions: tuple[Action, ...]
-    prospects: list[Prospect]  # what would become of each
-    restart: list[str]  # keys that would wait for a restart
-    keys: KeyChanges
-    settings: list[str]
-    warnings: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Author:
-    """Who wants something changed, and how."""
-
-    who: str  # "key ci", "uid 1000", "anonymous"
-    what: str  # "PATCH /models/chat"
-    commit: Callable[[], None] = field(default=lambda: None, compare=False)  # raises where it may not be done any more
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """Something was changed, or commanded by hand: then the revisions are one."""
-
-    author: Author
-    before: str
-    after: str
 
 
 class Desired:
@@ -107,6 +68,7 @@ class Desired:
         key_files: KeyFiles,
         keyring: Keyring,
         offload: Offload = asyncio.to_thread,
+        plans: Offload = asyncio.to_thread,
         hardware: Hardware = _UNKNOWN,
         hide_secrets: Callable[[Config], Awaitable[None]] = _nothing,
         address_is_given: bool = False,
@@ -115,7 +77,8 @@ class Desired:
 
         `key_files`: where these are written. `hide_secrets`: is given each configuration before it is adopted.
 
-        `offload`: runs what blocks in a thread. `hardware`: what models have to fit.
+        `offload`: runs what blocks in a thread; `plans`: what a client has computed, which must keep nobody's write or
+        revocation from its turn. `hardware`: what models have to fit.
 
         `address_is_given`: the file does not say where to listen.
         """
@@ -135,6 +98,7 @@ class Desired:
         self.objections = Objections(check, hardware, lambda: reconciler.config, offload)
         self._ports = ports
         self.offload = offload
+        self._plans = plans
         self._hide_secrets = hide_secrets
         self._started_with = reconciler.config.server
         self.address_is_given = address_is_given
@@ -201,14 +165,20 @@ class Desired:
 
         Raises:
             ConfigError: with every problem in it, and each option that an engine would refuse, as a write does.
+            RequestError: `overloaded`, where those of others take too long.
 
         """
         files = self._files if trusted else self._files.limited_to(self._attached)
-        config = await self._in_time(self._parse_with, data, files)
+        try:
+            async with asyncio.timeout(_DISK_SECONDS):
+                config = await self._plans(self._parse_with, data, files)
+        except TimeoutError:
+            msg = f"cannot plan this: it is not done within {_DISK_SECONDS:g} s, as other plans take their time"
+            raise RequestError("overloaded", f"{msg}; try again", retry_after=_AGAIN_SECONDS) from None
         config = config.with_ranks(self.reconciler.specs()).with_loras(self.reconciler.loras())
         if found := await self.objections.to_options(config, data, only_known=not trusted):
             raise ConfigError(self._file, found)
-        actions = await self.offload(plan, config.models, self.reconciler.specs())
+        actions = await self._plans(plan, config.models, self.reconciler.specs())
         restart = restart_needed(self._started_with, config.server, address_is_given=self.address_is_given)
         prospects, now = await self.objections.prospects(config, actions), self.reconciler.config
         new = changes(now.keys, config.keys), settings(now, config, restart), config.warnings(since=now)
@@ -321,7 +291,22 @@ class Desired:
         self, author: Author, make: Callable[P, Change], *args: P.args, **kwargs: P.kwargs
     ) -> tuple[Config, Outcome]:
         author.commit()  # in its turn: what was adopted before may have taken its key away
-        change = await self.offload(make, *args, **kwargs)
+        for left in reversed(range(_TRIES)):
+            change = await self.offload(make, *args, **kwargs)
+            try:
+                return await self._carry_out(author, change)
+            except RequestError as error:
+                if error.code != "revision_mismatch" or not left:
+                    raise
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    async def _carry_out(self, author: Author, change: Change) -> tuple[Config, Outcome]:
+        """Write it, and follow what is written.
+
+        Raises:
+            ConfigError, RequestError: `revision_mismatch`, where an editor has saved the file since it was read.
+
+        """
         config = change.config.with_ranks(self.reconciler.specs()).with_loras(self.reconciler.loras())
         text = change.after if change.store is self._store else b""  # the other file has no models
         found = [*await self.objections.to_options(config, text), *await self.objections.to_sizes(config, text)]
@@ -359,14 +344,23 @@ class Desired:
             self._attached = {}
             return None, data
         if not data and now.models:
-            raise ConfigError(self._file, [Problem(0, "", _IS_EMPTY)])
+            raise ConfigError(self._file, [Problem(0, "", _IS_EMPTY.format("model", "run"))])
         try:
             config = self._parse(data)
         except ConfigError as error:
             self._attached = error.attached
             raise
         self._attached = config.attached
+        if lost := self._emptied_keys_file(config):
+            raise ConfigError(lost, [Problem(0, "", _IS_EMPTY.format("key", "be there"))], config.attached)
         return None if config.fingerprint == now.fingerprint else config, data
+
+    def _emptied_keys_file(self, config: Config) -> str | None:
+        """The file of keys, where it is empty and keys that are followed have gone with what was in it."""
+        name, now = config.server.keys_file, self.reconciler.config
+        if name is None or config.attached.get(name) != _NOTHING or now.keys.keys() <= config.keys.keys():
+            return None
+        return self._files.place(name)
 
     def _edited(self, edit: Edit, if_match: str | None, *, blind: bool) -> Change:
         now = self.reconciler.config

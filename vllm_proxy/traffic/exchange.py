@@ -270,7 +270,7 @@ class Exchange:
         if self._reusable and not (self.close or self.http10 or self.no_body) and passes_as_it_is(self._raw_head):
             return b"%s%s\r\n" % (self._raw_head, self._extra)
         head = AnswerHead.of(self._raw_head)
-        if head is None:
+        if head is None or head.value(b"transfer-encoding") not in {b"", b"chunked"}:  # it would look like another body
             return None
         if self.http10 and head.has(b"transfer-encoding"):
             self._dechunk = self.close = True

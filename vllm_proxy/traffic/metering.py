@@ -323,19 +323,29 @@ class _Request:
 
     def end(self) -> None:
         """It is over: settle it. To be called once, when the status of its call is known."""
-        metering, user = self._metering, self.user
+        charged = 0
+        try:
+            charged = self._count()
+        finally:  # whatever could not be counted, nothing stays held
+            self._give_back(charged)
+
+    def _count(self) -> int:
+        """Count what it has used; returns what that is to its key's limits."""
         outcome = self._outcome()
         made = self.made
         tokens, estimated = self.told if made is None else made.tokens if self.is_told else None, 0
         self.call.tokens = tokens
         if tokens is None:
             tokens, estimated = NO_TOKENS, self._estimated(outcome)
-        charged = tokens.prompt + tokens.completion + estimated
-        if self.budgets is not None or user.is_limited:
-            self._settle(charged)
-        metering.usage.settled(user.name, self.model, outcome, tokens, estimated)
+        self._metering.usage.settled(self.user.name, self.model, outcome, tokens, estimated)
         if self.estimate is not None and tokens is not NO_TOKENS:
             self.estimate.learn(tokens, self.size, binary=self.binary)
+        return tokens.prompt + tokens.completion + estimated
+
+    def _give_back(self, charged: int) -> None:
+        metering, user = self._metering, self.user
+        if self.budgets is not None or user.is_limited:
+            self._settle(charged)
         if self.share is not None:
             self.share.ended(user.name, *self.claim, min(charged, _MOST_CLAIMED))
         if self.waits:

@@ -22,6 +22,7 @@ _BOUNDARY = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _LINE_ENDS = b"\r\n"
 _LONGEST_END = 3  # bytes of a boundary that has not come whole
 _MOST_HELD = 16 * 1024  # bytes of an event that has not shown usage: so far from its beginning it has none
+_MOST_WITH_USAGE = 64 * 1024  # of one that has, and does not end: it goes on as it is
 
 
 class MeteredExchange(Exchange):
@@ -209,7 +210,8 @@ class _TextSieve:
         if is_last or not rest.strip(_LINE_ENDS):
             self._tail.feed(rest)
             passed, rest = passed + rest, b""
-        elif len(rest) > _MOST_HELD and rest.rfind(self._tail.mark) < 0:  # but for what may begin its end
+        elif _goes_on(rest, self._tail.mark):  # but for what may begin its end
+            self._tail.feed(rest)
             passed, rest = passed + rest[:-_LONGEST_END], rest[-_LONGEST_END:]
         self.held = rest
         return passed
@@ -255,7 +257,7 @@ class _ChunkSieve:
             passed.append(raw[begin:])
             begin = at = len(raw)
         self.held, self._at, self._text = raw[begin:], at - begin, text
-        if len(self.held) > _MOST_HELD and self.held.rfind(self._tail.mark) < 0:
+        if _goes_on(self.held, self._tail.mark):
             self._long = _Decoder(), _TextSieve(self._tail)
             passed.append(self._feed_long(*self._long, self.held, is_last=False))
         return b"".join(passed)
@@ -265,6 +267,11 @@ class _ChunkSieve:
         passed = _chunk(texts.feed(decoder.text_of(raw), is_last=is_last))
         self.held = _chunk(texts.held)
         return passed + _LAST_CHUNK if is_last else passed
+
+
+def _goes_on(held: bytes, mark: bytes) -> bool:
+    """Whether the beginning of an event is too long to be held until its end."""
+    return len(held) > (_MOST_HELD if held.rfind(mark) < 0 else _MOST_WITH_USAGE)
 
 
 def _chunk(text: bytes) -> bytes:
