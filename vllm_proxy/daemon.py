@@ -52,7 +52,7 @@ from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.fleet.usage_ledger import UsageLedger, keeping_usage
 from vllm_proxy.fleet.watch import watch
-from vllm_proxy.listen import Listeners, inherited, listen, listen_for_commands, notice_departed_clients
+from vllm_proxy.listen import Listeners, accept_all, inherited, listen, listen_for_commands, notice_departed_clients
 from vllm_proxy.logsetup import Output
 from vllm_proxy.places import read_config_file
 from vllm_proxy.runtime import clock, descriptors, threads
@@ -209,8 +209,7 @@ async def _run(
     reconciler.start()
     try:
         await runner.setup()
-        for one in listeners:
-            await runner.accept(one.socket, one.listener, certificate.context)
+        await accept_all(listeners, lambda one: runner.accept(one.socket, one.listener, certificate.context), stack)
         _tune_python()
         status.show()
         systemd.ready()

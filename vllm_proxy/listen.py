@@ -4,24 +4,33 @@ For `daemon`, which uses these or the sockets inherited from systemd (`systemd`)
 probes, so that clients which vanished are noticed. Serving connections is up to `traffic/front.py`.
 """
 
+import asyncio
 import contextlib
 import os
 import socket
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import structlog
 
 from vllm_proxy.domain.address import Address, TcpAddress, UnixAddress
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.listener import Kind, Listener
 from vllm_proxy.errors import StartupError
 from vllm_proxy.places import short_name
+from vllm_proxy.runtime.background import keep_running
 
 BACKLOG = 4096  # connections that wait to be accepted: a burst of clients must not wait for a retransmission
 _OWNER, _OWNER_AND_GROUP = 0o600, 0o660
+_LOOK_SECONDS = 2.0  # between two looks at the files of Unix sockets
 _PROBE_SECONDS = 1.0  # for who listens on a socket that is there already: its queue may be full
 
+log = structlog.get_logger()
+
+type Accept = Callable[[Listening], Awaitable[None]]
 type SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
 
 
@@ -89,7 +98,7 @@ def inherited(sockets: Iterable[socket.socket], server: Server) -> list[Listenin
 def _listen_at(address: Address, server: Server, folder: Path) -> Iterator[Listening]:
     if isinstance(address, UnixAddress):
         path = folder / address.path
-        yield _unix(path, Listener(address=UnixAddress(str(path))), _OWNER_AND_GROUP)
+        yield _unix(path, Listener(address=UnixAddress(str(path))))
         return
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -108,18 +117,68 @@ def listen_for_commands(path: Path) -> Listening:
     """The control socket, for this user alone. The caller holds the lock of the state directory.
 
     Raises:
-        StartupError: when it cannot be made.
+        StartupError: when it cannot be made, or a daemon with another state directory listens there.
 
     """
     try:
-        path.unlink(missing_ok=True)
+        if not _is_socket(path):
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise _cannot_listen(path, error) from error
-    return _unix(path, Listener(Kind.CONTROL, UnixAddress(str(path))), _OWNER)
+    return _unix(path, Listener(Kind.CONTROL, UnixAddress(str(path))))
 
 
-def _unix(path: Path, listener: Listener, mode: int) -> Listening:
-    """A Unix socket of this mode. One that nobody listens on is replaced."""
+async def accept_all(listeners: Listeners, accept: Accept, stack: contextlib.AsyncExitStack) -> None:
+    """Have the clients of all sockets accepted; while `stack` lasts, a Unix socket whose file is gone is made anew."""
+    for one in listeners:
+        await accept(one)
+    keeping = keep_running(partial(_keep_in_place, listeners, accept, stack), "files of Unix sockets")
+    stack.callback(keeping.cancel)
+
+
+async def _keep_in_place(listeners: Listeners, accept: Accept, stack: contextlib.AsyncExitStack) -> None:
+    held = [one for one in listeners if one.file is not None]
+    told = [""] * len(held)
+    while True:
+        await asyncio.sleep(_LOOK_SECONDS)
+        for place, one in enumerate(held):
+            problem = ""
+            try:
+                if (new := _remade(one)) is not None:
+                    held[place] = new
+                    stack.callback(new.close)
+                    await accept(new)
+            except (OSError, StartupError) as error:
+                problem = str(error)
+            if problem and problem != told[place]:
+                log.error("nobody can connect by a Unix socket any more", listens=one.listener.url, why=problem)
+            told[place] = problem
+
+
+def _remade(one: Listening) -> Listening | None:
+    """A Unix socket in the place of one whose file was removed; None: it is there.
+
+    Raises:
+        OSError, StartupError: there is something else, or nothing can be.
+
+    """
+    address = one.listener.address
+    assert isinstance(address, UnixAddress)
+    try:
+        if _identity(address.path) != one.file:
+            raise OSError(f"there is another file at {address.path}; remove it")
+    except FileNotFoundError:
+        log.warning("the file of a Unix socket was removed, and is made anew", listens=one.listener.url)
+        return _unix(Path(address.path), one.listener)
+    return None
+
+
+def _unix(path: Path, listener: Listener) -> Listening:
+    """A Unix socket: for commands of its owner's alone, for clients of its group's, too.
+
+    One that nobody listens on is replaced.
+    """
+    mode = _OWNER if listener.kind is Kind.CONTROL else _OWNER_AND_GROUP
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with short_name(path) as name:
@@ -144,11 +203,10 @@ def _make_room(path: Path) -> None:
         OSError: there is something else, or somebody listens on it.
 
     """
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise OSError("there is something that is no socket; remove it, or choose another path in server.listen")
-    except FileNotFoundError:
+    if not path.exists(follow_symlinks=False):
         return
+    if not _is_socket(path):
+        raise OSError("there is something that is no socket; remove it, or choose another path in server.listen")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_PROBE_SECONDS)
         try:
@@ -158,7 +216,14 @@ def _make_room(path: Path) -> None:
             return
         except (TimeoutError, BlockingIOError):
             pass
-    raise OSError("it is taken: another process listens on it; choose another path in server.listen")
+    raise OSError("it is taken: another process listens on it; end that, or choose another path")
+
+
+def _is_socket(path: Path) -> bool:
+    try:
+        return stat.S_ISSOCK(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _cannot_listen(path: Path, error: OSError) -> StartupError:

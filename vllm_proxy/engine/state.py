@@ -301,6 +301,7 @@ class StateDirectory:
 
     def _replace(self, file: Path, document: Mapping[str, object]) -> None:
         try:
+            files.refuse_replaced(self._lock, self.path / "lock")
             # Not worth an fsync each: what a crash of the machine destroys, no later boot could use.
             files.replace_file(file, tomli_w.dumps(document).encode(), durable=False)
         except OSError as error:

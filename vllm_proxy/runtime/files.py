@@ -58,6 +58,19 @@ def refuse_foreign(folder: Path) -> None:
                     folder=str(folder), mode=f"{stat.S_IMODE(found.st_mode):04o}")  # fmt: skip
 
 
+def refuse_replaced(lock: int | None, path: Path) -> None:
+    """The lock that is held is not another one's by now; None is held by nobody.
+
+    Raises:
+        OSError: its folder was removed, and another process has made and locked a new one.
+
+    """
+    if lock is not None:
+        with contextlib.suppress(FileNotFoundError):
+            if not os.path.samestat(os.fstat(lock), path.lstat()):
+                raise OSError(f"{path.parent} was removed, and is another daemon's now; restart this one")
+
+
 def become_owner(folder: Path) -> None:
     """As root, become the owner of a folder for good: what that user wrote is then acted on with that user's rights.
 
