@@ -16,6 +16,7 @@ from vllm_proxy.commands.screen import Screen
 pytestmark = pytest.mark.browser
 BOXES = "[...document.querySelectorAll('main .problem')].map(it => it.innerText)"
 FIGURE = "[...document.querySelectorAll('.figures div')].find(it => it.innerText.startsWith({0}))?.lastChild.innerText"
+TURNED = "ValueError: no\u202esuch\u2066thing"
 # What `GET /health` says of a daemon that everything is wrong with, but for its file.
 WRONG: dict[str, Any] = {
     "not_ended": ["chat/7"],
@@ -26,7 +27,7 @@ WRONG: dict[str, Any] = {
 
 
 def models(folder: Path) -> str:
-    """A replica that fails beside one that is ready, some on demand, one that is off, one that fails alone."""
+    """A replica that fails beside one that is ready, some on demand, one that is off, one whose words are turned."""
     return f"""
 [models.half]
 model = "org/half"
@@ -44,7 +45,7 @@ model = "org/later"
 start = "on-demand"
 [models.turned]
 model = "org/turned"
-args = {{ fake_exit_at = "load", fake_exit_text = "ValueError: no such thing" }}
+args = {{ fake_exit_at = "load", fake_exit_text = {json.dumps(TURNED)} }}
 [models.turned.restart]
 max_failures = 1
 [models.off]
@@ -149,6 +150,18 @@ async def test_a_file_that_is_refused_and_one_that_waits_are_told_with_what_help
     finally:
         fleet.save(good)
     await page.until(has(".connection", "live · 2 problems"))
+
+
+async def test_what_turns_text_around_does_not_reach_the_page(page: Page) -> None:
+    """In what an engine has said: in a problem, in its last failure, in its output, in events."""
+    shows = "document.querySelector({0})?.textContent.includes('no such thing')"
+    await page.until(f"{BOXES}.some(it => it.includes('no such thing'))")
+    await goes(page, "model/turned")
+    for place in (".problem", "details.exit p", "details.exit pre", ".log"):
+        await page.until(shows.format(json.dumps(f"main {place}")))
+    await goes(page, "events")
+    await page.until(shows.format("'main tbody'"))
+    assert not await page.evaluate(r"/[\u202a-\u202e\u2066-\u2069]/.test(document.documentElement.outerHTML)")
 
 
 async def test_a_replica_that_failed_is_started_without_a_touch_of_the_other(page: Page, fleet: Daemon) -> None:
