@@ -26,6 +26,7 @@ pytestmark = pytest.mark.browser
 CHAT_PATH = "/v1/chat/completions"
 ASK = {"model": "chat", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
 KEY = new_key(b"u" * 32)
+MANY = 40
 SCREENS = (
     "fleet model/chat model/broken requests events devices config config/new play keys usage".split()
 )  # fmt: skip
@@ -271,6 +272,27 @@ async def test_events_are_those_that_happened_before(page: Page, fleet: Daemon) 
     await click(page, "Problems")
     await page.until(f"!{has('main tbody', 'POST /models')}")
     assert "broken/0" in await page.text()
+
+
+async def test_a_change_of_many_models_is_folded(page: Page, fleet: Daemon) -> None:
+    """The first ones, and the others behind a click; when it was and what stands beside the beginning of it."""
+    before = fleet.file.read_text(encoding="utf-8")
+    more = "".join(f'[models.more-{number}]\nmodel = "x"\nstart = "on-demand"\n' for number in range(MANY))
+    fleet.save(before + more)
+    await fleet.adopts()
+    await goes(page, "events")
+    cell = "[...document.querySelectorAll('main td.said')].find(it => it.innerText.includes('more-0'))"
+    await page.until(cell)
+    folded = f"{cell}.querySelector('details')"
+    assert not await page.evaluate(f"{folded}.open")
+    assert await page.evaluate(f"{folded}.querySelector('summary').innerText") == f"and {MANY - 6} more"
+    assert f"more-{MANY - 1}" not in await page.evaluate(f"{cell}.innerText")
+    await page.evaluate(f"{folded}.open = true")
+    assert f"more-{MANY - 1}" in await page.evaluate(f"{cell}.innerText")
+    aligned = f"[...{cell}.parentElement.cells].map(it => getComputedStyle(it).verticalAlign)"
+    assert set(await page.evaluate(aligned)) == {"top"}
+    fleet.save(before)
+    await fleet.adopts()
 
 
 async def test_devices_show_who_has_their_memory(page: Page, fleet: Daemon) -> None:
