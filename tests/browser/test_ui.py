@@ -26,12 +26,13 @@ pytestmark = pytest.mark.browser
 CHAT_PATH = "/v1/chat/completions"
 ASK = {"model": "chat", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
 KEY = new_key(b"u" * 32)
+MANY = 40
 SCREENS = (
     "fleet model/chat model/broken requests events devices config config/new play keys usage".split()
 )  # fmt: skip
 # When a screen shows what it has to.
 SHOWN = {
-    "fleet": "document.querySelectorAll('main tbody tr').length === 5",
+    "fleet": "document.querySelectorAll('main tbody tr').length === 6",
     "model/chat": "document.querySelectorAll('.log div').length > 3 && document.querySelector('.others')",
     "model/broken": "document.querySelector('.log div') && document.querySelector('details.exit')",
     "events": "document.querySelector('main tbody tr')",
@@ -42,7 +43,7 @@ TARGETS = "main a, main button, main input, main select, main textarea, main sum
 
 
 def models(folder: Path) -> str:
-    """Some that are ready, one that loads until a file is there, one in error, one for later, one that is off."""
+    """Some that are ready, one that loads until a file is there, one in error, two on demand, one that is off."""
     return f"""
 [models.chat]
 model = "org/chat"
@@ -50,6 +51,9 @@ aliases = ["gpt-4o-mini"]
 replicas = 2
 [models.later]
 model = "org/later"
+start = "on-demand"
+[models.spare]
+model = "org/spare"
 start = "on-demand"
 [models."org/slow"]
 model = "org/slow"
@@ -122,13 +126,13 @@ async def test_it_loads_silently_and_asks_only_its_daemon(page: Page, fleet: Dae
     """Every model is there with its state; nothing is complained of; each URL that was asked for is the daemon's."""
     await page.until(f"{row('broken')}.innerText.includes('error')")
     await page.until(f"{row('org/slow')}.innerText.includes('loading weights')")
-    await page.until(f"{row('later')}.innerText.includes('on demand')")
+    await page.until(f"{row('spare')}.innerText.includes('on demand')")
     await page.until(f"{row('off')}.innerText.includes('disabled')")
     await page.until(f"{row('chat')}.innerText.includes('2 of 2 replicas')")
     await page.until(has(".connection", "live · 1 problem"))
     await page.until(has("main .problem", "no such thing"))
     assert await page.evaluate("[...document.querySelectorAll('main tbody .name')].map(it => it.innerText)") == [
-        "broken", "org/slow", "chat", "later", "off",
+        "broken", "org/slow", "chat", "later", "spare", "off",
     ]  # fmt: skip
     assert page.requests
     assert all(url.startswith(f"{fleet.url}/") for url in page.requests), page.requests
@@ -160,7 +164,7 @@ async def test_a_change_of_state_reaches_its_row(page: Page, fleet: Daemon) -> N
     await fleet.write("POST", "/models/later/start", status=202)
     await page.until(f"{row('later')}.innerText.includes('ready')")
     await fleet.write("POST", "/models/later/stop", status=202)
-    await page.until(f"{row('later')}.querySelector('.state').innerText === 'on demand'")
+    await page.until(f"{row('later')}.querySelector('.state').innerText === 'stopped'")
     assert await page.evaluate(f"window.kept === {row('later')}")
 
 
@@ -170,7 +174,7 @@ async def test_a_model_is_started_and_stopped_from_the_page(page: Page, fleet: D
     await fleet.once("later", lambda it: it["state"] == "ready")
     await page.until(has("#said", "later starts"))
     await click(page, "Stop later")
-    await page.until(f"{row('later')}.querySelector('.state').innerText === 'on demand'")
+    await page.until(f"{row('later')}.querySelector('.state').innerText === 'stopped'")
     assert await fleet.get("/models/later") != []
 
 
@@ -270,6 +274,27 @@ async def test_events_are_those_that_happened_before(page: Page, fleet: Daemon) 
     assert "broken/0" in await page.text()
 
 
+async def test_a_change_of_many_models_is_folded(page: Page, fleet: Daemon) -> None:
+    """The first ones, and the others behind a click; when it was and what stands beside the beginning of it."""
+    before = fleet.file.read_text(encoding="utf-8")
+    more = "".join(f'[models.more-{number}]\nmodel = "x"\nstart = "on-demand"\n' for number in range(MANY))
+    fleet.save(before + more)
+    await fleet.adopts()
+    await goes(page, "events")
+    cell = "[...document.querySelectorAll('main td.said')].find(it => it.innerText.includes('more-0'))"
+    await page.until(cell)
+    folded = f"{cell}.querySelector('details')"
+    assert not await page.evaluate(f"{folded}.open")
+    assert await page.evaluate(f"{folded}.querySelector('summary').innerText") == f"and {MANY - 6} more"
+    assert f"more-{MANY - 1}" not in await page.evaluate(f"{cell}.innerText")
+    await page.evaluate(f"{folded}.open = true")
+    assert f"more-{MANY - 1}" in await page.evaluate(f"{cell}.innerText")
+    aligned = f"[...{cell}.parentElement.cells].map(it => getComputedStyle(it).verticalAlign)"
+    assert set(await page.evaluate(aligned)) == {"top"}
+    fleet.save(before)
+    await fleet.adopts()
+
+
 async def test_devices_show_who_has_their_memory(page: Page, fleet: Daemon) -> None:
     """Each device with those who hold it; on the fleet a line for each."""
     await page.until("document.querySelectorAll('.gauges .gauge').length === 2")
@@ -289,7 +314,7 @@ async def test_a_fault_of_its_own_is_told(page: Page, fleet: Daemon) -> None:
     await page.until(has("#said .bad", "planted"))
     await page.until(f"{row('later')}.innerText.includes('ready')")
     await fleet.write("POST", "/models/later/stop", status=202)
-    await page.until(f"{row('later')}.querySelector('.state').innerText === 'on demand'")
+    await page.until(f"{row('later')}.querySelector('.state').innerText === 'stopped'")
 
 
 async def test_focus_and_a_click_that_has_begun_survive_an_update(page: Page, fleet: Daemon) -> None:
@@ -298,7 +323,7 @@ async def test_focus_and_a_click_that_has_begun_survive_an_update(page: Page, fl
     await fleet.write("POST", "/models/later/start", status=202)
     await page.until(f"{row('later')}.innerText.includes('ready')")
     await fleet.write("POST", "/models/later/stop", status=202)
-    await page.until(f"{row('later')}.querySelector('.state').innerText === 'on demand'")
+    await page.until(f"{row('later')}.querySelector('.state').innerText === 'stopped'")
     assert await page.evaluate("document.activeElement.getAttribute('aria-label')") == "Start later"
 
 
@@ -315,7 +340,7 @@ async def test_a_tab_holds_one_connection_and_a_hidden_one_none(fleet: Daemon, c
         await fleet.write("POST", "/models/later/start", status=202)
         await page.until(f"{row('later')}.innerText.includes('ready')")
         await fleet.write("POST", "/models/later/stop", status=202)
-        await page.until(f"{row('later')}.querySelector('.state').innerText === 'on demand'")
+        await page.until(f"{row('later')}.querySelector('.state').innerText === 'stopped'")
     hidden = [await page.evaluate("document.hidden") for page in pages]
     assert hidden.count(True) == 8
     for page in pages:

@@ -44,7 +44,7 @@ async def test_it_works_behind_tls_and_a_path_prefix(chromium: Browser, tmp_path
         await click(page, "Start later")
         await page.until(f"{LATER}.innerText.includes('ready')")
         await running.write("POST", "/models/later/stop", status=202)
-        await page.until(f"{LATER}.querySelector('.state').innerText === 'on demand'")
+        await page.until(f"{LATER}.querySelector('.state').innerText === 'stopped'")
         await goes(page, "model/chat")
         await page.until("document.querySelectorAll('.log div').length > 3")
 

@@ -34,10 +34,11 @@ export function buttons(model) {
   node.update = (one) => {
     now = one;
     const runs = one.state === "ready" || one.state === "loading";
+    const failed = one.replicas.some(({ state }) => state === "error"); // a start is of it alone
     const word = one.state === "sleeping" ? "Wake" : "Start";
     setText(start, word);
     setAttribute(start, "aria-label", `${word} ${id}`);
-    enable(start, !runs && one.enabled);
+    enable(start, (!runs || failed) && one.enabled);
     enable(restart, runs && one.enabled);
     enable(stop, one.enabled && one.state !== "stopped" && one.state !== "unloading");
   };

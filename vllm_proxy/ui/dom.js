@@ -1,18 +1,26 @@
 // Elements without markup as text: `h("td", {class: "n", onclick: f}, "text", child)`; and what all screens show alike.
 const SVG = "http://www.w3.org/2000/svg";
+// What turns lines around: messages may repeat what an engine or a client has written. As commands/screen.py.
+const TURNS = /[\u2028\u2029\u202a-\u202e\u2066-\u2069]+/g;
+const SAID = new Set(["title", "aria-label"]); // attributes that are shown
+
+const printable = (text) => String(text).replace(TURNS, " ");
 
 function fill(node, props, children) {
   for (const [name, value] of Object.entries(props ?? {})) {
     if (name.startsWith("on")) node[name] = value;
     else if (value === true) node.setAttribute(name, "");
-    else if (value !== false && value !== null && value !== undefined) node.setAttribute(name, value);
+    else if (value !== false && value !== null && value !== undefined) setAttribute(node, name, value);
   }
   node.append(...there(children));
   return node;
 }
 
 const there = (children) =>
-  children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false && child !== "");
+  children
+    .flat(Infinity)
+    .filter((child) => child !== null && child !== undefined && child !== false && child !== "")
+    .map((child) => (child instanceof Node ? child : printable(child)));
 
 export const h = (tag, props, ...children) => fill(document.createElement(tag), props, children);
 export const s = (tag, props, ...children) => fill(document.createElementNS(SVG, tag), props, children);
@@ -20,11 +28,13 @@ export const s = (tag, props, ...children) => fill(document.createElementNS(SVG,
 export const show = (node, ...children) => node.replaceChildren(...there(children));
 // Set a text where it is another one, so that a selection and a reader's place stay.
 export const setText = (node, text) => {
-  if (node.textContent !== text) node.textContent = text;
+  const shown = printable(text);
+  if (node.textContent !== shown) node.textContent = shown;
 };
 export const setAttribute = (node, name, value) => {
-  if (value === null || value === false) node.removeAttribute(name);
-  else if (node.getAttribute(name) !== String(value)) node.setAttribute(name, value === true ? "" : value);
+  if (value === null || value === false) return node.removeAttribute(name);
+  const given = value === true ? "" : SAID.has(name) ? printable(value) : String(value);
+  if (node.getAttribute(name) !== given) node.setAttribute(name, given);
 };
 
 // Let a button act or not. One that has the focus is not disabled, which would take the focus away.

@@ -3,6 +3,7 @@ import { clock, h, keyed, plural, setText, state, table } from "./dom.js";
 import { store } from "./feed.js";
 
 const SHOWN = 300;
+const LISTED = 6; // changes of a file
 // What is shown, by the name of the choice.
 const KINDS = {
   all: () => true,
@@ -12,10 +13,11 @@ const KINDS = {
   commands: (one) => one.kind === "write",
 };
 
-const modelOf = (one) =>
-  one.model === undefined
-    ? "–"
-    : h("a", { href: `#/model/${encodeURIComponent(one.model)}` }, one.instance ?? one.model);
+function modelOf({ model, instance }) {
+  if (model === undefined) return "–";
+  const name = instance ?? model;
+  return h("a", { href: `#/model/${encodeURIComponent(model)}`, title: name }, name);
+}
 
 function what(one) {
   if (one.kind === "accepted") return accepted(one);
@@ -29,13 +31,20 @@ function what(one) {
   return [one.reason && h("a", { href: `../help/${one.reason}` }, one.reason), one.reason && said ? ": " : "", said];
 }
 
+// All of them, those that are too many to be read at once behind a click.
+function listed(texts) {
+  if (texts.length <= LISTED) return texts.join(", ");
+  const more = h("details", {}, h("summary", {}, `and ${texts.length - LISTED} more`), texts.slice(LISTED).join(", "));
+  return [texts.slice(0, LISTED).join(", "), more];
+}
+
 function accepted({ revision, changes, keys }) {
   const steps = changes.map((change) => `${change.action} ${change.model} (${change.reason})`);
   const counts = Object.entries(keys ?? {}).flatMap(([how, names]) =>
     names.length ? [`${plural(names.length, "key")} ${how}`] : [],
   );
-  const said = [...steps, ...counts].join(", ") || "nothing changes for engines";
-  return [h("code", {}, revision.slice(0, 8)), ` ${said}`];
+  const said = [...counts, ...steps];
+  return [h("code", {}, revision.slice(0, 8)), " ", said.length ? listed(said) : "nothing changes for engines"];
 }
 
 function shape(one) {

@@ -3,15 +3,18 @@ import { act, buttons } from "./actions.js";
 import { call, repeat } from "./api.js";
 import { meter } from "./devices.js";
 import { bytes, h, keyed, problem, rate, seconds, setAttribute, setText, spark, state, table } from "./dom.js";
-import { models, problems, store } from "./feed.js";
+import { failure, models, problems, store } from "./feed.js";
 
-const RANK = { error: 0, loading: 1, unloading: 1 };
+const RANK = { loading: 1, unloading: 1 };
 const POINTS = 48; // of the line of the last hour
 const STATS_MS = 20_000;
+const SCREENS = { "#/config": "Configuration", "#/devices": "Devices", "#/usage": "Usage" };
 
+// Its shape and its word, as `vllm-proxy status` has it.
 export function word(model) {
+  if (model.state !== "stopped") return [model.state, model.state];
   if (!model.enabled) return ["disabled", "disabled"];
-  return [model.state, model.state === "stopped" && model.start === "on-demand" ? "on demand" : model.state];
+  return ["stopped", model.start === "on-demand" && model.reason !== "stopped_by_hand" ? "on demand" : "stopped"];
 }
 
 // How far each replica is that is on its way: `node.update(replicas)`.
@@ -47,8 +50,10 @@ export function problemList(here = false) {
   const one = (found) => {
     const text = h("span");
     const help = h("a", { class: "code" });
+    const next = h("code");
     const change = h("a", { class: "button" }, "Change…");
-    const { model } = found;
+    const { id, model, to } = found;
+    const again = h("button", { onclick: () => act(id, "start"), "aria-label": `Try again: ${id}` }, "Try again");
     const box = problem(
       found.mild ? "mild" : "",
       h("p", {}, model && !here && h("b", {}, `${model.id} `), text),
@@ -56,10 +61,10 @@ export function problemList(here = false) {
         "div",
         { class: "acts" },
         help,
-        !here && h("a", { class: "button", href: found.to }, model ? "Show" : "Configuration"),
+        next,
+        !here && to && h("a", { class: "button", href: to }, SCREENS[to] ?? "Show"),
         model && change,
-        model &&
-          h("button", { onclick: () => act(model.id, "start"), "aria-label": `Try again: ${model.id}` }, "Try again"),
+        model && again,
       ),
     );
     box.update = (now) => {
@@ -67,7 +72,10 @@ export function problemList(here = false) {
       setText(help, now.code ?? "");
       help.hidden = !now.code;
       setAttribute(help, "href", now.code ? `../help/${now.code}` : null);
+      setText(next, now.next ?? "");
+      next.hidden = !now.next;
       if (!now.model) return;
+      again.hidden = !now.model.enabled;
       const { key, value } = now.model.change ?? {};
       setAttribute(change, "href", `#/config/${key ? "change" : "model"}/${encodeURIComponent(now.id)}`);
       setAttribute(change, "title", key ? `${key} = ${JSON.stringify(value)}, and what it would do` : null);
@@ -90,7 +98,7 @@ function row(first, history) {
   const [running, waiting, requests, tokens, memory] = ["running", "waiting", "req/s", "tok/s", "memory"].map(cell);
   const line = h("td", { class: "line" });
   const acts = buttons(first);
-  const name = h("a", { class: "name", href: `#/model/${encodeURIComponent(id)}` }, id);
+  const name = h("a", { class: "name", title: id, href: `#/model/${encodeURIComponent(id)}` }, id);
   const node = h(
     "tr",
     {},
@@ -116,7 +124,9 @@ function row(first, history) {
     stamp = model.stamp;
     is.set(...word(model));
     far.update(model.replicas);
-    setText(what, [...new Set([model.source, ...model.aliases, replicated(model)])].filter(Boolean).join(" · "));
+    const said = [...new Set([replicated(model), model.source, ...model.aliases])].filter(Boolean).join(" · ");
+    setText(what, said);
+    setAttribute(what, "title", said);
     setText(running, String(model.in_flight));
     setText(waiting, String(model.queued));
     setAttribute(waiting, "class", model.queued ? "n busy" : "n");
@@ -131,7 +141,9 @@ function row(first, history) {
 
 function replicated({ replicas }) {
   if (replicas.length < 2) return "";
-  return `${replicas.filter((replica) => replica.state === "ready").length} of ${replicas.length} replicas`;
+  const count = (wanted) => replicas.filter((replica) => replica.state === wanted).length;
+  const failed = count("error") ? `, ${count("error")} in error` : "";
+  return `${count("ready")} of ${replicas.length} replicas${failed}`;
 }
 
 // The greatest of each of `POINTS` parts of the last hour.
@@ -153,9 +165,12 @@ function figures() {
   };
   node.update = (all) => {
     const sum = (key) => all.reduce((total, model) => total + (model[key] ?? 0), 0);
-    const enabled = all.filter((model) => model.enabled);
+    const words = all.map((model) => word(model)[1]);
+    const count = (wanted) => words.filter((said) => said === wanted).length;
+    const later = count("on demand");
     const found = [
-      ["Ready", `${enabled.filter((model) => model.state === "ready").length} / ${enabled.length}`],
+      ["Ready", `${count("ready")} / ${all.length - later - count("disabled")}`],
+      ...(later ? [["On demand", String(later)]] : []),
       ["In flight", String(sum("in_flight"))],
       ["Waiting", String(sum("queued"))],
       ["Requests/s", rate(sum("rps"))],
@@ -214,7 +229,7 @@ export function fleet(main) {
     const words = search.value.toLowerCase();
     const says = (model) => `${model.id} ${model.source} ${model.aliases.join(" ")} ${word(model)[1]}`.toLowerCase();
     const found = all.filter((model) => says(model).includes(words));
-    const rank = (model) => (model.enabled ? (RANK[model.state] ?? 2) : 2);
+    const rank = (model) => (failure(model) ? 0 : (RANK[model.state] ?? 2));
     found.sort((one, other) => rank(one) - rank(other));
     keyed(
       body,

@@ -203,7 +203,7 @@ class Keys {
     const [about, may, globs, limits] = [
       h("span", { class: "sub" }),
       cell("may"),
-      cell("models"),
+      cell("models", "id"),
       cell("limits", "sub"),
     ];
     const [expires, state] = [cell("expires"), h("td")];
@@ -217,7 +217,7 @@ class Keys {
     const node = h(
       "tr",
       {},
-      h("td", {}, h("b", {}, name), " ", about),
+      h("td", { class: "id" }, h("b", {}, name), " ", about),
       may,
       globs,
       limits,

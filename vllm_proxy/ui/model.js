@@ -188,7 +188,7 @@ function adapterTable(all) {
     h(
       "tr",
       {},
-      h("td", { class: "name" }, one.id),
+      h("td", { class: "name id" }, one.id),
       h("td", {}, state(one.state)),
       h("td", { class: "sub" }, one.message ?? plural(one.instances.length, "instance")),
     ),

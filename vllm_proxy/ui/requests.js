@@ -55,7 +55,7 @@ function endedRow(one) {
     "tr",
     { class: isBad(one) ? "failed" : "" },
     h("td", { class: "mono" }, clock(one.since)),
-    h("td", {}, toModel(one)),
+    h("td", { class: "of", title: place(one) }, toModel(one)),
     h("td", { class: "mono sub route" }, one.route),
     h(
       "td",
@@ -67,8 +67,12 @@ function endedRow(one) {
     h("td", {}, bar(one)),
     h("td", { class: "n", "data-l": "tokens" }, `${one.prompt_tokens ?? "–"} → ${one.completion_tokens ?? "–"}`),
     h("td", { class: "n", "data-l": "tok/s" }, bySpeed(one)),
-    h("td", { class: "sub" }, one.key ?? one.client ?? "–"),
-    h("td", { class: "mono sub id" }, h("a", { href: `#/requests/${encodeURIComponent(one.engine_id)}` }, one.id)),
+    h("td", { class: "sub from" }, one.key ?? one.client ?? "–"),
+    h(
+      "td",
+      { class: "mono sub id", title: one.id },
+      h("a", { href: `#/requests/${encodeURIComponent(one.engine_id)}` }, one.id),
+    ),
   );
 }
 
@@ -112,7 +116,7 @@ async function cancel(one) {
 function activeRow(first) {
   const cell = (label, kind = "") => h("td", { class: kind, "data-l": label });
   const [since, sent] = [cell("since", "n"), cell("sent", "n")];
-  const [where, how] = [h("td"), h("td")];
+  const [where, how] = [h("td", { class: "of" }), h("td")];
   let now = first;
   const end = h(
     "button",
@@ -127,12 +131,15 @@ function activeRow(first) {
     h("td", { class: "mono sub route" }, first.route),
     how,
     sent,
-    h("td", { class: "sub" }, [first.key, first.client].filter(Boolean).join(" · ") || "–"),
-    h("td", { class: "mono sub id" }, first.id),
+    h("td", { class: "sub from" }, [first.key, first.client].filter(Boolean).join(" · ") || "–"),
+    h("td", { class: "mono sub id", title: first.id }, first.id),
     h("td", { class: "does" }, end),
   );
   node.update = (one) => {
-    if (place(now) !== place(one) || !where.firstChild) show(where, toModel(one));
+    if (place(now) !== place(one) || !where.firstChild) {
+      show(where, toModel(one));
+      setAttribute(where, "title", place(one));
+    }
     now = one;
     setText(since, seconds(one.seconds));
     setText(how, one.state);

@@ -39,7 +39,7 @@ function path() {
 function row(first) {
   const cells = SUMS.map(([, label]) => h("td", { class: "n", "data-l": label }));
   const bar = h("progress", { max: 1, "aria-label": "Share of all tokens" });
-  const names = about(first).map((name) => h("td", { class: name === "hour" ? "mono" : "" }, shown(first, name)));
+  const names = about(first).map((name) => h("td", { class: name === "hour" ? "mono" : "id" }, shown(first, name)));
   const node = h("tr", {}, names, cells, h("td", { class: "share" }, bar));
   node.update = (now) => {
     for (const [i, [name]] of SUMS.entries()) setText(cells[i], count(now[name]));
