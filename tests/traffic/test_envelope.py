@@ -36,6 +36,13 @@ def test_every_error_has_a_type_that_anthropics_clients_know(code: str) -> None:
     assert told(error)["type"] == ("server_error" if error.status >= 500 else "invalid_request_error")
 
 
+@pytest.mark.parametrize("code", STATUS)
+def test_what_no_wait_helps_against_is_not_sent_again(code: str) -> None:
+    """Clients of OpenAI and Anthropic send every 5xx twice more; what is not there stays so."""
+    headers = error_response(RequestError(code, "cannot")).headers
+    assert ("x-should-retry" in headers) is (STATUS[code] == 501)
+
+
 @pytest.mark.parametrize("anthropic", [False, True])
 def test_a_message_with_bytes_that_are_no_text_is_still_an_answer(anthropic: bool) -> None:  # noqa: FBT001 - a parameter
     """They are shown as escapes."""

@@ -45,6 +45,8 @@ def error_response(error: RequestError, *, anthropic: bool = False) -> web.Respo
         headers["WWW-Authenticate"] = error.challenge
     if isinstance(error, LimitError):
         headers |= _when_to_retry(error)
+    elif error.status == HTTPStatus.NOT_IMPLEMENTED:  # clients send every 5xx again, and this one stays
+        headers["x-should-retry"] = "false"
     body = _anthropic_body(error) if anthropic else _openai_body(error)
     return json_response(body, status=error.status, headers=headers)
 
