@@ -33,10 +33,14 @@ def _run() -> int:
 
 
 def _open_missing_streams() -> None:
-    """Open closed standard streams: their descriptors would be reused by the next file, and output written into it."""
-    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+    """Open closed standard streams: their descriptors would be reused by the next file, and output written into it.
+
+    Stdout only for reading: who writes there is told that it cannot be done, as where it is full.
+    """
+    streams = (("stdin", "r", os.O_RDONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY))
+    for number, (name, mode, access) in enumerate(streams):
         if getattr(sys, name) is None:
-            descriptor = os.open(os.devnull, os.O_RDWR)
+            descriptor = os.open(os.devnull, access)
             os.dup2(descriptor, number)
             if descriptor != number:
                 os.close(descriptor)
