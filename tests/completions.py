@@ -15,11 +15,43 @@ from vllm_proxy.commands.completion import FILES
 from vllm_proxy.help import TOPICS
 
 FOLDER = Path(__file__).parent.parent / "vllm_proxy/completions"
-_IDS = {"bash": "_vllm_proxy_ids", "zsh": "_vllm_proxy_ids", "fish": "(vllm-proxy ids 2>/dev/null)"}
+_IDS = {"bash": "_vllm_proxy_ids", "zsh": "_vllm_proxy_ids", "fish": "(_vllm_proxy_ids)"}
+# Asks the daemon of the `--state-dir` that was typed before; a ~ in it stands there as it was typed. With
+# `--state-dir=DIR` only fish comes here: for the others the id is complete by then.
 _PREAMBLE = {
-    "bash": '_vllm_proxy_ids() {\n  compgen -W "$(vllm-proxy ids 2>/dev/null)" -- "$1"\n}',
-    "zsh": '_vllm_proxy_ids() {\n  local -a ids\n  ids=(${(f)"$(vllm-proxy ids 2>/dev/null)"})\n  compadd -a ids\n}',
-    "fish": "",
+    "bash": r"""_vllm_proxy_ids() {
+  local -a place
+  local at value
+  for ((at = 1; at < COMP_CWORD; at++)); do
+    [[ ${COMP_WORDS[at]} == --state-dir ]] || continue
+    value=${COMP_WORDS[at + 1]}
+    [[ $value == "~/"* ]] && value=$HOME/${value#*/}
+    place=(--state-dir "$value")
+  done
+  compgen -W "$(vllm-proxy ids "${place[@]}" 2>/dev/null)" -- "$1"
+}""",
+    "zsh": r"""_vllm_proxy_ids() {
+  local -a ids place
+  local -i at
+  for ((at = 2; at < CURRENT; at++)); do
+    [[ $words[at] == --state-dir ]] && place=(--state-dir "${(Q)words[at + 1]/#\~\//$HOME/}")
+  done
+  ids=(${(f)"$(vllm-proxy ids $place 2>/dev/null)"})
+  compadd -a ids
+}""",
+    "fish": r"""function _vllm_proxy_ids
+  set -l place
+  set -l before ''
+  for token in (commandline -opc)
+    if test "$before" = --state-dir
+      set place --state-dir (string replace -r '^~/' "$HOME/" -- $token)
+    else if string match -q -- '--state-dir=*' $token
+      set place --state-dir (string replace -- --state-dir= '' $token | string replace -r '^~/' "$HOME/")
+    end
+    set before $token
+  end
+  vllm-proxy ids $place 2>/dev/null
+end""",
 }
 _COMPLETED: Mapping[str, Any] = {
     "FILE": shtab.FILE,

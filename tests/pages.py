@@ -186,7 +186,7 @@ def _usages() -> tuple[Sequence[str], Rows]:
 
 
 def _options() -> tuple[Sequence[str], Rows]:
-    of: dict[str, tuple[list[str], str]] = {}
+    of: dict[tuple[str, str], list[str]] = {}  # what an option means may differ from command to command
     for command, taker in _commands().items():
         for action in taker._actions:  # argparse offers no other way
             if action.option_strings and "--help" not in action.option_strings:
@@ -197,8 +197,8 @@ def _options() -> tuple[Sequence[str], Rows]:
                 )
                 takes = metavar if action.nargs != 0 else ""
                 name = f"`{', '.join(action.option_strings)}{takes}`"
-                of.setdefault(name, ([], action.help or ""))[0].append(command)
-    rows = [(name, ", ".join(commands), explanation) for name, (commands, explanation) in of.items()]
+                of.setdefault((name, action.help or ""), []).append(command)
+    rows = [(name, ", ".join(commands), explanation) for (name, explanation), commands in of.items()]
     return ("option", "of", "meaning"), rows
 
 

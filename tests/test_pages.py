@@ -177,6 +177,18 @@ def test_every_command_in_the_pages_is_one() -> None:
             parser().parse_args(line.split())
 
 
+def test_an_option_stands_in_the_pages_as_each_command_explains_it() -> None:
+    """Its default may be another one: `-n` of `events`, of `requests` and of `logs`."""
+    text = (pages.DOCS / "commands.md").read_text(encoding="utf-8")
+    rows = {tuple(pages.cells_of(line)) for line in text.splitlines()}
+    for command, said in (
+        ("events", "how many back (default: 50)"),
+        ("requests", "how many that have ended (default: 20)"),
+        ("logs", "how many lines back (default: 100)"),
+    ):
+        assert ("`-n, --lines N`", command, said) in rows
+
+
 def test_every_route_in_the_pages_is_one() -> None:
     """Of each `curl` line the method and the path."""
     routes = {route.replace("{model_id}", "ID") for route in OPERATIONS}

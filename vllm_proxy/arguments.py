@@ -5,8 +5,10 @@ imported once it is known which one it is.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from vllm_proxy.domain.units import parse_duration, parse_time, show, show_time
 
@@ -40,8 +42,18 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from vllm_proxy import __version__  # noqa: PLC0415 - see above
 
-        print(f"vllm-proxy {__version__}")
+        print(f"vllm-proxy {__version__}", flush=True)
         parser.exit()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises an `OSError` where stdout cannot be written, of which argparse would take no notice."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ANN401 - the signature is given
+        if file is sys.stdout:
+            print(message, end="", flush=True)
+        else:
+            super()._print_message(message, file)
 
 
 class _Parents:
@@ -77,7 +89,12 @@ class _Parents:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line, as `parser` leaves them; one that cannot be parsed exits with status 2."""
+    """The options of a command line, as `parser` leaves them; one that cannot be parsed exits with status 2.
+
+    Raises:
+        OSError: the help or the version cannot be written.
+
+    """
     whole = parser()
     first = arguments[0].partition("=")[0] if arguments else ""
     if hint := _OTHERS_WORDS.get(first):
@@ -91,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line. It leaves in the options as `action` the command's name, and as `command`
     the module of `commands` that runs it.
     """  # noqa: D205 - one sentence
-    whole = argparse.ArgumentParser(
+    whole: argparse.ArgumentParser = _Parser(
         prog="vllm-proxy",
         description="One OpenAI-compatible address in front of many vLLM processes.",
         epilog="`vllm-proxy help` lists the pages of the manual, `vllm-proxy help CODE` explains an error.",

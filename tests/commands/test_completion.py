@@ -17,6 +17,12 @@ COMP_CWORD=$(($# - 1))
 _shtab_vllm_proxy vllm-proxy "${COMP_WORDS[$COMP_CWORD]}" "${COMP_WORDS[$((COMP_CWORD - 1))]}"
 printf '%s\\n' "${COMPREPLY[@]}"
 """
+IDS = """#!/bin/sh
+case "$*" in
+  ids) printf "chat\\norg/embed\\n" ;;
+  "ids --state-dir "*) echo "of$3" ;;
+esac
+"""
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -33,6 +39,8 @@ def test_completions_are_as_the_parser_is(shell: str, capsys: pytest.CaptureFixt
     [
         ("vllm-proxy st", {"start", "stop", "status"}),
         ("vllm-proxy start ", {"chat", "org/embed"}),
+        ("vllm-proxy start --state-dir /var/x ", {"of/var/x"}),
+        ("vllm-proxy status --state-dir ~/x --json ", {"of/home/me/x"}),
         ("vllm-proxy status --w", {"--watch"}),
         ("vllm-proxy keys r", {"rotate", "revoke"}),
         ("vllm-proxy completion ", set(SHELLS)),
@@ -41,12 +49,12 @@ def test_completions_are_as_the_parser_is(shell: str, capsys: pytest.CaptureFixt
     ],
 )
 def test_bash_completes(tmp_path: Path, line: str, expected: set[str]) -> None:
-    """Commands, options, topics, and the ids that the daemon has."""
-    (tmp_path / "vllm-proxy").write_text('#!/bin/sh\n[ "$1" = ids ] && printf "chat\\norg/embed\\n"\n')
+    """Commands, options, topics, and the ids that the daemon has, of the state directory that was typed before."""
+    (tmp_path / "vllm-proxy").write_text(IDS)
     (tmp_path / "vllm-proxy").chmod(0o755)
     file = completions.FOLDER / FILES["bash"]
     done = subprocess.run(
         ["bash", "-c", COMPLETE, str(file), *line.split(" ")],
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/home/me"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert set(done.stdout.split()) == expected

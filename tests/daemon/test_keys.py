@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from tests.daemon.test_disk import fill, mounted
+from tests.forks import Run, Stdout
+from tests.forks import shared as shared_forks
 from tests.harness import Daemon, clean_environment, daemon, fake_engines, port_block, until, vllm_proxy
 from vllm_proxy.domain.keys import hash_of, is_mistyped
 
@@ -505,6 +507,42 @@ async def test_a_command_that_cannot_do_it_says_why(tmp_path: Path, port_start: 
     await fails(2, "expected a time to come", "new", "ci", "--expires", "2020-01-01T00:00:00Z")
     await fails(2, "invalid choice", "new", "ci", "--scope", "root")
     await fails(2, "--stdin", "add", "ci")
+
+
+async def test_a_key_that_cannot_be_told_is_named_with_the_way_out(tmp_path: Path, port_start: int) -> None:
+    """A reader that is gone, a full disk: who made it learns that it is in force. With stdout closed none is made."""
+
+    def run(stdout: Stdout, *arguments: str) -> tuple[int, list[str]]:
+        place = ("--state-dir", str(tmp_path / "state"))
+        ended = shared_forks().run(
+            [Run(["keys", *arguments, *place], str(tmp_path), clean_environment(), stdout=stdout)]
+        )
+        return ended[0].status, ended[0].err.splitlines()
+
+    def told(stdout: Stdout, name: str, where: str) -> None:
+        full = ["vllm-proxy: cannot write to the standard output: No space left on device"] if stdout == "full" else []
+        way_out = f'vllm-proxy: key "{name}" is {where}, but could not be told: vllm-proxy keys revoke {name}'
+        assert run(stdout, "new", name) == (1, [way_out, *full])
+        way_out = (
+            f'vllm-proxy: the new key of "{name}" is {where}, but could not be told: vllm-proxy keys rotate {name}'
+            " makes another one, and --finish then disables this one"
+        )
+        assert run(stdout, "rotate", name, "--json") == (1, [way_out, *full])
+        assert run(stdout, "list") == (1, full)
+        assert run(stdout, "rotate", name, "--finish") == (1, full)
+
+    def with_closed() -> None:
+        before = (tmp_path / "models.toml").read_text()
+        refused = (1, ["vllm-proxy: cannot write to the standard output: it is closed"])
+        assert run("closed", "new", "lost") == run("closed", "rotate", "old") == refused
+        assert (tmp_path / "models.toml").read_text() == before
+
+    async with daemon(fake_engines(port_start) + HERE, tmp_path):
+        await asyncio.to_thread(told, "left", "one", "in force")
+        await asyncio.to_thread(told, "full", "two", "in force")
+        await asyncio.to_thread(with_closed)
+    told("left", "three", f"in {tmp_path}/models.toml")
+    with_closed()
 
 
 async def test_the_first_key_says_whom_it_shuts_out(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from urllib.parse import quote
 
 from vllm_proxy import places
 from vllm_proxy.commands.outcome import OK, refused_by_daemon
-from vllm_proxy.commands.output import complain_lines, write
+from vllm_proxy.commands.output import complain, complain_lines, ensure_output, write
 from vllm_proxy.connection import connected
 from vllm_proxy.domain.keys import Scope, hash_of, name_problem, own_key_problem
 from vllm_proxy.domain.units import parse_time, show
-from vllm_proxy.errors import CommandError, NoDaemonError, RefusedError, VllmProxyError
+from vllm_proxy.errors import CommandError, NoDaemonError, OutputError, RefusedError, VllmProxyError
 
 if TYPE_CHECKING:
     from vllm_proxy.domain import key_resources
@@ -35,20 +35,31 @@ _IN_FORCE = "in force"
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a command has done. `told`: for stdout; `words`: about it, for stderr; `resource`: all of it, as JSON."""
+    """What a command has done. `told`: for stdout; `words`: about it, for stderr; `resource`: all of it, as JSON.
+
+    `untold`: of a key that was made, what to say where it cannot be written.
+    """
 
     resource: NewKey | Key | Keys
     told: str
     words: str = ""
+    untold: str = ""
 
 
 def run(options: argparse.Namespace) -> int:
     """A key that was made goes to stdout, once; words about it to stderr."""
+    if options.work == "new" or (options.work == "rotate" and not options.finish):
+        ensure_output()
     try:
         done = _WORK[options.work](options)
     except RefusedError as error:
         return refused_by_daemon(error, options, places.find(os.environ, vars(options)).config_file)
-    write(json.dumps(done.resource) if options.json else done.told)
+    try:
+        write(json.dumps(done.resource) if options.json else done.told)
+    except (OutputError, BrokenPipeError):
+        if done.untold:
+            complain(done.untold)
+        raise
     if done.words and not options.json:
         complain_lines([done.words])
     return OK
@@ -57,7 +68,13 @@ def run(options: argparse.Namespace) -> int:
 def _new(options: argparse.Namespace) -> Done:
     found, where = _create(options, {})
     words = f"{_described(found)}: {where}. The key is told this once: its hash is kept"
-    return Done(found, str(found["key"]), words + _of_the_first(options, found))
+    untold = f"key {show(options.name)} {_untold(where)}: vllm-proxy keys revoke {options.name}"
+    return Done(found, str(found["key"]), words + _of_the_first(options, found), untold)
+
+
+def _untold(where: str) -> str:
+    """`is in force, but could not be told`, or in which file it is."""
+    return f"is {where.partition(':')[0]}, but could not be told"
 
 
 def _add(options: argparse.Namespace) -> Done:
@@ -142,7 +159,9 @@ def _rotate(options: argparse.Namespace) -> Done:
     if options.finish:
         return Done(found, f"{_described(found)}: {where}, and no older key for it")
     until = f"older ones are good until `vllm-proxy keys rotate {options.name} --finish`"
-    return Done(found, str(found["key"]), f"{_described(found)}: {where}. The key is told this once; {until}")
+    again = f"vllm-proxy keys rotate {options.name} makes another one, and --finish then disables this one"
+    untold = f"the new key of {show(options.name)} {_untold(where)}: {again}"
+    return Done(found, str(found["key"]), f"{_described(found)}: {where}. The key is told this once; {until}", untold)
 
 
 # What surprises who wants to be without keys again.

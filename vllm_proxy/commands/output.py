@@ -4,10 +4,26 @@ An error that a user can cause is one sentence on stderr, never a traceback.
 """
 
 import contextlib
+import errno
+import fcntl
+import os
 import sys
 from collections.abc import Sequence
 
 from vllm_proxy.errors import OutputError
+
+_STDOUT = 1
+
+
+def ensure_output() -> None:
+    """For who is about to make what can be told but once.
+
+    Raises:
+        OutputError: stdout was closed, see `__main__`; whether there is room can only be found out by writing.
+
+    """
+    if fcntl.fcntl(_STDOUT, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise unwritable(errno.EBADF)
 
 
 def write(text: str) -> None:
@@ -22,8 +38,13 @@ def write(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        msg = f"cannot write to the standard output: {error.strerror}"
-        raise OutputError(msg) from error
+        raise unwritable(error.errno) from error
+
+
+def unwritable(number: int | None) -> OutputError:
+    """What is told of stdout and this `errno`."""
+    why = "it is closed" if number == errno.EBADF else os.strerror(number or errno.EIO)
+    return OutputError(f"cannot write to the standard output: {why}")
 
 
 def discard(_text: str) -> None:

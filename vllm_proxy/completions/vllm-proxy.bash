@@ -190,7 +190,15 @@ _shtab_vllm_proxy___version_nargs=0
 
 # Custom Preamble
 _vllm_proxy_ids() {
-  compgen -W "$(vllm-proxy ids 2>/dev/null)" -- "$1"
+  local -a place
+  local at value
+  for ((at = 1; at < COMP_CWORD; at++)); do
+    [[ ${COMP_WORDS[at]} == --state-dir ]] || continue
+    value=${COMP_WORDS[at + 1]}
+    [[ $value == "~/"* ]] && value=$HOME/${value#*/}
+    place=(--state-dir "$value")
+  done
+  compgen -W "$(vllm-proxy ids "${place[@]}" 2>/dev/null)" -- "$1"
 }
 # End Custom Preamble
 

@@ -4,6 +4,21 @@
 # 2) Ensure a binary named vllm-proxy is in your PATH
 # See also: https://fishshell.com/docs/current/completions.html#where-to-put-completions
 
+# Custom Preamble
+function _vllm_proxy_ids
+  set -l place
+  set -l before ''
+  for token in (commandline -opc)
+    if test "$before" = --state-dir
+      set place --state-dir (string replace -r '^~/' "$HOME/" -- $token)
+    else if string match -q -- '--state-dir=*' $token
+      set place --state-dir (string replace -- --state-dir= '' $token | string replace -r '^~/' "$HOME/")
+    end
+    set before $token
+  end
+  vllm-proxy ids $place 2>/dev/null
+end
+# End Custom Preamble
 
 # Parse current commandline:
 # - _shtab_vllm_proxy_cmdpath=(sub)command path seen so far
@@ -89,34 +104,34 @@ complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using start' -s h -l help -d 'show this help message and exit'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using start' -l state-dir -xka "(__fish_complete_directories)" -d 'where logs and the record of engines are kept'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using start' -l json -d 'print JSON'
-complete -c vllm-proxy -n '_shtab_vllm_proxy_using start; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(vllm-proxy ids 2>/dev/null)" -d ID
+complete -c vllm-proxy -n '_shtab_vllm_proxy_using start; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(_vllm_proxy_ids)" -d ID
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_npos -eq 0' -a stop -d 'stop a model of the running daemon, and wait until it has stopped'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using stop' -s h -l help -d 'show this help message and exit'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using stop' -l state-dir -xka "(__fish_complete_directories)" -d 'where logs and the record of engines are kept'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using stop' -l json -d 'print JSON'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using stop' -l all -d 'all of them, and what a daemon that runs no more has left'
-complete -c vllm-proxy -n '_shtab_vllm_proxy_using stop; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(vllm-proxy ids 2>/dev/null)" -d ID
+complete -c vllm-proxy -n '_shtab_vllm_proxy_using stop; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(_vllm_proxy_ids)" -d ID
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_npos -eq 0' -a restart -d 'restart a model, one engine after another'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using restart' -s h -l help -d 'show this help message and exit'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using restart' -l state-dir -xka "(__fish_complete_directories)" -d 'where logs and the record of engines are kept'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using restart' -l json -d 'print JSON'
-complete -c vllm-proxy -n '_shtab_vllm_proxy_using restart; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(vllm-proxy ids 2>/dev/null)" -d ID
+complete -c vllm-proxy -n '_shtab_vllm_proxy_using restart; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(_vllm_proxy_ids)" -d ID
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_npos -eq 0' -a sleep -d 'put a model to sleep until a request comes, and wait until it sleeps'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using sleep' -s h -l help -d 'show this help message and exit'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using sleep' -l state-dir -xka "(__fish_complete_directories)" -d 'where logs and the record of engines are kept'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using sleep' -l json -d 'print JSON'
-complete -c vllm-proxy -n '_shtab_vllm_proxy_using sleep; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(vllm-proxy ids 2>/dev/null)" -d ID
+complete -c vllm-proxy -n '_shtab_vllm_proxy_using sleep; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(_vllm_proxy_ids)" -d ID
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_npos -eq 0' -a wake -d 'wake a model that sleeps, or start it, and wait until it is ready'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using wake' -s h -l help -d 'show this help message and exit'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using wake' -l state-dir -xka "(__fish_complete_directories)" -d 'where logs and the record of engines are kept'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using wake' -l json -d 'print JSON'
-complete -c vllm-proxy -n '_shtab_vllm_proxy_using wake; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(vllm-proxy ids 2>/dev/null)" -d ID
+complete -c vllm-proxy -n '_shtab_vllm_proxy_using wake; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(_vllm_proxy_ids)" -d ID
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_npos -eq 0' -a status -d 'print the models: what state, how busy, what is wrong and what to do'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using status' -s h -l help -d 'show this help message and exit'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using status' -l state-dir -xka "(__fish_complete_directories)" -d 'where logs and the record of engines are kept'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using status' -l json -d 'print JSON'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using status' -s w -l watch -d 'go on as things change'
-complete -c vllm-proxy -n '_shtab_vllm_proxy_using status; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(vllm-proxy ids 2>/dev/null)" -d 'this one alone'
+complete -c vllm-proxy -n '_shtab_vllm_proxy_using status; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(_vllm_proxy_ids)" -d 'this one alone'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_npos -eq 0' -a events -d 'print what has happened: states of models, changes of the file'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using events' -s h -l help -d 'show this help message and exit'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using events' -l state-dir -xka "(__fish_complete_directories)" -d 'where logs and the record of engines are kept'
@@ -129,14 +144,14 @@ complete -c vllm-proxy -n '_shtab_vllm_proxy_using requests' -l state-dir -xka "
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using requests' -l json -d 'print JSON'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using requests' -s f -l follow -d 'go on as more comes'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using requests' -s n -l lines -x -d 'how many that have ended (default: 20)'
-complete -c vllm-proxy -n '_shtab_vllm_proxy_using requests; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(vllm-proxy ids 2>/dev/null)" -d 'of this model alone'
+complete -c vllm-proxy -n '_shtab_vllm_proxy_using requests; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(_vllm_proxy_ids)" -d 'of this model alone'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_npos -eq 0' -a logs -d 'print the output of a model'"'"'s engines'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using logs' -s h -l help -d 'show this help message and exit'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using logs' -l state-dir -xka "(__fish_complete_directories)" -d 'where logs and the record of engines are kept'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using logs' -l json -d 'print JSON'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using logs' -s f -l follow -d 'go on as more comes'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using logs' -s n -l lines -x -d 'how many lines back (default: 100)'
-complete -c vllm-proxy -n '_shtab_vllm_proxy_using logs; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(vllm-proxy ids 2>/dev/null)" -d ID
+complete -c vllm-proxy -n '_shtab_vllm_proxy_using logs; and test $_shtab_vllm_proxy_npos -eq 0' -ka "(_vllm_proxy_ids)" -d ID
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using; and test $_shtab_vllm_proxy_npos -eq 0' -a keys -d 'make, list, rotate and revoke API keys, with or without a running daemon'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using keys' -s h -l help -d 'show this help message and exit'
 complete -c vllm-proxy -n '_shtab_vllm_proxy_using keys; and test $_shtab_vllm_proxy_npos -eq 0' -a new -d 'make a key and print it, this once'

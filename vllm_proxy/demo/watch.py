@@ -4,6 +4,7 @@ Only observes the reconciler; nothing is started or stopped here.
 """
 
 import asyncio
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -39,7 +40,8 @@ def watch(reconciler: Reconciler, address: str, file: Path, place: str = "") -> 
         ready = {model.spec.id for model in reconciler.models() if model.state is State.READY}
         if not invited and ready >= _SHOWN:
             invited = True
-            print(_invitation(address, file, place, needs_key=bool(reconciler.config.keys)), flush=True)
+            with contextlib.suppress(OSError):  # the daemon serves all the same
+                print(_invitation(address, file, place, needs_key=bool(reconciler.config.keys)), flush=True)
 
     def still() -> None:
         """Say that nothing has changed, for who watches a terminal for minutes."""
