@@ -109,6 +109,23 @@ def test_the_table_fits_the_terminal(width: int) -> None:
     assert all("WAIT" in line for line in table[:1])
 
 
+@pytest.mark.parametrize(("length", "width"), [(49, 80), (120, 110), (120, 80), (120, 40)])
+def test_a_long_id_costs_no_row_its_state(length: int, width: int) -> None:
+    """It is shortened, its problem names it whole; where there is room for them, what runs and the phase stay too."""
+    long = [f"org/{'x' * (length - 6)}-{letter}" for letter in "ab"]
+    models = [brief(long[0]), brief(long[1], "error", reason="crashed", message="it ended"), *FLEET[:3]]
+    lines = shown(*models, screen=Screen(width, colours=False, shapes=True))
+    table = lines[2:8]
+    assert max(map(len, table)) <= width
+    assert [re.split(r"  +", row)[2] for row in table[1:]] == ["error", "loading", "ready", "ready", "on demand"]
+    assert {re.split(r"  +", row)[1][-1] for row in table[1:] if "org/" in row} == {"a", "b"}
+    assert f"{long[1]}: crashed  it ended" in lines
+    if width >= 80:
+        assert [word in table[0] for word in ("READY", "RUN", "WAIT")] == [True] * 3
+        assert table[1].endswith("  crashed")
+        assert "  loading weights" in table[2]
+
+
 def test_what_concerns_no_model_is_told_too() -> None:
     """With the command that says more."""
     error = "the configuration is rejected, 1 problem: models.toml:3"

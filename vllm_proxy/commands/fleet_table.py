@@ -6,11 +6,11 @@ Made of what the daemon tells, by values alone: `status` asks and prints.
 import json
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from vllm_proxy.commands.screen import BOLD, DIM, GREEN, PLAIN, RED, YELLOW, Cell, Screen
+from vllm_proxy.commands.screen import BOLD, DIM, GREEN, PLAIN, RED, YELLOW, Cell, Columns, Screen
 
 if TYPE_CHECKING:
     from vllm_proxy.domain.feed_resources import Brief, Replica
@@ -27,9 +27,12 @@ _LOOKS = {  # shape and colour of a state
 _PROBLEM, _MOVING, _OTHER = range(3)  # in which order
 _NO_PROBLEM = {"stopped_by_hand", "gave_way", "sleeping", None}  # reasons that somebody wanted
 _HEAD = ("", "MODEL", "STATE", "READY", "RUN", "WAIT", "REQ/S", "TOK/S", "MEMORY", "UP", "")
-_NUMBERS = frozenset({"READY", "RUN", "WAIT", "REQ/S", "TOK/S", "MEMORY", "UP"})
-_LESS = ("TOK/S", "REQ/S", "UP", "MEMORY")  # what a narrow terminal goes without, first this
-_NOTE_WIDTH = 16  # what is to be left for the last column
+_COLUMNS = Columns(
+    _HEAD,
+    right=frozenset({"READY", "RUN", "WAIT", "REQ/S", "TOK/S", "MEMORY", "UP"}),
+    names=frozenset({"MODEL"}),
+    less=("TOK/S", "REQ/S", "UP", "MEMORY", "READY"),
+)
 _UNKNOWN = "-"
 
 
@@ -135,24 +138,11 @@ def lines_of(rows: Iterable[Row], health: "Health", screen: Screen, now: datetim
 
 
 def _table(rows: Sequence[Row], screen: Screen, now: datetime) -> list[str]:
-    cells = [_cells(row, screen, now) for row in rows]
-    left_out: set[str] = set()
-    for name in ("", *_LESS):
-        left_out |= {name} - {""}
-        places = [place for place, title in enumerate(_HEAD) if title not in left_out and (place or screen.shapes)]
-        wide = sum(max(len(_HEAD[place]), *(len(_plain(row[place])) for row in cells)) + 2 for place in places[:-1])
-        if screen.width is None or wide + _NOTE_WIDTH <= screen.width:
-            break
-    return screen.table(
-        [_HEAD[place] for place in places], [[row[place] for place in places] for row in cells], _NUMBERS
-    )
+    first = 0 if screen.shapes else 1
+    return screen.table(replace(_COLUMNS, titles=_HEAD[first:]), [_cells(row, now)[first:] for row in rows])
 
 
-def _plain(cell: Cell) -> str:
-    return cell if isinstance(cell, str) else cell[0]
-
-
-def _cells(row: Row, screen: Screen, now: datetime) -> list[Cell]:
+def _cells(row: Row, now: datetime) -> list[Cell]:
     state = {"disabled": "stopped", "on demand": "stopped"}.get(row.state, row.state)
     shape, colour = _LOOKS.get(state, ("?", PLAIN))
     colour = RED if row.reason is not None else colour
@@ -160,7 +150,7 @@ def _cells(row: Row, screen: Screen, now: datetime) -> list[Cell]:
     if row.reason is not None and row.note:
         note = (f"{row.note}: {row.reason}", RED)
     return [
-        (shape, colour) if screen.shapes else "", (row.id, BOLD), (row.state, colour), f"{row.ready}/{row.replicas}",
+        (shape, colour), (row.id, BOLD), (row.state, colour), f"{row.ready}/{row.replicas}",
         str(row.running), str(row.waiting), _rate(row.requests), _rate(row.tokens),
         _UNKNOWN if row.memory is None else short_size(row.memory),
         _UNKNOWN if row.since is None else short_duration((now - row.since).total_seconds()),
