@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -48,9 +49,9 @@ def health(**config: object) -> Health:
     return cast("Health", {"config": known | config, "not_ended": []})
 
 
-def shown(*models: Brief, screen: Screen = PIPE, about: Health | None = None) -> list[str]:
+def shown(*models: Brief, screen: Screen = PIPE, about: Health | None = None, missing: Sequence[str] = ()) -> list[str]:
     """What is printed."""
-    return lines_of(map(row_of, models), about or health(), screen, NOW)
+    return lines_of(map(row_of, models), missing, about or health(), screen, NOW)
 
 
 FLEET = (
@@ -65,14 +66,27 @@ FLEET = (
 
 def test_problems_come_first_then_what_moves_then_the_order_of_the_file() -> None:
     """With what each does, and in one line how many are ready."""
-    lines = shown(*FLEET)
-    assert lines[0] == "1 of 3 models ready · 1 on demand · 3 in flight · 1 waiting · revision 3f2a9c1b"
+    lines = shown(*FLEET, missing=["coder", "vision"])
+    head = "1 of 3 models ready · 1 on demand · 1 disabled · 3 in flight · 1 waiting · revision 3f2a9c1b"
+    assert lines[0] == head
     rows = [line.split() for line in lines[2:8]]
     assert rows[0] == ["MODEL", "STATE", "READY", "RUN", "WAIT", "REQ/S", "TOK/S", "MEMORY", "UP"]
     assert [row[1] for row in rows[1:]] == ["vision", "coder", "chat", "spare", "off"]
     assert rows[2][-6:] == "loading weights 60%, about 40s left".split()
     assert rows[3] == "✓ chat ready 2/2 3 1 12 108 35.0 GiB 3m 0s".split()
     assert lines[6].startswith("·  spare   on demand  ")
+
+
+def test_counted_is_what_ready_waits_for_and_others_while_they_are_ready() -> None:
+    """The rest is told by what it is, on the narrowest terminal too."""
+    asked = brief("asked", start="on-demand")
+    comes = brief("comes", "loading", start="on-demand")
+    by_hand = brief("by-hand", "stopped", reason="stopped_by_hand")
+    asleep = brief("asleep", "sleeping")
+    models = [brief("chat"), asked, comes, by_hand, asleep]
+    head = "2 of 2 models ready · 1 loading · 1 stopped · 1 sleeping · 0 in flight · 0 waiting · revision 3f2a9c1b"
+    assert shown(*models, screen=Screen(40, colours=False, shapes=True))[0] == head
+    assert shown(*models, missing=["asleep"])[0].startswith("2 of 3 models ready · 1 loading · 1 stopped · 0 in flight")
 
 
 def test_a_problem_has_its_sentence_and_the_next_commands() -> None:
@@ -168,6 +182,7 @@ async def test_the_exit_status_says_whether_all_that_are_wanted_are_ready(tmp_pa
         status, out, err = await vllm_proxy(tmp_path, "status")
         assert (status, err) == (1, "")
         assert re.search(r"chat +loading +0/1 .* loading weights", out)
+        assert out.startswith("0 of 1 models ready · 1 on demand · ")
         status, out, _ = await vllm_proxy(tmp_path, "status", "spare")
         assert (status, "chat" in out) == (0, False)
         gate.touch()

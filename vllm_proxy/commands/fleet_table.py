@@ -5,7 +5,8 @@ Made of what the daemon tells, by values alone: `status` asks and prints.
 
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -109,32 +110,43 @@ def _note(replicas: "Sequence[Replica]") -> str:
     return f"{text}, about {short_duration(busy['left'])} left" if busy["left"] else text
 
 
-def lines_of(rows: Iterable[Row], health: "Health", screen: Screen, now: datetime | None = None) -> list[str]:
-    """All of it: a head, the table, and what is wrong with the next commands."""
-    now = now or datetime.now(UTC)
+def lines_of(
+    rows: Iterable[Row], missing: Collection[str], health: "Health", screen: Screen, now: datetime | None = None
+) -> list[str]:
+    """All of it: a head, the table, and what is wrong with the next commands.
+
+    `missing`: the models that are wanted and not ready, as `GET /ready` has them.
+    """
     shown = sorted(rows, key=lambda row: row.rank)
-    wanted = sum(1 for row in shown if row.state not in {"disabled", "on demand"})
-    ready = sum(1 for row in shown if row.state == "ready")
-    config = health.get("config")
-    waiting = sum(1 for row in shown if row.state == "on demand")
-    facts = [
-        *([f"{waiting} on demand"] if waiting else []),
-        f"{sum(row.running for row in shown)} in flight",
-        f"{sum(row.waiting for row in shown)} waiting",
-        *([f"revision {config['revision'][:8]}"] if config else []),
-    ]
-    lines = [screen.line((f"{ready} of {wanted} models ready", BOLD), *(screen.dot + fact for fact in facts))]
+    whole = replace(screen, width=None)
+    lines = [whole.line(*_head(shown, missing, health, screen.dot))]
     if shown:
-        lines += ["", *_table(shown, screen, now)]
+        lines += ["", *_table(shown, screen, now or datetime.now(UTC))]
     for row in shown:
         if row.reason is not None:
             lines += ["", *_problem(row, screen)]
         elif row.rank == _MOVING and row.message:
-            lines += ["", Screen(None, screen.colours, screen.shapes).line((f"{row.id}:", YELLOW), f"  {row.message}")]
+            lines += ["", whole.line((f"{row.id}:", YELLOW), f"  {row.message}")]
     for text, remedy in _of_the_daemon(health):
-        lines += ["", screen.line((text, RED)) if screen.width is None else screen.paint(text, RED)]
+        lines += ["", whole.line((text, RED))]
         lines.append(screen.line((f"  {remedy}", DIM)))
     return lines
+
+
+def _head(rows: Sequence[Row], missing: Collection[str], health: "Health", dot: str) -> Iterator[Cell]:
+    """How many are ready of those that are wanted, and of others while they are; what the rest is; what all do."""
+    ready = sum(1 for row in rows if row.state == "ready")
+    wanted = sum(1 for row in rows if row.state == "ready" or row.id in missing)
+    others = Counter(row.state for row in rows if row.state != "ready" and row.id not in missing)
+    config = health.get("config")
+    yield f"{ready} of {wanted} models ready", BOLD
+    for fact in (
+        *(f"{count} {state}" for state, count in others.items()),
+        f"{sum(row.running for row in rows)} in flight",
+        f"{sum(row.waiting for row in rows)} waiting",
+        *([f"revision {config['revision'][:8]}"] if config else []),
+    ):
+        yield dot + fact
 
 
 def _table(rows: Sequence[Row], screen: Screen, now: datetime) -> list[str]:
@@ -161,7 +173,7 @@ def _cells(row: Row, now: datetime) -> list[Cell]:
 def _problem(row: Row, screen: Screen) -> list[str]:
     """The sentence, whole, and what to type next."""
     about = f"  {row.message}" if row.message else ""
-    whole = Screen(None, screen.colours, screen.shapes)
+    whole = replace(screen, width=None)
     return [
         whole.line((f"{row.id}: {row.reason}", RED), about),
         *([whole.line((f"  {row.change} would do", DIM))] if row.change else []),

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         write(json.dumps({"ready": not missing, "not_ready": missing, "models": models, "health": health}))
     else:
-        write("\n".join(lines_of(map(row_of, models), health, Screen.of_stdout())))
+        write("\n".join(lines_of(map(row_of, models), missing, health, Screen.of_stdout())))
     return FAILED if missing else OK
 
 
@@ -82,7 +82,8 @@ def _watch(daemon: Connection, options: argparse.Namespace) -> int:
             elif screen.width is None:
                 _tell([model for model in models if model not in before], screen)
             else:
-                _draw(lines_of(map(row_of, models), daemon.request("GET", "/health"), Screen.of_stdout()))
+                missing, health = _missing(daemon, models), daemon.request("GET", "/health")
+                _draw(lines_of(map(row_of, models), missing, health, Screen.of_stdout()))
             before = models
     return FAILED if _missing(daemon, models) else OK
 
