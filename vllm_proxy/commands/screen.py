@@ -13,9 +13,11 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from vllm_proxy.domain.units import NO_TEXT
+
 BOLD, DIM, RED, GREEN, YELLOW, CYAN, PLAIN = "1", "2", "31", "32", "33", "36", ""
 _END = "\x1b[0m"
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")  # and what turns lines around
+_CONTROL = re.compile(rf"[\t{NO_TEXT}]+")
 _STYLE = re.compile(r"\x1b\[([0-9;]*)m")
 _LEAST_WIDTH = 40
 _GOOD_NAME, _LEAST_NAME = 24, 12  # characters of a name: before columns are left out for it, and in any case
