@@ -161,7 +161,7 @@ async def test_what_to_try_is_printed_once_and_with_a_key_where_one_is_needed(
 class Model:
     """One that is ready, as much of it as is looked at."""
 
-    state, stopped_by_hand, awaits_request = State.READY, False, False
+    state, is_wanted = State.READY, True
 
     def __init__(self, name: str) -> None:
         self.spec = SimpleNamespace(id=name, policy=SimpleNamespace(enabled=True))

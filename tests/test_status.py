@@ -39,9 +39,31 @@ async def test_a_model_that_falls_asleep_is_told_so(tmp_path: Path) -> None:
     await stage.until(lambda: chat.state is State.READY)
     await chat.sleep()
     await stage.until(lambda: chat.instances[0].phase is Phase.FALLING_ASLEEP)
-    assert sentence(reconciler) == "0 of 1 models ready; unloading: chat (falling_asleep)"
+    assert sentence(reconciler) == "0 of 0 models ready; unloading: chat (falling_asleep)"
     await stage.until(lambda: chat.state is State.SLEEPING)
     assert sentence(reconciler) == "0 of 0 models ready; sleeping: chat"
+
+
+@virtual
+async def test_a_model_on_demand_counts_while_it_is_ready_and_never_as_missing(tmp_path: Path) -> None:
+    """As `GET /ready` and `vllm_proxy_model_wanted` have it."""
+    stage = Stage()
+    reconciler = reconciler_of(stage, tmp_path, model("chat"), model("spare", start="on-demand"))
+    (await stage.engine()).listens = True
+    chat, spare = reconciler.models()
+    await stage.until(lambda: chat.state is State.READY)
+    assert (chat.is_wanted, spare.is_wanted) == (True, False)
+    spare.start()
+    engine = await stage.engine(2)
+    await settle()
+    assert sentence(reconciler) == "1 of 1 models ready; loading: spare (importing)"
+    engine.listens = True
+    await stage.until(lambda: spare.state is State.READY)
+    assert sentence(reconciler) == "2 of 2 models ready"
+    chat.stop()
+    await stage.until(lambda: chat.state is State.STOPPED)
+    assert sentence(reconciler) == "1 of 1 models ready; stopped: chat"
+    assert not chat.is_wanted
 
 
 @virtual

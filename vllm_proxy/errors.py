@@ -6,11 +6,13 @@ tests/test_house.py checks that every code that is raised has a status.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 _SHOWN = 3  # problems in a message; all of them are listed beside it
+_NAMED = 10  # models that there are, where one is asked for that is not
 
 
 class VllmProxyError(Exception):
@@ -127,14 +129,15 @@ class RequestError(VllmProxyError):
         return STATUS[self.code]
 
 
-def model_not_found(name: str, usable: Sequence[str] = ()) -> RequestError:
+def model_not_found(name: str, usable: Iterable[str] = ()) -> RequestError:
     """Of a model that is not there, and of one that is not for the caller: in the same words, so as to tell nothing.
 
-    `usable`: some that there are for this caller.
+    `usable`: those that there are for this caller; the first ten are named.
     """
     msg = f"cannot find model {name!r}: there is no such model, or this key may not use it"
-    if usable:
-        msg = f"{msg}; there is {', '.join(usable)}"
+    if named := list(islice(usable, _NAMED + 1)):
+        more = " and more, which GET /v1/models lists" if len(named) > _NAMED else ""
+        msg = f"{msg}; there is {', '.join(named[:_NAMED])}{more}"
     return RequestError("model_not_found", msg, param="model")
 
 

@@ -50,13 +50,17 @@ class StatusLine:
 
 
 def sentence(reconciler: Reconciler, desired: Desired | None = None, certificate: Certificate | None = None) -> str:
-    """The fleet in one sentence: "2 of 3 models ready; loading: chat; error: old"."""
-    ready, on_demand, sleeping = 0, list[Model](), list[Model]()
+    """The fleet in one sentence: "2 of 3 models ready; loading: chat; error: old; on demand: spare".
+
+    Counted are models that are wanted, and others while they are ready.
+    """
+    ready, missing, on_demand, sleeping = 0, 0, list[Model](), list[Model]()
     by_state = defaultdict[State, list[Model]](list)
     for model in reconciler.models():
         if not model.spec.policy.enabled:
             continue
         state = model.state
+        missing += model.is_wanted and state is not State.READY
         if state is State.READY:
             ready += 1
         elif state is State.SLEEPING:
@@ -67,7 +71,7 @@ def sentence(reconciler: Reconciler, desired: Desired | None = None, certificate
             on_demand.append(model)
         else:  # between two engines: it starts soon, unless the daemon ends
             by_state[State.STOPPED if reconciler.stopping.is_set() else State.LOADING].append(model)
-    text = f"{ready} of {ready + sum(map(len, by_state.values()))} models ready"
+    text = f"{ready} of {ready + missing} models ready"
     for state in _ORDER:
         if state in by_state:
             text += f"; {state}: {_named(by_state[state])}"

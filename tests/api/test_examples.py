@@ -6,6 +6,7 @@ import re
 from tests.fakes.fake_metrics import RECORDED
 from tests.prometheus.queries import FOLDER, alerts, panels
 from vllm_proxy.api.metrics import FAMILIES
+from vllm_proxy.help import about, page
 
 _NAME = re.compile(r"\b(?:vllm:|vllm_proxy_|process_)\w+")
 
@@ -29,6 +30,15 @@ def test_every_series_of_ours_in_a_query_is_one_that_we_have() -> None:
     assert len(names) > 15
     for name in names:
         assert name in ours or ours[name.removesuffix("_bucket")] == "histogram"
+
+
+def test_each_alert_is_explained_under_its_name() -> None:
+    """By the row that `vllm-proxy help NAME` prints; no row is of an alert that there is not."""
+    assert set(re.findall(r"^\| `(VllmProxy\w+)` \|", page("metrics"), re.MULTILINE)) == set(alerts())
+    for name in alerts():
+        head, _, row, *_ = about(name).splitlines()
+        assert head == "| alert | expression | says |"
+        assert row.startswith(f"| `{name}` | ")
 
 
 def test_the_dashboard_is_of_the_models_that_are_chosen() -> None:

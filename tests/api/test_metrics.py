@@ -66,13 +66,11 @@ class Fleet:
         return SimpleNamespace(
             spec=SimpleNamespace(
                 id=name,
-                policy=SimpleNamespace(enabled=True, start="always"),
                 adapters={"sql": None} if name == "chat" else {},
             ),
             history=history_of(name),
-            stopped_by_hand=False,
+            is_wanted=True,
             diagnosis=None,
-            awaits_request=False,
             instances=[
                 SimpleNamespace(
                     index=0,
@@ -359,7 +357,7 @@ async def test_what_has_changed_is_shown_in_the_next_text() -> None:
          'vllm_proxy_model_change_failed{model="chat"}', 1),
         (lambda: setattr(model, "diagnosis", Diagnosis(Reason.CRASHED, "x")),
          'vllm_proxy_model_change_failed{model="chat"}', 0),
-        (lambda: setattr(model, "stopped_by_hand", True), 'vllm_proxy_model_wanted{model="chat"}', 0),
+        (lambda: setattr(model, "is_wanted", False), 'vllm_proxy_model_wanted{model="chat"}', 0),
         (lambda: setattr(instance, "state", State.ERROR), 'vllm_proxy_model_ready{model="chat"}', 0),
         (lambda: history.failed("chat/0", Reason.CRASHED),
          'vllm_proxy_instance_restarts_total{model="chat",reason="crashed",replica="0"}', 1),

@@ -55,6 +55,28 @@ def test_a_model_is_put_to_sleep_when_it_sleeps_and_no_better_where_it_was_stopp
     assert act.failed(resource(state, None, start), action) is failed
 
 
+@pytest.mark.parametrize(
+    ("state", "instances", "told"),
+    [
+        ("ready", [("ready", "serving"), ("unloading", "draining")], "ready; another instance: unloading (draining)"),
+        ("ready", [("ready", "serving"), ("loading", "importing")], "ready; another instance: loading (importing)"),
+        ("ready", [("ready", "serving")], "ready"),
+        ("loading", [("loading", "waking"), ("loading", "importing")], "loading (importing, waking)"),
+        ("stopped", [("stopped", None)], "stopped"),
+    ],
+)
+def test_a_phase_is_told_of_the_instance_that_it_is_of(
+    state: str, instances: list[tuple[str, str | None]], told: str
+) -> None:
+    """A model that is ready neither drains nor imports: another instance of it does."""
+    status = {
+        "state": state,
+        "message": None,
+        "instances": [{"state": one, "phase": phase} for one, phase in instances],
+    }
+    assert act._summary(cast("Model", {"status": status})) == told
+
+
 def test_who_puts_a_model_to_sleep_in_vain_is_told_where_to_look() -> None:
     """Though the model has no reason: it is just stopped."""
     assert "vllm-proxy help sleep_failed" in (act.advice(resource("stopped", None), "sleep") or "")

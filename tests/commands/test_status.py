@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -48,9 +49,9 @@ def health(**config: object) -> Health:
     return cast("Health", {"config": known | config, "not_ended": []})
 
 
-def shown(*models: Brief, screen: Screen = PIPE, about: Health | None = None) -> list[str]:
+def shown(*models: Brief, screen: Screen = PIPE, about: Health | None = None, missing: Sequence[str] = ()) -> list[str]:
     """What is printed."""
-    return lines_of(map(row_of, models), about or health(), screen, NOW)
+    return lines_of(map(row_of, models), missing, about or health(), screen, NOW)
 
 
 FLEET = (
@@ -65,14 +66,27 @@ FLEET = (
 
 def test_problems_come_first_then_what_moves_then_the_order_of_the_file() -> None:
     """With what each does, and in one line how many are ready."""
-    lines = shown(*FLEET)
-    assert lines[0] == "1 of 3 models ready · 1 on demand · 3 in flight · 1 waiting · revision 3f2a9c1b"
+    lines = shown(*FLEET, missing=["coder", "vision"])
+    head = "1 of 3 models ready · 1 on demand · 1 disabled · 3 in flight · 1 waiting · revision 3f2a9c1b"
+    assert lines[0] == head
     rows = [line.split() for line in lines[2:8]]
     assert rows[0] == ["MODEL", "STATE", "READY", "RUN", "WAIT", "REQ/S", "TOK/S", "MEMORY", "UP"]
     assert [row[1] for row in rows[1:]] == ["vision", "coder", "chat", "spare", "off"]
     assert rows[2][-6:] == "loading weights 60%, about 40s left".split()
     assert rows[3] == "✓ chat ready 2/2 3 1 12 108 35.0 GiB 3m 0s".split()
     assert lines[6].startswith("·  spare   on demand  ")
+
+
+def test_counted_is_what_ready_waits_for_and_others_while_they_are_ready() -> None:
+    """The rest is told by what it is, on the narrowest terminal too."""
+    asked = brief("asked", start="on-demand")
+    comes = brief("comes", "loading", start="on-demand")
+    by_hand = brief("by-hand", "stopped", reason="stopped_by_hand")
+    asleep = brief("asleep", "sleeping")
+    models = [brief("chat"), asked, comes, by_hand, asleep]
+    head = "2 of 2 models ready · 1 loading · 1 stopped · 1 sleeping · 0 in flight · 0 waiting · revision 3f2a9c1b"
+    assert shown(*models, screen=Screen(40, colours=False, shapes=True))[0] == head
+    assert shown(*models, missing=["asleep"])[0].startswith("2 of 3 models ready · 1 loading · 1 stopped · 0 in flight")
 
 
 def test_a_problem_has_its_sentence_and_the_next_commands() -> None:
@@ -107,6 +121,23 @@ def test_the_table_fits_the_terminal(width: int) -> None:
     assert max(map(len, table)) <= width
     assert ("MEMORY" in table[0]) == (width >= 80)
     assert all("WAIT" in line for line in table[:1])
+
+
+@pytest.mark.parametrize(("length", "width"), [(49, 80), (120, 110), (120, 80), (120, 40)])
+def test_a_long_id_costs_no_row_its_state(length: int, width: int) -> None:
+    """It is shortened, its problem names it whole; where there is room for them, what runs and the phase stay too."""
+    long = [f"org/{'x' * (length - 6)}-{letter}" for letter in "ab"]
+    models = [brief(long[0]), brief(long[1], "error", reason="crashed", message="it ended"), *FLEET[:3]]
+    lines = shown(*models, screen=Screen(width, colours=False, shapes=True))
+    table = lines[2:8]
+    assert max(map(len, table)) <= width
+    assert [re.split(r"  +", row)[2] for row in table[1:]] == ["error", "loading", "ready", "ready", "on demand"]
+    assert {re.split(r"  +", row)[1][-1] for row in table[1:] if "org/" in row} == {"a", "b"}
+    assert f"{long[1]}: crashed  it ended" in lines
+    if width >= 80:
+        assert [word in table[0] for word in ("READY", "RUN", "WAIT")] == [True] * 3
+        assert table[1].endswith("  crashed")
+        assert "  loading weights" in table[2]
 
 
 def test_what_concerns_no_model_is_told_too() -> None:
@@ -151,6 +182,7 @@ async def test_the_exit_status_says_whether_all_that_are_wanted_are_ready(tmp_pa
         status, out, err = await vllm_proxy(tmp_path, "status")
         assert (status, err) == (1, "")
         assert re.search(r"chat +loading +0/1 .* loading weights", out)
+        assert out.startswith("0 of 1 models ready · 1 on demand · ")
         status, out, _ = await vllm_proxy(tmp_path, "status", "spare")
         assert (status, "chat" in out) == (0, False)
         gate.touch()

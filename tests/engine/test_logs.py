@@ -122,6 +122,8 @@ COLOURS = {
     b"\x1b(Bset": "set",
     b"a\x00b\x07c\x08d\x7fe\x0bf\x1c": "abcdef",
     "\x9bnext\x85".encode(): "next",
+    "\u202eturned\u202c \u2066apart\u2069\u2028ended\u2029".encode(): "turned apartended",
+    "\u200eא\u200d\t\U0001f468".encode(): "\u200eא\u200d\t\U0001f468",
     b"half\x1b[": "half",
     b"half\x1b": "half",
     "100%|██████| ünï".encode(): "100%|██████| ünï",

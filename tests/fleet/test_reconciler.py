@@ -178,7 +178,7 @@ async def test_hurry_reaches_every_instance_that_drains(tmp_path: Path) -> None:
 
 @virtual
 async def test_the_sentence_counts_the_ready_and_names_the_others(tmp_path: Path) -> None:
-    """Disabled models are not counted; what is ready is not named; what sleeps is named as such."""
+    """Those that are disabled or stopped by hand are not counted; what is ready is not named, what sleeps is so."""
     stage = Stage()
     models = model("chat"), model("embed"), model("rank"), model("old"), model("off", enabled=False)
     reconciler = reconciler_of(stage, tmp_path, *models, model("rare", start="on-demand"))
@@ -194,7 +194,7 @@ async def test_the_sentence_counts_the_ready_and_names_the_others(tmp_path: Path
     assert sentence(reconciler) == f"1 of 4 models ready; {loading}; error: old; on demand: rare"
     reconciler.model("embed").stop()
     await stage.until(lambda: reconciler.model("embed").state is State.STOPPED)
-    assert sentence(reconciler) == f"0 of 4 models ready; {loading}; error: old; stopped: embed; on demand: rare"
+    assert sentence(reconciler) == f"0 of 3 models ready; {loading}; error: old; stopped: embed; on demand: rare"
     stage.launcher.teardown_seconds = 10
     stopping = asyncio.create_task(reconciler.stop())
     await settle()

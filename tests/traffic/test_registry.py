@@ -87,13 +87,13 @@ async def test_the_error_names_up_to_ten_models_that_the_caller_may_use() -> Non
     for spec in specs.values():
         registry.declare(spec, lambda: None)
     for allowed, named in (
-        (None, [f"m{number}" for number in range(10)]),
-        (frozenset({"m11", "off", "m1"}), ["m1", "m11"]),
-        (frozenset[str](), []),
+        (None, f"{', '.join(f'm{number}' for number in range(10))} and more, which GET /v1/models lists"),
+        (frozenset({"m11", "off", "m1"}), "m1, m11"),
+        (frozenset[str](), ""),
     ):
         with pytest.raises(RequestError) as refused:
             registry.find("nobody" if allowed is None else "m5", allowed)
-        assert refused.value.message.partition("; there is ")[2] == ", ".join(named)
+        assert refused.value.message.partition("; there is ")[2] == named
 
 
 @virtual
@@ -223,6 +223,15 @@ async def test_the_queue_is_first_come_first_served() -> None:
         await passes(0.4)  # some come while a place is just given back
     await asyncio.gather(*tasks)
     assert served == [0, 1, 2, 3, 4, 5]
+
+
+@virtual
+@pytest.mark.parametrize(("size", "said"), [(1, "1 request waits already"), (2, "2 requests wait already")])
+async def test_the_refusal_of_a_full_queue_counts_in_plain_english(size: int, said: str) -> None:
+    """Of one as of many."""
+    registry = registry_of(State.LOADING, queue_size=size)
+    _waiting = [await waiter(registry) for _ in range(size)]
+    assert (await refusal(registry)).message == f"cannot serve chat: {said}"
 
 
 @virtual

@@ -7,7 +7,6 @@ An instance is a label `replica`, its number: `instance` is Prometheus' own.
 from typing import NamedTuple
 
 from vllm_proxy.api.by_model import ByModel, Lines
-from vllm_proxy.api.models import is_wanted
 from vllm_proxy.domain.exposition import Family
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.fleet.model import Model
@@ -91,7 +90,7 @@ def now_by_model(registry: Registry) -> ByModel[Model, _Now]:
         ready = any(one.state is State.READY for one in instances)
         why = model.diagnosis
         failed = why is not None and why.reason is Reason.REPLACEMENT_FAILED
-        return _Now(registry.counts(model.spec.id)[1], ready, is_wanted(model), failed, instances)
+        return _Now(registry.counts(model.spec.id)[1], ready, model.is_wanted, failed, instances)
 
     return ByModel(mark, _now)
 

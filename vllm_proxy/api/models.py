@@ -109,15 +109,6 @@ def _without_values(rejected: ConfigError) -> str:
     return f"the configuration is rejected, {count}: {'; '.join(places[:_SHOWN])}{more}"
 
 
-def is_wanted(model: Model) -> bool:
-    """Whether `/ready` waits for it.
-
-    One that somebody stopped or put to sleep by hand is not waited for: by itself no such model awaits a request.
-    """
-    policy = model.spec.policy
-    return policy.enabled and policy.start == "always" and not (model.stopped_by_hand or model.awaits_request)
-
-
 def ready(reconciler: Reconciler) -> Answers[resources.Ready]:
     """`GET /ready`: 200 when every enabled model with `start = "always"` is ready, else 503 naming the others."""
 
@@ -125,7 +116,7 @@ def ready(reconciler: Reconciler) -> Answers[resources.Ready]:
         missing: dict[str, State] = {
             model.spec.id: model.state
             for model in reconciler.models()
-            if is_wanted(model) and model.state is not State.READY
+            if model.is_wanted and model.state is not State.READY
         }
         answer: resources.Ready = {"status": "waiting" if missing else "ready", "not_ready": missing}
         return Reply(answer, 503 if missing else 200)

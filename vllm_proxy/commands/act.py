@@ -167,7 +167,12 @@ def _at_rest(resource: "Model", action: str, before: Sequence[tuple[int | None, 
 
 
 def _summary(resource: "Model") -> str:
+    """The state and how far it is; behind it how far instances are that are in another one."""
     status = resource["status"]
-    phases = {one["phase"] for one in status["instances"] if one["phase"]} - {"serving"}
-    text = f"{status['state']}{f' ({", ".join(sorted(phases))})' if phases else ''}"
-    return f"{text}: {status['message']}" if status["message"] else str(text)
+    moving = sorted(
+        {(one["state"], one["phase"]) for one in status["instances"] if one["phase"] not in {None, "serving"}}
+    )
+    own = ", ".join(str(phase) for state, phase in moving if state == status["state"])
+    others = (f"; another instance: {state} ({phase})" for state, phase in moving if state != status["state"])
+    text = f"{status['state']}{f' ({own})' if own else ''}{''.join(others)}"
+    return f"{text}: {status['message']}" if status["message"] else text

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vllm_proxy.domain.feed_resources import Happening
 
 _COLOURS = {"ready": GREEN, "loading": YELLOW, "unloading": YELLOW, "error": RED}
+_ABOUT = 1  # the place of what it is about, in a line
 _ALL = "/events?fleet=1&since=0"
 
 
@@ -29,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     screen = Screen.of_stdout()
 
     def tell(happening: "Happening") -> None:
-        write(json.dumps(happening) if options.json else screen.line(*line_of(happening)))
+        write(json.dumps(happening) if options.json else screen.named_line(line_of(happening), _ABOUT))
 
     with connected(places.find(os.environ, vars(options))) as daemon:
         earlier: deque[Happening] | None = deque(maxlen=options.lines)  # until all that were kept have come

@@ -5,12 +5,13 @@ Made of what the daemon tells, by values alone: `status` asks and prints.
 
 import json
 import shlex
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from vllm_proxy.commands.screen import BOLD, DIM, GREEN, PLAIN, RED, YELLOW, Cell, Screen
+from vllm_proxy.commands.screen import BOLD, DIM, GREEN, PLAIN, RED, YELLOW, Cell, Columns, Screen
 
 if TYPE_CHECKING:
     from vllm_proxy.domain.feed_resources import Brief, Replica
@@ -27,9 +28,12 @@ _LOOKS = {  # shape and colour of a state
 _PROBLEM, _MOVING, _OTHER = range(3)  # in which order
 _NO_PROBLEM = {"stopped_by_hand", "gave_way", "sleeping", None}  # reasons that somebody wanted
 _HEAD = ("", "MODEL", "STATE", "READY", "RUN", "WAIT", "REQ/S", "TOK/S", "MEMORY", "UP", "")
-_NUMBERS = frozenset({"READY", "RUN", "WAIT", "REQ/S", "TOK/S", "MEMORY", "UP"})
-_LESS = ("TOK/S", "REQ/S", "UP", "MEMORY")  # what a narrow terminal goes without, first this
-_NOTE_WIDTH = 16  # what is to be left for the last column
+_COLUMNS = Columns(
+    _HEAD,
+    right=frozenset({"READY", "RUN", "WAIT", "REQ/S", "TOK/S", "MEMORY", "UP"}),
+    names=frozenset({"MODEL"}),
+    less=("TOK/S", "REQ/S", "UP", "MEMORY", "READY"),
+)
 _UNKNOWN = "-"
 
 
@@ -106,53 +110,51 @@ def _note(replicas: "Sequence[Replica]") -> str:
     return f"{text}, about {short_duration(busy['left'])} left" if busy["left"] else text
 
 
-def lines_of(rows: Iterable[Row], health: "Health", screen: Screen, now: datetime | None = None) -> list[str]:
-    """All of it: a head, the table, and what is wrong with the next commands."""
-    now = now or datetime.now(UTC)
+def lines_of(
+    rows: Iterable[Row], missing: Collection[str], health: "Health", screen: Screen, now: datetime | None = None
+) -> list[str]:
+    """All of it: a head, the table, and what is wrong with the next commands.
+
+    `missing`: the models that are wanted and not ready, as `GET /ready` has them.
+    """
     shown = sorted(rows, key=lambda row: row.rank)
-    wanted = sum(1 for row in shown if row.state not in {"disabled", "on demand"})
-    ready = sum(1 for row in shown if row.state == "ready")
-    config = health.get("config")
-    waiting = sum(1 for row in shown if row.state == "on demand")
-    facts = [
-        *([f"{waiting} on demand"] if waiting else []),
-        f"{sum(row.running for row in shown)} in flight",
-        f"{sum(row.waiting for row in shown)} waiting",
-        *([f"revision {config['revision'][:8]}"] if config else []),
-    ]
-    lines = [screen.line((f"{ready} of {wanted} models ready", BOLD), *(screen.dot + fact for fact in facts))]
+    whole = replace(screen, width=None)
+    lines = [whole.line(*_head(shown, missing, health, screen.dot))]
     if shown:
-        lines += ["", *_table(shown, screen, now)]
+        lines += ["", *_table(shown, screen, now or datetime.now(UTC))]
     for row in shown:
         if row.reason is not None:
             lines += ["", *_problem(row, screen)]
         elif row.rank == _MOVING and row.message:
-            lines += ["", Screen(None, screen.colours, screen.shapes).line((f"{row.id}:", YELLOW), f"  {row.message}")]
+            lines += ["", whole.line((f"{row.id}:", YELLOW), f"  {row.message}")]
     for text, remedy in _of_the_daemon(health):
-        lines += ["", screen.line((text, RED)) if screen.width is None else screen.paint(text, RED)]
+        lines += ["", whole.line((text, RED))]
         lines.append(screen.line((f"  {remedy}", DIM)))
     return lines
 
 
+def _head(rows: Sequence[Row], missing: Collection[str], health: "Health", dot: str) -> Iterator[Cell]:
+    """How many are ready of those that are wanted, and of others while they are; what the rest is; what all do."""
+    ready = sum(1 for row in rows if row.state == "ready")
+    wanted = sum(1 for row in rows if row.state == "ready" or row.id in missing)
+    others = Counter(row.state for row in rows if row.state != "ready" and row.id not in missing)
+    config = health.get("config")
+    yield f"{ready} of {wanted} models ready", BOLD
+    for fact in (
+        *(f"{count} {state}" for state, count in others.items()),
+        f"{sum(row.running for row in rows)} in flight",
+        f"{sum(row.waiting for row in rows)} waiting",
+        *([f"revision {config['revision'][:8]}"] if config else []),
+    ):
+        yield dot + fact
+
+
 def _table(rows: Sequence[Row], screen: Screen, now: datetime) -> list[str]:
-    cells = [_cells(row, screen, now) for row in rows]
-    left_out: set[str] = set()
-    for name in ("", *_LESS):
-        left_out |= {name} - {""}
-        places = [place for place, title in enumerate(_HEAD) if title not in left_out and (place or screen.shapes)]
-        wide = sum(max(len(_HEAD[place]), *(len(_plain(row[place])) for row in cells)) + 2 for place in places[:-1])
-        if screen.width is None or wide + _NOTE_WIDTH <= screen.width:
-            break
-    return screen.table(
-        [_HEAD[place] for place in places], [[row[place] for place in places] for row in cells], _NUMBERS
-    )
+    first = 0 if screen.shapes else 1
+    return screen.table(replace(_COLUMNS, titles=_HEAD[first:]), [_cells(row, now)[first:] for row in rows])
 
 
-def _plain(cell: Cell) -> str:
-    return cell if isinstance(cell, str) else cell[0]
-
-
-def _cells(row: Row, screen: Screen, now: datetime) -> list[Cell]:
+def _cells(row: Row, now: datetime) -> list[Cell]:
     state = {"disabled": "stopped", "on demand": "stopped"}.get(row.state, row.state)
     shape, colour = _LOOKS.get(state, ("?", PLAIN))
     colour = RED if row.reason is not None else colour
@@ -160,7 +162,7 @@ def _cells(row: Row, screen: Screen, now: datetime) -> list[Cell]:
     if row.reason is not None and row.note:
         note = (f"{row.note}: {row.reason}", RED)
     return [
-        (shape, colour) if screen.shapes else "", (row.id, BOLD), (row.state, colour), f"{row.ready}/{row.replicas}",
+        (shape, colour), (row.id, BOLD), (row.state, colour), f"{row.ready}/{row.replicas}",
         str(row.running), str(row.waiting), _rate(row.requests), _rate(row.tokens),
         _UNKNOWN if row.memory is None else short_size(row.memory),
         _UNKNOWN if row.since is None else short_duration((now - row.since).total_seconds()),
@@ -171,7 +173,7 @@ def _cells(row: Row, screen: Screen, now: datetime) -> list[Cell]:
 def _problem(row: Row, screen: Screen) -> list[str]:
     """The sentence, whole, and what to type next."""
     about = f"  {row.message}" if row.message else ""
-    whole = Screen(None, screen.colours, screen.shapes)
+    whole = replace(screen, width=None)
     return [
         whole.line((f"{row.id}: {row.reason}", RED), about),
         *([whole.line((f"  {row.change} would do", DIM))] if row.change else []),

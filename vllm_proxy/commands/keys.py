@@ -17,6 +17,7 @@ from urllib.parse import quote
 from vllm_proxy import places
 from vllm_proxy.commands.outcome import OK, refused_by_daemon
 from vllm_proxy.commands.output import complain, complain_lines, ensure_output, write
+from vllm_proxy.commands.screen import Columns, Screen
 from vllm_proxy.connection import connected
 from vllm_proxy.domain.keys import Scope, hash_of, name_problem, own_key_problem
 from vllm_proxy.domain.units import parse_time, show
@@ -29,6 +30,8 @@ type Key = key_resources.Key
 type NewKey = key_resources.NewKey
 type Keys = key_resources.Keys
 
+_NAMES = frozenset({"name", "scopes", "models", "limits"})
+_COLUMNS = Columns(("name", "id", "scopes", "models", "limits", "state"), names=_NAMES, room=32)
 _LONGEST_KEY = 4096  # characters
 _IN_FORCE = "in force"
 
@@ -142,9 +145,7 @@ def _all(options: argparse.Namespace) -> Keys:
 
 def _list(options: argparse.Namespace) -> Done:
     found = _all(options)
-    rows = [("name", "id", "scopes", "models", "limits", "state"), *map(_row, found["keys"])]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = Screen.of_stdout().table(_COLUMNS, [_row(key) for key in found["keys"]])
     return Done(found, "\n".join(lines) if found["keys"] else "no keys; `vllm-proxy keys new` makes one")
 
 

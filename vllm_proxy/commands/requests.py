@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
@@ -13,7 +13,7 @@ from vllm_proxy import places
 from vllm_proxy.commands.fleet_table import short_duration
 from vllm_proxy.commands.outcome import OK
 from vllm_proxy.commands.output import write
-from vllm_proxy.commands.screen import BOLD, DIM, GREEN, PLAIN, RED, YELLOW, Cell, Screen
+from vllm_proxy.commands.screen import BOLD, DIM, GREEN, PLAIN, RED, YELLOW, Cell, Columns, Screen
 from vllm_proxy.connection import Connection, connected
 from vllm_proxy.errors import CommandError
 
@@ -22,9 +22,21 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 1.0
 _MOST = 1000  # that the daemon keeps
-_ACTIVE = ("FOR", "MODEL", "STATE", "BYTES", "ROUTE", "CLIENT", "KEY", "ID")
-_ENDED = ("AT", "MODEL", "STATUS", "QUEUE", "FIRST", "WHOLE", "IN", "OUT", "TOK/S", "ROUTE", "KEY", "ID")
 _NUMBERS = frozenset({"FOR", "BYTES", "QUEUE", "FIRST", "WHOLE", "IN", "OUT", "TOK/S"})
+_NAMES = frozenset({"MODEL", "ROUTE", "CLIENT", "KEY"})
+_ACTIVE = Columns(
+    ("FOR", "MODEL", "STATE", "BYTES", "ROUTE", "CLIENT", "KEY", "ID"),
+    _NUMBERS,
+    _NAMES,
+    less=("ROUTE", "CLIENT", "BYTES", "KEY"),
+)
+_ENDED = Columns(
+    ("AT", "MODEL", "STATUS", "QUEUE", "FIRST", "WHOLE", "IN", "OUT", "TOK/S", "ROUTE", "KEY", "ID"),
+    _NUMBERS,
+    _NAMES,
+    less=("ROUTE", "QUEUE", "TOK/S", "KEY", "IN", "OUT", "FIRST"),
+)
+_MODEL = 2  # its place in a line, with what stands between
 _UNKNOWN = "-"
 
 
@@ -58,24 +70,22 @@ def _follow(daemon: Connection, options: argparse.Namespace, recent: "list[Reque
         new = [one for one in reversed(recent) if one["engine_id"] not in known]
         known = {one["engine_id"] for one in recent}
         for one in new:
-            write(json.dumps(one) if options.json else screen.line(*_spaced(_ended(one))))
+            write(json.dumps(one) if options.json else screen.named_line(_spaced(_ended(one)), _MODEL))
         time.sleep(_POLL_SECONDS)
         recent = _ask(daemon, options)["recent"]
 
 
-def _spaced(cells: Sequence[Cell]) -> Iterator[Cell]:
-    for cell in cells:
-        yield cell
-        yield "  "
+def _spaced(cells: Sequence[Cell]) -> list[Cell]:
+    return [part for cell in cells for part in ("  ", cell)][1:]
 
 
 def lines_of(active: "Sequence[Request]", ended: "Sequence[Request]", screen: Screen) -> list[str]:
     """Both lists as tables, the newest of those that have ended first."""
     lines = [screen.line((f"{len(active)} in flight", BOLD))]
     if active:
-        lines += screen.table(_ACTIVE, [_active(one) for one in active], _NUMBERS)
+        lines += screen.table(_ACTIVE, [_active(one) for one in active])
     if ended:
-        lines += ["", *screen.table(_ENDED, [_ended(one) for one in ended], _NUMBERS)]
+        lines += ["", *screen.table(_ENDED, [_ended(one) for one in ended])]
     return lines
 
 

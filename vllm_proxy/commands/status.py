@@ -16,7 +16,7 @@ from vllm_proxy import places
 from vllm_proxy.commands.fleet_table import lines_of, row_of
 from vllm_proxy.commands.outcome import FAILED, OK
 from vllm_proxy.commands.output import write
-from vllm_proxy.commands.screen import Screen
+from vllm_proxy.commands.screen import Screen, rows_of
 from vllm_proxy.commands.stream import events_of
 from vllm_proxy.connection import Connection, connected, path_of
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _NOT_READY = 503
 _OTHER_SCREEN, _FIRST_SCREEN = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # without a cursor; and as it was
+_COLUMNS, _ROWS = 80, 24
 _HOME, _REST_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         write(json.dumps({"ready": not missing, "not_ready": missing, "models": models, "health": health}))
     else:
-        write("\n".join(lines_of(map(row_of, models), health, Screen.of_stdout())))
+        write("\n".join(lines_of(map(row_of, models), missing, health, Screen.of_stdout())))
     return FAILED if missing else OK
 
 
@@ -81,7 +82,8 @@ def _watch(daemon: Connection, options: argparse.Namespace) -> int:
             elif screen.width is None:
                 _tell([model for model in models if model not in before], screen)
             else:
-                _draw(lines_of(map(row_of, models), daemon.request("GET", "/health"), Screen.of_stdout()))
+                missing, health = _missing(daemon, models), daemon.request("GET", "/health")
+                _draw(lines_of(map(row_of, models), missing, health, Screen.of_stdout()))
             before = models
     return FAILED if _missing(daemon, models) else OK
 
@@ -112,6 +114,10 @@ def _other_screen(*, is_there: bool) -> Iterator[None]:
 
 def _draw(lines: Sequence[str]) -> None:
     """In the place of what was drawn before, in one write: nothing flickers. What does not fit is left out."""
-    most = os.get_terminal_size(sys.stdout.fileno()).lines - 1
-    shown = [*lines[:most], *([f"… {len(lines) - most} lines more"] if len(lines) > most else [])]
-    write(_HOME + "".join(f"{line}{_REST_OF_LINE}\n" for line in shown).removesuffix("\n") + _REST)
+    size = os.get_terminal_size(sys.stdout.fileno())  # of zeros, where the terminal does not know it
+    rows = [row for line in lines for row in rows_of(line, size.columns or _COLUMNS)]
+    most = (size.lines or _ROWS) - 1  # the cursor stands below
+    if len(rows) > most:
+        rows[most - 1 :] = [f"… {len(rows) - most + 1} lines more"]
+    # Before a row, since behind one as wide as the terminal its last character would be erased.
+    write(_HOME + "".join(f"{_REST_OF_LINE}{row}\n" for row in rows[:-1]) + _REST + rows[-1])

@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 from vllm_proxy import places
 from vllm_proxy.commands.outcome import OK
 from vllm_proxy.commands.output import write
+from vllm_proxy.commands.screen import Columns, Screen
 from vllm_proxy.connection import Connection, connected
 from vllm_proxy.domain.units import show
 from vllm_proxy.domain.usage import as_csv, columns
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     """Without a daemon there is nothing to ask."""
     with connected(places.find(os.environ, vars(options))) as daemon:
         found = _ask(daemon, options)
-    write(json.dumps(found) if options.json else shown(found, as_table=not options.csv))
+    write(json.dumps(found) if options.json else shown(found, Screen.of_stdout(), as_table=not options.csv))
     return OK
 
 
@@ -53,7 +54,7 @@ def _check(key: str, found: "Usage", known: Sequence[str]) -> None:
         raise CommandError(f"cannot find key {show(key)}: `vllm-proxy keys list` lists them")
 
 
-def shown(found: "Usage", *, as_table: bool) -> str:
+def shown(found: "Usage", screen: Screen, *, as_table: bool) -> str:
     """A report in columns, or as CSV."""
     if not as_table:
         return as_csv(found["by"], found["rows"]).rstrip("\r\n")
@@ -61,18 +62,9 @@ def shown(found: "Usage", *, as_table: bool) -> str:
     if not found["rows"]:
         return f"nothing was counted {since}; without keys requests are counted with server.usage = true alone"
     names = [name for name in columns(found["by"]) if name not in _NAMES or name in found["by"]]
-    table = [
-        [_TITLES.get(name, name) for name in names],
-        *([_cell(row, name) for name in names] for row in found["rows"]),
-    ]
-    widths = [max(len(row[column]) for row in table) for column in range(len(names))]
-    lines = (
-        "  ".join(
-            cell.ljust(wide) if name in _NAMES else cell.rjust(wide)
-            for name, cell, wide in zip(names, row, widths, strict=True)
-        ).rstrip()
-        for row in table
-    )
+    titles = [_TITLES.get(name, name) for name in names]
+    shape = Columns(titles, frozenset(titles) - _NAMES, frozenset({"key", "model"}), less=("estimated", "cached"))
+    lines = screen.table(shape, [[_cell(row, name) for name in names] for row in found["rows"]])
     return "\n".join((*lines, "", f"{since}, UTC; prompt, completion, cached and estimated are tokens"))
 
 

@@ -28,6 +28,9 @@ _SIZE_UNITS = {
     "TiB": 2**40,
 }
 _WHOLE = 100  # percent
+# For a class in a pattern: what a terminal or a browser obeys and does not show, but the tab. The last ones of it end
+# lines, and turn the text behind them around.
+NO_TEXT = r"\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
 _FIRST = datetime(1, 1, 1, tzinfo=UTC).timestamp()
 _LAST = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
 

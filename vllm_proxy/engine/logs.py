@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from vllm_proxy.domain.units import NO_TEXT
+
 _CHUNK = 16 * 1024  # is read at a time: little enough for a turn of the event loop
 _COPY = 256 * 1024
 _MOST_COPIES = 50  # at once: some milliseconds, whatever an engine writes meanwhile
@@ -27,9 +29,9 @@ _MOST_LOOKED_AT = 200_000  # lines, for those that show something
 _MOST_TAIL = 8 * 2**20
 _MOST_LINES = 10_000
 _LINE_END = re.compile(rb"[\r\n]")
-# Escape sequences (colours, cursor moves; titles and the like up to their end), then control characters but the tab.
+# Escape sequences (colours, cursor moves; titles and the like up to their end), then characters that are no text.
 _CONTROL = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[ -/]*[0-~]?|[\x00-\x08\x0a-\x1f\x7f-\x9f]"
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[ -/]*[0-~]?" + f"|[{NO_TEXT}]"
 )
 
 

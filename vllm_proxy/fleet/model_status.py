@@ -97,6 +97,16 @@ class ModelStatus:
         return self._wanted is Wanted.AWAIT and self.spec.policy.enabled
 
     @property
+    def is_wanted(self) -> bool:
+        """Whether it is to be ready without a request: `/ready`, the metrics and all that count models wait for it.
+
+        One that somebody stopped or put to sleep by hand is not waited for: by itself none that is always to run
+        awaits a request.
+        """
+        policy = self.spec.policy
+        return policy.enabled and policy.start == "always" and not (self.stopped_by_hand or self.awaits_request)
+
+    @property
     def ends(self) -> bool:
         """Whether it is being stopped for good."""
         return self._wanted is Wanted.END

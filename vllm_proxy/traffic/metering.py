@@ -282,7 +282,7 @@ class _Request:
         user = self.user
         if not self.may_go() and user.waiting.total() >= queue_size:
             self._metering.usage.refused(user.name, "max_in_flight")
-            msg = f"cannot take this: {user.in_flight} requests of this key are in flight, and {queue_size} wait"
+            msg = f"cannot take this: this key has {user.in_flight} in flight, and {queue_size} waiting"
             raise LimitError("rate_limit_exceeded", msg, "requests", _FULL_WAIT_SECONDS)
         user.waiting[self.model] += 1
         self.waits = True

@@ -10,7 +10,6 @@ import asyncio
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from itertools import islice
 
 from vllm_proxy.domain.config import ModelSpec
 from vllm_proxy.domain.lifecycle import State
@@ -22,7 +21,6 @@ from vllm_proxy.traffic.prompt import Prompt
 from vllm_proxy.traffic.queue import Turn, Waiter
 from vllm_proxy.traffic.routing import Route, Routed, free_endpoints, pick, spec_of
 
-_NAMED = 10  # models that the error about an unknown one names
 _MOST_RETRY_AFTER = 120  # seconds: the OpenAI client gives up where it is asked to wait for longer
 
 
@@ -182,7 +180,7 @@ class Registry:
                 for each, route in self._named.items()
                 if route.spec.policy.enabled and (allowed is None or each in allowed)
             )
-            raise model_not_found(name, [*islice(usable, _NAMED)])
+            raise model_not_found(name, usable)
         return route
 
     def base_of(self, model_id: str) -> str:
@@ -299,7 +297,8 @@ class Registry:
         if turn is not None:
             turn.wait(policy.queue_size)
         if route.queued >= policy.queue_size and route.waiting.contenders(route.rivals()) >= policy.queue_size:
-            msg = f"cannot serve {route.spec.id}: {policy.queue_size} requests wait already"
+            waiting = "1 request waits" if policy.queue_size == 1 else f"{policy.queue_size} requests wait"
+            msg = f"cannot serve {route.spec.id}: {waiting} already"
             raise RequestError("queue_full", msg, retry_after=_retry_after(route.base.ready_in))
         if not route.waiting:  # from now on somebody waits
             route.wake()

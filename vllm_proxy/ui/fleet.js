@@ -155,6 +155,12 @@ function drawable({ rps, tps }) {
   return found;
 }
 
+// Those that are wanted without a request, as `GET /ready` waits for them, and others while they are ready.
+function isCounted(model) {
+  const isWanted = model.enabled && model.start === "always" && model.reason !== "stopped_by_hand";
+  return model.state === "ready" || (isWanted && model.state !== "sleeping");
+}
+
 function figures() {
   const node = h("dl", { class: "card figures" });
   const one = ([name]) => {
@@ -169,7 +175,7 @@ function figures() {
     const count = (wanted) => words.filter((said) => said === wanted).length;
     const later = count("on demand");
     const found = [
-      ["Ready", `${count("ready")} / ${all.length - later - count("disabled")}`],
+      ["Ready", `${count("ready")} / ${all.filter(isCounted).length}`],
       ...(later ? [["On demand", String(later)]] : []),
       ["In flight", String(sum("in_flight"))],
       ["Waiting", String(sum("queued"))],

@@ -225,7 +225,7 @@ class Playground {
     this.phases ??= phases(kept.model);
     this.reason ??= h("p", { class: "sub" });
     if (!this.waits.firstChild) this.waits.append(this.reason, this.phases);
-    const queued = model.queued ? `; ${plural(model.queued, "request")} wait` : "";
+    const queued = model.queued ? `; ${plural(model.queued, "request")} ${model.queued === 1 ? "waits" : "wait"}` : "";
     setText(this.reason, `${model.id} is ${word(model)[1]}${model.message ? `: ${model.message}` : ""}${queued}`);
     this.phases.update(model.replicas);
   }
