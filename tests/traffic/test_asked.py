@@ -283,3 +283,14 @@ def test_of_members_of_one_name_the_last_one_counts() -> None:
     body = b'\xef\xbb\xbf{"model":"a","max_tokens":5,"model":"b","max_tokens":7,"metadata":{"max_tokens":9}}'
     for found in (read(body, CHAT), asyncio.run(read_large(body, CHAT))):
         assert (found.model, found.most) == ("b", 7)
+
+
+@pytest.mark.parametrize("name", ["model", "stream_options", "n", "max_tokens"])
+def test_a_large_value_of_what_is_looked_at_is_refused_and_not_decoded(name: str) -> None:
+    """Tens of megabytes of it would hold the event loop for a second; of what is not looked at it is no matter."""
+    long = b"[" + b"1," * 40_000 + b"1]"
+    body = b'{"model":"chat","%s":%s}' % (name.encode(), long)
+    with pytest.raises(RequestError, match=f"its {name} takes more than 64 KiB") as error:
+        asyncio.run(read_large(body, CHAT))
+    assert (error.value.code, error.value.param) == ("bad_request", name)
+    assert asyncio.run(read_large(b'{"model":"chat","other":%s}' % long, CHAT)).model == "chat"

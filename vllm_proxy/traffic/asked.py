@@ -15,7 +15,15 @@ import msgspec
 
 from vllm_proxy.domain.tokens import asks_for_usage
 from vllm_proxy.errors import RequestError
-from vllm_proxy.traffic.body import BYTE_ORDER_MARK, members_of_large, model_name, no_json, usable, with_member
+from vllm_proxy.traffic.body import (
+    BYTE_ORDER_MARK,
+    members_of_large,
+    model_name,
+    no_json,
+    usable,
+    value_at,
+    with_member,
+)
 from vllm_proxy.traffic.prompt import NAMES, NOTHING, Members, members_at
 from vllm_proxy.traffic.scan import count_elements
 
@@ -123,13 +131,8 @@ async def read_large(body: bytes, path: str, *, whole: bool = False) -> Asked:
     several = [name.encode() for name in _MANY.get(path, ())]
     spans = await members_of_large(body, _FIELDS.union(several, NAMES if whole else ()))
     found = _Body()
-    try:
-        for name in spans.keys() & _FIELDS:
-            setattr(found, name.decode(), msgspec.json.decode(body[slice(*spans[name])]))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise no_json(error) from None
-    except RecursionError:
-        raise no_json("its values are nested too deeply") from None
+    for name in spans.keys() & _FIELDS:
+        setattr(found, name.decode(), value_at(body, spans, name))
     prompts = 0
     for name in spans.keys() & several:
         count = 1

@@ -19,6 +19,7 @@ from vllm_proxy.traffic.framing import check_codings, check_expectation, send_co
 from vllm_proxy.traffic.prompt import Members
 from vllm_proxy.traffic.scan import Spans, find_members
 
+_LONGEST_VALUE = 64 * 1024  # bytes of a member that is looked at: a name, a number, options
 LARGE = 1024 * 1024  # from here on a body is searched in slices, so that other streams are not blocked
 
 
@@ -154,15 +155,26 @@ async def members_of_large(body: bytes, names: Collection[bytes]) -> Spans:
 
 def named_at(body: bytes, spans: Spans) -> str:
     """As `model_name`, of a body whose members stand there."""
-    span = spans.get(b"model")
-    if span is None:
-        return usable(None)
+    return usable(value_at(body, spans, b"model") if b"model" in spans else None)
+
+
+def value_at(body: bytes, spans: Spans, name: bytes) -> Any:  # noqa: ANN401 - JSON
+    """The value of a member of a large body, which is decoded in one step: one that is large is refused.
+
+    Raises:
+        RequestError: `invalid_json`, `bad_request`.
+
+    """
+    begin, end = spans[name]
+    if end - begin > _LONGEST_VALUE:
+        msg = f"cannot read the body: its {name.decode()} takes more than {_LONGEST_VALUE // 1024} KiB"
+        raise RequestError("bad_request", msg, param=name.decode())
     try:
-        return usable(msgspec.json.decode(body[span[0] : span[1]]))
+        return msgspec.json.decode(body[begin:end])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise no_json(error) from None
     except RecursionError:
-        raise no_json("its model is nested too deeply") from None
+        raise no_json(f"its {name.decode()} is nested too deeply") from None
 
 
 def check_encoding(body: bytes) -> None:
