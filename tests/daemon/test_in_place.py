@@ -1,6 +1,5 @@
 """What the daemon has in the file system, and somebody takes away: its Unix sockets, its state directory."""
 
-import shutil
 from pathlib import Path
 
 import aiohttp
@@ -70,7 +69,7 @@ async def test_a_state_directory_that_another_daemon_has_by_now_is_not_written(t
     async with daemon(fake_engines(port_start) + MODEL, tmp_path) as running:
         await running.all_ready()
         (pid,) = await running.pids("chat")
-        shutil.rmtree(running.state_dir)
+        running.state_dir.rename(tmp_path / "removed")
         with StateDirectory(running.state_dir) as theirs:
             theirs.file.write_text("theirs")
             await until(lambda: answers(running.state_dir / "control.sock"), bool)

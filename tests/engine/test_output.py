@@ -53,6 +53,20 @@ def test_the_largest_weights_that_it_named_stay_known(tmp_path: Path) -> None:
         assert of.weights_bytes == known
 
 
+def test_what_it_wrote_just_before_it_was_ready_is_looked_at(tmp_path: Path) -> None:
+    """Though nobody has read it yet; what a serving engine writes is not looked at, and all of it is passed on."""
+    file = tmp_path / "log"
+    told: list[str] = []
+    output = Output("chat/0", file, 0, 0, lambda _, lines: told.extend(lines))
+    file.write_text("Model loading took 2.5 GiB memory and 1.0 seconds\n")
+    output.loaded()
+    with file.open("a") as log:
+        log.write("Model loading took 9.5 GiB memory and 1.0 seconds\n")
+    output._read()
+    assert output.weights_bytes == 2.5 * 2**30
+    assert len(told) == 2
+
+
 def test_a_file_that_is_not_fetched_whole_yet_is_a_download(tmp_path: Path) -> None:
     """Any process of the session may hold it open; huggingface_hub names such a file `*.incomplete`."""
     for script, downloads in {

@@ -81,7 +81,7 @@ class LaunchedEngine:
 
     def mark_ready(self) -> None:
         """It is ready: record that."""
-        self.output.loading = False
+        self.output.loaded()
         self._serving.set()
 
     @property

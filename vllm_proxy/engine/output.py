@@ -93,6 +93,14 @@ class Output:
         await self._read_on(_LAST_PIECES)
         self._forward(self._reader.flush())
 
+    def loaded(self) -> None:
+        """It serves. What it has written until now is looked at before the next poll; what comes is passed on alone."""
+        for _ in range(_MOST_PIECES):
+            self._read()
+            if not self._reader.more:
+                break
+        self.loading = False
+
     async def _read_on(self, most_pieces: int) -> bool:
         """Read what is new, yielding to the event loop after each piece; whether there was anything."""
         found_any = self._read()
