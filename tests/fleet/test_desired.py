@@ -86,7 +86,7 @@ def desired_of(store: Store, reconciler: Reconciler, offload: Offload, plans: Of
     key_files = KeyFiles(store, parse, files)
     return Desired(
         store, parse, reconciler, NoCheck(), ports,
-        files=files, key_files=key_files, keyring=keyring, offload=offload, plans=plans or offload,
+        files=files, key_files=key_files, keyring=keyring, offload=offload, plans=plans,
     )  # fmt: skip
 
 

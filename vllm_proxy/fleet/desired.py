@@ -68,7 +68,7 @@ class Desired:
         key_files: KeyFiles,
         keyring: Keyring,
         offload: Offload = asyncio.to_thread,
-        plans: Offload = asyncio.to_thread,
+        plans: Offload | None = None,
         hardware: Hardware = _UNKNOWN,
         hide_secrets: Callable[[Config], Awaitable[None]] = _nothing,
         address_is_given: bool = False,
@@ -98,7 +98,7 @@ class Desired:
         self.objections = Objections(check, hardware, lambda: reconciler.config, offload)
         self._ports = ports
         self.offload = offload
-        self._plans = plans
+        self._plans = plans or offload
         self._hide_secrets = hide_secrets
         self._started_with = reconciler.config.server
         self.address_is_given = address_is_given
