@@ -51,8 +51,8 @@ export function problemList(here = false) {
     const text = h("span");
     const help = h("a", { class: "code" });
     const next = h("code");
-    const change = h("a", { class: "button" }, "Change…");
     const { id, model, to } = found;
+    const change = h("a", { class: "button", "aria-label": `Change… ${id}` }, "Change…");
     const again = h("button", { onclick: () => act(id, "start"), "aria-label": `Try again: ${id}` }, "Try again");
     const box = problem(
       found.mild ? "mild" : "",
@@ -62,7 +62,9 @@ export function problemList(here = false) {
         { class: "acts" },
         help,
         next,
-        !here && to && h("a", { class: "button", href: to }, SCREENS[to] ?? "Show"),
+        !here &&
+          to &&
+          h("a", { class: "button", href: to, "aria-label": model && `Show ${id}` }, SCREENS[to] ?? "Show"),
         model && change,
         model && again,
       ),
