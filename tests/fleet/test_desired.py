@@ -450,6 +450,35 @@ async def test_plans_that_take_long_hold_up_no_write(tmp_path: Path) -> None:
     assert (refused.value.code, refused.value.retry_after) == ("overloaded", 10)
 
 
+@pytest.mark.parametrize("saves", [1, 2, 3])
+def test_a_write_is_tried_again_where_an_editor_saves_meanwhile(tmp_path: Path, saves: int) -> None:
+    """Of what is there by then; who saves again and again is told, and nothing of his is lost."""
+    file, left = tmp_path / "models.toml", saves
+
+    class Editor(Disk):
+        """Saves the file just before it would be written."""
+
+        async def __call__[**P, T](self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+            nonlocal left
+            if function.__name__ == "write" and left:
+                left -= 1
+                file.write_text(file.read_text() + "# saved\n")
+            return function(*args, **kwargs)
+
+    @virtual
+    async def run() -> None:
+        desired = await following(tmp_path, Editor(""))
+        writing = desired.write(lambda data: data + b"# written\n", None, ME)
+        if saves < 3:
+            await writing
+        else:
+            with pytest.raises(RequestError, match="another program has just done so"):
+                await writing
+
+    run()
+    assert file.read_text() == "# old\n" + "# saved\n" * saves + "# written\n" * (saves < 3)
+
+
 @virtual
 async def test_a_listener_that_fails_keeps_no_other_from_being_told(tmp_path: Path) -> None:
     """Of the file, and of a model; what was adopted is adopted."""

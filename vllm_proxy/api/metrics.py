@@ -94,8 +94,7 @@ class Metrics:
             numbers.traced(call.route, call.trace.trace_id, whole, to_first)
         if call.sent_at:
             self._overhead.add(max(call.sent_at - call.started_at - call.queue_seconds - call.check_seconds, 0.0))
-            numbers.queue.add(call.queue_seconds)
-        elif call.queue_seconds > _AT_ONCE_SECONDS:  # until it was refused, or its client left
+        if call.sent_at or call.queue_seconds > _AT_ONCE_SECONDS:  # or until it was refused, or its client left
             numbers.queue.add(call.queue_seconds)
         numbers.retries += call.retries
 

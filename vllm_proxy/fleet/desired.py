@@ -291,14 +291,15 @@ class Desired:
         self, author: Author, make: Callable[P, Change], *args: P.args, **kwargs: P.kwargs
     ) -> tuple[Config, Outcome]:
         author.commit()  # in its turn: what was adopted before may have taken its key away
-        for left in reversed(range(_TRIES)):
+        left = _TRIES
+        while True:
+            left -= 1
             change = await self.offload(make, *args, **kwargs)
             try:
                 return await self._carry_out(author, change)
             except RequestError as error:
                 if error.code != "revision_mismatch" or not left:
                     raise
-        raise AssertionError("unreachable: the last try returns or raises")
 
     async def _carry_out(self, author: Author, change: Change) -> tuple[Config, Outcome]:
         """Write it, and follow what is written.
