@@ -191,7 +191,7 @@ async def _run(
     status = StatusLine(lambda: sentence(reconciler, desired, certificate), systemd.status)
     stack.callback(status.close)
     reconciler.listen(status.changed)
-    desired.listen(status.changed)
+    desired.listen(lambda _: status.show())  # before who wanted it is answered, and looks
     certificate.listen(status.changed)
     lag = LoopLag()
     watching = keep_running(lag.watch, "loop lag")

@@ -1,7 +1,8 @@
 """A summary of the fleet in one sentence, for `systemctl status` and the demo.
 
 Its length is bounded however large the fleet is, since systemd drops long messages, and updates are debounced to four a
-second. It shows no value of the configuration: every user of the machine can read it.
+second, but for the outcome of a reload or a write, which is shown at once. It shows no value of the configuration: every
+user of the machine can read it.
 """
 
 import asyncio

@@ -194,6 +194,23 @@ async def test_an_invalid_file_changes_nothing_and_is_seen_everywhere(tmp_path: 
         listening.cancel()
 
 
+async def test_the_status_tells_the_outcome_of_each_reload_however_quickly_they_follow(
+    tmp_path: Path, port_start: int
+) -> None:
+    """Who sees `systemctl reload` fail looks at the status next."""
+    async with serving(tmp_path, port_start) as running:
+        await running.until(lambda status: status == "2 of 2 models ready")
+        before = len(running.notes.messages)
+        for _ in range(3):
+            running.edit("4096", "-1")
+            await running.write("POST", "/config/reload", status=422)
+            running.edit("-1", "4096")
+            await running.write("POST", "/config/reload")
+        await running.until(lambda status: "rejected" not in status)
+        told = ["configuration rejected" in note for note in running.notes.messages[before:] if "STATUS=" in note]
+        assert told == [True, False] * 3
+
+
 async def test_what_everybody_may_see_of_a_rejected_file_is_where_it_is_wrong(tmp_path: Path, port_start: int) -> None:
     """`/health` is public, STATUS is every local user's: lines and key paths, never what stands there."""
     async with serving(tmp_path, port_start) as running:
