@@ -113,7 +113,12 @@ async def test_a_thousand_changes_at_once_are_one_sentence() -> None:
     """The first at once, more after a quarter of a second, and the last one is never lost."""
     shown: list[tuple[float, str]] = []
     facts: list[Any] = []
-    status = StatusLine(lambda: str(len(facts)), lambda text: shown.append((now(), text)))
+
+    def show(text: str) -> bool:
+        shown.append((now(), text))
+        return True
+
+    status = StatusLine(lambda: str(len(facts)), show)
     for _ in range(1000):
         facts.append(None)
         status.changed()
@@ -134,6 +139,21 @@ async def test_a_thousand_changes_at_once_are_one_sentence() -> None:
 
 
 @virtual
+async def test_a_sentence_that_systemd_has_no_room_for_is_tried_again() -> None:
+    """Four times a second, until it is taken, then no more."""
+    tried: list[float] = []
+
+    def show(_: str) -> bool:
+        tried.append(now())
+        return len(tried) > 3
+
+    status = StatusLine(lambda: "fine", show)
+    status.changed()
+    await passes(5)
+    assert tried == pytest.approx([0, 0.25, 0.5, 0.75], abs=0.001)
+
+
+@virtual
 async def test_a_sentence_that_fails_is_said_at_the_next_change() -> None:
     """A bug in it does not silence the rest of the daemon's life."""
     shown: list[str] = []
@@ -144,7 +164,11 @@ async def test_a_sentence_that_fails_is_said_at_the_next_change() -> None:
             raise ValueError
         return "good"
 
-    status = StatusLine(build, shown.append)
+    def show(text: str) -> bool:
+        shown.append(text)
+        return True
+
+    status = StatusLine(build, show)
     status._loop.set_exception_handler(lambda *_: None)
     status.changed()
     await passes(1)

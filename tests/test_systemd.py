@@ -8,12 +8,15 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import cast
 
 import pytest
+import structlog
 
 from tests.engine.virtual import VirtualLoop, settle, virtual
+from vllm_proxy import systemd as systemd_module
 from vllm_proxy.systemd import Systemd, watchdog_seconds
 
 
@@ -137,6 +140,7 @@ import json, os, sys
 from vllm_proxy.errors import StartupError
 from vllm_proxy.domain.config import Server
 from vllm_proxy.listen import inherited
+from vllm_proxy import systemd as systemd_module
 from vllm_proxy.systemd import inherited_sockets
 os.environ["LISTEN_PID"] = sys.argv[1] if len(sys.argv) > 1 else str(os.getpid())
 try:
@@ -200,11 +204,34 @@ def test_more_time_is_asked_for_as_often_as_it_takes_whatever_the_clock_says(not
     assert heard(notify_socket) == ["EXTEND_TIMEOUT_USEC=30000000"] * 5
 
 
+def test_a_status_has_any_characters_of_unicode_and_one_line(notify_socket: socket.socket) -> None:
+    """UTF-8, as systemd asks for; what a quoted key or a path brings along is no assignment of its own."""
+    with telling() as systemd:
+        systemd.status("rejected: /srv/modèles/模型.toml:1: a\nREADY=1\0\u2028…")
+        systemd.status("模" * 4096)
+    first, second = heard(notify_socket)
+    assert first == "STATUS=rejected: /srv/modèles/模型.toml:1: a READY=1  …"
+    assert second == f"STATUS={'模' * ((4095 - len('STATUS=')) // 3)}"
+
+
 def test_a_systemd_that_reads_nothing_holds_nobody_up(notify_socket: socket.socket) -> None:
     """Its queue holds a few messages; the rest of what is said again is dropped, and later ones are heard."""
     with telling() as systemd:
-        for number in range(1000):
-            systemd.status(str(number))
-        assert len(heard(notify_socket)) < 1000
+        taken = [systemd.status(str(number)) for number in range(1000)]
+        assert len(heard(notify_socket)) == taken.count(True) < 1000
+        assert (taken[0], taken[-1]) == (True, False)
+        assert systemd.status("999")
         systemd.ready()
-    assert heard(notify_socket) == ["READY=1"]
+    assert heard(notify_socket) == ["STATUS=999", "READY=1"]
+
+
+@pytest.mark.usefixtures("notify_socket")
+def test_a_systemd_that_takes_no_readiness_is_an_error_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unit would stay `reloading`, and nobody would know why."""
+    monkeypatch.setattr(systemd_module, "_SEND_SECONDS", 0.01)
+    with telling() as systemd, structlog.testing.capture_logs() as logs:
+        numbers = count()
+        while systemd.status(str(next(numbers))):
+            pass
+        systemd.ready()
+    assert [(log["event"], log["message"]) for log in logs] == [("systemd takes no messages", "READY=1")]

@@ -1,8 +1,8 @@
 """A summary of the fleet in one sentence, for `systemctl status` and the demo.
 
-Its length is bounded however large the fleet is, since systemd drops long messages, and updates are debounced to four a
-second, but for the outcome of a reload or a write, which is shown at once. It shows no value of the configuration: every
-user of the machine can read it.
+Its length is bounded however large the fleet is, since systemd drops long messages. Updates are debounced to four a
+second, but for the outcome of a reload or a write, which is shown at once. It shows no value of the configuration:
+every user of the machine can read it.
 """
 
 import asyncio
@@ -23,9 +23,12 @@ _ORDER = (State.LOADING, State.UNLOADING, State.ERROR, State.STOPPED)
 
 
 class StatusLine:
-    """Passes the sentence to `show` after changes, debounced: at most four times a second."""
+    """Passes the sentence to `show` after changes, debounced: at most four times a second.
 
-    def __init__(self, sentence: Callable[[], str], show: Callable[[str], None]) -> None:
+    `show`: whether it is shown now; else it is tried again.
+    """
+
+    def __init__(self, sentence: Callable[[], str], show: Callable[[str], bool]) -> None:
         self._sentence = sentence
         self._show = show
         self._loop = asyncio.get_running_loop()
@@ -41,7 +44,8 @@ class StatusLine:
         """Show the sentence now."""
         self.close()
         self._shown_at = self._loop.time()
-        self._show(self._sentence())
+        if not self._show(self._sentence()):
+            self.changed()
 
     def close(self) -> None:
         """Cancel an update that is pending."""

@@ -13,12 +13,16 @@ import time
 from collections.abc import Mapping, MutableMapping
 
 import sdnotify
+import structlog
 
 from vllm_proxy.errors import StartupError
+
+log = structlog.get_logger()
 
 _FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _EXTENSION_SECONDS = 30.0
+_LONGEST = 4095  # bytes; of a message that is longer systemd takes nothing
 _SEND_SECONDS = 1.0  # for messages that systemd waits for, where its queue is full
 
 
@@ -27,6 +31,8 @@ class Systemd:
 
     def __init__(self) -> None:
         self._notifier = sdnotify.SystemdNotifier() if "NOTIFY_SOCKET" in os.environ else None
+        if self._notifier is not None:
+            self._notifier.debug = True  # else it hides that a message was not sent
         self._status = ""
 
     def ready(self) -> None:
@@ -41,11 +47,12 @@ class Systemd:
         """The daemon has begun to stop."""
         self._send("STOPPING=1", wait=True)
 
-    def status(self, sentence: str) -> None:
-        """What `systemctl status` shows; sent only when it changes."""
-        if sentence != self._status:
-            self._status = sentence
-            self._send(f"STATUS={sentence}")
+    def status(self, sentence: str) -> bool:
+        """What `systemctl status` shows, on one line; sent only when it changes. False: systemd's queue is full."""
+        line = "".join(one if one.isprintable() else " " for one in sentence)  # a second line would be an assignment
+        if line != self._status and self._send(f"STATUS={line}"):
+            self._status = line
+        return line == self._status
 
     async def ping_watchdog(self) -> None:
         """Report that the event loop runs, twice in each period of the watchdog, until cancelled."""
@@ -61,11 +68,21 @@ class Systemd:
             self._send(f"EXTEND_TIMEOUT_USEC={round(_EXTENSION_SECONDS * 1_000_000)}")
             await asyncio.sleep(every)
 
-    def _send(self, message: str, *, wait: bool = False) -> None:
-        """Send it. If systemd's queue is full, the event loop must not block: periodic messages are dropped."""
-        if self._notifier is not None and self._notifier.socket is not None:
-            self._notifier.socket.settimeout(_SEND_SECONDS if wait else 0)
-            self._notifier.notify(message)
+    def _send(self, message: str, *, wait: bool = False) -> bool:
+        """Send it, or drop it where systemd's queue is full, as the event loop must not block: False then."""
+        if self._notifier is None or self._notifier.socket is None:
+            return True
+        self._notifier.socket.settimeout(_SEND_SECONDS if wait else 0)
+        try:
+            encoded = message.encode(errors="replace")[:_LONGEST].decode(errors="ignore").encode()
+            self._notifier.notify(encoded.decode("latin-1"))  # `sdnotify` encodes it so, where systemd takes UTF-8
+        except (BlockingIOError, TimeoutError):
+            if wait:
+                log.error("systemd takes no messages", message=message.partition("\n")[0])
+            return False
+        except OSError as error:  # as it is too long, or nobody listens any more
+            log.debug("systemd was not told", why=error.strerror)
+        return True
 
 
 def watchdog_seconds(environ: Mapping[str, str]) -> float | None:
