@@ -252,6 +252,19 @@ async def test_usage_is_shown_by_key_and_model(page: Page, running: Daemon) -> N
     assert page.complaints == []
 
 
+async def test_the_sums_tell_what_was_estimated_too(page: Page, running: Daemon) -> None:
+    """As each row does; the shares are of all three."""
+    await running.post("/v1/chat/completions", CHAT)
+    await running.eventually("/usage", lambda found: any(row["requests"] for row in found["rows"]))
+    await page.evaluate(
+        "const real = window.fetch; window.fetch = async (where, how) => { const answer = await real(where, how);"
+        "if (!String(where).includes('usage')) return answer; const found = await answer.json();"
+        "found.rows[0].estimated_tokens = 321; return Response.json(found) }; null"
+    )
+    await goes(page, "usage")
+    await page.until(has(".sums", "321 estimated"))
+
+
 async def test_without_metering_it_is_said_how_to_turn_it_on(chromium: Browser, shared: Daemon) -> None:
     """A daemon without keys counts nothing."""
     page = await chromium.page(f"{shared.url}/ui/#/usage")

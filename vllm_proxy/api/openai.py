@@ -131,7 +131,7 @@ def by_query_model(registry: Registry, metering: Metering) -> Work:
     """The routes whose query names the model, and that have no body."""
 
     async def work(call: Call) -> web.StreamResponse:
-        route = found(call, usable(call.request.query.get("model")), registry)
+        route = found(call, usable(call.request.query.get("model"), "its query (?model=)"), registry)
         if metering.is_on:
             metering.admit(call, route.spec)
         return await forward(call, registry, route, b"")

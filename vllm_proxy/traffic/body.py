@@ -193,8 +193,8 @@ def no_json(why: Exception | str) -> RequestError:
     return RequestError("invalid_json", f"cannot read the body: it is no JSON: {why}")
 
 
-def usable(name: object) -> str:
-    """A `model` as a body gives it.
+def usable(name: object, where: str = "its body") -> str:
+    """A `model` as a body gives it, or what else `where` is.
 
     Raises:
         RequestError: `missing_model`.
@@ -202,7 +202,7 @@ def usable(name: object) -> str:
     """
     if isinstance(name, str) and name:
         return name
-    msg = "cannot route this request: its body names no model; GET /v1/models lists them"
+    msg = f"cannot route this request: {where} names no model; GET /v1/models lists them"
     raise RequestError("missing_model", msg, param="model")
 
 

@@ -137,6 +137,8 @@ export function usage(main) {
       `${count(total("prompt_tokens"))} tokens of prompts`,
     ];
     parts.push(`${count(total("completion_tokens"))} of answers`);
+    const estimated = total("estimated_tokens");
+    if (estimated) parts.push(`${count(estimated)} estimated`);
     if (total("failed")) parts.push(`${count(total("failed"))} failed`);
     if (total("limited")) parts.push(`${count(total("limited"))} limited`);
     setText(sums, parts.join(" · "));
