@@ -35,7 +35,7 @@ def telling() -> Iterator[Systemd]:
     """The daemon's end, which lives as long as the daemon."""
     systemd = Systemd()
     yield systemd
-    if systemd._notifier and systemd._notifier.socket:
+    if systemd._notifier:
         systemd._notifier.socket.close()
 
 
@@ -79,16 +79,21 @@ def test_an_abstract_socket_is_reached_too(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # sdnotify drops a socket that it could not connect
-@pytest.mark.parametrize("address", [None, "", "/nowhere/at/all"])
-def test_without_systemd_all_of_it_is_silence(monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
-    """No socket, or one that nobody listens at, is no error."""
+@pytest.mark.parametrize(("address", "logged"), [(None, 0), ("", 0), ("/nowhere/at/all", 1), ("vsock:2:1234", 1)])
+def test_without_systemd_all_of_it_is_silence(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, logged: int
+) -> None:
+    """A socket that nobody listens at is an error in the log: systemd would wait for the daemon until it kills it."""
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     if address is not None:
         monkeypatch.setenv("NOTIFY_SOCKET", address)
-    with telling() as systemd:
+    with structlog.testing.capture_logs() as logs, telling() as systemd:
         systemd.ready()
         systemd.status("fine")
         systemd.stopping()
+    assert [(log["event"], log["socket"]) for log in logs] == [
+        ("systemd cannot be told that the daemon runs", address)
+    ] * logged
 
 
 def test_a_systemd_that_goes_away_is_no_error(notify_socket: socket.socket) -> None:

@@ -30,10 +30,13 @@ class Systemd:
     """The notification socket, and the watchdog behind it."""
 
     def __init__(self) -> None:
-        self._notifier = sdnotify.SystemdNotifier() if "NOTIFY_SOCKET" in os.environ else None
-        if self._notifier is not None:
-            self._notifier.debug = True  # else it hides that a message was not sent
+        self._notifier: sdnotify.SystemdNotifier | None = None
         self._status = ""
+        if address := os.environ.get("NOTIFY_SOCKET"):
+            try:
+                self._notifier = sdnotify.SystemdNotifier(debug=True)  # else it hides what it could not send
+            except OSError as error:
+                log.error("systemd cannot be told that the daemon runs", socket=address, why=str(error))
 
     def ready(self) -> None:
         """The sockets listen and a configuration is accepted."""
@@ -70,7 +73,7 @@ class Systemd:
 
     def _send(self, message: str, *, wait: bool = False) -> bool:
         """Send it, or drop it where systemd's queue is full, as the event loop must not block: False then."""
-        if self._notifier is None or self._notifier.socket is None:
+        if self._notifier is None:
             return True
         self._notifier.socket.settimeout(_SEND_SECONDS if wait else 0)
         try:
