@@ -51,6 +51,14 @@ def of_replica(found: Series, number: int) -> Series:
     return {(name, labels - own): value for (name, labels), value in found.items() if own <= labels}
 
 
+def test_an_engine_with_thousands_of_families_is_left_out_and_the_others_are_not() -> None:
+    """Each takes its time on the event loop."""
+    flood = b"".join(b"# HELP vllm:a%d x\n# TYPE vllm:a%d gauge\nvllm:a%d 1\n" % (n, n, n) for n in range(5001))
+    assert {dict(labels)["replica"] for _, labels in series(merged(flood, VLLM))} == {"1"}
+    fits = flood.rpartition(b"# HELP")[0]
+    assert len(series(merged(fits))) == 5000
+
+
 def test_each_engine_keeps_its_series_under_its_own_labels() -> None:
     """Nothing of vLLM's is lost, changed or mixed up; when counters were made, and what is not vLLM's, is left out."""
     before = {key: value for key, value in series(VLLM).items() if key[0].startswith("vllm:")}

@@ -1,8 +1,10 @@
 """What a secret is, how it is shown, what `***` means when it comes back, and what of it is found in a log."""
 
+import gc
 import json
 import re
 import string
+import weakref
 from typing import Any
 
 import msgspec
@@ -301,6 +303,16 @@ def test_thousands_of_secrets_are_one_pattern() -> None:
     pattern = secrets.pattern(values)
     assert pattern is not None
     assert pattern.sub("", "".join(values)) == ""
+
+
+def test_what_is_a_secret_no_more_is_kept_nowhere() -> None:
+    """The standard library's cache of patterns would keep those of the last 512 configurations."""
+    made = secrets.pattern(["hf_nobody-may-keep-this"])
+    assert made is not None
+    kept = weakref.ref(made)
+    del made
+    gc.collect()
+    assert kept() is None
 
 
 def test_short_values_are_left_in_texts() -> None:

@@ -42,6 +42,7 @@ class Engine:
     instead: dict[str, Any] = field(default_factory=dict)
     held: dict[str, str] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    in_pieces: bool = False  # each letter of an answer comes by itself
 
     def app(self) -> web.Application:
         """As a server."""
@@ -57,6 +58,14 @@ class Engine:
         if given is HANGS:
             await asyncio.Event().wait()
         status, text = given if given is not None else self._answer(path, json.loads(body) if body else {})
+        if self.in_pieces:
+            answer = web.StreamResponse(status=status)
+            await answer.prepare(request)
+            for letter in text:
+                await answer.write(letter.encode())
+                for _ in range(5):  # turns of the loop in which it is read by itself
+                    await asyncio.sleep(0)
+            return answer
         return web.Response(status=status, text=text, headers={"Location": "/elsewhere"} if status == 302 else None)
 
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
@@ -101,10 +110,11 @@ async def engine(it: Engine, at: Path | None = None) -> AsyncIterator[tuple[Http
             yield HttpAdapters(session), place(TcpAddress("127.0.0.1", server.port))
 
 
+@pytest.mark.parametrize("in_pieces", [False, True])
 @pytest.mark.parametrize("unix", [False, True])
-async def test_adapters_are_loaded_listed_and_unloaded(tmp_path: Path, *, unix: bool) -> None:
-    """At a port as at a Unix socket; the base itself and the engine's own name are none."""
-    async with engine(Engine(), tmp_path if unix else None) as (it, place):
+async def test_adapters_are_loaded_listed_and_unloaded(tmp_path: Path, *, unix: bool, in_pieces: bool) -> None:
+    """At a port as at a Unix socket, however answers come; the base itself and the engine's own name are none."""
+    async with engine(Engine(in_pieces=in_pieces), tmp_path if unix else None) as (it, place):
         assert await it.load(place, "support", A) is None
         assert await it.load(place, "team/de", B) is None
         assert await it.loaded(place) == {"support": A, "team/de": B}

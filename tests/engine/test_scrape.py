@@ -78,6 +78,18 @@ async def test_an_engine_that_does_not_answer_is_given_up(monkeypatch: pytest.Mo
         assert await scraped(address, 30.0) is None
 
 
+@pytest.mark.parametrize(
+    "endless",
+    [b"X: ", b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nX: ", b"Transfer-Encoding: chunked\r\n\r\n1;"],
+    ids=["head", "trailer", "extension"],
+)
+async def test_an_answer_that_ends_nowhere_is_given_up(monkeypatch: pytest.MonkeyPatch, endless: bytes) -> None:
+    """Whatever it is that has no end, and long before the deadline."""
+    monkeypatch.setattr(scrape, "_MOST_BYTES", 1000)
+    async with answering(OK + endless + b"x" * 1000, hangs=True) as address:
+        assert await scraped(address, 3600.0) is None
+
+
 async def test_engines_at_unix_sockets_are_asked_too(tmp_path: Path) -> None:
     """Those that may sleep listen there alone."""
 

@@ -214,6 +214,21 @@ def test_a_body_in_another_transfer_coding_is_no_answer(coding: bytes, *, http10
     assert (run.ending, run.client.got) == (Ending.BROKEN_HEAD, b"")
 
 
+@pytest.mark.parametrize("places", [[], [*range(100)]], ids=["at once", "bytewise"])
+@pytest.mark.parametrize("status", [b"000", b"042", b"099"])
+def test_a_status_that_http_does_not_have_is_no_answer(status: bytes, places: list[int]) -> None:
+    """It is neither one to pass on nor an interim one, behind which the answer would come."""
+    run = Run().feed(*cut_at(b"HTTP/1.1 %s OK\r\nContent-Length: 2\r\n\r\n{}" % status, places))
+    assert (run.ending, run.client.got) == (Ending.BROKEN_HEAD, b"")
+
+
+def test_an_engine_cannot_take_the_length_of_its_answer_away() -> None:
+    """By naming it a header of one connection: the next answer would be read as more of this one."""
+    run = Run().feed(b"HTTP/1.1 200 OK\r\nConnection: Content-Length, X-Own\r\nX-Own: 1\r\nContent-Length: 2\r\n\r\n{}")
+    assert run.ending is Ending.WHOLE
+    assert [line for line in run.head if b"X-Own" in line or b"Content-Length" in line] == [b"Content-Length: 2"]
+
+
 def test_what_begins_as_that_answer_and_breaks_off_is_no_answer() -> None:
     """Nothing has been passed on."""
     run = Run().feed(NO_ROUTE[:-1]).lost()

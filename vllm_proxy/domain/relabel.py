@@ -15,6 +15,7 @@ _AFTER = b"\n# HELP "
 _MOST_REMEMBERED = (
     2**20
 )  # bytes of one engine; vLLM 0.32 has 54 KB for each of its ranks, and four times so much is held
+_MOST_FAMILIES = 5000  # of one engine, each of which takes 25 us; vLLM 0.32 has 92
 _EXPLAINING = 2  # lines at the head of a family
 _CREATED = b"_created"
 _OURS = b"vllm_proxy_"  # beside which a family of this name would be there twice
@@ -66,10 +67,11 @@ class Merged:
     def add(self, text: bytes, *values: str) -> None:
         """One engine's exposition. Its labels come first; their values hold no quotes and no backslashes.
 
-        A family that another engine explains as of another type is left out, and so is when a series was made.
+        A family that another engine explains as of another type is left out, and so is when a series was made; and
+        all of an engine that has thousands of families.
         """
         kept = self._kept(text)
-        if not _is_text(kept):
+        if not _is_text(kept) or kept.count(_AFTER) >= _MOST_FAMILIES:  # one more than there are of these
             return
         said = self._before.get(values)
         if said is None or said.kept != kept:

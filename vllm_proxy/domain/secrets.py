@@ -260,7 +260,11 @@ def pattern(values: Iterable[str]) -> re.Pattern[str] | None:
     It is one alternation that branches by common beginnings: thousands of values cost little more than ten.
     """
     found = {form for value in values for form in _forms(value)}
-    return re.compile(_alternatives(sorted(found), _BRANCHES)) if found else None
+    if not found:
+        return None
+    made = re.compile(_alternatives(sorted(found), _BRANCHES))
+    re.purge()  # else the cache of `re` keeps each of the last 512, with what is secret no more: up to 250 MB
+    return made
 
 
 def _forms(value: str) -> Iterator[str]:

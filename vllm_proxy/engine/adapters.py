@@ -14,7 +14,7 @@ from typing import Protocol
 import aiohttp
 
 from vllm_proxy.domain.command import Place
-from vllm_proxy.engine.http_client import MOST_BYTES, UncleanError, answer_to, json_of, within
+from vllm_proxy.engine.http_client import UncleanError, answer_to, body_of, json_of, within
 
 LOAD_SECONDS = 120.0  # gigabytes from a cold disk, between the steps of an engine that works
 UNLOAD_SECONDS = LIST_SECONDS = 10.0  # its server alone answers
@@ -113,8 +113,7 @@ class HttpAdapters:
 
 async def _expect_success(answer: aiohttp.ClientResponse, path: str) -> None:
     """A clean 200 is one sentence; something else at that address may answer 200 to anything."""
-    said = await answer.content.read(MOST_BYTES)
-    if not said.startswith(b"Success"):
+    if not (await body_of(answer)).startswith(b"Success"):
         raise UncleanError(f"{path} does not say that it is done")
 
 

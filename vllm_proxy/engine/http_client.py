@@ -15,7 +15,7 @@ from vllm_proxy.runtime import clock
 from vllm_proxy.runtime.background import spawn
 from vllm_proxy.traffic.dial import session_to
 
-MOST_BYTES = 2**20  # of an answer that is read whole
+_MOST_BYTES = 2**20  # of an answer that is read whole
 
 # What a request may end in: nobody there, no answer in time, one that is none.
 FAULTS = (aiohttp.ClientError, OSError, TimeoutError, ValueError, RecursionError)
@@ -60,6 +60,21 @@ async def answer_to(
         yield answer
 
 
+async def body_of(answer: aiohttp.ClientResponse) -> bytes:
+    """What an answer holds, to its end.
+
+    Raises:
+        ValueError: it is too long.
+
+    """
+    body = bytearray()
+    async for chunk in answer.content.iter_any():
+        body += chunk
+        if len(body) > _MOST_BYTES:
+            raise ValueError("it is too long")
+    return bytes(body)
+
+
 async def json_of(answer: aiohttp.ClientResponse) -> object:
     """What an answer holds.
 
@@ -67,12 +82,7 @@ async def json_of(answer: aiohttp.ClientResponse) -> object:
         ValueError: it is no JSON, or too long.
 
     """
-    body = bytearray()
-    async for chunk in answer.content.iter_any():
-        body += chunk
-        if len(body) > MOST_BYTES:
-            raise ValueError("it is too long")
-    return json.loads(body)
+    return json.loads(await body_of(answer))
 
 
 async def within[T](call: Coroutine[Any, Any, T], seconds: float, path: str) -> T:

@@ -67,6 +67,11 @@ class _Answer(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """A part of the answer."""
+        self._size += len(data)
+        if self._size > _MOST_BYTES:  # head and trailers included
+            self._fail("it is too long")
+        if self.body.done():
+            return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -83,11 +88,7 @@ class _Answer(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         """httptools': a part of the body."""
-        self._size += len(body)
-        if self._size > _MOST_BYTES:
-            self._fail("it is too long")
-        elif not self.body.done():
-            self._chunks.append(body)
+        self._chunks.append(body)
 
     def on_message_complete(self) -> None:
         """httptools': it is whole."""

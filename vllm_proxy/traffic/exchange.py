@@ -149,6 +149,8 @@ class Exchange:
         """The head is whole."""
         assert self._parser is not None
         self.status = self._parser.get_status_code()
+        if self.status < 100:
+            self._garbage = True
         self._reusable = self._parser.should_keep_alive()  # llhttp has forgotten it once the answer is complete
 
     def on_chunk_header(self) -> None:

@@ -22,6 +22,7 @@ _ENDS_HERE = HOP_BY_HOP | frozenset(
     b" origin sec-fetch-site sec-fetch-mode sec-fetch-dest sec-fetch-user sec-websocket-protocol".split()
 )
 _USUAL = frozenset({b"keep-alive", b"close", b""})  # values of Connection that name no other header
+_LENGTH = b"content-length"  # without which the next answer would be taken for more of this one
 _SAID_ANEW = b"x-request-id"  # of an engine's head
 # Whether an engine's head holds anything that must not be passed on as it is; vLLM's usually does not.
 _REWRITE = re.compile(
@@ -104,6 +105,6 @@ class AnswerHead:
             if low == b"connection"
             for part in line.partition(b":")[2].lower().split(b",")
         }
-        dropped = HOP_BY_HOP | named | {_SAID_ANEW}
+        dropped = HOP_BY_HOP | (named - {_LENGTH}) | {_SAID_ANEW}
         kept = [line + b"\r\n" for low, line in self.fields if low not in dropped]
         return b"".join([b"HTTP/1.1 ", self.start[9:], b"\r\n", *kept, *extra, b"\r\n"])
