@@ -11,7 +11,7 @@ from io import StringIO
 from pathlib import Path
 
 from vllm_proxy.errors import ConfigError, Problem
-from vllm_proxy.runtime.regular_file import read_regular_file
+from vllm_proxy.runtime.regular_file import is_folder, is_missing, read_regular_file
 
 PREFIX = "VLLM_PROXY_"
 NAMES_FILE = PREFIX + "CONFIG"
@@ -104,7 +104,7 @@ def _dotenv(file: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         if not os.access(file.parent, os.X_OK):  # in a folder of another user, which cannot be meant
             return {}
-        if file.is_dir():  # a virtual environment, as some people name it
+        if is_folder(file):  # a virtual environment, as some people name it
             return {}
         why = "expected UTF-8, got other bytes" if isinstance(error, UnicodeDecodeError) else error.strerror
         msg = f"cannot read it: {why}; mend it, or run this in another folder"
@@ -122,16 +122,9 @@ def _dotenv(file: Path) -> dict[str, str]:
 def _config_file(flag: str | int | None, env: Mapping[str, str]) -> Path:
     if chosen := flag or env.get(NAMES_FILE):
         return Path(str(chosen)).absolute()
-    if os.path.exists(_OWN_FILE) or not _is_there(_SYSTEM_FILE):  # noqa: PTH110 - a folder of others has none of ours
+    if os.path.exists(_OWN_FILE) or is_missing(_SYSTEM_FILE):  # noqa: PTH110 - a folder of others has none of ours
         return _OWN_FILE.absolute()
     return _SYSTEM_FILE
-
-
-def _is_there(file: Path) -> bool:
-    try:
-        return file.exists()
-    except OSError:  # in a folder that is closed to this user: reading it will report that
-        return True
 
 
 def demo_state_dir(env: Mapping[str, str]) -> Path:

@@ -90,6 +90,24 @@ async def test_a_daemon_that_can_make_no_thread_follows_its_file_and_ends_its_en
     assert "panicked" not in running.log()
 
 
+async def test_an_adapter_whose_folder_may_not_be_looked_at_is_its_own_problem_alone(
+    tmp_path: Path, port_start: int
+) -> None:
+    """The file is followed and written as ever, at a start too; so is one in a folder that is closed to the daemon."""
+    name = "x" * 300  # refused by the system in the same way, to root too
+    text = fake_engines(port_start) + CHAT + f'[models.chat.adapters.support]\npath = "/srv/{name}/support"\n'
+    async with serving(tmp_path, text) as running:
+        found = await running.eventually(
+            "/models/chat", lambda model: [one["state"] for one in model["status"]["adapters"]] == ["error"]
+        )
+        assert "File name too long" in found["status"]["adapters"][0]["message"]
+        (tmp_path / "conf" / "models.toml").write_text(text.replace('"some/chat"', '"some/chat"\ndescription = "new"'))
+        await running.eventually("/models/chat", described("new"))
+        await running.write("PATCH", "/models/chat", {"description": "newer"})
+        assert (await running.get("/health"))["config"]["error"] is None
+    assert "Traceback" not in running.log()
+
+
 @pytest.mark.parametrize("kind", ["fifo", "device", "socket", "folder"])
 async def test_a_file_that_becomes_none_is_rejected_and_what_runs_goes_on(
     tmp_path: Path, port_start: int, kind: str

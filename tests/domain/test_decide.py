@@ -294,6 +294,13 @@ def test_the_pause_is_shorter_by_up_to_a_quarter() -> None:
     assert left(retry(backoff=2, jitter=1.0), 100.0) == 1.5
 
 
+def test_what_the_machine_lacks_is_waited_for_as_long_as_it_takes() -> None:
+    """Processes, say: no model is given up for that."""
+    lacking = replace(retry(30, max_failures=3, backoff=1, max_backoff=60), of_machine=True)
+    assert left(lacking, 100.0) == 60
+    assert left(replace(lacking, reason=Reason.COMMAND_NOT_FOUND), 100.0) is None
+
+
 def test_an_instance_is_given_up_after_so_many_failures_in_a_row() -> None:
     """The last one included; a policy that allows more, or less, counts as it is now."""
     assert left(retry(2, max_failures=3), 100.0) is not None

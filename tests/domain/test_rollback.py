@@ -79,10 +79,16 @@ def test_a_failure_with_the_new_spec_goes_back_to_the_good_one() -> None:
     assert (found.target, found.failed) == (OLD, CRASHED)
 
 
-@pytest.mark.parametrize("reason", [Reason.PORT_IN_USE, Reason.NOT_ENDED])
-def test_what_says_nothing_about_a_spec_does_not_go_back(reason: Reason) -> None:
-    """A port that is taken, an engine that lives on: the next try may do."""
-    found = changed().check_ended(None).update([one(NEW, State.LOADING, Diagnosis(reason, "by chance"))])
+@pytest.mark.parametrize(
+    "why",
+    [
+        Diagnosis(Reason.PORT_IN_USE, "by chance"), Diagnosis(Reason.NOT_ENDED, "by chance"),
+        Diagnosis(Reason.CRASHED, "no process can be made", of_machine=True),
+    ],
+)  # fmt: skip
+def test_what_says_nothing_about_a_spec_does_not_go_back(why: Diagnosis) -> None:
+    """A port that is taken, an engine that lives on, a machine that lacks something: the next try may do."""
+    found = changed().check_ended(None).update([one(NEW, State.LOADING, why)])
     assert (found.target, found.failed) == (NEW, None)
 
 

@@ -1,6 +1,7 @@
 """Where an adapter's path leads: folders, caches as the hub's client has them, downloads by a program beside vLLM."""
 
 import asyncio
+import errno
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from tests.fakes.running import GONE, state
 from vllm_proxy.domain.config import EngineSpec
+from vllm_proxy.engine import adapter_source
 from vllm_proxy.engine.adapter_source import AdapterError, AdapterSources, hub_cache
 from vllm_proxy.engine.program import Programs
 from vllm_proxy.engine.variables import Variables
@@ -62,6 +64,18 @@ async def test_a_path_is_a_folder_from_the_files(tmp_path: Path) -> None:
     snapshot(tmp_path / "hf/hub", "aaaa")
     for path, folder in (("./x", tmp_path / "x"), ("/srv/x", Path("/srv/x")), (ID, tmp_path / ID)):
         assert await it.find(spec(tmp_path), path, is_hub_id=False) == folder
+
+
+async def test_a_cache_that_may_not_be_looked_into_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be another user's."""
+
+    def refuse(_: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    snapshot(tmp_path / "hf/hub", "aaaa")
+    monkeypatch.setattr(adapter_source, "is_whole", refuse)
+    with pytest.raises(AdapterError, match=f"cannot look for adapter {ID} in .*/hub: Permission denied"):
+        await sources(tmp_path).find(spec(tmp_path), ID, is_hub_id=True)
 
 
 @pytest.mark.parametrize("path", ["../adapter", "org/../..", "-org/x", "org/adapter;x", "org", "a/b/c", ""])

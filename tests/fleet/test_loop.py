@@ -12,6 +12,7 @@ from tests.engine.virtual import FakeTenant, now, passes, settle, virtual
 from vllm_proxy.domain.config import EngineSpec, Policy, Restart
 from vllm_proxy.domain.decide import Decision, InstanceNow, ModelDecision, ModelNow, Snapshot, Wanted, decide
 from vllm_proxy.domain.devices import unmanaged
+from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason, State
 from vllm_proxy.domain.rollback import Rollback
 from vllm_proxy.fleet import loop as fleet_loop
@@ -357,7 +358,7 @@ async def again(
     failures: int = 1,
 ) -> tuple[bool, float]:
     """Whether an engine that failed is started again, and when."""
-    found = await loop.await_retry(instance, Reason.CRASHED, failures, lambda: restart, told)
+    found = await loop.await_retry(instance, Diagnosis(Reason.CRASHED, "x"), failures, lambda: restart, told)
     return found, now()
 
 
@@ -398,7 +399,9 @@ async def test_a_policy_that_changes_in_the_pause_counts_from_then_on() -> None:
     """A shorter pause ends at once where it is over; fewer tries than there were give up."""
     loop = begun()
     policy = Restart(backoff=1000, max_backoff=1000)
-    waits = asyncio.create_task(loop.await_retry("chat/0", Reason.CRASHED, 2, lambda: policy, lambda _: None))
+    waits = asyncio.create_task(
+        loop.await_retry("chat/0", Diagnosis(Reason.CRASHED, "x"), 2, lambda: policy, lambda _: None)
+    )
     await passes(10)
     assert not waits.done()
     policy = Restart(backoff=1, max_backoff=1000)
@@ -406,7 +409,9 @@ async def test_a_policy_that_changes_in_the_pause_counts_from_then_on() -> None:
     assert await waits is True
     assert now() == 10
     policy = Restart(backoff=1000, max_backoff=1000)
-    waits = asyncio.create_task(loop.await_retry("chat/0", Reason.CRASHED, 2, lambda: policy, lambda _: None))
+    waits = asyncio.create_task(
+        loop.await_retry("chat/0", Diagnosis(Reason.CRASHED, "x"), 2, lambda: policy, lambda _: None)
+    )
     await passes(10)
     policy = Restart(max_failures=2)
     loop.wake()

@@ -1,6 +1,7 @@
 """The life of one instance, in virtual time, between a fake launcher and a fake probe."""
 
 import asyncio
+import errno
 
 import pytest
 from structlog.testing import capture_logs
@@ -194,6 +195,24 @@ async def test_a_launch_that_fails_for_another_reason_is_tried_again() -> None:
     stage.launcher.refusal = None
     await stage.serving(chat)
     assert chat.restarts == 1
+
+
+@virtual
+async def test_a_machine_that_lacks_something_costs_no_model_however_long_it_takes() -> None:
+    """No processes, no room on a disk: it starts once there are again, and its own failures are counted apart."""
+    stage = Stage()
+    stage.launcher.refusal = LaunchError.of(BlockingIOError(errno.EAGAIN, "Resource unavailable"), "start a process")
+    chat = stage.supervisor(model(restart=Restart(max_failures=2, backoff=1, max_backoff=10)))
+    chat.start()
+    await passes(100)
+    assert (chat.state, chat.phase, reason(chat)) == (State.LOADING, Phase.BACKOFF, Reason.CRASHED)
+    assert chat.diagnosis is not None
+    assert chat.diagnosis.message.endswith("processes are limited by TasksMax= of the unit, or by ulimit -u")
+    assert 10 < chat.restarts < 20, "at most ten seconds between two tries"
+    stage.launcher.refusal = None
+    await fail(stage, 1)
+    await stage.until(lambda: chat.phase is Phase.BACKOFF)
+    await stage.serving(chat)
 
 
 @virtual

@@ -216,6 +216,20 @@ async def test_a_look_that_fails_does_not_end_the_watch(tmp_path: Path) -> None:
     assert [entry["task"] for entry in logs] == ["watch"]
 
 
+async def test_a_folder_that_may_not_be_looked_at_does_not_end_the_watch(tmp_path: Path) -> None:
+    """An adapter's, in a place that is closed to this user: the file is followed all the same."""
+    file, closed = tmp_path / "models.toml", tmp_path / ("x" * 300) / "adapter"  # refused to root too
+    file.write_text("0")
+    found = Watched(file)
+    with capture_logs() as logs:
+        task = keep_running(partial(watch, lambda: [file, closed], found.changed, lambda: found.adopted, 0.1), "watch")
+        file.write_text("1")
+        await found.reads("1")
+        task.cancel()
+        await asyncio.wait({task})
+    assert logs == []
+
+
 async def test_where_nothing_can_be_watched_the_file_is_looked_at(tmp_path: Path) -> None:
     """All of the user's inotify instances are taken: it is said, and changes are seen all the same."""
     file = tmp_path / "models.toml"

@@ -8,12 +8,19 @@ from pathlib import Path
 import pytest
 
 from vllm_proxy.places import short_name
-from vllm_proxy.runtime.regular_file import MOST_BYTES, UnusableFileError, read_regular_file
+from vllm_proxy.runtime.regular_file import MOST_BYTES, UnusableFileError, is_missing, read_regular_file
 
 
 def descriptors() -> int:
     """How many this process has open."""
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_what_may_not_be_looked_at_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    """It may be there; whoever reads it is told what stands in the way."""
+    assert is_missing(tmp_path / "none")
+    assert not is_missing(tmp_path)
+    assert not is_missing(tmp_path / ("x" * 300))
 
 
 def device(path: Path) -> None:

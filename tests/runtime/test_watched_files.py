@@ -62,6 +62,16 @@ def test_a_folder_is_read_as_far_as_it_goes(folder: Path, tmp_path: Path) -> Non
     assert "FIFO" in (adapter_folder(folder).problem or "")
 
 
+def test_what_may_not_be_looked_at_is_no_folder(tmp_path: Path) -> None:
+    """As in one that is closed to this user; such a question has an answer and is no failure of who asks."""
+    closed = tmp_path / ("x" * 300)  # refused by the system in the same way, to root too
+    for folder in (closed, closed / "adapter"):
+        assert adapter_folder(folder) == AdapterFolder(
+            problem="its folder cannot be looked at: File name too long", has_place=True
+        )
+        assert revision_at(folder) == ""
+
+
 def test_a_folder_or_a_configuration_without_end_is_not_read(folder: Path) -> None:
     """Somebody's home is no adapter."""
     (folder / "adapter_config.json").write_bytes(b" " * (2**20 + 1))

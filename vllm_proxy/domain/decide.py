@@ -98,6 +98,7 @@ class Retry:
     since: float  # of the loop's clock
     jitter: float
     restart: Restart
+    of_machine: bool = False  # the machine lacks something, for now: never given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +276,8 @@ def _strategy(model: ModelNow, target: EngineSpec) -> Strategy:
 
 
 def _next_try(retry: Retry, time: float) -> float | None:
-    if retry.reason in lifecycle.FINAL or retry.failures >= retry.restart.max_failures:
+    is_last = retry.failures >= retry.restart.max_failures and not retry.of_machine
+    if retry.reason in lifecycle.FINAL or is_last:
         return None
     restart = retry.restart
     pause = lifecycle.backoff_seconds(retry.failures, restart.backoff, restart.max_backoff, retry.jitter)

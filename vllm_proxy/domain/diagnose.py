@@ -38,11 +38,14 @@ class Diagnosis:
     """Why an engine is not there. `message` is for people.
 
     `changes`: of its model, each of which would mend it as far as vLLM has said; of two keys that say the same, both.
+
+    `of_machine`: the machine lacks what any engine needs, for now; it says nothing about the model.
     """
 
     reason: Reason
     message: str
     changes: tuple[Change, ...] = ()
+    of_machine: bool = False
 
     def masked(self, mask: Callable[[str], str]) -> "Diagnosis":
         """With the secrets in its message hidden."""

@@ -12,7 +12,7 @@ from vllm_proxy.domain.config import EngineSpec
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Reason, State
 
-_BY_CHANCE = frozenset({Reason.PORT_IN_USE, Reason.NOT_ENDED})  # says nothing about the spec
+_BY_CHANCE = frozenset({Reason.PORT_IN_USE, Reason.NOT_ENDED})
 _GOOD = frozenset({State.READY, State.SLEEPING})  # it serves, or has served
 _IDLE = frozenset({State.STOPPED, State.UNLOADING})
 
@@ -69,7 +69,7 @@ class Rollback:
         if now.good in (None, now.wanted) or now.failed or now.needs_check:
             return now
         failures = (one.failure for one in attempts if one.engine == now.wanted)
-        return replace(now, failed=next((why for why in failures if why and why.reason not in _BY_CHANCE), None))
+        return replace(now, failed=next((why for why in failures if why and not _is_by_chance(why)), None))
 
     def _with_good(self, attempts: Sequence[Attempt]) -> "Rollback":
         active = [one for one in attempts if one.state not in _IDLE]
@@ -82,3 +82,8 @@ class Rollback:
         if active and all(one.state is State.ERROR and one.engine == now.good for one in active):
             now = replace(now, good=None, failed=None)  # it is good no more
         return now
+
+
+def _is_by_chance(why: Diagnosis) -> bool:
+    """Whether it says nothing about the spec."""
+    return why.of_machine or why.reason in _BY_CHANCE

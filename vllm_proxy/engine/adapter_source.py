@@ -76,6 +76,8 @@ class AdapterSources:
         except TimeoutError:
             msg = f"cannot find adapter {path}: the disk of {cache} has not answered for {_DISK_SECONDS:g} s"
             raise AdapterError(msg) from None
+        except OSError as error:  # it may be another user's
+            raise AdapterError(f"cannot look for adapter {path} in {cache}: {error.strerror or error}") from None
 
     async def _environment(self, spec: EngineSpec) -> dict[str, str]:
         """The engine's, as far as the hub's client is concerned."""

@@ -278,7 +278,7 @@ class Launcher:
         try:
             folder = scratch.make(self.scratch, self.state.path)
         except OSError as error:
-            raise LaunchError(Reason.CRASHED, f"cannot make a temporary folder for an engine: {error}") from error
+            raise LaunchError.of(error, "make a temporary folder for an engine") from error
         taken.callback(files.remove_tree, Path(folder))
         address = UnixAddress(f"{folder}/{SOCKET}") if port is None else TcpAddress(HOST, port)
         own_name, credential = f"engine-{secrets.token_hex(8)}", secrets.token_urlsafe(24)
@@ -290,7 +290,7 @@ class Launcher:
         except NoPortError as error:
             raise LaunchError(Reason.PORT_IN_USE, str(error)) from error
         except OSError as error:
-            raise LaunchError(Reason.CRASHED, f"cannot look for a port for an engine: {error}") from error
+            raise LaunchError.of(error, "look for a port for an engine") from error
         taken.callback(self.ports.release, port)
         return port
 
@@ -309,7 +309,7 @@ class Launcher:
             log_start = logs.size_of(log_file.path)
             process = EngineProcess.spawn(argv, env, self.programs.folder, log_file.path)
         except OSError as error:
-            raise LaunchError(Reason.CRASHED, f"cannot start a process: {error}") from error
+            raise LaunchError.of(error, "start a process") from error
         if log_file.problem:
             log.warning("an engine's output is passed on alone", instance=place.instance, why=log_file.problem)
         record = EngineRecord(

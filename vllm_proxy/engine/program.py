@@ -3,6 +3,7 @@
 A relative path begins at the folder of the configuration file, which is also the working directory of engines.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,30 @@ from vllm_proxy.domain.lifecycle import Reason
 from vllm_proxy.engine.options import python_of
 from vllm_proxy.errors import VllmProxyError
 
+# What the machine may lack for a while, and where that is set.
+_SHORTAGES = {
+    errno.EAGAIN: "processes are limited by TasksMax= of the unit, or by ulimit -u",
+    errno.ENOMEM: "the machine has no memory left, or ulimit -v limits it",
+    errno.EMFILE: "open files are limited by LimitNOFILE= of the unit, or by ulimit -n",
+    errno.ENFILE: "the machine has as many open files as fs.file-max allows",
+    errno.ENOSPC: "make room on that disk",
+    errno.EDQUOT: "make room within the disk's quota",
+}
+
 
 class LaunchError(VllmProxyError):
     """An engine could not even be started."""
 
-    def __init__(self, reason: Reason, message: str) -> None:
+    def __init__(self, reason: Reason, message: str, *, of_machine: bool = False) -> None:
         super().__init__(message)
-        self.diagnosis = Diagnosis(reason, message)
+        self.diagnosis = Diagnosis(reason, message, of_machine=of_machine)
+
+    @classmethod
+    def of(cls, error: OSError, what: str) -> "LaunchError":
+        """What could not be done, and where the machine lacks something for it, which limit that may be."""
+        hint = _SHORTAGES.get(error.errno or 0)
+        message = f"cannot {what}: {error}"
+        return cls(Reason.CRASHED, f"{message}; {hint}" if hint else message, of_machine=hint is not None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from vllm_proxy.domain.references import AdapterFolder, Files
 from vllm_proxy.errors import ConfigError, Problem, RequestError
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.runtime.referenced import ReferencedFiles
+from vllm_proxy.runtime.regular_file import is_missing
 
 type Edit = Callable[[bytes], bytes]  # called in a thread
 type KeyEdit = Callable[[KeyTexts], KeyTexts]  # called in a thread
@@ -70,7 +71,7 @@ def edited(
         RequestError: `revision_mismatch`, or what `edit` raises.
 
     """
-    before = b"" if adopted is None and not store.file.exists() else read(store)
+    before = b"" if adopted is None and is_missing(store.file) else read(store)
     if adopted not in {None, revision_of(before)}:
         parse(before)  # what is wrong with it already is reported as such
     if if_match is not None and if_match != (revision := revision_of(before)):

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from vllm_proxy.domain.config import Restart
 from vllm_proxy.domain.decide import Decision, ModelDecision, ModelNow, Retry, Snapshot, decide
-from vllm_proxy.domain.lifecycle import Reason
+from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.fleet.faults import Faults
 from vllm_proxy.fleet.managed import Machines, Unmanaged
 from vllm_proxy.fleet.room import Room
@@ -167,7 +167,7 @@ class FleetLoop:
     async def await_retry(
         self,
         instance: str,
-        reason: Reason,
+        why: Diagnosis,
         failures: int,
         restart: Callable[[], Restart],
         on_retry: Callable[[float], None],
@@ -177,7 +177,8 @@ class FleetLoop:
         `restart`: the policy, which may change meanwhile. `on_retry`: called once with the seconds that this takes.
         """
         since, jitter = asyncio.get_running_loop().time(), random.random()  # noqa: S311 - no secret
-        failure = _PendingRetry(Retry(instance, reason, failures, since, jitter, restart()), restart, on_retry)
+        retry = Retry(instance, why.reason, failures, since, jitter, restart(), why.of_machine)
+        failure = _PendingRetry(retry, restart, on_retry)
         self._retries.append(failure)
         self.wake()
         try:

@@ -15,6 +15,7 @@ from vllm_proxy.domain.secrets import show
 from vllm_proxy.domain.toml import KeyPath
 from vllm_proxy.engine.find import find_vllm
 from vllm_proxy.engine.program import LaunchError, Programs
+from vllm_proxy.runtime.regular_file import is_missing
 
 type Found = tuple[KeyPath, str]  # where, what
 
@@ -67,7 +68,7 @@ def _of_paths(model: ModelSpec, folder: Path) -> Iterator[Found]:
     for key, value in texts.items():
         if isinstance(value, str) and value.startswith("~/"):
             yield key, _no_shell(value)
-    if spec.model.startswith(("/", "./", "../")) and _is_missing(folder / spec.model):
+    if spec.model.startswith(("/", "./", "../")) and is_missing(folder / spec.model):
         yield ("model",), f"there is no {spec.model}"
 
 
@@ -79,22 +80,14 @@ def _of_adapters(model: ModelSpec, folder: Path) -> Iterator[Found]:
             continue
         if one.path.startswith("~/"):
             yield key, _no_shell(one.path)
-        elif _is_missing(folder / one.path):
+        elif is_missing(folder / one.path):
             yield key, f"there is no folder {one.path}"
-        elif _is_missing(folder / one.path / CONFIG):
+        elif is_missing(folder / one.path / CONFIG):
             yield key, f"there is no {CONFIG} in {one.path}"
 
 
 def _no_shell(path: str) -> str:
     return f"no shell replaces the ~ of {path}: write the whole path"
-
-
-def _is_missing(path: Path) -> bool:
-    """Whether that is certain: engines may see what this user does not."""
-    try:
-        return not path.exists()
-    except OSError:
-        return False
 
 
 def _of_command(model: ModelSpec, programs: Programs) -> Iterator[Found]:
@@ -165,7 +158,7 @@ def _of_idle_timeouts(models: Sequence[ModelSpec]) -> Iterator[Found]:
 def _of_name(model: ModelSpec, folder: Path) -> Iterator[Found]:
     name = model.engine.model
     is_tag = ":" in name and "/" not in name
-    if (is_tag or any(map(str.isspace, name))) and _is_missing(folder / name):
+    if (is_tag or any(map(str.isspace, name))) and is_missing(folder / name):
         of_others = "; names of Ollama are not known here" if is_tag else ""
         message = f'{show(name)} is no Hugging Face id and no folder{of_others}: write one such as "Qwen/Qwen3-8B"'
         yield ("models", model.id, "model") if "model" in model.written else ("defaults", "model"), message

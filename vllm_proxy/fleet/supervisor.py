@@ -62,7 +62,7 @@ class Supervisor(Instance):
         super().__init__(spec, index, history, changed, wanted_since)
         self._shared = shared
         self._adapters = adapters
-        self._failures = 0
+        self._failures = {False: 0, True: 0}  # in a row; of a machine that lacks something apart
         self._engine_alive = False  # whether an engine of it, or a process of one, lives
         self._task: asyncio.Task[None] | None = None
         self._to_sleep = False
@@ -70,7 +70,7 @@ class Supervisor(Instance):
 
     def start(self, record: EngineRecord | None = None) -> None:
         """Begin to run, with an engine of an earlier daemon where there is one. Returns at once."""
-        self._failures = 0
+        self._failures = {False: 0, True: 0}
         self.diagnosis = self._failure = None
         self.has_room = False
         if record is not None:  # it holds what it has before anybody asks
@@ -213,7 +213,7 @@ class Supervisor(Instance):
 
     async def _await_retry(self, failure: Diagnosis) -> bool:
         """Wait out the backoff before a retry; False when the instance stays in `error`."""
-        self._failures += 1
+        self._failures[failure.of_machine] += 1
 
         def on_retry(seconds: float) -> None:
             log.warning("the engine failed and is started again", instance=self.name, reason=failure.reason,
@@ -221,13 +221,13 @@ class Supervisor(Instance):
             self._notify(Phase.BACKOFF)
 
         again = await self._shared.loop.await_retry(
-            self.name, failure.reason, self._failures, lambda: self.spec.policy.restart, on_retry
+            self.name, failure, self._failures[failure.of_machine], lambda: self.spec.policy.restart, on_retry
         )
         if again:
             self.restarts += 1
         else:
             log.error("the instance rests in error", instance=self.name, reason=failure.reason,
-                      message=failure.message, failures=self._failures)  # fmt: skip
+                      message=failure.message, failures=self._failures[False])  # fmt: skip
             self._transition(Event.GAVE_UP)
         return again
 
@@ -338,7 +338,7 @@ class Supervisor(Instance):
                             raise
                 registry.withdraw_endpoint(self.spec.id, endpoint)  # before anything else, and before any notification
                 if clock.elapsed(since) > self.spec.policy.restart.max_backoff:
-                    self._failures = 0  # it served for a while: earlier failures do not count
+                    self._failures = {False: 0, True: 0}  # it served for a while: earlier failures do not count
                 stalled = None if engine.exited.done() else stalling.result()
                 if stalled is not None:
                     endpoint.pool.close()  # its requests in flight fail now

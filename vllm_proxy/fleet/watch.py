@@ -22,6 +22,7 @@ from vllm_proxy.domain.adapters import CONFIG, WEIGHTS
 from vllm_proxy.domain.config import fingerprint
 from vllm_proxy.runtime import clock
 from vllm_proxy.runtime.background import run_once, spawn
+from vllm_proxy.runtime.regular_file import is_folder
 from vllm_proxy.runtime.threads import Offload, can_make_threads
 from vllm_proxy.runtime.watched_files import revision_at
 
@@ -193,4 +194,4 @@ def _scan(files: Sequence[Path]) -> _Scan:
 
 def _in_folder(file: Path) -> set[str]:
     """Of the folder of an adapter, what an event is expected for; other files of it are left to the poll."""
-    return {os.path.abspath(file / name) for name in (CONFIG, *WEIGHTS)} if file.is_dir() else set()  # noqa: PTH100
+    return {os.path.abspath(file / name) for name in (CONFIG, *WEIGHTS)} if is_folder(file) else set()  # noqa: PTH100

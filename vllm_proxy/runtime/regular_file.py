@@ -27,6 +27,22 @@ class UnusableFileError(OSError):
     """It is there, and cannot be read as a file is. `strerror` says why."""
 
 
+def is_missing(path: Path) -> bool:
+    """Whether that is certain: in a folder that is closed to this user something may be there."""
+    try:
+        return not path.exists()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, as far as this user may look; `Path.is_dir` raises where that is not far enough."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def refuse_special(found: os.stat_result) -> None:
     """Nothing for a regular file.
 

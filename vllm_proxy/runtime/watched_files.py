@@ -11,7 +11,7 @@ from pathlib import Path
 from vllm_proxy.domain.adapters import CONFIG
 from vllm_proxy.domain.config import revision_of
 from vllm_proxy.domain.references import AdapterFolder
-from vllm_proxy.runtime.regular_file import read_regular_file
+from vllm_proxy.runtime.regular_file import is_folder, read_regular_file
 
 _MOST_FILES = 1000  # of one folder
 _MOST_CONFIG_BYTES = 2**20
@@ -20,15 +20,18 @@ _MOST_CONFIG_BYTES = 2**20
 def revision_at(path: Path) -> str:
     """Of what is there, "" where that cannot be read."""
     try:
-        return _of_folder(path) if path.is_dir() else revision_of(read_regular_file(path))
+        return _of_folder(path) if is_folder(path) else revision_of(read_regular_file(path))
     except OSError:
         return ""
 
 
 def adapter_folder(path: Path) -> AdapterFolder:
     """What is in the folder of an adapter."""
-    if not path.is_dir():
-        return AdapterFolder(problem="there is no such folder", has_place=path.parent.is_dir())
+    try:
+        if not path.is_dir():
+            return AdapterFolder(problem="there is no such folder", has_place=is_folder(path.parent))
+    except OSError as error:
+        return AdapterFolder(problem=f"its folder cannot be looked at: {error.strerror}", has_place=True)
     if not (revision := revision_at(path)):
         return AdapterFolder(problem=f"its folder cannot be read, or has more than {_MOST_FILES} files")
     try:
