@@ -186,6 +186,16 @@ def test_check_of_a_missing_file_says_how_to_get_one(folder: Path, capsys: pytes
     )
 
 
+def test_a_link_to_nowhere_is_told_as_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By `check`, and by `init`, which cannot write a first file there."""
+    (folder / "models.toml").symlink_to("../gone.toml")
+    why = "it is a link to ../gone.toml, which is not there"
+    assert run(["check"]) == 78
+    assert capsys.readouterr().out == f"{folder}/models.toml: cannot read it: No such file or directory; {why}\n"
+    assert run(["init"]) == 1
+    assert capsys.readouterr().err.startswith(f"vllm-proxy: cannot write {folder}/models.toml: {why}; choose another")
+
+
 def test_check_of_a_folder_is_a_problem_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What cannot be read as a file is no traceback."""
     assert run(["check", "-c", str(folder)]) == 78

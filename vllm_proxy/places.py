@@ -82,8 +82,15 @@ def read_config_file(file: Path) -> bytes:
     try:
         return read_regular_file(file)
     except OSError as error:
-        hint = _HINTS.get(type(error), "")
+        hint = f"; {dangling}" if (dangling := dangling_link(file)) else _HINTS.get(type(error), "")
         raise ConfigError(str(file), [Problem(0, "", f"cannot read it: {error.strerror}{hint}")]) from None
+
+
+def dangling_link(file: Path) -> str | None:
+    """What to say of a link to nowhere; None: it is none."""
+    if os.path.islink(file) and not os.path.lexists(os.path.realpath(file)):  # noqa: PTH114 - these never raise
+        return f"it is a link to {os.readlink(file)}, which is not there"  # noqa: PTH115
+    return None
 
 
 @contextlib.contextmanager

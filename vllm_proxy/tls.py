@@ -194,6 +194,8 @@ class Certificate:
         self.error = error
         if error is not None:
             log.error("the certificate is rejected, the one before stays in force", problem=error)
+        else:
+            log.info("the certificate is accepted again")
         notify(self._listeners)
 
 

@@ -191,6 +191,7 @@ async def test_an_invalid_file_changes_nothing_and_is_seen_everywhere(tmp_path: 
         running.edit("-1", "4096")
         await running.eventually("/health", lambda health: health["config"]["error"] is None)
         await running.until(lambda status: "rejected" not in status)
+        await running.logged("the configuration is again what runs")
         listening.cancel()
 
 

@@ -113,6 +113,7 @@ async def test_a_pair_that_cannot_be_used_keeps_the_one_before_and_is_shown(
     assert (health["error"], health["config"]["certificate_error"]) == (False, None)
     await shared.until("1 of 1 models ready")
     assert shared.log().count("the certificate is rejected") == 1
+    await shared.logged("the certificate is accepted again")
     assert made["two"].key.read_text().splitlines()[1] not in shared.log()
 
 

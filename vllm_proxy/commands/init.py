@@ -9,6 +9,7 @@ from pathlib import Path
 from vllm_proxy.commands.outcome import OK
 from vllm_proxy.commands.output import write
 from vllm_proxy.errors import StartupError
+from vllm_proxy.places import dangling_link
 
 
 def run(options: argparse.Namespace) -> int:
@@ -21,7 +22,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         _write_new(file, text)
     except FileExistsError:
-        msg = f"cannot write {file}: it exists already; choose another place with --config"
+        why = dangling_link(file) or "it exists already"
+        msg = f"cannot write {file}: {why}; choose another place with --config"
         raise StartupError(msg) from None
     except OSError as error:
         msg = f"cannot write {file}: {error.strerror}; choose another place with --config"

@@ -283,6 +283,7 @@ class Desired:
         if config is None:
             if self.rejected is not None:  # it was broken, and is again what runs
                 self.rejected = None
+                log.info("the configuration is again what runs", revision=self.reconciler.config.revision)
                 notify(self._listeners, Outcome(self.reconciler.config.revision, ()))
             return Outcome(self.reconciler.config.revision, ())
         return await self._adopt(config)

@@ -122,7 +122,8 @@ class UsageLedger:
         except TimeoutError:
             self._set_problem(_NO_ANSWER)
         if self._waiting:
-            log.error("what keys have used in the last seconds is lost", file=str(self._file.path), why=self.problem,
+            log.error("what keys have used since it was last written is lost",
+                      file=str(self._file.path), why=self.problem,
                       requests=sum(counts.requests for counts in self._waiting.values()))  # fmt: skip
         else:
             await self._offload(self._file.close)
