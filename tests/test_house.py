@@ -100,6 +100,7 @@ CALLBACKS = {
     ("demo/watch.py", "call_later"),  # the next line on the terminal, which only tells
     ("daemon.py", "add_signal_handler"),  # three that set events
     ("runtime/background.py", "add_done_callback"),  # a set
+    ("engine/state_files.py", "call_later"),  # the next change of the state writes it
     ("engine/check.py", "add_done_callback"),  # a set
     ("runtime/clock.py", "call_later"),  # the next beat is set first
     ("runtime/exclusive.py", "add_done_callback"),  # a set

@@ -22,6 +22,7 @@ WRONG: dict[str, Any] = {
     "not_ended": ["chat/7"],
     "devices": {"managed": 0, "problem": "the driver does not answer"},
     "usage": {"error": "the disk is full"},
+    "state": {"error": "the folder is gone"},
     "config": {"certificate_error": "no such pair"},
 }
 
@@ -126,13 +127,14 @@ async def test_what_is_wrong_with_the_daemon_itself_is_told(page: Page, fleet: D
         f" Promise.resolve(new Response({json.dumps(json.dumps(health | wrong))})) : real(url, options)"
         " })(window.fetch)"
     )
-    await page.until(has(".connection", "live · 6 problems"))
+    await page.until(has(".connection", "live · 7 problems"))
     boxes = await page.evaluate(BOXES)
     for text, remedy in (
         ("no such pair", "vllm-proxy reload"),
         ("chat/7: an engine could not be ended", "not_ended"),
         ("the driver does not answer", "scheduling"),
         ("the disk is full", "limits"),
+        ("the folder is gone", "operating"),
     ):
         assert text in told
         assert remedy in told

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from tests.fakes.ledger import GIB, Devices
-from tests.harness import FAKE, Daemon, daemon, fake_engines, session_of, until
+from tests.harness import FAKE, Daemon, daemon, fake_engines, session_of, until, vllm_proxy
 from vllm_proxy.engine.proc import Process, look_up
 
 ASK = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
@@ -474,11 +475,19 @@ async def segments_on_record(running: Daemon) -> list[str]:
 
 
 async def test_a_disk_that_is_full_costs_the_record_and_no_engine(tmp_path: Path, port_start: int) -> None:
-    """The state cannot be written: that is logged, and every model starts and serves."""
-    (tmp_path / "state" / "engines.toml").mkdir(parents=True)  # what a full disk does to a write
+    """The state cannot be written: that is shown, and every model serves; once it can be, the next daemon finds all."""
+    file = tmp_path / "state" / "engines.toml"
+    file.mkdir(parents=True)  # what a full disk does to a write
     async with beside_a_neighbour(tmp_path, port_start, chat()) as running:
         assert (await running.post("/v1/chat/completions", ASK))["object"] == "chat.completion"
         await running.logged("the state cannot be written")
+        health = await running.get("/health")
+        assert (health["error"], health["state"]["error"]) == (True, f"cannot write {file}: Is a directory")
+        assert f"the record of engines: cannot write {file}" in (await vllm_proxy(running.folder, "status"))[1]
+        file.rmdir()
+        health = await running.eventually("/health", lambda found: found["state"]["error"] is None)
+        assert not health["error"]
+        assert {entry["instance"] for entry in tomllib.loads(file.read_text())["engines"]} >= {"chat/0"}
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,15 @@ def health(
             "status": "ok",
             "version": __version__,
             "models": {state: states[state] for state in State},
-            "error": bool(
-                desired.rejected or certificate.error or reconciler.not_ended() or machines.problem or ledger.problem
+            "error": any(
+                [
+                    desired.rejected,
+                    certificate.error,
+                    reconciler.not_ended(),
+                    machines.problem,
+                    ledger.problem,
+                    reconciler.state_problem,
+                ]
             ),
         }
         if Scope.READ not in caller_of(request).scopes:
@@ -80,6 +87,7 @@ def health(
             "not_ended": list(reconciler.not_ended()),
             "devices": {"managed": _managed(machines.machine()), "problem": machines.problem},
             "usage": {"error": ledger.problem},
+            "state": {"error": reconciler.state_problem},
             "config": {
                 "file": str(desired.file),
                 "sockets_are_given": desired.address_is_given,

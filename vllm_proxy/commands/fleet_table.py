@@ -196,6 +196,8 @@ def _of_the_daemon(health: "Health") -> Iterable[tuple[str, str]]:
         yield f"devices: {devices['problem']}", "vllm-proxy help scheduling"
     if (usage := health.get("usage")) and usage["error"]:
         yield f"usage: {usage['error']}", "vllm-proxy help limits"
+    if (state := health.get("state")) and state["error"]:
+        yield f"the record of engines: {state['error']}", "vllm-proxy help operating"
 
 
 def _rate(value: float | None) -> str:

@@ -15,7 +15,7 @@ from vllm_proxy.domain import keys
 from vllm_proxy.domain.device_resources import DevicesHealth
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
 from vllm_proxy.domain.plan import Action, Kind, Prospect
-from vllm_proxy.domain.usage_resources import UsageHealth
+from vllm_proxy.domain.usage_resources import DiskHealth
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
@@ -216,7 +216,7 @@ class Health(TypedDict):
         bool,
         Field(
             description="Whether the file or the certificate is refused, an engine could not be ended, the devices "
-            "cannot be measured, or what keys use cannot be written to disk."
+            "cannot be measured, or what keys use, or the record of engines, cannot be written to disk."
         ),
     ]
     not_ended: NotRequired[
@@ -225,7 +225,8 @@ class Health(TypedDict):
         ]
     ]
     devices: NotRequired[Annotated[DevicesHealth, Field(description="For who may read.")]]
-    usage: NotRequired[Annotated[UsageHealth, Field(description="For who may read.")]]
+    usage: NotRequired[Annotated[DiskHealth, Field(description="For who may read.")]]
+    state: NotRequired[Annotated[DiskHealth, Field(description="For who may read.")]]
     config: NotRequired[Annotated[ConfigHealth, Field(description="The file. For who may read.")]]
 
 

@@ -41,8 +41,8 @@ Usage = TypedDict(
 Usage.__doc__ = "What was used."
 
 
-class UsageHealth(TypedDict):
-    """What keys have used, as it is kept on disk."""
+class DiskHealth(TypedDict):
+    """Something that is kept on disk: what keys have used, the record of engines."""
 
     error: Annotated[
         str | None,

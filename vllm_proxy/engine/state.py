@@ -20,7 +20,6 @@ from urllib.parse import quote
 
 import msgspec
 import structlog
-import tomli_w
 
 from vllm_proxy.domain.adapters import Lora
 from vllm_proxy.domain.address import TcpAddress, UnixAddress, parse_address
@@ -33,6 +32,7 @@ from vllm_proxy.engine.learned import Learned
 from vllm_proxy.engine.ownership import Identity
 from vllm_proxy.engine.ports import HOST
 from vllm_proxy.engine.proc import PID_LIMIT, boot_id, pid_namespace
+from vllm_proxy.engine.state_files import StateFiles
 from vllm_proxy.errors import StartupError
 from vllm_proxy.runtime import files
 
@@ -150,9 +150,10 @@ class StateDirectory:
         self.file = path / "engines.toml"  # the records
         self._records: dict[str, EngineRecord] = {}
         self._kept: list[object] = []  # entries that are not acted on, as they were read
-        self._starts = Learned(path / "starts.toml", "seconds", _STARTS_KEPT, self._replace)
-        self._memory = Learned(path / "memory.toml", "bytes", 1, self._replace)
-        self._residues = Learned(path / "residues.toml", "bytes", 1, self._replace)
+        self._files = StateFiles(lambda: files.refuse_replaced(self._lock, path / "lock"))
+        self._starts = Learned(path / "starts.toml", "seconds", _STARTS_KEPT, self._files.replace)
+        self._memory = Learned(path / "memory.toml", "bytes", 1, self._files.replace)
+        self._residues = Learned(path / "residues.toml", "bytes", 1, self._files.replace)
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
@@ -177,7 +178,13 @@ class StateDirectory:
 
     def __exit__(self, *_: object) -> None:
         assert self._lock is not None
+        self._files.close()
         os.close(self._lock)
+
+    @property
+    def problem(self) -> str | None:
+        """Why some of it is not on disk: it is held in memory meanwhile, and a later daemon would not know of it."""
+        return self._files.problem
 
     def log_file(self, instance: str) -> Path:
         """Where the output of an instance goes."""
@@ -297,15 +304,7 @@ class StateDirectory:
     def _write(self) -> None:
         here = pid_namespace()
         engines = [_written(record) | {_NAMESPACE: here} for record in self._records.values()]
-        self._replace(self.file, {"boot_id": boot_id(), "engines": [*engines, *self._kept]})
-
-    def _replace(self, file: Path, document: Mapping[str, object]) -> None:
-        try:
-            files.refuse_replaced(self._lock, self.path / "lock")
-            # Not worth an fsync each: what a crash of the machine destroys, no later boot could use.
-            files.replace_file(file, tomli_w.dumps(document).encode(), durable=False)
-        except OSError as error:
-            log.error("the state cannot be written", file=str(file), error=str(error))
+        self._files.replace(self.file, {"boot_id": boot_id(), "engines": [*engines, *self._kept]})
 
 
 def _newest(learned: Learned, spec: str) -> int | None:

@@ -246,6 +246,11 @@ class Reconciler:
         end = partial(self._shared.launcher.end_orphan, record, Orphan(leftover, changed))
         return run_once(end, f"end of {record.instance}", lambda: leftover.failed("a fault of the daemon: see its log"))
 
+    @property
+    def state_problem(self) -> str | None:
+        """Why the record of engines, or what they taught, is not on disk; None: it is."""
+        return self._state.problem
+
     def not_ended(self) -> dict[str, str]:
         """The instances whose engines could not be ended, those of an earlier daemon included, and why."""
         return self.room.not_ended()

@@ -50,7 +50,7 @@ function* ofTheFile({ problems: refused, pending_restart: waits }, { config }) {
 }
 
 // Of the daemon itself, as `vllm-proxy status` tells it; who may not read gets none of it.
-function* ofTheDaemon({ config, not_ended: left = [], devices, usage }) {
+function* ofTheDaemon({ config, not_ended: left = [], devices, usage, state }) {
   if (config?.certificate_error) {
     const text = `The certificate on disk is rejected: ${config.certificate_error}`;
     yield { id: "/certificate", mild: false, code: "security", text, next: "vllm-proxy reload" };
@@ -64,6 +64,9 @@ function* ofTheDaemon({ config, not_ended: left = [], devices, usage }) {
     yield { id: "/devices", mild: false, code: "scheduling", text, to: "#/devices" };
   }
   if (usage?.error) yield { id: "/usage", mild: false, code: "limits", text: `Usage: ${usage.error}`, to: "#/usage" };
+  if (state?.error) {
+    yield { id: "/state", mild: false, code: "operating", text: `The record of engines: ${state.error}` };
+  }
 }
 
 // Why a model is not what the file asks for, its own reason or that of a replica beside others that are ready; or null.
