@@ -48,6 +48,7 @@ from vllm_proxy.fleet.desired import Desired
 from vllm_proxy.fleet.loop import FleetLoop
 from vllm_proxy.fleet.managed import Managed, host_total
 from vllm_proxy.fleet.objections import Hardware
+from vllm_proxy.fleet.old_logs import remove_old_logs
 from vllm_proxy.fleet.reconciler import Reconciler
 from vllm_proxy.fleet.store import Store
 from vllm_proxy.fleet.usage_ledger import UsageLedger, keeping_usage
@@ -117,8 +118,7 @@ async def serve(
         stack.enter_context(clock.Pulse())
         state = stack.enter_context(StateDirectory(settings.state_dir, settings.scratch))
         await asyncio.to_thread(scratch.sweep, settings.scratch, settings.state_dir)
-        reaping = keep_running(reap_orphans, "reaping of orphans")
-        stack.callback(reaping.cancel)
+        stack.callback(keep_running(reap_orphans, "reaping of orphans").cancel)
         held = inherited(inherited_sockets(os.environ), config.server)
         if held:
             note = log.warning if {"host", "port", "listen"} & config.server.model_fields_set else log.info
@@ -136,6 +136,7 @@ async def serve(
         await launcher.variables.follow(config)
         await _follow_devices(managed, shared.loop, stack)
         reconciler = Reconciler(config, shared, state, launcher.fingerprint)
+        stack.callback(keep_running(partial(remove_old_logs, reconciler, settings.state_dir), "old logs").cancel)
         keyring = Keyring(config)
         store = Store(settings.config_file)
         store.tidy()

@@ -19,7 +19,7 @@ def cost(calls: int = _CALLS, rounds: int = _ROUNDS) -> dict[str, float]:
     now, epoch = time.monotonic(), time.time()
     one = Budgets([Window(_RATE, now)])
     two = Budgets([Window(_RATE, now), Window(_RATE, now, "bench*")])
-    quotas = Budgets(two.windows, [Quota("day", 10**9, 0, epoch), Quota("month", 10**9, 0, epoch)])
+    quotas = Budgets(two.windows, [Quota("day", 10**9, int, epoch), Quota("month", 10**9, int, epoch)])
     full = Budgets([Window(Rate(1, 1), now)])
     admit(full, 1, 0, now, epoch, bounded=True)
     fair = FairShare()

@@ -1,5 +1,6 @@
 """A disk that is full or read-only, and folders that are gone: models stay, and what is lost is said."""
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 
 from tests.daemon.test_faults import ASK, QUICK
 from tests.engine.test_ports import kernel_tells
-from tests.harness import daemon, fake_engines, free_port, session_of, vllm_proxy
+from tests.harness import daemon, fake_engines, free_port, session_of, until, vllm_proxy
 
 CHAT = '[models.chat]\nmodel = "org/chat"\n'
 
@@ -137,6 +138,21 @@ async def test_a_logs_folder_that_was_removed_is_made_anew_by_the_next_engine(tm
         one = await running.once("chat", lambda one: ready(one) and one["pid"] != first["pid"])
         assert one["message"] is None
         assert (running.state_dir / "logs" / "chat%2F0.log").is_file()
+
+
+async def test_the_old_log_of_a_model_that_is_gone_is_removed_at_a_start(tmp_path: Path, port_start: int) -> None:
+    """That of a model of the file stays, and goes on."""
+    logs = tmp_path / "state" / "logs"
+    logs.mkdir(parents=True, mode=0o700)
+    for name in ("gone%2F0.log", "chat%2F0.log"):
+        (logs / name).write_text("an old line\n")
+        os.utime(logs / name, (0, 0))
+    (logs / "other%2F0.log").touch()
+    async with daemon(fake_engines(port_start) + QUICK + CHAT, tmp_path) as running:
+        await running.once("chat", ready)
+        await until(lambda: asyncio.to_thread((logs / "gone%2F0.log").exists), lambda there: not there)
+        assert (logs / "other%2F0.log").exists()
+        assert "an old line" in (logs / "chat%2F0.log").read_text()
 
 
 @pytest.mark.skipif(not kernel_tells(free_port()), reason="before Linux 6.8 the start waits for a minute")

@@ -130,15 +130,13 @@ async def test_a_second_fresh_connection_that_breaks_is_the_last(shared: Daemon,
     assert len(seen) == len({found["pid"] for found in seen}) == 2
 
 
-async def test_kept_alive_connections_that_closed_send_the_request_to_every_instance_at_most_once(
-    shared: Daemon,
-) -> None:
-    """Three instances, each with an idle connection that breaks: three tries, then 502."""
+async def test_kept_alive_connections_that_break_send_the_request_to_two_instances(shared: Daemon) -> None:
+    """Three instances, each with an idle connection: two tries, then 502, since it may be what kills them."""
     await kept_alive_everywhere(shared, "chat")
     answer, request_id = await ask(shared, body(raw=[], end="close"))
     assert is_engine_failed(answer)
     seen = await shared.seen(request_id)
-    assert len(seen) == len({found["pid"] for found in seen}) == 3
+    assert len(seen) == len({found["pid"] for found in seen}) == 2
 
 
 async def test_a_kept_alive_connection_that_closed_is_replaced_by_another_instance(

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from vllm_proxy.domain.limits import Rate
+from vllm_proxy.domain.usage import DAY
 from vllm_proxy.domain.window import (
     SLOTS,
     Budgets,
     Granted,
+    Period,
     Quota,
     Refused,
     Window,
@@ -32,6 +34,17 @@ MIDNIGHT = datetime(2026, 11, 25, tzinfo=UTC).timestamp()
 def budgets(*rates: Rate, now: float = 0.0, quotas: tuple[Quota, ...] = ()) -> Budgets:
     """Of a key, and of a glob."""
     return Budgets([Window(rate, now, "" if at == 0 else "a*") for at, rate in enumerate(rates)], quotas)
+
+
+class Spent:
+    """What the ledger has of the period that it is."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __call__(self) -> int:
+        """Asked for."""
+        return self.tokens
 
 
 def granted(found: Granted | Refused) -> Granted:
@@ -182,7 +195,7 @@ def test_ten_clients_in_ten_minutes_use_a_window_and_never_exceed_it(*, is_given
 
 def test_all_or_nothing() -> None:
     """What one limit refuses is charged to none; requests that were refused do not count."""
-    one = budgets(Rate(2, 100), Rate(0, 50), quotas=(Quota("day", 60, 10, NOON),))
+    one = budgets(Rate(2, 100), Rate(0, 50), quotas=(Quota("day", 60, Spent(10), NOON),))
     before = state(one)
     for _ in range(5):
         assert refused(admit(one, 51, 0, 0.0, NOON, bounded=True)).scope == "a*"
@@ -260,7 +273,8 @@ def test_a_wait_for_requests_in_flight_is_as_long_as_those_take() -> None:
 
 def test_a_day_ends_at_midnight_in_utc() -> None:
     """Until then `insufficient_quota` where it is used up, and not held; what is held goes on into the next day."""
-    one = Budgets([], [Quota("day", 1000, 900, NOON)])
+    spent = Spent(900)
+    one = Budgets([], [Quota("day", 1000, spent, NOON)])
     holder = granted(admit(one, 50, 0, 5.0, NOON, bounded=True))
     found = refused(admit(one, 60, 0, 5.0, NOON, bounded=True))
     assert (found.code, found.type, found.limit) == ("rate_limit_exceeded", "tokens", "tokens_per_day")
@@ -270,6 +284,7 @@ def test_a_day_ends_at_midnight_in_utc() -> None:
     found = refused(admit(one, 200, 0, 5.0, NOON, bounded=True))
     assert found.message == ("cannot take this: 950 tokens a day are used, 200 wanted, free at 2026-11-25T00:00:00Z")
     assert (found.code, found.type, found.wait) == ("insufficient_quota", "insufficient_quota", 43200)
+    spent.tokens = 0
     settle(holder, 40, 6.0, MIDNIGHT)
     assert [(use.used, use.held) for use in one.uses(6.0, MIDNIGHT)] == [(40, 0)]
     granted(admit(one, 960, 0, 6.0, MIDNIGHT, bounded=True))
@@ -279,16 +294,39 @@ def test_a_day_ends_at_midnight_in_utc() -> None:
 def test_a_month_ends_with_its_last_day(now: tuple[int, int, int], until: tuple[int, int, int]) -> None:
     """In December, and in a leap year."""
     epoch, end = datetime(*now, 23, tzinfo=UTC).timestamp(), datetime(*until, tzinfo=UTC).timestamp()
-    one = Budgets([], [Quota("month", 100, 100, epoch)])
+    spent = Spent(100)
+    one = Budgets([], [Quota("month", 100, spent, epoch)])
     assert refused(admit(one, 1, 0, 0.0, epoch, bounded=True)).wait == end - epoch
+    spent.tokens = 0
     granted(admit(one, 1, 0, 0.0, end, bounded=True))
 
 
 def test_a_clock_that_was_wrong_does_not_refuse_for_years() -> None:
-    """A step back over midnight forgets nothing; a step back of a day begins anew."""
-    one = Budgets([], [Quota("day", 100, 100, MIDNIGHT + 5)])
+    """A step back over midnight forgets nothing; after one of a day it is that day's quota."""
+    spent = Spent(100)
+    one = Budgets([], [Quota("day", 100, spent, MIDNIGHT + 5)])
+    spent.tokens = 0
     refused(admit(one, 1, 0, 0.0, MIDNIGHT - 5, bounded=True))
     granted(admit(one, 1, 0, 0.0, NOON, bounded=True))
+
+
+@pytest.mark.parametrize("jump", [-400 * DAY, -DAY, DAY, 400 * DAY])
+@pytest.mark.parametrize("period", ["day", "month"])
+def test_a_quota_that_is_used_up_is_not_granted_again_by_a_clock_that_goes_there_and_back(
+    period: Period, jump: int
+) -> None:
+    """It begins with what the ledger has of the period that it is then; what is held goes on."""
+    spent, now = Spent(0), datetime(2026, 11, 1, 12, tzinfo=UTC).timestamp()
+    there = now + (jump if period == "day" else 31 * jump)
+    one = Budgets([], [Quota(period, 100, spent, now)])
+    settle(granted(admit(one, 80, 0, 0.0, now, bounded=True)), 80, 0.0, now)
+    holder = granted(admit(one, 15, 0, 0.0, there, bounded=True))
+    assert [(use.used, use.held) for use in one.uses(0.0, there)] == [(0, 15)]
+    spent.tokens = 80
+    assert [(use.used, use.held) for use in one.uses(0.0, now)] == [(80, 15)]
+    refused(admit(one, 10, 0, 0.0, now, bounded=True))
+    settle(holder, 15, 0.0, now)
+    assert [(use.used, use.held) for use in one.uses(0.0, now)] == [(95, 0)]
 
 
 # Headers
@@ -318,7 +356,7 @@ def test_six_lines_of_openai_say_what_is_left() -> None:
 
 def test_the_tightest_scope_is_told() -> None:
     """Of requests and of tokens, each where less is left; a quota among them."""
-    one = budgets(Rate(10, 1000), Rate(5, 2000), quotas=(Quota("day", 5000, 4500, NOON),))
+    one = budgets(Rate(10, 1000), Rate(5, 2000), quotas=(Quota("day", 5000, Spent(4500), NOON),))
     found = fields(openai_lines(one, 0.0, NOON))
     assert (found["x-ratelimit-limit-requests"], found["x-ratelimit-limit-tokens"]) == ("5", "5000")
     assert (found["x-ratelimit-remaining-tokens"], found["x-ratelimit-reset-tokens"]) == ("500", "43200s")

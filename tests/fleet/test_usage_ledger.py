@@ -145,14 +145,127 @@ async def test_quotas_of_the_next_daemon_begin_with_what_was_charged_today_and_t
         assert later.ledger.spent("ci") == Spent(1, 1)
 
 
-async def test_what_is_older_than_400_days_goes(tmp_path: Path) -> None:
-    """With the first write of a day."""
+JUMPS = [-500 * DAY, -DAY, DAY, 400 * DAY, 3000 * DAY]
+
+
+@pytest.mark.parametrize("jump", JUMPS)
+@pytest.mark.parametrize("is_used", [True, False])
+async def test_a_clock_that_goes_there_and_back_forgets_nothing_that_was_charged(
+    tmp_path: Path, jump: int, *, is_used: bool
+) -> None:
+    """Neither this daemon, whether it writes meanwhile or not, nor the next one."""
     async with stage(tmp_path) as here:
-        for days in (KEPT_DAYS + 1, KEPT_DAYS, 0):
-            here.clock.now = NOW - days * DAY
-            here.used()
+        for at in (NOW - DAY, NOW):
+            here.clock.now = at
+            here.used(10)
             await here.ledger.flush()
-        assert await here.prompt() == 2
+        here.clock.now = NOW + jump
+        assert here.ledger.spent("ci").day == (10 if jump == -DAY else 0)
+        if is_used:
+            here.used(1)
+            await here.ledger.flush()
+            assert here.ledger.spent("ci").day == (11 if jump == -DAY else 1)
+        here.clock.now = NOW
+        month = 20 + (is_used and abs(jump) == DAY)
+        assert here.ledger.spent("ci") == Spent(10, month)
+        await here.ledger.flush()
+        assert here.ledger.spent("ci") == Spent(10, month)
+    async with stage(tmp_path) as later:
+        assert later.ledger.spent("ci") == Spent(10, month)
+
+
+@pytest.mark.parametrize("jump", [-20_000 * DAY, *JUMPS])
+async def test_a_daemon_whose_clock_is_set_after_its_start_knows_what_was_charged(tmp_path: Path, jump: int) -> None:
+    """A machine without a battery is in 1970 until it has the time."""
+    async with stage(tmp_path) as before:
+        before.used(10)
+    async with stage(tmp_path, NOW + jump) as here:
+        here.used(1)
+        await here.ledger.flush()
+        here.clock.now = NOW
+        assert here.ledger.spent("ci").day == 10
+
+
+async def test_each_month_has_its_own_and_a_few_are_held(tmp_path: Path) -> None:
+    """However many months go by; one that comes back later than that is read again."""
+    async with stage(tmp_path) as here:
+        for month in range(5):
+            here.clock.now = NOW + month * 31 * DAY
+            here.used(month + 1)
+            await here.ledger.flush()
+            assert here.ledger.spent("ci") == Spent(month + 1, month + 1)
+        assert len(here.ledger._charged) == 3
+        here.clock.now = NOW
+        here.used(1)
+        await here.ledger.flush()
+        assert here.ledger.spent("ci") == Spent(2, 2)
+
+
+class Rows:
+    """A file that is written day by day, and a clock that nobody sets."""
+
+    def __init__(self, folder: Path) -> None:
+        self.elapsed = 0.0
+        self.file = UsageFile(folder / "usage.sqlite", lambda: self.elapsed)
+
+    def write(self, now: float) -> None:
+        """One request, at this time by the wall clock."""
+        self.file.add({Bucket(int(now) // HOUR * HOUR, "ci", "chat"): Counts(1)}, now)
+
+    def days(self) -> list[int]:
+        """That have rows, from the present one."""
+        return [int((int(day) - NOON // DAY * DAY) // DAY) for (day,) in self.file.sums(Query(0, 2**40, ("day",)))]
+
+    def go_on(self, *, days: int, jump: float = 0.0) -> None:
+        """One write a day by a clock that goes right from there."""
+        for _ in range(days):
+            self.write(NOW + self.elapsed + jump)
+            self.elapsed += DAY
+
+
+def test_what_is_older_than_400_days_goes(tmp_path: Path) -> None:
+    """A day for each day, and what has piled up meanwhile two at a time."""
+    rows = Rows(tmp_path)
+    for days in range(KEPT_DAYS + 2, KEPT_DAYS - 4, -1):
+        rows.write(NOW - days * DAY)
+    rows.elapsed += DAY
+    first = []
+    for _ in range(5):
+        rows.go_on(days=1)
+        first.append(rows.days()[0])
+    assert first == [-KEPT_DAYS - 2, -KEPT_DAYS, -KEPT_DAYS + 2, -KEPT_DAYS + 3, 1]  # at first the clock may be wrong
+    rows.file.close()
+
+
+@pytest.mark.parametrize("jump", [401 * DAY, 500 * DAY, 10_000 * DAY, -401 * DAY, -20_000 * DAY])
+def test_a_clock_that_is_wrong_removes_next_to_nothing(tmp_path: Path, jump: int) -> None:
+    """Nothing at once; while it is wrong for days, or daemons restart meanwhile, two days of a whole year each time."""
+    rows = Rows(tmp_path)
+    year = list(range(-364, 1))
+    for day in year:
+        rows.write(NOW + day * DAY)
+    rows.elapsed += DAY
+    rows.go_on(days=1, jump=jump)
+    assert set(rows.days()) >= set(year)
+    rows.go_on(days=3, jump=jump)
+    assert len(set(rows.days()) & set(year)) >= len(year) - 6
+    rows.file.close()
+
+
+def test_what_a_clock_that_was_ahead_has_left_goes_and_the_rest_stays(tmp_path: Path) -> None:
+    """Once there are rows of a week by the clock that is right."""
+    rows = Rows(tmp_path)
+    rows.go_on(days=3)
+    rows.write(NOW + 3000 * DAY)
+    rows.write(NOW + 3001 * DAY)
+    rows.write(NOW + 3002 * DAY)
+    rows.go_on(days=4)
+    assert rows.days() == [*range(7), 3000, 3001, 3002]
+    rows.go_on(days=1)
+    assert rows.days() == [*range(8), 3000]
+    rows.go_on(days=1)
+    assert rows.days() == [*range(9)]
+    rows.file.close()
 
 
 def test_the_file_is_for_its_user_alone(tmp_path: Path) -> None:

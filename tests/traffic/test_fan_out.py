@@ -64,7 +64,7 @@ class Fleet:
             await client.send(request(PATH, b"", method="GET"))
             answer = await client.answer()
         await self.noted.wait()
-        assert [self.registry.counts(name) for name in self.gone] == [(0, 0)] * len(self.gone)
+        assert {self.registry.counts(name.partition("/")[0]) for name in self.gone} <= {(0, 0)}
         return answer
 
     @property
@@ -81,9 +81,11 @@ async def fleet(
     policy: str = "",
     work: Callable[[Call, Registry], Any] | None = None,
 ) -> AsyncIterator[Fleet]:
-    """These engines, each the only instance of the model that has its name. `work`: instead of asking all of them."""
+    """These engines, by model, or by instance as "chat/1". `work`: instead of asking all of them."""
     gone = {name: asyncio.Event() for name in engines}
     registry = Registry()
+    for model in {name.partition("/")[0] for name in engines}:
+        registry.declare(spec(model, policy), lambda: None)
     async with AsyncExitStack() as stack:
         for name, behaviour in engines.items():
 
@@ -100,10 +102,10 @@ async def fleet(
                     writer.close()
 
             server = await stack.enter_async_context(await asyncio.start_server(serve, "127.0.0.1", 0))
-            registry.declare(spec(name, policy), lambda: None)
-            endpoint = Endpoint(f"{name}/0", TcpAddress(*server.sockets[0].getsockname()), "key", None)
+            model, _, replica = name.partition("/")
+            endpoint = Endpoint(f"{model}/{replica or 0}", TcpAddress(*server.sockets[0].getsockname()), "key", None)
             stack.callback(endpoint.pool.close)
-            registry.add_endpoint(name, endpoint)
+            registry.add_endpoint(model, endpoint)
 
         async def ask(call: Call) -> web.StreamResponse:
             return await (work(call, registry) if work is not None else fan_out(call, registry, b"", seconds))

@@ -120,12 +120,12 @@ async def test_an_answer_is_a_value_and_its_connection_is_used_again(answer: byt
     ],
 )
 async def test_what_is_no_whole_answer_is_asked_of_another_instance(behaviour: Behaviour, why: str) -> None:
-    """And is an error where there is none; one whose end only the connection's shows is never whole."""
-    async with engines(behaviour, behaviour) as found:
+    """Of one alone: it may be what kills them. One whose end only the connection's shows is never whole."""
+    async with engines(behaviour, behaviour, behaviour) as found:
         with pytest.raises(RequestError, match=why) as error:
             await found.ask()
         assert error.value.code == "engine_failed"
-        assert sorted(found.connections) == ["guard/0", "guard/1"]
+        assert len(set(found.connections)) == len(found.connections) == 2
     async with engines(behaviour, says(OK)) as found:
         assert (await found.ask()).body == b"ok"
 

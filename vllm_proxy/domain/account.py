@@ -24,7 +24,7 @@ class Account:
         self.change(limits, spent, epoch)
 
     def change(self, limits: Limits, spent: Callable[[], Spent], epoch: float) -> None:
-        """Other limits. `spent`: where a quota begins that was none before."""
+        """Other limits. `spent`: where a quota begins that was none before, and with each period."""
         self._limits = limits
         self._by_model.clear()
         for model, window in self._windows.items():
@@ -38,7 +38,7 @@ class Account:
     def _quota(self, period: Period, limit: int, spent: Callable[[], Spent], epoch: float) -> Quota:
         quota = self._quotas.get(period)
         if quota is None:
-            return Quota(period, limit, getattr(spent(), period), epoch)
+            return Quota(period, limit, lambda: getattr(spent(), period), epoch)
         quota.change(limit)
         return quota
 

@@ -178,6 +178,11 @@ def month_start(now: float) -> int:
     return int(datetime.fromtimestamp(now, UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0).timestamp())
 
 
+def month_end(start: int) -> int:
+    """When a month ends that begins then, UTC."""
+    return month_start(start + 32 * DAY)
+
+
 def added(groups: dict[tuple[str | int, ...], Counts], more: Iterable[tuple[Bucket, Counts]], asked: Query) -> None:
     """Add to the sums of a report what is counted elsewhere."""
     for bucket, counts in more:

@@ -7,7 +7,7 @@ seconds since 1970, for days and months of UTC.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -111,15 +111,16 @@ class Window:
 class Quota:
     """Tokens of a key on this day or in this month of UTC, and those that are held."""
 
-    __slots__ = ("begins", "ends", "left_tokens", "limit_tokens", "period", "token_lines", "used_tokens")
+    __slots__ = ("_spent", "begins", "ends", "left_tokens", "limit_tokens", "period", "token_lines", "used_tokens")
 
-    def __init__(self, period: Period, limit: int, used: int, epoch: float) -> None:
-        """`used`: of the period so far, from the ledger."""
+    def __init__(self, period: Period, limit: int, spent: Callable[[], int], epoch: float) -> None:
+        """`spent`: tokens of the period that it is, so far, from the ledger."""
         self.period = period
         self.limit_tokens = limit
         self.token_lines = _OF_TOKENS % limit
-        self.used_tokens = used
-        self.left_tokens = limit - used  # neither used nor held
+        self._spent = spent
+        self.used_tokens = spent()
+        self.left_tokens = limit - self.used_tokens  # neither used nor held
         self.begins, self.ends = _period(period, epoch)
 
     def change(self, limit: int) -> None:
@@ -129,9 +130,10 @@ class Quota:
         self.token_lines = _OF_TOKENS % limit
 
     def roll(self, epoch: float) -> None:
-        """Another period has begun."""
-        self.left_tokens += self.used_tokens
-        self.used_tokens = 0
+        """Another period has begun; or an earlier one goes on, as the clock was wrong, with what was used in it."""
+        used = self._spent()
+        self.left_tokens += self.used_tokens - used
+        self.used_tokens = used
         self.begins, self.ends = _period(self.period, epoch)
 
     def use(self) -> Use:
@@ -244,7 +246,10 @@ def _left_of_quotas(budgets: Budgets, tokens: int, epoch: float) -> int:
 
 
 def settle(granted: Granted, used: int, now: float, epoch: float) -> None:
-    """Give back what a request held, and charge the tokens that it used. Once more: nothing."""
+    """Give back what a request held, and charge the tokens that it used. Once more: nothing.
+
+    To be called before the ledger has them: a quota whose period begins here asks it for all the others.
+    """
     budgets = granted.budgets
     if budgets is None:
         return

@@ -14,13 +14,12 @@ from typing import Protocol
 import aiohttp
 
 from vllm_proxy.domain.command import Place
-from vllm_proxy.engine.http_client import UncleanError, answer_to, body_of, json_of, within
+from vllm_proxy.engine.http_client import UncleanError, answer_to, body_of, json_of, shortened, within
 
 LOAD_SECONDS = 120.0  # gigabytes from a cold disk, between the steps of an engine that works
 UNLOAD_SECONDS = LIST_SECONDS = 10.0  # its server alone answers
 _LOAD, _UNLOAD, _LIST = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models"
 _SOME_PATH = "<path>"  # what vLLM puts for most paths
-_MOST_CHARACTERS = 500  # of a sentence
 _DEAD = "EngineCore encountered an issue"  # its server's last word
 # How the core's word reaches the server, around the cause. With workers of its own it adds where it came from.
 _CALL = re.compile(r"^Call to add_lora method failed: (?:Worker failed with error (['\"]))?")
@@ -75,7 +74,7 @@ class HttpAdapters:
             status, why = await self._tell(place, _UNLOAD, {"lora_name": name}, UNLOAD_SECONDS)
         except UncleanError as error:
             return Failed(str(error), answered=False)
-        return None if status in {HTTPStatus.OK, HTTPStatus.NOT_FOUND} else Failed(why, answered=True)
+        return None if status in {HTTPStatus.OK, HTTPStatus.NOT_FOUND} else Failed(shortened(why), answered=True)
 
     async def loaded(self, place: Place) -> Mapping[str, Path] | Failed:
         """Whatever `GET /v1/models` lists with a `parent`."""
@@ -133,8 +132,7 @@ def _sentence(found: object, status: int, path: str) -> str:
 def _plain(why: str) -> str:
     """A sentence without the way that it came."""
     why, wrapped = _CALL.subn("", why)
-    why = (_WORKER.sub("", why) if wrapped else why).strip()
-    return why if len(why) <= _MOST_CHARACTERS else f"{why[:_MOST_CHARACTERS]}…"
+    return shortened((_WORKER.sub("", why) if wrapped else why).strip())
 
 
 def _listed(found: object) -> dict[str, Path]:

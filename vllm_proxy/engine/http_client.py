@@ -16,13 +16,22 @@ from vllm_proxy.runtime.background import spawn
 from vllm_proxy.traffic.dial import session_to
 
 _MOST_BYTES = 2**20  # of an answer that is read whole
+_MOST_CHARACTERS = 500  # of what an engine says, in a message
 
 # What a request may end in: nobody there, no answer in time, one that is none.
 FAULTS = (aiohttp.ClientError, OSError, TimeoutError, ValueError, RecursionError)
 
 
 class UncleanError(Exception):
-    """An answer that is not as it should be. Its message says why."""
+    """An answer that is not as it should be. Its message says why, and is bounded."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(shortened(why))
+
+
+def shortened(text: str) -> str:
+    """As much of it as a message may have: an engine can say anything."""
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
 
 
 @asynccontextmanager

@@ -1,5 +1,9 @@
 """`usage.sqlite`, in the state directory: what keys have used, by hour, for 400 days. Called in one thread at a time.
 
+A clock can be wrong, years ahead or back at 1970, and what was removed is gone: so what is too old by the clock goes
+only where the newest row in the file says so too, and no more than two days of it at once, once a day. As slowly goes
+what was counted while the clock was far ahead, once there are rows of a week by the present one.
+
 Whoever writes here keeps what could not be written, and tries again: a write is all of it or nothing. A file that is
 damaged is renamed `usage.sqlite.unreadable`, for who wants to save something of it, and another is begun.
 """
@@ -8,7 +12,8 @@ import contextlib
 import os
 import sqlite3
 import stat
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import structlog
@@ -20,6 +25,8 @@ from vllm_proxy.runtime.files import trusted
 log = structlog.get_logger()
 
 KEPT_DAYS = 400
+_DAYS_AT_ONCE = 2  # are removed, where one comes: what has piled up while nothing was written gets less
+_DAYS_OF_A_CLOCK = 7  # with rows by it, and what is far ahead of it was counted by a wrong one
 _VERSION = 1
 _BUSY_SECONDS = 1.0  # for another program that has it locked
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -47,11 +54,13 @@ class UsageFileError(VllmProxyError):
 class UsageFile:
     """One file. It is made when something is to be written."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, elapsed: Callable[[], float] = time.monotonic) -> None:
+        """`elapsed`: seconds, by a clock that nobody sets."""
         self.path = path
+        self._elapsed = elapsed
         self._open: sqlite3.Connection | None = None
         self._inode: tuple[int, int] | None = None  # of the file that is open
-        self._pruned = 0  # the day on which what is too old was removed last
+        self._pruned: float | None = None  # when what is too old was removed last, as `elapsed`
 
     def add(self, counted: Mapping[Bucket, Counts], now: float) -> None:
         """Add to what is there, all of it or nothing; it is on disk then.
@@ -60,12 +69,28 @@ class UsageFile:
             UsageFileError: it cannot be.
 
         """
+        elapsed = self._elapsed()
+        is_due = self._pruned is None or elapsed - self._pruned >= DAY
         with self._connected(create=True) as file, file:
             file.execute("BEGIN IMMEDIATE")
+            if is_due:
+                _prune(file, int(now) // HOUR * HOUR)
             file.executemany(_ADD, [(*bucket, *counts.values()) for bucket, counts in counted.items()])
-            if self._pruned != now // DAY:
-                file.execute("DELETE FROM usage WHERE hour < ?", (int(now) // HOUR * HOUR - KEPT_DAYS * DAY,))
-        self._pruned = int(now // DAY)
+        if is_due:
+            self._pruned = elapsed
+
+    def newest(self) -> int | None:
+        """The last hour that has a row.
+
+        Raises:
+            UsageFileError: it cannot be read.
+
+        """
+        try:
+            with self._connected() as file:
+                return _newest(file)
+        except FileNotFoundError:
+            return None
 
     def sums(self, asked: Query, *, all_rows: bool = False) -> dict[tuple[str | int, ...], Counts]:
         """The sums of a report: by the values of `asked.by`, in the order of a report.
@@ -165,6 +190,32 @@ def _prepare(file: sqlite3.Connection) -> None:
             file.execute("BEGIN IMMEDIATE")
             file.execute(_CREATE)
             file.execute(f"PRAGMA user_version = {_VERSION}")
+
+
+def _prune(file: sqlite3.Connection, now: int) -> None:
+    """Remove the oldest days that are too old, and the last ones that are too far ahead. `now`: a whole hour."""
+    newest = _newest(file)
+    if newest is None:
+        return
+    too_old, too_far = min(now, newest) - KEPT_DAYS * DAY, now + KEPT_DAYS * DAY
+    oldest = _days(file, "hour < ? ORDER BY day", (too_old,), _DAYS_AT_ONCE)
+    if oldest:
+        file.execute("DELETE FROM usage WHERE hour < ?", (min(too_old, oldest[-1] + DAY),))
+    if newest <= too_far:
+        return
+    if len(_days(file, "hour BETWEEN ? AND ?", (now - KEPT_DAYS * DAY, now), _DAYS_OF_A_CLOCK)) == _DAYS_OF_A_CLOCK:
+        last = _days(file, "hour > ? ORDER BY day DESC", (too_far,), _DAYS_AT_ONCE)
+        file.execute("DELETE FROM usage WHERE hour > ? AND hour >= ?", (too_far, last[-1]))
+
+
+def _days(file: sqlite3.Connection, of: str, values: tuple[int, ...], most: int) -> list[int]:
+    text = f"SELECT DISTINCT {_OF['day']} AS day FROM usage WHERE {of} LIMIT {most}"  # noqa: S608 - texts of ours
+    return [int(day) for (day,) in file.execute(text, values)]
+
+
+def _newest(file: sqlite3.Connection) -> int | None:
+    (hour,) = file.execute("SELECT max(hour) FROM usage").fetchone()
+    return None if hour is None else int(hour)
 
 
 def _inode(path: Path) -> tuple[int, int] | None:

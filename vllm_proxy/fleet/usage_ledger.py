@@ -8,13 +8,13 @@ Nothing waits for the disk but who asks for a report. What cannot be written sta
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import structlog
 
-from vllm_proxy.domain.usage import DAY, MOST_ROWS, Bucket, Counts, Query, Spent, added, month_start
+from vllm_proxy.domain.usage import DAY, MOST_ROWS, Bucket, Counts, Query, Spent, added, month_end, month_start
 from vllm_proxy.errors import RequestError
 from vllm_proxy.fleet.usage_file import UsageFile, UsageFileError
 from vllm_proxy.runtime import clock
@@ -29,8 +29,11 @@ FILE = "usage.sqlite"
 FLUSH_SECONDS = 5.0
 _ANSWER_SECONDS = 10.0  # for a disk
 _NO_ANSWER = "its disk does not answer"
-_LONGEST_MONTH = 31 * DAY
+_MOST_MONTHS = 3  # of which is known what was charged: a clock may go to another month and come back
 _MOST_WAITING = 200_000  # buckets in memory that cannot be written: the oldest go
+
+
+type _Month = dict[str, dict[int, int]]  # tokens by key and day
 
 
 @contextlib.asynccontextmanager
@@ -60,7 +63,7 @@ class UsageLedger:
         self._now = now
         self._turn = Exclusive("the ledger", _ANSWER_SECONDS)
         self._waiting: dict[Bucket, Counts] = {}  # taken, and not on disk yet
-        self._charged: dict[tuple[str, int], int] = {}  # tokens by key and day of this month, those that wait too
+        self._charged: dict[int, _Month] = {}  # by the month's start, the one that it is last; those that wait too
         self._loaded = False  # what is charged from the file
         self._counted = asyncio.Event()
         self._listeners: list[Callable[[], None]] = []
@@ -71,7 +74,10 @@ class UsageLedger:
         self._listeners.append(listener)
 
     async def load(self) -> None:
-        """Read what the quotas of this month begin with; what cannot be read is reported, and tried again later."""
+        """Read what the quotas begin with; what cannot be read is reported, and tried again later.
+
+        Besides this month it is the one before and that of the newest row: the clock may not be right yet.
+        """
         try:
             await self._turn.run(self._load)
         except (UsageFileError, NoAnswerError) as error:
@@ -82,10 +88,12 @@ class UsageLedger:
         """What was charged to a key until now, as far as it is known."""
         now = self._now()
         today, month = int(now) // DAY * DAY, month_start(now)
-        here = [(bucket.hour, counts.tokens) for bucket, counts in self.usage.since().items() if bucket.key == key]
-        here += [(day, tokens) for (name, day), tokens in self._charged.items() if name == key]
+        tomorrow, end = today + DAY, month_end(month)
+        here = self.usage.tokens_since(key)
+        here += self._charged.get(month, {}).get(key, {}).items()
         return Spent(
-            sum(tokens for at, tokens in here if at >= today), sum(tokens for at, tokens in here if at >= month)
+            sum(tokens for at, tokens in here if today <= at < tomorrow),
+            sum(tokens for at, tokens in here if month <= at < end),
         )
 
     async def run(self) -> None:
@@ -129,14 +137,19 @@ class UsageLedger:
             await self._offload(self._file.close)
 
     async def _load(self) -> None:
-        first = month_start(self._now())
-        month = Query(first, first + _LONGEST_MONTH, ("key", "day"))
-        found = await self._offload(partial(self._file.sums, month, all_rows=True))
-        self._loaded, self._charged = True, {}
-        for (key, day), counts in found.items():
-            self._charge(str(key), int(day), counts.tokens)
-        for bucket, counts in self._waiting.items():
-            self._charge(bucket.key, bucket.hour // DAY * DAY, counts.tokens)
+        this = month_start(self._now())
+        newest = await self._offload(self._file.newest)
+        others = [month_start(this - 1), this if newest is None else month_start(newest)]
+        charged: dict[int, _Month] = {}
+        for month in _latest([*others, *self._charged, this]):
+            asked = Query(month, month_end(month), ("key", "day"))
+            found = await self._offload(partial(self._file.sums, asked, all_rows=True))
+            days: _Month = {}
+            for (key, day), counts in found.items():
+                days.setdefault(str(key), {})[int(day)] = counts.tokens
+            charged[month] = days
+        self._loaded, self._charged = True, charged
+        self._charge(self._waiting)
 
     async def _sums(self, asked: Query) -> dict[tuple[str | int, ...], Counts]:
         groups = await self._offload(self._file.sums, asked)
@@ -149,10 +162,14 @@ class UsageLedger:
 
     async def _write(self) -> None:
         self._counted.clear()
-        for bucket, counts in self.usage.take().items():
+        taken = self.usage.take()
+        for bucket, counts in taken.items():
             self._waiting.setdefault(bucket, Counts()).add(counts)
-            self._charge(bucket.key, bucket.hour // DAY * DAY, counts.tokens)
-        self._forget_earlier_months()
+        months = [*sorted({month_start(hour) for hour in {bucket.hour for bucket in taken}}), month_start(self._now())]
+        if not self._charged.keys() >= set(months):
+            self._loaded = False  # what the file has of them
+        self._charged = {month: self._charged.get(month, {}) for month in _latest([*self._charged, *months])}
+        self._charge(taken)
         try:
             if self._waiting:
                 await self._offload(self._file.add, self._waiting, self._now())
@@ -166,13 +183,12 @@ class UsageLedger:
         else:
             self._set_problem(None)
 
-    def _charge(self, key: str, day: int, tokens: int) -> None:
-        self._charged[key, day] = self._charged.get((key, day), 0) + tokens
-
-    def _forget_earlier_months(self) -> None:
-        month = month_start(self._now())
-        for one in [one for one in self._charged if one[1] < month]:
-            del self._charged[one]
+    def _charge(self, counted: Mapping[Bucket, Counts]) -> None:
+        months = {hour: self._charged.get(month_start(hour)) for hour in {bucket.hour for bucket in counted}}
+        for bucket, counts in counted.items():
+            if (month := months[bucket.hour]) is not None:
+                days, day = month.setdefault(bucket.key, {}), bucket.hour // DAY * DAY
+                days[day] = days.get(day, 0) + counts.tokens
 
     def _bound(self) -> None:
         excess = len(self._waiting) - _MOST_WAITING
@@ -189,3 +205,8 @@ class UsageLedger:
             log.error("what keys have used cannot be written, and is held in memory meanwhile",
                       file=str(self._file.path), error=problem)  # fmt: skip
         notify(self._listeners)
+
+
+def _latest(months: list[int]) -> list[int]:
+    """Of those that the clock was in, one after another, the last few, each once."""
+    return list(dict.fromkeys(reversed(months)))[:_MOST_MONTHS][::-1]

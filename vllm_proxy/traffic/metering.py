@@ -325,22 +325,23 @@ class _Request:
         """It is over: settle it. To be called once, when the status of its call is known."""
         charged = 0
         try:
-            charged = self._count()
+            outcome = self._outcome()
+            tokens, estimated = self._used(outcome)
+            charged = tokens.prompt + tokens.completion + estimated
         finally:  # whatever could not be counted, nothing stays held
             self._give_back(charged)
+        self._metering.usage.settled(self.user.name, self.model, outcome, tokens, estimated)
 
-    def _count(self) -> int:
-        """Count what it has used; returns what that is to its key's limits."""
-        outcome = self._outcome()
+    def _used(self, outcome: Outcome) -> tuple[Tokens, int]:
+        """What an engine said that it took, and what is estimated where none did."""
         made = self.made
         tokens, estimated = self.told if made is None else made.tokens if self.is_told else None, 0
         self.call.tokens = tokens
         if tokens is None:
             tokens, estimated = NO_TOKENS, self._estimated(outcome)
-        self._metering.usage.settled(self.user.name, self.model, outcome, tokens, estimated)
         if self.estimate is not None and tokens is not NO_TOKENS:
             self.estimate.learn(tokens, self.size, binary=self.binary)
-        return tokens.prompt + tokens.completion + estimated
+        return tokens, estimated
 
     def _give_back(self, charged: int) -> None:
         metering, user = self._metering, self.user

@@ -1,7 +1,8 @@
 """Forwards one request to an engine and relays its answer; retries on another instance where that is safe.
 
 Inference is not idempotent (it may be billed, logged or acted upon): a request is retried only where the engine cannot
-have begun to answer it. `Ending` in `exchange` names the cases.
+have begun to answer it. `Ending` in `exchange` names the cases. It may also be what kills engines: whatever their
+connections looked like, no more than two of them get it.
 """
 
 import asyncio
@@ -34,6 +35,8 @@ log = structlog.get_logger()
 _TOKENIZER_OPTION = "enable-tokenizer-info-endpoint"
 _PIECE = 256 * 1024
 _ONE_WRITE = 64 * 1024
+_RACE_SECONDS = 1.0  # a kept-alive connection that ends later than that has brought the engine the request
+_MOST_UNANSWERED = 2
 _USAGE = b'"usage":'  # not in a text, whose quotes are escaped
 
 
@@ -101,14 +104,14 @@ async def _forward(call: Call, registry: Registry, route: Route, body: bytes | B
         while True:
             call.instance = lease.endpoint.instance
             exchange = _exchange(call, lease)
-            ending, was_used = await _attempt(call, lease, exchange, body, fresh=tries is not None and tries.fresh)
+            ending, is_race = await _attempt(call, lease, exchange, body, fresh=tries is not None and tries.fresh)
             if ending is Ending.WHOLE or ending is Ending.BROKEN:
                 return _finished(call, lease, exchange, ending)
             if ending is Ending.NO_ROUTE:
                 raise _no_route(call, lease)
             lease.endpoint.failed()
             tries = tries or _Retries()
-            if not tries.next_target(lease, ending, was_used=was_used):
+            if not tries.next_target(lease, ending, is_race=is_race):
                 raise EngineFailedError(f"cannot get an answer from {call.instance}: {_WHY[ending]}")
             call.retries += 1
             call.engine_id = engine_id(call.request_id)  # the engine may still work on the previous attempt
@@ -137,30 +140,24 @@ class _Retries:
     """What was tried for one request, to know whether it may be retried, and where."""
 
     def __init__(self) -> None:
-        self.fresh = False  # whether the next try wants a fresh connection
-        self._unanswered = self._fresh_unanswered = 0
-        self._stale: Endpoint | None = None  # whose kept-alive connection closed, where that was the only try
+        self.fresh = False  # whether the next try wants a fresh connection, whose end is none of an idle one
+        self._unanswered = 0
+        self._stale: Endpoint | None = None  # where perhaps only an idle connection ended
 
-    def next_target(self, lease: Lease, ending: Ending, *, was_used: bool) -> bool:
+    def next_target(self, lease: Lease, ending: Ending, *, is_race: bool) -> bool:
         """Move the lease to where the request may be retried; False where it may not, or there is no such instance."""
-        self.fresh = False
         if ending is Ending.UNANSWERED:
             self._unanswered += 1
-            self._fresh_unanswered += not was_used
-            self._stale = lease.endpoint if was_used and self._unanswered == 1 else None
+            if self._unanswered == _MOST_UNANSWERED:
+                return False
+            self.fresh = True
+            self._stale = lease.endpoint if is_race else None
         elif ending is not Ending.REFUSED:
-            return False
-        if self._fresh_unanswered > 1:
             return False
         if lease.move():
             return True
-        if self._stale is None or not lease.move_back(self._stale):
-            return False
-        self._stale, self.fresh = (
-            None,
-            True,
-        )  # perhaps a keep-alive race: the engine closed an idle connection as we used it
-        return True
+        stale, self._stale = self._stale, None
+        return stale is not None and lease.move_back(stale)
 
 
 def _finished(call: Call, lease: Lease, exchange: Exchange, ending: Ending) -> web.StreamResponse:
@@ -212,16 +209,18 @@ async def forward_to_one(
         return True
 
     call.model, call.instance = lease.model_id, lease.endpoint.instance
+    fresh = False
     while True:
         exchange = _exchange(call, lease, on_head)
-        ending, was_used = await _attempt(call, lease, exchange, body, alone=False)
+        ending, is_race = await _attempt(call, lease, exchange, body, fresh=fresh, alone=False)
         if ending is Ending.WHOLE or ending is Ending.BROKEN:
             return _finished(call, lease, exchange, ending)
         if ending is Ending.DECLINED:
             return None
         lease.endpoint.failed()
-        if ending is not Ending.UNANSWERED or not was_used:
+        if ending is not Ending.UNANSWERED or not is_race:
             raise EngineFailedError(f"cannot get an answer from {call.instance}: {_WHY[ending]}")
+        fresh = True
 
 
 _WHY = {
@@ -234,8 +233,9 @@ _WHY = {
 async def _attempt(
     call: Call, lease: Lease, exchange: Exchange, body: bytes | Body, *, fresh: bool = False, alone: bool = True
 ) -> tuple[Ending, bool]:
-    """One try on one instance: how it ended, and whether its connection, unless `fresh`, had been used before.
+    """One try on one instance: how it ended, and whether the engine may have closed an idle connection as we used it.
 
+    `fresh`: on a connection of its own.
     `alone`: the request goes to no other instance, so the client's connection belongs to this exchange.
     """
     pool = lease.endpoint.pool
@@ -257,9 +257,9 @@ async def _attempt(
             connection.start(head + body, exchange)
         else:
             await _send(head, body, exchange, connection)
-        return await exchange.ended, was_used
+        ending = await exchange.ended
     except ConnectionError:  # while sending: `lost` has notified the exchange
-        return await exchange.ended, was_used
+        ending = await exchange.ended
     finally:
         if client.exchange is exchange:
             client.exchange = None
@@ -267,6 +267,8 @@ async def _attempt(
             call.status = call.status or exchange.passed_status
             call.bytes_out, call.first_byte_at = exchange.body_bytes, exchange.first_byte_at
             exchange.abandon()
+    is_race = ending is Ending.UNANSWERED and was_used and time.monotonic() - call.sent_at < _RACE_SECONDS
+    return ending, is_race
 
 
 async def _send(head: bytes, body: bytes | Body, exchange: Exchange, connection: EngineConnection) -> None:

@@ -1,7 +1,8 @@
 """A request of the daemon's own to an engine, for a client's: it takes a lease, and its whole answer is a value.
 
-For questions that may be asked again, such as what a guard thinks of a text: one that fails is sent to each other
-instance, and once more on a fresh connection. Whoever awaits it may be cancelled at any time, which aborts it.
+For questions that may be asked again, such as what a guard thinks of a text: one that fails is sent to another
+instance, else once more on a fresh connection, and no more than twice: it may be what kills engines. Whoever awaits it
+may be cancelled at any time, which aborts it.
 """
 
 import asyncio
@@ -11,13 +12,13 @@ import httptools
 
 from vllm_proxy.errors import EngineFailedError
 from vllm_proxy.traffic.endpoint import Endpoint
-from vllm_proxy.traffic.lease import Lease
 from vllm_proxy.traffic.queue import Turn
 from vllm_proxy.traffic.registry import Registry
 from vllm_proxy.traffic.routing import Route
 from vllm_proxy.traffic.wire import EngineConnection
 
 _MOST_BYTES = 4 * 2**20  # of an answer
+_MOST_SENT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +42,17 @@ async def ask(
 
     """
     with registry.lease(route, turn) or await registry.wait(route, client, turn) as lease:
-        fresh = False
+        sent = 0
         while True:
             endpoint = lease.endpoint
-            answer, was_used = await _attempt(endpoint, path, body, lines, fresh=fresh)
+            answer, was_used = await _attempt(endpoint, path, body, lines, fresh=sent > 0)
             if answer.complete:
                 endpoint.failures = 0
                 return Reply(answer.status, b"".join(answer.parts), endpoint.instance)
             endpoint.failed()
-            if not _next_target(lease, again=was_used and not fresh):
+            sent += answer.sent
+            if sent == _MOST_SENT or not (lease.move() or was_used):
                 raise EngineFailedError(f"cannot get an answer from {endpoint.instance}: {answer.why}")
-            fresh = lease.endpoint is endpoint
-
-
-def _next_target(lease: Lease, *, again: bool) -> bool:
-    """Whether there is another instance, to which the lease moves, or this one is asked again."""
-    return lease.move() or again
 
 
 async def _attempt(endpoint: Endpoint, path: str, body: bytes, lines: bytes, *, fresh: bool) -> "tuple[_Answer, bool]":
@@ -77,6 +73,7 @@ async def _attempt(endpoint: Endpoint, path: str, body: bytes, lines: bytes, *, 
         lines,
     )
     answer.connection = connection
+    answer.sent = True
     try:
         connection.start(head + body, answer)
         await answer.ended
@@ -93,7 +90,7 @@ class _Answer:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status = 0
         self.parts: list[bytes] = []
-        self.complete = False
+        self.sent = self.complete = False
         self.why = "it closed the connection without one"
         self._size = 0
         self._framed = self._keep = False

@@ -81,6 +81,15 @@ class Usage:
             Bucket(hour, *name): counts for hour, counted in self._hours.items() for name, counts in counted.items()
         }
 
+    def tokens_since(self, key: str) -> list[tuple[int, int]]:
+        """What was charged to a key since it was taken: hours and tokens."""
+        return [
+            (hour, counts.tokens)
+            for hour, counted in self._hours.items()
+            for (name, _), counts in counted.items()
+            if name == key
+        ]
+
     def totals(self, keys: AbstractSet[str], models: AbstractSet[str]) -> dict[Name, Counts]:
         """All since the daemon began, of the keys and the models that there are; the others are forgotten."""
         for key, model in self._taken:
