@@ -13,7 +13,7 @@ from functools import partial
 
 from vllm_proxy.domain.account import Account
 from vllm_proxy.domain.config import Config, ModelSpec
-from vllm_proxy.domain.fair import FairShare
+from vllm_proxy.domain.fair import FairShare, Place
 from vllm_proxy.domain.keys import Key
 from vllm_proxy.domain.limits import Limits
 from vllm_proxy.domain.tokens import NO_TOKENS, Estimate, Tokens
@@ -174,8 +174,8 @@ class Metering:
 class _Request:
     """One that is metered; it is its own turn in the queue."""
 
-    __slots__ = ("_metering", "binary", "bounded", "budgets", "call", "claim", "estimate", "generates", "granted",
-                 "is_told", "made", "model", "number", "output", "prompt", "share", "size", "strip", "told", "user",
+    __slots__ = ("_metering", "binary", "bounded", "budgets", "call", "estimate", "generates", "granted",
+                 "is_told", "made", "model", "number", "output", "place", "prompt", "size", "strip", "told", "user",
                  "waits", "went")  # fmt: skip
 
     def __init__(self, metering: Metering, user: User, call: Call) -> None:
@@ -194,8 +194,7 @@ class _Request:
         self.estimate: Estimate | None = None  # what it is guessed by, and which learns from it
         self.granted: Granted | None = None
         self.budgets: Budgets | None = None  # what it meets
-        self.share: FairShare | None = None  # where its number is from
-        self.claim = (0, 1.0, 0)  # what it was made of: priority, weight, tokens
+        self.place: Place | None = None  # where its number is from
         self.went = self.waits = False
         self.made: MeteredExchange | None = None
         self.told: Tokens | None = None  # what engines said of its parts, where the daemon makes the answer itself
@@ -250,9 +249,9 @@ class _Request:
     def take_number(self, share: FairShare) -> None:
         """Take its place among the requests of all keys."""
         limits = self.user.limits
-        self.share = share
-        self.claim = limits.priority, limits.weight, min(self.prompt + self.output, _MOST_CLAIMED)
-        self.number = share.number(self.user.name, *self.claim)
+        tokens = 0 if self.estimate is None else share.tokens(self.estimate, self.prompt, self.output)
+        self.place = share.place(self.user.name, limits.priority, limits.weight, min(tokens, _MOST_CLAIMED))
+        self.number = self.place.number
         self.call.forwarded += b"X-Vllm-Priority: %d\r\n" % self.number
 
     def _refused(self, found: Refused) -> LimitError:
@@ -298,12 +297,12 @@ class _Request:
     def follow(self, exchange: MeteredExchange) -> None:
         """Count what this one passes on; the last one that was made is what the client gets."""
         self.made = exchange
-        exchange.meter(self.call.route, strip=self.strip, on_body=None if self.share is None else self._began)
+        exchange.meter(self.call.route, strip=self.strip, on_body=None if self.place is None else self._began)
 
     def _began(self) -> None:
         """The engine works on it: what it refuses had no turn."""
-        if self.share is not None and self.made is not None and self.made.status < 400:
-            self.share.began(self.number)
+        if self.place is not None and self.made is not None and self.made.status < 400:
+            self.place.began()
 
     def took(self, tokens: Tokens) -> None:
         """A part of it is done, of a session that may go on for hours: charge that now."""
@@ -318,8 +317,8 @@ class _Request:
     def answered(self, tokens: Tokens) -> None:
         """An engine has answered a part of it, of which the daemon makes an answer itself."""
         self.told = tokens if self.told is None else self.told.plus(tokens)
-        if self.share is not None:
-            self.share.began(self.number)
+        if self.place is not None:
+            self.place.began()
 
     def end(self) -> None:
         """It is over: settle it. To be called once, when the status of its call is known."""
@@ -340,14 +339,16 @@ class _Request:
         self._metering.usage.settled(self.user.name, self.model, outcome, tokens, estimated)
         if self.estimate is not None and tokens is not NO_TOKENS:
             self.estimate.learn(tokens, self.size, binary=self.binary)
+            if self.place is not None:
+                self.place.share.estimate.learn(tokens, self.size, binary=self.binary)
         return tokens.prompt + tokens.completion + estimated
 
     def _give_back(self, charged: int) -> None:
         metering, user = self._metering, self.user
         if self.budgets is not None or user.is_limited:
             self._settle(charged)
-        if self.share is not None:
-            self.share.ended(user.name, *self.claim, min(charged, _MOST_CLAIMED))
+        if self.place is not None:
+            self.place.ended(min(charged, _MOST_CLAIMED))
         if self.waits:
             self._wait_no_more()
         if self.went:
