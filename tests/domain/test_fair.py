@@ -3,7 +3,7 @@
 import heapq
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_proxy.domain.fair import FairShare, Place
@@ -153,6 +153,7 @@ def test_keys_that_allow_much_and_little_get_the_same() -> None:
     assert abs(got["open"] - got["short"]) <= 500 + 100
 
 
+@example([("a", 0, 20, 0), ("a", 0, 1, 0), ("a", 3, 1, 0), ("a", 0, 1, 0)])
 @given(
     st.lists(
         st.tuples(st.sampled_from("aab"), st.integers(0, 3), st.integers(1, 500), st.integers(0, 500)), max_size=80
