@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from vllm_proxy.domain.config import Config
 from vllm_proxy.domain.file.parse import parse_config
 from vllm_proxy.domain.keys import Key, Scope
 from vllm_proxy.domain.limits import Limits, Rate
@@ -98,3 +99,47 @@ def test_a_request_that_cannot_be_counted_holds_nothing() -> None:
     assert served == ["chat"]
     assert call.metered is None
     assert [use.held for use in user.account.all().uses(metering.now(), metering.epoch())] == [0, 0]
+
+
+def configured(models: str, *keys: str) -> Config:
+    """With these models, a letter each, and keys with a limit of a minute."""
+    tables = [f'[models.{model}]\nmodel = "m"\n' for model in models]
+    for number, key in enumerate(keys):
+        digest = f"{number:064x}"
+        tables.append(f'[keys.{key}]\nhash = "sha256:{digest}"\nrequests_per_minute = 9\n')
+        tables.append(f'[keys.{key}.limits."*"]\nrequests_per_minute = 8\n')
+    return parse_config("".join(tables).encode(), "")
+
+
+def test_what_is_known_of_keys_and_models_that_are_gone_is_forgotten() -> None:
+    """Thousands may come and go unless somebody scrapes. A key that is back within a minute finds what it has used."""
+    metering, now = metering_of(Usage(lambda: now.time), []), SimpleNamespace(time=1000.0)
+    metering.now = metering.epoch = lambda: now.time
+    config = configured("ab", "ci", "cd")
+    metering.adopt(config)
+    calls = {}
+    for key in config.keys.values():
+        for model in "ab":
+            call = calls[key.name, model] = call_of(key)
+            asked = Asked(model, streams=False, most=9, is_given=True, samples=1, binary=False)
+            metering.admit(call, config.models[model], asked, b"x")
+            call.metered.go()
+            metering.usage.refused(key.name, "requests_per_minute")
+    metering.adopt(configured("a", "ci"))
+    assert metering.users["ci"].estimates.keys() == {"a"}
+    assert metering.users["cd"].in_flight == 2
+    for call in calls.values():
+        call.metered.answered(Tokens(1, 1))
+        call.metered.end()
+    metering.usage.take()
+    metering.adopt(configured("a", "ci"))
+    assert metering.users["cd"].account.all().windows, "it may come back"
+    metering.adopt(config)
+    assert {use.used for use in metering.users["cd"].account.of("b", now.time).uses(now.time, 0)} == {1, 2}
+    now.time += 62
+    metering.adopt(configured("a", "ci"))
+    assert metering.users.keys() == {"ci"}
+    assert {window.scope for window in metering.users["ci"].account.all().windows} == {"", "a"}
+    assert metering.usage.outcomes == {("ci", "a", "ok"): 1}
+    assert metering.usage.refusals == {("ci", "requests_per_minute"): 2}
+    assert metering.usage._taken.keys() == {("ci", "a")}

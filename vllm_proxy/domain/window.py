@@ -85,6 +85,12 @@ class Window:
                 tokens[at] = 0
         self.slot = slot
 
+    def is_empty(self, now: float) -> bool:
+        """Whether nothing is held, and nothing was used in the last minute."""
+        if self.slot < int(now):
+            self.advance(int(now))
+        return self.left_requests == self.limit_requests and self.left_tokens == self.limit_tokens
+
     def uses(self) -> list[Use]:
         """Of each of its limits. `advance` first."""
         found = []

@@ -7,14 +7,13 @@ ended, and what the engine reported is charged in its place. The arithmetic is i
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 
 from vllm_proxy.domain.account import Account
 from vllm_proxy.domain.config import Config, ModelSpec
 from vllm_proxy.domain.fair import FairShare, Place
-from vllm_proxy.domain.keys import Key
+from vllm_proxy.domain.keys import ANONYMOUS
 from vllm_proxy.domain.limits import Limits
 from vllm_proxy.domain.tokens import NO_TOKENS, Estimate, Tokens
 from vllm_proxy.domain.usage import Spent
@@ -37,43 +36,16 @@ from vllm_proxy.traffic.keyring import Caller
 from vllm_proxy.traffic.registry import Registry
 from vllm_proxy.traffic.sieve import MeteredExchange
 from vllm_proxy.traffic.usage import Outcome, Usage
+from vllm_proxy.traffic.user import User
 
 type Clock = Callable[[], float]
 
-_NO_LIMIT = 2**60
 _NO_LIMITS = Limits()
 _MOST_HELD = 2**40  # tokens: more than any limit, and small beside what stands for none
 _MOST_CLAIMED = 2**22  # tokens: more is no request that an engine takes, and would use up the numbers
 # vLLM 0.32 reads the header here, and on its other routes the body alone. Source: `_get_priority` of its serving.py.
 _HEADER_COUNTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 _FULL_WAIT_SECONDS = 1.0  # who has too many requests that wait: nobody knows when one of them ends
-
-
-class User:
-    """A key and what it uses, by its name: configurations come and go, what was used counts on."""
-
-    __slots__ = ("account", "estimates", "in_flight", "is_limited", "limits", "most_in_flight", "name", "waiting")
-
-    def __init__(self, key: Key, account: Account) -> None:
-        self.name = key.name
-        self.account = account
-        self.estimates: dict[str, Estimate] = {}  # by model
-        self.in_flight = 0  # requests that hold an endpoint
-        self.waiting: Counter[str] = Counter()  # requests that wait for one, by model
-        self.follow(key.limits)
-
-    def follow(self, limits: Limits) -> None:
-        """Other limits."""
-        self.limits = limits
-        self.is_limited = limits.is_limited
-        self.most_in_flight = limits.max_in_flight or _NO_LIMIT
-
-    def estimate(self, model: str) -> Estimate:
-        """What its requests to a model take."""
-        found = self.estimates.get(model)
-        if found is None:
-            found = self.estimates[model] = Estimate()
-        return found
 
 
 class Metering:
@@ -100,11 +72,16 @@ class Metering:
         """Follow a configuration."""
         self.is_on = bool(config.keys) or config.server.usage
         self.is_fair = config.is_fair
-        for name, user in self.users.items():
+        keys, models, now = {*config.keys, ANONYMOUS}, {*config.ids}, self.now()
+        self.usage.forget(keys, models)
+        for name, user in list(self.users.items()):
             key = config.keys.get(name)
             limits = _NO_LIMITS if key is None else key.limits  # who sends no key, say, may go on without a table
             user.follow(limits)
             user.account.change(limits, partial(self._spent, name), self.epoch())
+            user.forget(models, now)
+            if name not in keys and user.is_unused(now):
+                del self.users[name]
         for name in [name for name in self._shares if name not in config.models]:
             del self._shares[name]
 
