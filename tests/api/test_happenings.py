@@ -5,9 +5,10 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any, cast
 
-from vllm_proxy.api.happenings import KEPT, Entry, Happenings
+from vllm_proxy.api.happenings import _MOST_BYTES, KEPT, Entry, Happenings
 from vllm_proxy.domain.diagnose import Diagnosis
 from vllm_proxy.domain.lifecycle import Phase, Reason, State
+from vllm_proxy.domain.plan import Action, Kind
 from vllm_proxy.errors import ConfigError, Problem
 from vllm_proxy.fleet.model import Model
 from vllm_proxy.fleet.outcome import Author, Outcome, Written
@@ -30,7 +31,7 @@ def chat(*instances: Any, reason: Reason | None = None) -> Model:  # noqa: ANN40
 
 def told(entries: list[Entry]) -> list[dict[str, Any]]:
     """The data of the events."""
-    return [json.loads(entry.happened().decode().split("data: ")[1]) for entry in entries]
+    return [json.loads(entry.happened.decode().split("data: ")[1]) for entry in entries]
 
 
 def test_each_change_of_a_state_or_a_reason_is_one_and_a_phase_is_none() -> None:
@@ -95,7 +96,7 @@ def test_files_and_writes_are_kept_with_what_they_say() -> None:
     assert (accepted["kind"], accepted["revision"], accepted["changes"]) == ("accepted", "abc", [])
     assert (rejected["kind"], rejected["problems"][0]["line"]) == ("rejected", 3)
     assert (written["kind"], written["who"], written["before"]) == ("write", "key ci", "abc")
-    assert kept.since("0")[1][1].as_plain().startswith(f"id: {kept.boot}-2\nevent: config\n".encode())
+    assert kept.since("0")[1][1].plain.startswith(f"id: {kept.boot}-2\nevent: config\n".encode())
 
 
 def test_a_reader_gets_what_came_after_the_one_it_knows() -> None:
@@ -122,8 +123,26 @@ def test_a_reader_whose_place_is_gone_is_told_and_gets_all() -> None:
     assert len(kept.since("0")[1]) == KEPT
 
 
-def test_an_event_is_encoded_once() -> None:
-    """However many readers get it."""
+def test_large_ones_are_bounded_together() -> None:
+    """Plans of hundreds of models, over and over: no more is kept, or sent at once; the last one always."""
     kept = Happenings(lambda _: True)
-    entry = kept.add({"kind": "model"})
-    assert entry.happened() is entry.happened()
+    steps = [Action(Kind.UPDATE, f"model-{number}", "idle_timeout 10 -> 20", None) for number in range(300)]
+    for _ in range(500):
+        kept.of_file(Outcome("abc", tuple(steps)))
+    entries = kept.since("0")[1]
+    assert [entry.number for entry in entries] == list(range(501 - len(entries), 501))
+    assert 0.9 * _MOST_BYTES < sum(len(entry.happened) + len(entry.plain) for entry in entries) <= _MOST_BYTES
+    assert kept.since(f"{kept.boot}-{500 - len(entries)}")[0] == b""
+    assert kept.since(f"{kept.boot}-{499 - len(entries)}")[0].startswith(b"event: reset")
+    kept.add({"kind": "write", "what": "x" * 2 * _MOST_BYTES})
+    assert [entry.number for entry in kept.since("0")[1]] == [501]
+    kept.add({"kind": "write"}, ("write", {}))
+    assert [entry.number for entry in kept.since("0")[1]] == [502]
+
+
+def test_what_is_told_of_a_model_counts_as_well() -> None:
+    """It names all of its instances and adapters."""
+    kept = Happenings(lambda _: True)
+    for _ in range(20):
+        kept.tell(kept.add({"kind": "model"}), ("model", {"adapters": "x" * (_MOST_BYTES // 10)}))
+    assert len(kept.since("0")[1]) == 9

@@ -55,8 +55,9 @@ def request(budgets: Budgets) -> None:
 
 def numbered(fair: FairShare) -> None:
     """A request that is numbered, begins and ends."""
-    fair.began(fair.number("ci", 0, 1.0, 300))
-    fair.ended("ci", 0, 1.0, 300, 120)
+    place = fair.place("ci", 0, 1.0, 300)
+    place.began()
+    place.ended(120)
 
 
 def _least(work: Callable[[], object], calls: int, rounds: int) -> float:

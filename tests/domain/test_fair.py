@@ -3,12 +3,13 @@
 import heapq
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_proxy.domain.fair import FairShare
+from vllm_proxy.domain.fair import FairShare, Place
+from vllm_proxy.domain.tokens import Estimate, Tokens
 
-type Waiting = tuple[int, int, str, int]  # number, arrival, key, tokens
+type Waiting = tuple[int, int, str, Place, int]  # number, arrival, key, its place, tokens
 
 
 class Queue:
@@ -19,18 +20,17 @@ class Queue:
         self.waiting: list[Waiting] = []
         self.arrivals = 0
 
-    def ask(self, key: str, tokens: int) -> None:
-        """One more request of a key."""
+    def ask(self, key: str, tokens: int, expected: int | None = None) -> None:
+        """One more request of a key, that takes so many; None: as many are expected."""
         self.arrivals += 1
-        priority, weight = self.keys[key]
-        number = self.fair.number(key, priority, weight, tokens)
-        heapq.heappush(self.waiting, (number, self.arrivals, key, tokens))
+        place = self.fair.place(key, *self.keys[key], tokens if expected is None else expected)
+        heapq.heappush(self.waiting, (place.number, self.arrivals, key, place, tokens))
 
     def serve(self) -> tuple[str, int]:
         """The next one, from its first byte to its end."""
-        number, _, key, tokens = heapq.heappop(self.waiting)
-        self.fair.began(number)
-        self.fair.ended(key, *self.keys[key], tokens, tokens)
+        _, _, key, place, tokens = heapq.heappop(self.waiting)
+        place.began()
+        place.ended(tokens)
         return key, tokens
 
 
@@ -73,45 +73,108 @@ def test_whoever_was_idle_has_saved_nothing() -> None:
 def test_numbers_begin_at_zero_whenever_nothing_is_in_flight() -> None:
     """So they do not grow for good."""
     fair = FairShare()
-    assert fair.number("a", 0, 1.0, 500) == 0
-    assert fair.number("a", 0, 1.0, 500) == 500
-    fair.ended("a", 0, 1.0, 500, 500)
-    assert fair.number("a", 0, 1.0, 500) == 1000
-    fair.ended("a", 0, 1.0, 500, 500)
-    fair.ended("a", 0, 1.0, 500, 500)
-    assert fair.number("a", 0, 1.0, 500) == 0
+    places = [fair.place("a", 0, 1.0, 500), fair.place("a", 0, 1.0, 500)]
+    places[0].ended(500)
+    places.append(fair.place("a", 0, 1.0, 500))
+    assert [place.number for place in places] == [0, 500, 1000]
+    for place in places[1:]:
+        place.ended(500)
+    assert fair.place("a", 0, 1.0, 500).number == 0
 
 
 def test_a_crowd_that_gives_up_does_not_put_its_key_behind() -> None:
     """What was never answered is not counted; else the key would wait for as long as all of it had taken."""
     fair = FairShare()
-    fair.number("other", 0, 1.0, 100)
-    for _ in range(1000):
-        fair.number("crowd", 0, 2.0, 100)
-    for _ in range(1000):
-        fair.ended("crowd", 0, 2.0, 100, 0)
-    assert fair.number("crowd", 0, 2.0, 100) == 0
+    fair.place("other", 0, 1.0, 100)
+    for place in [fair.place("crowd", 0, 2.0, 100) for _ in range(1000)]:
+        place.ended(0)
+    assert fair.place("crowd", 0, 2.0, 100).number == 0
 
 
-def test_a_key_is_charged_what_its_request_used_and_not_what_it_held() -> None:
-    """Who asks for long answers and gets short ones is as who asks for short ones; one that was longer counts whole."""
+def test_who_stays_of_a_crowd_that_gives_up_is_followed_by_the_next() -> None:
+    """The place of the next request is behind those that wait still, not behind those that have gone."""
     fair = FairShare()
-    fair.number("other", 0, 1.0, 1)
-    for key, held in (("a", 4000), ("b", 20)):
-        fair.number(key, 0, 1.0, held)
-        fair.ended(key, 0, 1.0, held, 100)
-    assert fair.number("a", 0, 1.0, 1) == fair.number("b", 0, 1.0, 1) == 100
+    crowd = [fair.place("crowd", 0, 1.0, 100) for _ in range(1000)]
+    for place in crowd[1:]:
+        place.ended(0)
+    assert fair.place("crowd", 0, 1.0, 100).number == 100
+
+
+def test_a_key_is_charged_what_its_request_used_and_not_what_was_expected() -> None:
+    """Who seems to want long answers and gets short ones is as who wants short ones; a longer one counts whole."""
+    fair = FairShare()
+    fair.place("other", 0, 1.0, 1)
+    for key, expected in (("a", 4000), ("b", 20)):
+        fair.place(key, 0, 1.0, expected).ended(100)
+    assert fair.place("a", 0, 1.0, 1).number == fair.place("b", 0, 1.0, 1).number == 100
 
 
 def test_a_start_never_crosses_into_another_priority() -> None:
     """Not after years without a pause either: then a class is in the order of arrival."""
     fair = FairShare()
+    last = 0
     for _ in range(3):
-        last = fair.number("a", 3, 0.001, 10**12)
-        fair.began(last)
+        place = fair.place("a", 3, 0.001, 10**12)
+        place.began()
+        last = place.number
     assert last == 2**40 - 1 - 3 * 2**40
-    assert fair.number("b", 2, 1.0, 1) == -2 * 2**40
-    assert fair.number("c", -1000, 1.0, 1) == 1000 * 2**40 < 2**63
+    assert fair.place("b", 2, 1.0, 1).number == -2 * 2**40
+    assert fair.place("c", -1000, 1.0, 1).number == 1000 * 2**40 < 2**63
+
+
+def test_a_request_is_expected_to_take_what_others_of_its_key_took() -> None:
+    """On average, and no more than it allows: not as many as it allows. Of a new key, what other keys' took."""
+    fair, mine = FairShare(), Estimate()
+    assert fair.tokens(mine, 10, 30_000) == 10 + 256, "nobody has had an answer"
+    for tokens in (10, 30):
+        fair.estimate.learn(Tokens(5, tokens), 20, binary=False)
+    assert fair.tokens(mine, 10, 30_000) == 10 + 20
+    for tokens in (100, 100, 100, 500):
+        mine.learn(Tokens(5, tokens), 20, binary=False)
+    assert fair.tokens(mine, 10, 30_000) == 10 + 200
+    assert fair.tokens(mine, 10, 16) == 10 + 16
+    assert fair.tokens(mine, 10, 0) == 10
+
+
+def test_keys_that_allow_much_and_little_get_the_same() -> None:
+    """Hundreds of requests at once, of answers that differ much: while both wait, each gets half of the tokens."""
+    queue = Queue({"open": (0, 1.0), "short": (0, 1.0)})
+    mine = {key: Estimate() for key in queue.keys}
+    for key, long, most in (("open", 500, 30_000), ("short", 60, 100)):
+        answers = [long if number % 5 == 4 else 20 for number in range(500)]
+        for tokens in answers[:40]:
+            mine[key].learn(Tokens(5, tokens), 20, binary=False)
+        for tokens in answers:
+            queue.ask(key, tokens, queue.fair.tokens(mine[key], 0, most))
+    got: Counter[str] = Counter()
+    while {key for _, _, key, _, _ in queue.waiting} == {"open", "short"}:
+        key, tokens = queue.serve()
+        got[key] += tokens
+    assert abs(got["open"] - got["short"]) <= 500 + 100
+
+
+@example([("a", 0, 20, 0), ("a", 0, 1, 0), ("a", 3, 1, 0), ("a", 0, 1, 0)])
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("aab"), st.integers(0, 3), st.integers(1, 500), st.integers(0, 500)), max_size=80
+    )
+)
+def test_a_key_never_overtakes_itself(steps: list[tuple[str, int, int, int]]) -> None:
+    """Whatever was expected and used: a request is not before an earlier one of its key that waits."""
+    fair, waiting, running = FairShare(), dict[str, list[Place]](a=[], b=[]), list[Place]()
+    for key, step, expected, used in steps:
+        mine = waiting[key]
+        if step <= 1:
+            place = fair.place(key, 0, 2.0, expected)
+            assert all(place.number >= earlier.number for earlier in mine)
+            mine.append(place)
+        elif step == 2 and mine:
+            running.append(mine.pop(0))
+            running[-1].began()
+        elif running:
+            running.pop(used % len(running)).ended(used)
+        elif mine:  # it gives up
+            mine.pop(used % len(mine)).ended(0)
 
 
 @settings(deadline=None)
@@ -135,7 +198,7 @@ def test_keys_that_wait_get_their_shares_in_tokens(
         if not queue.waiting:
             since.clear()
             continue
-        waiting = {key for _, _, key, _ in queue.waiting}
+        waiting = {key for _, _, key, _, _ in queue.waiting}
         key, tokens = queue.serve()
         pairs = {frozenset((one, other)) for one in waiting for other in waiting if one < other}
         since = {pair: since.get(pair, Counter()) for pair in pairs}

@@ -46,7 +46,7 @@ class Events:
         reader = new_reader()
         if known:
             reset, entries = self._happenings.since(known)
-            reader.put_nowait(reset + b"".join([entry.as_plain() for entry in entries]))
+            reader.put_nowait(reset + b"".join([entry.plain for entry in entries]))
         self.add(reader)
         try:
             return await relay(request, reader, self._reconciler)
@@ -77,7 +77,7 @@ class Events:
             "instances": [_instance(one) for one in model.instances],
         }
         if entry is not None:
-            entry.plain = (("model", shown),)
+            self._happenings.tell(entry, ("model", shown))
             self._told(entry)
         elif self._shown.get(model_id) != shown:
             self._readers.publish(event("model", shown))
@@ -99,7 +99,7 @@ class Events:
 
     def _told(self, entry: Entry) -> None:
         if self._readers:
-            self._readers.publish(entry.as_plain())
+            self._readers.publish(entry.plain)
 
 
 def _instance(one: Supervisor) -> resources.InstanceState:

@@ -88,7 +88,7 @@ class Feed:
 
     def _happened(self, entry: Entry) -> None:
         if self._readers:
-            self._readers.publish(entry.happened())
+            self._readers.publish(entry.happened)
 
     async def _follow(self) -> None:
         while True:
@@ -134,7 +134,7 @@ class Feed:
             reader.put_nowait(_fleet([self._known[name] for name in there], [], self._order))
             if known:
                 reset, entries = self._happenings.since(known)
-                reader.put_nowait(reset + b"".join([entry.happened() for entry in entries]))
+                reader.put_nowait(reset + b"".join([entry.happened for entry in entries]))
             reader.put_nowait(self._config)
             self._readers.add(reader)
 

@@ -1,7 +1,8 @@
 """What has happened: changes of instances, of models and of the file, the last 1,000, also while nobody listens.
 
 Each has an id, `BOOT-N`: readers of `/events` who come back name the last one that they know, and get what came after
-it. Nothing becomes JSON before somebody asks for it, and then once for all readers.
+it. Each is kept as the bytes that readers get, once for all of them: what a file changes of hundreds of models takes a
+fifth of what its values would, and all that is kept is bounded by that. Where they are large, fewer are kept.
 """
 
 import re
@@ -23,6 +24,7 @@ from vllm_proxy.fleet.outcome import Outcome, Written
 from vllm_proxy.runtime.background import notify
 
 KEPT = 1000
+_MOST_BYTES = 4 * 2**20  # of all that are kept; the last one always is
 _ALL = "0"  # as `since`: everything that is kept
 _ID = re.compile(r"([0-9a-f]{8})-(\d{1,18})")
 
@@ -32,35 +34,21 @@ type _Shown = tuple[State, Reason | None, datetime | None]  # and when its engin
 
 
 class Entry:
-    """One happening. `plain`: the events of `/events` without `fleet`, by name, that tell of it."""
+    """One happening. `happened`: its event; `plain`: those of `/events` without `fleet` that tell of it, if any."""
 
-    __slots__ = ("_as_happened", "_as_plain", "at", "boot", "fields", "number", "plain")
+    __slots__ = ("happened", "id", "number", "plain")
 
     def __init__(self, boot: str, number: int, fields: dict[str, Any]) -> None:
-        self.boot = boot
         self.number = number
-        self.at = datetime.now(UTC)
-        self.fields = fields
-        self.plain: tuple[tuple[str, object], ...] = ()
-        self._as_happened = self._as_plain = b""
+        self.id = f"{boot}-{number}"  # as readers name it
+        value = cast("Happening", {"id": self.id, "at": rfc3339(datetime.now(UTC)), **fields})
+        self.happened = event("happened", value, self.id)
+        self.plain = b""
 
     @property
-    def id(self) -> str:
-        """As readers name it."""
-        return f"{self.boot}-{self.number}"
-
-    def happened(self) -> bytes:
-        """The event `happened`."""
-        if not self._as_happened:
-            value = cast("Happening", {"id": self.id, "at": rfc3339(self.at), **self.fields})
-            self._as_happened = event("happened", value, self.id)
-        return self._as_happened
-
-    def as_plain(self) -> bytes:
-        """The events that tell of it where `fleet` is not asked for; none where those of another one do."""
-        if not self._as_plain:
-            self._as_plain = b"".join(event(kind, value, self.id) for kind, value in self.plain)
-        return self._as_plain
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.happened) + len(self.plain)
 
 
 class Happenings:
@@ -71,7 +59,8 @@ class Happenings:
         self.boot = secrets.token_hex(4)
         self._knows = knows
         self._number = 0
-        self._kept: deque[Entry] = deque(maxlen=KEPT)
+        self._kept: deque[Entry] = deque()
+        self._bytes = 0  # of those
         self._shown: dict[str, _Shown] = {}  # as last told, by model and by instance
         self._listeners: list[Callable[[Entry], None]] = []
 
@@ -120,10 +109,18 @@ class Happenings:
         """One more."""
         self._number += 1
         entry = Entry(self.boot, self._number, fields)
-        entry.plain = plain
         self._kept.append(entry)
+        self._bytes += entry.size
+        self.tell(entry, *plain)
         notify(self._listeners, entry)
         return entry
+
+    def tell(self, entry: Entry, *plain: tuple[str, object]) -> None:
+        """The events that tell of it where `fleet` is not asked for, by name. It is the last one, and has none yet."""
+        entry.plain = b"".join(event(kind, value, entry.id) for kind, value in plain)
+        self._bytes += len(entry.plain)
+        while len(self._kept) > KEPT or (self._bytes > _MOST_BYTES and len(self._kept) > 1):
+            self._bytes -= self._kept.popleft().size
 
     def _changes(self, model: Model) -> Iterator[dict[str, Any]]:
         name, diagnosis = model.spec.id, model.diagnosis

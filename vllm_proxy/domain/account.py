@@ -4,7 +4,7 @@ A key has one window over all models, and one for each model that an entry of it
 key's name when its limits change: what was used stays used, and what is held is given back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from vllm_proxy.domain.limits import Limits, Rate
 from vllm_proxy.domain.usage import Spent
@@ -31,6 +31,17 @@ class Account:
             window.change(self._rate(model))
         quotas: dict[Period, int] = {"day": limits.tokens_per_day, "month": limits.tokens_per_month}
         self._quotas = {period: self._quota(period, limit, spent, epoch) for period, limit in quotas.items() if limit}
+
+    def forget(self, models: Container[str], now: float) -> None:
+        """There are these models: windows of others go once there is nothing in them."""
+        for model in [model for model in self._windows if model and model not in models]:
+            if self._windows[model].is_empty(now):
+                del self._windows[model]
+        self._by_model.clear()
+
+    def is_unused(self, now: float) -> bool:
+        """Whether nothing is held, and nothing was used in the last minute."""
+        return all(window.is_empty(now) for window in self._windows.values())
 
     def _rate(self, model: str) -> Rate:
         return self._limits.of_model(model) or _NO_RATE if model else self._limits.rate

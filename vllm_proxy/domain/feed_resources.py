@@ -130,7 +130,7 @@ class ConfigState(TypedDict):
 
 
 class Happening(TypedDict):
-    """Event `happened`: what became of an instance, of the file, or by hand. The last 1,000 are kept."""
+    """Event `happened`: what became of an instance, of the file, or by hand. Up to 1,000 are kept."""
 
     id: Annotated[str, Field(description="Of this daemon's run, and a number.", examples=["3f2a9c1b-17"])]
     at: Time

@@ -167,16 +167,24 @@ _SAMPLED = 8  # of so many answers one is learned from, once so many outputs are
 class Estimate:
     """What requests of one key to one model will take, learned from their answers: nobody's guesses are others'."""
 
-    __slots__ = ("_binary", "_bytes", "_files", "_recent", "_seen", "_sorted", "_tokens", "bytes_per_token", "output")
+    __slots__ = ("_binary", "_bytes", "_files", "_recent", "_seen", "_sorted", "_sum", "_tokens", "bytes_per_token",
+                 "mean_output", "output")  # fmt: skip
 
     def __init__(self) -> None:
         self.bytes_per_token: float = _BYTES_PER_TOKEN  # of prompts
         self.output = _FIRST_OUTPUT  # tokens that nine of ten answers do not exceed
+        self.mean_output = _FIRST_OUTPUT  # tokens of an answer
         self._bytes = self._tokens = 0.0
         self._binary = self._files = 0.0  # tokens and number of bodies with files
         self._seen = 0  # answers
         self._recent: deque[int] = deque()  # the tokens of the last ones
         self._sorted: list[int] = []
+        self._sum = 0  # of the last ones
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether there was an answer."""
+        return self._seen > 0
 
     def prompt(self, length: int, most: int | None = None, *, binary: bool) -> int:
         """Tokens of the prompt in a body of `length` bytes. `binary`: it has files in it. `most`: `max_model_len`."""
@@ -214,7 +222,11 @@ class Estimate:
     def _learn_output(self, tokens: int) -> None:
         recent, ordered = self._recent, self._sorted
         if len(recent) == _REMEMBERED:
-            del ordered[bisect_left(ordered, recent.popleft())]
+            oldest = recent.popleft()
+            del ordered[bisect_left(ordered, oldest)]
+            self._sum -= oldest
         recent.append(tokens)
+        self._sum += tokens
+        self.mean_output = self._sum // len(recent)
         insort(ordered, tokens)
         self.output = ordered[(len(ordered) * 9 + 9) // 10 - 1]

@@ -9,7 +9,6 @@ seconds since 1970, for days and months of UTC.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -17,6 +16,7 @@ import msgspec
 
 from vllm_proxy.domain.limits import Rate
 from vllm_proxy.domain.units import show_time
+from vllm_proxy.domain.usage import DAY, month_end, month_start
 
 type LimitName = Literal["requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month"]
 type Period = Literal["day", "month"]
@@ -27,7 +27,6 @@ _OF_REQUESTS = (
     b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %%d\r\nx-ratelimit-reset-requests: %%ds\r\n"
 )
 _OF_TOKENS = _OF_REQUESTS.replace(b"-requests", b"-tokens")
-_DAY_SECONDS = 86_400
 _STEP_SECONDS = 3600  # so far back the clock may be set without a new period
 _LEARNED = 0.125  # what the duration of one more request counts for the mean
 _SHORTEST_SECONDS, _LONGEST_SECONDS = 1.0, 60.0  # waits for requests in flight, whose ends nobody knows
@@ -84,6 +83,12 @@ class Window:
                 self.used_tokens -= tokens[at]
                 tokens[at] = 0
         self.slot = slot
+
+    def is_empty(self, now: float) -> bool:
+        """Whether nothing is held, and nothing was used in the last minute."""
+        if self.slot < int(now):
+            self.advance(int(now))
+        return self.left_requests == self.limit_requests and self.left_tokens == self.limit_tokens
 
     def uses(self) -> list[Use]:
         """Of each of its limits. `advance` first."""
@@ -390,10 +395,5 @@ def _of_limit(wait: float, use: Use, wanted: int, ends: str, in_flight: float) -
 
 def _period(period: Period, epoch: float) -> tuple[float, float]:
     """From when to when it counts as the same period, in UTC."""
-    if period == "day":
-        start = epoch // _DAY_SECONDS * _DAY_SECONDS
-        return start - _STEP_SECONDS, start + _DAY_SECONDS
-    moment = datetime.fromtimestamp(epoch, UTC)
-    months = moment.year * 12 + moment.month  # the next one's, from 0
-    start, end = (datetime(at // 12, at % 12 + 1, 1, tzinfo=UTC).timestamp() for at in (months - 1, months))
-    return start - _STEP_SECONDS, end
+    start = int(epoch) // DAY * DAY if period == "day" else month_start(epoch)
+    return start - _STEP_SECONDS, start + DAY if period == "day" else month_end(start)

@@ -73,12 +73,9 @@ class Variables:
     @contextlib.asynccontextmanager
     async def hidden(self, variables: Mapping[str, str], credential: str) -> AsyncIterator[None]:
         """Nothing shows these values of an engine while the block lasts."""
-        holding = self.masking.held([*self._not_public(variables.values()), credential])
-        await asyncio.to_thread(holding.__enter__)
-        try:
+        with self.masking.held([*self._not_public(variables.values()), credential]):
+            await asyncio.to_thread(self.masking.learn)
             yield
-        finally:
-            holding.__exit__(None, None, None)
 
     def of_running(self, pid: int, spec: EngineSpec) -> dict[str, str]:
         """Those that an engine was started with, by an earlier daemon; of what stands elsewhere the values then."""

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from vllm_proxy.domain.config import ModelSpec
+from vllm_proxy.domain.fair import Place
 from vllm_proxy.domain.tokens import NO_TOKENS, Tokens
 from vllm_proxy.domain.window import charge
 from vllm_proxy.traffic.call import Call, Metered
@@ -68,10 +69,11 @@ class Check:
         self._went = False
         self._asked = size // _BYTES_PER_TOKEN + 1  # tokens, as estimated
         limits = self._user.limits
-        self._share = metering.share(self._guard) if metering.is_fair else None
-        self._claim = limits.priority, limits.weight, self._asked
-        if self._share is not None:
-            self.number = self._share.number(self._user.name, *self._claim)
+        self._place: Place | None = None
+        if metering.is_fair:
+            share = metering.share(self._guard)
+            self._place = share.place(self._user.name, limits.priority, limits.weight, self._asked)
+            self.number = self._place.number
 
     def may_go(self) -> bool:
         """At any time."""
@@ -87,8 +89,8 @@ class Check:
     def answered(self, tokens: Tokens) -> None:
         """The guard has answered one question."""
         self._tokens = self._tokens.plus(tokens)
-        if self._share is not None:
-            self._share.began(self.number)
+        if self._place is not None:
+            self._place.began()
 
     def __enter__(self) -> Self:
         return self
@@ -103,5 +105,5 @@ class Check:
         now, epoch = metering.now(), metering.epoch()
         charge(self._user.account.of(self._guard, now), None, used + estimated, now, epoch)
         metering.usage.settled(name, self._guard, outcome, tokens, estimated)
-        if self._share is not None:
-            self._share.ended(name, *self._claim, used + estimated)
+        if self._place is not None:
+            self._place.ended(used + estimated)

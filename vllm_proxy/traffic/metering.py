@@ -7,14 +7,13 @@ ended, and what the engine reported is charged in its place. The arithmetic is i
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 
 from vllm_proxy.domain.account import Account
 from vllm_proxy.domain.config import Config, ModelSpec
-from vllm_proxy.domain.fair import FairShare
-from vllm_proxy.domain.keys import Key
+from vllm_proxy.domain.fair import FairShare, Place
+from vllm_proxy.domain.keys import ANONYMOUS
 from vllm_proxy.domain.limits import Limits
 from vllm_proxy.domain.tokens import NO_TOKENS, Estimate, Tokens
 from vllm_proxy.domain.usage import Spent
@@ -37,43 +36,16 @@ from vllm_proxy.traffic.keyring import Caller
 from vllm_proxy.traffic.registry import Registry
 from vllm_proxy.traffic.sieve import MeteredExchange
 from vllm_proxy.traffic.usage import Outcome, Usage
+from vllm_proxy.traffic.user import User
 
 type Clock = Callable[[], float]
 
-_NO_LIMIT = 2**60
 _NO_LIMITS = Limits()
 _MOST_HELD = 2**40  # tokens: more than any limit, and small beside what stands for none
 _MOST_CLAIMED = 2**22  # tokens: more is no request that an engine takes, and would use up the numbers
 # vLLM 0.32 reads the header here, and on its other routes the body alone. Source: `_get_priority` of its serving.py.
 _HEADER_COUNTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 _FULL_WAIT_SECONDS = 1.0  # who has too many requests that wait: nobody knows when one of them ends
-
-
-class User:
-    """A key and what it uses, by its name: configurations come and go, what was used counts on."""
-
-    __slots__ = ("account", "estimates", "in_flight", "is_limited", "limits", "most_in_flight", "name", "waiting")
-
-    def __init__(self, key: Key, account: Account) -> None:
-        self.name = key.name
-        self.account = account
-        self.estimates: dict[str, Estimate] = {}  # by model
-        self.in_flight = 0  # requests that hold an endpoint
-        self.waiting: Counter[str] = Counter()  # requests that wait for one, by model
-        self.follow(key.limits)
-
-    def follow(self, limits: Limits) -> None:
-        """Other limits."""
-        self.limits = limits
-        self.is_limited = limits.is_limited
-        self.most_in_flight = limits.max_in_flight or _NO_LIMIT
-
-    def estimate(self, model: str) -> Estimate:
-        """What its requests to a model take."""
-        found = self.estimates.get(model)
-        if found is None:
-            found = self.estimates[model] = Estimate()
-        return found
 
 
 class Metering:
@@ -100,11 +72,16 @@ class Metering:
         """Follow a configuration."""
         self.is_on = bool(config.keys) or config.server.usage
         self.is_fair = config.is_fair
-        for name, user in self.users.items():
+        keys, models, now = {*config.keys, ANONYMOUS}, {*config.ids}, self.now()
+        self.usage.forget(keys, models)
+        for name, user in list(self.users.items()):
             key = config.keys.get(name)
             limits = _NO_LIMITS if key is None else key.limits  # who sends no key, say, may go on without a table
             user.follow(limits)
             user.account.change(limits, partial(self._spent, name), self.epoch())
+            user.forget(models, now)
+            if name not in keys and user.is_unused(now):
+                del self.users[name]
         for name in [name for name in self._shares if name not in config.models]:
             del self._shares[name]
 
@@ -174,8 +151,8 @@ class Metering:
 class _Request:
     """One that is metered; it is its own turn in the queue."""
 
-    __slots__ = ("_metering", "binary", "bounded", "budgets", "call", "claim", "estimate", "generates", "granted",
-                 "is_told", "made", "model", "number", "output", "prompt", "share", "size", "strip", "told", "user",
+    __slots__ = ("_metering", "binary", "bounded", "budgets", "call", "estimate", "generates", "granted",
+                 "is_told", "made", "model", "number", "output", "place", "prompt", "size", "strip", "told", "user",
                  "waits", "went")  # fmt: skip
 
     def __init__(self, metering: Metering, user: User, call: Call) -> None:
@@ -194,8 +171,7 @@ class _Request:
         self.estimate: Estimate | None = None  # what it is guessed by, and which learns from it
         self.granted: Granted | None = None
         self.budgets: Budgets | None = None  # what it meets
-        self.share: FairShare | None = None  # where its number is from
-        self.claim = (0, 1.0, 0)  # what it was made of: priority, weight, tokens
+        self.place: Place | None = None  # where its number is from
         self.went = self.waits = False
         self.made: MeteredExchange | None = None
         self.told: Tokens | None = None  # what engines said of its parts, where the daemon makes the answer itself
@@ -250,9 +226,9 @@ class _Request:
     def take_number(self, share: FairShare) -> None:
         """Take its place among the requests of all keys."""
         limits = self.user.limits
-        self.share = share
-        self.claim = limits.priority, limits.weight, min(self.prompt + self.output, _MOST_CLAIMED)
-        self.number = share.number(self.user.name, *self.claim)
+        tokens = 0 if self.estimate is None else share.tokens(self.estimate, self.prompt, self.output)
+        self.place = share.place(self.user.name, limits.priority, limits.weight, min(tokens, _MOST_CLAIMED))
+        self.number = self.place.number
         self.call.forwarded += b"X-Vllm-Priority: %d\r\n" % self.number
 
     def _refused(self, found: Refused) -> LimitError:
@@ -298,12 +274,12 @@ class _Request:
     def follow(self, exchange: MeteredExchange) -> None:
         """Count what this one passes on; the last one that was made is what the client gets."""
         self.made = exchange
-        exchange.meter(self.call.route, strip=self.strip, on_body=None if self.share is None else self._began)
+        exchange.meter(self.call.route, strip=self.strip, on_body=None if self.place is None else self._began)
 
     def _began(self) -> None:
         """The engine works on it: what it refuses had no turn."""
-        if self.share is not None and self.made is not None and self.made.status < 400:
-            self.share.began(self.number)
+        if self.place is not None and self.made is not None and self.made.status < 400:
+            self.place.began()
 
     def took(self, tokens: Tokens) -> None:
         """A part of it is done, of a session that may go on for hours: charge that now."""
@@ -318,8 +294,8 @@ class _Request:
     def answered(self, tokens: Tokens) -> None:
         """An engine has answered a part of it, of which the daemon makes an answer itself."""
         self.told = tokens if self.told is None else self.told.plus(tokens)
-        if self.share is not None:
-            self.share.began(self.number)
+        if self.place is not None:
+            self.place.began()
 
     def end(self) -> None:
         """It is over: settle it. To be called once, when the status of its call is known."""
@@ -341,14 +317,16 @@ class _Request:
             tokens, estimated = NO_TOKENS, self._estimated(outcome)
         if self.estimate is not None and tokens is not NO_TOKENS:
             self.estimate.learn(tokens, self.size, binary=self.binary)
+            if self.place is not None:
+                self.place.share.estimate.learn(tokens, self.size, binary=self.binary)
         return tokens, estimated
 
     def _give_back(self, charged: int) -> None:
         metering, user = self._metering, self.user
         if self.budgets is not None or user.is_limited:
             self._settle(charged)
-        if self.share is not None:
-            self.share.ended(user.name, *self.claim, min(charged, _MOST_CLAIMED))
+        if self.place is not None:
+            self.place.ended(min(charged, _MOST_CLAIMED))
         if self.waits:
             self._wait_no_more()
         if self.went:

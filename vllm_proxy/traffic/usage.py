@@ -90,8 +90,8 @@ class Usage:
             if name == key
         ]
 
-    def totals(self, keys: AbstractSet[str], models: AbstractSet[str]) -> dict[Name, Counts]:
-        """All since the daemon began, of the keys and the models that there are; the others are forgotten."""
+    def forget(self, keys: AbstractSet[str], models: AbstractSet[str]) -> None:
+        """There are these keys and models: what others used is told no more, but to the ledger."""
         for key, model in self._taken:
             if key not in keys and model in models:
                 self._gone[model] += self._taken[key, model].tokens
@@ -102,6 +102,10 @@ class Usage:
                 del forgotten[each]  # type: ignore[arg-type]
         for refusal in [refusal for refusal in self.refusals if refusal[0] not in keys]:
             del self.refusals[refusal]
+
+    def totals(self, keys: AbstractSet[str], models: AbstractSet[str]) -> dict[Name, Counts]:
+        """All since the daemon began, of the keys and the models that there are; the others are forgotten."""
+        self.forget(keys, models)
         totals: dict[Name, Counts] = {}
         for name, counts in self._taken.items():
             totals.setdefault(name, Counts()).add(counts)
