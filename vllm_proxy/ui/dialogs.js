@@ -1,19 +1,23 @@
-// Dialogues: a question with yes or no, and the one that asks for a key. Both are modal and end with Escape.
+// Dialogues: a question with yes or no, and the one that asks for a key. Both are modal and end with Escape;
+// the focus then goes back by itself to what had it.
 import { h } from "./dom.js";
 
 // Show a dialogue until it is closed; returns the value that it was closed with, "" by Escape.
 function shown(dialog, first) {
-  const before = document.activeElement;
   document.body.append(dialog);
   dialog.showModal();
   first.focus();
   return new Promise((done) => {
     dialog.onclose = () => {
       dialog.remove();
-      if (before?.isConnected) before.focus();
       done(dialog.returnValue);
     };
   });
+}
+
+// Close what is open, as if by Escape: what it asks about is of the screen that is left.
+export function closeDialogs() {
+  for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close("");
 }
 
 // Ask before something that costs somebody something; true where the answer is `yes`.
