@@ -297,6 +297,11 @@ async def test_events_are_those_that_happened_before(page: Page, fleet: Daemon) 
     await goes(page, "events")
     await page.until(has("main tbody", "broken/0"))
     await page.until(has("main tbody", "POST /models/later/stop"))
+    broken = "[...document.querySelectorAll('main tbody tr')].filter(it => it.innerText.includes('broken/0'))"
+    said = f"{broken}.filter(it => it.innerText.includes('no such thing')).map(it => it.cells[1].innerText)"
+    shown = await page.evaluate(said)
+    assert shown[0] == "error"
+    assert "loading (stopping)" in shown[1:], "what is said twice is of two phases"
     await click(page, "Problems")
     await page.until(f"!{has('main tbody', 'POST /models')}")
     assert "broken/0" in await page.text()

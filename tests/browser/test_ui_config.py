@@ -243,8 +243,16 @@ async def test_a_new_model_is_typed_in_and_planned(page: Page) -> None:
     await goes(page, "config/new")
     await page.until("document.querySelector('textarea').value.endsWith('[models.new]\\nmodel = \"\"\\n')")
     await page.until(has(VERDICT, "models.new.model"))
+    text = await value(page, FILE)
+    await goes(page, "fleet")
+    await goes(page, "config/new")
+    await page.until(f"{SELECTED} === 'model = \"\"'")
+    assert await value(page, FILE) == text, "an untouched one is gone to, not added to"
     await edit(page, 'model = ""', 'model = "org/new"')
     await page.until(has(VERDICT, "start"))
+    await goes(page, "fleet")
+    await goes(page, "config/new")
+    await page.until("document.querySelector('textarea').value.endsWith('[models.new-2]\\nmodel = \"\"\\n')")
     await click(page, "Undo")
     await goes(page, "config/model/chat")
     await page.until(
