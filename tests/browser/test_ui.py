@@ -569,8 +569,13 @@ async def test_a_change_asks_for_a_key_where_one_is_needed(shared: Daemon, chrom
         page = await chromium.page(f"{shared.url}/ui/")
         await page.front()
         await page.until(f"{row('chat')}?.innerText.includes('ready')")
+        await page.evaluate("import('./feed.js').then(feed => { window.feed = feed })")
+        await page.until("feed.store.health.control_socket")
         await click(page, "Restart chat")
-        await page.until(has("dialog", "ssh -NL"))
+        port, socket = shared.url.rpartition(":")[2], shared.state_dir / "control.sock"
+        await page.until(has("dialog", f"ssh -NL {port}:{socket} SERVER"))
+        await page.until(has("dialog", f"localhost:{port}/ui/"))
+        await page.until(has("dialog", "[keys.anonymous]"))
         await typed(page, "EMPTY")
         await page.until(has("dialog .why", "key"))
         await typed(page, KEY)
@@ -620,7 +625,9 @@ async def test_who_may_not_look_is_told_how_to(shared: Daemon, chromium: Browser
     async with configured(shared, text):
         page = await chromium.page(f"{shared.url}/ui/")
         await page.front()
-        await page.until("document.querySelector('dialog[open]')")
+        await page.until(has("dialog[open]", ":/run/vllm-proxy/control.sock SERVER"))
+        async with shared.session.get("/health") as answer:
+            assert set(await answer.json()) == {"status", "version", "models", "error"}, "nor where the socket is"
         await page.press("Escape")
         await page.until("!document.querySelector('dialog')")
         await page.until(has(".banner", "key"))

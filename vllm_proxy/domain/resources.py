@@ -227,6 +227,7 @@ class Health(TypedDict):
     devices: NotRequired[Annotated[DevicesHealth, Field(description="For who may read.")]]
     usage: NotRequired[Annotated[UsageHealth, Field(description="For who may read.")]]
     config: NotRequired[Annotated[ConfigHealth, Field(description="The file. For who may read.")]]
+    control_socket: NotRequired[Annotated[str, Field(description="Its path. For who may read.")]]
 
 
 class Ready(TypedDict):
