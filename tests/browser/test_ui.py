@@ -243,10 +243,7 @@ async def test_a_request_is_cancelled_from_the_page(page: Page, fleet: Daemon) -
         await click(page, "Cancel it")
         text = (await answer.content.read()).decode()
     assert "request_cancelled" in text
-    await page.until(
-        "document.querySelector('main .requests:last-child, main div.requests')"
-        "?.innerText.includes('request_cancelled')"
-    )
+    await page.until(has("div.ended", "request_cancelled"))
     (seen,) = [seen for seen in await fleet.seen("cancel-me") if seen["path"] == CHAT_PATH]
     assert seen["state"] == "gone"
 
@@ -258,16 +255,41 @@ async def test_requests_can_be_filtered_and_looked_at(page: Page, fleet: Daemon)
         async with fleet.session.post(CHAT_PATH, json=body, headers={"X-Request-Id": f"of-{model}"}) as answer:
             assert answer.status == (200 if model == "chat" else 404)
     await goes(page, "requests")
-    await page.until(f"{has('div.requests', 'of-chat')} && {has('div.requests', 'of-nobody')}")
+    await page.until(f"{has('div.ended', 'of-chat')} && {has('div.ended', 'of-nobody')}")
     await page.evaluate("document.querySelector('main input[type=checkbox]').click()")
-    await page.until(f"!{has('div.requests', 'of-chat')} && {has('div.requests', 'of-nobody')}")
+    await page.until(f"!{has('div.ended', 'of-chat')} && {has('div.ended', 'of-nobody')}")
     await page.evaluate(
         "const field = document.querySelector('main input[type=search]');"
         " field.value = 'of-nobody'; field.dispatchEvent(new Event('input'))"
     )
-    await page.until("document.querySelectorAll('div.requests tbody tr').length === 1")
-    await page.evaluate("document.querySelector('div.requests td.id a').click()")
+    await page.until("document.querySelectorAll('div.ended tbody tr').length === 1")
+    await page.evaluate("document.querySelector('div.ended td.id a').click()")
     await page.until(has("dl.facts", "model_not_found"))
+    assert await page.evaluate("document.querySelector('dl.facts dd a').href") == f"{fleet.url}/help/model_not_found"
+    assert "in the queue" in await page.evaluate("document.querySelector('.legend').innerText"), "what the bars mean"
+    colours = (
+        "['queue', 'first', 'stream'].map(kind => getComputedStyle(document.querySelector(`.legend .${kind}`))"
+        ".backgroundColor === getComputedStyle(document.querySelector(`.spent .${kind}`)).fill)"
+    )
+    await goes(page, "requests")
+    await page.until("document.querySelector('.spent')")
+    assert await page.evaluate(colours) == [True, True, True]
+    await page.evaluate("document.querySelector('div.ended td.of a').closest('tr').querySelector('td.id a').click()")
+    await page.until("document.querySelector('dl.facts dd a[href=\"#/model/chat\"]')")
+
+
+async def test_the_screen_of_a_model_has_its_requests_in_flight(page: Page, fleet: Daemon) -> None:
+    """With Cancel, and those that have ended below; none of another model."""
+    async with streaming(fleet, request_id="its-own") as answer:
+        await goes(page, "model/later")
+        await page.until(has("div.flying", "None in flight."))
+        await goes(page, "model/chat")
+        await page.until(has("div.flying", "its-own"))
+        await click(page, "Cancel its-own")
+        await click(page, "Cancel it")
+        assert "request_cancelled" in (await answer.content.read()).decode()
+        await page.until(has("div.flying", "None in flight."))
+        await page.until(has("div.ended", "its-own"))
 
 
 async def test_the_screen_of_a_model_shows_its_output_as_it_comes(page: Page, fleet: Daemon) -> None:
@@ -464,6 +486,11 @@ async def test_a_phone_shows_it_without_scrolling_sideways(page: Page) -> None:
     for screen in SCREENS:
         await goes(page, screen)
         await page.until("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    cut = (
+        "[...document.querySelectorAll('nav a')].map(it => it.getBoundingClientRect())"
+        ".filter(it => it.left < 0 || it.right > innerWidth).length"
+    )
+    assert await page.evaluate(cut) == 0, "every screen is named, none behind an edge"
 
 
 async def test_the_keyboard_reaches_everything(page: Page) -> None:
