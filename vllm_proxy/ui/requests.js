@@ -171,15 +171,30 @@ export function inFlight() {
   return node;
 }
 
-// One request in full.
-function details(one) {
-  const facts = [
+// One request in full: `node.update(it)`; what is the same stays, with the focus that it may have.
+function details() {
+  const cells = new Map();
+  const node = h("dl", { class: "card facts" });
+  node.update = (one) => {
+    for (const [name, ...value] of facts(one)) {
+      const cell = cells.get(name) ?? h("dd");
+      if (!cells.has(name)) node.append(h("div", {}, h("dt", {}, name), cell));
+      cells.set(name, cell);
+      const now = h("dd", {}, value);
+      if (cell.textContent !== now.textContent) show(cell, ...now.childNodes);
+    }
+  };
+  return node;
+}
+
+function facts(one) {
+  return [
     ["Request", one.id],
     ["For its engine", one.engine_id],
     ["Model", toModel(one)],
     ["Route", one.route],
     ["State", one.state],
-    ["Status", [one.status ?? "–", " ", toCode(one)]],
+    ["Status", one.status ?? "–", " ", toCode(one)],
     ["Began", clock(one.since)],
     ["In the queue", seconds(one.queue_seconds)],
     ["First byte", seconds(one.first_byte)],
@@ -189,8 +204,6 @@ function details(one) {
     ["Sent again", String(one.retries)],
     ["From", [one.key, one.client].filter(Boolean).join(" · ") || "–"],
   ];
-  const pairs = facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)));
-  return h("dl", { class: "card facts" }, pairs);
 }
 
 export function requests(main, [id]) {
@@ -200,6 +213,7 @@ export function requests(main, [id]) {
   const search = h("input", { type: "search", placeholder: "Filter", "aria-label": "Filter requests", oninput: draw });
   const bad = h("input", { type: "checkbox", onchange: draw });
   const chosen = h("div");
+  const whole = details();
   const told = h("p", { class: "sub" });
   let known = { active: [], recent: [] };
   main.append(
@@ -220,7 +234,8 @@ export function requests(main, [id]) {
   }
   async function lookAtIt(signal) {
     try {
-      show(chosen, details(await call("GET", `requests/${encodeURIComponent(id)}`, { signal, quiet: true })));
+      whole.update(await call("GET", `requests/${encodeURIComponent(id)}`, { signal, quiet: true }));
+      if (!whole.isConnected) show(chosen, whole);
     } catch (error) {
       if (error.status !== 404) throw error;
       show(chosen, h("p", { class: "card" }, error.message));
