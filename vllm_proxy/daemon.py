@@ -202,7 +202,8 @@ async def _run(
     metering.adopt(reconciler.config)
     desired.keyring.listen(lambda: metering.adopt(desired.keyring.config))
     parts = app.Parts(reconciler, desired, reconciler.registry, engines, access, lines, lag, output.writer,
-                      output.masking.mask, certificate, metering, ledger, _traces(stack))  # fmt: skip
+                      output.masking.mask, certificate, metering, ledger,
+                      str(listeners.commands.listener.address).removeprefix("unix:"), _traces(stack))  # fmt: skip
     runner = app.build(parts, _HANDLER_SECONDS)
     following: asyncio.Task[None] | None = None
     for misfit in await desired.objections.standing():

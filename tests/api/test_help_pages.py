@@ -45,7 +45,7 @@ async def test_every_page_is_there_with_its_sections_and_links(client: TestClien
         assert "<script" not in text
         assert not re.search(r'(?:src|url\()\s*=?\s*"?https?:', text), "nothing is fetched from elsewhere"
         for target in re.findall(r'href="([^"]+)"', text):
-            if target.startswith(("http://", "https://", "data:")) or target == "./":
+            if target.startswith(("http://", "https://", "data:")) or target in {"./", "../ui/"}:
                 continue
             name, heading = urldefrag(target)
             assert (name or topic) in TOPICS, (topic, target)
@@ -64,6 +64,7 @@ async def test_the_list_names_every_page(client: TestClient[Any, Any]) -> None:
     """In the manual's order, with a sentence each; `/help` leads there."""
     text = await fetched(client, "/help/")
     assert re.findall(r'<li><a href="(\w+)">', text) == list(TOPICS)
+    assert '<nav aria-label="Pages"><a href="../ui/">fleet</a>' in text, "and the way back to the page of the fleet"
     async with client.get("/help", allow_redirects=False) as answer:
         assert (answer.status, answer.headers["Location"]) == (308, "help/")
 

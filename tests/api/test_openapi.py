@@ -45,7 +45,7 @@ def application() -> web.Application:
         options=None,
     )
     fake.room = fake.usage = fake.objections = fake
-    parts = app.Parts(fake, fake, fake, fake, fake, None, fake, fake, str, fake, fake, fake)
+    parts = app.Parts(fake, fake, fake, fake, fake, None, fake, fake, str, fake, fake, fake, "/s")
     return app.build(parts, 1.0).app
 
 

@@ -28,10 +28,12 @@ _FLAGS = (
 class Page:
     """One tab."""
 
-    def __init__(self, browser: "Browser", session: str) -> None:
+    def __init__(self, browser: "Browser", target: str, session: str) -> None:
         self.requests: list[str] = []  # every URL that it asked for
         self.complaints: list[str] = []  # its console's errors and warnings, uncaught exceptions, what CSP refused
+        self._under_way: dict[str, str] = {}  # by its id in the browser: the URL of a request that has not ended
         self._browser = browser
+        self._target = target
         self._session = session
         self._loaded = asyncio.Event()
         self._heard = asyncio.Event()
@@ -84,6 +86,17 @@ class Page:
             message = f"never complained of {of}, but: {self.complaints}"
             raise AssertionError(message) from None
 
+    async def holds(self, of: str, number: int) -> None:
+        """Wait until so many requests of it are under way whose URL has this in it: streams do not end."""
+        try:
+            async with asyncio.timeout(_WAIT_SECONDS):
+                while sum(of in url for url in self._under_way.values()) != number:
+                    self._heard.clear()
+                    await self._heard.wait()
+        except TimeoutError:
+            message = f"never held {number} of {of}, but: {list(self._under_way.values())}"
+            raise AssertionError(message) from None
+
     async def text(self) -> str:
         """What the page shows."""
         found: str = await self.evaluate("document.body.innerText")
@@ -112,8 +125,8 @@ class Page:
         await self.call("Input.dispatchKeyEvent", type="keyUp", **sent)
 
     async def close(self) -> None:
-        """Close the tab."""
-        await self.call("Page.close")
+        """Close the tab, which asks nothing: one that asks whether to leave would stay, with its connections."""
+        await self._browser.call("Target.closeTarget", {"targetId": self._target})
 
     async def front(self) -> None:
         """Show it, and hide the others."""
@@ -124,6 +137,9 @@ class Page:
         self._heard.set()
         if method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
+            self._under_way[params["requestId"]] = params["request"]["url"]
+        elif method in {"Network.loadingFinished", "Network.loadingFailed"}:
+            self._under_way.pop(params["requestId"], None)
         elif method == "Page.loadEventFired":
             self._loaded.set()
         elif method == "Network.webSocketCreated":
@@ -151,7 +167,7 @@ class Browser:
         """A new tab that shows this."""
         target = await self.call("Target.createTarget", {"url": "about:blank"})
         attached = await self.call("Target.attachToTarget", {"targetId": target["targetId"], "flatten": True})
-        page = self._pages[attached["sessionId"]] = Page(self, attached["sessionId"])
+        page = self._pages[attached["sessionId"]] = Page(self, target["targetId"], attached["sessionId"])
         for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
             await page.call(f"{domain}.enable")
         await page.open(url)

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
+from importlib.metadata import distribution
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -12,6 +14,7 @@ from aiohttp.test_utils import TestServer
 from tests.browser.chromium import REBOUND, Browser, browser
 from tests.harness import Daemon, daemon, fake_engines, port_block
 
+AXE = "pytest_playwright_axe/resources/axe.min.js"
 CHAT = '[models.chat]\nmodel = "org/chat"\n'
 
 
@@ -50,8 +53,8 @@ async def unchanged(running: Daemon, text: str = "") -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def forwarded(running: Daemon) -> AsyncIterator[int]:
-    """A port that leads to the control socket, as `ssh -L PORT:/run/…/control.sock` makes one."""
+async def forwarded(running: Daemon, is_up: asyncio.Event | None = None) -> AsyncIterator[asyncio.Server]:
+    """What leads to the control socket, as `ssh -L PORT:/run/…/control.sock` does. `is_up`: until when it waits."""
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
@@ -61,13 +64,28 @@ async def forwarded(running: Daemon) -> AsyncIterator[int]:
         writer.close()
 
     async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if is_up is not None:
+            await is_up.wait()
         there = await asyncio.open_unix_connection(running.state_dir / "control.sock")
         await asyncio.gather(pump(reader, there[1]), pump(there[0], writer))
 
     server = await asyncio.start_server(pass_on, "127.0.0.1", 0)
     async with server:
-        yield server.sockets[0].getsockname()[1]
-        server.close_clients()
+        try:
+            yield server
+        finally:
+            server.close_clients()
+
+
+def port_of(server: asyncio.Server) -> int:
+    """Where it listens."""
+    return int(server.sockets[0].getsockname()[1])
+
+
+@pytest.fixture(scope="package")
+def axe() -> str:
+    """The source of axe-core."""
+    return Path(str(distribution("pytest-playwright-axe").locate_file(AXE))).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="package")

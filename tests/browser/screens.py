@@ -66,3 +66,14 @@ async def sends(page: Page, more: dict[str, object]) -> None:
 async def fits(page: Page) -> bool:
     """Whether nothing is wider than the page."""
     return bool(await page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"))
+
+
+async def violations(page: Page, axe: str) -> list[str]:
+    """What axe finds wrong with what a page shows, each with an element."""
+    if not await page.evaluate("typeof axe === 'object'"):
+        await page.evaluate(f"{axe}; undefined")
+    found = await page.evaluate(
+        "axe.run().then(found => found.violations.map(it => "
+        "`${it.id}: ${it.nodes.map(node => node.target + ' ' + (node.any[0]?.message ?? '')).join(' | ')}`))"
+    )
+    return [str(one) for one in found]

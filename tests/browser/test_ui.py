@@ -4,11 +4,11 @@ The daemon of most of these needs no key (`fleet`); the one of the package does 
 file are in test_ui_config.py.
 """
 
+import asyncio
 import contextlib
 import json
 import signal
 from collections.abc import AsyncIterator
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import pytest
 
 from tests.browser import screens
 from tests.browser.chromium import Browser, Page
-from tests.browser.conftest import CHAT, configured, forwarded
-from tests.browser.screens import button, click, has
+from tests.browser.conftest import CHAT, configured, forwarded, port_of
+from tests.browser.screens import button, click, fill, has, violations
 from tests.fakes.ledger import GIB, Devices
 from tests.harness import OPEN, Daemon, daemon, fake_engines, free_port, port_block, running_command
 from vllm_proxy.domain.keys import hash_of, new_key
@@ -37,8 +37,10 @@ SHOWN = {
     "model/broken": "document.querySelector('.log div') && document.querySelector('details.exit')",
     "events": "document.querySelector('main tbody tr')",
     "devices": "document.querySelectorAll('.device').length === 2",
+    "requests/held": "document.querySelector('dl.facts a')",
 }
-AXE = "pytest_playwright_axe/resources/axe.min.js"
+HELD = "requests/held"  # of a request that `streaming` makes
+ACTS = "document.querySelector('main :is(button, textarea, td a)')"
 TARGETS = "main a, main button, main input, main select, main textarea, main summary, header a, header button"
 
 
@@ -169,13 +171,41 @@ async def test_a_change_of_state_reaches_its_row(page: Page, fleet: Daemon) -> N
 
 
 async def test_a_model_is_started_and_stopped_from_the_page(page: Page, fleet: Daemon) -> None:
-    """Start, and Stop, which asks nothing of a model without requests."""
+    """Start, and Stop, which says first what it costs a model without requests, too."""
     await click(page, "Start later")
     await fleet.once("later", lambda it: it["state"] == "ready")
     await page.until(has("#said", "later starts"))
     await click(page, "Stop later")
+    await page.until(has("dialog", "Until somebody starts later again, requests for it get 503 model_stopped."))
+    assert (await fleet.get("/models/later"))["status"]["state"] == "ready"
+    await click(page, "Stop")
     await page.until(f"{row('later')}.querySelector('.state').innerText === 'stopped'")
-    assert await fleet.get("/models/later") != []
+    assert (await fleet.get("/models/later"))["status"]["reason"] == "stopped_by_hand"
+    async with fleet.session.post(CHAT_PATH, json={**ASK, "model": "later"}) as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (503, "model_stopped")
+
+
+async def test_a_dialogue_ends_with_its_screen(page: Page, fleet: Daemon) -> None:
+    """Another screen closes it, with nothing done; closed by Escape, the focus is where it was."""
+    await page.evaluate(f"{button('Stop chat')}.focus()")
+    await click(page, "Stop chat")
+    await page.until("document.querySelector('dialog[open]')")
+    await page.press("Escape")
+    await page.until("!document.querySelector('dialog')")
+    assert await page.evaluate("document.activeElement.getAttribute('aria-label')") == "Stop chat"
+    for opener in ("Stop chat", "Key"):
+        await goes(page, "fleet")
+        await page.until(button("Stop chat"))
+        await goes(page, "devices")
+        await goes(page, "fleet")
+        await page.evaluate(f"{button(opener)}.focus()")
+        await click(page, opener)
+        await page.until("document.querySelector('dialog[open]')")
+        await page.evaluate("history.back()")
+        await page.until("document.querySelector('main').className === 'devices'")
+        await page.until("!document.querySelector('dialog')")
+        await page.until("document.activeElement === document.querySelector('main')")
+    assert {one["state"] for one in (await fleet.get("/models/chat"))["status"]["instances"]} == {"ready"}
 
 
 async def test_stopping_a_busy_model_asks_once(page: Page, fleet: Daemon) -> None:
@@ -215,10 +245,7 @@ async def test_a_request_is_cancelled_from_the_page(page: Page, fleet: Daemon) -
         await click(page, "Cancel it")
         text = (await answer.content.read()).decode()
     assert "request_cancelled" in text
-    await page.until(
-        "document.querySelector('main .requests:last-child, main div.requests')"
-        "?.innerText.includes('request_cancelled')"
-    )
+    await page.until(has("div.ended", "request_cancelled"))
     (seen,) = [seen for seen in await fleet.seen("cancel-me") if seen["path"] == CHAT_PATH]
     assert seen["state"] == "gone"
 
@@ -230,16 +257,41 @@ async def test_requests_can_be_filtered_and_looked_at(page: Page, fleet: Daemon)
         async with fleet.session.post(CHAT_PATH, json=body, headers={"X-Request-Id": f"of-{model}"}) as answer:
             assert answer.status == (200 if model == "chat" else 404)
     await goes(page, "requests")
-    await page.until(f"{has('div.requests', 'of-chat')} && {has('div.requests', 'of-nobody')}")
+    await page.until(f"{has('div.ended', 'of-chat')} && {has('div.ended', 'of-nobody')}")
     await page.evaluate("document.querySelector('main input[type=checkbox]').click()")
-    await page.until(f"!{has('div.requests', 'of-chat')} && {has('div.requests', 'of-nobody')}")
+    await page.until(f"!{has('div.ended', 'of-chat')} && {has('div.ended', 'of-nobody')}")
     await page.evaluate(
         "const field = document.querySelector('main input[type=search]');"
         " field.value = 'of-nobody'; field.dispatchEvent(new Event('input'))"
     )
-    await page.until("document.querySelectorAll('div.requests tbody tr').length === 1")
-    await page.evaluate("document.querySelector('div.requests td.id a').click()")
+    await page.until("document.querySelectorAll('div.ended tbody tr').length === 1")
+    await page.evaluate("document.querySelector('div.ended td.id a').click()")
     await page.until(has("dl.facts", "model_not_found"))
+    assert await page.evaluate("document.querySelector('dl.facts dd a').href") == f"{fleet.url}/help/model_not_found"
+    assert "in the queue" in await page.evaluate("document.querySelector('.legend').innerText"), "what the bars mean"
+    colours = (
+        "['queue', 'first', 'stream'].map(kind => getComputedStyle(document.querySelector(`.legend .${kind}`))"
+        ".backgroundColor === getComputedStyle(document.querySelector(`.spent .${kind}`)).fill)"
+    )
+    await goes(page, "requests")
+    await page.until("document.querySelector('.spent')")
+    assert await page.evaluate(colours) == [True, True, True]
+    await page.evaluate("document.querySelector('div.ended td.of a').closest('tr').querySelector('td.id a').click()")
+    await page.until("document.querySelector('dl.facts dd a[href=\"#/model/chat\"]')")
+
+
+async def test_the_screen_of_a_model_has_its_requests_in_flight(page: Page, fleet: Daemon) -> None:
+    """With Cancel, and those that have ended below; none of another model."""
+    async with streaming(fleet, request_id="its-own") as answer:
+        await goes(page, "model/later")
+        await page.until(has("div.flying", "None in flight."))
+        await goes(page, "model/chat")
+        await page.until(has("div.flying", "its-own"))
+        await click(page, "Cancel its-own")
+        await click(page, "Cancel it")
+        assert "request_cancelled" in (await answer.content.read()).decode()
+        await page.until(has("div.flying", "None in flight."))
+        await page.until(has("div.ended", "its-own"))
 
 
 async def test_the_screen_of_a_model_shows_its_output_as_it_comes(page: Page, fleet: Daemon) -> None:
@@ -263,12 +315,81 @@ async def test_the_screen_of_a_model_shows_its_output_as_it_comes(page: Page, fl
     assert page.complaints == []
 
 
+async def test_the_output_stands_still_for_who_reads_above_its_end(page: Page, fleet: Daemon) -> None:
+    """What comes is added below; To the end leads there, and from then on it follows again."""
+    await goes(page, "model/later")
+    log, lines = "document.querySelector('.log')", "document.querySelectorAll('.log div').length"
+    at_end = f"{log}.scrollHeight - {log}.scrollTop - {log}.clientHeight < 2"
+
+    async def more() -> None:
+        """Of a start and a stop."""
+        before = await page.evaluate(lines)
+        await fleet.write("POST", "/models/later/start", status=202)
+        await fleet.once("later", lambda it: it["state"] == "ready")
+        await page.until(f"{lines} > {before} + 3")
+        await fleet.write("POST", "/models/later/stop", status=202)
+        await fleet.once("later", lambda it: it["state"] == "stopped")
+
+    await more()
+    await page.evaluate(f"(it => {{ it.style.height = '4rem'; it.scrollTop = it.scrollHeight }})({log})")
+    await page.until(f"{log}.scrollHeight > 2 * {log}.clientHeight && {at_end} && !{button('To the end')}")
+    await page.evaluate(f"{log}.scrollTop = 0")
+    await page.until(button("To the end"))
+    await more()
+    assert await page.evaluate(f"{log}.scrollTop") == 0
+    await click(page, "To the end")
+    await page.until(f"{at_end} && !{button('To the end')}")
+    await more()
+    await page.until(at_end)
+
+
+async def test_the_output_is_filtered_wrapped_and_downloaded(page: Page, fleet: Daemon) -> None:
+    """By text, and errors and warnings alone, also of what comes; long lines on one; all of it as a file."""
+    await goes(page, "model/broken")
+    log = "document.querySelector('.log')"
+
+    def choice(name: str) -> str:
+        return f"[...document.querySelectorAll('.output label')].find(it => it.innerText.trim() === {json.dumps(name)})"
+
+    seen = "[...document.querySelectorAll('.log div')].filter(it => it.checkVisibility())"
+    everything = await page.evaluate(f"{seen}.length")
+    await fill(page, "Filter lines", "SUCH thing")
+    await page.until(f"{seen}.length && {seen}.every(it => it.innerText.includes('such thing'))")
+    found = await page.evaluate(f"{seen}.length")
+    assert found < everything
+    await fleet.write("POST", "/models/broken/start", status=202)
+    await page.until(f"{seen}.length > {found}")
+    assert await page.evaluate(f"{seen}.every(it => it.innerText.includes('such thing'))")
+    await fill(page, "Filter lines", "")
+    await page.until(f"{seen}.length >= {everything}")
+    await page.evaluate(f"{choice('errors and warnings')}.click()")
+    assert await page.evaluate(f"{seen}.length && {seen}.every(it => /bad|warn/.test(it.className))")
+    assert await page.evaluate(f"getComputedStyle({log}).whiteSpace") == "pre-wrap"
+    await page.evaluate(f"{choice('wrap')}.click()")
+    assert await page.evaluate(f"getComputedStyle({log}).whiteSpace") == "pre"
+    await fleet.once("broken", lambda it: it["state"] == "error")
+    await page.evaluate(
+        "(() => { URL.createObjectURL = (blob) => { window.saved = blob; return '#' };"
+        " HTMLAnchorElement.prototype.click = function () { window.name_of_it = this.download } })()"
+    )
+    await click(page, "Download")
+    await page.until("window.name_of_it")
+    assert await page.evaluate("name_of_it") == "broken.log"
+    async with fleet.admin.get("/models/broken/logs?lines=10000") as answer:
+        assert await page.evaluate("saved.text()") == await answer.text()
+
+
 async def test_events_are_those_that_happened_before(page: Page, fleet: Daemon) -> None:
     """Also while nobody looked; by kind and by text."""
     await fleet.write("POST", "/models/later/stop", status=202)
     await goes(page, "events")
     await page.until(has("main tbody", "broken/0"))
     await page.until(has("main tbody", "POST /models/later/stop"))
+    broken = "[...document.querySelectorAll('main tbody tr')].filter(it => it.innerText.includes('broken/0'))"
+    said = f"{broken}.filter(it => it.innerText.includes('no such thing')).map(it => it.cells[1].innerText)"
+    shown = await page.evaluate(said)
+    assert shown[0] == "error"
+    assert "loading (stopping)" in shown[1:], "what is said twice is of two phases"
     await click(page, "Problems")
     await page.until(f"!{has('main tbody', 'POST /models')}")
     assert "broken/0" in await page.text()
@@ -328,7 +449,7 @@ async def test_focus_and_a_click_that_has_begun_survive_an_update(page: Page, fl
 
 
 async def test_a_tab_holds_one_connection_and_a_hidden_one_none(fleet: Daemon, chromium: Browser) -> None:
-    """Browsers have six for one server; so nine tabs work, each once it is seen."""
+    """Browsers have six for one server; so nine tabs work, each once it is seen, and only that one has a stream."""
     pages = []
     for _ in range(9):
         pages.append(page := await chromium.page(f"{fleet.url}/ui/"))
@@ -343,6 +464,9 @@ async def test_a_tab_holds_one_connection_and_a_hidden_one_none(fleet: Daemon, c
         await page.until(f"{row('later')}.querySelector('.state').innerText === 'stopped'")
     hidden = [await page.evaluate("document.hidden") for page in pages]
     assert hidden.count(True) == 8
+    for page, is_hidden in zip(pages, hidden, strict=True):
+        await page.holds("/events?", 0 if is_hidden else 1)
+        await page.holds(fleet.url, 0 if is_hidden else 1)
     for page in pages:
         await page.close()
 
@@ -371,10 +495,43 @@ async def test_it_heals_after_the_daemon_was_killed(chromium: Browser, tmp_path:
     await page.close()
 
 
+async def test_what_happened_while_the_connection_was_lost_is_told_once(fleet: Daemon, chromium: Browser) -> None:
+    """By the same daemon: what is shown is what it keeps, nothing missing and nothing twice, without a reload."""
+    up = asyncio.Event()
+    up.set()
+    async with forwarded(fleet, up) as line:
+        page = await chromium.page(f"http://localhost:{port_of(line)}/ui/#/events")
+        await page.front()
+        await page.until(has("main tbody", "broken/0"))
+        await page.evaluate("import('./feed.js').then(feed => { window.feed = feed })")
+        before = await page.evaluate("feed.store.happened.length")
+        up.clear()
+        line.close_clients()
+        await page.until(has(".connection", "connection lost"))
+        await fleet.write("POST", "/models/later/start", status=202)
+        await fleet.once("later", lambda it: it["state"] == "ready")
+        await fleet.write("POST", "/models/later/stop", status=202)
+        await fleet.once("later", lambda it: it["state"] == "stopped")
+        assert await page.evaluate("feed.store.happened.length") == before
+        up.set()
+        await page.until(has(".connection", "live"))
+        kept = await events_of(fleet)
+        await page.until(f"feed.store.happened.length === {len(kept)}")
+        shown = await page.evaluate("feed.store.happened")
+        assert [(one["id"], one["at"]) for one in shown] == [(one["id"], one["at"]) for one in kept]
+        assert before < len(kept)
+        rows = (
+            "[...document.querySelectorAll('main tbody tr')].filter(it => it.innerText.includes('later/stop')).length"
+        )
+        stops = sum(one.get("what") == "POST /models/later/stop" for one in kept)
+        await page.until(f"{rows} === {stops}")
+        await page.close()
+
+
 async def test_a_forwarded_control_socket_needs_no_key(shared: Daemon, chromium: Browser) -> None:
     """As `ssh -L` forwards it: the page can do everything there, though the daemon's port asks for a key."""
-    async with configured(shared, f'[keys.me]\nhash = "{hash_of(KEY)}"\n'), forwarded(shared) as port:
-        page = await chromium.page(f"http://localhost:{port}/ui/")
+    async with configured(shared, f'[keys.me]\nhash = "{hash_of(KEY)}"\n'), forwarded(shared) as line:
+        page = await chromium.page(f"http://localhost:{port_of(line)}/ui/")
         await page.front()
         await page.until(f"{row('chat')}?.innerText.includes('ready')")
         await click(page, "Restart chat")
@@ -431,24 +588,34 @@ async def test_a_phone_shows_it_without_scrolling_sideways(page: Page) -> None:
     for screen in SCREENS:
         await goes(page, screen)
         await page.until("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    cut = (
+        "[...document.querySelectorAll('nav a')].map(it => it.getBoundingClientRect())"
+        ".filter(it => it.left < 0 || it.right > innerWidth).length"
+    )
+    assert await page.evaluate(cut) == 0, "every screen is named, none behind an edge"
 
 
-async def test_the_keyboard_reaches_everything(page: Page) -> None:
-    """Tab comes to each link, button and field that acts, in the order of the page; Enter acts."""
-    for screen in ("fleet", "model/chat", "events"):
-        await goes(page, screen)
-        await page.until("document.querySelector('main table tbody tr')")
-        wanted = await page.evaluate(
-            f"[...document.querySelectorAll({json.dumps(TARGETS)})].filter(it => it.checkVisibility() && !it.disabled)"
-            ".map((it, number) => { it.dataset.target = number; return String(number) })"
-        )
-        await page.evaluate("document.activeElement.blur()")
-        reached = []
-        for _ in range(len(wanted) + 12):
-            await page.press("Tab")
-            found = await page.evaluate("document.activeElement?.dataset.target ?? ''")
-            reached += [found] if found and found not in reached else []
-        assert set(wanted) <= set(reached), (screen, set(wanted) - set(reached))
+async def test_the_keyboard_reaches_everything(page: Page, fleet: Daemon) -> None:
+    """Tab comes to each link, button and field that acts, on every screen, in the order of the page; Enter acts."""
+    async with streaming(fleet):
+        for screen in (*SCREENS, HELD):
+            await goes(page, screen)
+            await page.until(SHOWN.get(screen, ACTS))
+            wanted = await page.evaluate(
+                f"[...document.querySelectorAll({json.dumps(TARGETS)})]"
+                ".filter(it => it.checkVisibility() && !it.disabled)"
+                ".map((it, number) => { it.dataset.target = number; return String(number) })"
+            )
+            await page.evaluate("document.activeElement.blur()")
+            reached = []
+            for _ in range(len(wanted) + 12):
+                await page.press("Tab")
+                found = await page.evaluate("document.activeElement?.dataset.target ?? ''")
+                reached += [found] if found and found not in reached else []
+                if len(reached) == len(wanted):
+                    break
+            assert set(wanted) <= set(reached), (screen, set(wanted) - set(reached))
+    await goes(page, "events")
     await page.evaluate(f"{button('Problems')}.focus()")
     await page.press("Enter")
     assert await page.evaluate(f"{button('Problems')}.getAttribute('aria-pressed')") == "true"
@@ -474,23 +641,6 @@ async def test_both_themes_follow_the_reader_and_the_button(page: Page) -> None:
     assert await page.evaluate("localStorage.length") <= 1
 
 
-@pytest.fixture(scope="module")
-def axe() -> str:
-    """The source of axe-core."""
-    return Path(str(distribution("pytest-playwright-axe").locate_file(AXE))).read_text(encoding="utf-8")
-
-
-async def violations(page: Page, axe: str) -> list[str]:
-    """What axe finds wrong with what a page shows, each with an element."""
-    if not await page.evaluate("typeof axe === 'object'"):
-        await page.evaluate(f"{axe}; undefined")
-    found = await page.evaluate(
-        "axe.run().then(found => found.violations.map(it => "
-        "`${it.id}: ${it.nodes.map(node => node.target + ' ' + (node.any[0]?.message ?? '')).join(' | ')}`))"
-    )
-    return [str(one) for one in found]
-
-
 async def test_axe_finds_what_is_wrong(page: Page, axe: str) -> None:
     """So its silence means something."""
     await page.evaluate(
@@ -506,7 +656,7 @@ async def test_axe_finds_nothing_on_any_screen(page: Page, fleet: Daemon, axe: s
     """Names, roles, contrasts, order; with a request in flight and a problem."""
     await page.looks(theme=theme)
     async with streaming(fleet):
-        for screen in SCREENS:
+        for screen in (*SCREENS, HELD):
             await goes(page, screen)
             assert await violations(page, axe) == [], screen
 
@@ -536,8 +686,13 @@ async def test_a_change_asks_for_a_key_where_one_is_needed(shared: Daemon, chrom
         page = await chromium.page(f"{shared.url}/ui/")
         await page.front()
         await page.until(f"{row('chat')}?.innerText.includes('ready')")
+        await page.evaluate("import('./feed.js').then(feed => { window.feed = feed })")
+        await page.until("feed.store.health.control_socket")
         await click(page, "Restart chat")
-        await page.until(has("dialog", "ssh -NL"))
+        port, socket = shared.url.rpartition(":")[2], shared.state_dir / "control.sock"
+        await page.until(has("dialog", f"ssh -NL {port}:{socket} SERVER"))
+        await page.until(has("dialog", f"localhost:{port}/ui/"))
+        await page.until(has("dialog", "[keys.anonymous]"))
         await typed(page, "EMPTY")
         await page.until(has("dialog .why", "key"))
         await typed(page, KEY)
@@ -587,7 +742,9 @@ async def test_who_may_not_look_is_told_how_to(shared: Daemon, chromium: Browser
     async with configured(shared, text):
         page = await chromium.page(f"{shared.url}/ui/")
         await page.front()
-        await page.until("document.querySelector('dialog[open]')")
+        await page.until(has("dialog[open]", ":/run/vllm-proxy/control.sock SERVER"))
+        async with shared.session.get("/health") as answer:
+            assert set(await answer.json()) == {"status", "version", "models", "error"}, "nor where the socket is"
         await page.press("Escape")
         await page.until("!document.querySelector('dialog')")
         await page.until(has(".banner", "key"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser.chromium import Browser, Page
-from tests.browser.screens import button, click, fill, fits, goes, has, value
+from tests.browser.screens import button, click, fill, fits, goes, has, value, violations
 from tests.harness import OPEN, Daemon, daemon, fake_engines, port_block
 
 pytestmark = pytest.mark.browser
@@ -44,7 +44,6 @@ async def page(running: Daemon, chromium: Browser) -> AsyncIterator[Page]:
     await found.until(has(VERDICT, "In force"))
     assert await value(found, FILE) == first
     yield found
-    await found.evaluate(f"{button('Undo')}?.click()")  # a text that is lost with its tab would be asked about
     await found.close()
     running.file.chmod(0o644)
     running.save(first)
@@ -243,8 +242,16 @@ async def test_a_new_model_is_typed_in_and_planned(page: Page) -> None:
     await goes(page, "config/new")
     await page.until("document.querySelector('textarea').value.endsWith('[models.new]\\nmodel = \"\"\\n')")
     await page.until(has(VERDICT, "models.new.model"))
+    text = await value(page, FILE)
+    await goes(page, "fleet")
+    await goes(page, "config/new")
+    await page.until(f"{SELECTED} === 'model = \"\"'")
+    assert await value(page, FILE) == text, "an untouched one is gone to, not added to"
     await edit(page, 'model = ""', 'model = "org/new"')
     await page.until(has(VERDICT, "start"))
+    await goes(page, "fleet")
+    await goes(page, "config/new")
+    await page.until("document.querySelector('textarea').value.endsWith('[models.new-2]\\nmodel = \"\"\\n')")
     await click(page, "Undo")
     await goes(page, "config/model/chat")
     await page.until(
@@ -362,6 +369,24 @@ async def test_what_cannot_be_copied_as_text_says_so(page: Page, running: Daemon
     await page.until(has("main .problem", "one has no table [models.ID] of its own"))
     assert await page.evaluate(SELECTED) == 'one = { model = "org/one" }'
     assert await value(page, FILE) == text
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+async def test_axe_finds_nothing_in_a_plan_a_problem_or_a_conflict(
+    page: Page, running: Daemon, axe: str, theme: str
+) -> None:
+    """What stands beside the text is read, too."""
+    await page.looks(theme=theme)
+    await edit(page, "max_model_len = 4096", "max_model_len = 8192")
+    await page.until(has(VERDICT, "max_model_len 4096 -> 8192"))
+    assert await violations(page, axe) == []
+    await edit(page, "max_model_len = 8192", "max_model_len = 0")
+    await page.until(has(VERDICT, "1 problem"))
+    assert await violations(page, axe) == []
+    await click(page, "Undo")
+    await page.until(has(VERDICT, "In force"))
+    await conflict(page, running)
+    assert await violations(page, axe) == []
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

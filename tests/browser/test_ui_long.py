@@ -24,7 +24,7 @@ SCREENS = (
 SHOWN = {
     "fleet": "document.querySelectorAll('main tbody tr').length >= 4",
     "model": "document.querySelector('.log div') && document.querySelector('.others')",
-    "requests": "document.querySelector('div.requests tbody tr')",
+    "requests": "document.querySelector('div.ended tbody tr')",
     "events": "document.querySelector('main tbody tr')",
     "devices": f"document.querySelector('.device')?.innerText.includes({json.dumps(LONG)})",
     "config": f"document.querySelector('.editor textarea')?.value.includes({json.dumps(LONG)})",

@@ -1,5 +1,7 @@
 """The screen Playground of the page in a real browser: chats, embeddings, rankings, with their figures."""
 
+import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from tests.harness import OPEN, Daemon, daemon, fake_engines, port_block
 
 pytestmark = pytest.mark.browser
 TOLD = ".told"
+TOLD_TEXT = f"document.querySelector('{TOLD}').innerText"
 MESSAGE = "Message"
 ANSWERS = "[...document.querySelectorAll('.bubble.assistant > p:last-of-type')].map(it => it.innerText.trim())"
 WHOLE = "t0 t1 t2 t3 t4"
@@ -68,7 +71,7 @@ async def test_a_chat_streams_with_its_figures(page: Page, running: Daemon) -> N
     await page.until(f"{ANSWERS}.join() === '{WHOLE}'")
     await page.until(has(TOLD, "5 tokens"))
     told = str(await page.evaluate(f"document.querySelector('{TOLD}').innerText"))
-    assert told.startswith("first token ")
+    assert told.startswith("first token after ")
     assert any(f"chat/{index}" in told for index in (0, 1))
     assert page.complaints == []
     request_id = await page.evaluate(f"document.querySelector('{TOLD} a').innerText")
@@ -177,7 +180,34 @@ async def test_a_wait_shows_how_far_the_model_is(page: Page, running: Daemon) ->
     (running.folder / "loaded").touch()
     await page.until(f"{ANSWERS}.join() === '{WHOLE}'")
     await page.until("document.querySelector('.waits').hidden")
-    await page.until(has(TOLD, "(queue "))
+    await page.until(f"/^[0-9.]+ m?s in the queue, first token [0-9.]+ m?s later/.test({TOLD_TEXT})")
+    queue, first, whole = times(str(await page.evaluate(TOLD_TEXT)))
+    assert queue + first <= whole * 1.1 + 1
+
+
+def times(told: str) -> list[float]:
+    """All times among the figures, in seconds."""
+    return [float(n) / (1000 if unit == "ms" else 1) for n, unit in re.findall(r"([0-9.]+) (m?s)\b", told)]
+
+
+@pytest.mark.parametrize(
+    ("answers", "together"),
+    [
+        ([(12_000, 13_000, 11), (12_000, 13_000, 11)], 20.0),
+        ([(1000, 2000, 11), (3000, 4000, 11)], 20 / 3),
+        ([(1000, 2000, 11), (None, 2000, 0)], None),
+    ],
+)
+async def test_the_speed_of_several_counts_as_that_of_each(
+    page: Page, answers: list[tuple[int | None, int, int]], together: float | None
+) -> None:
+    """From the first token to the last one; what they waited in a queue before is in neither."""
+    made = [
+        {"first": first, "last": last, "tokens": n, "rate": None if first is None else (n - 1) / (last - first) * 1000}
+        for first, last, n in answers
+    ]
+    found = await page.evaluate(f"import('./play_ask.js').then(it => it.rateTogether({json.dumps(made)}))")
+    assert found == (together and pytest.approx(together))
 
 
 async def test_texts_are_compared(page: Page) -> None:
@@ -193,6 +223,10 @@ async def test_texts_are_compared(page: Page) -> None:
     ]
     await page.until(has(TOLD, "2 dimensions"))
     assert page.complaints == []
+    await fill(page, "Model", "broken")
+    await click(page, "Send")
+    await page.until("document.querySelector('.failed .code')")
+    assert not await page.evaluate("document.querySelector('.alike')"), "an error stands beside no other's table"
 
 
 async def test_documents_are_ranked(page: Page) -> None:

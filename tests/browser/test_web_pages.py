@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.browser.chromium import REBOUND, Browser, Page
-from tests.browser.conftest import configured, form, forwarded, post, unchanged
+from tests.browser.conftest import configured, form, forwarded, port_of, post, unchanged
 from tests.harness import OPEN, Daemon
 from vllm_proxy.domain.keys import hash_of, new_key
 
@@ -147,7 +147,8 @@ async def test_a_page_of_somebody_else_can_do_nothing_by_a_forwarded_control_soc
     shared: Daemon, foreign: Page
 ) -> None:
     """Nobody needs a key there, and it is no page that may go without."""
-    async with forwarded(shared) as port, in_vain(shared, ""):
+    async with forwarded(shared) as line, in_vain(shared, ""):
+        port = port_of(line)
         base = f"http://127.0.0.1:{port}"
         for path, body in ROUTES:
             for kind in ("application/json", "text/plain"):
@@ -161,7 +162,8 @@ async def test_a_page_of_a_rebound_name_can_do_nothing_by_a_forwarded_control_so
     shared: Daemon, chromium: Browser
 ) -> None:
     """As above."""
-    async with forwarded(shared) as port, in_vain(shared, ""):
+    async with forwarded(shared) as line, in_vain(shared, ""):
+        port = port_of(line)
         own = f"http://{REBOUND}:{port}"
         page = await chromium.page(f"{own}/openapi.json")
         await rebound(page, own)
@@ -169,7 +171,8 @@ async def test_a_page_of_a_rebound_name_can_do_nothing_by_a_forwarded_control_so
 
 async def test_the_docs_by_a_forwarded_control_socket_are_the_daemons_own(shared: Daemon, chromium: Browser) -> None:
     """Who forwards it for himself opens the page there, and needs no key."""
-    async with forwarded(shared) as port:
+    async with forwarded(shared) as line:
+        port = port_of(line)
         page = await chromium.page(f"http://localhost:{port}/docs")
         await page.until("document.body.innerText.includes('Create a model')")
         assert (await page.evaluate(read("/keys")))[0] == 200

@@ -87,7 +87,8 @@ async def test_what_the_daemon_does_not_know_or_allow_is_1(tmp_path: Path, port_
     """A model that there is not, one that is disabled: in the daemon's words."""
     async with daemon(fake_engines(port_start) + CHAT + "enabled = false\n", tmp_path):
         status, _, err = await vllm_proxy(tmp_path, "start", "nobody")
-        assert (status, err) == (1, "vllm-proxy: cannot find model 'nobody': there is chat; GET /models lists them\n")
+        listed = "`vllm-proxy status` and GET /models list them"
+        assert (status, err) == (1, f"vllm-proxy: cannot find model 'nobody': there is chat; {listed}\n")
         status, _, err = await vllm_proxy(tmp_path, "restart", "chat")
         assert status == 1
         assert "disabled" in err

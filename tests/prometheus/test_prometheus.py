@@ -54,7 +54,8 @@ def test_the_example_configuration_is_valid() -> None:
 
 
 def test_alerts_fire_when_they_should_and_not_before(tmp_path: Path) -> None:
-    """As written down beside this test."""
+    """Each one, as written down beside this test."""
+    assert set(re.findall(r"^ +alertname: (\w+)\n +exp_alerts:", RULES.read_text(), re.MULTILINE)) == set(alerts())
     for file in (FOLDER / "alerts.yml", RULES):
         shutil.copy(file, tmp_path)
     status, said = promtool("test", "rules", str(tmp_path / RULES.name))

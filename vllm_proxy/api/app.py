@@ -35,8 +35,9 @@ from vllm_proxy.api.guard import Observed, Route, guarded
 from vllm_proxy.api.happenings import Happenings
 from vllm_proxy.api.metrics import Metrics
 from vllm_proxy.api.rates import Rates
-from vllm_proxy.api.reply import answered
+from vllm_proxy.api.reply import Answers, answered
 from vllm_proxy.api.usage_metrics import UsageMetrics
+from vllm_proxy.domain import resources
 from vllm_proxy.domain.config import Server
 from vllm_proxy.domain.keys import Scope
 from vllm_proxy.fleet.desired import Desired
@@ -84,6 +85,7 @@ class Parts:
     certificate: Certificate
     metering: Metering
     ledger: UsageLedger
+    control_socket: str  # its path
     traces: Traces | None = None
     budget: Budget = field(default_factory=Budget)
     requests: Requests = field(default_factory=Requests)
@@ -216,14 +218,16 @@ def _administration(parts: Parts, metrics: Metrics) -> list[Route]:
         *keys.routes(keys.Keys(parts.desired, bodies)),
         Route("GET", "/devices", read, answered(devices.list_devices(reconciler.room))),
         Route("GET", "/usage", read, answered(usage.report(parts.ledger)), of_itself=True),
-        Route(
-            "GET", "/health", None, answered(models.health(reconciler, parts.desired, parts.certificate, parts.ledger))
-        ),
+        Route("GET", "/health", None, answered(_health(parts))),
         Route("GET", "/ready", None, answered(models.ready(reconciler))),
         Route("GET", "/version", Scope.INFERENCE, answered(models.version(parts.desired))),
         Route("GET", "/schema.json", None, schema.schema(parts.desired.objections.options)),
         *scrapes.routes(metrics, EngineMetrics(reconciler), traced=parts.traces is not None),
     ]
+
+
+def _health(parts: Parts) -> Answers[resources.Health]:
+    return models.health(parts.reconciler, parts.desired, parts.certificate, parts.ledger, parts.control_socket)
 
 
 def _observation(parts: Parts, events: Events, rates: Rates) -> list[Route]:

@@ -257,7 +257,8 @@ def _restored(model_id: str, keys: Mapping[str, Any], old: object) -> Mapping[st
 
 def _must_exist(text: str, model_id: str) -> None:
     if model_id not in edit.tables_in(text, "models"):
-        raise RequestError("model_not_found", f"cannot find model {model_id!r}: GET /models lists them")
+        msg = f"cannot find model {model_id!r}: `vllm-proxy status` and GET /models list them"
+        raise RequestError("model_not_found", msg)
 
 
 def _applied(outcome: Outcome) -> Reply[resources.Applied]:

@@ -44,7 +44,8 @@ h2, h3 {{ scroll-margin-top: 0.5rem; }}
 </style>
 </head>
 <body>
-<nav aria-label="Pages">{navigation}</nav>
+<nav aria-label="Pages"><a href="../ui/">fleet</a>
+{navigation}</nav>
 <main>
 {body}</main>
 </body>

@@ -59,7 +59,7 @@ def root(endpoints: list[str]) -> Answers[resources.Root]:
 
 
 def health(
-    reconciler: Reconciler, desired: Desired, certificate: Certificate, ledger: UsageLedger
+    reconciler: Reconciler, desired: Desired, certificate: Certificate, ledger: UsageLedger, control_socket: str
 ) -> Answers[resources.Health]:
     """`GET /health`: 200 while the daemon lives; in full for who may read."""
 
@@ -96,6 +96,7 @@ def health(
                 "certificate_error": certificate.error,
                 "pending_restart": desired.pending_restart(),
             },
+            "control_socket": control_socket,
         })  # fmt: skip
 
     return handle

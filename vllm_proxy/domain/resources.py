@@ -228,6 +228,7 @@ class Health(TypedDict):
     usage: NotRequired[Annotated[DiskHealth, Field(description="For who may read.")]]
     state: NotRequired[Annotated[DiskHealth, Field(description="For who may read.")]]
     config: NotRequired[Annotated[ConfigHealth, Field(description="The file. For who may read.")]]
+    control_socket: NotRequired[Annotated[str, Field(description="Its path. For who may read.")]]
 
 
 class Ready(TypedDict):

@@ -179,7 +179,8 @@ class Reconciler:
         if model_id not in self._models:
             some = ", ".join([*list(self._models)[:_NAMED], *(["..."] if len(self._models) > _NAMED else [])])
             there = f"there is {some}" if some else "there are none"
-            raise RequestError("model_not_found", f"cannot find model {model_id!r}: {there}; GET /models lists them")
+            msg = f"cannot find model {model_id!r}: {there}; `vllm-proxy status` and GET /models list them"
+            raise RequestError("model_not_found", msg)
         return self._models[model_id]
 
     def log_files(self, model_id: str) -> list[tuple[str, Path]]:

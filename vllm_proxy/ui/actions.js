@@ -1,4 +1,4 @@
-// What is done to a model by hand, as buttons: Start (or Wake), Restart, Stop. Stop and Restart of a busy one ask once.
+// What is done to a model by hand, as buttons: Start (or Wake), Restart, Stop. Stop asks once, Restart of a busy one too.
 import { call } from "./api.js";
 import { ask } from "./dialogs.js";
 import { acts, enable, h, plural, say, setAttribute, setText } from "./dom.js";
@@ -15,10 +15,14 @@ export async function act(id, what) {
 }
 
 async function end(model, what) {
-  const busy = model.in_flight + model.queued;
   const name = what[0].toUpperCase() + what.slice(1);
-  const more = `${plural(model.in_flight, "request")} in flight, ${model.queued} waiting. They get the drain time to end.`;
-  if (!busy || (await ask(`${name} ${model.id}?`, name, more))) await act(model.id, what);
+  const costs = [];
+  if (what === "stop") costs.push(`Until somebody starts ${model.id} again, requests for it get 503 model_stopped.`);
+  if (model.in_flight + model.queued > 0)
+    costs.push(
+      `${plural(model.in_flight, "request")} in flight, ${model.queued} waiting: they get the drain time to end.`,
+    );
+  if (!costs.length || (await ask(`${name} ${model.id}?`, name, costs.join(" ")))) await act(model.id, what);
 }
 
 // `node.update(model)` keeps it in step.

@@ -12,6 +12,7 @@
 import { enterKey } from "./api.js";
 import { configuration } from "./config.js";
 import { devices } from "./devices.js";
+import { closeDialogs } from "./dialogs.js";
 import { h, plural, problem, say, setAttribute, setText } from "./dom.js";
 import { happenings } from "./events.js";
 import { begin, onChange, problems, store } from "./feed.js";
@@ -106,6 +107,7 @@ function go() {
   let [name, ...rest] = parts();
   if (!Object.hasOwn(SCREENS, name)) [name, rest] = ["fleet", []];
   screen?.leave?.();
+  closeDialogs();
   main.replaceChildren();
   main.className = name;
   const [shown, make] = SCREENS[name];

@@ -1,19 +1,30 @@
-// Dialogues: a question with yes or no, and the one that asks for a key. Both are modal and end with Escape.
+// Dialogues: a question with yes or no, and the one that asks for a key. Both are modal and end with Escape;
+// the focus then goes back by itself to what had it.
 import { h } from "./dom.js";
+
+let socket = "/run/vllm-proxy/control.sock"; // that of the service, until the daemon has told its own
+
+// Take note of the control socket's path, as `GET /health` tells it to who may read.
+export function useSocket(path) {
+  socket = path ?? socket;
+}
 
 // Show a dialogue until it is closed; returns the value that it was closed with, "" by Escape.
 function shown(dialog, first) {
-  const before = document.activeElement;
   document.body.append(dialog);
   dialog.showModal();
   first.focus();
   return new Promise((done) => {
     dialog.onclose = () => {
       dialog.remove();
-      if (before?.isConnected) before.focus();
       done(dialog.returnValue);
     };
   });
+}
+
+// Close what is open, as if by Escape: what it asks about is of the screen that is left.
+export function closeDialogs() {
+  for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close("");
 }
 
 // Ask before something that costs somebody something; true where the answer is `yes`.
@@ -34,6 +45,7 @@ export async function ask(question, yes, more = "") {
 
 // Returns the key, "" where it is to be forgotten, null where none was given.
 export async function askForKey(why, has) {
+  const port = location.port || "8000";
   const field = h("input", { type: "password", id: "key", autocomplete: "off", spellcheck: "false" });
   const use = h("button", { type: "submit", class: "main" }, "Use it");
   const no = h("button", { type: "button" }, "Cancel");
@@ -51,9 +63,11 @@ export async function askForKey(why, has) {
       { class: "sub" },
       "It stays in this tab. ",
       h("code", {}, "vllm-proxy keys new me --scope admin"),
-      " makes one on the server, and from the first one on every client needs one; by ",
-      h("code", {}, "ssh -NL 8000:/run/vllm-proxy/control.sock SERVER"),
-      " the page at localhost:8000/ui/ needs none.",
+      " makes one on the server. From the first one on every client needs one, on this machine too, unless ",
+      h("code", {}, "[keys.anonymous]"),
+      " in the file says what those without may do. By ",
+      h("code", {}, `ssh -NL ${port}:${socket} SERVER`),
+      ` the page at localhost:${port}/ui/ needs none.`,
     ),
     h("div", { class: "bar end" }, forget, no, use),
   );

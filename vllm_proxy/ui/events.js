@@ -27,7 +27,7 @@ function what(one) {
     return h("a", { href: "#/config" }, `${path ?? ""}${line ? ` (line ${line})` : ""}: ${message ?? ""}${more}`);
   }
   if (one.kind === "write") return [h("b", {}, one.who), ` ${one.what}`];
-  const said = one.message ?? (one.phase && one.phase !== "serving" ? one.phase.replaceAll("_", " ") : "");
+  const said = one.message ?? "";
   return [one.reason && h("a", { href: `../help/${one.reason}` }, one.reason), one.reason && said ? ": " : "", said];
 }
 
@@ -51,7 +51,8 @@ function shape(one) {
   if (one.kind === "accepted") return state("ready", "file accepted");
   if (one.kind === "rejected") return state("error", "file refused");
   if (one.kind === "write") return state("stopped", "by hand");
-  return state(one.state);
+  const phase = one.phase && one.phase !== "serving" ? ` (${one.phase.replaceAll("_", " ")})` : "";
+  return state(one.state, `${one.state}${phase}`); // as `vllm-proxy events` has it
 }
 
 const row = (one) =>

@@ -1,6 +1,7 @@
 // What the daemon says of itself: one stream for the whole tab, kept in `store`. Screens read it and change nothing.
 // A connection begins with all models, so nothing has to be asked for again after one was lost.
 import { call, follow, repeat } from "./api.js";
+import { useSocket } from "./dialogs.js";
 
 const KEPT = 1000; // happenings
 const HEALTH_MS = 5000; // no event tells of it
@@ -141,6 +142,7 @@ export function begin() {
       const health = await call("GET", "health", { signal, quiet: true });
       if (JSON.stringify(health) === JSON.stringify(store.health)) return;
       store.health = health;
+      useSocket(health.control_socket);
       changed();
     },
     HEALTH_MS,

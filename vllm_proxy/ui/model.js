@@ -5,7 +5,7 @@ import { bytes, clock, h, keyed, plural, seconds, setText, show, state, table } 
 import { store } from "./feed.js";
 import { phases, problemList, word } from "./fleet.js";
 import { output } from "./output.js";
-import { ended } from "./requests.js";
+import { ended, inFlight } from "./requests.js";
 
 const REQUESTS = 20;
 const REQUESTS_MS = 3000;
@@ -83,12 +83,15 @@ export function model(main, [id = ""]) {
     }
   }
 
+  const flying = inFlight();
   const recent = ended("No requests among the last 1,000.");
-  requests.append(recent);
+  requests.append(flying, recent);
   repeat(
     async (signal) => {
       const at = `requests?limit=${REQUESTS}&model=${encodeURIComponent(id)}`;
-      recent.update((await call("GET", at, { signal, quiet: true })).recent);
+      const its = await call("GET", at, { signal, quiet: true });
+      flying.update(its.active, "None in flight.");
+      recent.update(its.recent);
       update(); // how long engines are up is told by no event
     },
     REQUESTS_MS,

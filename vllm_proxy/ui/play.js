@@ -5,9 +5,10 @@ import { copyButton } from "./copy.js";
 import { enable, h, keyed, plural, seconds, setAttribute, setText, show } from "./dom.js";
 import { models, store } from "./feed.js";
 import { phases, word } from "./fleet.js";
-import { chatOnce, embed, queuedFor, rank } from "./play_ask.js";
+import { chatOnce, embed, queuedFor, rank, rateTogether } from "./play_ask.js";
 
 const MOST_AT_ONCE = 32;
+const SHORTEST_WAIT = 0.001; // seconds in a queue that are told
 const KINDS = {
   chat: { name: "Chat", path: "v1/chat/completions", hint: "A message; Ctrl+Enter sends it", label: "Message" },
   embeddings: { name: "Embeddings", path: "v1/embeddings", hint: "One text a line", label: "Texts, one a line" },
@@ -75,20 +76,31 @@ function failure(error) {
 const toRequest = (id) => h("a", { href: `#/requests/${encodeURIComponent(id)}` }, h("span", { class: "mono" }, id));
 const joined = (parts) => parts.filter(Boolean).flatMap((part, i) => (i ? [" · ", part] : [part]));
 
-// The figures of some answers to one question.
+// When the first tokens came: behind the queue, where it is known how long each was there.
+function beginnings(done, queued) {
+  const came = done.map((one, i) => [one.first, queued?.[i] ?? 0]).filter(([first]) => first !== null);
+  if (!came.length) return "";
+  const wait = mean(came.map(([, inQueue]) => inQueue));
+  const after = mean(came.map(([first, inQueue]) => Math.max(0, first / 1000 - inQueue)));
+  const ofAll = came.length > 1 ? " on average" : "";
+  return wait < SHORTEST_WAIT
+    ? `first token after ${seconds(after)}${ofAll}`
+    : `${seconds(wait)} in the queue, first token ${seconds(after)} later${ofAll}`;
+}
+
+// The figures of some answers to one question; they add up: a wait is in none of the rates.
 function figures(done, spent, queued) {
   const ids = done.map((one) => one.id).filter(Boolean);
-  const first = done.map((one) => one.first).filter((one) => one !== null);
   const rates = done.map((one) => one.rate).filter((one) => one !== null);
   const tokens = done.reduce((sum, one) => sum + one.tokens, 0);
-  const together = done.length > 1 && spent > 0 ? `, ${(tokens / spent).toFixed(1)} together` : "";
+  const all = rateTogether(done);
   const exact = done.every((one) => one.exact);
   return [
-    first.length > 0 &&
-      `first token ${Math.round(mean(first))} ms${queued === null ? "" : ` (queue ${seconds(queued)})`}`,
-    rates.length > 0 && `${mean(rates).toFixed(1)} tokens/s${done.length > 1 ? " each" : ""}${together}`,
+    beginnings(done, queued),
+    rates.length > 0 &&
+      `${mean(rates).toFixed(1)} tokens/s${done.length > 1 ? " each" : ""}${all === null ? "" : `, ${all.toFixed(1)} together`}`,
     `${plural(tokens, "token")}${exact ? "" : " or more"}`,
-    seconds(spent),
+    `${seconds(spent)} in all`,
     [...new Set(done.map((one) => one.instance).filter(Boolean))].sort().join(", "),
     ids.length > 0 && ["request ", ids.slice(0, 4).flatMap((id, i) => (i ? [", ", toRequest(id)] : [toRequest(id)]))],
   ];
@@ -345,10 +357,11 @@ class Playground {
   async whole(signal) {
     const begun = performance.now();
     const ask = kept.kind === "embeddings" ? embed : rank;
+    show(this.talk); // what stands there answers another question
     const { node, facts, instance, id } = await ask(bodyOf(kept.kind, this.text.value), signal);
     show(this.talk, node);
     const spent = seconds((performance.now() - begun) / 1000);
-    show(this.told, joined([...facts, spent, instance, id && ["request ", toRequest(id)]]));
+    show(this.told, joined([...facts, `${spent} in all`, instance, id && ["request ", toRequest(id)]]));
   }
 }
 

@@ -10,13 +10,15 @@ const from = (answer) => ({
 });
 
 // One streamed chat. each(text, thoughts): called with all that has come so far. Never throws: `error` says why it
-// ended; times in ms, `rate` in tokens a second; null where not known; `exact`: the engine has counted the tokens.
+// ended; `first`, `last`: when those tokens came, in ms since it was asked; `rate` in tokens a second; null where not
+// known; `exact`: the engine has counted the tokens.
 export async function chatOnce(body, signal, each) {
   const begun = performance.now();
   const found = {
     text: "",
     thoughts: "",
     first: null,
+    last: null,
     rate: null,
     tokens: 0,
     exact: false,
@@ -47,20 +49,28 @@ export async function chatOnce(body, signal, each) {
     found.error = error;
   }
   if (!found.exact) found.tokens = chunks;
-  const streamed = performance.now() - begun - (found.first ?? 0);
+  found.last = performance.now() - begun;
+  const streamed = found.last - (found.first ?? 0);
   if (found.first !== null && found.tokens > 1 && streamed >= SHORTEST_MS) {
     found.rate = (found.tokens - 1) / (streamed / 1000);
   }
   return found;
 }
 
-// How long the first of some answers waited for an instance, in seconds; null where that is nothing, or not known.
+// The tokens a second of several answers together, counted as that of each: from a first token on, without any wait.
+export function rateTogether(answers) {
+  const streamed = answers.filter((one) => one.rate !== null);
+  if (streamed.length < 2) return null;
+  const span = Math.max(...streamed.map((one) => one.last)) - Math.min(...streamed.map((one) => one.first));
+  return streamed.reduce((sum, one) => sum + one.tokens - 1, 0) / (span / 1000);
+}
+
+// How long each of some answers waited for an instance, in seconds; null where that is not known.
 export async function queuedFor(answers) {
+  const one = async ({ id }) =>
+    (await call("GET", `requests/${encodeURIComponent(id)}`, { quiet: true })).queue_seconds;
   try {
-    const { queue_seconds: queued } = await call("GET", `requests/${encodeURIComponent(answers[0].id)}`, {
-      quiet: true,
-    });
-    return queued >= 0.001 ? queued : null;
+    return await Promise.all(answers.map(one));
   } catch {
     return null; // who may use models need not be one who may see requests
   }

@@ -9,6 +9,8 @@ const PAUSE_MS = 2000;
 const AT_ONCE = 0.02; // seconds in which nothing streams
 
 const place = (one) => (one.model === null ? "–" : `${one.model}${one.replica === null ? "" : `/${one.replica}`}`);
+const toRequest = (one) => h("a", { href: `#/requests/${encodeURIComponent(one.engine_id)}` }, one.id);
+const toCode = (one) => one.code && h("a", { href: `../help/${one.code}` }, one.code);
 const toModel = (one) =>
   one.model === null ? "–" : h("a", { href: `#/model/${encodeURIComponent(one.model)}` }, place(one));
 const isBad = (one) => one.status === null || one.status >= 400 || one.code !== null;
@@ -50,6 +52,17 @@ function bar(one) {
   );
 }
 
+// What the parts of such a bar are.
+function legend() {
+  const part = (kind, name) => h("span", { class: "part" }, h("span", { class: `swatch ${kind}` }), name);
+  const parts = [
+    part("queue", "in the queue"),
+    part("first", "until the first byte"),
+    part("stream", "until the last"),
+  ];
+  return h("p", { class: "sub legend" }, parts);
+}
+
 function endedRow(one) {
   return h(
     "tr",
@@ -57,22 +70,12 @@ function endedRow(one) {
     h("td", { class: "mono" }, clock(one.since)),
     h("td", { class: "of", title: place(one) }, toModel(one)),
     h("td", { class: "mono sub route" }, one.route),
-    h(
-      "td",
-      {},
-      h("span", { class: "status" }, one.status ?? "–"),
-      " ",
-      one.code && h("a", { href: `../help/${one.code}` }, one.code),
-    ),
+    h("td", {}, h("span", { class: "status" }, one.status ?? "–"), " ", toCode(one)),
     h("td", {}, bar(one)),
     h("td", { class: "n", "data-l": "tokens" }, `${one.prompt_tokens ?? "–"} → ${one.completion_tokens ?? "–"}`),
     h("td", { class: "n", "data-l": "tok/s" }, bySpeed(one)),
     h("td", { class: "sub from" }, one.key ?? one.client ?? "–"),
-    h(
-      "td",
-      { class: "mono sub id", title: one.id },
-      h("a", { href: `#/requests/${encodeURIComponent(one.engine_id)}` }, one.id),
-    ),
+    h("td", { class: "mono sub id", title: one.id }, toRequest(one)),
   );
 }
 
@@ -92,10 +95,11 @@ export function ended(none) {
   ];
   const rows = table("Requests that have ended", columns, body);
   const empty = h("p", { class: "sub" }, none);
-  const node = h("div", { class: "requests" }, rows, empty);
-  rows.hidden = empty.hidden = true; // it is not known yet
+  const parts = legend();
+  const node = h("div", { class: "requests ended" }, parts, rows, empty);
+  parts.hidden = rows.hidden = empty.hidden = true; // it is not known yet
   node.update = (them) => {
-    rows.hidden = !them.length;
+    parts.hidden = rows.hidden = !them.length;
     empty.hidden = Boolean(them.length);
     keyed(body, them, (one) => one.engine_id, endedRow);
   };
@@ -132,7 +136,7 @@ function activeRow(first) {
     how,
     sent,
     h("td", { class: "sub from" }, [first.key, first.client].filter(Boolean).join(" · ") || "–"),
-    h("td", { class: "mono sub id", title: first.id }, first.id),
+    h("td", { class: "mono sub id", title: first.id }, toRequest(first)),
     h("td", { class: "does" }, end),
   );
   node.update = (one) => {
@@ -150,15 +154,47 @@ function activeRow(first) {
   return node;
 }
 
-// One request in full.
-function details(one) {
-  const facts = [
+// A table of requests in flight: `node.update(them, none)`; `none`: what stands there where there are none.
+export function inFlight() {
+  const body = h("tbody");
+  const columns = [["Since", "n"], ["Model"], ["Route"], ["State"], ["Sent", "n"], ["From"], ["Request"], [""]];
+  const rows = table("Requests in flight", columns, body);
+  const empty = h("p", { class: "sub" });
+  const node = h("div", { class: "requests flying" }, rows, empty);
+  rows.hidden = true;
+  node.update = (them, none) => {
+    rows.hidden = !them.length;
+    empty.hidden = Boolean(them.length);
+    setText(empty, none);
+    keyed(body, them, (one) => one.engine_id, activeRow);
+  };
+  return node;
+}
+
+// One request in full: `node.update(it)`; what is the same stays, with the focus that it may have.
+function details() {
+  const cells = new Map();
+  const node = h("dl", { class: "card facts" });
+  node.update = (one) => {
+    for (const [name, ...value] of facts(one)) {
+      const cell = cells.get(name) ?? h("dd");
+      if (!cells.has(name)) node.append(h("div", {}, h("dt", {}, name), cell));
+      cells.set(name, cell);
+      const now = h("dd", {}, value);
+      if (cell.textContent !== now.textContent) show(cell, ...now.childNodes);
+    }
+  };
+  return node;
+}
+
+function facts(one) {
+  return [
     ["Request", one.id],
     ["For its engine", one.engine_id],
-    ["Model", place(one)],
+    ["Model", toModel(one)],
     ["Route", one.route],
     ["State", one.state],
-    ["Status", [one.status ?? "–", one.code].filter(Boolean).join(" ")],
+    ["Status", one.status ?? "–", " ", toCode(one)],
     ["Began", clock(one.since)],
     ["In the queue", seconds(one.queue_seconds)],
     ["First byte", seconds(one.first_byte)],
@@ -168,20 +204,16 @@ function details(one) {
     ["Sent again", String(one.retries)],
     ["From", [one.key, one.client].filter(Boolean).join(" · ") || "–"],
   ];
-  const pairs = facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))));
-  return h("dl", { class: "card facts" }, pairs);
 }
 
 export function requests(main, [id]) {
   const stop = new AbortController();
-  const active = h("tbody");
-  const columns = [["Since", "n"], ["Model"], ["Route"], ["State"], ["Sent", "n"], ["From"], ["Request"], [""]];
-  const inFlight = table("Requests in flight", columns, active);
-  const idle = h("p", { class: "sub" });
+  const flying = inFlight();
   const recent = ended("None yet.");
   const search = h("input", { type: "search", placeholder: "Filter", "aria-label": "Filter requests", oninput: draw });
   const bad = h("input", { type: "checkbox", onchange: draw });
   const chosen = h("div");
+  const whole = details();
   const told = h("p", { class: "sub" });
   let known = { active: [], recent: [] };
   main.append(
@@ -190,25 +222,20 @@ export function requests(main, [id]) {
     told,
     h("div", { class: "bar" }, search, h("label", {}, bad, "errors only")),
     h("h2", {}, "In flight"),
-    inFlight,
-    idle,
+    flying,
     h("h2", {}, "Ended"),
     recent,
   );
-  inFlight.hidden = true;
   function draw() {
     const words = search.value.toLowerCase();
     const wanted = (one) => text(one).includes(words);
-    const now = known.active.filter(wanted);
-    inFlight.hidden = !now.length;
-    idle.hidden = Boolean(now.length);
-    setText(idle, known.active.length ? "None like that." : "None.");
-    keyed(active, now, (one) => one.engine_id, activeRow);
+    flying.update(known.active.filter(wanted), known.active.length ? "None like that." : "None.");
     recent.update(known.recent.filter((one) => wanted(one) && (!bad.checked || isBad(one))));
   }
   async function lookAtIt(signal) {
     try {
-      show(chosen, details(await call("GET", `requests/${encodeURIComponent(id)}`, { signal, quiet: true })));
+      whole.update(await call("GET", `requests/${encodeURIComponent(id)}`, { signal, quiet: true }));
+      if (!whole.isConnected) show(chosen, whole);
     } catch (error) {
       if (error.status !== 404) throw error;
       show(chosen, h("p", { class: "card" }, error.message));

@@ -115,8 +115,14 @@ export function tableLine(text, id) {
 
 // Each of these gives {text, from, to}: the new text, and what of it is to be selected; null: there is no place for it.
 
-// With another model at the end. `taken`: ids and aliases that there are.
+// With another model at the end, or with the one that was added before and has no source yet. `taken`: ids and aliases
+// that there are.
 export function withModel(text, taken) {
+  const empty = /^\[models\.new(?:-\d+)?\]\n(model = "")$/m.exec(text);
+  if (empty) {
+    const to = empty.index + empty[0].length;
+    return { text, from: to - empty[1].length, to };
+  }
   const before = text.replace(/\n*$/, "");
   const head = `${before}${before && "\n\n"}[models.${unused("new", pieces(text), taken)}]\n`;
   return { text: `${head}model = ""\n`, from: head.length, to: head.length + 'model = ""'.length };
