@@ -41,8 +41,7 @@ CHAT = '[models.chat]\nmodel = "org/chat"\n'
     [
         (CHAT, "", [("start", "chat", "new")]),
         (CHAT + 'start = "on-demand"', "", [("start", "chat", "new; its first request starts it")]),
-        (CHAT + "enabled = false", "", [("add", "chat", "new, disabled")]),
-        ("", CHAT + "enabled = false", [("remove", "chat", "no longer in the file")]),
+        (CHAT + "enabled = false", "", [("update", "chat", "new, disabled")]),
         ("", CHAT, [("stop", "chat", "no longer in the file")]),
         (CHAT + "enabled = false", CHAT, [("stop", "chat", "disabled")]),
         (CHAT, CHAT + "enabled = false", [("start", "chat", "enabled")]),

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vllm_proxy.domain.resources import Applied, Change, Plan
 
 
-_COLOURS = {"start": GREEN, "replace": YELLOW, "update": CYAN, "scale": CYAN, "stop": RED, "add": CYAN, "remove": CYAN}
+_COLOURS = {"start": GREEN, "replace": YELLOW, "update": CYAN, "scale": CYAN, "stop": RED}
 
 
 def lines_of(found: "Applied | Plan", screen: Screen, restart: Sequence[str] = ()) -> list[str]:

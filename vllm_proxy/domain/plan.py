@@ -39,8 +39,6 @@ class Kind(StrEnum):
     UPDATE = "update"  # live: no engine notices
     SCALE = "scale"
     STOP = "stop"
-    ADD = "add"  # and
-    REMOVE = "remove"  # of what is disabled: no engine comes or ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,7 @@ def plan(desired: Mapping[str, ModelSpec], running: Mapping[str, ModelSpec]) -> 
     started with enough room for adapters keep what they have.
     """
     steps = [step for spec in desired.values() for step in _of_one(running.get(spec.id), spec)]
-    gone = [_last(running[name]) for name in running if name not in desired]
+    gone = [Action(Kind.STOP, name, "no longer in the file", None) for name in running if name not in desired]
     return tuple(sorted([*steps, *gone], key=lambda action: _rank(action, running)))
 
 
@@ -148,13 +146,9 @@ def _of_adapters(old: ModelSpec, new: ModelSpec) -> Iterator[str]:
 
 def _first(new: ModelSpec) -> Action:
     if not new.policy.enabled:
-        return Action(Kind.ADD, new.id, "new, disabled", new)
+        return Action(Kind.UPDATE, new.id, "new, disabled", new)
     later = {"always": "", "warm": "; it runs while nobody else wants the room"}
     return Action(Kind.START, new.id, f"new{later.get(new.policy.start, '; its first request starts it')}", new)
-
-
-def _last(old: ModelSpec) -> Action:
-    return Action(Kind.STOP if old.policy.enabled else Kind.REMOVE, old.id, "no longer in the file", None)
 
 
 def _with_replicas(policy: Policy, replicas: int) -> Policy:
@@ -165,8 +159,7 @@ def _rank(action: Action, running: Mapping[str, ModelSpec]) -> int:
     if action.kind is Kind.SCALE and action.to is not None:
         shrinks = action.to.policy.replicas < running[action.model].policy.replicas
         return 2 if shrinks else 4
-    free = {Kind.UPDATE: 0, Kind.ADD: 0, Kind.REMOVE: 0}
-    return {**free, Kind.STOP: 1, Kind.SCALE: 2, Kind.REPLACE: 3, Kind.START: 5}[action.kind]
+    return {Kind.UPDATE: 0, Kind.STOP: 1, Kind.SCALE: 2, Kind.REPLACE: 3, Kind.START: 5}[action.kind]
 
 
 def _changes(old: Table, new: Table, at: KeyPath = (), but: Collection[str] = ("lora",)) -> Iterator[str]:

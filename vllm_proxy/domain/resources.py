@@ -220,9 +220,7 @@ class Health(TypedDict):
         ),
     ]
     not_ended: NotRequired[
-        Annotated[
-            list[str], Field(description="Instances whose engines live and could not be ended. For who may read.")
-        ]
+        Annotated[list[str], Field(description="Instances whose engines live on. For who may read.")]
     ]
     devices: NotRequired[Annotated[DevicesHealth, Field(description="For who may read.")]]
     usage: NotRequired[Annotated[DiskHealth, Field(description="For who may read.")]]

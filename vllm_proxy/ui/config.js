@@ -15,8 +15,6 @@ const WORDS = {
   update: "live",
   scale: "scale",
   stop: "stop",
-  add: "add",
-  remove: "remove",
 };
 const TOML = "text/toml";
 
