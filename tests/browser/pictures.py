@@ -198,7 +198,7 @@ async def of_demo(running: Daemon, folder: Path) -> None:
             await page.until("document.querySelector('#play-model').value === 'chat'")
             await fill(page, "temperature", "0")
             await fill(page, "max tokens", "48")
-            await fill(page, "Message", "What is the capital of France?")
+            await fill(page, "Message", "What is the capital of Italy?")
             await click(page, "Send")
             await page.until(has(".told", "first token"))
             await _themes(page, "chat", folder)
