@@ -171,14 +171,12 @@ async def test_a_change_of_state_reaches_its_row(page: Page, fleet: Daemon) -> N
 
 
 async def test_a_model_is_started_and_stopped_from_the_page(page: Page, fleet: Daemon) -> None:
-    """Start, and Stop, which says first what it costs a model without requests, too."""
+    """Start, and Stop, which says what it costs; where no request runs it does not ask."""
     await click(page, "Start later")
     await fleet.once("later", lambda it: it["state"] == "ready")
     await page.until(has("#said", "later starts"))
     await click(page, "Stop later")
-    await page.until(has("dialog", "Until somebody starts later again, requests for it get 503 model_stopped."))
-    assert (await fleet.get("/models/later"))["status"]["state"] == "ready"
-    await click(page, "Stop")
+    await page.until(has("#said", "later stops: requests get 503 model_stopped until somebody starts it"))
     await page.until(f"{row('later')}.querySelector('.state').innerText === 'stopped'")
     assert (await fleet.get("/models/later"))["status"]["reason"] == "stopped_by_hand"
     async with fleet.session.post(CHAT_PATH, json={**ASK, "model": "later"}) as answer:
@@ -187,24 +185,27 @@ async def test_a_model_is_started_and_stopped_from_the_page(page: Page, fleet: D
 
 async def test_a_dialogue_ends_with_its_screen(page: Page, fleet: Daemon) -> None:
     """Another screen closes it, with nothing done; closed by Escape, the focus is where it was."""
-    await page.evaluate(f"{button('Stop chat')}.focus()")
-    await click(page, "Stop chat")
-    await page.until("document.querySelector('dialog[open]')")
-    await page.press("Escape")
-    await page.until("!document.querySelector('dialog')")
-    assert await page.evaluate("document.activeElement.getAttribute('aria-label')") == "Stop chat"
-    for opener in ("Stop chat", "Key"):
-        await goes(page, "fleet")
-        await page.until(button("Stop chat"))
-        await goes(page, "devices")
-        await goes(page, "fleet")
-        await page.evaluate(f"{button(opener)}.focus()")
-        await click(page, opener)
-        await page.until("document.querySelector('dialog[open]')")
-        await page.evaluate("history.back()")
-        await page.until("document.querySelector('main').className === 'devices'")
+    async with streaming(fleet):
+        await busy(page)
+        await page.evaluate(f"{button('Stop chat')}.focus()")
+        await click(page, "Stop chat")
+        await page.until(has("dialog", "From then on requests get 503 model_stopped until somebody starts it."))
+        await page.press("Escape")
         await page.until("!document.querySelector('dialog')")
-        await page.until("document.activeElement === document.querySelector('main')")
+        assert await page.evaluate("document.activeElement.getAttribute('aria-label')") == "Stop chat"
+        for opener in ("Stop chat", "Key"):
+            await goes(page, "fleet")
+            await page.until(button("Stop chat"))
+            await goes(page, "devices")
+            await goes(page, "fleet")
+            await busy(page)
+            await page.evaluate(f"{button(opener)}.focus()")
+            await click(page, opener)
+            await page.until("document.querySelector('dialog[open]')")
+            await page.evaluate("history.back()")
+            await page.until("document.querySelector('main').className === 'devices'")
+            await page.until("!document.querySelector('dialog')")
+            await page.until("document.activeElement === document.querySelector('main')")
     assert {one["state"] for one in (await fleet.get("/models/chat"))["status"]["instances"]} == {"ready"}
 
 

@@ -1,9 +1,10 @@
-// What is done to a model by hand, as buttons: Start (or Wake), Restart, Stop. Stop asks once, Restart of a busy one too.
+// What is done to a model by hand, as buttons: Start (or Wake), Restart, Stop. Stop and Restart of a busy one ask once.
 import { call } from "./api.js";
 import { ask } from "./dialogs.js";
 import { acts, enable, h, plural, say, setAttribute, setText } from "./dom.js";
 
-const DONE = { start: "starts", wake: "wakes", restart: "restarts", stop: "stops", sleep: "falls asleep" };
+const COSTS = "requests get 503 model_stopped until somebody starts it";
+const DONE = { start: "starts", wake: "wakes", restart: "restarts", stop: `stops: ${COSTS}`, sleep: "falls asleep" };
 
 export async function act(id, what) {
   try {
@@ -16,13 +17,10 @@ export async function act(id, what) {
 
 async function end(model, what) {
   const name = what[0].toUpperCase() + what.slice(1);
-  const costs = [];
-  if (what === "stop") costs.push(`Until somebody starts ${model.id} again, requests for it get 503 model_stopped.`);
-  if (model.in_flight + model.queued > 0)
-    costs.push(
-      `${plural(model.in_flight, "request")} in flight, ${model.queued} waiting: they get the drain time to end.`,
-    );
-  if (!costs.length || (await ask(`${name} ${model.id}?`, name, costs.join(" ")))) await act(model.id, what);
+  const busy = model.in_flight + model.queued;
+  const those = `${plural(model.in_flight, "request")} in flight, ${model.queued} waiting: they get the drain time to end.`;
+  const more = what === "stop" ? `${those} From then on ${COSTS}.` : those;
+  if (!busy || (await ask(`${name} ${model.id}?`, name, more))) await act(model.id, what);
 }
 
 // `node.update(model)` keeps it in step.

@@ -9,13 +9,7 @@ import { store } from "./feed.js";
 import { tableLine, withCopy, withKey, withModel } from "./toml.js";
 
 const PAUSE_MS = 250;
-const WORDS = {
-  start: "start",
-  replace: "replace",
-  update: "live",
-  scale: "scale",
-  stop: "stop",
-};
+const WORDS = { start: "start", replace: "replace", update: "live", scale: "scale", stop: "stop" };
 const TOML = "text/toml";
 
 let draft = null; // {text, base, revision} of what was left without being applied
