@@ -41,6 +41,8 @@ SHOWN = {
 }
 HELD = "requests/held"  # of a request that `streaming` makes
 ACTS = "document.querySelector('main :is(button, textarea, td a)')"
+# Whether the requests of a screen are there, or that there are none.
+LISTED = "[...document.querySelectorAll('.requests.ended')].every(it => [...it.children].some(part => !part.hidden))"
 TARGETS = "main a, main button, main input, main select, main textarea, main summary, header a, header button"
 
 
@@ -602,6 +604,7 @@ async def test_the_keyboard_reaches_everything(page: Page, fleet: Daemon) -> Non
         for screen in (*SCREENS, HELD):
             await goes(page, screen)
             await page.until(SHOWN.get(screen, ACTS))
+            await page.until(LISTED)  # else links come that have no number
             wanted = await page.evaluate(
                 f"[...document.querySelectorAll({json.dumps(TARGETS)})]"
                 ".filter(it => it.checkVisibility() && !it.disabled)"
